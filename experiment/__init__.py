@@ -1,0 +1,17 @@
+"""What every run shares, whatever its task: its folder, its record, and where its numbers come from."""
+
+from experiment.errors import ExperimentError
+from experiment.folder import RunFolder, Status
+from experiment.provenance import fingerprint, provenance
+from experiment.record import Record, Run, find_records
+
+__all__ = [
+    "ExperimentError",
+    "Record",
+    "Run",
+    "RunFolder",
+    "Status",
+    "find_records",
+    "fingerprint",
+    "provenance",
+]

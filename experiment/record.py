@@ -1,0 +1,108 @@
+"""The record of a finished run, `result.json`, and the folder that a run's identity gives it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiment.errors import ExperimentError
+from experiment.files import write_whole
+
+SCHEMA = 1
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What tells one run from another.
+
+    Attributes:
+        task: "classification" or "segmentation".
+        setup: "A" (all data, pretrained weights) or "B" (pretrained on one half, fine-tuned on the other).
+        model: name of the network.
+        dataset: name of the data set.
+        method: the method's tag, such as "hosvd_0.8".
+        layers: how many trailing layers are trained with the method, or "all".
+        seed: the run's seed.
+    """
+
+    task: str
+    setup: str
+    model: str
+    dataset: str
+    method: str
+    layers: int | str
+    seed: int
+
+    def folder(self, root: Path) -> Path:
+        """The run's folder below `root`."""
+        parts = (self.task, self.setup, self.model, self.dataset, self.method)
+        return root.joinpath(*parts, f"layers{self.layers}", f"seed{self.seed}")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model} on {self.dataset}, setup {self.setup}, {self.method}, layers {self.layers}, seed {self.seed}"
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that the reports need to know of a finished run.
+
+    Attributes:
+        run: which run.
+        accuracy: shares from 0 to 1; for classification "val_best", "val_last" and "test" (of the best epoch).
+        memory_bytes: "activation_formula" (largest mean of an epoch, bytes kept of the trained layers' inputs by
+            formula), "saved_measured" (all that autograd keeps), "peak_measured" and "peak_inference".
+        flops: of one training step of the trained layers, "paper" and "corrected" (see `lowrank.costs`).
+        time_s: "step_median" and "total", seconds.
+        provenance: see `experiment.provenance`.
+    """
+
+    run: Run
+    accuracy: dict[str, float]
+    memory_bytes: dict[str, int]
+    flops: dict[str, int]
+    time_s: dict[str, float]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> Path:
+        """Write `result.json`, whole or not at all."""
+        path = folder / RESULT
+        write_whole(path, json.dumps({"schema": SCHEMA, "status": "done", **asdict(self)}, indent=1) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Read a record.
+
+        Raises:
+            ExperimentError: the file is missing, damaged, or of another schema.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["schema"] != SCHEMA:
+                raise ValueError(f"schema {content['schema']}, not {SCHEMA}")
+            parts = {key: _finite(content[key], key) for key in ("accuracy", "memory_bytes", "flops", "time_s")}
+            return cls(run=Run(**content["run"]), provenance=content["provenance"], **parts)
+        except OSError as error:
+            raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ExperimentError(f"{path} is not a run's record ({error}); delete it and run again") from None
+
+
+def _finite(values: dict[str, float], key: str) -> dict[str, Any]:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{key}.{name} is {value!r}")
+    return values
+
+
+def find_records(root: Path) -> Iterator[Record]:
+    """Every record below a folder, in the order of their paths."""
+    for path in sorted(root.rglob(RESULT)):
+        yield Record.load(path)

@@ -1,0 +1,59 @@
+"""Train neural networks in little memory: keep low-rank activations, and form weight gradients from their factors.
+
+Example:
+    names = lowrank.trailing_layers(model, 4)
+    lowrank.freeze_before(model, names)
+    lowrank.convert(model, names, lowrank.ASI(ranks=[8, 16, 3, 3]))
+"""
+
+from lowrank.accounting import Account, account
+from lowrank.budget import RankPlan, select_ranks
+from lowrank.convert import convert, freeze_before, revert, trailing_layers
+from lowrank.costs import LayerCost
+from lowrank.errors import (
+    BudgetError,
+    ConversionError,
+    LowRankError,
+    NonFiniteError,
+    SettingError,
+    TableError,
+)
+from lowrank.layers import converted_layers, stock_state_dict
+from lowrank.meter import peak_bytes, saved_bytes
+from lowrank.methods import ASI, HOSVD, SVD, GradientFilter, Method, Vanilla
+from lowrank.perplexity import LayerPerplexity, PerplexityTable, measure_perplexity
+from lowrank.tucker import Tucker
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ASI",
+    "HOSVD",
+    "SVD",
+    "Account",
+    "BudgetError",
+    "ConversionError",
+    "GradientFilter",
+    "LayerCost",
+    "LayerPerplexity",
+    "LowRankError",
+    "Method",
+    "NonFiniteError",
+    "PerplexityTable",
+    "RankPlan",
+    "SettingError",
+    "TableError",
+    "Tucker",
+    "Vanilla",
+    "account",
+    "convert",
+    "converted_layers",
+    "freeze_before",
+    "measure_perplexity",
+    "peak_bytes",
+    "revert",
+    "saved_bytes",
+    "select_ranks",
+    "stock_state_dict",
+    "trailing_layers",
+]

@@ -1,0 +1,132 @@
+"""The choice of one energy per layer: least total perplexity within a memory budget, exactly (ASI, sec. 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lowrank.errors import BudgetError
+from lowrank.perplexity import LayerPerplexity, PerplexityTable
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Ranks chosen for each layer; `lowrank.ASI(ranks=plan)` takes it as it is.
+
+    Attributes:
+        ranks: per layer name, one rank per mode.
+        energies: per layer name, the energy that was chosen.
+        nbytes: bytes that the plan keeps, at most the budget.
+        perplexity: sum over the layers.
+    """
+
+    ranks: dict[str, tuple[int, ...]]
+    energies: dict[str, float]
+    nbytes: int
+    perplexity: float
+
+
+def select_ranks(table: PerplexityTable, budget_bytes: float, names: Iterable[str] | None = None) -> RankPlan:
+    """Choose one energy per layer: least total perplexity, and never more than `budget_bytes`.
+
+    This is a multiple-choice knapsack, solved to optimality in whole bytes. Layer by layer, partial choices are
+    extended; a partial choice is dropped when another is no larger and no worse, or when the linear relaxation of what
+    is left shows that it cannot beat a complete choice already known. Of equally good choices the smallest is taken.
+
+    Args:
+        table: perplexity table.
+        budget_bytes: the budget; a fraction of a byte is dropped.
+        names: the layers to choose for; all of the table by default.
+
+    Raises:
+        BudgetError: the budget is below the least that the layers need; states that least.
+        TableError: a name that the table does not have.
+    """
+    layers = table.layers if names is None else table.only(names).layers
+    options = [_undominated(layer) for layer in layers]
+    least = sum(int(nbytes[0]) for nbytes, _, _ in options)
+    if not budget_bytes >= least:
+        raise BudgetError(
+            f"the budget of {budget_bytes:g} bytes ({budget_bytes / 2**20:.6g} MiB) is below the minimum for these "
+            f"{len(layers)} layers: {least} bytes ({least / 2**20:.6g} MiB)"
+        )
+    chosen = _solve(options, int(min(budget_bytes, 2**62)))
+    entries = [int(index[choice]) for (_, _, index), choice in zip(options, chosen, strict=True)]
+    picks = list(zip(layers, entries, strict=True))
+    return RankPlan(
+        ranks={layer.name: layer.ranks[entry] for layer, entry in picks},
+        energies={layer.name: table.energies[entry] for layer, entry in picks},
+        nbytes=sum(layer.nbytes[entry] for layer, entry in picks),
+        perplexity=sum(layer.perplexity[entry] for layer, entry in picks),
+    )
+
+
+Options = tuple[np.ndarray, np.ndarray, np.ndarray]  # bytes ascending, perplexity descending, index in the table
+
+
+def _undominated(layer: LayerPerplexity) -> Options:
+    """The layer's choices without those that another beats in both bytes and perplexity."""
+    nbytes = np.array(layer.nbytes, dtype=np.int64)
+    cost = np.array(layer.perplexity, dtype=np.float64)
+    kept = _pareto(nbytes, cost)
+    return nbytes[kept], cost[kept], kept
+
+
+def _pareto(nbytes: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """Indices of the points with no other point at most as large and at most as costly; sizes ascending."""
+    order = np.lexsort((cost, nbytes))
+    best = np.minimum.accumulate(cost[order])
+    improves = np.concatenate(([True], cost[order][1:] < best[:-1]))
+    return order[improves]
+
+
+def _relaxation(options: list[Options]) -> tuple[np.ndarray, np.ndarray]:
+    """Least cost of the linear relaxation as a function of the budget: its corners (bytes, cost).
+
+    Each corner is a choice without fractions: the steps along the layers' lower convex hulls, steepest first.
+    """
+    start_bytes, start_cost = 0, 0.0
+    steps: list[tuple[float, int, float]] = []
+    for nbytes, cost, _ in options:
+        start_bytes += int(nbytes[0])
+        start_cost += float(cost[0])
+        at = 0
+        while at + 1 < len(nbytes):
+            slopes = (cost[at + 1 :] - cost[at]) / (nbytes[at + 1 :] - nbytes[at])
+            ahead = at + 1 + int(len(slopes) - 1 - np.argmin(slopes[::-1]))
+            steps.append((float(slopes.min()), int(nbytes[ahead] - nbytes[at]), float(cost[ahead] - cost[at])))
+            at = ahead
+    steps.sort(key=lambda step: step[0])
+    sizes = start_bytes + np.concatenate(([0], np.cumsum([step[1] for step in steps], dtype=np.int64)))
+    costs = start_cost + np.concatenate(([0.0], np.cumsum([step[2] for step in steps])))
+    return sizes.astype(np.int64), costs
+
+
+def _solve(options: list[Options], budget: int) -> list[int]:
+    """Index of the chosen option per layer."""
+    slack = 1e-9 * sum(float(cost[0]) for _, cost, _ in options)  # rounding must not drop the best choice
+    size, value = np.zeros(1, dtype=np.int64), np.zeros(1)
+    trail: list[tuple[np.ndarray, np.ndarray]] = []
+    for at, (nbytes, cost, _) in enumerate(options):
+        parents = np.repeat(np.arange(len(size)), len(nbytes))
+        choices = np.tile(np.arange(len(nbytes)), len(size))
+        size = size[parents] + nbytes[choices]
+        value = value[parents] + cost[choices]
+        corner_sizes, corner_costs = _relaxation(options[at + 1 :])
+        left = budget - size
+        feasible = left >= corner_sizes[0]
+        floor = np.searchsorted(corner_sizes, left, side="right") - 1
+        reachable = np.min((value + corner_costs[floor])[feasible])
+        bound = value + np.interp(left, corner_sizes, corner_costs)
+        alive = np.flatnonzero(feasible & (bound <= reachable + slack))
+        alive = alive[_pareto(size[alive], value[alive])]
+        size, value = size[alive], value[alive]
+        trail.append((parents[alive], choices[alive]))
+    state = int(np.argmin(value))  # sizes ascend, so the first of equal values is the smallest
+    chosen = []
+    for parents, choices in reversed(trail):
+        chosen.append(int(choices[state]))
+        state = int(parents[state])
+    return chosen[::-1]

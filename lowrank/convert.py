@@ -1,0 +1,147 @@
+"""Choose layers, check them, convert them in place, and bring the original ones back."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Literal, TypeVar
+
+from torch import nn
+
+from lowrank.errors import ConversionError, SettingError
+from lowrank.layers import FAMILIES, LowRankLayer, adopt, converted_layers, release
+from lowrank.methods import Method
+
+Kind = Literal["conv", "linear"]
+KINDS: dict[str, type[nn.Module]] = {"conv": nn.Conv2d, "linear": nn.Linear}
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def stock_type(layer: nn.Module) -> type[nn.Module]:
+    """The layer's class, of a converted layer the class that it had before."""
+    return layer.stock_class if isinstance(layer, LowRankLayer) else type(layer)
+
+
+def trailing_layers(model: nn.Module, count: int | Literal["all"], kind: Kind = "conv") -> list[str]:
+    """Names of the model's last layers of a kind, in the order in which the model registers them.
+
+    Args:
+        model: any module.
+        count: how many, from 1; or "all".
+        kind: "conv" for `nn.Conv2d`, "linear" for `nn.Linear`; subclasses are not meant.
+
+    Raises:
+        SettingError: unknown kind, or a count that the model does not have.
+    """
+    if kind not in KINDS:
+        raise SettingError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}")
+    names = [name for name, layer in model.named_modules() if stock_type(layer) is KINDS[kind]]
+    if count == "all":
+        count = len(names)
+    if not isinstance(count, int) or not 1 <= count <= len(names):
+        raise SettingError(
+            f"{count!r} trailing {kind} layers asked of {type(model).__name__}, which has {len(names)}; "
+            f"allowed: 1 to {len(names)}, or 'all'"
+        )
+    return names[-count:]
+
+
+def freeze_before(model: nn.Module, names: Iterable[str]) -> None:
+    """Set `requires_grad` to False for every parameter registered ahead of the first of the named layers.
+
+    What follows that layer, normalisation and classifier included, is left as it is.
+
+    Raises:
+        ConversionError: a name that the model does not have.
+    """
+    layers = {id(layer) for layer in named_layers(model, names).values()}
+    for module in model.modules():
+        if id(module) in layers:
+            return
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+
+
+def named_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules of these names.
+
+    Raises:
+        ConversionError: no name, or names that the model does not have.
+    """
+    if isinstance(names, str):
+        raise ConversionError(f"layers are given as the text {names!r}; give a list of names")
+    names = list(names)
+    if not names:
+        raise ConversionError("no layer is named; lowrank.trailing_layers(model, 2) gives the last two convolutions")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    problems = [_unknown(name, modules) for name in names if name not in modules]
+    _refuse(problems)
+    return {name: modules[name] for name in names}
+
+
+def convert(model: Model, names: Iterable[str], method: Method) -> Model:
+    """Make layers keep their inputs as `method` does, in place.
+
+    Everything is checked first, and nothing is changed if any layer cannot be converted. Parameters stay the same
+    objects. A layer that is converted already changes to the new method and loses the state of the old one.
+
+    Args:
+        model: any module.
+        names: names of `nn.Conv2d` and `nn.Linear` layers, as in `model.named_modules()`.
+        method: such as `lowrank.HOSVD(energy=0.8)`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ConversionError: lists every layer that cannot be converted, with the reason.
+    """
+    if not isinstance(method, Method):
+        raise ConversionError(f"method is {method!r}; give an instance of a method, such as lowrank.HOSVD(energy=0.8)")
+    layers = named_layers(model, names)
+    problems: list[str] = []
+    methods: dict[str, Method] = {}
+    for name, layer in layers.items():
+        reason = _reason_against(layer) or method.reason_against(layer)
+        if reason is None:
+            try:
+                methods[name] = method.for_layer(name)
+            except SettingError as error:
+                reason = str(error)
+        if reason is not None:
+            problems.append(f"layer {name!r} ({stock_type(layer).__name__}): {reason}")
+    _refuse(problems)
+    for name, layer in layers.items():
+        if isinstance(layer, LowRankLayer):
+            release(layer)
+        adopt(layer, methods[name], name)
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Give every converted layer its original class back, in place. Parameters keep their values."""
+    for layer in list(converted_layers(model)):
+        release(layer)
+    return model
+
+
+def _reason_against(layer: nn.Module) -> str | None:
+    kind = stock_type(layer)
+    if kind in FAMILIES:
+        return None
+    supported = ", ".join(f"nn.{family.__name__}" for family in FAMILIES)
+    base = next((family.__name__ for family in FAMILIES if isinstance(layer, family)), None)
+    if base is not None:
+        return f"is a subclass of nn.{base} that may compute something else; supported are {supported} themselves"
+    return f"this kind of layer is not supported; supported are {supported}"
+
+
+def _unknown(name: str, modules: dict[str, nn.Module]) -> str:
+    near = difflib.get_close_matches(name, modules, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see model.named_modules()"
+    return f"the model has no layer {name!r}; {hint}"
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ConversionError("; ".join(problems))

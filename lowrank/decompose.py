@@ -1,0 +1,194 @@
+"""Decompositions of an activation: pure functions from a tensor to its `Tucker` form.
+
+Sources: HOSVD, De Lathauwer et al. 2000; ASI, sec. 3 (one warm-started subspace iteration per mode); sequential
+truncation, Vannieuwenhoven et al. 2012.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import NonFiniteError, SettingError
+from lowrank.tucker import Tucker, memory_order, mode_correlation, mode_product
+
+Algorithm = Literal["sequential", "published"]
+ALGORITHMS: tuple[Algorithm, ...] = ("sequential", "published")
+
+
+def check_energy(energy: float) -> None:
+    """Raise `SettingError` unless 0 < energy <= 1."""
+    if not (isinstance(energy, int | float) and 0 < energy <= 1):
+        raise SettingError(f"energy is {energy!r}; allowed is a number above 0 and at most 1, such as 0.8")
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """One mode of a tensor: the energies of its left singular vectors, and the vectors.
+
+    Attributes:
+        energies: shape (k,), squared singular values, largest first; k is the smaller side of the unfolding.
+        vectors: shape (n, k), orthonormal columns in the same order.
+        longest: the larger side of the unfolding; sets how small a singular value counts as zero.
+    """
+
+    energies: Tensor
+    vectors: Tensor
+    longest: int
+
+    def rank(self, energy: float) -> int:
+        """Smallest number of vectors that hold the share `energy` of the total; 1 for an all-zero tensor.
+
+        At energy 1 this is the numerical rank. Shares closer than rounding error count as reached, so a tie (equal
+        singular values whose share is exactly `energy`) is decided as exact arithmetic would decide it.
+        """
+        values = self.energies.double()
+        epsilon = torch.finfo(self.energies.dtype).eps
+        if energy >= 1:
+            smallest = (self.longest * epsilon) ** 2 * values[0]
+            return max(1, int((values > smallest).sum()))
+        target = energy * values.sum() * (1 - 16 * epsilon)
+        return min(int((values.cumsum(0) < target).sum()) + 1, len(values))
+
+
+def spectrum(x: Tensor, mode: int, exact: bool = False) -> Spectrum:
+    """Left singular vectors of the mode-`mode` unfolding, by the eigen-decomposition of its smaller Gram matrix.
+
+    Args:
+        x: real tensor of any shape, float32 or float64.
+        mode: which unfolding.
+        exact: use a full SVD of the unfolding instead. Needed where singular values below the square root of the
+            rounding error matter, that is at energy 1; much slower.
+
+    Raises:
+        NonFiniteError: `x` holds NaN or infinite values.
+    """
+    n = x.shape[mode]
+    width = x.numel() // n
+    if exact:
+        _require_finite(x.sum())
+        vectors, values, _ = torch.linalg.svd(x.movedim(mode, 0).reshape(n, width), full_matrices=False)
+        return Spectrum(values.square(), vectors, max(n, width))
+    if n <= width:
+        gram = mode_correlation(x, x, mode)
+        _require_finite(gram.diagonal().sum())
+        values, vectors = torch.linalg.eigh(gram)
+        return Spectrum(values.flip(0).clamp_min(0), vectors.flip(1), width)
+    unfolding = x.movedim(mode, 0).reshape(n, width)
+    gram = unfolding.mT @ unfolding
+    _require_finite(gram.diagonal().sum())
+    values, right = torch.linalg.eigh(gram)
+    # The columns of unfolding @ right are orthogonal already; QR scales them, and completes those that are zero.
+    vectors, _ = torch.linalg.qr(unfolding @ right.flip(1))
+    return Spectrum(values.flip(0).clamp_min(0), vectors, n)
+
+
+def _require_finite(total: Tensor) -> None:
+    if not math.isfinite(total.item()):
+        raise NonFiniteError("the activation has NaN or infinite values, so it cannot be decomposed")
+
+
+def spectra(x: Tensor, exact: bool = False) -> list[Spectrum]:
+    """One `Spectrum` per mode, each of the full tensor."""
+    return [spectrum(x, mode, exact) for mode in range(x.ndim)]
+
+
+def leading(mode: Spectrum, rank: int) -> Tensor | None:
+    """The first `rank` vectors of a mode, shape (n, rank); None, the identity, where that is all of the mode."""
+    return None if rank >= mode.vectors.shape[0] else mode.vectors[:, :rank].contiguous()
+
+
+def project(x: Tensor, vectors: Sequence[Tensor | None]) -> Tucker:
+    """Project `x` on orthonormal columns per mode (None: leave the mode as it is), the largest shrink first."""
+    core = x
+    shrink = [1.0 if u is None else u.shape[1] / u.shape[0] for u in vectors]
+    for mode in sorted(range(x.ndim), key=shrink.__getitem__):
+        u = vectors[mode]
+        if u is not None:
+            core = mode_product(core, u.mT, mode)
+    return Tucker(core, tuple(vectors))
+
+
+def hosvd(x: Tensor, energy: float) -> Tucker:
+    """Truncated higher-order SVD: every mode cut at `energy`, all decompositions of the full tensor.
+
+    Args:
+        x: real tensor; halves are computed in float32.
+        energy: share of squared singular values that each mode keeps, 0 < energy <= 1.
+
+    Returns:
+        `Tucker` in `x.dtype`, ranks at least 1 and at most the dimension.
+
+    Raises:
+        SettingError: energy out of range.
+        NonFiniteError: `x` holds NaN or infinite values.
+    """
+    check_energy(energy)
+    wide = _widen(x)
+    modes = spectra(wide, exact=energy >= 1)
+    return project(wide, [leading(mode, mode.rank(energy)) for mode in modes]).to(x.dtype)
+
+
+def svd(x: Tensor, energy: float) -> Tucker:
+    """Truncated SVD of the batch-mode unfolding, as a `Tucker` whose other factors are the identity.
+
+    Arguments, result and errors as in `hosvd`. Stores K (B + C H W) numbers for a (B, C, H, W) tensor.
+    """
+    check_energy(energy)
+    wide = _widen(x)
+    batch = spectrum(wide, 0, exact=energy >= 1)
+    return project(wide, [leading(batch, batch.rank(energy))] + [None] * (x.ndim - 1)).to(x.dtype)
+
+
+def subspace_iteration(
+    x: Tensor, starts: Sequence[Tensor | None], algorithm: Algorithm = "sequential"
+) -> tuple[Tucker, list[Tensor | None]]:
+    """One subspace iteration per mode, from a given start.
+
+    Args:
+        x: real tensor; halves are computed in float32.
+        starts: per mode a matrix (n_m, r_m) with r_m <= n_m, float32 or float64: the basis of the step before, or a
+            random one. None leaves the mode as it is.
+        algorithm: `published` iterates each mode on the full tensor (ASI, sec. 3.2); `sequential` iterates each mode
+            on the tensor that the modes before it have already truncated, the largest shrink first.
+
+    Returns:
+        The `Tucker` form in `x.dtype`, and the bases in the starts' dtype, to start from in the next step.
+    """
+    order = memory_order(x)
+    if order is not None and order != list(range(x.ndim)):
+        tucker, bases = subspace_iteration(x.permute(order), [starts[mode] for mode in order], algorithm)
+        back = [order.index(mode) for mode in range(x.ndim)]
+        core = tucker.core.permute(back).contiguous()
+        return Tucker(core, tuple(tucker.factors[mode] for mode in back)), [bases[mode] for mode in back]
+
+    wide = _widen(x).contiguous()
+    bases = list(starts)
+    shrink = [1.0 if u is None else u.shape[1] / u.shape[0] for u in starts]
+    core = wide
+    for mode in sorted(range(x.ndim), key=shrink.__getitem__):
+        start = starts[mode]
+        if start is None:
+            continue
+        source = wide if algorithm == "published" else core
+        basis = _iterate(source, start, mode)
+        bases[mode] = basis
+        core = mode_product(core, basis.mT, mode)
+    return Tucker(core, tuple(bases)).to(x.dtype), bases
+
+
+def _iterate(x: Tensor, start: Tensor, mode: int) -> Tensor:
+    """orth(X X^T start) for the unfolding X of `mode`."""
+    # A step that met NaN leaves a basis of NaN; from zeros QR gives unit vectors, and the iteration recovers.
+    start = torch.nan_to_num(start, 0.0, 0.0, 0.0)
+    image = mode_correlation(x, mode_product(x, start.mT, mode), mode)
+    return torch.linalg.qr(image)[0]
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,0 +1,25 @@
+"""One exception type per kind of mistake, all from one base class."""
+
+
+class LowRankError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class SettingError(LowRankError, ValueError):
+    """A method, an energy, a rank or a patch size outside of what is allowed."""
+
+
+class ConversionError(LowRankError, ValueError):
+    """A layer that cannot be converted; the model is unchanged when this is raised."""
+
+
+class NonFiniteError(LowRankError, ArithmeticError):
+    """NaN or infinite values where a decomposition or a measurement needs finite ones."""
+
+
+class TableError(LowRankError, ValueError):
+    """A perplexity table that is damaged, foreign, or does not fit the model."""
+
+
+class BudgetError(LowRankError, ValueError):
+    """A memory budget that no choice of ranks can meet."""

@@ -1,0 +1,383 @@
+"""The methods: one frozen dataclass each. It says what is kept of a layer's input and how gradients come from that.
+
+To add a method, subclass `Method` here: `compress` and `weight_gradient` are all it needs, `cost` to be accounted for.
+"""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank import costs
+from lowrank.costs import LayerCost
+from lowrank.decompose import (
+    ALGORITHMS,
+    Algorithm,
+    check_energy,
+    hosvd,
+    subspace_iteration,
+    svd,
+)
+from lowrank.errors import SettingError
+from lowrank.geometry import ConvGeometry, Geometry, Shape
+from lowrank.gradients import plan_gradient, weight_gradient
+from lowrank.tucker import Tucker
+
+Tensors = tuple[Tensor | None, ...]
+
+
+class Method(ABC):
+    """How a layer keeps its input for the backward pass.
+
+    The defaults keep the forward pass and the gradient with respect to the input exact.
+    """
+
+    @property
+    @abstractmethod
+    def tag(self) -> str:
+        """Short name with the setting that matters, fit for a folder and a table row."""
+
+    def for_layer(self, name: str) -> Method:
+        """The method as the layer `name` uses it."""
+        return self
+
+    def reason_against(self, layer: nn.Module) -> str | None:
+        """Why `layer` cannot be converted with this method, or None."""
+        return None
+
+    @abstractmethod
+    def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
+        """What to keep of an input.
+
+        Args:
+            x: the input, (B, C, H, W) or (B, ..., I), without a graph.
+            geometry: the layer.
+            state: what the method returned as state at the step before; empty at first.
+            name: the layer's name.
+
+        Returns:
+            The tensors to keep for the backward pass, and the state for the next step.
+        """
+
+    @abstractmethod
+    def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
+        """Weight gradient from the kept tensors and the output gradient; `shape` is the input's."""
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
+        """Gradient with respect to the input, shape `shape`."""
+        return geometry.input_gradient(grad, weight, shape)
+
+    @abstractmethod
+    def cost(self, x: Tensor, geometry: Geometry, out_channels: int, input_gradient: bool) -> LayerCost:
+        """Cost of one training step for the input `x`; only methods with data-dependent ranks read its values."""
+
+
+def _exact_flops(geometry: Geometry, shape: Shape, out_channels: int, input_gradient: bool) -> int:
+    """Forward and, if needed, input gradient."""
+    return 2 * geometry.macs(shape, out_channels) * (2 if input_gradient else 1)
+
+
+@dataclass(frozen=True)
+class Vanilla(Method):
+    """Keep the input as it is: ordinary training."""
+
+    @property
+    def tag(self) -> str:
+        return "vanilla"
+
+    def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
+        return (x,), ()
+
+    def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
+        (x,) = kept
+        assert x is not None
+        return geometry.weight_gradient(x, grad)
+
+    def cost(self, x: Tensor, geometry: Geometry, out_channels: int, input_gradient: bool) -> LayerCost:
+        shape = tuple(x.shape)
+        return LayerCost(
+            activation_bytes=x.numel() * x.element_size(),
+            flops_paper=costs.paper_forward(geometry, shape, out_channels)
+            + costs.paper_weight_gradient(geometry, shape, out_channels),
+            flops=_exact_flops(geometry, shape, out_channels, input_gradient) + 2 * geometry.macs(shape, out_channels),
+        )
+
+
+class _TuckerMethod(Method):
+    """Shared by the methods that keep a Tucker form."""
+
+    def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
+        core, *factors = kept
+        assert core is not None
+        return weight_gradient(Tucker(core, tuple(factors)).to(grad.dtype), grad, geometry)
+
+    def _gradient_flops(self, geometry: Geometry, shape: Shape, ranks: Shape, out_channels: int) -> int:
+        factored = tuple(rank < size for rank, size in zip(ranks, shape, strict=True))
+        return 2 * plan_gradient(geometry, shape, ranks, factored, out_channels).macs
+
+
+@dataclass(frozen=True)
+class SVD(_TuckerMethod):
+    """Truncated SVD of the batch-mode unfolding, anew at every step (AMC, NeurIPS 2024, baseline SVD_eps).
+
+    Args:
+        energy: share of the squared singular values that is kept, above 0 and at most 1. More: a closer weight
+            gradient and more memory.
+    """
+
+    energy: float
+
+    def __post_init__(self) -> None:
+        check_energy(self.energy)
+
+    @property
+    def tag(self) -> str:
+        return f"svd_{self.energy:g}"
+
+    def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
+        tucker = svd(x, self.energy)
+        return (tucker.core, *tucker.factors), ()
+
+    def cost(self, x: Tensor, geometry: Geometry, out_channels: int, input_gradient: bool) -> LayerCost:
+        shape = tuple(x.shape)
+        ranks = svd(x, self.energy).ranks
+        return LayerCost(
+            activation_bytes=ranks[0] * (shape[0] + prod(shape[1:])) * x.element_size(),
+            # The published baseline rebuilds the input in full, so its weight gradient costs the exact one's.
+            flops_paper=costs.paper_forward(geometry, shape, out_channels)
+            + costs.paper_svd(geometry, shape, (0,))
+            + costs.paper_weight_gradient(geometry, shape, out_channels),
+            flops=_exact_flops(geometry, shape, out_channels, input_gradient)
+            + costs.gram_svd_flops(shape, ranks, (0,))
+            + self._gradient_flops(geometry, shape, ranks, out_channels),
+        )
+
+
+@dataclass(frozen=True)
+class HOSVD(_TuckerMethod):
+    """Truncated higher-order SVD, anew at every step (AMC, NeurIPS 2024).
+
+    Args:
+        energy: share of the squared singular values that each mode keeps, above 0 and at most 1. More: a closer
+            weight gradient and more memory. The papers use 0.8.
+    """
+
+    energy: float
+
+    def __post_init__(self) -> None:
+        check_energy(self.energy)
+
+    @property
+    def tag(self) -> str:
+        return f"hosvd_{self.energy:g}"
+
+    def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
+        tucker = hosvd(x, self.energy)
+        return (tucker.core, *tucker.factors), ()
+
+    def cost(self, x: Tensor, geometry: Geometry, out_channels: int, input_gradient: bool) -> LayerCost:
+        shape, modes = tuple(x.shape), range(x.ndim)
+        ranks = hosvd(x, self.energy).ranks
+        return LayerCost(
+            activation_bytes=costs.tucker_numel(shape, ranks) * x.element_size(),
+            flops_paper=costs.paper_forward(geometry, shape, out_channels)
+            + costs.paper_svd(geometry, shape, modes)
+            + costs.paper_tucker_gradient(geometry, shape, ranks, out_channels),
+            flops=_exact_flops(geometry, shape, out_channels, input_gradient)
+            + costs.gram_svd_flops(shape, ranks, modes)
+            + self._gradient_flops(geometry, shape, ranks, out_channels),
+        )
+
+
+@dataclass(frozen=True)
+class ASI(_TuckerMethod):
+    """Activation Subspace Iteration: fixed ranks, one warm-started subspace iteration per mode and step (ICML 2025).
+
+    Args:
+        ranks: one rank per mode in the order of the input's shape, such as [8, 16, 3, 3] for (B, C, H, W); one number
+            for every mode; or, per layer name, one of these: a mapping, or the result of `select_ranks`. A rank above
+            its dimension is cut to it. Higher: a closer weight gradient, more memory and time.
+        algorithm: "sequential" iterates each mode on the tensor already truncated in the modes before it (faster);
+            "published" iterates each mode on the full tensor.
+        warm_start: start each step from the basis of the step before; otherwise from the same random one every time.
+        seed: seed of the first, random basis. The global random state is neither read nor changed.
+    """
+
+    ranks: Any
+    algorithm: Algorithm = "sequential"
+    warm_start: bool = True
+    seed: int = 233
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise SettingError(f"ASI algorithm is {self.algorithm!r}; allowed: {', '.join(ALGORITHMS)}")
+        per_layer = getattr(self.ranks, "ranks", self.ranks)
+        for ranks in per_layer.values() if isinstance(per_layer, Mapping) else (per_layer,):
+            _check_ranks(ranks)
+
+    @property
+    def tag(self) -> str:
+        variant = "" if self.algorithm == "sequential" else f"_{self.algorithm}"
+        return f"asi{variant}{'' if self.warm_start else '_cold'}"
+
+    def for_layer(self, name: str) -> ASI:
+        per_layer = getattr(self.ranks, "ranks", self.ranks)
+        if not isinstance(per_layer, Mapping):
+            return self
+        if name not in per_layer:
+            raise SettingError(f"the ranks name no layer {name!r}; they name {', '.join(per_layer) or 'none'}")
+        return replace(self, ranks=per_layer[name])
+
+    def ranks_for(self, shape: Sequence[int]) -> Shape:
+        """The ranks for an input of this shape, each at most its dimension."""
+        if isinstance(self.ranks, int):
+            return tuple(min(self.ranks, size) for size in shape)
+        if len(self.ranks) != len(shape):
+            raise SettingError(
+                f"{len(self.ranks)} ranks for an input with {len(shape)} modes {tuple(shape)}; give one per mode"
+            )
+        return tuple(min(rank, size) for rank, size in zip(self.ranks, shape, strict=True))
+
+    def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
+        state = state or (None,) * x.ndim
+        starts = [self._start(x, mode, rank, state[mode], name) for mode, rank in enumerate(self.ranks_for(x.shape))]
+        tucker, bases = subspace_iteration(x, starts, self.algorithm)
+        kept = (tucker.core, *tucker.factors)
+        if not self.warm_start:
+            return kept, ()
+        # A smaller batch, such as an epoch's last, leaves the batch basis of the full one in place.
+        if state[0] is not None and state[0].shape[0] > x.shape[0]:
+            bases[0] = state[0]
+        return kept, tuple(bases)
+
+    def _start(self, x: Tensor, mode: int, rank: int, stored: Tensor | None, name: str) -> Tensor | None:
+        size = x.shape[mode]
+        if rank >= size:
+            return None
+        if stored is not None and stored.shape[1] == rank:
+            # Samples change from step to step, so any rows of the batch basis serve a smaller batch as well.
+            if stored.shape[0] == size or (mode == 0 and stored.shape[0] > size):
+                return stored[:size]
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}/{mode}".encode()))
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return torch.randn(size, rank, generator=generator, dtype=dtype).to(x.device)
+
+    def cost(self, x: Tensor, geometry: Geometry, out_channels: int, input_gradient: bool) -> LayerCost:
+        shape = tuple(x.shape)
+        ranks = self.ranks_for(shape)
+        return LayerCost(
+            activation_bytes=costs.tucker_numel(shape, ranks) * x.element_size(),
+            flops_paper=costs.paper_forward(geometry, shape, out_channels)
+            + costs.paper_subspace(shape, ranks)
+            + costs.paper_tucker_gradient(geometry, shape, ranks, out_channels),
+            flops=_exact_flops(geometry, shape, out_channels, input_gradient)
+            + costs.subspace_flops(shape, ranks, self.algorithm == "sequential")
+            + self._gradient_flops(geometry, shape, ranks, out_channels),
+        )
+
+
+def _check_ranks(ranks: Any) -> None:
+    sequence = [ranks] if isinstance(ranks, int) else ranks
+    valid = isinstance(sequence, Sequence) and not isinstance(sequence, str) and len(sequence) > 0
+    if not valid or not all(isinstance(rank, int) and rank >= 1 for rank in sequence):
+        raise SettingError(f"ranks are {ranks!r}; allowed are whole numbers from 1, one per mode or one for all")
+
+
+@dataclass(frozen=True)
+class GradientFilter(Method):
+    """Keep sums over square patches; both gradients are approximated (Yang et al., CVPR 2023). Convolutions only.
+
+    The output gradient is taken as constant on each patch and the kernel as its spatial sum. The patch of the input that
+    belongs to a patch of outputs is centred on them and, for a stride s, s times as wide.
+
+    Args:
+        patch: side of a patch in output pixels, at least 1; R2, R4 and R7 in the paper. Larger: less memory, a
+            coarser gradient.
+    """
+
+    patch: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.patch, int) or self.patch < 1:
+            raise SettingError(f"patch is {self.patch!r}; allowed is a whole number from 1, such as 2")
+
+    @property
+    def tag(self) -> str:
+        return f"gradient_filter_r{self.patch}"
+
+    def reason_against(self, layer: nn.Module) -> str | None:
+        if isinstance(layer, nn.Conv2d):
+            return None
+        return "the gradient filter pools over space, which only a convolution has"
+
+    def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
+        assert isinstance(geometry, ConvGeometry)
+        patch = (self.patch * geometry.stride[0], self.patch * geometry.stride[1])
+        aligned = F.pad(x, self._alignment(geometry, tuple(x.shape)))
+        sums = F.avg_pool2d(aligned, patch, ceil_mode=True, divisor_override=1)
+        return (sums / prod(geometry.stride),), ()
+
+    @staticmethod
+    def _alignment(geometry: ConvGeometry, shape: Shape) -> tuple[int, int, int, int]:
+        """Rows and columns to add (or, if negative, to cut) so that output (i, j) is centred on input (i s, j s)."""
+        _, _, rows, columns = geometry.output_shape(shape, 1)
+        pads: list[int] = []
+        for axis, outputs in ((1, columns), (0, rows)):
+            reach = geometry.dilation[axis] * (geometry.kernel[axis] - 1)
+            before = geometry.padding[2 * axis] - reach // 2
+            after = outputs * geometry.stride[axis] - shape[2 + axis] - before
+            pads += [before, after]
+        return pads[0], pads[1], pads[2], pads[3]
+
+    def _pool(self, grad: Tensor) -> Tensor:
+        return F.avg_pool2d(grad, self.patch, ceil_mode=True, count_include_pad=False)
+
+    def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
+        assert isinstance(geometry, ConvGeometry)
+        (sums,) = kept
+        assert sums is not None
+        pointwise = replace(geometry, kernel=(1, 1), stride=(1, 1), dilation=(1, 1), padding=(0, 0, 0, 0))
+        return pointwise.weight_gradient(sums, self._pool(grad)).expand(-1, -1, *geometry.kernel).contiguous()
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
+        assert isinstance(geometry, ConvGeometry)
+        kernel_sum = weight.sum((2, 3), keepdim=True) / prod(geometry.stride)
+        coarse = F.conv_transpose2d(self._pool(grad), kernel_sum, groups=geometry.groups)
+        for axis in (0, 1):
+            outputs, stride = grad.shape[2 + axis], geometry.stride[axis]
+            coarse = coarse.repeat_interleave(self.patch * stride, dim=2 + axis)
+            coarse = coarse.narrow(2 + axis, 0, outputs * stride)
+        left, right, top, bottom = self._alignment(geometry, shape)
+        return F.pad(coarse, (-left, -right, -top, -bottom))
+
+    def cost(self, x: Tensor, geometry: Geometry, out_channels: int, input_gradient: bool) -> LayerCost:
+        assert isinstance(geometry, ConvGeometry)
+        shape = tuple(x.shape)
+        batch, channels, height, width = shape
+        _, _, rows, columns = geometry.output_shape(shape, out_channels)
+        patches = -(-rows // self.patch) * -(-columns // self.patch)
+        square = self.patch**2
+        paper_pass = costs.paper_forward(geometry, shape, out_channels)
+        small_gradient = 2 * batch * out_channels * (channels // geometry.groups) * patches
+        return LayerCost(
+            activation_bytes=batch * channels * patches * x.element_size(),
+            flops_paper=round(
+                2 * paper_pass  # the released count charges the backward pass like a full forward pass
+                + height * width / square * (square - 1) * channels * batch
+                + 2 * batch * out_channels * rows * columns / square
+                + out_channels * channels * (prod(geometry.kernel) - 1)
+            ),
+            flops=2 * geometry.macs(shape, out_channels)
+            + x.numel()
+            + batch * out_channels * rows * columns
+            + small_gradient * (2 if input_gradient else 1)
+            + (out_channels * channels // geometry.groups * prod(geometry.kernel) if input_gradient else 0),
+        )
