@@ -11,13 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from experiment.errors import ExperimentError
 from experiment.files import write_whole
-from experiment.record import RESULT, Record
 
-CONFIG = "config.yaml"
+CONFIG, IDENTITY = "config.yaml", "identity.json"
 
 
 class Status(enum.Enum):
@@ -28,44 +25,24 @@ class Status(enum.Enum):
     DONE = "done"
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
-    """A short fingerprint of a resolved config."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
 class RunFolder:
     """One run's folder.
 
     Args:
         path: the folder; need not exist.
-        config: the resolved config of the run that is asked for, without what has no influence on its result.
+        identity: everything that has an influence on the run's result. Two runs of one identity are the same run.
+        result: name of the file that a finished run leaves.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        self.path, self.config = path, config
+    def __init__(self, path: Path, identity: Mapping[str, Any], result: str) -> None:
+        self.path, self.result = path, path / result
+        self.identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
         self.checkpoints = path / "checkpoints"
 
     @property
-    def config_hash(self) -> str:
-        """Fingerprint of the config that is asked for."""
-        return config_hash(self.config)
-
-    def status(self) -> Status:
-        """What the folder holds of this very run.
-
-        Raises:
-            ExperimentError: it holds a run of other settings, or a damaged record.
-        """
-        stored = self._stored_config()
-        if stored is not None and config_hash(stored) != self.config_hash:
-            raise ExperimentError(
-                f"{self.path} holds a run with other settings ({_difference(stored, self.config)}); "
-                f"delete it or give another runs folder"
-            )
-        if (self.path / RESULT).exists():
-            Record.load(self.path / RESULT)
-            return Status.DONE
-        return Status.INTERRUPTED if self.last_checkpoint is not None else Status.NEW
+    def identity_hash(self) -> str:
+        """A short hash of the identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -73,19 +50,38 @@ class RunFolder:
         path = self.checkpoints / "last.ckpt"
         return path if path.exists() else None
 
-    def _stored_config(self) -> dict[str, Any] | None:
-        path = self.path / CONFIG
+    def status(self) -> Status:
+        """What the folder holds of this very run.
+
+        Raises:
+            ExperimentError: it holds a run of another identity.
+        """
+        stored = self._stored_identity()
+        if stored is not None and stored != self.identity:
+            raise ExperimentError(
+                f"{self.path} holds a run with other settings ({_difference(stored, self.identity)}); delete that "
+                f"folder or give another --runs_dir"
+            )
+        if self.result.exists():
+            return Status.DONE
+        return Status.INTERRUPTED if self.last_checkpoint is not None else Status.NEW
+
+    def _stored_identity(self) -> dict[str, Any] | None:
+        path = self.path / IDENTITY
         if not path.exists():
             return None
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise ExperimentError(f"{path} cannot be read ({error}); delete {self.path}") from None
         return content if isinstance(content, dict) else {}
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Make the folder, write the config, and hold the folder's lock.
+    def locked(self, config: str) -> Iterator[None]:
+        """Make the folder, hold its lock, and write the config beside the identity.
+
+        Args:
+            config: the resolved config as YAML, from which the run can be started again.
 
         Raises:
             ExperimentError: the folder cannot be written, or another process is at work in it.
@@ -95,14 +91,15 @@ class RunFolder:
             lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise ExperimentError(
-                f"the run folder {self.path} cannot be written ({error.strerror}); give another runs folder"
+                f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs_dir"
             ) from None
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ExperimentError(f"another process is at work in {self.path}; wait for it or stop it") from None
-            write_whole(self.path / CONFIG, yaml.safe_dump(dict(self.config), sort_keys=True))
+            write_whole(self.path / CONFIG, config)
+            write_whole(self.path / IDENTITY, json.dumps(self.identity, indent=1, sort_keys=True) + "\n")
             yield
 
 
@@ -119,5 +116,5 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     there, here = _flat(stored), _flat(asked)
     keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    shown = [f"{key}: {there.get(key)!r} there, {here.get(key)!r} asked" for key in keys[:3]]
+    shown = [f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in keys[:3]]
     return "; ".join(shown) + (f"; and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -14,14 +14,21 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "numpy", "lowrank")
 CODE = ("lowrank", "experiment", "classification", "segmentation")
 
 
-def provenance(config_hash: str, data_fingerprint: str) -> dict[str, Any]:
-    """The provenance of a run on this machine, by this code."""
+def provenance(config_hash: str, data_fingerprint: str, allocator: str) -> dict[str, Any]:
+    """The provenance of a run on this machine, by this code.
+
+    Args:
+        config_hash: hash of the run's identity.
+        data_fingerprint: hash of its data.
+        allocator: what `experiment.allocator.keep_freed_memory` returned.
+    """
     return {
         "config_hash": config_hash,
         "code_version": code_version(Path(__file__).parent.parent),
         "data_fingerprint": data_fingerprint,
         "packages": {name: _version(name) for name in PACKAGES},
         "hardware": hardware(),
+        "allocator": allocator,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +38,15 @@ class Run:
     method: str
     layers: int | str
     seed: int
+
+    def __post_init__(self) -> None:
+        names = (self.task, self.setup, self.model, self.dataset, self.method)
+        if not all(isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name) for name in names):
+            raise ValueError(f"a run's names are letters, digits and . _ + - only, not {names}")
+        if self.layers != "all" and not (type(self.layers) is int and self.layers > 0):
+            raise ValueError(f"a run's layers are a whole number from 1 or 'all', not {self.layers!r}")
+        if type(self.seed) is not int:
+            raise ValueError(f"a run's seed is a whole number, not {self.seed!r}")
 
     def folder(self, root: Path) -> Path:
         """The run's folder below `root`."""
@@ -85,8 +95,8 @@ class Record:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if content["schema"] != SCHEMA:
-                raise ValueError(f"schema {content['schema']}, not {SCHEMA}")
+            if content["schema"] != SCHEMA or content["status"] != "done":
+                raise ValueError(f"schema {content['schema']} and status {content['status']!r}")
             parts = {key: _finite(content[key], key) for key in ("accuracy", "memory_bytes", "flops", "time_s")}
             return cls(run=Run(**content["run"]), provenance=content["provenance"], **parts)
         except OSError as error:
@@ -95,7 +105,9 @@ class Record:
             raise ExperimentError(f"{path} is not a run's record ({error}); delete it and run again") from None
 
 
-def _finite(values: dict[str, float], key: str) -> dict[str, Any]:
+def _finite(values: Any, key: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{key} is {values!r}")
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{key}.{name} is {value!r}")

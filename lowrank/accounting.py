@@ -80,7 +80,7 @@ def account(
         return hook
 
     # Forward in grad mode tells which inputs need a gradient; what autograd would keep for a backward pass is dropped.
-    dropped = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda _: None)
+    dropped = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.new_empty(0), lambda empty: empty)
     with preserved(model), torch.enable_grad(), dropped:
         handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
         try:
@@ -96,10 +96,11 @@ def account(
 
 @torch.no_grad()
 def _layer_cost(layer: nn.Module, x: Tensor) -> LayerCost:
-    geometry: Geometry = FAMILIES[stock_type(layer)].geometry_of(layer)
+    family = FAMILIES[stock_type(layer)]
+    geometry: Geometry = family.geometry_of(layer)
     method: Method = layer.method if isinstance(layer, LowRankLayer) else Vanilla()
     needs_input_gradient = x.requires_grad
-    x = x.detach()
+    x = family.batched(x.detach())
     weight = layer.weight
     assert isinstance(weight, Tensor)
     out_channels = weight.shape[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowrank.errors import BudgetError
+from lowrank.errors import BudgetError, TableError
 from lowrank.perplexity import LayerPerplexity, PerplexityTable
 
 
@@ -42,9 +42,12 @@ def select_ranks(table: PerplexityTable, budget_bytes: float, names: Iterable[st
 
     Raises:
         BudgetError: the budget is below the least that the layers need; states that least.
-        TableError: a name that the table does not have.
+        TableError: a name that the table does not have, or a perplexity that is not finite.
     """
     layers = table.layers if names is None else table.only(names).layers
+    for layer in layers:
+        if not np.isfinite(layer.perplexity).all():
+            raise TableError(f"the perplexity of layer {layer.name!r} is not finite; measure it again")
     options = [_undominated(layer) for layer in layers]
     least = sum(int(nbytes[0]) for nbytes, _, _ in options)
     if not budget_bytes >= least:

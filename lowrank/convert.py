@@ -54,12 +54,14 @@ def freeze_before(model: nn.Module, names: Iterable[str]) -> None:
     Raises:
         ConversionError: a name that the model does not have.
     """
-    layers = {id(layer) for layer in named_layers(model, names).values()}
+    layers = list(named_layers(model, names).values())
+    own = {id(parameter) for layer in layers for parameter in layer.parameters()}  # may be tied to an earlier module
     for module in model.modules():
-        if id(module) in layers:
+        if any(module is layer for layer in layers):
             return
         for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(False)
+            if id(parameter) not in own:
+                parameter.requires_grad_(False)
 
 
 def named_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:

@@ -1,9 +1,10 @@
 """Counts by formula: what the papers count, and the corrected counts.
 
 Functions named `paper_*` reproduce the papers' released formulas so that published columns can be matched, with their
-conventions: a convolution counts one per multiply-add and ignores `groups`; its forward pass counts input positions; the
-gradient with respect to the input is never counted; a linear layer counts two per multiply-add in the exact passes and
-one in the low-rank ones. The others count floating-point operations, two per multiply-add, of what is executed here.
+conventions: a convolution counts one per multiply-add and ignores `groups`; its forward pass counts input positions;
+the gradient with respect to the input is never counted; a linear layer counts two per multiply-add in the exact
+passes and one in the low-rank ones. The others count floating-point operations, two per multiply-add, of what is
+executed here.
 """
 
 from __future__ import annotations

@@ -77,20 +77,32 @@ def spectrum(x: Tensor, mode: int, exact: bool = False) -> Spectrum:
     if n <= width:
         gram = mode_correlation(x, x, mode)
         _require_finite(gram.diagonal().sum())
-        values, vectors = torch.linalg.eigh(gram)
-        return Spectrum(values.flip(0).clamp_min(0), vectors.flip(1), width)
+        values, vectors = _eigenvectors(gram)
+        return Spectrum(values, vectors, width)
     unfolding = x.movedim(mode, 0).reshape(n, width)
     gram = unfolding.mT @ unfolding
     _require_finite(gram.diagonal().sum())
-    values, right = torch.linalg.eigh(gram)
+    values, right = _eigenvectors(gram)
     # The columns of unfolding @ right are orthogonal already; QR scales them, and completes those that are zero.
-    vectors, _ = torch.linalg.qr(unfolding @ right.flip(1))
-    return Spectrum(values.flip(0).clamp_min(0), vectors, n)
+    vectors, _ = torch.linalg.qr(unfolding @ right)
+    return Spectrum(values, vectors, n)
+
+
+def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, largest first and not below zero, and eigenvectors of a Gram matrix."""
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:
+        # In single precision LAPACK can fail to converge on the clustered tiny eigenvalues of real activations.
+        values, vectors = torch.linalg.eigh(gram.double())
+    return values.flip(0).clamp_min(0).to(gram.dtype), vectors.flip(1).to(gram.dtype)
 
 
 def _require_finite(total: Tensor) -> None:
     if not math.isfinite(total.item()):
-        raise NonFiniteError("the activation has NaN or infinite values, so it cannot be decomposed")
+        raise NonFiniteError(
+            "the activation has NaN or infinite values (or too large ones), so it cannot be decomposed"
+        )
 
 
 def spectra(x: Tensor, exact: bool = False) -> list[Spectrum]:
@@ -100,7 +112,10 @@ def spectra(x: Tensor, exact: bool = False) -> list[Spectrum]:
 
 def leading(mode: Spectrum, rank: int) -> Tensor | None:
     """The first `rank` vectors of a mode, shape (n, rank); None, the identity, where that is all of the mode."""
-    return None if rank >= mode.vectors.shape[0] else mode.vectors[:, :rank].contiguous()
+    if rank >= mode.vectors.shape[0]:
+        return None
+    # A copy, not a view: what is kept for the backward pass must not hold on to all the other vectors.
+    return mode.vectors[:, :rank].clone(memory_format=torch.contiguous_format)
 
 
 def project(x: Tensor, vectors: Sequence[Tensor | None]) -> Tucker:
@@ -160,14 +175,9 @@ def subspace_iteration(
     Returns:
         The `Tucker` form in `x.dtype`, and the bases in the starts' dtype, to start from in the next step.
     """
-    order = memory_order(x)
-    if order is not None and order != list(range(x.ndim)):
-        tucker, bases = subspace_iteration(x.permute(order), [starts[mode] for mode in order], algorithm)
-        back = [order.index(mode) for mode in range(x.ndim)]
-        core = tucker.core.permute(back).contiguous()
-        return Tucker(core, tuple(tucker.factors[mode] for mode in back)), [bases[mode] for mode in back]
-
-    wide = _widen(x).contiguous()
+    order = memory_order(x) or list(range(x.ndim))
+    place = [order.index(mode) for mode in range(x.ndim)]  # where each mode lies in memory
+    wide = _widen(x).permute(order).contiguous()
     bases = list(starts)
     shrink = [1.0 if u is None else u.shape[1] / u.shape[0] for u in starts]
     core = wide
@@ -175,17 +185,16 @@ def subspace_iteration(
         start = starts[mode]
         if start is None:
             continue
-        source = wide if algorithm == "published" else core
-        basis = _iterate(source, start, mode)
+        basis = _iterate(wide if algorithm == "published" else core, start, place[mode])
         bases[mode] = basis
-        core = mode_product(core, basis.mT, mode)
-    return Tucker(core, tuple(bases)).to(x.dtype), bases
+        core = mode_product(core, basis.mT, place[mode])
+    return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
 
 
 def _iterate(x: Tensor, start: Tensor, mode: int) -> Tensor:
     """orth(X X^T start) for the unfolding X of `mode`."""
     # A step that met NaN leaves a basis of NaN; from zeros QR gives unit vectors, and the iteration recovers.
-    start = torch.nan_to_num(start, 0.0, 0.0, 0.0)
+    start = torch.nan_to_num(start.to(x.dtype), 0.0, 0.0, 0.0)
     image = mode_correlation(x, mode_product(x, start.mT, mode), mode)
     return torch.linalg.qr(image)[0]
 

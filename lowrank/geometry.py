@@ -51,7 +51,7 @@ class ConvGeometry:
             dilation=_pair(layer.dilation),
             groups=layer.groups,
             padding=(top, bottom, left, right),
-            padding_mode=layer.padding_mode,  # type: ignore[arg-type]
+            padding_mode=layer.padding_mode,
         )
 
     @property

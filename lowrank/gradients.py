@@ -161,6 +161,8 @@ def _pointwise_plan(
     grad_shape = geometry.output_shape(shape, out_channels)
     full = {mode: shape[mode] if mode == channel else grad_shape[mode] for mode in range(len(shape))}
     small = dict(enumerate(ranks))
+    # A strided layer reads only some positions; a mode without a factor is sampled before anything else.
+    ranks = tuple(r if m == channel or m in samples else full[m] for m, r in enumerate(ranks))
     project = _by_growth(project, grad_shape, small)
     expand = _by_growth(tuple(mode for mode in samples if mode not in project), ranks, full) + tail
     _, project_macs = _products(grad_shape, small, project)

@@ -67,7 +67,7 @@ class LowRankLayer(nn.Module):
         kept_bytes: bytes kept of the input in the latest training forward pass.
     """
 
-    stock_class: type[nn.Module]
+    stock_class: type[Any]
     smallest_ndim: int
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -76,25 +76,33 @@ class LowRankLayer(nn.Module):
     layer_name: str
     kept_bytes: int
 
+    @classmethod
+    def batched(cls, x: Tensor) -> Tensor:
+        """An input or output with its batch dimension, which a single sample may come without."""
+        return x if x.ndim >= cls.smallest_ndim else x.unsqueeze(0)
+
     @staticmethod
     def geometry_of(layer: Any) -> Geometry:
         """The geometry of a stock layer of this family."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Output of the stock layer; in training, keeps what the method keeps."""
         if not torch.is_grad_enabled():
-            return super().forward(x)  # type: ignore[misc]
-        weight, bias = self.weight, self.bias
+            return super().forward(input)
+        x = input
+        self.kept_bytes = 0
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         device = x.device.type
         outside = contextlib.nullcontext()
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x, weight = _cast(x, dtype), _cast(weight, dtype)
             bias = None if bias is None else _cast(bias, dtype)
             outside = torch.autocast(device, enabled=False)  # type: ignore[assignment]
         with outside:
-            batched = x if x.ndim >= self.smallest_ndim else x.unsqueeze(0)
+            batched = self.batched(x)
             kept = self._compress(batched.detach()) if weight.requires_grad else ()
             y = _LowRankFunction.apply(batched, weight, bias, self.geometry, self.method, *kept)
         return y if batched is x else y.squeeze(0)

@@ -204,14 +204,15 @@ class ASI(_TuckerMethod):
     Args:
         ranks: one rank per mode in the order of the input's shape, such as [8, 16, 3, 3] for (B, C, H, W); one number
             for every mode; or, per layer name, one of these: a mapping, or the result of `select_ranks`. A rank above
-            its dimension is cut to it. Higher: a closer weight gradient, more memory and time.
+            its dimension is cut to it. Higher: a closer weight gradient, more memory and time. None: not chosen yet;
+            converting with it is refused.
         algorithm: "sequential" iterates each mode on the tensor already truncated in the modes before it (faster);
             "published" iterates each mode on the full tensor.
         warm_start: start each step from the basis of the step before; otherwise from the same random one every time.
         seed: seed of the first, random basis. The global random state is neither read nor changed.
     """
 
-    ranks: Any
+    ranks: Any = None
     algorithm: Algorithm = "sequential"
     warm_start: bool = True
     seed: int = 233
@@ -220,6 +221,8 @@ class ASI(_TuckerMethod):
         if self.algorithm not in ALGORITHMS:
             raise SettingError(f"ASI algorithm is {self.algorithm!r}; allowed: {', '.join(ALGORITHMS)}")
         per_layer = getattr(self.ranks, "ranks", self.ranks)
+        if per_layer is None:
+            return
         for ranks in per_layer.values() if isinstance(per_layer, Mapping) else (per_layer,):
             _check_ranks(ranks)
 
@@ -230,6 +233,8 @@ class ASI(_TuckerMethod):
 
     def for_layer(self, name: str) -> ASI:
         per_layer = getattr(self.ranks, "ranks", self.ranks)
+        if per_layer is None:
+            raise SettingError("ASI has no ranks yet; give numbers or the result of select_ranks")
         if not isinstance(per_layer, Mapping):
             return self
         if name not in per_layer:
@@ -247,7 +252,7 @@ class ASI(_TuckerMethod):
         return tuple(min(rank, size) for rank, size in zip(self.ranks, shape, strict=True))
 
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
-        state = state or (None,) * x.ndim
+        state = (*state, *[None] * (x.ndim - len(state)))  # modes without a basis are not in a state dict
         starts = [self._start(x, mode, rank, state[mode], name) for mode, rank in enumerate(self.ranks_for(x.shape))]
         tucker, bases = subspace_iteration(x, starts, self.algorithm)
         kept = (tucker.core, *tucker.factors)
@@ -262,10 +267,10 @@ class ASI(_TuckerMethod):
         size = x.shape[mode]
         if rank >= size:
             return None
-        if stored is not None and stored.shape[1] == rank:
-            # Samples change from step to step, so any rows of the batch basis serve a smaller batch as well.
-            if stored.shape[0] == size or (mode == 0 and stored.shape[0] > size):
-                return stored[:size]
+        # Samples change from step to step, so any rows of the batch basis serve a smaller batch as well.
+        fits = stored is not None and (stored.shape[0] == size or (mode == 0 and stored.shape[0] > size))
+        if stored is not None and fits and stored.shape[1] == rank:
+            return stored[:size]
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}/{mode}".encode()))
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return torch.randn(size, rank, generator=generator, dtype=dtype).to(x.device)
@@ -295,8 +300,8 @@ def _check_ranks(ranks: Any) -> None:
 class GradientFilter(Method):
     """Keep sums over square patches; both gradients are approximated (Yang et al., CVPR 2023). Convolutions only.
 
-    The output gradient is taken as constant on each patch and the kernel as its spatial sum. The patch of the input that
-    belongs to a patch of outputs is centred on them and, for a stride s, s times as wide.
+    The output gradient is taken as constant on each patch and the kernel as its spatial sum. The patch of the input
+    that belongs to a patch of outputs is centred on them and, for a stride s, s times as wide.
 
     Args:
         patch: side of a patch in output pixels, at least 1; R2, R4 and R7 in the paper. Larger: less memory, a

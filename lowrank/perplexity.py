@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,6 +76,7 @@ class PerplexityTable:
         Raises:
             TableError: a layer that the table does not have.
         """
+        names = list(names)
         rows = {layer.name: layer for layer in self.layers}
         missing = [name for name in names if name not in rows]
         if missing:
@@ -121,7 +123,10 @@ def _parse(content: Any) -> PerplexityTable:
     layers = tuple(_parse_layer(row, len(energies)) for row in rows)
     if len({layer.name for layer in layers}) != len(layers):
         raise TableError("a layer is named twice")
-    return PerplexityTable(str(content.get("model")), _whole(content, "batch_shape"), energies, layers)
+    model, batch_shape = content.get("model"), content.get("batch_shape")
+    if not isinstance(model, str):
+        raise TableError("'model' must be a text")
+    return PerplexityTable(model, () if batch_shape == [] else _whole(content, "batch_shape"), energies, layers)
 
 
 def _parse_layer(row: Any, count: int) -> LayerPerplexity:
@@ -130,7 +135,10 @@ def _parse_layer(row: Any, count: int) -> LayerPerplexity:
     name = row["name"]
     try:
         shape = _whole(row, "input_shape")
-        ranks = tuple(_whole({"ranks": entry}, "ranks") for entry in row.get("ranks") or [])
+        entries = row.get("ranks")
+        if not isinstance(entries, list):
+            raise TableError("'ranks' must be a list of lists")
+        ranks = tuple(_whole({"ranks": entry}, "ranks") for entry in entries)
         nbytes, perplexity = _whole(row, "nbytes"), _numbers(row, "perplexity")
     except TableError as error:
         raise TableError(f"layer {name!r}: {error}") from None
@@ -150,7 +158,7 @@ def _numbers(row: dict[str, Any], key: str) -> tuple[float, ...]:
     values = row.get(key)
     if not isinstance(values, list) or not values:
         raise TableError(f"{key!r} must be a list of numbers")
-    if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+    if not all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in values):
         raise TableError(f"{key!r} must hold finite numbers only")
     return tuple(values)
 
@@ -195,7 +203,7 @@ def measure_perplexity(
     rows: dict[str, LayerPerplexity] = {}
     with preserved(model):
         for layer in layers.values():
-            layer.weight.requires_grad_(True)  # type: ignore[union-attr,operator]
+            layer.weight.requires_grad_(True)
         handles = [layer.register_forward_hook(_Probe(name, energies, rows)) for name, layer in layers.items()]
         try:
             with torch.enable_grad():
@@ -224,12 +232,16 @@ class _Probe:
         if self.called:
             raise ConversionError(f"layer {self.name!r} is called more than once in a forward pass")
         self.called = True
-        x = inputs[0].detach()
-        geometry = FAMILIES[stock_type(layer)].geometry_of(layer)
-        output.register_hook(lambda grad: self.measure(x, grad, geometry))
+        if not output.requires_grad:
+            raise ConversionError(f"layer {self.name!r} is called without gradients, so it has no perplexity")
+        family = FAMILIES[stock_type(layer)]
+        geometry = family.geometry_of(layer)
+        x = family.batched(inputs[0].detach())
+        output.register_hook(lambda grad: self.measure(x, family.batched(grad), geometry))
 
     @torch.no_grad()
     def measure(self, x: Tensor, grad: Tensor, geometry: Geometry) -> None:
+        element_size = x.element_size()
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         x, grad = x.to(dtype), grad.to(dtype)
         exact = geometry.weight_gradient(x, grad)
@@ -240,8 +252,10 @@ class _Probe:
         for entry in ranks:
             low = weight_gradient(_corner(largest, entry), grad, geometry)
             perplexity.append(float(torch.linalg.vector_norm(low - exact)))
+        if not all(map(math.isfinite, perplexity)):
+            raise NonFiniteError(f"the weight gradient of layer {self.name!r} is not finite on the perplexity batch")
         shape = tuple(x.shape)
-        nbytes = tuple(tucker_numel(shape, entry) * x.element_size() for entry in ranks)
+        nbytes = tuple(tucker_numel(shape, entry) * element_size for entry in ranks)
         self.rows[self.name] = LayerPerplexity(self.name, shape, tuple(ranks), nbytes, tuple(perplexity))
 
 

@@ -17,7 +17,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Inside, every gradient is None, as after `optimizer.zero_grad()`.
     """
     buffers = {module: dict(module._buffers) for module in model.modules()}
-    values = {id(tensor): tensor.clone() for tensor in model.buffers()}
+    values = [(tensor, tensor.clone()) for tensor in model.buffers()]
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
@@ -33,8 +33,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
             module._buffers.clear()
             module._buffers.update(tensors)
         with torch.no_grad():
-            for tensor in model.buffers():
-                tensor.copy_(values[id(tensor)])
+            for tensor, value in values:
+                # Buffers that did not change may belong to a graph whose backward pass is still to come.
+                if not tensor.is_meta and not torch.equal(tensor, value):
+                    tensor.copy_(value)
 
 
 def tensors_in(batch: object) -> list[Tensor]:

@@ -65,7 +65,8 @@ def mode_correlation(x: Tensor, z: Tensor, mode: int) -> Tensor:
 
 def memory_order(x: Tensor) -> list[int] | None:
     """The modes of `x` from the slowest to the fastest in memory, or None if it does not fill its memory densely."""
-    order = sorted(range(x.ndim), key=lambda mode: (-x.stride(mode), mode))
+    strides = x.stride()
+    order = sorted(range(x.ndim), key=lambda mode: (-strides[mode], mode))
     return order if x.permute(order).is_contiguous() else None
 
 

@@ -1,0 +1,66 @@
+"""Weights from local files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from experiment import ExperimentError, fingerprint
+from lowrank import stock_state_dict
+
+MODULE_PREFIX = "backbone."  # where the Lightning module of this suite holds the network
+
+
+def read_state_dict(path: str) -> dict[str, Tensor]:
+    """The network's state dict in a file: a plain state dict, or a checkpoint of this suite.
+
+    Raises:
+        ExperimentError: the file is missing, damaged, or holds something else.
+    """
+    if not Path(path).is_file():
+        raise ExperimentError(f"there is no weights file {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise ExperimentError(f"weights file {path} cannot be read ({type(error).__name__}: {reason})") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        state = content["state_dict"]
+        content = {
+            key.removeprefix(MODULE_PREFIX): value for key, value in state.items() if key.startswith(MODULE_PREFIX)
+        } or state
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ExperimentError(f"weights file {path} holds no state dict")
+    return stock_state_dict(content)
+
+
+def load_weights(model: nn.Module, path: str) -> nn.Module:
+    """Load a file into a network. A classifier of another size is left as it is; everything else must fit.
+
+    Raises:
+        ExperimentError: see `read_state_dict`; or the weights are of another network.
+    """
+    state, own = read_state_dict(path), model.state_dict()
+    head = list(own)[-2:]  # weight and bias of the classifier, which every backbone registers last
+    for key in head:
+        if key in state and state[key].shape != own[key].shape:
+            del state[key]
+    wrong = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
+    absent = sorted(own.keys() - state.keys() - set(head))
+    foreign = sorted(state.keys() - own.keys())
+    if wrong or absent or foreign:
+        example = (wrong or absent or foreign)[0]
+        raise ExperimentError(
+            f"weights file {path} is of another network: {len(absent)} tensors missing, {len(foreign)} unknown, "
+            f"{len(wrong)} of another shape, such as {example!r}"
+        )
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def weights_fingerprint(path: str) -> str:
+    """A short hash of the tensors in a weights file."""
+    state = read_state_dict(path)
+    return fingerprint(key.encode() + state[key].contiguous().numpy().tobytes() for key in sorted(state))

@@ -1,0 +1,125 @@
+"""What a run writes down while it trains, and what makes a resumed run the same run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from experiment.files import write_whole
+from lowrank import converted_layers
+
+
+class History(pl.Callback):
+    """One row per epoch, in `metrics.csv` and in every checkpoint; a resumed run goes on where the rows end.
+
+    Args:
+        folder: where `metrics.csv` is written, whole after each epoch.
+        show: print a line per epoch; for runs without a progress bar.
+    """
+
+    def __init__(self, folder: Path, show: bool = False) -> None:
+        self.folder, self.show = folder, show
+        self.rows: list[dict[str, float]] = []
+        self.step_seconds: list[float] = []
+        self._kept: list[int] = []
+        self._epoch_start = self._step_start = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows and step times so far."""
+        return {"rows": self.rows, "step_seconds": self.step_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after these rows."""
+        self.rows, self.step_seconds = list(state_dict["rows"]), list(state_dict["step_seconds"])
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._kept, self._epoch_start = [], time.perf_counter()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start the clock of a step."""
+        self._step_start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Note the step's time and the bytes that its layers kept."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self.step_seconds.append(time.perf_counter() - self._step_start)
+        self._kept.append(sum(layer.kept_bytes for layer in converted_layers(pl_module)))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the epoch's row."""
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        row = {
+            "epoch": trainer.current_epoch,
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "train_loss": metrics["train_loss"],
+            "val_loss": metrics["val_loss"],
+            "val_accuracy": metrics["val_accuracy"],
+            "activation_bytes": statistics.fmean(self._kept),
+            "seconds": time.perf_counter() - self._epoch_start,
+        }
+        self.rows.append(row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(row))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(self.folder / "metrics.csv", text.getvalue())
+        if self.show:
+            self._print(row, trainer.max_epochs or 0)
+
+    def _print(self, row: dict[str, float], epochs: int) -> None:
+        done = int(row["epoch"]) + 1
+        left = (epochs - done) * statistics.fmean(row["seconds"] for row in self.rows)
+        line = f"  epoch {done}/{epochs}  val accuracy {100 * row['val_accuracy']:.1f} %  {left:.0f} s left"
+        if sys.stdout.isatty():
+            print(f"\r{line:<60}", end="" if done < epochs else "\n", flush=True)
+        elif done == epochs or done % max(1, epochs // 4) == 0:
+            print(line, flush=True)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Largest of the epochs' mean formula bytes: the papers' "peak" memory."""
+        return round(max(row["activation_bytes"] for row in self.rows))
+
+
+class RandomState(pl.Callback):
+    """Carry the random generators through checkpoints, so that a resumed run draws what it would have drawn."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of the generators of torch, numpy and Python."""
+        version, internal, gauss = random.getstate()
+        kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is meant
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "python": [version, list(internal), gauss],
+            "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the states until training starts."""
+        self._loaded = state_dict
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set the generators to the states of the checkpoint, if there was one."""
+        state = self.__dict__.pop("_loaded", None)
+        if state is None:
+            return
+        torch.set_rng_state(state["torch"])
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002

@@ -1,0 +1,199 @@
+"""The command line: `python -m classification measure | fit | validate | test`, on LightningCLI."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from classification.callbacks import History, RandomState
+from classification.data import ImageDataModule
+from classification.identity import configured_method, identity_of, run_of
+from classification.module import FineTune, classification_loss
+from experiment import ExperimentError, Record, RunFolder, Status, provenance
+from experiment.allocator import keep_freed_memory
+from experiment.record import RESULT
+from lowrank import LowRankError, account, measure_perplexity, peak_bytes, saved_bytes
+
+TABLE = "perplexity.json"
+SEED = 233  # the papers' seed
+
+
+class _NothingToDo(Exception):
+    """Ends a command that has no work, before anything is built."""
+
+
+class Trainer(pl.Trainer):
+    """Lightning's trainer with the suite's own command beside fit, validate and test."""
+
+    def measure(self, model: FineTune, datamodule: ImageDataModule) -> None:
+        """Measure the perplexity of the trailing layers on one training batch."""
+
+
+class SuiteCLI(LightningCLI):
+    """LightningCLI that knows the run's folder: skips what is done, resumes what was interrupted, writes the record."""
+
+    folder: RunFolder
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "weights_only"},
+            "test": {"model", "dataloaders", "datamodule", "weights_only"},
+            "measure": {"model", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--setup", type=str, default="A", help="name of the setup, for the record")
+        parser.add_argument("--runs_dir", type=str, default="runs", help="folder that holds all runs")
+        parser.add_argument("--dry_run", action="store_true", help="say what would be done, and stop")
+        parser.link_arguments("seed_everything", "data.shuffle_seed")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        keep_freed_memory()
+        config = self.config[self.subcommand]
+        plain = self._parser(self.subcommand).dump(config, format="json", skip_none=False)
+        self.settings = json.loads(plain)
+        measuring = self.subcommand == "measure"
+        method = "perplexity" if measuring else configured_method(self.settings["model"]).tag
+        try:
+            self.identity = run_of(self.settings, method)
+        except ValueError as error:
+            raise ExperimentError(str(error)) from None
+        path = self.identity.folder(Path(self.settings["runs_dir"]))
+        self.folder = RunFolder(path, identity_of(self.settings), TABLE if measuring else RESULT)
+        if self.subcommand not in ("fit", "measure"):
+            return
+        status = self.folder.status()
+        if self.settings["dry_run"]:
+            todo = {Status.NEW: "would run", Status.INTERRUPTED: "would resume", Status.DONE: "is done, would skip"}
+            raise _NothingToDo(f"{todo[status]}: {self.identity}\n  folder: {path}")
+        if status is Status.DONE:
+            raise _NothingToDo(f"done already: {self.identity}\n  result: {self.folder.result}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        trainer = self.settings["trainer"]
+        self.history = History(self.folder.path, show=trainer["enable_progress_bar"] is False)
+        self.best = ModelCheckpoint(
+            self.folder.checkpoints,
+            filename="best",
+            monitor="val_accuracy",
+            mode="max",
+            save_last=True,
+            save_on_train_epoch_end=True,  # after the history has its row
+            enable_version_counter=False,
+        )
+        configured = self._get(self.config_init, "trainer").get("callbacks") or []
+        callbacks = [*configured, self.history, RandomState(), self.best]
+        return super().instantiate_trainer(callbacks=callbacks, default_root_dir=str(self.folder.path), **kwargs)
+
+    def fit(self, **options: Any) -> None:
+        """Train, test the best epoch, measure, and write the record."""
+        with self.folder.locked(self._config_text()):
+            resume = self.folder.last_checkpoint
+            print(f"{'resuming' if resume else 'training'}: {self.identity}", flush=True)
+            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume)
+            self.trainer.test(
+                self.model, datamodule=self.datamodule, ckpt_path=self.best.best_model_path, verbose=False
+            )
+            record = self._record()
+            record.save(self.folder.path)
+        print(f"  test accuracy {100 * record.accuracy['test']:.1f} %, record in {self.folder.result}", flush=True)
+
+    def _config_text(self) -> str:
+        return self._parser(self.subcommand).dump(self.config[self.subcommand])
+
+    def _record(self) -> Record:
+        model, history = self.model, self.history
+        device = model.device
+        images, labels = self.datamodule.first_batch(self.identity.seed)
+        batch = (images.to(device), labels.to(device))
+        network = model.train().backbone
+        kept, peak = saved_bytes(network, classification_loss, batch), peak_bytes(network, classification_loss, batch)
+        total = account(network, model.names, batch).total
+        inference = peak_bytes(model.eval().backbone, classification_loss, batch, backward=False)
+        accuracies = [row["val_accuracy"] for row in history.rows]
+        return Record(
+            run=self.identity,
+            accuracy={
+                "val_best": max(accuracies),
+                "val_last": accuracies[-1],
+                "test": float(self.trainer.callback_metrics["test_accuracy"]),
+            },
+            memory_bytes={
+                "activation_formula": history.activation_bytes,
+                "saved_measured": kept,
+                "peak_measured": peak,
+                "peak_inference": inference,
+            },
+            flops={"paper": total.flops_paper, "corrected": total.flops},
+            time_s={
+                "step_median": sorted(history.step_seconds)[len(history.step_seconds) // 2],
+                "total": sum(row["seconds"] for row in history.rows),
+            },
+            provenance=provenance(self.folder.identity_hash, self.datamodule.fingerprint, keep_freed_memory()),
+        )
+
+    def measure(self, **options: Any) -> None:
+        """Measure perplexity and write the table."""
+        with self.folder.locked(self._config_text()):
+            batch = self.datamodule.first_batch(self.identity.seed)
+            network = self.model.train().backbone
+            table = measure_perplexity(network, self.model.names, classification_loss, batch)
+            table.save(self.folder.result)
+        print(f"perplexity of {len(table.layers)} layers in {self.folder.result}", flush=True)
+
+    def validate(self, ckpt_path: str | None = None, verbose: bool = True, **options: Any) -> None:
+        """Validation accuracy of a checkpoint, by default the run's best."""
+        self.trainer.validate(
+            self.model, datamodule=self.datamodule, ckpt_path=self._checkpoint(ckpt_path), verbose=verbose
+        )
+
+    def test(self, ckpt_path: str | None = None, verbose: bool = True, **options: Any) -> None:
+        """Test accuracy of a checkpoint, by default the run's best."""
+        self.trainer.test(
+            self.model, datamodule=self.datamodule, ckpt_path=self._checkpoint(ckpt_path), verbose=verbose
+        )
+
+    def _checkpoint(self, given: str | None) -> str:
+        path = Path(given) if given else self.folder.checkpoints / "best.ckpt"
+        if not path.is_file():
+            raise ExperimentError(f"there is no checkpoint {path}; train this run first, or give --ckpt_path")
+        return str(path)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command. Returns 0, or 2 after one line that says what was wrong."""
+    for message in (".*does not have many workers.*", ".*args parameter is intended.*", ".*isinstance.treespec.*"):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        SuiteCLI(
+            FineTune,
+            ImageDataModule,
+            save_config_callback=None,
+            seed_everything_default=SEED,
+            trainer_class=Trainer,
+            trainer_defaults={"logger": False, "enable_model_summary": False, "num_sanity_val_steps": 0},
+            auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False},
+            args=list(arguments),
+        )
+    except _NothingToDo as done:
+        print(done)
+    except (ExperimentError, LowRankError, ArgumentError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,151 @@
+"""The data module: a data set by name, its transform, its part for the setup, and the loaders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms import v2
+
+from classification.data.partition import half
+from classification.data.registry import ImageSet, Splits, load_splits
+from classification.data.sampler import EpochShuffle
+from experiment import ExperimentError
+
+Partition = Literal["all", "pretrain", "finetune"]
+
+
+class TransformedSet(Dataset[tuple[Tensor, int]]):
+    """An `ImageSet` behind a transform; optionally each transformed image is kept in memory."""
+
+    def __init__(self, part: ImageSet, transform: v2.Transform, cache: bool) -> None:
+        self.part, self.transform, self.cache = part, transform, cache
+        self.cached: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.part.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.cached.get(index)
+        if image is None:
+            image = self.transform(self.part.images[index])
+            if self.cache:
+                self.cached[index] = image
+        return image, int(self.part.labels[index])
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Loaders of one data set.
+
+    Args:
+        dataset: name of the data set; see classification/data.
+        root: folder that holds all data sets.
+        image_size: images are resized to this many pixels square, without keeping the aspect, as in the papers.
+        mean: subtracted per channel after scaling to [0, 1].
+        std: divided by per channel.
+        batch_size: images in a training step.
+        eval_batch_size: images in a validation or test step; no influence on results.
+        drop_last: leave out the last, smaller training batch of an epoch, as in the papers.
+        partition: "all", or one of setup B's halves: "pretrain" or "finetune".
+        partition_seed: deals the halves.
+        shuffle_seed: order of the training images; the run's seed if not given.
+        workers: processes that load images; no influence on results.
+        cache: keep transformed images in memory; for small data sets.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        root: str = "data",
+        image_size: int = 224,
+        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        batch_size: int = 128,
+        eval_batch_size: int = 256,
+        drop_last: bool = True,
+        partition: Partition = "all",
+        partition_seed: int = 233,
+        shuffle_seed: int | None = None,
+        workers: int = 0,
+        cache: bool = False,
+    ) -> None:
+        super().__init__()
+        self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
+        self.workers, self.shuffle_seed = workers, shuffle_seed
+        splits = load_splits(dataset, Path(root))
+        if partition != "all":
+            splits = _halve(splits, 0 if partition == "pretrain" else 1, partition_seed)
+        if drop_last and len(splits.train.labels) < batch_size:
+            raise ExperimentError(
+                f"{len(splits.train.labels)} training images do not fill one batch of {batch_size}; "
+                f"lower --data.batch_size"
+            )
+        self.num_classes, self.fingerprint = len(splits.classes), splits.fingerprint
+        transform = v2.Compose(
+            [
+                v2.ToImage(),
+                v2.RGB(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Resize((image_size, image_size), antialias=True),
+                v2.Normalize(mean, std),
+            ]
+        )
+        self.train = TransformedSet(splits.train, transform, cache)
+        self.val = TransformedSet(splits.val, transform, cache)
+        self.test = TransformedSet(splits.test, transform, cache)
+
+    def train_dataloader(self) -> DataLoader:
+        """Training batches, shuffled anew for each epoch."""
+        seed = torch.initial_seed() if self.shuffle_seed is None else self.shuffle_seed
+        return DataLoader(
+            self.train,
+            self.batch_size,
+            sampler=EpochShuffle(len(self.train), seed),
+            drop_last=self.drop_last,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+        )
+
+    def _eval_loader(self, part: TransformedSet) -> DataLoader:
+        return DataLoader(part, self.eval_batch_size, num_workers=self.workers)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation batches: every image, none dropped."""
+        return self._eval_loader(self.val)
+
+    def test_dataloader(self) -> DataLoader:
+        """Test batches: every image, none dropped."""
+        return self._eval_loader(self.test)
+
+    def first_batch(self, seed: int) -> tuple[Tensor, Tensor]:
+        """One training batch, (B, 3, H, W) and (B,), that depends on the seed alone; for measurements."""
+        order = list(EpochShuffle(len(self.train), seed))[: self.batch_size]
+        images, labels = default_collate([self.train[index] for index in order])
+        return images, labels
+
+
+def _halve(splits: Splits, user: int, seed: int) -> Splits:
+    def part(images: ImageSet) -> ImageSet:
+        chosen = half(images.labels, user, seed)
+        picked = images.images[chosen] if isinstance(images.images, np.ndarray) else _Picked(images.images, chosen)
+        return ImageSet(picked, images.labels[chosen])
+
+    return Splits(part(splits.train), part(splits.val), part(splits.test), splits.classes, splits.fingerprint)
+
+
+class _Picked:
+    """Some images of a sequence, read when asked for."""
+
+    def __init__(self, images: object, indices: np.ndarray) -> None:
+        self.images, self.indices = images, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> object:
+        return self.images[int(self.indices[index])]  # type: ignore[index]

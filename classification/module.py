@@ -1,0 +1,152 @@
+"""The Lightning module: a backbone whose trailing layers are trained with one method, by the papers' recipe."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics.classification import MulticlassAccuracy
+
+import lowrank
+from classification.backbones import build_model
+from classification.planning import Budget
+from experiment import ExperimentError
+from lowrank import ASI, Method, NonFiniteError, Vanilla
+
+Batch = tuple[Tensor, Tensor]
+
+
+def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy of a batch: images (B, 3, H, W) and class numbers (B,)."""
+    images, labels = batch
+    return F.cross_entropy(model(images), labels)
+
+
+def learning_rate_factor(epoch: int, epochs: int, warmup: int, warmup_start: float, floor: float) -> float:
+    """Share of the learning rate in an epoch: linear warm-up, then a cosine from 1 to `floor`."""
+    if epoch < warmup:
+        return warmup_start + (1 - warmup_start) * epoch / warmup
+    progress = (epoch - warmup) / max(1, epochs - warmup)
+    return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class FineTune(pl.LightningModule):
+    """Train the last layers of a backbone; everything ahead of them is frozen.
+
+    Args:
+        backbone: name of the network; see classification/backbones.
+        num_classes: size of the classifier; taken from the data set.
+        pretrained: start from published ImageNet weights.
+        weights: local file with weights to start from.
+        method: how the trained layers keep their inputs; a class of `lowrank`, such as lowrank.HOSVD.
+        layers: how many trailing convolutions are trained, or "all".
+        budget: where ASI's ranks come from, if its own `ranks` are not given.
+        freeze_statistics: batch normalisation uses its stored statistics and does not update them.
+        learning_rate: of SGD.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        warmup_epochs: epochs in which the learning rate rises linearly.
+        warmup_start: share of the learning rate in the first of them.
+        final_learning_rate: share of the learning rate at the end of the cosine.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int = 1000,
+        pretrained: bool = False,
+        weights: str | None = None,
+        method: Method | None = None,
+        layers: int | Literal["all"] = "all",
+        budget: Budget | None = None,
+        freeze_statistics: bool = True,
+        learning_rate: float = 0.05,
+        momentum: float = 0.0,
+        weight_decay: float = 1e-4,
+        warmup_epochs: int = 0,
+        warmup_start: float = 0.25,
+        final_learning_rate: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.backbone = build_model(backbone, num_classes, pretrained, weights)
+        self.names = lowrank.trailing_layers(self.backbone, layers)
+        lowrank.freeze_before(self.backbone, self.names)
+        self.method = _with_ranks(method or Vanilla(), budget, self.names)
+        lowrank.convert(self.backbone, self.names, self.method)
+        self.freeze_statistics = freeze_statistics
+        self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
+        self.warmup_epochs, self.warmup_start = warmup_epochs, warmup_start
+        self.final_learning_rate = final_learning_rate
+        self.accuracy = nn.ModuleDict({f"{part}_accuracy": _accuracy(num_classes) for part in ("val", "test")})
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, 3, H, W)."""
+        return self.backbone(images)
+
+    def train(self, mode: bool = True) -> FineTune:
+        """As usual, but frozen statistics stay frozen."""
+        super().train(mode)
+        if self.freeze_statistics:
+            for layer in self.modules():
+                if isinstance(layer, _BatchNorm):
+                    layer.eval()
+        return self
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss; stops the run at a loss that is not finite."""
+        loss = classification_loss(self.backbone, batch)
+        if not torch.isfinite(loss):
+            raise NonFiniteError(
+                f"the training loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}; look for NaN in "
+                f"the images, or lower --model.learning_rate"
+            )
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch[1]))
+        return loss
+
+    def _evaluate(self, batch: Batch, part: str) -> None:
+        images, labels = batch
+        logits = self(images)
+        size = len(labels)
+        self.log(f"{part}_loss", F.cross_entropy(logits, labels), batch_size=size)
+        metric = self.accuracy[f"{part}_accuracy"]
+        metric(logits, labels)
+        self.log(f"{part}_accuracy", metric, prog_bar=True, batch_size=size)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and accuracy of a validation batch."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and accuracy of a test batch."""
+        self._evaluate(batch, "test")
+
+    def configure_optimizers(self) -> Any:
+        """SGD on what is not frozen; the learning rate changes once an epoch."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(trained, self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
+        epochs = self.trainer.max_epochs
+        assert epochs is not None
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda epoch: learning_rate_factor(
+                epoch, epochs, self.warmup_epochs, self.warmup_start, self.final_learning_rate
+            ),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+
+def _accuracy(num_classes: int) -> MulticlassAccuracy:
+    return MulticlassAccuracy(num_classes, average="micro")
+
+
+def _with_ranks(method: Method, budget: Budget | None, names: list[str]) -> Method:
+    if not isinstance(method, ASI) or method.ranks is not None:
+        return method
+    if budget is None:
+        raise ExperimentError("ASI needs ranks: give --model.budget.table and --model.budget.mib or .run")
+    return budget.ranks_for(method, names)

@@ -1,0 +1,61 @@
+"""All files of a report, written together."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from experiment import ExperimentError
+
+
+def write_all(files: Mapping[Path, bytes]) -> None:
+    """Write files and the folders they need; none is replaced before all are on the disk in full.
+
+    Raises:
+        ExperimentError: a file or folder cannot be written; nothing was replaced.
+    """
+    parts: dict[Path, Path] = {}
+    try:
+        for path, content in files.items():
+            make_folder(path.parent)
+            if path.is_dir():
+                raise ExperimentError(f"{path} cannot be written: it is a folder; remove it or give another --output")
+            parts[path] = _part(path, content)
+        for path, part in parts.items():
+            part.replace(path)
+    except OSError as error:
+        raise ExperimentError(f"{error.filename} cannot be written: {error.strerror}; give another --output") from None
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents.
+
+    Raises:
+        ExperimentError: it cannot be made, or nothing can be written in it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExperimentError(f"{path} cannot be written: {error.strerror}; give another --output") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ExperimentError(f"{path} cannot be written: no permission; give another --output")
+
+
+def _part(path: Path, content: bytes) -> Path:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.chmod(0o644)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return part

@@ -1,0 +1,203 @@
+"""Pareto figures: accuracy against activation memory and against FLOPs, one curve per method."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.style
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from report.labels import Label, place_labels
+from report.methods import family
+from report.pareto import dominated
+from report.summary import Group
+from report.tables import engineering, same_seeds, seed_list
+
+# Okabe and Ito's palette, told apart by people of every colour vision; shapes tell the families apart in grey.
+LOOKS = {
+    "vanilla": ("#000000", "o"),
+    "gradient_filter": ("#E69F00", "s"),
+    "svd": ("#56B4E9", "^"),
+    "hosvd": ("#0072B2", "D"),
+    "asi": ("#D55E00", "v"),
+    "wasi": ("#CC79A7", "p"),
+}
+OTHER_LOOKS = (("#009E73", "P"), ("#B8A800", "X"), ("#777777", "h"))
+DASHES = ("-", "--", ":", "-.")
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "svg.hashsalt": "report",
+    "axes.unicode_minus": True,
+}
+SIZE, DPI = (9.0, 4.6), 200
+MARKER, FADED = 5.5, 0.45
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one panel shows on its horizontal axis: a column of the summary, in which unit and words."""
+
+    column: str
+    title: str
+    unit: float
+    tick: FuncFormatter
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one method's curve is drawn."""
+
+    colour: tuple[float, float, float]
+    marker: str
+    dash: str
+
+
+def _plain(value: float, _position: int) -> str:
+    return f"{value:g}" if 1e-4 <= value < 1e6 else f"{value:.0e}"
+
+
+PANELS = (
+    Panel("activation_formula_bytes", "Activation memory by formula (MiB)", 2**20, FuncFormatter(_plain)),
+    Panel(
+        "flops_corrected",
+        "FLOPs of a training step, corrected count",
+        1,
+        FuncFormatter(lambda value, _position: engineering(value).replace(".00", "").replace(".0", "")),
+    ),
+)
+
+
+def pareto_figure(table: pd.DataFrame, group: Group) -> dict[str, bytes]:
+    """The figure of one summary as files: "png" and "svg", the same bytes for the same summary."""
+    with matplotlib.style.context(["default", STYLE]):
+        figure = _draw(table, group)
+        return {
+            "png": _file(figure, format="png", dpi=DPI),
+            "svg": _file(figure, format="svg", metadata={"Date": None}),
+        }
+
+
+def _file(figure: Figure, **options: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, **options)
+    return file.getvalue()
+
+
+def _draw(table: pd.DataFrame, group: Group) -> Figure:
+    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    looks = _looks(list(dict.fromkeys(table["method"])))
+    panels = [(axes, panel) for axes, panel in zip(figure.subplots(1, 2, sharey=True), PANELS, strict=True)]
+    labels = {axes: list(_draw_panel(axes, panel, table, looks)) for axes, panel in panels}
+    panels[0][0].set_ylabel("Test accuracy (%)")
+    figure.suptitle(f"{group}, {_seeds(table)}", fontsize=11)
+    _legend(figure, looks)
+    # Labels are placed in the final layout, so it must not move afterwards.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in labels:
+        place_labels(axes, labels[axes])
+    return figure
+
+
+def _seeds(table: pd.DataFrame) -> str:
+    if same_seeds(table):
+        seeds = table["seeds"].iloc[0]
+        listed = seed_list(seeds)
+        return f"seed{'s' * (len(seeds) > 1)} {listed}" if len(listed) < 40 else f"{len(seeds)} seeds"
+    low, high = table["n"].min(), table["n"].max()
+    return f"{low} to {high} seeds a point" if low != high else f"n = {low}, seeds differ"
+
+
+def _looks(methods: Sequence[str]) -> dict[str, Look]:
+    """A look for each method: colour and marker by family; settings of one family differ in lightness and dashes."""
+    families = list(dict.fromkeys(map(family, methods)))
+    others = [name for name in families if name not in LOOKS]
+    known = LOOKS | {name: OTHER_LOOKS[place % len(OTHER_LOOKS)] for place, name in enumerate(others)}
+    looks = {}
+    for name in families:
+        members = [method for method in methods if family(method) == name]
+        for place, method in enumerate(members):
+            colour, marker = known[name]
+            looks[method] = Look(_lighter(colour, 0.65 * place / len(members)), marker, DASHES[place % len(DASHES)])
+    return looks
+
+
+def _lighter(colour: str, share: float) -> tuple[float, float, float]:
+    red, green, blue = (part + (1 - part) * share for part in to_rgb(colour))
+    return red, green, blue
+
+
+def _draw_panel(axes: Axes, panel: Panel, table: pd.DataFrame, looks: dict[str, Look]) -> Iterator[Label]:
+    drawable = table[(table[panel.column] > 0) & table["test_mean_percent"].notna()]
+    points = drawable.assign(cost=drawable[panel.column] / panel.unit)
+    points["dominated"] = dominated(list(points["cost"]), list(points["test_mean_percent"]))
+    _axis(axes, panel, list(points["cost"]), len(table) - len(points))
+    for method, look in looks.items():
+        curve = points[points["method"] == method].sort_values(["cost", "test_mean_percent"], kind="stable")
+        if len(curve):
+            axes.plot(curve["cost"], curve["test_mean_percent"], look.dash, color=look.colour, lw=1.1, alpha=0.6)
+        for row in curve.to_dict("records"):
+            _draw_point(axes, row["cost"], row["test_mean_percent"], row["test_std_percent"], row["dominated"], look)
+            ink = tuple(0.7 * part for part in look.colour)
+            bar = row["test_std_percent"]
+            yield Label(row["cost"], row["test_mean_percent"], bar, str(row["layers"]), ink, not row["dominated"])
+
+
+def _draw_point(axes: Axes, cost: float, accuracy: float, std: float, faded: bool, look: Look) -> None:
+    alpha, front, face = (FADED, 3, "white") if faded else (1.0, 3.5, look.colour)
+    colour = look.colour
+    if not math.isnan(std):
+        axes.errorbar(cost, accuracy, std, color=colour, alpha=alpha, capsize=2.2, elinewidth=0.9, zorder=front - 0.5)
+    # A white disc below a faded point keeps the curve from showing through it.
+    axes.plot(cost, accuracy, look.marker, ms=MARKER, color="white", zorder=front)
+    axes.plot(cost, accuracy, look.marker, ms=MARKER, mfc=face, mec=colour, alpha=alpha, zorder=front + 0.1)
+
+
+def _axis(axes: Axes, panel: Panel, costs: list[float], left_out: int) -> None:
+    note = f"\n({left_out} row{'s' * (left_out > 1)} without these numbers not shown)" if left_out else ""
+    axes.set_xlabel(panel.title + note)
+    axes.margins(y=0.12)
+    if not costs:
+        axes.set_xticks([])
+        return
+    # At least a factor of four is shown, and the outermost points stand clear of the frame.
+    low, high = math.log10(min(costs)), math.log10(max(costs))
+    padding = max(0.06 * (high - low), (0.6 - (high - low)) / 2, 0.05)
+    axes.set_xscale("log")
+    axes.set_xlim(10 ** (low - padding), 10 ** (high + padding))
+    span = high - low + 2 * padding
+    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if span > 2.5 else (1, 3) if span > 1.6 else (1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(panel.tick)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, looks: dict[str, Look]) -> None:
+    handles = [
+        Line2D([], [], color=look.colour, marker=look.marker, ms=MARKER, ls=look.dash, lw=1.1, label=method)
+        for method, look in looks.items()
+    ]
+    for label, face in (("not dominated", "#555555"), ("dominated", "white")):
+        handles.append(Line2D([], [], color="#555555", marker="o", ms=MARKER, mfc=face, ls="", label=label))
+    handles[-1].set_alpha(0.7)
+    # About as many columns as fit side by side: a letter is some 0.075 inch wide, a handle as wide as nine letters.
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    fitting = max(1, int(SIZE[0] / 0.075) // (longest + 9))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(fitting, len(handles)), frameon=False)

@@ -1,0 +1,78 @@
+"""Accuracies as published, from `configs/published/<task>.yaml`.
+
+The file is a list; each entry is one published number:
+
+    - {setup: A, model: mcunet, dataset: pets, method: hosvd_0.8, layers: 2, accuracy: 39.2, source: "ASI, fig. 4"}
+
+`layers` is a whole number or `all`, `method` the tag of the runs, `accuracy` in percent; `source` may be left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiment import ExperimentError
+from report.summary import Group, check_layers
+
+NAMES = ("setup", "model", "dataset", "method")
+REQUIRED = (*NAMES, "layers", "accuracy")
+OPTIONAL = ("source",)
+
+Published = Mapping[Group, Mapping[tuple[int | str, str], float]]
+
+
+def load_published(folder: Path, task: str) -> Published:
+    """The published accuracies of a task in percent: for each table, by layers and method.
+
+    Empty if there is no file for the task.
+
+    Raises:
+        ExperimentError: the file cannot be read or an entry does not fit the schema; names file, entry and key.
+    """
+    path = folder / f"{task}.yaml"
+    if not path.exists():
+        return {}
+    published: dict[Group, dict[tuple[int | str, str], float]] = {}
+    for number, entry in enumerate(_entries(path), start=1):
+        try:
+            group, key, accuracy = _parse(entry, task)
+        except ValueError as error:
+            raise ExperimentError(f"{path}, entry {number}: {error}") from None
+        if key in published.setdefault(group, {}):
+            raise ExperimentError(f"{path}, entry {number}: {group}, {key[1]}, layers {key[0]} is there twice")
+        published[group][key] = accuracy
+    return published
+
+
+def _entries(path: Path) -> list[Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ExperimentError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if content is None:
+        return []
+    if not isinstance(content, list):
+        raise ExperimentError(f"{path} must be a list of entries with the keys {', '.join(REQUIRED)}")
+    return content
+
+
+def _parse(entry: Any, task: str) -> tuple[Group, tuple[int | str, str], float]:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{entry!r} is not a mapping with the keys {', '.join(REQUIRED)}")
+    if missing := [key for key in REQUIRED if key not in entry]:
+        raise ValueError(f"lacks {', '.join(missing)}")
+    if unknown := [str(key) for key in entry if key not in REQUIRED + OPTIONAL]:
+        raise ValueError(f"has the unknown key {', '.join(unknown)}; allowed are {', '.join(REQUIRED + OPTIONAL)}")
+    for name in NAMES:
+        if not isinstance(entry[name], str):
+            raise ValueError(f"{name} is {entry[name]!r}, not text; write it in quotes")
+    check_layers(entry["layers"])
+    accuracy = entry["accuracy"]
+    if isinstance(accuracy, bool) or not isinstance(accuracy, int | float) or not 0 <= accuracy <= 100:
+        raise ValueError(f"accuracy is {accuracy!r}, not a number from 0 to 100 (percent)")
+    group = Group(task, entry["setup"], entry["model"], entry["dataset"])
+    return group, (entry["layers"], entry["method"]), float(accuracy)

@@ -1,0 +1,235 @@
+"""A summary as Markdown for people, as LaTeX for papers, and as CSV with every digit."""
+
+# The tables are for people and use the signs that people write.
+# ruff: noqa: RUF001
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import pandas as pd
+
+from report.summary import BASELINE, Group
+
+MISSING = "—"
+PREFIXES = ("", " k", " M", " G", " T", " P", " E")
+ESCAPES = {
+    "\\": r"\textbackslash{}",
+    **{character: f"\\{character}" for character in "_%&#${}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "−": "$-$",
+    "Δ": r"$\Delta$",
+    "—": "---",
+    "–": "--",
+}
+
+Row = Mapping[str, Any]
+
+
+def significant(value: float) -> str:
+    """A number with three significant digits, or all of its whole ones: "0.137", "27.6", "3304"."""
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    return f"{value:.{max(2 - exponent, 0)}f}"
+
+
+def mebibytes(value: float) -> str:
+    """Bytes as MiB, without the unit."""
+    return significant(value / 2**20)
+
+
+def engineering(value: float) -> str:
+    """A count with three significant digits and the prefix of its power of 1000: "1.14 G"."""
+    exponent = max(int(f"{value:.2e}".partition("e")[2]), 0)
+    power = min(exponent // 3, len(PREFIXES) - 1)
+    return significant(float(f"{value:.2e}") / 1000**power) + PREFIXES[power]
+
+
+def spread(mean: float, std: float) -> str:
+    """A mean and, where there is one, its standard deviation: "97.2 ± 0.4"."""
+    return f"{mean:.1f}" if math.isnan(std) else f"{mean:.1f} ± {std:.1f}"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign: "+0.3", "−1.2"."""
+    text = f"{value:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "−")
+
+
+def seed_list(seeds: tuple[int, ...]) -> str:
+    """Seeds with runs of neighbours joined: "1, 233–235"."""
+    spans: list[list[int]] = []
+    for seed in seeds:
+        if spans and seed == spans[-1][-1] + 1:
+            spans[-1].append(seed)
+        else:
+            spans.append([seed])
+    return ", ".join(f"{span[0]}–{span[-1]}" if len(span) > 2 else ", ".join(map(str, span)) for span in spans)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column for people: heading in Markdown, the same in two levels in LaTeX, and the text of a row's cell."""
+
+    title: str
+    group: str
+    short: str
+    cell: Callable[[Row], str]
+
+
+def _shown(key: str, text: Callable[[float], str]) -> Callable[[Row], str]:
+    return lambda row: MISSING if math.isnan(row[key]) else text(row[key])
+
+
+def _accuracy(name: str) -> Callable[[Row], str]:
+    return _shown_with_spread(f"{name}_mean_percent", f"{name}_std_percent")
+
+
+def _shown_with_spread(mean: str, std: str) -> Callable[[Row], str]:
+    return lambda row: MISSING if math.isnan(row[mean]) else spread(row[mean], row[std])
+
+
+def _times(key: str) -> Callable[[Row], str]:
+    return _shown(key, lambda value: f"{significant(value)}×")
+
+
+MEMORY, ACCURACY, STEP = "Memory (MiB)", "Accuracy (%)", "Step"
+SEEDS = Column("Seeds", "", "Seeds", lambda row: seed_list(row["seeds"]))
+COLUMNS = (
+    Column("Layers", "", "Layers", lambda row: str(row["layers"])),
+    Column("Method", "", "Method", lambda row: row["method"]),
+    Column("n", "", "n", lambda row: str(row["n"])),
+    Column("Reported (%)", ACCURACY, "reported", _shown("reported_accuracy_percent", "{:.1f}".format)),
+    Column("Test (%)", ACCURACY, "test", _accuracy("test")),
+    Column("Δ test (points)", ACCURACY, "Δ test", _shown("test_difference_points", signed)),
+    Column("Validation (%)", ACCURACY, "validation", _accuracy("val_best")),
+    Column("Formula (MiB)", MEMORY, "formula", _shown("activation_formula_bytes", mebibytes)),
+    Column("Formula, × less", MEMORY, "× less", _times("activation_formula_times_less")),
+    Column("Formula at equal accuracy, × less", MEMORY, "at equal acc.", _times("equal_accuracy_times_less")),
+    Column("Kept (MiB)", MEMORY, "kept", _shown("saved_measured_bytes", mebibytes)),
+    Column("Kept, × less", MEMORY, "× less", _times("saved_measured_times_less")),
+    Column("Peak (MiB)", MEMORY, "peak", _shown("peak_measured_bytes", mebibytes)),
+    Column("FLOPs, papers", "FLOPs", "papers", _shown("flops_paper", engineering)),
+    Column("FLOPs, corrected", "FLOPs", "corrected", _shown("flops_corrected", engineering)),
+    Column("FLOPs, × less", "FLOPs", "× less", _times("flops_corrected_times_less")),
+    Column("Step (ms)", STEP, "ms", _shown("step_median_s", lambda value: significant(1000 * value))),
+    Column("Step, × less", STEP, "× less", _times("step_median_times_less")),
+)
+
+
+def columns(table: pd.DataFrame) -> tuple[Column, ...]:
+    """The columns for people; the seeds are one of them only where they differ between rows."""
+    return COLUMNS if same_seeds(table) else (*COLUMNS[:3], SEEDS, *COLUMNS[3:])
+
+
+def same_seeds(table: pd.DataFrame) -> bool:
+    """Whether all rows are means over the same seeds."""
+    return len(set(table["seeds"])) == 1
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """The summary as it is: raw numbers, units in the column names, empty where missing."""
+    seeds = [" ".join(map(str, seeds)) for seeds in table["seeds"]]
+    return table.assign(seeds=seeds).to_csv(index=False, lineterminator="\n")
+
+
+def to_markdown(table: pd.DataFrame, group: Group, baseline: str = BASELINE) -> str:
+    """A heading, the table and what its numbers are."""
+    shown = columns(table)
+    cells = [[column.cell(row).replace("|", "\\|") for column in shown] for row in table.to_dict("records")]
+    body = pd.DataFrame(cells, columns=[column.title for column in shown]).to_markdown(
+        index=False, disable_numparse=True, colalign=["left" if c.title in LEFT else "right" for c in shown]
+    )
+    return f"# {group} ({group.task})\n\n{body}\n\n{footnote(table, baseline)}\n"
+
+
+LEFT = ("Method", "Seeds")
+
+
+def footnote(table: pd.DataFrame, baseline: str = BASELINE) -> str:
+    """What the numbers of a table are."""
+    return "\n".join(
+        [
+            "- Test: accuracy on the test split, of the epoch that is best on the validation split. "
+            "Validation: accuracy of that epoch on the validation split.",
+            f"- {_seeds_note(table)} ± is the sample standard deviation of the accuracy over them; the other numbers "
+            "are means.",
+            "- Reported: accuracy as published, on the split that the publication used.",
+            "- Formula: bytes kept of the inputs of the trained layers and of nothing else, by the method's formula; "
+            "mean over an epoch, of the epoch where it is largest.",
+            "- Kept: all bytes that autograd holds from the forward to the backward pass, as measured; parameters and "
+            "buffers not counted.",
+            "- Peak: most bytes of tensors alive at any time of a training step, as measured.",
+            "- FLOPs: of the trained layers in one training step, in the papers' convention and corrected. "
+            "Step: median time of a training step.",
+            *_baseline_notes(table, baseline),
+            f"- {MISSING}: no number. 1 MiB = 1,048,576 bytes.",
+        ]
+    )
+
+
+def _seeds_note(table: pd.DataFrame) -> str:
+    if not same_seeds(table):
+        return "Means over the n seeds listed in each row; the rows differ in their seeds."
+    seeds = table["seeds"].iloc[0]
+    return f"Means over n = {len(seeds)} seeds: {seed_list(seeds)}." if len(seeds) > 1 else f"One seed: {seeds[0]}."
+
+
+def _baseline_notes(table: pd.DataFrame, baseline: str) -> list[str]:
+    if baseline not in set(table["method"]):
+        return [f"- Ratios and Δ refer to {baseline}, of which there is no finished run."]
+    return [
+        f"- × less: the number of {baseline} at the same number of layers, divided by that of the row; Δ: "
+        "test accuracy less that one's.",
+        f"- At equal accuracy: the least formula memory of {baseline}, at any number of layers, that reaches at least "
+        "the row's mean test accuracy, divided by the formula memory of the row.",
+    ]
+
+
+def to_latex(table: pd.DataFrame, group: Group) -> str:
+    """A `tabular` with the rules of booktabs, rows of one number of layers together; needs nothing but booktabs."""
+    shown = columns(table)
+    alignment = "".join("l" if column.title in LEFT else "r" for column in shown)
+    lines = [
+        "% " + " ".join(f"{group} ({group.task}); needs \\usepackage{{booktabs}}".split()),
+        rf"\begin{{tabular}}{{@{{}}{alignment}@{{}}}}",
+        r"\toprule",
+        *_latex_headings(shown),
+    ]
+    for _, rows in groupby(table.to_dict("records"), key=lambda row: row["layers"]):
+        lines.append(r"\midrule")
+        lines.extend(_latex_line([column.cell(row) for column in shown]) for row in rows)
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _latex_headings(shown: tuple[Column, ...]) -> list[str]:
+    cells, rules, start = [], [], 1
+    for group, members in groupby(shown, key=lambda column: column.group):
+        count = len(list(members))
+        if group:
+            cells.append(rf"\multicolumn{{{count}}}{{c}}{{{latex(group)}}}")
+            rules.append(rf"\cmidrule(lr){{{start}-{start + count - 1}}}")
+        else:
+            cells.extend([""] * count)
+        start += count
+    return [" & ".join(cells) + r" \\", " ".join(rules), _latex_line([column.short for column in shown])]
+
+
+def _latex_line(cells: list[str]) -> str:
+    return " & ".join(map(latex, cells)) + r" \\"
+
+
+def latex(text: str) -> str:
+    """Text as LaTeX source that prints it."""
+    return "".join(ESCAPES.get(character, character) for character in text)

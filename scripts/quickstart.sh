@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The suite's main job on real images, with no download: setup B with MCUNet on handwritten digits. Pretrains on one
+# half of the data, measures perplexity, trains vanilla, gradient filter, SVD, HOSVD and ASI on the last 2 and 4 layers
+# of the other half, and writes the table and the Pareto plot. Run again, it does only what is missing.
+#
+# Usage: bash scripts/quickstart.sh [--help] [--dry-run] [SEED ...]     (default seed: 233)
+# Environment:
+#   RUNS_DIR   folder for runs and report (default: runs)
+#   VENV, PYTHON   see scripts/setup.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+dry_run=()
+case "${1:-}" in
+    --help)
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+    --dry-run)
+        dry_run=(--dry_run)
+        shift
+        ;;
+esac
+
+bash scripts/setup.sh
+python="${VENV:-.venv}/bin/python"
+runs="${RUNS_DIR:-runs}"
+[[ $# -gt 0 ]] || set -- 233
+"$python" -m classification sweep --setup b --model mcunet --dataset digits --layers 2 4 --seeds "$@" \
+    --methods vanilla gradient_filter_r2 svd_0.8 hosvd_0.8 asi --runs_dir "$runs" "${dry_run[@]}"
+[[ ${#dry_run[@]} -gt 0 ]] || "$python" -m report "$runs"

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Make the virtual environment with every pinned package, and the suite itself in it. Does nothing when it is up to date.
+#
+# Usage: bash scripts/setup.sh [--help]
+# Environment:
+#   VENV     folder of the virtual environment (default: .venv)
+#   PYTHON   Python 3.11 or newer to make it with (default: python3)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [[ "${1:-}" == --help ]]; then
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+    exit 0
+fi
+
+venv="${VENV:-.venv}"
+python="${PYTHON:-python3}"
+wanted="$(cat requirements.txt pyproject.toml | cksum)"
+if [[ -f "$venv/.installed" && "$(cat "$venv/.installed")" == "$wanted" ]]; then
+    exit 0
+fi
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "error: $python is older than Python 3.11; give another one as PYTHON" >&2
+    exit 2
+fi
+echo "installing the packages of requirements.txt into $venv (some minutes, about 2 GB) ..."
+"$python" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
+echo "$wanted" > "$venv/.installed"

@@ -1,0 +1,182 @@
+# ruff: noqa: RUF001 - the signs that the tables use
+"""The command, in process and as users start it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiment import ExperimentError
+from report.__main__ import main
+from report.output import write_all
+
+ROOT = Path(__file__).parents[2]
+FILES = {"table.md", "table.csv", "table.tex", "pareto.png", "pareto.svg"}
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def command(*arguments, folder):
+    return subprocess.run(
+        [sys.executable, "-m", "report", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+
+
+def refused(capsys, *arguments):
+    """The one line that the command says when it refuses."""
+    assert main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("report: error: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def test_every_file_is_written_and_named(write, runs, capsys):
+    write("vanilla", 2)
+    write("asi", 2, dataset="cub")
+    assert main([str(runs), "--published", str(runs)]) == 0
+    said = capsys.readouterr().out
+    for dataset in ("pets", "cub"):
+        folder = runs / "report" / "classification" / "A" / "mcunet" / dataset
+        assert {path.name for path in folder.iterdir()} == FILES
+        assert all(f"{folder / name}\n" in said for name in FILES)
+        assert (folder / "table.md").read_text() in said
+
+
+def test_as_a_subprocess_twice_with_identical_files(write, runs, tmp_path):
+    """In the default folders, seen from where the runs are; a second process must write the same bytes."""
+    for seed in (1, 2):
+        write("vanilla", 2, seed=seed, test=0.8 + 0.01 * seed)
+        write("asi", "all", seed=seed, memory=5000)
+    first = command(folder=tmp_path)
+    assert (first.returncode, first.stderr) == (0, "")
+    before = contents(runs / "report")
+    assert {path.name for path in before} == FILES
+    second = command(folder=tmp_path)
+    assert second.stdout == first.stdout
+    assert contents(runs / "report") == before
+
+
+def test_output_and_baseline(write, runs, tmp_path, capsys):
+    write("hosvd_0.8", 2, memory=4 * 2**20)
+    write("asi", 2, memory=2**20)
+    assert main([str(runs), "--output", str(tmp_path / "new" / "out"), "--baseline", "hosvd_0.8"]) == 0
+    assert "4.00×" in capsys.readouterr().out
+    assert not (runs / "report").exists()
+    assert len(contents(tmp_path / "new" / "out")) == len(FILES)
+
+
+def test_published_accuracies_are_shown(write, runs, tmp_path, capsys):
+    write("asi", 2)
+    entry = "- {setup: A, model: mcunet, dataset: pets, method: asi, layers: 2, accuracy: 38.75}\n"
+    (tmp_path / "classification.yaml").write_text(entry)
+    assert main([str(runs), "--published", str(tmp_path)]) == 0
+    assert "| 38.8 |" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("RUNS_DIR", "--output", "--baseline", "--published"))
+
+
+def test_no_records(tmp_path, capsys):
+    assert "no finished run" in refused(capsys, tmp_path)
+    assert not (tmp_path / "report").exists()
+
+
+def test_no_folder(tmp_path, capsys):
+    assert "is not a folder" in refused(capsys, tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("text", ["{", '{"schema": 1}', '{"schema": 2}', ""])
+def test_damaged_record(write, runs, capsys, text):
+    write("vanilla", 2)
+    path = write("asi", 2).run.folder(runs) / "result.json"
+    path.write_text(text)
+    assert str(path) in refused(capsys, runs)
+    assert not (runs / "report").exists()
+
+
+def test_unknown_baseline(write, runs, capsys):
+    write("vanilla", 2)
+    write("asi", 2)
+    assert "no run of the baseline vanila; there are asi, vanilla" in refused(capsys, runs, "--baseline", "vanila")
+
+
+def test_output_that_is_a_file(write, runs, tmp_path, capsys):
+    write("vanilla", 2)
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert str(output) in refused(capsys, runs, "--output", output)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_damaged_published_accuracies(write, runs, tmp_path, capsys):
+    write("vanilla", 2)
+    (tmp_path / "classification.yaml").write_text("- {setup: A}")
+    assert "classification.yaml, entry 1" in refused(capsys, runs, "--published", tmp_path)
+
+
+@pytest.mark.parametrize("mistake", ["nothing", "damaged", "output"])
+def test_errors_of_the_subprocess(write, runs, tmp_path, mistake):
+    arguments = [runs]
+    runs.mkdir()
+    if mistake != "nothing":
+        path = write("vanilla", 2).run.folder(runs) / "result.json"
+    if mistake == "damaged":
+        path.write_text("{")
+    if mistake == "output":
+        (tmp_path / "file").write_text("")
+        arguments += ["--output", tmp_path / "file"]
+    done = command(*arguments, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("report: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_unknown_option_of_the_subprocess(tmp_path):
+    done = command("--colour", folder=tmp_path)
+    assert done.returncode == 2
+    assert "--colour" in done.stderr
+
+
+def test_files_are_written_all_or_none(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ExperimentError, match="is a folder"):
+        write_all({tmp_path / "a": b"new", tmp_path / "b": b"new"})
+    assert contents(tmp_path) == {Path("a"): b"old"}
+    write_all({tmp_path / "a": b"new", tmp_path / "c" / "d": b"\x00\xff"})
+    assert contents(tmp_path) == {Path("a"): b"new", Path("c/d"): b"\x00\xff"}
+
+
+def test_an_output_that_cannot_be_written_replaces_nothing(write, runs, capsys):
+    """A folder stands where one of the files belongs."""
+    write("vanilla", 2)
+    assert main([str(runs)]) == 0
+    folder = runs / "report" / "classification" / "A" / "mcunet" / "pets"
+    (folder / "table.tex").unlink()
+    (folder / "table.tex").mkdir()
+    before = contents(runs)
+    capsys.readouterr()
+    write("asi", 2)
+    after_run = contents(runs)
+    assert "table.tex" in refused(capsys, runs)
+    assert contents(runs) == after_run
+    assert before.items() <= after_run.items()
