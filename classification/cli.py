@@ -18,7 +18,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from classification.callbacks import History, RandomState
 from classification.data import ImageDataModule
 from classification.identity import configured_method, identity_of, run_of
-from classification.module import FineTune, classification_loss
+from classification.module import Batch, FineTune, classification_loss
 from experiment import ExperimentError, Record, RunFolder, Status, provenance
 from experiment.allocator import keep_freed_memory
 from experiment.record import RESULT
@@ -63,7 +63,7 @@ class SuiteCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         keep_freed_memory()
         config = self.config[self.subcommand]
-        plain = self._parser(self.subcommand).dump(config, format="json", skip_none=False)
+        plain = self._parser(self.subcommand).dump(config, format="json", skip_unset=False)
         self.settings = json.loads(plain)
         measuring = self.subcommand == "measure"
         method = "perplexity" if measuring else configured_method(self.settings["model"]).tag
@@ -116,9 +116,7 @@ class SuiteCLI(LightningCLI):
 
     def _record(self) -> Record:
         model, history = self.model, self.history
-        device = model.device
-        images, labels = self.datamodule.first_batch(self.identity.seed)
-        batch = (images.to(device), labels.to(device))
+        batch = self._first_batch()
         network = model.train().backbone
         kept, peak = saved_bytes(network, classification_loss, batch), peak_bytes(network, classification_loss, batch)
         total = account(network, model.names, batch).total
@@ -145,12 +143,16 @@ class SuiteCLI(LightningCLI):
             provenance=provenance(self.folder.identity_hash, self.datamodule.fingerprint, keep_freed_memory()),
         )
 
+    def _first_batch(self) -> Batch:
+        """The batch that measurements are made on, as the network gets it."""
+        images, labels = self.datamodule.first_batch(self.identity.seed)
+        return self.model.prepare(images), labels.to(self.model.device)
+
     def measure(self, **options: Any) -> None:
         """Measure perplexity and write the table."""
         with self.folder.locked(self._config_text()):
-            batch = self.datamodule.first_batch(self.identity.seed)
             network = self.model.train().backbone
-            table = measure_perplexity(network, self.model.names, classification_loss, batch)
+            table = measure_perplexity(network, self.model.names, classification_loss, self._first_batch())
             table.save(self.folder.result)
         print(f"perplexity of {len(table.layers)} layers in {self.folder.result}", flush=True)
 

@@ -16,8 +16,8 @@ from lowrank import Method, PerplexityTable, Vanilla
 
 # What a run's result depends on. Everything else (folders, workers, progress bar) may change between two tries.
 MODEL_KEYS = (
-    *("backbone", "pretrained", "method", "layers", "freeze_statistics", "learning_rate", "momentum"),
-    *("weight_decay", "warmup_epochs", "warmup_start", "final_learning_rate"),
+    *("backbone", "pretrained", "method", "layers", "freeze_statistics", "channels_last"),
+    *("learning_rate", "momentum", "weight_decay", "warmup_epochs", "warmup_start", "final_learning_rate"),
 )
 DATA_KEYS = (*("dataset", "image_size", "mean", "std", "batch_size", "drop_last", "partition", "partition_seed"),)
 TRAINER_KEYS = (

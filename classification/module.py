@@ -46,6 +46,8 @@ class FineTune(pl.LightningModule):
         method: how the trained layers keep their inputs; a class of `lowrank`, such as lowrank.HOSVD.
         layers: how many trailing convolutions are trained, or "all".
         budget: where ASI's ranks come from, if its own `ranks` are not given.
+        channels_last: hold images and weights with the channels fastest in memory; on a CPU often faster, the same
+            result up to rounding.
         freeze_statistics: batch normalisation uses its stored statistics and does not update them.
         learning_rate: of SGD.
         momentum: of SGD.
@@ -65,6 +67,7 @@ class FineTune(pl.LightningModule):
         layers: int | Literal["all"] = "all",
         budget: Budget | None = None,
         freeze_statistics: bool = True,
+        channels_last: bool = False,
         learning_rate: float = 0.05,
         momentum: float = 0.0,
         weight_decay: float = 1e-4,
@@ -76,6 +79,8 @@ class FineTune(pl.LightningModule):
         self.backbone = build_model(backbone, num_classes, pretrained, weights)
         self.names = lowrank.trailing_layers(self.backbone, layers)
         lowrank.freeze_before(self.backbone, self.names)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.backbone.to(memory_format=self.memory_format)
         self.method = _with_ranks(method or Vanilla(), budget, self.names)
         lowrank.convert(self.backbone, self.names, self.method)
         self.freeze_statistics = freeze_statistics
@@ -86,7 +91,11 @@ class FineTune(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, 3, H, W)."""
-        return self.backbone(images)
+        return self.backbone(self.prepare(images))
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) on the network's device and in its memory format."""
+        return images.to(self.device).contiguous(memory_format=self.memory_format)
 
     def train(self, mode: bool = True) -> FineTune:
         """As usual, but frozen statistics stay frozen."""
@@ -99,7 +108,7 @@ class FineTune(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss; stops the run at a loss that is not finite."""
-        loss = classification_loss(self.backbone, batch)
+        loss = classification_loss(self, batch)
         if not torch.isfinite(loss):
             raise NonFiniteError(
                 f"the training loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}; look for NaN in "

@@ -40,13 +40,13 @@ class Run:
     seed: int
 
     def __post_init__(self) -> None:
-        names = (self.task, self.setup, self.model, self.dataset, self.method)
-        if not all(isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name) for name in names):
-            raise ValueError(f"a run's names are letters, digits and . _ + - only, not {names}")
-        if self.layers != "all" and not (type(self.layers) is int and self.layers > 0):
-            raise ValueError(f"a run's layers are a whole number from 1 or 'all', not {self.layers!r}")
+        for key in ("task", "setup", "model", "dataset", "method"):
+            name = getattr(self, key)
+            if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+                raise ValueError(f"{key} is {name!r}; a name is made of letters, digits and . _ + -")
+        check_layers(self.layers)
         if type(self.seed) is not int:
-            raise ValueError(f"a run's seed is a whole number, not {self.seed!r}")
+            raise ValueError(f"seed is {self.seed!r}, not a whole number")
 
     def folder(self, root: Path) -> Path:
         """The run's folder below `root`."""
@@ -57,6 +57,12 @@ class Run:
         return (
             f"{self.model} on {self.dataset}, setup {self.setup}, {self.method}, layers {self.layers}, seed {self.seed}"
         )
+
+
+def check_layers(layers: Any) -> None:
+    """Raise `ValueError` unless `layers` is a whole number from 1, or "all"."""
+    if layers != "all" and (type(layers) is not int or layers < 1):
+        raise ValueError(f"layers is {layers!r}, neither a whole number from 1 nor 'all'")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from report.output import make_folder, write_all
 from report.plots import pareto_figure
 from report.published import load_published
 from report.summary import BASELINE, Group, group_records, read_records, summarise
-from report.tables import to_csv, to_latex, to_markdown
+from report.tables import to_csv, to_latex, to_markdown, to_terminal
 
 PUBLISHED = Path(__file__).parent.parent / "configs" / "published"
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(runs: Path, output: Path, baseline: str, published: Path) -> None:
-    """Write the tables and figures of all runs, and print the tables and where everything is.
+    """Write the tables and figures of all runs, and print the tables in short and where everything is.
 
     Raises:
         ExperimentError: nothing to report, a damaged file, an unknown baseline, or an output that cannot be written.
@@ -71,17 +71,16 @@ def report(runs: Path, output: Path, baseline: str, published: Path) -> None:
     texts = []
     for group, records in groups.items():
         table = summarise(records, baseline, reported[group.task].get(group))
-        markdown = to_markdown(table, group, baseline)
         folder = output / group.folder
         pictures = pareto_figure(table, group)
         outputs = {
-            folder / "table.md": markdown.encode(),
+            folder / "table.md": to_markdown(table, group, baseline).encode(),
             folder / "table.csv": to_csv(table).encode(),
             folder / "table.tex": to_latex(table, group).encode(),
             **{folder / f"pareto.{ending}": content for ending, content in pictures.items()},
         }
         files |= outputs
-        texts.append("\n".join([markdown, *map(str, outputs), ""]))
+        texts.append("\n".join([to_terminal(table, group), *map(str, outputs), ""]))
     write_all(files)
     print("\n".join(texts), end="")
 

@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from experiment import ExperimentError
-from report.summary import Group, check_layers
+from experiment.record import check_layers
+from report.summary import Group
 
 NAMES = ("setup", "model", "dataset", "method")
 REQUIRED = (*NAMES, "layers", "accuracy")

@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any
 
 import pandas as pd
+from tabulate import tabulate
 
 from report.summary import BASELINE, Group
 
@@ -147,7 +148,7 @@ def to_csv(table: pd.DataFrame) -> str:
 def to_markdown(table: pd.DataFrame, group: Group, baseline: str = BASELINE) -> str:
     """A heading, the table and what its numbers are."""
     shown = columns(table)
-    cells = [[column.cell(row).replace("|", "\\|") for column in shown] for row in table.to_dict("records")]
+    cells = [[column.cell(row) for column in shown] for row in table.to_dict("records")]
     body = pd.DataFrame(cells, columns=[column.title for column in shown]).to_markdown(
         index=False, disable_numparse=True, colalign=["left" if c.title in LEFT else "right" for c in shown]
     )
@@ -155,6 +156,25 @@ def to_markdown(table: pd.DataFrame, group: Group, baseline: str = BASELINE) -> 
 
 
 LEFT = ("Method", "Seeds")
+TERMINAL = (
+    *("Layers", "Method", "n", "Test (%)", "Δ test (points)", "Formula (MiB)", "Formula, × less"),
+    *("Kept (MiB)", "Peak (MiB)", "Step (ms)"),
+)
+
+
+def to_terminal(table: pd.DataFrame, group: Group) -> str:
+    """A heading and the columns that matter most, narrow enough for a terminal."""
+    shown = [column for column in columns(table) if column.title in TERMINAL]
+    titles = [column.title.replace(" (", "\n(").replace(", ", "\n") for column in shown]
+    cells = [[column.cell(row) for column in shown] for row in table.to_dict("records")]
+    body = tabulate(
+        cells,
+        titles,
+        tablefmt="simple",
+        disable_numparse=True,
+        colalign=["left" if column.title in LEFT else "right" for column in shown],
+    )
+    return f"{group} ({group.task})\n\n{body}\n"
 
 
 def footnote(table: pd.DataFrame, baseline: str = BASELINE) -> str:

@@ -230,7 +230,10 @@ def test_one_run_twice_is_refused(write, runs):
 
 @pytest.mark.parametrize("layers", ["2", -1, 2.5, True, "every"])
 def test_unknown_layers_are_refused(write, runs, layers):
-    write("asi", layers)
+    path = write("asi", 2).run.folder(runs) / "result.json"
+    content = json.loads(path.read_text())
+    content["run"]["layers"] = layers
+    path.write_text(json.dumps(content))
     with pytest.raises(ExperimentError, match="layers is"):
         read_records(runs)
 

@@ -1,0 +1,118 @@
+"""The command line in process: tiny arguments, what it printed, and callbacks that interrupt a run."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from classification.cli import main
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "classification"
+
+TINY = (
+    *("--data.image_size", "32", "--data.batch_size", "8"),
+    *("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"),
+    *("--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"),
+    *("--trainer.enable_progress_bar", "false"),
+)
+
+
+def config(kind, name):
+    """One shipped config as an argument."""
+    return ["--config", str(CONFIGS / kind / f"{name}.yaml")]
+
+
+def arguments(command, runs, *options, setup="b", model="mcunet", method="vanilla"):
+    """Arguments of one small command on the digits; options come last and so win."""
+    configs = [*config("setups", setup), *config("models", model), *config("data", "digits")]
+    return [command, *configs, *config("methods", method), *TINY, "--runs_dir", str(runs), *map(str, options)]
+
+
+@dataclass
+class Finished:
+    """One finished run: its arguments, its folder and what the command printed."""
+
+    arguments: list[str]
+    folder: Path
+    printed: str
+
+    @property
+    def record(self):
+        """Content of result.json."""
+        return json.loads((self.folder / "result.json").read_text())
+
+    @property
+    def rows(self):
+        """Rows of metrics.csv as numbers."""
+        return metrics(self.folder)
+
+    def checkpoint(self, name):
+        """A checkpoint's content."""
+        return torch.load(self.folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def metrics(folder):
+    """Rows of metrics.csv as numbers."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def only_file(folder, name):
+    """The one file of this name below a folder."""
+    (path,) = folder.rglob(name)
+    return path
+
+
+def execute(command, capsys):
+    """Run a command that must succeed. Returns what it printed."""
+    capsys.readouterr()
+    code = main(command)
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    return printed.out
+
+
+def finish(command, runs, capsys):
+    """Run a fit to its end, the only one in `runs`."""
+    printed = execute(command, capsys)
+    return Finished(command, only_file(runs, "result.json").parent, printed)
+
+
+class Interruption(Exception):
+    """Stands for a crash."""
+
+
+class CrashInEpoch(pl.Callback):
+    """A crash in the middle of an epoch, after its first batch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def interrupt(self):
+        raise Interruption
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (self.epoch, 1):
+            self.interrupt()
+
+
+class HaltInEpoch(CrashInEpoch):
+    """Says so in the middle of an epoch and waits there to be killed."""
+
+    def interrupt(self):
+        print("halted", flush=True)
+        signal.pause()
+
+
+class CrashBeforeTest(pl.Callback):
+    """A crash when training is over and the record is not yet written."""
+
+    def on_test_start(self, trainer, pl_module):
+        raise Interruption

@@ -1,0 +1,57 @@
+"""What all tests of the folder share: one thread, a fixed seed, and weights whose outputs mean something."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from classification.backbones import build_model
+from classification.data import ImageDataModule
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Images here are tiny; handing them to a pool of threads takes longer than the work itself."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    """Networks built inside a test start from the same weights in every run and in every order."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits_32():
+    """All digits at 32 x 32, in [-1, 1]."""
+    return ImageDataModule("digits", image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3, batch_size=8, cache=True)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory, digits_32):
+    """A file with an MCUNet that tells digits apart without training: random features, a classifier by least squares.
+
+    From random weights a network this small at 32 x 32 answers one class for everything, whatever is done to it.
+    """
+    torch.manual_seed(0)
+    network = build_model("mcunet", num_classes=10)
+    images = torch.stack([digits_32.train[index][0] for index in range(len(digits_32.train))])
+    labels = torch.as_tensor(digits_32.train.part.labels)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = None  # a plain average over what is seen
+    with torch.no_grad():
+        network.train()(images)
+        network.eval()
+        features = network.blocks(network.stem(images)).mean((2, 3))
+        centred = features - features.mean(0)
+        targets = torch.nn.functional.one_hot(labels, 10) - 0.1
+        ridge = centred.T @ centred + 1e-2 * torch.eye(features.shape[1])
+        network.classifier.weight.copy_(10 * torch.linalg.solve(ridge, centred.T @ targets.float()).T)
+        network.classifier.bias.copy_(-network.classifier.weight @ features.mean(0))
+    path = tmp_path_factory.mktemp("weights") / "mcunet.pt"
+    torch.save(network.state_dict(), path)
+    return path

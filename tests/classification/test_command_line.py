@@ -1,0 +1,280 @@
+"""A run from the command line: what it leaves, that it is done once, and that its numbers are right."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from commands import ROOT, Finished, arguments, config, execute, finish, metrics, only_file
+
+from classification.backbones import build_model
+from classification.cli import main
+from classification.data import load_splits
+from experiment import Record
+from lowrank import PerplexityTable, stock_state_dict
+
+
+@pytest.fixture(scope="module")
+def best_first(tmp_path_factory, weights):
+    """A run whose best epoch is its first: the second one's learning rate destroys the network."""
+    runs = tmp_path_factory.mktemp("best_first")
+    command = arguments(
+        *("fit", runs, "--model.layers", 2, "--model.weights", weights, "--data.partition", "all"),
+        *("--model.learning_rate", 25, "--model.warmup_epochs", 1, "--model.warmup_start", 1e-5),
+        *("--trainer.max_epochs", 3, "--trainer.limit_val_batches", "1.0", "--trainer.limit_test_batches", "1.0"),
+    )
+    assert main(command) == 0
+    done = Finished(command, only_file(runs, "result.json").parent, "")
+    best, *later = [row["val_accuracy"] for row in done.rows]
+    assert best > max(later) + 0.1, "the fixture's run is not what it has to be"
+    return done
+
+
+def test_a_run_leaves_config_history_checkpoints_and_record(best_first):
+    assert {str(path.relative_to(best_first.folder)) for path in best_first.folder.rglob("[!.]*.*")} >= {
+        *("config.yaml", "metrics.csv", "result.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt"),
+    }
+    assert best_first.folder.parts[-7:] == ("classification", "B", "mcunet", "digits", "vanilla", "layers2", "seed233")
+    assert list(best_first.folder.rglob("*.part")) == []
+    assert [row["epoch"] for row in best_first.rows] == [0, 1, 2]
+
+
+def test_the_record_has_every_key_of_the_design(best_first):
+    record = best_first.record
+    assert (record["schema"], record["status"]) == (1, "done")
+    assert {key: set(value) for key, value in record.items() if isinstance(value, dict)} == {
+        "run": {"task", "setup", "model", "dataset", "method", "layers", "seed"},
+        "accuracy": {"val_best", "val_last", "test"},
+        "memory_bytes": {"activation_formula", "saved_measured", "peak_measured", "peak_inference"},
+        "flops": {"paper", "corrected"},
+        "time_s": {"step_median", "total"},
+        "provenance": set(record["provenance"]),
+    }
+    assert set(record["provenance"]) >= {"config_hash", "code_version", "data_fingerprint", "packages", "hardware"}
+    assert Record.load(best_first.folder / "result.json").provenance == record["provenance"]
+
+
+def test_the_record_says_what_the_history_says(best_first):
+    rows, record = best_first.rows, best_first.record
+    assert record["accuracy"]["val_best"] == rows[0]["val_accuracy"]
+    assert record["accuracy"]["val_last"] == rows[-1]["val_accuracy"]
+    assert record["time_s"]["total"] == pytest.approx(sum(row["seconds"] for row in rows))
+    assert record["memory_bytes"]["activation_formula"] == max(row["activation_bytes"] for row in rows)
+
+
+def test_the_time_of_a_step_is_the_median_over_all_steps(best_first):
+    (history,) = (state for key, state in best_first.checkpoint("last")["callbacks"].items() if "History" in key)
+    assert len(history["step_seconds"]) == 3 * 2
+    assert best_first.record["time_s"]["step_median"] == sorted(history["step_seconds"])[3]
+
+
+def test_the_history_holds_the_learning_rate_that_the_epoch_had(best_first):
+    assert [row["learning_rate"] for row in best_first.rows] == pytest.approx([25e-5, 25, 12.5])
+
+
+def test_the_formula_memory_is_that_of_the_trained_inputs(best_first):
+    # Two inputs of 8 x 576 x 1 x 1 in float32: images of 32 pixels are 1 pixel there.
+    assert best_first.record["memory_bytes"]["activation_formula"] == 2 * 8 * 576 * 4
+    measured = best_first.record["memory_bytes"]
+    assert measured["activation_formula"] < measured["saved_measured"] < measured["peak_measured"]
+
+
+def accuracy_of(checkpoint, part):
+    """Accuracy by plain PyTorch, with a transform of its own."""
+    state = {key.removeprefix("backbone."): value for key, value in checkpoint["state_dict"].items()}
+    network = build_model("mcunet", num_classes=10)
+    network.load_state_dict(stock_state_dict({key: state[key] for key in state if not key.startswith("accuracy")}))
+    images = torch.from_numpy(part.images).float()[:, None] / 255
+    images = (F.interpolate(images, (32, 32), mode="bilinear", antialias=True) - 0.5) / 0.5
+    with torch.no_grad():
+        predicted = network.eval()(images.expand(-1, 3, -1, -1)).argmax(1)
+    return float((predicted == torch.from_numpy(part.labels)).double().mean())
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "part"), [("test", "best", "test"), ("val_best", "best", "val"), ("val_last", "last", "val")]
+)
+def test_an_accuracy_in_the_record_is_that_of_its_checkpoint(best_first, key, name, part):
+    expected = accuracy_of(best_first.checkpoint(name), getattr(load_splits("digits", ROOT), part))
+    assert best_first.record["accuracy"][key] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("command", "key", "printed"), [("validate", "val_best", "val"), ("test", "test", "test")])
+@pytest.mark.parametrize("stored", [False, True])
+def test_validate_and_test_give_what_the_record_holds(best_first, capsys, command, key, printed, stored):
+    options = ["--config", str(best_first.folder / "config.yaml")] if stored else best_first.arguments[1:]
+    before = (best_first.folder / "result.json").read_bytes()
+    found = re.search(rf"{printed}_accuracy\W+([\d.]+)", execute([command, *options], capsys))
+    assert float(found[1]) == pytest.approx(best_first.record["accuracy"][key], abs=1e-6)
+    assert (best_first.folder / "result.json").read_bytes() == before
+
+
+def test_a_checkpoint_can_be_chosen(best_first, capsys):
+    chosen = str(best_first.folder / "checkpoints" / "last.ckpt")
+    printed = execute(["validate", *best_first.arguments[1:], "--ckpt_path", chosen], capsys)
+    found = re.search(r"val_accuracy\W+([\d.]+)", printed)
+    assert float(found[1]) == pytest.approx(best_first.rows[-1]["val_accuracy"], abs=1e-6)
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("way", ["same arguments", "stored config", "no influence on the result"])
+def test_a_finished_run_is_not_run_again(best_first, capsys, monkeypatch, way):
+    monkeypatch.setattr("classification.cli.Trainer.fit", lambda *_, **__: pytest.fail("trained again"))
+    command = {
+        "same arguments": best_first.arguments,
+        "stored config": ["fit", "--config", str(best_first.folder / "config.yaml")],
+        "no influence on the result": [*best_first.arguments, "--data.eval_batch_size", "64", "--data.cache", "false"],
+    }[way]
+    before = content(best_first.folder)
+    assert execute(command, capsys).startswith("done already: mcunet on digits")
+    assert "is done, would skip" in execute([*command, "--dry_run"], capsys)
+    assert content(best_first.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "difference"),
+    [
+        ("--model.learning_rate", "0.125", r"model\.learning_rate is 25\.0 there and 0\.125 here"),
+        ("--model.momentum", "0.5", r"model\.momentum is 0\.9 there and 0\.5 here"),
+        ("--trainer.max_epochs", "4", r"trainer\.max_epochs is 3 there and 4 here"),
+        ("--data.batch_size", "4", r"data\.batch_size is 8 there and 4 here"),
+        ("--data.partition", "finetune", r"data\.partition is 'all' there and 'finetune' here"),
+        ("--model.freeze_statistics", "false", r"model\.freeze_statistics is True there and False here"),
+    ],
+)
+def test_other_settings_in_the_folder_are_refused_with_the_difference(best_first, capsys, option, value, difference):
+    before = content(best_first.folder)
+    assert main([*best_first.arguments, option, value]) == 2
+    assert re.search(difference, capsys.readouterr().err)
+    assert content(best_first.folder) == before
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--trainer.overfit_batches", "1"),
+        ("--trainer.max_steps", "1"),
+        ("--trainer.fast_dev_run", "true"),
+        ("--trainer.check_val_every_n_epoch", "2"),
+        ("--trainer.val_check_interval", "1"),
+        ("--trainer.max_time", "00:00:00:01"),
+    ],
+    ids=lambda option: option[0],
+)
+def test_a_setting_that_changes_the_result_is_not_taken_for_the_same_run(best_first, capsys, option):
+    code = main([*best_first.arguments, *option, "--dry_run"])
+    printed = capsys.readouterr()
+    assert code == 2, printed.out
+    assert printed.err.startswith("error: ")
+
+
+def test_a_weights_file_counts_by_its_content(best_first, tmp_path, capsys, weights):
+    copy = tmp_path / "moved.pt"
+    state = torch.load(weights)
+    torch.save({"state_dict": state, "more": 1}, copy)
+    assert "done already" in execute([*best_first.arguments, "--model.weights", str(copy)], capsys)
+    state["stem.0.weight"][0] += 1
+    torch.save(state, copy)
+    assert main([*best_first.arguments, "--model.weights", str(copy)]) == 2
+    assert "model.weights is" in capsys.readouterr().err
+
+
+def test_the_run_does_not_depend_on_the_random_state_before_it(tmp_path, capsys):
+    states = []
+    for number in (1, 2):
+        torch.manual_seed(number)
+        runs = tmp_path / str(number)
+        states.append(
+            finish(arguments("fit", runs, "--model.layers", 2), runs, capsys).checkpoint("last")["state_dict"]
+        )
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+# Measure and ASI.
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, weights):
+    """A folder with an HOSVD run and a perplexity table of the same two layers."""
+    runs = tmp_path_factory.mktemp("measured")
+    options = ("--model.layers", 2, "--model.weights", weights, "--data.image_size", 64)
+    assert main(arguments("fit", runs, *options, method="hosvd_0.8")) == 0
+    assert main(arguments("measure", runs, *options)) == 0
+    return runs, options
+
+
+def test_measure_writes_the_table_of_the_trained_layers_once(measured, capsys):
+    runs, options = measured
+    path = only_file(runs, "perplexity.json")
+    assert path.parent.parts[-3:] == ("perplexity", "layers2", "seed233")
+    table = PerplexityTable.load(path)
+    assert table.names == ["blocks.13.layers.3", "blocks.13.layers.6"]
+    assert table.batch_shape == (8, 3, 64, 64)
+    assert {layer.input_shape for layer in table.layers} == {(8, 576, 2, 2)}
+    before = path.read_bytes()
+    assert "done already" in execute(arguments("measure", runs, *options), capsys)
+    assert path.read_bytes() == before
+
+
+def test_asi_keeps_at_most_the_memory_of_the_run_that_is_its_budget(measured, capsys):
+    runs, options = measured
+    (hosvd,) = runs.rglob("hosvd_0.8/**/result.json")
+    budget = ("--model.budget.table", only_file(runs, "perplexity.json"), "--model.budget.run", hosvd.parent)
+    execute(arguments("fit", runs, *options, *budget, method="asi"), capsys)
+    (asi,) = runs.rglob("asi/**/result.json")
+    kept, allowed = (Record.load(path).memory_bytes["activation_formula"] for path in (asi, hosvd))
+    assert 0 < kept <= allowed
+
+
+def test_a_budget_holds_for_the_batch_that_is_trained_or_is_refused(measured, tmp_path, capsys):
+    _, options = measured
+    path = only_file(measured[0], "perplexity.json")
+    least = sum(min(layer.nbytes) for layer in PerplexityTable.load(path).layers)
+    budget = ("--model.budget.table", path, "--model.budget.mib", least / 2**20)
+    larger = arguments("fit", tmp_path, *options, *budget, "--data.batch_size", 32, method="asi")
+    if main(larger) == 0:
+        record = Record.load(only_file(tmp_path, "result.json"))
+        assert record.memory_bytes["activation_formula"] <= least
+    else:
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+# The program itself.
+
+
+def program(*words):
+    return subprocess.run([sys.executable, "-m", "classification", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_program_prints_a_config_that_it_takes_back(tmp_path, capsys):
+    given = [*config("setups", "a"), *config("models", "resnet18"), *config("data", "digits")]
+    printed = program("fit", *given, "--model.layers", "3", "--print_config")
+    assert printed.returncode == 0, printed.stderr
+    resolved = yaml.safe_load(printed.stdout)
+    assert (resolved["model"]["layers"], resolved["model"]["backbone"], resolved["setup"]) == (3, "resnet18", "A")
+    path = tmp_path / "config.yaml"
+    path.write_text(printed.stdout)
+    once = execute(["fit", *given, "--model.layers", "3", "--runs_dir", str(tmp_path), "--dry_run"], capsys)
+    again = execute(["fit", "--config", str(path), "--runs_dir", str(tmp_path), "--dry_run"], capsys)
+    assert once == again
+
+
+def test_the_program_ends_with_code_2_and_one_line_on_bad_input():
+    failed = program("fit", *config("data", "digits"), "--model.backbone", "lenet")
+    assert failed.returncode == 2
+    assert failed.stdout == ""
+    assert re.fullmatch(r"error: there is no backbone 'lenet'; .*\n", failed.stderr)
+
+
+def test_the_history_is_a_table_with_a_row_for_each_epoch(best_first):
+    assert list(metrics(best_first.folder)[0]) == [
+        *("epoch", "learning_rate", "train_loss", "val_loss", "val_accuracy", "activation_bytes", "seconds"),
+    ]
+    assert json.loads((best_first.folder / "identity.json").read_text())["trainer"]["max_epochs"] == 3

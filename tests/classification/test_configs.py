@@ -1,0 +1,77 @@
+"""Every shipped config is used: all together in a dry run, every method and every network in one training step."""
+
+import os
+from itertools import product
+from pathlib import Path
+
+import pytest
+from commands import CONFIGS, TINY, execute, finish, only_file
+
+KINDS = ("setups", "models", "data", "methods")
+SHIPPED = {kind: sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml")) for kind in KINDS}
+
+
+def setup_files(setup, data):
+    """A setup, and what it sets differently for this data set."""
+    specific = f"{setup}_{data}"
+    return [setup, specific] if specific in SHIPPED["setups"] else [setup]
+
+
+def specific(name):
+    return any(name.endswith(f"_{data}") for data in SHIPPED["data"])
+
+
+SETUPS = [name for name in SHIPPED["setups"] if not specific(name)]
+COMBINATIONS = list(product(SETUPS, SHIPPED["models"], SHIPPED["data"], SHIPPED["methods"]))
+
+
+def files(setup, model, data, method):
+    chosen = [("setups", name) for name in setup_files(setup, data)]
+    chosen += [("models", model), ("data", data), ("methods", method)]
+    return [CONFIGS / kind / f"{name}.yaml" for kind, name in chosen]
+
+
+def command(chosen, runs):
+    words = [word for path in chosen for word in ("--config", str(path))]
+    return ["fit", *words, "--model.pretrained", "false", *TINY, "--runs_dir", str(runs)]
+
+
+def test_every_config_file_is_in_a_combination():
+    there = {Path(folder) / name for folder, _, inside in os.walk(CONFIGS) for name in inside}
+    assert there == {path for combination in COMBINATIONS for path in files(*combination)}
+
+
+@pytest.mark.parametrize(("setup", "model"), list(product(SETUPS, SHIPPED["models"])))
+def test_every_combination_describes_a_run_of_its_own(tmp_path, capsys, setup, model):
+    folders = set()
+    chosen = [combination for combination in COMBINATIONS if combination[:2] == (setup, model)]
+    for combination in chosen:
+        printed = execute([*command(files(*combination), tmp_path), "--dry_run"], capsys)
+        assert printed.startswith(f"would run: {model} on ")
+        folders.add(printed.partition("folder: ")[2])
+    assert len(folders) == len(chosen)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", SHIPPED["methods"])
+def test_every_method_takes_a_training_step(tmp_path, capsys, weights, method):
+    chosen = files("b", "mcunet", "digits", method)
+    options = ["--model.layers", "2", "--model.weights", str(weights), "--trainer.limit_train_batches", "1"]
+    if method == "asi":
+        measure = command(files("b", "mcunet", "digits", "vanilla"), tmp_path / "measured")
+        execute(["measure", *measure[1:], *options], capsys)
+        table = only_file(tmp_path / "measured", "perplexity.json")
+        options += ["--model.budget.table", str(table), "--model.budget.mib", "1"]
+    done = finish([*command(chosen, tmp_path / "runs"), *options], tmp_path / "runs", capsys)
+    assert done.record["run"]["method"] == method
+    assert done.record["memory_bytes"]["activation_formula"] > 0
+    assert len(done.rows) == 1
+
+
+@pytest.mark.parametrize("model", SHIPPED["models"])
+def test_every_network_takes_a_training_step(tmp_path, capsys, model):
+    chosen = files("a", model, "digits", "vanilla")
+    options = ["--model.layers", "2", "--trainer.limit_train_batches", "1"]
+    done = finish([*command(chosen, tmp_path), *options], tmp_path, capsys)
+    assert done.record["run"]["model"] == model
+    assert done.record["run"]["setup"] == "A"

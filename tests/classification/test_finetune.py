@@ -1,0 +1,218 @@
+"""The Lightning module: recipe, frozen statistics, what is trained and what is not."""
+
+import json
+import math
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lowrank
+from classification.backbones import build_model
+from classification.module import FineTune, learning_rate_factor
+from classification.planning import Budget
+from experiment import ExperimentError
+from lowrank import ASI, HOSVD, SVD, GradientFilter, NonFiniteError, Vanilla
+
+METHODS = [Vanilla(), SVD(0.8), HOSVD(0.8), ASI(ranks=4), GradientFilter(2), GradientFilter(4), GradientFilter(7)]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "setting", "factor"),
+    [
+        # epochs, warm-up, first share, last share
+        (0, (90, 4, 0.25, 0.0), 0.25),
+        (1, (90, 4, 0.25, 0.0), 0.4375),
+        (3, (90, 4, 0.25, 0.0), 0.8125),
+        (4, (90, 4, 0.25, 0.0), 1.0),
+        (47, (90, 4, 0.25, 0.0), 0.5),
+        (90, (90, 4, 0.25, 0.0), 0.0),
+        (0, (50, 0, 0.25, 0.1), 1.0),
+        (25, (50, 0, 0.25, 0.1), 0.55),
+        (50, (50, 0, 0.25, 0.1), 0.1),
+        (2, (2, 4, 0.5, 0.0), 0.75),
+        (4, (4, 4, 0.25, 0.0), 1.0),
+    ],
+)
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(epoch, setting, factor):
+    assert learning_rate_factor(epoch, *setting) == pytest.approx(factor, abs=1e-12)
+
+
+def module(weights, **options):
+    settings = {"num_classes": 10, "weights": str(weights), "layers": 2, "learning_rate": 0.05}
+    return FineTune("mcunet", **settings | options)
+
+
+def trainer(epochs=1, **options):
+    return pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def loader(digits, count=16, batch=8):
+    images, labels = zip(*(digits.train[index] for index in range(count)), strict=True)
+    return DataLoader(TensorDataset(torch.stack(images), torch.tensor(labels)), batch)
+
+
+def changed(before, after):
+    """Names of the tensors that differ."""
+    return {key for key, value in before.items() if not torch.equal(value, after[key])}
+
+
+def copy(state):
+    return {key: value.clone() for key, value in state.items()}
+
+
+def test_every_method_of_the_library_is_tried_here():
+    exported = {
+        value for value in vars(lowrank).values() if isinstance(value, type) and issubclass(value, lowrank.Method)
+    }
+    assert {type(method) for method in METHODS} == exported - {lowrank.Method}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.tag)
+def test_what_is_trained_changes_and_nothing_ahead_of_it(weights, digits_32, method):
+    model = module(weights, method=method, momentum=0.9)
+    before = copy(model.backbone.state_dict())
+    trainer().fit(model, loader(digits_32))
+    after = lowrank.stock_state_dict(model.backbone.state_dict())
+    assert changed(before, after) == {
+        *("blocks.13.layers.3.weight", "blocks.13.layers.6.weight"),
+        *(f"blocks.13.layers.{index}.{name}" for index in (4, 7) for name in ("weight", "bias")),
+        *("classifier.weight", "classifier.bias"),
+    }
+    assert [layer.layer_name for layer in lowrank.converted_layers(model)] == [
+        "blocks.13.layers.3",
+        "blocks.13.layers.6",
+    ]
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_statistics_are_frozen_or_updated_in_training_as_asked(weights, digits_32, freeze):
+    model = module(weights, layers="all", freeze_statistics=freeze)
+    before = copy(model.backbone.state_dict())
+    trainer().fit(model, loader(digits_32))
+    different = changed(before, model.backbone.state_dict())
+    statistics = {key for key in before if key.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    assert len(statistics) == 3 * 42
+    assert statistics & different == (set() if freeze else statistics)
+    assert different >= {key for key in before if key not in statistics and "bias" in key}
+
+
+def test_statistics_are_frozen_again_after_validation(weights, digits_32):
+    model = module(weights)
+    trainer(epochs=2).fit(model, loader(digits_32), loader(digits_32))
+    model.train()
+    normalisations = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert not any(layer.training for layer in normalisations)
+    assert model.backbone.classifier.training
+    assert all(layer.weight.requires_grad for layer in normalisations[-2:])
+
+
+def test_two_epochs_are_those_of_a_loop_written_out(weights, digits_32):
+    settings = {
+        "learning_rate": 0.4,
+        "momentum": 0.9,
+        "weight_decay": 0.01,
+        "warmup_epochs": 1,
+        "final_learning_rate": 0,
+    }
+    model = module(weights, method=Vanilla(), warmup_start=0.5, **settings)
+    batches = loader(digits_32)
+    trainer(epochs=3, gradient_clip_val=0.5).fit(model, batches)
+
+    plain = build_model("mcunet", num_classes=10, weights=str(weights)).eval()
+    tail = nn.ModuleList([*plain.blocks[13].layers[3:], plain.classifier])
+    plain.requires_grad_(False)
+    tail.requires_grad_(True)
+    velocity = {parameter: torch.zeros_like(parameter) for parameter in tail.parameters()}
+    for epoch in range(3):
+        rate = 0.4 * (0.5, 1.0, (1 + math.cos(math.pi / 2)) / 2)[epoch]
+        for images, labels in batches:
+            plain.zero_grad()
+            F.cross_entropy(plain(images), labels).backward()
+            norm = math.sqrt(sum(float(parameter.grad.square().sum()) for parameter in velocity))
+            assert norm > 0.5  # or clipping would not be tried
+            for parameter, moving in velocity.items():
+                moving.mul_(0.9).add_(parameter.grad * 0.5 / norm + 0.01 * parameter.detach())
+                parameter.data -= rate * moving
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(model.backbone.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("method", [Vanilla(), HOSVD(0.8), ASI(ranks=4)], ids=lambda method: method.tag)
+def test_an_image_with_nan_stops_the_run_at_its_batch(weights, digits_32, method):
+    batches = loader(digits_32)
+    batches.dataset.tensors[0][9, 0, 3, 3] = math.nan
+    with pytest.raises(NonFiniteError, match="epoch 0, batch 1"):
+        trainer().fit(module(weights, method=method), batches)
+
+
+def test_nan_in_a_later_epoch_is_named_with_its_epoch(weights, digits_32):
+    batches = loader(digits_32)
+
+    class Spoil(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            batches.dataset.tensors[0][1] = math.nan
+
+    with pytest.raises(NonFiniteError, match="epoch 1, batch 0"):
+        trainer(epochs=2, callbacks=[Spoil()]).fit(module(weights), batches)
+
+
+def test_asi_without_ranks_and_budget_says_what_to_give(weights):
+    with pytest.raises(ExperimentError, match=r"--model\.budget\.table"):
+        module(weights, method=ASI())
+
+
+@pytest.mark.parametrize("given", [{}, {"mib": 1.0, "run": "runs/x"}])
+def test_a_budget_is_given_once(given):
+    with pytest.raises(ExperimentError, match=r"either --model\.budget\.mib or --model\.budget\.run"):
+        Budget("table.json", **given).nbytes  # noqa: B018 - reading it is what is tried
+
+
+def test_a_budget_is_mebibytes_or_the_formula_memory_of_a_run(tmp_path):
+    assert Budget("table.json", mib=1.5).nbytes == 1_572_864
+    record = {
+        "schema": 1,
+        "status": "done",
+        "run": {
+            **{"task": "classification", "setup": "A", "model": "m", "dataset": "d", "method": "hosvd_0.8"},
+            **{"layers": 2, "seed": 0},
+        },
+        "accuracy": {},
+        "memory_bytes": {"activation_formula": 4321, "saved_measured": 1},
+        "flops": {},
+        "time_s": {},
+        "provenance": {},
+    }
+    (tmp_path / "result.json").write_text(json.dumps(record))
+    assert Budget("table.json", run=str(tmp_path)).nbytes == 4321
+
+
+def test_the_budget_chooses_the_ranks_of_asi(weights, digits_32, tmp_path):
+    network = build_model("mcunet", num_classes=10, weights=str(weights))
+    layers = lowrank.trailing_layers(network, 4)
+    images, labels = digits_32.first_batch(0)
+    table = lowrank.measure_perplexity(network, layers, lambda net, batch: F.cross_entropy(net(batch), labels), images)
+    table.save(tmp_path / "table.json")
+    ranks = {}
+    for share in (1.0, 0.5):
+        least, most = (sum(choose(layer.nbytes) for layer in table.only(layers[-2:]).layers) for choose in (min, max))
+        budget = Budget(str(tmp_path / "table.json"), mib=(least + share * (most - least)) / 2**20)
+        model = module(weights, method=ASI(), budget=budget)
+        kept = 0
+        for layer in lowrank.converted_layers(model):
+            row = table.only([layer.layer_name]).layers[0]
+            kept += row.nbytes[row.ranks.index(tuple(layer.method.ranks))]
+        assert kept <= budget.nbytes
+        ranks[share] = [layer.method.ranks for layer in lowrank.converted_layers(model)]
+    assert ranks[1.0] != ranks[0.5]

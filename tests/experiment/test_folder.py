@@ -1,0 +1,149 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiment import ExperimentError, RunFolder, Status
+
+IDENTITY = {"model": {"name": "mcunet", "layers": 2}, "seed": 1, "mean": (0.5, 0.5)}
+HOLDER = """
+import sys
+from pathlib import Path
+from experiment import RunFolder
+with RunFolder(Path(sys.argv[1]), {}, "result.json").locked(""):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def folder(path, result="result.json", **changes):
+    return RunFolder(path / "run", IDENTITY | changes, result)
+
+
+def started(path):
+    run = folder(path)
+    with run.locked("a: 1\n"):
+        pass
+    return run
+
+
+def test_a_folder_that_does_not_exist_is_new(tmp_path):
+    run = folder(tmp_path)
+    assert (run.status(), run.last_checkpoint) == (Status.NEW, None)
+    assert not run.path.exists()
+
+
+def test_a_folder_with_a_checkpoint_is_interrupted(tmp_path):
+    run = started(tmp_path)
+    assert run.status() is Status.NEW
+    (run.path / "checkpoints" / "last.ckpt").touch()
+    assert run.status() is Status.INTERRUPTED
+    assert run.last_checkpoint == run.path / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize("result", ["result.json", "perplexity.json"])
+def test_a_folder_with_its_result_is_done(tmp_path, result):
+    started(tmp_path)
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
+    run = folder(tmp_path, result)
+    (run.path / result).touch()
+    assert run.status() is Status.DONE
+    assert folder(tmp_path, "other.json").status() is Status.INTERRUPTED
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"seed": 2}, "seed is 1 there and 2 here"),
+        ({"model": {"name": "mcunet", "layers": 4}}, r"model\.layers is 2 there and 4 here"),
+        ({"colour": "red"}, "colour is None there and 'red' here"),
+        ({"mean": (0.5, 0.4)}, r"mean is \[0.5, 0.5\] there and \[0.5, 0.4\] here"),
+        ({"a": 1, "b": 1, "c": 1, "d": 1, "e": 1}, "and 2 more"),
+    ],
+)
+@pytest.mark.parametrize("done", [False, True])
+def test_a_run_of_another_identity_is_refused_with_the_difference(tmp_path, changes, difference, done):
+    run = started(tmp_path)
+    if done:
+        run.result.touch()
+    with pytest.raises(ExperimentError, match=difference) as raised:
+        folder(tmp_path, **changes).status()
+    assert str(run.path) in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[]", b"3", b"{}"])
+def test_a_damaged_identity_is_refused(tmp_path, content):
+    run = started(tmp_path)
+    (run.path / "identity.json").write_bytes(content)
+    with pytest.raises(ExperimentError, match="delete") as raised:
+        run.status()
+    assert str(run.path) in str(raised.value)
+
+
+def test_the_identity_survives_its_file(tmp_path):
+    # Tuples, None, numbers and nested mappings come back from JSON as something that is still the same run.
+    identity = {"none": None, "tuple": (1, 2.5), "nested": {"path": Path("a/b"), "true": True}}
+    run = RunFolder(tmp_path / "run", identity, "result.json")
+    with run.locked(""):
+        pass
+    assert RunFolder(tmp_path / "run", identity, "result.json").status() is Status.NEW
+
+
+def test_the_identity_hash_depends_on_values_and_not_on_the_order_of_keys(tmp_path):
+    reordered = {key: IDENTITY[key] for key in reversed(IDENTITY)}
+    reordered["model"] = {"layers": 2, "name": "mcunet"}
+    same = RunFolder(tmp_path, reordered, "result.json").identity_hash
+    assert same == folder(tmp_path).identity_hash
+    assert same != folder(tmp_path, seed=2).identity_hash
+    assert same != folder(tmp_path, model={"name": "mcunet", "layers": "2"}).identity_hash
+
+
+def test_the_lock_writes_the_config_beside_the_identity(tmp_path):
+    run = folder(tmp_path)
+    with run.locked("a: 1\n"):
+        assert (run.path / "config.yaml").read_text() == "a: 1\n"
+        assert run.checkpoints.is_dir()
+
+
+def test_a_second_holder_in_this_process_is_refused_until_the_first_is_done(tmp_path):
+    with folder(tmp_path).locked("first"):
+        with pytest.raises(ExperimentError, match="another process is at work"), folder(tmp_path).locked("second"):
+            pass
+        assert (tmp_path / "run" / "config.yaml").read_text() == "first"
+    with folder(tmp_path).locked("third"):
+        assert (tmp_path / "run" / "config.yaml").read_text() == "third"
+
+
+def test_the_lock_goes_with_an_error_inside(tmp_path):
+    with pytest.raises(KeyError), folder(tmp_path).locked(""):
+        raise KeyError
+    with folder(tmp_path).locked(""):
+        pass
+
+
+def test_a_folder_in_use_by_another_process_is_refused_until_that_is_killed(tmp_path):
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    ) as holder:
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(ExperimentError, match="another process is at work"), folder(tmp_path).locked(""):
+            pass
+        holder.kill()
+        holder.wait()
+    with folder(tmp_path).locked(""):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
+    # A file where a folder must be: a folder without write permission would not stop root.
+    (tmp_path / "run").write_text("in the way")
+    with pytest.raises(ExperimentError, match=r"cannot be written .*--runs_dir") as raised, folder(tmp_path).locked(""):
+        pass
+    assert "\n" not in str(raised.value)
+    assert (tmp_path / "run").read_text() == "in the way"
