@@ -7,4 +7,4 @@ from classification.cli import main
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    sys.exit(sweep.main(arguments[1:], main) if arguments[:1] == ["sweep"] else main(arguments))
+    sys.exit(sweep.main(arguments[1:]) if arguments[:1] == ["sweep"] else main(arguments))

@@ -39,11 +39,13 @@ class History(pl.Callback):
         return {"rows": self.rows, "step_seconds": self.step_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after these rows."""
-        self.rows, self.step_seconds = list(state_dict["rows"]), list(state_dict["step_seconds"])
+        """Go on after these rows. Testing an earlier checkpoint of the same run changes nothing."""
+        if len(state_dict["rows"]) > len(self.rows):
+            self.rows, self.step_seconds = list(state_dict["rows"]), list(state_dict["step_seconds"])
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock, and note the epoch's learning rate."""
+        self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
         self._kept, self._epoch_start = [], time.perf_counter()
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -55,14 +57,14 @@ class History(pl.Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         self.step_seconds.append(time.perf_counter() - self._step_start)
-        self._kept.append(sum(layer.kept_bytes for layer in converted_layers(pl_module)))
+        self._kept.append(sum(layer.formula_bytes for layer in converted_layers(pl_module)))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch's row."""
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         row = {
             "epoch": trainer.current_epoch,
-            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "learning_rate": self._learning_rate,
             "train_loss": metrics["train_loss"],
             "val_loss": metrics["val_loss"],
             "val_accuracy": metrics["val_accuracy"],

@@ -8,6 +8,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
+from classification.backbones.weights import read_state_dict
 from classification.callbacks import History, RandomState
 from classification.data import ImageDataModule
 from classification.identity import configured_method, identity_of, run_of
@@ -22,9 +24,19 @@ from classification.module import Batch, FineTune, classification_loss
 from experiment import ExperimentError, Record, RunFolder, Status, provenance
 from experiment.allocator import keep_freed_memory
 from experiment.record import RESULT
-from lowrank import LowRankError, account, measure_perplexity, peak_bytes, saved_bytes
+from lowrank import (
+    LowRankError,
+    PerplexityTable,
+    TableError,
+    account,
+    measure_perplexity,
+    peak_bytes,
+    saved_bytes,
+    stock_state_dict,
+)
 
 TABLE = "perplexity.json"
+MENDABLE = (ExperimentError, LowRankError, ArgumentError)  # what a user can mend, in one line
 SEED = 233  # the papers' seed
 
 
@@ -67,15 +79,14 @@ class SuiteCLI(LightningCLI):
         self.settings = json.loads(plain)
         measuring = self.subcommand == "measure"
         method = "perplexity" if measuring else configured_method(self.settings["model"]).tag
-        try:
-            self.identity = run_of(self.settings, method)
-        except ValueError as error:
-            raise ExperimentError(str(error)) from None
+        self.identity = run_of(self.settings, method)
         path = self.identity.folder(Path(self.settings["runs_dir"]))
         self.folder = RunFolder(path, identity_of(self.settings), TABLE if measuring else RESULT)
         if self.subcommand not in ("fit", "measure"):
             return
         status = self.folder.status()
+        if measuring and status is Status.DONE and not _is_table(self.folder.result):
+            status = Status.NEW
         if self.settings["dry_run"]:
             todo = {Status.NEW: "would run", Status.INTERRUPTED: "would resume", Status.DONE: "is done, would skip"}
             raise _NothingToDo(f"{todo[status]}: {self.identity}\n  folder: {path}")
@@ -85,23 +96,26 @@ class SuiteCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = self.settings["trainer"]
         self.history = History(self.folder.path, show=trainer["enable_progress_bar"] is False)
+        # At the end of the training epoch, when the history has its row.
+        after_each_epoch: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
         self.best = ModelCheckpoint(
             self.folder.checkpoints,
             filename="best",
             monitor="val_accuracy",
             mode="max",
-            save_last=True,
-            save_on_train_epoch_end=True,  # after the history has its row
-            enable_version_counter=False,
+            **after_each_epoch,
         )
+        last = ModelCheckpoint(self.folder.checkpoints, filename="last", **after_each_epoch)
         configured = self._get(self.config_init, "trainer").get("callbacks") or []
-        callbacks = [*configured, self.history, RandomState(), self.best]
+        callbacks = [*configured, self.history, RandomState(), self.best, last]
         return super().instantiate_trainer(callbacks=callbacks, default_root_dir=str(self.folder.path), **kwargs)
 
     def fit(self, **options: Any) -> None:
         """Train, test the best epoch, measure, and write the record."""
         with self.folder.locked(self._config_text()):
             resume = self.folder.last_checkpoint
+            if resume is not None:
+                _require_checkpoint_of(self.model, resume)
             print(f"{'resuming' if resume else 'training'}: {self.identity}", flush=True)
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume)
             self.trainer.test(
@@ -153,7 +167,7 @@ class SuiteCLI(LightningCLI):
         with self.folder.locked(self._config_text()):
             network = self.model.train().backbone
             table = measure_perplexity(network, self.model.names, classification_loss, self._first_batch())
-            table.save(self.folder.result)
+            replace(table, model=self.identity.model).save(self.folder.result)
         print(f"perplexity of {len(table.layers)} layers in {self.folder.result}", flush=True)
 
     def validate(self, ckpt_path: str | None = None, verbose: bool = True, **options: Any) -> None:
@@ -175,9 +189,32 @@ class SuiteCLI(LightningCLI):
         return str(path)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run one command. Returns 0, or 2 after one line that says what was wrong."""
-    for message in (".*does not have many workers.*", ".*args parameter is intended.*", ".*isinstance.treespec.*"):
+def _is_table(path: Path) -> bool:
+    try:
+        PerplexityTable.load(path)
+    except TableError:
+        return False
+    return True
+
+
+def _require_checkpoint_of(model: FineTune, path: Path) -> None:
+    """Raise unless a checkpoint is whole and of this network."""
+    if read_state_dict(str(path)).keys() != stock_state_dict(model.backbone.state_dict()).keys():
+        raise ExperimentError(f"checkpoint {path} is of another network; delete that run's folder")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run one command.
+
+    Raises:
+        ExperimentError, LowRankError, ArgumentError: something that the user can mend.
+    """
+    for message in (
+        ".*in eval mode at the start.*",
+        ".*does not have many workers.*",
+        ".*args parameter is intended.*",
+        ".*isinstance.treespec.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -195,7 +232,13 @@ def main(arguments: Sequence[str]) -> int:
         )
     except _NothingToDo as done:
         print(done)
-    except (ExperimentError, LowRankError, ArgumentError) as error:
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command. Returns 0, or 2 after one line that says what was wrong."""
+    try:
+        run(arguments)
+    except MENDABLE as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

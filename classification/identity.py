@@ -11,19 +11,19 @@ from pytorch_lightning.cli import instantiate_class
 
 from classification.backbones.weights import weights_fingerprint
 from classification.planning import Budget
-from experiment import Run, fingerprint
+from experiment import ExperimentError, Run, fingerprint
 from lowrank import Method, PerplexityTable, Vanilla
 
-# What a run's result depends on. Everything else (folders, workers, progress bar) may change between two tries.
-MODEL_KEYS = (
-    *("backbone", "pretrained", "method", "layers", "freeze_statistics", "channels_last"),
-    *("learning_rate", "momentum", "weight_decay", "warmup_epochs", "warmup_start", "final_learning_rate"),
-)
-DATA_KEYS = (*("dataset", "image_size", "mean", "std", "batch_size", "drop_last", "partition", "partition_seed"),)
-TRAINER_KEYS = (
-    *("max_epochs", "gradient_clip_val", "gradient_clip_algorithm", "precision", "accumulate_grad_batches"),
-    *("limit_train_batches", "limit_val_batches", "limit_test_batches"),
-)
+# Settings that have no influence on a run's result, so that they may change between two tries.
+NO_INFLUENCE = {
+    "model": {"num_classes"},
+    "data": {"root", "eval_batch_size", "workers", "cache", "shuffle_seed"},
+    "trainer": {
+        *("accelerator", "devices", "logger", "callbacks", "default_root_dir", "enable_progress_bar"),
+        *("enable_model_summary", "log_every_n_steps", "num_sanity_val_steps", "profiler", "detect_anomaly"),
+        *("inference_mode", "model_registry", "enable_autolog_hparams", "enable_checkpointing"),
+    },
+}
 
 
 def configured_method(config: Mapping[str, Any]) -> Method:
@@ -34,34 +34,51 @@ def configured_method(config: Mapping[str, Any]) -> Method:
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Everything in a resolved config that has an influence on the result, files by their content."""
-    model, data, trainer = config["model"], config["data"], config["trainer"]
-    return {
-        "setup": config["setup"],
-        "seed": config["seed_everything"],
-        "model": {key: model[key] for key in MODEL_KEYS}
-        | {"weights": model["weights"] and weights_fingerprint(model["weights"]), "budget": _budget(model["budget"])},
-        "data": {key: data[key] for key in DATA_KEYS},
-        "trainer": {key: trainer[key] for key in TRAINER_KEYS},
-    }
+    identity: dict[str, Any] = {"setup": config["setup"], "seed": config["seed_everything"]}
+    for part, without in NO_INFLUENCE.items():
+        identity[part] = {key: value for key, value in config[part].items() if key not in without}
+    model = identity["model"]
+    model["weights"] = model["weights"] and weights_fingerprint(model["weights"])
+    model["budget"] = model["budget"] and _budget(config)
+    return identity
 
 
-def _budget(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if config is None:
-        return None
-    budget = Budget(**config)
-    PerplexityTable.load(budget.table)
+def _budget(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The budget by its content, after a check that the table was measured for this very run."""
+    budget, data = Budget(**config["model"]["budget"]), config["data"]
+    table = PerplexityTable.load(budget.table)
+    measured = (table.model, table.batch_shape)
+    asked = (config["model"]["backbone"], (data["batch_size"], 3, data["image_size"], data["image_size"]))
+    if measured != asked:
+        raise ExperimentError(
+            f"the perplexity table {budget.table} is of {measured[0]} on batches {measured[1]}, this run of {asked[0]} "
+            f"on batches {asked[1]}; measure it again"
+        )
     content = json.dumps(json.loads(Path(budget.table).read_text()), sort_keys=True)
     return {"table": fingerprint([content.encode()]), "bytes": budget.nbytes}
 
 
 def run_of(config: Mapping[str, Any], method: str) -> Run:
-    """The run's identity in records and folders."""
-    return Run(
-        task="classification",
-        setup=config["setup"],
-        model=config["model"]["backbone"],
-        dataset=config["data"]["dataset"],
-        method=method,
-        layers=config["model"]["layers"],
-        seed=config["seed_everything"],
-    )
+    """The run's identity in records and folders.
+
+    Raises:
+        ExperimentError: a setting that no run can have.
+    """
+    trainer = config["trainer"]
+    if trainer["fast_dev_run"]:
+        raise ExperimentError("--trainer.fast_dev_run leaves no record; use --trainer.max_epochs 1")
+    for key in ("max_epochs", "limit_train_batches", "limit_val_batches", "limit_test_batches"):
+        if trainer[key] is not None and not trainer[key] > 0:
+            raise ExperimentError(f"--trainer.{key} is {trainer[key]}; a run needs more than 0")
+    try:
+        return Run(
+            task="classification",
+            setup=config["setup"],
+            model=config["model"]["backbone"],
+            dataset=config["data"]["dataset"],
+            method=method,
+            layers=config["model"]["layers"],
+            seed=config["seed_everything"],
+        )
+    except ValueError as error:
+        raise ExperimentError(str(error)) from None

@@ -76,6 +76,9 @@ class FineTune(pl.LightningModule):
         final_learning_rate: float = 0.1,
     ) -> None:
         super().__init__()
+        for name, value, least in (("learning_rate", learning_rate, 0), ("momentum", momentum, 0)):
+            if not value >= least:
+                raise ExperimentError(f"--model.{name} is {value}; allowed are numbers from {least}")
         self.backbone = build_model(backbone, num_classes, pretrained, weights)
         self.names = lowrank.trailing_layers(self.backbone, layers)
         lowrank.freeze_before(self.backbone, self.names)
@@ -88,6 +91,7 @@ class FineTune(pl.LightningModule):
         self.warmup_epochs, self.warmup_start = warmup_epochs, warmup_start
         self.final_learning_rate = final_learning_rate
         self.accuracy = nn.ModuleDict({f"{part}_accuracy": _accuracy(num_classes) for part in ("val", "test")})
+        self.train()  # the trainer keeps the mode in which it gets each layer
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, 3, H, W)."""
@@ -108,12 +112,14 @@ class FineTune(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss; stops the run at a loss that is not finite."""
-        loss = classification_loss(self, batch)
+        place = f"in epoch {self.current_epoch}, batch {batch_idx}"
+        advice = "look for NaN in the images, or lower --model.learning_rate"
+        try:
+            loss = classification_loss(self, batch)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{place}: {error}; {advice}") from None
         if not torch.isfinite(loss):
-            raise NonFiniteError(
-                f"the training loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}; look for NaN in "
-                f"the images, or lower --model.learning_rate"
-            )
+            raise NonFiniteError(f"the training loss is {loss.item()} {place}; {advice}")
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch[1]))
         return loss
 

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from classification.cli import MENDABLE, run
 from experiment import Run
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "classification"
 BUDGET_METHOD = "hosvd_0.8"  # the papers give ASI the memory that this method used
 FAILURES = "failures.log"
 
-Command = Callable[[Sequence[str]], int]
+Command = Callable[[Sequence[str]], None]
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,11 @@ def run_all(jobs: Sequence[Job], command: Command, log: Path) -> list[Job]:
     for number, job in enumerate(jobs, start=1):
         print(f"[{number}/{len(jobs)}] {job.title}", flush=True)
         try:
-            code = command(job.arguments)
-            cause = f"exit code {code}"
-        except Exception:
-            code, cause = 1, traceback.format_exc()
-            print(f"  failed: {cause.splitlines()[-1]}", file=sys.stderr)
-        if code:
+            command(job.arguments)
+        except Exception as error:
             failed.append(job)
+            cause = str(error) if isinstance(error, MENDABLE) else traceback.format_exc()
+            print(f"  failed: {' '.join(str(error).split())}", file=sys.stderr)
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("a") as file:
                 file.write(f"{job.title}\npython -m classification {' '.join(job.arguments)}\n{cause}\n\n")
@@ -147,7 +146,7 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     return sweep, options.dry_run
 
 
-def main(arguments: Sequence[str], command: Command) -> int:
+def main(arguments: Sequence[str], command: Command = run) -> int:
     """Run a sweep. Returns 0, or 1 after a list of what failed."""
     sweep, dry_run = parse(arguments)
     jobs = list(sweep.jobs())

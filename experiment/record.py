@@ -104,6 +104,8 @@ class Record:
             if content["schema"] != SCHEMA or content["status"] != "done":
                 raise ValueError(f"schema {content['schema']} and status {content['status']!r}")
             parts = {key: _finite(content[key], key) for key in ("accuracy", "memory_bytes", "flops", "time_s")}
+            if not isinstance(content["provenance"], dict):
+                raise ValueError(f"provenance is {content['provenance']!r}")
             return cls(run=Run(**content["run"]), provenance=content["provenance"], **parts)
         except OSError as error:
             raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None

@@ -137,7 +137,7 @@ def gram_svd_flops(shape: Shape, ranks: Shape, modes: Sequence[int]) -> int:
         small = min(n, width)
         total += 2 * prod(shape) * small + 9 * small**3
         if n > width:
-            total += 2 * prod(shape) * width + 4 * n * width**2
+            total += 2 * prod(shape) * ranks[mode] + 4 * n * ranks[mode] ** 2
     current = list(shape)
     for mode in sorted(modes, key=lambda mode: ranks[mode] / shape[mode]):
         if ranks[mode] < shape[mode]:

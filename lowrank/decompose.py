@@ -29,16 +29,20 @@ def check_energy(energy: float) -> None:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One mode of a tensor: the energies of its left singular vectors, and the vectors.
+    """One mode of a tensor: the energies of its singular vectors, and what the left ones are made of.
 
     Attributes:
         energies: shape (k,), squared singular values, largest first; k is the smaller side of the unfolding.
-        vectors: shape (n, k), orthonormal columns in the same order.
+        vectors: singular vectors in the same order, as columns: the left ones, or, with `unfolding`, the right ones.
+        unfolding: the unfolding (n, k) where it is tall, so that left vectors are formed only as they are needed.
+        size: n, the size of the mode.
         longest: the larger side of the unfolding; sets how small a singular value counts as zero.
     """
 
     energies: Tensor
     vectors: Tensor
+    unfolding: Tensor | None
+    size: int
     longest: int
 
     def rank(self, energy: float) -> int:
@@ -55,9 +59,17 @@ class Spectrum:
         target = energy * values.sum() * (1 - 16 * epsilon)
         return min(int((values.cumsum(0) < target).sum()) + 1, len(values))
 
+    def basis(self, rank: int) -> Tensor:
+        """The first `rank` left singular vectors, (n, rank); a copy that holds on to nothing else."""
+        vectors = self.vectors[:, :rank]
+        if self.unfolding is None:
+            return vectors.clone(memory_format=torch.contiguous_format)
+        # The columns of the product are orthogonal already; QR scales them, and completes those that are zero.
+        return torch.linalg.qr(self.unfolding @ vectors)[0].contiguous()
+
 
 def spectrum(x: Tensor, mode: int, exact: bool = False) -> Spectrum:
-    """Left singular vectors of the mode-`mode` unfolding, by the eigen-decomposition of its smaller Gram matrix.
+    """Singular vectors of the mode-`mode` unfolding, by the eigen-decomposition of its smaller Gram matrix.
 
     Args:
         x: real tensor of any shape, float32 or float64.
@@ -73,19 +85,11 @@ def spectrum(x: Tensor, mode: int, exact: bool = False) -> Spectrum:
     if exact:
         _require_finite(x.sum())
         vectors, values, _ = torch.linalg.svd(x.movedim(mode, 0).reshape(n, width), full_matrices=False)
-        return Spectrum(values.square(), vectors, max(n, width))
-    if n <= width:
-        gram = mode_correlation(x, x, mode)
-        _require_finite(gram.diagonal().sum())
-        values, vectors = _eigenvectors(gram)
-        return Spectrum(values, vectors, width)
-    unfolding = x.movedim(mode, 0).reshape(n, width)
-    gram = unfolding.mT @ unfolding
+        return Spectrum(values.square(), vectors, None, n, max(n, width))
+    unfolding = x.movedim(mode, 0).reshape(n, width) if n > width else None
+    gram = mode_correlation(x, x, mode) if unfolding is None else unfolding.mT @ unfolding
     _require_finite(gram.diagonal().sum())
-    values, right = _eigenvectors(gram)
-    # The columns of unfolding @ right are orthogonal already; QR scales them, and completes those that are zero.
-    vectors, _ = torch.linalg.qr(unfolding @ right)
-    return Spectrum(values, vectors, n)
+    return Spectrum(*_eigenvectors(gram), unfolding, n, max(n, width))
 
 
 def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,11 +115,8 @@ def spectra(x: Tensor, exact: bool = False) -> list[Spectrum]:
 
 
 def leading(mode: Spectrum, rank: int) -> Tensor | None:
-    """The first `rank` vectors of a mode, shape (n, rank); None, the identity, where that is all of the mode."""
-    if rank >= mode.vectors.shape[0]:
-        return None
-    # A copy, not a view: what is kept for the backward pass must not hold on to all the other vectors.
-    return mode.vectors[:, :rank].clone(memory_format=torch.contiguous_format)
+    """The first `rank` left vectors of a mode, (n, rank); None, the identity, where that is all of the mode."""
+    return None if rank >= mode.size else mode.basis(rank)
 
 
 def project(x: Tensor, vectors: Sequence[Tensor | None]) -> Tucker:

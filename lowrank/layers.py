@@ -65,6 +65,7 @@ class LowRankLayer(nn.Module):
         method: how the input is kept.
         layer_name: the layer's name in its model, for messages.
         kept_bytes: bytes kept of the input in the latest training forward pass.
+        formula_bytes: the same by the method's formula.
     """
 
     stock_class: type[Any]
@@ -75,6 +76,7 @@ class LowRankLayer(nn.Module):
     geometry: Geometry
     layer_name: str
     kept_bytes: int
+    formula_bytes: int
 
     @classmethod
     def batched(cls, x: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ class LowRankLayer(nn.Module):
         if not torch.is_grad_enabled():
             return super().forward(input)
         x = input
-        self.kept_bytes = 0
+        self.kept_bytes = self.formula_bytes = 0
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         device = x.device.type
@@ -118,6 +120,7 @@ class LowRankLayer(nn.Module):
         if self.training:
             self._set_state(state)
         self.kept_bytes = sum(tensor.nbytes for tensor in kept if tensor is not None)
+        self.formula_bytes = self.method.formula_bytes(kept, tuple(x.shape))
         return kept
 
     def _state_names(self) -> list[str]:
@@ -181,14 +184,15 @@ def adopt(layer: nn.Module, method: Method, name: str) -> None:
     layer.__class__ = family
     assert isinstance(layer, LowRankLayer)
     layer.geometry = family.geometry_of(layer)
-    layer.method, layer.layer_name, layer.kept_bytes = method, name, 0
+    layer.method, layer.layer_name = method, name
+    layer.kept_bytes = layer.formula_bytes = 0
 
 
 def release(layer: LowRankLayer) -> None:
     """Turn a converted layer back into the stock one, in place."""
     for name in layer._state_names():
         del layer._buffers[name]
-    for attribute in ("geometry", "method", "layer_name", "kept_bytes"):
+    for attribute in ("geometry", "method", "layer_name", "kept_bytes", "formula_bytes"):
         delattr(layer, attribute)
     layer.__class__ = layer.stock_class
 

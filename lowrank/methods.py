@@ -71,6 +71,10 @@ class Method(ABC):
     def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
         """Weight gradient from the kept tensors and the output gradient; `shape` is the input's."""
 
+    def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
+        """Bytes of what was kept of an input of shape `shape`, by the method's formula."""
+        return sum(tensor.nbytes for tensor in kept if tensor is not None)
+
     def input_gradient(self, grad: Tensor, weight: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
         """Gradient with respect to the input, shape `shape`."""
         return geometry.input_gradient(grad, weight, shape)
@@ -119,6 +123,12 @@ class _TuckerMethod(Method):
         assert core is not None
         return weight_gradient(Tucker(core, tuple(factors)).to(grad.dtype), grad, geometry)
 
+    def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
+        """As in the papers: a factor counts for every mode, also where it is the identity and is not stored."""
+        core = kept[0]
+        assert core is not None
+        return costs.tucker_numel(shape, core.shape) * core.element_size()
+
     def _gradient_flops(self, geometry: Geometry, shape: Shape, ranks: Shape, out_channels: int) -> int:
         factored = tuple(rank < size for rank, size in zip(ranks, shape, strict=True))
         return 2 * plan_gradient(geometry, shape, ranks, factored, out_channels).macs
@@ -141,6 +151,12 @@ class SVD(_TuckerMethod):
     @property
     def tag(self) -> str:
         return f"svd_{self.energy:g}"
+
+    def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
+        """Bytes of the two factors of the batch-mode unfolding."""
+        core = kept[0]
+        assert core is not None
+        return core.shape[0] * (shape[0] + prod(shape[1:])) * core.element_size()
 
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
         tucker = svd(x, self.energy)

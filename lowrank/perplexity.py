@@ -247,7 +247,7 @@ class _Probe:
         exact = geometry.weight_gradient(x, grad)
         modes = spectra(x, exact=self.energies[-1] >= 1)
         ranks = [tuple(mode.rank(energy) for mode in modes) for energy in self.energies]
-        largest = project(x, [mode.vectors[:, :rank] for mode, rank in zip(modes, ranks[-1], strict=True)])
+        largest = project(x, [mode.basis(rank) for mode, rank in zip(modes, ranks[-1], strict=True)])
         perplexity = []
         for entry in ranks:
             low = weight_gradient(_corner(largest, entry), grad, geometry)

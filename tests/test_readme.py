@@ -88,7 +88,7 @@ def test_commands_of_the_readme_exist(capsys: pytest.CaptureFixture[str], tmp_pa
             command, *options = arguments[2:]
             options = [*options, "--runs_dir", str(tmp_path), "--dry_run"]
             if command == "sweep":
-                assert classification.sweep.main(options, main) == 0
+                assert classification.sweep.main(options) == 0
             elif options[1] != "...":
                 assert main([command, *options, "--model.pretrained", "false"]) == 0, options
                 assert "would run" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from experiment import ExperimentError
 def _build(constructor: Callable[..., nn.Module], weights: Any, pretrained: bool, **options: Any) -> nn.Module:
     try:
         return constructor(weights=weights if pretrained else None, **options)
-    except (URLError, OSError) as error:
+    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: what arrived has another hash
         raise ExperimentError(
             f"the ImageNet weights {weights} cannot be downloaded ({error}); download {weights.url} elsewhere and give "
             f"the file as --model.weights"

@@ -28,10 +28,10 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
         raise ExperimentError(f"weights file {path} cannot be read ({type(error).__name__}: {reason})") from None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         state = content["state_dict"]
-        content = {
-            key.removeprefix(MODULE_PREFIX): value for key, value in state.items() if key.startswith(MODULE_PREFIX)
-        } or state
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        own = {key: value for key, value in state.items() if str(key).startswith(MODULE_PREFIX)}
+        content = {key.removeprefix(MODULE_PREFIX): value for key, value in own.items()} or state
+    pairs = content.items() if isinstance(content, dict) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
         raise ExperimentError(f"weights file {path} holds no state dict")
     return stock_state_dict(content)
 
@@ -63,4 +63,6 @@ def load_weights(model: nn.Module, path: str) -> nn.Module:
 def weights_fingerprint(path: str) -> str:
     """A short hash of the tensors in a weights file."""
     state = read_state_dict(path)
-    return fingerprint(key.encode() + state[key].contiguous().numpy().tobytes() for key in sorted(state))
+    return fingerprint(
+        key.encode() + state[key].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for key in sorted(state)
+    )

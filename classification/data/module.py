@@ -75,6 +75,10 @@ class ImageDataModule(pl.LightningDataModule):
         cache: bool = False,
     ) -> None:
         super().__init__()
+        sizes = {"image_size": image_size, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ExperimentError(f"--data.{name} is {size}; allowed are whole numbers from 1")
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.workers, self.shuffle_seed = workers, shuffle_seed
         splits = load_splits(dataset, Path(root))

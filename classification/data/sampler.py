@@ -22,5 +22,5 @@ class EpochShuffle(Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        generator = torch.Generator().manual_seed((self.seed * 100_003 + self.epoch) % 2**63)
         yield from torch.randperm(self.length, generator=generator).tolist()

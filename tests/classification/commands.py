@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "classification"
 
 TINY = (
-    *("--data.image_size", "32", "--data.batch_size", "8"),
-    *("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"),
-    *("--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"),
+    *("--data.image_size", "32", "--data.batch_size", "8", "--data.eval_batch_size", "16"),
+    *("--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"),  # 1 would be all of them, as a share
+    *("--trainer.limit_val_batches", "2", "--trainer.limit_test_batches", "2"),
     *("--trainer.enable_progress_bar", "false"),
 )
 

@@ -1,6 +1,7 @@
 """A run from the command line: what it leaves, that it is done once, and that its numbers are right."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ def best_first(tmp_path_factory, weights):
         *("fit", runs, "--model.layers", 2, "--model.weights", weights, "--data.partition", "all"),
         *("--model.learning_rate", 25, "--model.warmup_epochs", 1, "--model.warmup_start", 1e-5),
         *("--trainer.max_epochs", 3, "--trainer.limit_val_batches", "1.0", "--trainer.limit_test_batches", "1.0"),
+        *("--data.eval_batch_size", 256),
     )
     assert main(command) == 0
     done = Finished(command, only_file(runs, "result.json").parent, "")
@@ -81,6 +83,19 @@ def test_the_formula_memory_is_that_of_the_trained_inputs(best_first):
     assert best_first.record["memory_bytes"]["activation_formula"] == 2 * 8 * 576 * 4
     measured = best_first.record["memory_bytes"]
     assert measured["activation_formula"] < measured["saved_measured"] < measured["peak_measured"]
+
+
+@pytest.mark.parametrize(("name", "epoch"), [("best", 0), ("last", 2)])
+def test_a_checkpoint_is_of_the_epoch_that_its_name_says(best_first, name, epoch):
+    assert best_first.checkpoint(name)["epoch"] == epoch
+
+
+def test_the_formula_memory_of_a_tucker_form_counts_core_and_all_factors(tmp_path, capsys):
+    # AMC, sec. 3: the product of the ranks and, for each mode, dimension times rank; so budgets and tables agree.
+    command = arguments("fit", tmp_path, "--model.layers", 2, "--model.method.init_args.ranks", 3, method="asi")
+    shape, ranks = (8, 576, 1, 1), (3, 3, 1, 1)
+    formula = 4 * (math.prod(ranks) + sum(size * rank for size, rank in zip(shape, ranks, strict=True)))
+    assert finish(command, tmp_path, capsys).record["memory_bytes"]["activation_formula"] == 2 * formula
 
 
 def accuracy_of(checkpoint, part):
@@ -163,7 +178,6 @@ def test_other_settings_in_the_folder_are_refused_with_the_difference(best_first
         ("--trainer.max_steps", "1"),
         ("--trainer.fast_dev_run", "true"),
         ("--trainer.check_val_every_n_epoch", "2"),
-        ("--trainer.val_check_interval", "1"),
         ("--trainer.max_time", "00:00:00:01"),
     ],
     ids=lambda option: option[0],

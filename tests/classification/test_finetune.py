@@ -162,7 +162,7 @@ def test_nan_in_a_later_epoch_is_named_with_its_epoch(weights, digits_32):
 
     class Spoil(pl.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            batches.dataset.tensors[0][1] = math.nan
+            batches.dataset.tensors[0][1] = math.nan  # in the first batch
 
     with pytest.raises(NonFiniteError, match="epoch 1, batch 0"):
         trainer(epochs=2, callbacks=[Spoil()]).fit(module(weights), batches)

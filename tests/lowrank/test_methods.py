@@ -286,7 +286,8 @@ def test_decomposition_flops_count_unfoldings_that_are_taller_than_wide(method, 
         method.weight_gradient(kept, grad, geometry, shape)
     modes = shape if isinstance(method, HOSVD) else shape[:1]
     eigenvectors = sum(9 * min(n, prod(shape) // n) ** 3 for n in modes)
-    qr = sum(4 * n * (prod(shape) // n) ** 2 for n in modes if n**2 > prod(shape))
+    ranks = kept[0].shape if isinstance(method, HOSVD) else kept[0].shape[:1]
+    qr = sum(4 * n * r**2 for n, r in zip(modes, ranks, strict=True) if n**2 > prod(shape) and r < n)
     expected = 2 * prod(shape) * 7 + 2 * counter.total + eigenvectors + qr
     assert method.cost(x, geometry, 7, False).flops == expected
 

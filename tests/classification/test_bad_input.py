@@ -1,0 +1,184 @@
+"""Mistakes of a user: exit code 2, one line that says what to do, and nothing half-written."""
+
+import json
+import re
+
+import pytest
+import torch
+from commands import arguments, only_file
+
+from classification.backbones import build_model
+from classification.cli import main
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A perplexity table of two layers at this size, and damaged or foreign files, by name."""
+    folder = tmp_path_factory.mktemp("files")
+    assert main(arguments("measure", folder / "runs", "--model.layers", 2)) == 0
+    table = only_file(folder, "perplexity.json").read_text()
+    (folder / "table.json").write_text(table)
+    (folder / "truncated.json").write_text(table[: len(table) // 2])
+    (folder / "list.json").write_text("[]")
+    content = json.loads(table)
+    for layer in content["layers"]:
+        layer["name"] = f"foreign.{layer['name']}"
+    (folder / "foreign.json").write_text(json.dumps(content))
+    torch.save(build_model("resnet18", num_classes=10).state_dict(), folder / "resnet18.pt")
+    (folder / "damaged.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    (folder / "unknown_key.yaml").write_text("model:\n  colour: red\n")
+    (folder / "broken.yaml").write_text("model: [1,\n")
+    (folder / "in_the_way").write_text("a file")
+    return folder
+
+
+def table(name, *budget):
+    """ASI with this perplexity table."""
+    return [
+        "--model.method",
+        "lowrank.ASI",
+        "--model.budget.table",
+        f"FILES/{name}",
+        *(budget or ["--model.budget.mib", 1]),
+    ]
+
+
+def in_method(name, **settings):
+    """A method with settings."""
+    options = [f"--model.method.init_args.{key}={value}" for key, value in settings.items()]
+    return ["--model.method", f"lowrank.{name}", *options]
+
+
+MISTAKES = {
+    "unknown option": (["--model.colour", "red"], "--model.colour"),
+    "unknown key in a file": (["--config", "FILES/unknown_key.yaml"], "model.colour"),
+    "a config that is not there": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "a config that is no YAML": (["--config", "FILES/broken.yaml"], "config"),
+    "energy": (in_method("HOSVD", energy=1.5), r"energy is 1\.5; allowed"),
+    "energy 0": (in_method("SVD", energy=0), "energy is 0"),
+    "patch": (in_method("GradientFilter", patch=0), "patch is 0; allowed"),
+    "ranks": (in_method("ASI", ranks=0), "ranks are 0; allowed"),
+    "unknown method": (["--model.method", "lowrank.Nothing"], "lowrank.Nothing"),
+    "a class that is no method": (["--model.method", "lowrank.Tucker"], "lowrank.Tucker"),
+    "a setting that the method has not": (in_method("Vanilla", energy=0.8), "energy"),
+    "too many layers": (["--model.layers", 99], "99 .* has 42; allowed: 1 to 42"),
+    "no layers": (["--model.layers", 0], "layers .* 0"),
+    "layers in words": (["--model.layers", "some"], "some"),
+    "unknown network": (["--model.backbone", "lenet"], "'lenet'; allowed: .*mcunet"),
+    "unknown data set": (["--data.dataset", "mnist"], "'mnist'; allowed: .*digits"),
+    "unknown partition": (["--data.partition", "third"], "partition"),
+    "batch too large": (["--data.batch_size", 9999], r"449 training images .* --data\.batch_size"),
+    "batch of nothing": (["--data.batch_size", 0], "batch_size"),
+    "image of nothing": (["--data.image_size", 0], "image_size"),
+    "negative learning rate": (["--model.learning_rate", -1], "learning_rate"),
+    "no epochs": (["--trainer.max_epochs", 0], "max_epochs"),
+    "no validation": (["--trainer.limit_val_batches", 0], "limit_val_batches"),
+    "table not there": (table("nowhere.json"), r"nowhere\.json cannot be read"),
+    "table truncated": (table("truncated.json"), r"truncated\.json is not whole JSON"),
+    "table of something else": (table("list.json"), "not a perplexity table"),
+    "table of other layers": (table("foreign.json"), r"has no layer 'blocks\.13"),
+    "table of fewer layers": ([*table("table.json"), "--model.layers", 4], "has no layer"),
+    "budget twice": (table("table.json", "--model.budget.mib", 1, "--model.budget.run", "x"), "not both"),
+    "no budget": (["--model.method", "lowrank.ASI", "--model.budget.table", "FILES/table.json"], "budget"),
+    "no ranks": (["--model.method", "lowrank.ASI"], r"--model\.budget\.table"),
+    "budget of a run that is not there": (table("table.json", "--model.budget.run", "FILES/nowhere"), "cannot be read"),
+    "weights not there": (["--model.weights", "nowhere.pt"], r"no weights file nowhere\.pt"),
+    "weights of another network": (["--model.weights", "FILES/resnet18.pt"], "another network: .* such as"),
+    "weights damaged": (["--model.weights", "FILES/damaged.pt"], r"damaged\.pt cannot be read"),
+    "pretrained weights that there are not": (["--model.pretrained", "true"], r"--model\.weights"),
+    "setup that is a path": (["--setup", "../x"], r"\.\./x"),
+    "setup above the folder": (["--setup", ".."], r"'\.\.'"),
+    "seed": (["--seed_everything", "x"], "seed"),
+    "runs below a file": (["--runs_dir", "FILES/in_the_way"], r"in_the_way.* cannot be written .*--runs_dir"),
+    "runs in a system folder": (["--runs_dir", "/proc/nowhere"], "cannot be written"),
+}
+
+
+def refused(command, capsys, message):
+    capsys.readouterr()
+    code = main(command)
+    printed = capsys.readouterr()
+    assert code == 2, printed
+    assert re.fullmatch(r"error: [^\n]+\n", printed.err), printed.err
+    assert "Traceback" not in printed.err
+    assert re.search(message, printed.err), printed.err
+
+
+def half_written(folder):
+    return [path for path in folder.rglob("*") if path.name == "result.json" or path.suffix == ".part"]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_nothing_is_half_written(files, tmp_path, capsys, mistake):
+    options, message = MISTAKES[mistake]
+    options = [str(option).replace("FILES", str(files)) for option in options]
+    if "--model.layers" not in options:
+        options = ["--model.layers", 2, *options]
+    refused(arguments("fit", tmp_path, *options), capsys, message)
+    assert half_written(tmp_path) == []
+    assert half_written(files / "in_the_way") == []
+
+
+@pytest.mark.parametrize("mistake", ["unknown option", "too many layers", "unknown data set", "weights damaged"])
+@pytest.mark.parametrize("command", ["measure", "test"])
+def test_other_commands_refuse_mistakes_as_well(files, tmp_path, capsys, command, mistake):
+    options, message = MISTAKES[mistake]
+    options = [str(option).replace("FILES", str(files)) for option in options]
+    if mistake == "too many layers" and command == "test":
+        message = "99|no checkpoint"
+    refused(arguments(command, tmp_path, *options), capsys, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ([], "subcommand"),
+        (["train"], "'train'"),
+        (["fit"], "required: .*backbone"),
+        (["fit", "--model.backbone"], "backbone"),
+    ],
+)
+def test_a_command_that_is_not_whole_is_refused(capsys, command, message):
+    refused(command, capsys, message)
+
+
+def test_a_budget_too_small_states_the_least_that_is_needed(files, tmp_path, capsys):
+    rows = json.loads((files / "table.json").read_text())["layers"]
+    least = sum(min(row["nbytes"]) for row in rows)
+    options = ["--model.layers", 2, "--model.method", "lowrank.ASI", "--model.budget.table", files / "table.json"]
+    refused(
+        arguments("fit", tmp_path, *options, "--model.budget.mib", (least - 1) / 2**20),
+        capsys,
+        rf"minimum .*{least} bytes",
+    )
+    assert half_written(tmp_path) == []
+
+
+def test_validate_and_test_want_a_checkpoint(tmp_path, capsys):
+    for command in ("validate", "test"):
+        refused(arguments(command, tmp_path, "--model.layers", 2), capsys, r"no checkpoint .*best\.ckpt")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+def test_a_damaged_checkpoint_to_resume_from_is_one_line(tmp_path, capsys, weights, damage):
+    command = arguments("fit", tmp_path, "--model.layers", 2, "--model.weights", weights)
+    assert main(command) == 0
+    only_file(tmp_path, "result.json").unlink()
+    last = only_file(tmp_path, "last.ckpt")
+    if damage == "truncated":
+        last.write_bytes(last.read_bytes()[:1000])
+    else:
+        torch.save({"state_dict": {}}, last)
+    refused(command, capsys, r"last\.ckpt")
+    assert half_written(tmp_path) == []
+
+
+def test_a_loss_that_is_not_finite_is_one_line(tmp_path, capsys, weights):
+    state = torch.load(weights)
+    state["stem.0.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    command = arguments("fit", tmp_path / "runs", "--model.layers", 2, "--model.weights", tmp_path / "nan.pt")
+    refused(command, capsys, "loss is nan in epoch 0, batch 0")
+    assert half_written(tmp_path) == []
