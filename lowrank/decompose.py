@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import NonFiniteError, SettingError
-from lowrank.tucker import Tucker, memory_order, mode_correlation, mode_product
+from lowrank.tucker import Tucker, in_memory_order, mode_correlation, mode_product
 
 Algorithm = Literal["sequential", "published"]
 ALGORITHMS: tuple[Algorithm, ...] = ("sequential", "published")
@@ -111,7 +111,8 @@ def _require_finite(total: Tensor) -> None:
 
 def spectra(x: Tensor, exact: bool = False) -> list[Spectrum]:
     """One `Spectrum` per mode, each of the full tensor."""
-    return [spectrum(x, mode, exact) for mode in range(x.ndim)]
+    ordered, place = in_memory_order(x)
+    return [spectrum(ordered, place[mode], exact) for mode in range(x.ndim)]
 
 
 def leading(mode: Spectrum, rank: int) -> Tensor | None:
@@ -121,13 +122,13 @@ def leading(mode: Spectrum, rank: int) -> Tensor | None:
 
 def project(x: Tensor, vectors: Sequence[Tensor | None]) -> Tucker:
     """Project `x` on orthonormal columns per mode (None: leave the mode as it is), the largest shrink first."""
-    core = x
+    core, place = in_memory_order(x)
     shrink = [1.0 if u is None else u.shape[1] / u.shape[0] for u in vectors]
     for mode in sorted(range(x.ndim), key=shrink.__getitem__):
         u = vectors[mode]
         if u is not None:
-            core = mode_product(core, u.mT, mode)
-    return Tucker(core, tuple(vectors))
+            core = mode_product(core, u.mT, place[mode])
+    return Tucker(core.permute(place).contiguous(), tuple(vectors))
 
 
 def hosvd(x: Tensor, energy: float) -> Tucker:
@@ -176,9 +177,7 @@ def subspace_iteration(
     Returns:
         The `Tucker` form in `x.dtype`, and the bases in the starts' dtype, to start from in the next step.
     """
-    order = memory_order(x) or list(range(x.ndim))
-    place = [order.index(mode) for mode in range(x.ndim)]  # where each mode lies in memory
-    wide = _widen(x).permute(order).contiguous()
+    wide, place = in_memory_order(_widen(x))
     bases = list(starts)
     shrink = [1.0 if u is None else u.shape[1] / u.shape[0] for u in starts]
     core = wide

@@ -59,15 +59,22 @@ def mode_correlation(x: Tensor, z: Tensor, mode: int) -> Tensor:
         return x.reshape(n, right) @ z.reshape(m, right).mT
     if right == 1:
         return x.reshape(left, n).mT @ z.reshape(left, m)
-    # addbmm sums over the batch as it goes: no (left, n, m) stack is ever held.
-    return torch.addbmm(x.new_zeros(n, m), x.reshape(left, n, right), z.reshape(left, m, right).mT)
+    a, b = x.reshape(left, n, right), z.reshape(left, m, right).mT
+    if m <= right:
+        return torch.bmm(a, b).sum(0)  # many small products at once; the stack (left, n, m) is no larger than x
+    return torch.addbmm(x.new_zeros(n, m), a, b)  # few large products, summed as they are made
 
 
-def memory_order(x: Tensor) -> list[int] | None:
-    """The modes of `x` from the slowest to the fastest in memory, or None if it does not fill its memory densely."""
+def in_memory_order(x: Tensor) -> tuple[Tensor, list[int]]:
+    """`x` with its modes from the slowest to the fastest in memory, contiguous, and the place of each mode there.
+
+    No copy, unless `x` does not fill its memory densely.
+    """
     strides = x.stride()
     order = sorted(range(x.ndim), key=lambda mode: (-strides[mode], mode))
-    return order if x.permute(order).is_contiguous() else None
+    if not x.permute(order).is_contiguous():
+        order = list(range(x.ndim))
+    return x.permute(order).contiguous(), [order.index(mode) for mode in range(x.ndim)]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ import pytest
 from commands import TINY
 
 from classification import sweep
-from classification.cli import main
-from experiment import Record, Run, RunFolder
+from experiment import ExperimentError, Record, Run, RunFolder
 
 NEEDED = ["--setup", "b", "--model", "mcunet", "--dataset", "digits"]
 
@@ -27,10 +26,7 @@ class Commands:
     def __call__(self, arguments):
         self.calls.append(list(arguments))
         if self.failing and self.failing in " ".join(arguments):
-            if isinstance(self.how, Exception):
-                raise self.how
-            return self.how
-        return 0
+            raise self.how
 
 
 def produced_and_needed(arguments, runs):
@@ -89,8 +85,11 @@ def test_further_arguments_go_to_every_job(tmp_path):
 
 @pytest.mark.parametrize(
     ("how", "cause"),
-    [(2, "exit code 2"), (RuntimeError("out of memory"), "RuntimeError: out of memory")],
-    ids=["exit code", "exception"],
+    [
+        (ExperimentError("no such data set"), "no such data set\n\n"),
+        (RuntimeError("out of memory"), "RuntimeError: out of memory"),
+    ],
+    ids=["mendable", "unforeseen"],
 )
 def test_a_job_that_fails_stops_no_other_and_is_in_the_log(tmp_path, capsys, how, cause):
     commands = Commands("svd_0.8.yaml", how)
@@ -152,7 +151,7 @@ def swept(tmp_path_factory):
     with contextlib.ExitStack() as stack:
         stack.enter_context(RunFolder(held, {}, "result.json").locked(""))
         (held / "identity.json").unlink()  # the other process has not come further than its lock
-        code = sweep.main(arguments, main)
+        code = sweep.main(arguments)
     return runs, arguments, code
 
 
@@ -170,14 +169,14 @@ def test_a_sweep_does_what_it_can_then_what_is_missing_and_then_nothing(swept, c
 
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("result.json")}
     capsys.readouterr()
-    assert sweep.main(arguments, main) == 0
+    assert sweep.main(arguments) == 0
     printed = capsys.readouterr().out
     assert re.findall(r"^training: .* setup B, (\S+), layers", printed, re.MULTILINE) == ["hosvd_0.8", "asi"]
     assert printed.count("done already") == 3
     assert done(runs) == set(METHODS)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
-    assert sweep.main(arguments, main) == 0
+    assert sweep.main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.count("done already") == 5
     assert "training" not in printed

@@ -186,4 +186,4 @@ def test_latex_is_a_whole_tabular(write, seed):
     assert ends[-1][1] == count
     assert all(before[1] + 1 == after[0] for before, after in itertools.pairwise(ends))
     assert r"gradient\_filter\_2" in source
-    assert r"my\_50\%\_\#1\&" in source
+    assert r"my\_own" in source
