@@ -107,3 +107,10 @@ def test_pictures_and_files_that_the_readme_names_are_there() -> None:
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`((?:lowrank|classification|configs|scripts|figures)/[\w/.]*)`", README):
         assert (ROOT / path).exists(), path
+
+
+def test_the_table_of_the_readme_is_the_generated_one() -> None:
+    generated = (ROOT / "figures" / "digits_table.md").read_text()
+    lines = [line for line in generated.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 2 * 5  # two of heading; five methods at two depths
+    assert "\n".join(lines) in README
