@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from experiment.files import write_whole
 from lowrank import converted_layers
@@ -93,6 +95,21 @@ class History(pl.Callback):
     def activation_bytes(self) -> int:
         """Largest of the epochs' mean formula bytes: the papers' "peak" memory."""
         return round(max(row["activation_bytes"] for row in self.rows))
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the epoch with the best validation accuracy; of equals the last, which has trained the longest.
+
+    On a small validation part many epochs are equal, and the first of them is far from trained.
+    """
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, filename="best", monitor="val_accuracy", mode="max", **options)
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        """Whether this epoch is kept in place of the one before."""
+        best = self.best_model_score
+        return current is not None and bool(best is None or current >= best)
 
 
 class RandomState(pl.Callback):

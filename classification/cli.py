@@ -17,7 +17,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from classification.backbones.weights import read_state_dict
-from classification.callbacks import History, RandomState
+from classification.callbacks import BestCheckpoint, History, RandomState
 from classification.data import ImageDataModule
 from classification.identity import configured_method, identity_of, run_of
 from classification.module import Batch, FineTune, classification_loss
@@ -98,13 +98,7 @@ class SuiteCLI(LightningCLI):
         self.history = History(self.folder.path, show=trainer["enable_progress_bar"] is False)
         # At the end of the training epoch, when the history has its row.
         after_each_epoch: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-        self.best = ModelCheckpoint(
-            self.folder.checkpoints,
-            filename="best",
-            monitor="val_accuracy",
-            mode="max",
-            **after_each_epoch,
-        )
+        self.best = BestCheckpoint(self.folder.checkpoints, **after_each_epoch)
         last = ModelCheckpoint(self.folder.checkpoints, filename="last", **after_each_epoch)
         configured = self._get(self.config_init, "trainer").get("callbacks") or []
         callbacks = [*configured, self.history, RandomState(), self.best, last]

@@ -14,11 +14,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lowrank
 from classification.backbones import build_model
+from classification.data.module import Activations
+from classification.front import Split, split
 from classification.planning import Budget
 from experiment import ExperimentError
 from lowrank import ASI, Method, NonFiniteError, Vanilla
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor | Activations, Tensor]
 
 
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -48,6 +50,8 @@ class FineTune(pl.LightningModule):
         budget: where ASI's ranks come from, if its own `ranks` are not given.
         channels_last: hold images and weights with the channels fastest in memory; on a CPU often faster, the same
             result up to rounding.
+        cache_front: compute the frozen layers ahead of the trained ones once per image and keep the result in memory;
+            for data sets whose activations fit there. The same training, up to rounding, in shorter steps.
         freeze_statistics: batch normalisation uses its stored statistics and does not update them.
         learning_rate: of SGD.
         momentum: of SGD.
@@ -68,6 +72,7 @@ class FineTune(pl.LightningModule):
         budget: Budget | None = None,
         freeze_statistics: bool = True,
         channels_last: bool = False,
+        cache_front: bool = False,
         learning_rate: float = 0.05,
         momentum: float = 0.0,
         weight_decay: float = 1e-4,
@@ -86,20 +91,36 @@ class FineTune(pl.LightningModule):
         self.backbone.to(memory_format=self.memory_format)
         self.method = _with_ranks(method or Vanilla(), budget, self.names)
         lowrank.convert(self.backbone, self.names, self.method)
-        self.freeze_statistics = freeze_statistics
+        self.freeze_statistics, self.cache_front = freeze_statistics, cache_front
+        self._split: list[Split] = []  # not an attribute of its own, which would register its layers twice
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.warmup_epochs, self.warmup_start = warmup_epochs, warmup_start
         self.final_learning_rate = final_learning_rate
         self.accuracy = nn.ModuleDict({f"{part}_accuracy": _accuracy(num_classes) for part in ("val", "test")})
         self.train()  # the trainer keeps the mode in which it gets each layer
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of images (B, 3, H, W)."""
-        return self.backbone(self.prepare(images))
+    def forward(self, images: Tensor | Activations) -> Tensor:
+        """Logits (B, num_classes) of images (B, 3, H, W), or of what the frozen front made of them."""
+        if isinstance(images, Tensor):
+            return self.backbone(self.prepare(images))
+        return self._split[0].tail(*(self.prepare(activation) for activation in images))
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) on the network's device and in its memory format."""
-        return images.to(self.device).contiguous(memory_format=self.memory_format)
+        images = images.to(self.device)
+        return images.contiguous(memory_format=self.memory_format) if images.ndim == 4 else images
+
+    def on_fit_start(self) -> None:
+        """Compute the frozen front once per image, if asked to."""
+        if not self.cache_front:
+            return
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data is None:
+            raise ExperimentError("--model.cache_front needs the data module; give the trainer that, not loaders")
+        images, _ = data.first_batch(seed=0)
+        self._split = [split(self.backbone, self.prepare(images))]
+        front = self._split[0].front
+        data.precompute(lambda images: front(self.prepare(images)))
 
     def train(self, mode: bool = True) -> FineTune:
         """As usual, but frozen statistics stay frozen."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Regenerate everything that the README shows: the quickstart with two seeds, and its table and plot in figures/.
+# Regenerate everything that the README shows: the quickstart with three seeds, and its table and plot in figures/.
 #
 # Usage: bash scripts/figures.sh [--help]
 # Environment: see scripts/quickstart.sh
@@ -10,7 +10,7 @@ if [[ "${1:-}" == --help ]]; then
     exit 0
 fi
 
-bash scripts/quickstart.sh 233 234
+bash scripts/quickstart.sh 233 234 235
 source="${RUNS_DIR:-runs}/report/classification/B/mcunet/digits"
 for file in table.md table.csv pareto.png pareto.svg; do
     cp "$source/$file" "figures/digits_$file"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -18,6 +19,23 @@ from classification.data.sampler import EpochShuffle
 from experiment import ExperimentError
 
 Partition = Literal["all", "pretrain", "finetune"]
+Activations = tuple[Tensor, ...]
+
+
+class ActivationSet(Dataset[tuple[Activations, int]]):
+    """What a network's front makes of each image, computed once, with the labels."""
+
+    def __init__(self, images: DataLoader, front: Callable[[Tensor], Activations]) -> None:
+        with torch.no_grad():
+            batches = [(front(batch), labels) for batch, labels in images]
+        self.activations = [torch.cat(parts).cpu() for parts in zip(*(batch for batch, _ in batches), strict=True)]
+        self.labels = torch.cat([labels for _, labels in batches])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Activations, int]:
+        return tuple(part[index] for part in self.activations), int(self.labels[index])
 
 
 class TransformedSet(Dataset[tuple[Tensor, int]]):
@@ -102,12 +120,19 @@ class ImageDataModule(pl.LightningDataModule):
         self.train = TransformedSet(splits.train, transform, cache)
         self.val = TransformedSet(splits.val, transform, cache)
         self.test = TransformedSet(splits.test, transform, cache)
+        self._activations: dict[TransformedSet, ActivationSet] = {}
+
+    def precompute(self, front: Callable[[Tensor], Activations]) -> None:
+        """From now on, batches hold what `front` makes of the images, computed once, in place of the images."""
+        self._activations = {
+            part: ActivationSet(self._eval_loader(part), front) for part in (self.train, self.val, self.test)
+        }
 
     def train_dataloader(self) -> DataLoader:
         """Training batches, shuffled anew for each epoch."""
         seed = torch.initial_seed() if self.shuffle_seed is None else self.shuffle_seed
         return DataLoader(
-            self.train,
+            self._activations.get(self.train, self.train),
             self.batch_size,
             sampler=EpochShuffle(len(self.train), seed),
             drop_last=self.drop_last,
@@ -115,16 +140,16 @@ class ImageDataModule(pl.LightningDataModule):
             persistent_workers=self.workers > 0,
         )
 
-    def _eval_loader(self, part: TransformedSet) -> DataLoader:
+    def _eval_loader(self, part: Dataset[Any]) -> DataLoader:
         return DataLoader(part, self.eval_batch_size, num_workers=self.workers)
 
     def val_dataloader(self) -> DataLoader:
         """Validation batches: every image, none dropped."""
-        return self._eval_loader(self.val)
+        return self._eval_loader(self._activations.get(self.val, self.val))
 
     def test_dataloader(self) -> DataLoader:
         """Test batches: every image, none dropped."""
-        return self._eval_loader(self.test)
+        return self._eval_loader(self._activations.get(self.test, self.test))
 
     def first_batch(self, seed: int) -> tuple[Tensor, Tensor]:
         """One training batch, (B, 3, H, W) and (B,), that depends on the seed alone; for measurements."""

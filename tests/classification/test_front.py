@@ -1,0 +1,155 @@
+"""The frozen front, computed once per image: the same network, the same training."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lowrank
+from classification.backbones import build_model
+from classification.data import ImageDataModule
+from classification.front import split
+from classification.module import FineTune
+from experiment import ExperimentError
+
+BACKBONES = ["mcunet", "mobilenet_v2", "resnet18", "resnet34"]
+
+
+def fine_tuned(backbone, layers):
+    """A network in the mode and with the frozen layers of a fine-tuning run."""
+    network = build_model(backbone, num_classes=5)
+    names = lowrank.trailing_layers(network, layers)
+    lowrank.freeze_before(network, names)
+    lowrank.convert(network, names, lowrank.ASI(ranks=2))
+    network.train()
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
+    return network
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4, "all"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_front_and_tail_are_the_network(backbone, layers):
+    network = fine_tuned(backbone, layers)
+    modes = [module.training for module in network.modules()]
+    images = torch.randn(3, 3, 64, 64)
+    parts = split(network, images)
+    assert [module.training for module in network.modules()] == modes
+    activations = parts.front(images)
+    network.eval()  # without dropout
+    torch.testing.assert_close(parts.tail(*activations), network(images), rtol=1e-4, atol=1e-4)
+    if layers == "all":
+        assert [tuple(part.shape) for part in activations] == [(3, 3, 64, 64)]
+    trained = {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
+    assert trained <= {id(parameter) for parameter in parts.tail.parameters()}
+    assert not trained & {id(parameter) for parameter in parts.front.parameters()}
+
+
+def test_the_tail_holds_no_convolution_ahead_of_the_trained_ones():
+    network = fine_tuned("mcunet", 2)
+    tail = split(network, torch.randn(2, 3, 64, 64)).tail
+    convolutions = [layer for layer in tail.modules() if isinstance(layer, nn.Conv2d)]
+    assert convolutions == list(lowrank.converted_layers(network))
+
+
+class Own(nn.Module):
+    """A network whose path, constants and random layers a test chooses."""
+
+    def __init__(self, front):
+        super().__init__()
+        self.front, self.scale = front, nn.Parameter(torch.ones(1))
+        self.head = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        x = self.front(x)
+        if self.training and isinstance(self.front, nn.Identity):
+            x = F.dropout(x, 0.5)
+        return self.head(x * self.scale).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("front", "scale_is_trained"),
+    [(nn.Dropout(0.5), False), (nn.BatchNorm2d(3, affine=False), False), (nn.Tanh(), True)],
+)
+def test_what_changes_or_is_random_is_not_in_the_front(front, scale_is_trained):
+    network = Own(front).train()
+    network.scale.requires_grad_(scale_is_trained)
+    images = torch.randn(4, 3, 5, 5)
+    (crossing,) = split(network, images).front(images)[-1:]
+    assert torch.equal(crossing, images) or torch.equal(crossing, network.scale)
+    if isinstance(front, nn.BatchNorm2d):
+        assert front.num_batches_tracked == 0
+
+
+def test_a_network_with_another_path_in_training_is_refused():
+    with pytest.raises(ExperimentError, match="another path in training"):
+        split(Own(nn.Identity()), torch.randn(2, 3, 4, 4))
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() > 0 else self.conv(-x)
+
+
+def test_a_network_that_cannot_be_traced_is_refused_in_one_line():
+    with pytest.raises(ExperimentError, match=r"cannot be cached: .*set --model\.cache_front false"):
+        split(Untraceable(), torch.randn(2, 3, 4, 4))
+
+
+def train(weights, cache_front, epochs=2):
+    torch.manual_seed(0)
+    module = FineTune(
+        "mcunet", 10, weights=str(weights), layers=2, method=lowrank.ASI(ranks=4), cache_front=cache_front
+    )
+    data = ImageDataModule(
+        "digits", image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3, batch_size=64, partition="finetune", cache=True
+    )
+    seen = []
+    module.backbone.stem[0].register_forward_hook(lambda layer, inputs, output: seen.append(len(output)))
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, datamodule=data)
+    metrics = trainer.test(module, datamodule=data, verbose=False)[0]
+    return module.backbone.state_dict(), metrics, seen, data
+
+
+def test_training_with_a_cached_front_is_the_same_training(weights):
+    state, metrics, seen, _ = train(weights, cache_front=False)
+    cached_state, cached_metrics, _, _ = train(weights, cache_front=True)
+    assert len(seen) > 10
+    assert cached_metrics["test_accuracy"] == pytest.approx(metrics["test_accuracy"], abs=2 / 314)
+    assert state.keys() == cached_state.keys()
+    for key, value in state.items():
+        torch.testing.assert_close(cached_state[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_a_cached_front_sees_every_image_once_however_many_epochs(weights):
+    counts = []
+    for epochs in (1, 3):
+        _, _, seen, data = train(weights, cache_front=True, epochs=epochs)
+        counts.append(sum(seen))
+        images, _ = data.first_batch(seed=0)
+        assert images.shape == (64, 3, 32, 32), "measurements go on getting images"
+    # Every image, and the batch of the check, which goes through the whole network and through the front.
+    images = sum(len(part) for part in (data.train, data.val, data.test))
+    assert counts == [images + 2 * 64] * 2
+
+
+def test_a_cached_front_needs_the_data_module(weights, digits_32):
+    module = FineTune("mcunet", 10, weights=str(weights), layers=2, cache_front=True)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(ExperimentError, match="cache_front needs the data module"):
+        trainer.fit(module, digits_32.train_dataloader())
