@@ -19,7 +19,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from classification.backbones.weights import read_state_dict
 from classification.callbacks import BestCheckpoint, History, RandomState
 from classification.data import ImageDataModule
-from classification.identity import configured_method, identity_of, run_of
+from classification.identity import identity_of, method_tag, run_of
 from classification.module import Batch, FineTune, classification_loss
 from experiment import ExperimentError, Record, RunFolder, Status, provenance
 from experiment.allocator import keep_freed_memory
@@ -78,7 +78,7 @@ class SuiteCLI(LightningCLI):
         plain = self._parser(self.subcommand).dump(config, format="json", skip_unset=False)
         self.settings = json.loads(plain)
         measuring = self.subcommand == "measure"
-        method = "perplexity" if measuring else configured_method(self.settings["model"]).tag
+        method = "perplexity" if measuring else method_tag(self.settings["model"])
         self.identity = run_of(self.settings, method)
         path = self.identity.folder(Path(self.settings["runs_dir"]))
         self.folder = RunFolder(path, identity_of(self.settings), TABLE if measuring else RESULT)

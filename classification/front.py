@@ -6,8 +6,7 @@ epoch. Splitting the network there and keeping those activations leaves only the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from classification.data.module import Activations
 from experiment import ExperimentError
-from lowrank.layers import LowRankLayer
+from lowrank.convert import stock_type
+from lowrank.trace import TraceError, evaluating, trace
 
 # Layers that compute the same in training as in evaluation; any other layer has to be in evaluation mode.
 _SAME_IN_TRAINING = (
@@ -47,7 +47,10 @@ def split(network: nn.Module, images: Tensor) -> Split:
     Raises:
         ExperimentError: the network cannot be split.
     """
-    graph = _trace(network)
+    try:
+        graph = trace(network, _is_leaf)
+    except TraceError as error:
+        raise ExperimentError(_uncached(str(error))) from error
     constant = _constant_nodes(graph, network)
     crossing = [node for node in graph.nodes if node in constant and not constant.issuperset(node.users)]
     front, tail = fx.Graph(), fx.Graph()
@@ -61,7 +64,7 @@ def split(network: nn.Module, images: Tensor) -> Split:
         if node not in constant:
             values[node] = tail.node_copy(node, values.__getitem__)
     parts = Split(fx.GraphModule(network, front), fx.GraphModule(network, tail))
-    with _evaluating(network), torch.no_grad():
+    with evaluating(network), torch.no_grad():
         whole, in_parts = network(images), parts.tail(*parts.front(images))
     if not torch.allclose(whole, in_parts, rtol=1e-4, atol=1e-4 * float(whole.abs().max())):
         raise ExperimentError(_uncached("front and tail together do not give its output"))
@@ -72,33 +75,9 @@ def _uncached(reason: str) -> str:
     return f"the network's frozen front cannot be cached: {reason}; set --model.cache_front false"
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LowRankLayer) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _trace(network: nn.Module) -> fx.Graph:
-    """The network's graph, if it is the same one in training and in evaluation."""
-    try:
-        graph = _Tracer().trace(network)
-        with _evaluating(network):
-            in_evaluation = _Tracer().trace(network)
-    except Exception as error:  # tracing runs the network's own code
-        raise ExperimentError(_uncached(str(error))) from error
-    if str(graph) != str(in_evaluation):
-        raise ExperimentError(_uncached("it takes another path in training than in evaluation"))
-    return graph
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+def _is_leaf(layer: nn.Module) -> bool:
+    library = type(layer).__module__.partition(".")[0]
+    return library in ("torch", "lowrank") and not isinstance(layer, nn.Sequential)
 
 
 def _constant_nodes(graph: fx.Graph, network: nn.Module) -> set[fx.Node]:
@@ -118,4 +97,4 @@ def _is_fixed(node: fx.Node, network: nn.Module) -> bool:
     layer = network.get_submodule(str(node.target))
     if any(parameter.requires_grad for parameter in layer.parameters()):
         return False
-    return not layer.training or type(layer) in _SAME_IN_TRAINING
+    return not layer.training or stock_type(layer) in _SAME_IN_TRAINING

@@ -10,6 +10,7 @@ from typing import Any
 from pytorch_lightning.cli import instantiate_class
 
 from classification.backbones.weights import weights_fingerprint
+from classification.module import fuses
 from classification.planning import Budget
 from experiment import ExperimentError, Run, fingerprint
 from lowrank import Method, PerplexityTable, Vanilla
@@ -30,6 +31,15 @@ def configured_method(config: Mapping[str, Any]) -> Method:
     """The method of a resolved `model` config."""
     method = config.get("method")
     return Vanilla() if method is None else instantiate_class((), dict(method))
+
+
+def method_tag(config: Mapping[str, Any]) -> str:
+    """The method's name in records and folders; says so where `fuse` is not the method's default."""
+    method = configured_method(config)
+    fused = fuses(method, config["fuse"])
+    if fused == fuses(method, None):
+        return method.tag
+    return f"{method.tag}_{'fused' if fused else 'unfused'}"
 
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:

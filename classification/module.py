@@ -46,6 +46,8 @@ class FineTune(pl.LightningModule):
         pretrained: start from published ImageNet weights.
         weights: local file with weights to start from.
         method: how the trained layers keep their inputs; a class of `lowrank`, such as lowrank.HOSVD.
+        fuse: the rest of the network keeps less as well; see lowrank.convert. By default yes, except that vanilla is
+            ordinary training.
         layers: how many trailing convolutions are trained, or "all".
         budget: where ASI's ranks come from, if its own `ranks` are not given.
         channels_last: hold images and weights with the channels fastest in memory; on a CPU often faster, the same
@@ -68,6 +70,7 @@ class FineTune(pl.LightningModule):
         pretrained: bool = False,
         weights: str | None = None,
         method: Method | None = None,
+        fuse: bool | None = None,
         layers: int | Literal["all"] = "all",
         budget: Budget | None = None,
         freeze_statistics: bool = True,
@@ -90,7 +93,7 @@ class FineTune(pl.LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.backbone.to(memory_format=self.memory_format)
         self.method = _with_ranks(method or Vanilla(), budget, self.names)
-        lowrank.convert(self.backbone, self.names, self.method)
+        lowrank.convert(self.backbone, self.names, self.method, fuses(self.method, fuse))
         self.freeze_statistics, self.cache_front = freeze_statistics, cache_front
         self._split: list[Split] = []  # not an attribute of its own, which would register its layers twice
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
@@ -174,6 +177,11 @@ class FineTune(pl.LightningModule):
             ),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+
+def fuses(method: Method, fuse: bool | None) -> bool:
+    """Whether a run keeps less in the rest of the network, for the setting `fuse` of `FineTune`."""
+    return not isinstance(method, Vanilla) if fuse is None else fuse
 
 
 def _accuracy(num_classes: int) -> MulticlassAccuracy:

@@ -18,6 +18,7 @@ from lowrank.errors import (
     SettingError,
     TableError,
 )
+from lowrank.explain import Explanation, explain
 from lowrank.layers import converted_layers, stock_state_dict
 from lowrank.meter import peak_bytes, saved_bytes
 from lowrank.methods import ASI, HOSVD, SVD, GradientFilter, Method, Vanilla
@@ -33,6 +34,7 @@ __all__ = [
     "Account",
     "BudgetError",
     "ConversionError",
+    "Explanation",
     "GradientFilter",
     "LayerCost",
     "LayerPerplexity",
@@ -48,6 +50,7 @@ __all__ = [
     "account",
     "convert",
     "converted_layers",
+    "explain",
     "freeze_before",
     "measure_perplexity",
     "peak_bytes",

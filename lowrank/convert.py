@@ -8,9 +8,11 @@ from typing import Literal, TypeVar
 
 from torch import nn
 
+from lowrank.blocks import find_blocks, frozen_layers, lean_code, lean_modules, stock_code
 from lowrank.errors import ConversionError, SettingError
-from lowrank.layers import FAMILIES, LowRankLayer, adopt, converted_layers, release
-from lowrank.methods import Method
+from lowrank.layers import FAMILIES, LeanBatchNorm2d, LowRankLayer, adopt, include, release
+from lowrank.lean import LEAN_MODULES
+from lowrank.methods import Method, Vanilla
 
 Kind = Literal["conv", "linear"]
 KINDS: dict[str, type[nn.Module]] = {"conv": nn.Conv2d, "linear": nn.Linear}
@@ -19,7 +21,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def stock_type(layer: nn.Module) -> type[nn.Module]:
     """The layer's class, of a converted layer the class that it had before."""
-    return layer.stock_class if isinstance(layer, LowRankLayer) else type(layer)
+    if isinstance(layer, LowRankLayer):
+        return layer.stock_class
+    changed = isinstance(layer, LeanBatchNorm2d) or type(layer) in LEAN_MODULES.values()
+    return type(layer).__mro__[1] if changed else type(layer)
 
 
 def trailing_layers(model: nn.Module, count: int | Literal["all"], kind: Kind = "conv") -> list[str]:
@@ -81,16 +86,28 @@ def named_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
     return {name: modules[name] for name in names}
 
 
-def convert(model: Model, names: Iterable[str], method: Method) -> Model:
+def convert(model: Model, names: Iterable[str], method: Method, fuse: bool = True) -> Model:
     """Make layers keep their inputs as `method` does, in place.
 
     Everything is checked first, and nothing is changed if any layer cannot be converted. Parameters stay the same
-    objects. A layer that is converted already changes to the new method and loses the state of the old one.
+    objects, and state dict keys stay as they are. A layer that is converted already changes to the new method and loses
+    the state of the old one.
+
+    With `fuse`, the rest of the model keeps less as well, with the same outputs and gradients up to rounding:
+
+    - A convolution does the work of the batch normalisation behind it while that uses its stored statistics (in
+      evaluation mode), and nothing is kept for it. Its scale then gets its gradient from the layer's weight gradient,
+      so it is approximated as that one is.
+    - ReLU and its like, dropout and pooling keep bits or shapes, as modules or called as functions.
+    - Convolutions and linear layers with a frozen weight keep nothing.
+
+    Take such a model apart, or replace layers in it, only after `revert`.
 
     Args:
         model: any module.
         names: names of `nn.Conv2d` and `nn.Linear` layers, as in `model.named_modules()`.
         method: such as `lowrank.HOSVD(energy=0.8)`.
+        fuse: False changes the named layers and nothing else.
 
     Returns:
         `model`.
@@ -117,13 +134,39 @@ def convert(model: Model, names: Iterable[str], method: Method) -> Model:
         if isinstance(layer, LowRankLayer):
             release(layer)
         adopt(layer, methods[name], name)
+    if fuse:
+        _keep_less(model)
     return model
 
 
+def _keep_less(model: nn.Module) -> None:
+    """Everything but the named layers: what `fuse` says in `convert`."""
+    blocks = find_blocks(model)
+    modules = dict(model.named_modules())
+    for name, layer in list(frozen_layers(model)):
+        adopt(layer, Vanilla(), name, chosen=False)
+    for conv, norm in blocks.runs.items():
+        layer, normalisation = modules[conv], modules[norm]
+        assert isinstance(normalisation, nn.BatchNorm2d)
+        if type(layer) in FAMILIES:
+            adopt(layer, Vanilla(), conv, chosen=False)
+        assert isinstance(layer, LowRankLayer)
+        if layer.norm is None:
+            include(layer, normalisation)
+    for module in list(lean_modules(model)):
+        module.__class__ = LEAN_MODULES[type(module)]
+    if blocks.functional:
+        lean_code(model)
+
+
 def revert(model: Model) -> Model:
-    """Give every converted layer its original class back, in place. Parameters keep their values."""
-    for layer in list(converted_layers(model)):
-        release(layer)
+    """Give every layer that `convert` changed its original class back, in place. Parameters keep their values."""
+    stock_code(model)
+    for layer in list(model.modules()):
+        if isinstance(layer, LowRankLayer):
+            release(layer)
+    for layer in model.modules():
+        layer.__class__ = stock_type(layer)
     return model
 
 

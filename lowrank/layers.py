@@ -7,23 +7,89 @@ such as the bases of ASI, lies beside the parameters in buffers named `lowrank_s
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from lowrank.errors import LowRankError
+from lowrank.errors import ConversionError, LowRankError
 from lowrank.geometry import ConvGeometry, Geometry, LinearGeometry
 from lowrank.methods import Method, Tensors
 
 STATE_PREFIX = "lowrank_state_"
 
 
+class _SharedInputs:
+    """What was kept of an input, for further layers that are given the same tensor, such as a block's shortcut.
+
+    Holds nothing alive: an entry ends with its input, or with the backward pass that needed what was kept.
+    """
+
+    def __init__(self) -> None:
+        self._entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def find(self, input: Tensor, x: Tensor, method: Method) -> Tensors | None:
+        """What another layer keeps of this input, if `method` can use it."""
+        if torch.compiler.is_compiling() or input not in self._entries:
+            return None
+        version, dtype, other, references = self._entries[input]
+        if (version, dtype) != (input._version, x.dtype) or not method.can_use(other, tuple(x.shape)):
+            return None
+        kept = tuple(reference and reference() for reference in references)
+        lost = any(reference is not None and tensor is None for reference, tensor in zip(references, kept, strict=True))
+        return None if lost else kept
+
+    def add(self, input: Tensor, x: Tensor, method: Method, kept: Tensors) -> None:
+        """Remember what a layer keeps of this input."""
+        if not kept or torch.compiler.is_compiling() or input.is_inference():
+            return
+        references = [tensor if tensor is None else TensorWeakRef(tensor) for tensor in kept]
+        self._entries[input] = (input._version, x.dtype, method, references)
+
+
+SHARED_INPUTS = _SharedInputs()
+
+
+class LeanBatchNorm2d(nn.BatchNorm2d):
+    """A batch normalisation whose convolution includes it while it uses its stored statistics.
+
+    Then the convolution's output is the normalised one, and this module passes it on. With batch statistics it works,
+    and keeps its input, as the stock module does.
+    """
+
+    awaiting: bool  # the convolution has included this module, which has not been called since
+
+    @property
+    def included(self) -> bool:
+        """Whether the convolution includes this normalisation, by the mode it is in."""
+        return not self.training and self.running_mean is not None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.included:
+            return super().forward(input)
+        if not self.awaiting:
+            raise ConversionError(
+                "a batch normalisation was called without the convolution that includes it; convert with fuse=False"
+            )
+        self.awaiting = False
+        return input
+
+
+def _per_output(vector: Tensor) -> Tensor:
+    return vector.view(-1, 1, 1, 1)
+
+
 class _LowRankFunction(torch.autograd.Function):
-    """The layer's own forward pass; gradients from what the method kept."""
+    """The layer's own forward pass, with the normalisation behind it if there is one; gradients from what was kept.
+
+    With g the gradient of the output, G the weight gradient for g, s = 1 / sqrt(variance + eps) and scale = gamma s:
+    dW = scale G, dbeta = sum g, dbias = scale dbeta and, as the normalised output is linear in W and the bias,
+    dgamma = s (<W, G> - (mean - bias) dbeta). So nothing has to be kept for the normalisation.
+    """
 
     @staticmethod
     def forward(
@@ -31,31 +97,79 @@ class _LowRankFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
         geometry: Geometry,
         method: Method,
         *kept: Tensor | None,
     ) -> Tensor:
-        ctx.geometry, ctx.method = geometry, method
+        ctx.geometry, ctx.method, ctx.eps = geometry, method, eps
         ctx.shape, ctx.weight_shape = tuple(x.shape), tuple(weight.shape)
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
-        return geometry.forward(x, weight, bias)
+        wants_weight_itself = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
+        own = (weight if wants_weight_itself else None, None if mean is None else bias)
+        ctx.save_for_backward(*own, gamma, mean, variance, *kept)
+        if mean is not None and variance is not None:
+            weight, bias = fold(weight, bias, gamma, beta, mean, variance, eps)
+        return geometry.forward(x, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight, *kept = ctx.saved_tensors
+        weight, bias, gamma, mean, variance, *kept = ctx.saved_tensors
         geometry, method, shape = ctx.geometry, ctx.method, ctx.shape
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_x = method.input_gradient(grad, weight, geometry, shape) if wants_x else None
-        grad_weight = None
-        if wants_weight:
+        wants_x, wants_weight, wants_bias, wants_gamma, wants_beta = ctx.needs_input_grad[:5]
+        deviation = None if variance is None else torch.rsqrt(variance + ctx.eps)
+        scale = deviation if deviation is None or gamma is None else gamma * deviation
+        grad_x = grad_weight = grad_bias = grad_gamma = grad_beta = None
+        if wants_x:
+            scaled = weight if scale is None else weight * _per_output(scale)
+            grad_x = method.input_gradient(grad, scaled.to(grad.dtype), geometry, shape)
+        if wants_weight or wants_gamma:
+            # Only an empty batch keeps nothing.
+            kept_something = any(tensor is not None for tensor in kept)
             grad_weight = (
                 method.weight_gradient(tuple(kept), grad, geometry, shape)
-                if kept
-                else grad.new_zeros(ctx.weight_shape)  # only an empty batch keeps nothing
+                if kept_something
+                else grad.new_zeros(ctx.weight_shape)
             )
-        grad_bias = geometry.bias_gradient(grad) if wants_bias else None
-        return (grad_x, grad_weight, grad_bias, None, None, *[None] * len(kept))
+        if wants_bias or wants_beta or wants_gamma:
+            grad_bias = grad_beta = geometry.bias_gradient(grad)
+        if scale is not None and deviation is not None:
+            if wants_gamma:
+                centre = mean if bias is None else mean - bias
+                grad_gamma = deviation * ((weight * grad_weight).flatten(1).sum(1) - centre * grad_beta)
+            grad_weight = grad_weight * _per_output(scale) if wants_weight else None  # type: ignore[operator]
+            grad_bias = grad_bias * scale if wants_bias else None  # type: ignore[operator]
+        gradients = (grad_x, grad_weight, grad_bias if wants_bias else None, grad_gamma)
+        return (*gradients, grad_beta if wants_beta else None, *[None] * (6 + len(kept)))
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does what the convolution and the normalisation behind it do.
+
+    Args:
+        weight: (O, C/g, K_h, K_w).
+        bias: (O,), of the convolution.
+        gamma, beta: (O,), of the normalisation, if it has any.
+        mean, variance: (O,), stored.
+        eps: added to the variance.
+    """
+    deviation = torch.rsqrt(variance + eps)
+    scale = deviation if gamma is None else gamma * deviation
+    shift = (-mean if bias is None else bias - mean) * scale
+    return weight * _per_output(scale), shift if beta is None else shift + beta
 
 
 class LowRankLayer(nn.Module):
@@ -64,7 +178,9 @@ class LowRankLayer(nn.Module):
     Attributes:
         method: how the input is kept.
         layer_name: the layer's name in its model, for messages.
-        kept_bytes: bytes kept of the input in the latest training forward pass.
+        chosen: whether `convert` was given this layer's name; others are there to keep less than the stock layer.
+        norm: the normalisation whose work it does while that uses stored statistics.
+        kept_bytes: bytes kept of the input in the latest training forward pass; 0 if another layer keeps them.
         formula_bytes: the same by the method's formula.
     """
 
@@ -75,6 +191,8 @@ class LowRankLayer(nn.Module):
     method: Method
     geometry: Geometry
     layer_name: str
+    chosen: bool
+    norm: LeanBatchNorm2d | None = None
     kept_bytes: int
     formula_bytes: int
 
@@ -89,27 +207,63 @@ class LowRankLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        """Output of the stock layer; in training, keeps what the method keeps."""
-        if not torch.is_grad_enabled():
-            return super().forward(input)
-        x = input
+        """Output of the stock layer and of the normalisation that it includes; keeps what the method keeps."""
+        norm = self.included_norm()
+        gamma, beta = (None, None) if norm is None else (norm.weight, norm.bias)
+        parameters = (self.weight, self.bias, gamma, beta)
+        tracked = input.requires_grad or any(p is not None and p.requires_grad for p in parameters)
+        if torch.is_grad_enabled() and tracked:
+            y = self._tracked(input, norm, parameters)
+        elif norm is None:
+            y = super().forward(input)
+        else:
+            y = self.geometry.forward(input, *fold(*parameters, *_statistics(norm)))
+        if norm is not None:
+            norm.awaiting = True
+        return y
+
+    def included_norm(self) -> LeanBatchNorm2d | None:
+        """The normalisation that the coming output includes, if any."""
+        norm: LeanBatchNorm2d | None = self.norm
+        if norm is None or not norm.included:
+            return None
+        if norm.awaiting:
+            raise ConversionError(
+                f"layer {self.layer_name!r}: the normalisation behind it was not called; it may have been replaced "
+                f"since the conversion. Call lowrank.revert before changing a model, or convert with fuse=False"
+            )
+        return norm
+
+    def _tracked(self, input: Tensor, norm: LeanBatchNorm2d | None, parameters: tuple[Tensor | None, ...]) -> Tensor:
+        x, dtype, device = input, self.weight.dtype, input.device.type
         self.kept_bytes = self.formula_bytes = 0
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        device = x.device.type
-        outside = contextlib.nullcontext()
+        outside: AbstractContextManager[Any] = nullcontext()
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            x, weight = _cast(x, dtype), _cast(weight, dtype)
-            bias = None if bias is None else _cast(bias, dtype)
-            outside = torch.autocast(device, enabled=False)  # type: ignore[assignment]
+            dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+            x = x.to(dtype)
+            outside = torch.autocast(device, enabled=False)
+        _, _, gamma, _ = parameters
+        statistics = (None, None, 0.0) if norm is None else _statistics(norm)
         with outside:
             batched = self.batched(x)
-            kept = self._compress(batched.detach()) if weight.requires_grad else ()
-            y = _LowRankFunction.apply(batched, weight, bias, self.geometry, self.method, *kept)
+            needed = self.weight.requires_grad or (gamma is not None and gamma.requires_grad)
+            kept = self._keep(input, batched.detach()) if needed else ()
+            y = _LowRankFunction.apply(batched, *parameters, *statistics, dtype, self.geometry, self.method, *kept)
         return y if batched is x else y.squeeze(0)
 
     @torch.no_grad()
+    def _keep(self, input: Tensor, x: Tensor) -> Tensors:
+        """What the method keeps of `x`; made once for all layers that are given the same input."""
+        kept = SHARED_INPUTS.find(input, x, self.method)
+        if kept is None:
+            kept = self._compress(x)
+            SHARED_INPUTS.add(input, x, self.method, kept)
+            if not torch.compiler.is_compiling():
+                self.kept_bytes = sum(tensor.nbytes for tensor in kept if tensor is not None)
+        if kept and not torch.compiler.is_compiling():
+            self.formula_bytes = self.method.formula_bytes(kept, tuple(x.shape))
+        return kept
+
     def _compress(self, x: Tensor) -> Tensors:
         if x.numel() == 0:
             return ()
@@ -119,8 +273,6 @@ class LowRankLayer(nn.Module):
             raise type(error)(f"layer {self.layer_name!r}: {error}") from None
         if self.training:
             self._set_state(state)
-        self.kept_bytes = sum(tensor.nbytes for tensor in kept if tensor is not None)
-        self.formula_bytes = self.method.formula_bytes(kept, tuple(x.shape))
         return kept
 
     def _state_names(self) -> list[str]:
@@ -153,8 +305,11 @@ class LowRankLayer(nn.Module):
         return f"{super().extra_repr()}, method={self.method}"
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, float]:
+    """Stored mean and variance, each (O,), and eps."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean, norm.running_var, norm.eps
 
 
 class LowRankConv2d(LowRankLayer, nn.Conv2d):  # type: ignore[misc]
@@ -178,13 +333,13 @@ FAMILIES: dict[type[nn.Module], type[LowRankLayer]] = {
 }
 
 
-def adopt(layer: nn.Module, method: Method, name: str) -> None:
+def adopt(layer: nn.Module, method: Method, name: str, chosen: bool = True) -> None:
     """Turn a stock layer into a converted one, in place."""
     family = FAMILIES[type(layer)]
     layer.__class__ = family
     assert isinstance(layer, LowRankLayer)
     layer.geometry = family.geometry_of(layer)
-    layer.method, layer.layer_name = method, name
+    layer.method, layer.layer_name, layer.chosen = method, name, chosen
     layer.kept_bytes = layer.formula_bytes = 0
 
 
@@ -192,14 +347,40 @@ def release(layer: LowRankLayer) -> None:
     """Turn a converted layer back into the stock one, in place."""
     for name in layer._state_names():
         del layer._buffers[name]
-    for attribute in ("geometry", "method", "layer_name", "kept_bytes", "formula_bytes"):
+    for attribute in ("geometry", "method", "layer_name", "chosen", "kept_bytes", "formula_bytes"):
         delattr(layer, attribute)
+    include(layer, None)
     layer.__class__ = layer.stock_class
 
 
+def include(layer: LowRankLayer, norm: nn.BatchNorm2d | None) -> None:
+    """Make a convolution do the work of the normalisation behind it, in place; None takes that back."""
+    before = layer.__dict__.pop("norm", None)
+    if before is not None:
+        before.__class__ = nn.BatchNorm2d
+        del before.awaiting
+    if norm is not None:
+        norm.__class__ = LeanBatchNorm2d
+        norm.awaiting = False  # type: ignore[assignment]
+        layer.__dict__["norm"] = norm  # not a child: it has its place in the model already
+
+
+@contextmanager
+def norms_apart(model: nn.Module) -> Iterator[None]:
+    """Within it, every convolution gives its own output, and the normalisation behind it does its own work."""
+    pairs = [(layer, layer.norm) for layer in model.modules() if isinstance(layer, LowRankLayer)]
+    for layer, _ in pairs:
+        include(layer, None)
+    try:
+        yield
+    finally:
+        for layer, norm in pairs:
+            include(layer, norm)
+
+
 def converted_layers(model: nn.Module) -> Iterator[LowRankLayer]:
-    """Every converted layer of a model, in the model's order."""
-    return (module for module in model.modules() if isinstance(module, LowRankLayer))
+    """Every layer that was converted by name, in the model's order."""
+    return (module for module in model.modules() if isinstance(module, LowRankLayer) and module.chosen)
 
 
 def stock_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

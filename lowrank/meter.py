@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,11 +33,20 @@ def saved_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any) -> int:
         loss_fn: `loss_fn(model, batch) -> scalar tensor`.
         batch: whatever `loss_fn` takes.
     """
+    return sum(saved_storages(model, loss_fn, batch).values())
+
+
+def saved_storages(
+    model: nn.Module, loss_fn: LossFunction, batch: Any, note: Callable[[int], None] | None = None
+) -> dict[int, int]:
+    """Every storage that `saved_bytes` counts, with its bytes; `note` is called with each as it is saved."""
     kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Kept:
         entry = _Kept(tensor)
         kept.add(entry)
+        if note is not None:
+            note(_storage_id(tensor))
         return entry
 
     with preserved(model):
@@ -45,7 +55,7 @@ def saved_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any) -> int:
             loss = loss_fn(model, batch)
         sizes = {_storage_id(entry.tensor): entry.tensor.untyped_storage().nbytes() for entry in kept}
         del loss
-    return sum(size for storage, size in sizes.items() if storage not in own)
+    return {storage: size for storage, size in sizes.items() if storage not in own}
 
 
 def peak_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any, backward: bool = True) -> int:

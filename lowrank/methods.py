@@ -67,6 +67,10 @@ class Method(ABC):
             The tensors to keep for the backward pass, and the state for the next step.
         """
 
+    def can_use(self, other: Method, shape: Shape) -> bool:
+        """Whether what `other` keeps of an input of shape `shape` serves this method at least as well as its own."""
+        return False
+
     @abstractmethod
     def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
         """Weight gradient from the kept tensors and the output gradient; `shape` is the input's."""
@@ -117,6 +121,9 @@ class Vanilla(Method):
 
 class _TuckerMethod(Method):
     """Shared by the methods that keep a Tucker form."""
+
+    def can_use(self, other: Method, shape: Shape) -> bool:
+        return self == other
 
     def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
         core, *factors = kept
@@ -278,6 +285,17 @@ class ASI(_TuckerMethod):
         if state[0] is not None and state[0].shape[0] > x.shape[0]:
             bases[0] = state[0]
         return kept, tuple(bases)
+
+    def can_use(self, other: Method, shape: Shape) -> bool:
+        if not isinstance(other, ASI) or other.algorithm != self.algorithm:
+            return False
+        return all(own <= found for own, found in zip(self.ranks_for(shape), other.ranks_for(shape), strict=True))
+
+    def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
+        """At its own ranks, also where another layer's larger ones are shared."""
+        core = kept[0]
+        assert core is not None
+        return costs.tucker_numel(shape, self.ranks_for(shape)) * core.element_size()
 
     def _start(self, x: Tensor, mode: int, rank: int, stored: Tensor | None, name: str) -> Tensor | None:
         size = x.shape[mode]

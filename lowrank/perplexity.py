@@ -20,7 +20,7 @@ from lowrank.decompose import check_energy, project, spectra
 from lowrank.errors import ConversionError, NonFiniteError, TableError
 from lowrank.geometry import Geometry
 from lowrank.gradients import weight_gradient
-from lowrank.layers import FAMILIES
+from lowrank.layers import FAMILIES, norms_apart
 from lowrank.preserve import preserved, tensors_in
 from lowrank.tucker import Tucker
 
@@ -201,7 +201,7 @@ def measure_perplexity(
         if stock_type(layer) not in FAMILIES:
             raise ConversionError(f"layer {name!r} ({stock_type(layer).__name__}) has no perplexity here")
     rows: dict[str, LayerPerplexity] = {}
-    with preserved(model):
+    with preserved(model), norms_apart(model):
         for layer in layers.values():
             layer.weight.requires_grad_(True)
         handles = [layer.register_forward_hook(_Probe(name, energies, rows)) for name, layer in layers.items()]

@@ -19,8 +19,8 @@ MAY_IMPORT = {
 }
 # Inside the core, a module imports only modules that stand before it.
 CORE_ORDER = (
-    *("errors", "tucker", "decompose", "geometry", "gradients", "costs", "methods", "layers", "convert"),
-    *("preserve", "perplexity", "budget", "accounting", "meter", "__init__"),
+    *("errors", "tucker", "bits", "lean", "decompose", "geometry", "gradients", "costs", "methods", "layers"),
+    *("trace", "blocks", "convert", "preserve", "perplexity", "budget", "accounting", "meter", "explain", "__init__"),
 )
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lowrank
 from classification.backbones import build_model
+from classification.identity import method_tag
 from classification.module import FineTune, learning_rate_factor
 from classification.planning import Budget
 from experiment import ExperimentError
@@ -216,3 +217,33 @@ def test_the_budget_chooses_the_ranks_of_asi(weights, digits_32, tmp_path):
         assert kept <= budget.nbytes
         ranks[share] = [layer.method.ranks for layer in lowrank.converted_layers(model)]
     assert ranks[1.0] != ranks[0.5]
+
+
+@pytest.mark.parametrize(
+    ("method", "fuse", "tag", "lean"),
+    [
+        (None, None, "vanilla", False),
+        ("Vanilla", True, "vanilla_fused", True),
+        ("HOSVD", None, "hosvd_0.8", True),
+        ("HOSVD", True, "hosvd_0.8", True),
+        ("HOSVD", False, "hosvd_0.8_unfused", False),
+    ],
+)
+def test_vanilla_is_ordinary_training_and_everything_else_is_fused(weights, method, fuse, tag, lean):
+    settings = {"energy": 0.8} if method == "HOSVD" else {}
+    config = method and {"class_path": f"lowrank.{method}", "init_args": settings}
+    assert method_tag({"method": config, "fuse": fuse}) == tag
+    model = module(weights, method=method and getattr(lowrank, method)(**settings), fuse=fuse)
+    assert any(type(layer) is not nn.ReLU6 for layer in model.modules() if isinstance(layer, nn.ReLU6)) == lean
+
+
+def test_fused_training_is_the_same_training(weights, digits_32):
+    states = []
+    for fuse in (False, True):
+        model = module(weights, method=Vanilla(), fuse=fuse)
+        trainer(epochs=2, precision="64-true").fit(model, loader(digits_32))
+        states.append(model.backbone.state_dict())
+    assert list(states[0]) == list(states[1])
+    for key, value in states[0].items():
+        assert value.dtype in (torch.float64, torch.int64)
+        torch.testing.assert_close(states[1][key], value, rtol=1e-6, atol=1e-8, msg=key)

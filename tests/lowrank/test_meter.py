@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,14 +120,14 @@ def test_the_state_of_earlier_steps_does_not_count(steps):
 def test_vanilla_conversion_keeps_what_the_stock_layer_keeps():
     model, batch = TwoConvolutions(), labelled_batch()
     stock = lowrank.saved_bytes(model, cross_entropy, batch)
-    lowrank.convert(model, ["first", "second", "head"], Vanilla())
+    lowrank.convert(model, ["first", "second", "head"], Vanilla(), fuse=False)
     assert lowrank.saved_bytes(model, cross_entropy, batch) == stock
 
 
 def test_the_first_layers_input_is_no_longer_kept():
     model, batch = TwoConvolutions(), labelled_batch()
     stock = lowrank.saved_bytes(model, cross_entropy, batch)
-    lowrank.convert(model, ["first"], ASI(1))
+    lowrank.convert(model, ["first"], ASI(1), fuse=False)
     saved = stock - FLOAT * 4 * 3 * 8 * 8 + FLOAT * tucker_floats((4, 3, 8, 8), (1, 1, 1, 1))
     assert lowrank.saved_bytes(model, cross_entropy, batch) == saved
 
@@ -244,3 +248,41 @@ def test_measuring_without_gradients_in_force_measures_training():
     with torch.no_grad():
         assert lowrank.saved_bytes(model, cross_entropy, batch) == expected
         assert not torch.is_grad_enabled()
+
+
+RESIDENT = """
+import ctypes, gc, sys, torch
+import lowrank
+from torch import nn
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+torch.set_num_threads(1)
+libc = ctypes.CDLL("libc.so.6")
+libc.mallopt(-3, 65536)  # every large block is mapped by itself, and unmapped when it is freed
+layers = [layer for _ in range(6) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())]
+model = nn.Sequential(*layers).eval()
+batch = torch.randn(16, 16, 96, 96)
+if sys.argv[1] == "asi":
+    lowrank.convert(model, lowrank.trailing_layers(model, "all"), lowrank.ASI(ranks=4))
+loss = lambda m, b: m(b).mean()
+loss(model, batch).backward()  # work space that PyTorch keeps for itself
+model.zero_grad()
+gc.collect()
+libc.malloc_trim(0)
+before = resident()
+y = loss(model, batch)
+libc.malloc_trim(0)
+print(resident() - before, lowrank.saved_bytes(model, loss, batch) - batch.nbytes * (sys.argv[1] == "stock"))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read as Linux shows it")
+@pytest.mark.parametrize("kind", ["stock", "asi"])
+def test_saved_bytes_are_what_the_process_holds(kind):
+    """Seen from outside, in a process of its own, with the graph alive; the batch was there before."""
+    printed = subprocess.run([sys.executable, "-c", RESIDENT, kind], capture_output=True, text=True, check=True).stdout
+    grown, saved = map(int, printed.split())
+    assert grown == pytest.approx(saved, rel=0.05, abs=3 * 2**20)
+    assert saved > 80 * 2**20 if kind == "stock" else saved < 6 * 2**20

@@ -1,0 +1,53 @@
+"""One bit per element: boolean masks, packed and unpacked with whole-word arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lowrank.tucker import in_memory_order
+
+# A word holds eight bytes that are 0 or 1. The product with GATHER moves the lowest bit of byte i to bit 56 + i; no two
+# terms meet, so nothing carries. SPREAD copies a byte into all eight, and PICK keeps bit i of byte i.
+GATHER = 0x0102040810204080
+SPREAD = 0x0101010101010101
+PICK = 0x8040201008040201 - 2**64
+CHUNK = 2**20  # elements that are handled at once, so that the work space stays small
+
+
+def pack(x: Tensor, condition: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[int]]:
+    """Which elements fulfil a condition, one bit each.
+
+    Args:
+        x: any tensor.
+        condition: elementwise, from a flat piece of `x` to a boolean tensor of the same size.
+
+    Returns:
+        Bytes of shape (ceil(n / 8),), uint8, for n elements in the order in which they lie in memory; and the place of
+        each dimension in that order.
+    """
+    ordered, place = in_memory_order(x)
+    return torch.cat([_pack(condition(piece)) for piece in ordered.view(-1).split(CHUNK)]), place
+
+
+def unpack(bits: Tensor, shape: Sequence[int], place: Sequence[int]) -> Tensor:
+    """The mask that `pack` was given: boolean, of shape `shape`, in the memory order of the tensor it was made from."""
+    ordered = [shape[place.index(position)] for position in range(len(shape))]
+    count = 1
+    for size in shape:
+        count *= size
+    pieces = [_unpack(piece) for piece in bits.split(CHUNK // 8)]
+    return torch.cat(pieces)[:count].view(ordered).permute(list(place))
+
+
+def _pack(mask: Tensor) -> Tensor:
+    missing = -len(mask) % 8
+    if missing:
+        mask = torch.cat([mask, mask.new_zeros(missing)])
+    return ((mask.view(torch.int64) * GATHER) >> 56).to(torch.uint8)
+
+
+def _unpack(bits: Tensor) -> Tensor:
+    return ((bits.to(torch.int64) * SPREAD) & PICK).view(torch.uint8) != 0

@@ -1,0 +1,84 @@
+"""What is still kept, by module: complete, in order, and with a reason that fits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Own, frozen_statistics
+from torch import nn
+
+import lowrank
+from lowrank import ASI
+
+
+def loss(model, batch):
+    images, labels = batch
+    return F.cross_entropy(model(images), labels)
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(4, 3, 17, 16), torch.tensor([0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("method", [None, ASI(2)], ids=["stock", "asi"])
+@pytest.mark.parametrize("mode", [frozen_statistics, nn.Module.train], ids=["frozen", "batch"])
+def test_the_rows_are_all_that_is_kept_and_the_largest_come_first(batch, method, mode):
+    model = Own()
+    mode(model)
+    if method is not None:
+        lowrank.convert(model, lowrank.trailing_layers(model, 4), method)
+    found = lowrank.explain(model, loss, batch)
+    assert found.nbytes == lowrank.saved_bytes(model, loss, batch) > 0
+    assert [row.nbytes for row in found] == sorted((row.nbytes for row in found), reverse=True)
+    assert len({row.module for row in found}) == len(found)
+    assert str(found).splitlines()[-1].endswith("in all")
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_each_kind_has_its_reason(batch):
+    class Net(nn.Sequential):
+        pass
+
+    model = Net(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.Hardswish(),
+        nn.BatchNorm2d(4),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    )
+    frozen_statistics(model)
+    reasons = {row.module: row.reason for row in lowrank.explain(model, loss, batch)}
+    assert "name it in convert" in reasons["0"]
+    assert "convert includes it" in reasons["1"]
+    assert "convert makes it keep bits" in reasons["2"]
+    assert "derivative takes many values" in reasons["4"]
+    assert "output of Hardswish" in reasons["5"]
+    assert "loss function" in reasons["(outside the model)"]
+    lowrank.convert(model, ["3"], ASI(2))
+    rows = {row.module: row for row in lowrank.explain(model, loss, batch)}
+    assert "1" not in rows
+    assert "6" not in rows
+    assert rows["2"].nbytes == 4 * 4 * 15 * 14 // 8
+    assert "least that is exact" in rows["2"].reason
+    assert "ASI" in rows["3"].reason
+    assert "name it in convert" in rows["0"].reason
+    model.train()
+    rows = {row.module: row for row in lowrank.explain(model, loss, batch)}
+    assert "batch statistics" in rows["1"].reason
+
+
+def test_a_network_that_keeps_nothing():
+    model = nn.Sequential(nn.Flatten())
+    x = torch.randn(2, 3, requires_grad=True)
+    assert str(lowrank.explain(model, lambda m, b: m(b).sum(), x)) == "nothing is kept"
+
+
+def test_an_error_in_the_forward_pass_leaves_no_hooks(batch):
+    model = Own()
+    with pytest.raises(RuntimeError):
+        lowrank.explain(model, loss, (batch[0][:, :2], batch[1]))
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
