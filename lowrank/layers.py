@@ -1,4 +1,4 @@
-"""Converted layers: the stock module with another `forward`, around one `autograd.Function`.
+"""Converted layers: the stock module with another `forward`, around the one `autograd.Function` of `nodes`.
 
 A converted layer is the same Python object with the same parameters, hooks and name; only its class changes. So
 optimizers, aliases and hooks that hold it go on working, and its state dict keys stay as they were. A method's state,
@@ -13,45 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from lowrank.errors import ConversionError, LowRankError
 from lowrank.geometry import ConvGeometry, Geometry, LinearGeometry
 from lowrank.methods import Method, Tensors
+from lowrank.nodes import LowRankFunction, fold
+from lowrank.sharing import SHARED_INPUTS
 
 STATE_PREFIX = "lowrank_state_"
-
-
-class _SharedInputs:
-    """What was kept of an input, for further layers that are given the same tensor, such as a block's shortcut.
-
-    Holds nothing alive: an entry ends with its input, or with the backward pass that needed what was kept.
-    """
-
-    def __init__(self) -> None:
-        self._entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-    def find(self, input: Tensor, x: Tensor, method: Method) -> Tensors | None:
-        """What another layer keeps of this input, if `method` can use it."""
-        if torch.compiler.is_compiling() or input not in self._entries:
-            return None
-        version, dtype, other, references = self._entries[input]
-        if (version, dtype) != (input._version, x.dtype) or not method.can_use(other, tuple(x.shape)):
-            return None
-        kept = tuple(reference and reference() for reference in references)
-        lost = any(reference is not None and tensor is None for reference, tensor in zip(references, kept, strict=True))
-        return None if lost else kept
-
-    def add(self, input: Tensor, x: Tensor, method: Method, kept: Tensors) -> None:
-        """Remember what a layer keeps of this input."""
-        if not kept or torch.compiler.is_compiling() or input.is_inference():
-            return
-        references = [tensor if tensor is None else TensorWeakRef(tensor) for tensor in kept]
-        self._entries[input] = (input._version, x.dtype, method, references)
-
-
-SHARED_INPUTS = _SharedInputs()
 
 
 class LeanBatchNorm2d(nn.BatchNorm2d):
@@ -77,99 +46,6 @@ class LeanBatchNorm2d(nn.BatchNorm2d):
             )
         self.awaiting = False
         return input
-
-
-def _per_output(vector: Tensor) -> Tensor:
-    return vector.view(-1, 1, 1, 1)
-
-
-class _LowRankFunction(torch.autograd.Function):
-    """The layer's own forward pass, with the normalisation behind it if there is one; gradients from what was kept.
-
-    With g the gradient of the output, G the weight gradient for g, s = 1 / sqrt(variance + eps) and scale = gamma s:
-    dW = scale G, dbeta = sum g, dbias = scale dbeta and, as the normalised output is linear in W and the bias,
-    dgamma = s (<W, G> - (mean - bias) dbeta). So nothing has to be kept for the normalisation.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        mean: Tensor | None,
-        variance: Tensor | None,
-        eps: float,
-        dtype: torch.dtype,
-        geometry: Geometry,
-        method: Method,
-        *kept: Tensor | None,
-    ) -> Tensor:
-        ctx.geometry, ctx.method, ctx.eps = geometry, method, eps
-        ctx.shape, ctx.weight_shape = tuple(x.shape), tuple(weight.shape)
-        wants_weight_itself = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
-        own = (weight if wants_weight_itself else None, None if mean is None else bias)
-        ctx.save_for_backward(*own, gamma, mean, variance, *kept)
-        if mean is not None and variance is not None:
-            weight, bias = fold(weight, bias, gamma, beta, mean, variance, eps)
-        return geometry.forward(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight, bias, gamma, mean, variance, *kept = ctx.saved_tensors
-        geometry, method, shape = ctx.geometry, ctx.method, ctx.shape
-        wants_x, wants_weight, wants_bias, wants_gamma, wants_beta = ctx.needs_input_grad[:5]
-        deviation = None if variance is None else torch.rsqrt(variance + ctx.eps)
-        scale = deviation if deviation is None or gamma is None else gamma * deviation
-        grad_x = grad_weight = grad_bias = grad_gamma = grad_beta = None
-        if wants_x:
-            scaled = weight if scale is None else weight * _per_output(scale)
-            grad_x = method.input_gradient(grad, scaled.to(grad.dtype), geometry, shape)
-        if wants_weight or wants_gamma:
-            # Only an empty batch keeps nothing.
-            kept_something = any(tensor is not None for tensor in kept)
-            grad_weight = (
-                method.weight_gradient(tuple(kept), grad, geometry, shape)
-                if kept_something
-                else grad.new_zeros(ctx.weight_shape)
-            )
-        if wants_bias or wants_beta or wants_gamma:
-            grad_bias = grad_beta = geometry.bias_gradient(grad)
-        if scale is not None and deviation is not None:
-            if wants_gamma:
-                centre = mean if bias is None else mean - bias
-                grad_gamma = deviation * ((weight * grad_weight).flatten(1).sum(1) - centre * grad_beta)
-            grad_weight = grad_weight * _per_output(scale) if wants_weight else None  # type: ignore[operator]
-            grad_bias = grad_bias * scale if wants_bias else None  # type: ignore[operator]
-        gradients = (grad_x, grad_weight, grad_bias if wants_bias else None, grad_gamma)
-        return (*gradients, grad_beta if wants_beta else None, *[None] * (6 + len(kept)))
-
-
-def fold(
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does what the convolution and the normalisation behind it do.
-
-    Args:
-        weight: (O, C/g, K_h, K_w).
-        bias: (O,), of the convolution.
-        gamma, beta: (O,), of the normalisation, if it has any.
-        mean, variance: (O,), stored.
-        eps: added to the variance.
-    """
-    deviation = torch.rsqrt(variance + eps)
-    scale = deviation if gamma is None else gamma * deviation
-    shift = (-mean if bias is None else bias - mean) * scale
-    return weight * _per_output(scale), shift if beta is None else shift + beta
 
 
 class LowRankLayer(nn.Module):
@@ -248,7 +124,7 @@ class LowRankLayer(nn.Module):
             batched = self.batched(x)
             needed = self.weight.requires_grad or (gamma is not None and gamma.requires_grad)
             kept = self._keep(input, batched.detach()) if needed else ()
-            y = _LowRankFunction.apply(batched, *parameters, *statistics, dtype, self.geometry, self.method, *kept)
+            y = LowRankFunction.apply(batched, *parameters, *statistics, dtype, self.geometry, self.method, *kept)
         return y if batched is x else y.squeeze(0)
 
     @torch.no_grad()

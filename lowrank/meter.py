@@ -58,6 +58,35 @@ def saved_storages(
     return {storage: size for storage, size in sizes.items() if storage not in own}
 
 
+def held_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any) -> int:
+    """Bytes of tensors that live after the forward pass and did not before: `saved_bytes` seen from the other side.
+
+    Counts whatever holds them, so also what a checkpoint or a hook of the user's own keeps, and the loss itself; the
+    batch does not count, since it lived before. The model is left as it was.
+
+    Args:
+        model: any module, converted or not, in the mode in which it trains.
+        loss_fn: `loss_fn(model, batch) -> scalar tensor`.
+        batch: whatever `loss_fn` takes.
+    """
+    with preserved(model), torch.enable_grad():
+        present = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
+        device = next((tensor.device for tensor in present if tensor.is_cuda), None)
+        if device is not None:
+            torch.cuda.synchronize(device)
+            before = torch.cuda.memory_allocated(device)
+            loss = loss_fn(model, batch)
+            torch.cuda.synchronize(device)
+            held = torch.cuda.memory_allocated(device) - before
+        else:
+            known = {_storage_id(tensor): tensor.untyped_storage().nbytes() for tensor in present}
+            with _Tracker(known) as tracker:
+                loss = loss_fn(model, batch)
+            held = tracker.current - sum(known.values())
+        del loss
+    return held
+
+
 def peak_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any, backward: bool = True) -> int:
     """Most tensor bytes alive at once during a forward and backward pass.
 

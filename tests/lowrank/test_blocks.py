@@ -387,7 +387,7 @@ def test_an_input_that_changed_in_between_is_not_shared():
 
 
 def test_sharing_holds_nothing_alive():
-    from lowrank.layers import SHARED_INPUTS
+    from lowrank.sharing import SHARED_INPUTS
 
     model, x = network("bottleneck"), random_tensor(2, 3, 13, 12)
     lowrank.convert(model, convolutions(model), ASI(2))

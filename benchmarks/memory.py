@@ -1,0 +1,165 @@
+"""Memory and step time of every way to train in less memory, against ordinary training of the same layers.
+
+    python -m benchmarks.memory [--help]
+
+Each row is measured in a process of its own; the table and the plot are written anew after each row, and rows that the
+table has already are not measured again. Kept: bytes that live between forward and backward pass because of it. Peak:
+most bytes of tensors in a step, where every operator can be followed. Resident: most memory of the process in a step,
+above what it held before, as the system counts it. Step: ratio of times, median of pairs of alternating steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from benchmarks.networks import NETWORKS, Batch, batch_of, build, loss_of, trained_layers
+from benchmarks.peers import PEERS
+from benchmarks.plots import draw
+from experiment.allocator import keep_freed_memory
+from experiment.files import write_whole
+from lowrank import peak_bytes, saved_bytes
+from lowrank.meter import held_bytes
+
+OPAQUE = {"compile_budget_0.5"}  # operators inside a compiled graph cannot be followed one by one
+KEY = ["network", "layers", "peer", "batch", "size"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What identifies a measurement."""
+
+    network: str
+    layers: str
+    peer: str
+    batch: int
+    size: int
+
+
+def measure(row: Row, pairs: int) -> dict[str, Any]:
+    """Measure one row in this process."""
+    batch, model = batch_of(row.batch, row.size), build(row.network, row.size)
+    names = trained_layers(row.network, model, row.layers)
+    loss_fn = PEERS[row.peer](model, names)
+    result: dict[str, Any] = asdict(row)
+    if row.peer in OPAQUE:
+        loss_fn(model, batch).backward()  # compiles
+        result["kept_bytes"] = saved_bytes(model, loss_fn, batch)
+    else:
+        result["kept_bytes"] = held_bytes(model, loss_fn, batch)
+        result["peak_bytes"] = peak_bytes(model, loss_fn, batch)
+        result["inference_bytes"] = peak_bytes(model, loss_fn, batch, backward=False)
+    result["resident_bytes"] = _resident_growth(lambda: loss_fn(model, batch).backward())
+    if pairs and row.peer not in OPAQUE:
+        ratios = _time_ratios(row, model, loss_fn, batch, pairs)
+        result["step_over_vanilla"], result["step_spread"] = statistics.median(ratios), max(ratios) - min(ratios)
+    return result
+
+
+def _resident_growth(step: Callable[[], None]) -> int | None:
+    """How far the process's memory rises above where it was in a step, in bytes; None where Linux does not say."""
+    status, peak = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not peak.exists():
+        return None
+    library = ctypes.CDLL(None)
+    library.mallopt(-3, 65536)  # a large block is given back to the system as soon as it is freed
+    step()
+    gc.collect()
+    library.malloc_trim(0)
+
+    def read(key: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key)) * 1024
+
+    peak.write_text("5")  # the highest mark starts anew
+    before = read("VmRSS")
+    step()
+    return read("VmHWM") - before
+
+
+def _time_ratios(row: Row, model: nn.Module, loss_fn: Any, batch: Batch, pairs: int) -> list[float]:
+    keep_freed_memory()
+    stock = build(row.network, row.size)
+    trained_layers(row.network, stock, row.layers)
+
+    def seconds(model: nn.Module, loss_fn: Any) -> float:
+        model.zero_grad()
+        start = time.perf_counter()
+        loss_fn(model, batch).backward()
+        return time.perf_counter() - start
+
+    seconds(stock, loss_of), seconds(model, loss_fn)
+    ratios = []
+    for _ in range(pairs):
+        vanilla = seconds(stock, loss_of)
+        ratios.append(seconds(model, loss_fn) / vanilla)
+    return ratios
+
+
+def _in_a_process(row: Row, pairs: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.memory", "--row", json.dumps(asdict(row)), "--pairs", str(pairs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    lines = done.stderr.strip().splitlines()
+    reason = lines[-1] if lines else f"killed by signal {-done.returncode}"
+    return {**asdict(row), "failed": reason[:200]}
+
+
+def run(rows: list[Row], pairs: int, table: Path) -> pd.DataFrame:
+    """Measure what the table lacks; returns the whole table."""
+    results = pd.read_csv(table, dtype={"layers": str}).to_dict("records") if table.exists() else []
+    done = {tuple(str(result[key]) for key in KEY) for result in results}
+    for number, row in enumerate(rows, start=1):
+        if tuple(str(value) for value in asdict(row).values()) in done:
+            continue
+        print(f"[{number}/{len(rows)}] {row.network}, last {row.layers}: {row.peer}", flush=True)
+        results.append(_in_a_process(row, pairs))
+        frame = pd.DataFrame(results)
+        table.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(table, frame.to_csv(index=False))
+    return pd.DataFrame(results)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--layers", nargs="+", default=["2", "4", "all"], metavar="N")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="PEER")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of steps for the ratio of times; 0: none")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        print(json.dumps(measure(Row(**json.loads(options.row)), options.pairs)))
+        return
+    rows = [
+        Row(network, layers, peer, options.batch, options.size)
+        for network in options.networks
+        for layers in options.layers
+        for peer in options.peers
+    ]
+    torch.manual_seed(233)
+    frame = run(rows, options.pairs, options.output / "memory.csv")
+    for path in draw(frame, options.output):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

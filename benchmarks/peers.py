@@ -1,0 +1,134 @@
+"""The ways to train in less memory that are compared: each changes a model, or how its loss is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lowrank
+from benchmarks.networks import Batch, loss_of
+from lowrank.perplexity import LossFunction
+
+RANKS = (8, 8, 4, 4)  # of ASI, where no published budget fits
+BUDGET = 0.5  # share of the activations that a compiled graph may keep
+LORA_RANK = 8
+SMALLEST = 4096  # elements; smaller tensors are not worth quantising
+
+Peer = Callable[[nn.Module, list[str]], LossFunction]
+
+
+def vanilla(model: nn.Module, names: list[str]) -> LossFunction:
+    """Ordinary training of the trailing layers."""
+    return loss_of
+
+
+def _converted(method: lowrank.Method, model: nn.Module, names: list[str]) -> LossFunction:
+    lowrank.convert(model, names, method)
+    return loss_of
+
+
+def asi(model: nn.Module, names: list[str]) -> LossFunction:
+    """ASI at fixed ranks, cut to the number of modes of the layers."""
+    ranks = RANKS if isinstance(model.get_submodule(names[0]), nn.Conv2d) else RANKS[:3]
+    return _converted(lowrank.ASI(ranks=ranks), model, names)
+
+
+def checkpointing(model: nn.Module, names: list[str]) -> LossFunction:
+    """Activation checkpointing of every block: keep its input, and compute it again in the backward pass."""
+    for block in _blocks(model):
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    return loss_of
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a network: the children of its sequences, where these have children themselves."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        parts = list(child.children())
+        if isinstance(child, nn.Sequential) and parts and all(list(part.children()) for part in parts):
+            found += parts
+        else:
+            found += _blocks(child)
+    return found
+
+
+def compiled(model: nn.Module, names: list[str]) -> LossFunction:
+    """A compiled graph that may keep half of the activations and computes the rest again."""
+    import torch._functorch.config as functorch_config
+
+    functorch_config.activation_memory_budget = BUDGET
+    graph = torch.compile(model, backend="aot_eager_decomp_partition")
+    return lambda _, batch: loss_of(graph, batch)  # type: ignore[arg-type]
+
+
+def autocast(model: nn.Module, names: list[str]) -> LossFunction:
+    """Mixed precision in bfloat16."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autocast(batch[0].device.type, torch.bfloat16):
+            return loss_of(model, batch)
+
+    return loss
+
+
+def quantised(bits: int, model: nn.Module, names: list[str]) -> LossFunction:
+    """Whatever autograd keeps, in whole numbers of 8 or 4 bits with a scale per sample."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in (*model.parameters(), *model.buffers())}
+
+    def pack(tensor: Tensor) -> object:
+        kept_as_it_is = not tensor.is_floating_point() or tensor.numel() < SMALLEST or tensor.ndim < 2
+        if kept_as_it_is or tensor.untyped_storage().data_ptr() in own:
+            return tensor
+        flat = tensor.reshape(len(tensor), -1)
+        low, high = flat.aminmax(dim=1, keepdim=True)
+        scale = ((high - low) / (2**bits - 1)).clamp_min(1e-12)
+        codes = ((flat - low) / scale).round_().to(torch.uint8)
+        if bits == 4:
+            codes = codes if codes.shape[1] % 2 == 0 else nn.functional.pad(codes, (0, 1))
+            codes = codes[:, ::2] * 16 + codes[:, 1::2]
+        return codes, low, scale, tensor.shape, tensor.dtype
+
+    def unpack(packed: object) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        codes, low, scale, shape, dtype = packed  # type: ignore[misc]
+        if bits == 4:
+            codes = torch.stack((codes // 16, codes % 16), dim=2).flatten(1)[:, : shape[1:].numel()]
+        return (codes.to(dtype) * scale + low).reshape(shape)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return loss_of(model, batch)
+
+    return loss
+
+
+def lora(model: nn.Module, names: list[str]) -> LossFunction:
+    """Low-rank updates of the same layers' weights, everything else frozen; not of depthwise ones, which peft refuses."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = [name for name in names if getattr(model.get_submodule(name), "groups", 1) == 1]
+    inject_adapter_in_model(LoraConfig(r=LORA_RANK, target_modules=targets), model)
+    return loss_of
+
+
+PEERS: dict[str, Peer] = {
+    "vanilla": vanilla,
+    "vanilla_fused": partial(_converted, lowrank.Vanilla()),
+    "checkpointing": checkpointing,
+    "compile_budget_0.5": compiled,
+    "autocast_bf16": autocast,
+    "quantised_8_bit": partial(quantised, 8),
+    "quantised_4_bit": partial(quantised, 4),
+    "lora_8": lora,
+    "gradient_filter_r2": partial(_converted, lowrank.GradientFilter(2)),
+    "gradient_filter_r7": partial(_converted, lowrank.GradientFilter(7)),
+    "svd_0.8": partial(_converted, lowrank.SVD(0.8)),
+    "hosvd_0.8": partial(_converted, lowrank.HOSVD(0.8)),
+    "asi": asi,
+}

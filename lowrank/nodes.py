@@ -1,0 +1,105 @@
+"""The one node in autograd's graph that every converted layer is: with the normalisation behind it, if it has one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lowrank.geometry import Geometry
+from lowrank.methods import Method
+
+
+def _per_output(vector: Tensor) -> Tensor:
+    return vector.view(-1, 1, 1, 1)
+
+
+class LowRankFunction(torch.autograd.Function):
+    """The layer's own forward pass, with the normalisation behind it if there is one; gradients from what was kept.
+
+    With g the gradient of the output, G the weight gradient for g, s = 1 / sqrt(variance + eps) and scale = gamma s:
+    dW = scale G, dbeta = sum g, dbias = scale dbeta and, as the normalised output is linear in W and the bias,
+    dgamma = s (<W, G> - (mean - bias) dbeta). So nothing has to be kept for the normalisation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+        geometry: Geometry,
+        method: Method,
+        *kept: Tensor | None,
+    ) -> Tensor:
+        ctx.geometry, ctx.method, ctx.eps = geometry, method, eps
+        ctx.shape, ctx.weight_shape = tuple(x.shape), tuple(weight.shape)
+        wants_weight_itself = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
+        own = (weight if wants_weight_itself else None, None if mean is None else bias)
+        ctx.save_for_backward(*own, gamma, mean, variance, *kept)
+        if mean is not None and variance is not None:
+            weight, bias = fold(weight, bias, gamma, beta, mean, variance, eps)
+        return geometry.forward(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        weight, bias, gamma, mean, variance, *kept = ctx.saved_tensors
+        geometry, method, shape = ctx.geometry, ctx.method, ctx.shape
+        wants_x, wants_weight, wants_bias, wants_gamma, wants_beta = ctx.needs_input_grad[:5]
+        deviation = None if variance is None else torch.rsqrt(variance + ctx.eps)
+        scale = deviation if deviation is None or gamma is None else gamma * deviation
+        grad_x = grad_weight = grad_bias = grad_gamma = grad_beta = None
+        if wants_x:
+            scaled = weight if scale is None else weight * _per_output(scale)
+            grad_x = method.input_gradient(grad, scaled.to(grad.dtype), geometry, shape)
+        if wants_weight or wants_gamma:
+            # Only an empty batch keeps nothing.
+            kept_something = any(tensor is not None for tensor in kept)
+            grad_weight = (
+                method.weight_gradient(tuple(kept), grad, geometry, shape)
+                if kept_something
+                else grad.new_zeros(ctx.weight_shape)
+            )
+        if wants_bias or wants_beta or wants_gamma:
+            grad_bias = grad_beta = geometry.bias_gradient(grad)
+        if scale is not None and deviation is not None:
+            if wants_gamma:
+                centre = mean if bias is None else mean - bias
+                grad_gamma = deviation * ((weight * grad_weight).flatten(1).sum(1) - centre * grad_beta)
+            grad_weight = grad_weight * _per_output(scale) if wants_weight else None  # type: ignore[operator]
+            grad_bias = grad_bias * scale if wants_bias else None  # type: ignore[operator]
+        gradients = (grad_x, grad_weight, grad_bias if wants_bias else None, grad_gamma)
+        return (*gradients, grad_beta if wants_beta else None, *[None] * (6 + len(kept)))
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does what the convolution and the normalisation behind it do.
+
+    Args:
+        weight: (O, C/g, K_h, K_w).
+        bias: (O,), of the convolution.
+        gamma, beta: (O,), of the normalisation, if it has any.
+        mean, variance: (O,), stored.
+        eps: added to the variance.
+    """
+    deviation = torch.rsqrt(variance + eps)
+    scale = deviation if gamma is None else gamma * deviation
+    shift = (-mean if bias is None else bias - mean) * scale
+    return weight * _per_output(scale), shift if beta is None else shift + beta

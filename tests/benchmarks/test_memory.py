@@ -1,0 +1,124 @@
+"""The memory benchmark: every peer trains, what it measures is right, and it goes on where it stopped."""
+
+import pandas as pd
+import pytest
+import torch
+
+import lowrank
+from benchmarks import memory
+from benchmarks.memory import Row, measure
+from benchmarks.networks import NETWORKS, batch_of, build, loss_of, trained_layers
+from benchmarks.peers import PEERS, quantised
+from benchmarks.plots import draw, ratios
+from lowrank.meter import held_bytes
+
+NOT_FOR_EVERYTHING = {("gradient_filter_r2", "vit_small"), ("gradient_filter_r7", "vit_small")}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def gradients(network, peer):
+    model, batch = build(network, 32), batch_of(4, 32)
+    names = trained_layers(network, model, 2)
+    loss_fn = PEERS[peer](model, names)
+    torch.manual_seed(0)
+    loss_fn(model, batch).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("peer", PEERS)
+def test_every_peer_trains_every_network(peer, network):
+    if (peer, network) in NOT_FOR_EVERYTHING:
+        with pytest.raises(lowrank.ConversionError, match="only a convolution has"):
+            gradients(network, peer)
+        return
+    found = gradients(network, peer)
+    assert found
+    assert all(torch.isfinite(grad).all() for grad in found.values())
+    exact = peer in ("vanilla_fused", "checkpointing", "compile_budget_0.5")
+    if exact:
+        for name, grad in gradients(network, "vanilla").items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("network", ["resnet18", "mcunet"])
+def test_held_and_saved_bytes_agree(network):
+    model, batch = build(network, 64), batch_of(4, 64)
+    names = trained_layers(network, model, 4)
+    for method in (lowrank.Vanilla(), lowrank.HOSVD(0.8)):
+        saved = lowrank.saved_bytes(model, loss_of, batch)
+        held = held_bytes(model, loss_of, batch)
+        assert held == pytest.approx(saved, abs=4 + batch[1].nbytes), (
+            "the loss, four bytes; the labels were there before"
+        )
+        lowrank.convert(model, names, method)
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 1 / 255), (4, 1 / 15)])
+def test_a_quantised_tensor_comes_back_within_a_step(bits, error):
+    model = torch.nn.Sequential(torch.nn.Tanh())
+    x = torch.rand(4, 2001, requires_grad=True)
+    kept = []
+
+    def loss(model, batch):
+        y = model[0](batch)
+        kept.append(y.detach())
+        return y.sum()
+
+    import benchmarks.peers as peers
+
+    original, peers.loss_of = peers.loss_of, loss
+    try:
+        quantised(bits, model, [])(model, x).backward()
+    finally:
+        peers.loss_of = original
+    restored = (1 - x.grad).clamp_min(0).sqrt()  # the derivative is 1 - y^2
+    assert (restored - kept[0]).abs().max() <= error
+    assert (restored - kept[0]).abs().max() > error / 100
+
+
+def test_a_row_of_numbers():
+    result = measure(Row("mcunet", "2", "asi", 8, 64), pairs=1)
+    stock = measure(Row("mcunet", "2", "vanilla", 8, 64), pairs=0)
+    assert 0 < result["kept_bytes"] < stock["kept_bytes"] / 3
+    assert result["peak_bytes"] >= result["inference_bytes"] > 0
+    assert result["step_over_vanilla"] > 0
+    assert "step_over_vanilla" not in stock
+
+
+def test_the_table_grows_and_nothing_is_measured_twice(tmp_path, monkeypatch):
+    measured = []
+
+    def fake(row, pairs):
+        measured.append(row)
+        size = 100 if row.peer == "vanilla" else 20
+        if row.peer == "lora_8":
+            return {**vars(row), "failed": "reason"}
+        return {**vars(row), **dict.fromkeys(("kept_bytes", "peak_bytes", "resident_bytes"), size)} | {
+            "inference_bytes": 10,
+            "step_over_vanilla": 1.5,
+        }
+
+    monkeypatch.setattr(memory, "_in_a_process", fake)
+    rows = [Row("mcunet", layers, peer, 8, 64) for layers in ("2", "all") for peer in ("vanilla", "asi", "lora_8")]
+    memory.run(rows[:2], 0, tmp_path / "memory.csv")
+    frame = memory.run(rows, 0, tmp_path / "memory.csv")
+    assert measured == rows
+    assert list(ratios(frame).kept_times_less[:2]) == [1.0, 5.0]
+    assert list(ratios(frame).peak_over_inference[:2]) == [10.0, 2.0]
+    assert len(pd.read_csv(tmp_path / "memory.csv")) == 6
+    paths = draw(frame, tmp_path)
+    assert [path.suffix for path in paths] == [".md", ".png", ".svg"]
+    assert "| mcunet    | all    | asi     | 0.00         | 5.0" in paths[0].read_text()
+
+
+def test_a_row_that_cannot_be_measured_says_why():
+    result = memory._in_a_process(Row("vit_small", "2", "gradient_filter_r2", 2, 32), 0)
+    assert "only a convolution has" in result["failed"]
