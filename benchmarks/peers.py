@@ -109,7 +109,7 @@ def quantised(bits: int, model: nn.Module, names: list[str]) -> LossFunction:
 
 
 def lora(model: nn.Module, names: list[str]) -> LossFunction:
-    """Low-rank updates of the same layers' weights, everything else frozen; not of depthwise ones, which peft refuses."""
+    """Low-rank updates of the same layers' weights, everything else frozen; peft refuses depthwise ones."""
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = [name for name in names if getattr(model.get_submodule(name), "groups", 1) == 1]

@@ -10,7 +10,7 @@ from torch import nn
 
 from lowrank.blocks import find_blocks, frozen_layers, lean_code, lean_modules, stock_code
 from lowrank.errors import ConversionError, SettingError
-from lowrank.layers import FAMILIES, LeanBatchNorm2d, LowRankLayer, adopt, include, release
+from lowrank.layers import FAMILIES, LeanBatchNorm2d, LowRankLayer, adopt, include, lean_norm, release, stock_norm
 from lowrank.lean import LEAN_MODULES
 from lowrank.methods import Method, Vanilla
 
@@ -99,7 +99,8 @@ def convert(model: Model, names: Iterable[str], method: Method, fuse: bool = Tru
       evaluation mode), and nothing is kept for it. Its scale then gets its gradient from the layer's weight gradient,
       so it is approximated as that one is.
     - ReLU and its like, dropout and pooling keep bits or shapes, as modules or called as functions.
-    - Convolutions and linear layers with a frozen weight keep nothing.
+    - Convolutions and linear layers with a frozen weight keep nothing, nor does a batch normalisation with a frozen
+      scale and stored statistics. Freeze first, then convert.
 
     Take such a model apart, or replace layers in it, only after `revert`.
 
@@ -153,6 +154,9 @@ def _keep_less(model: nn.Module) -> None:
         assert isinstance(layer, LowRankLayer)
         if layer.norm is None:
             include(layer, normalisation)
+    for module in modules.values():
+        if type(module) is nn.BatchNorm2d:
+            lean_norm(module)
     for module in list(lean_modules(model)):
         module.__class__ = LEAN_MODULES[type(module)]
     if blocks.functional:
@@ -166,6 +170,8 @@ def revert(model: Model) -> Model:
         if isinstance(layer, LowRankLayer):
             release(layer)
     for layer in model.modules():
+        if isinstance(layer, LeanBatchNorm2d):
+            stock_norm(layer)
         layer.__class__ = stock_type(layer)
     return model
 

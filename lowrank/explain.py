@@ -118,7 +118,7 @@ def _reason(module: nn.Module, left: str | None) -> str:
             return f"its input, as {module.method} keeps it"
         return "its input, for the gradient of its weight or of its normalisation; name it in convert to keep less"
     if isinstance(module, nn.BatchNorm2d):
-        if isinstance(module, LeanBatchNorm2d):
+        if isinstance(module, LeanBatchNorm2d) and module.awaiting is not None:
             return "its input, which batch statistics need; in evaluation mode its convolution would include it"
         batch = (
             "its input, which batch statistics need" if module.training else "its input, for the gradient of its scale"

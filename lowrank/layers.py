@@ -17,27 +17,34 @@ from torch import Tensor, nn
 from lowrank.errors import ConversionError, LowRankError
 from lowrank.geometry import ConvGeometry, Geometry, LinearGeometry
 from lowrank.methods import Method, Tensors
-from lowrank.nodes import LowRankFunction, fold
+from lowrank.nodes import LowRankFunction, fold, per_output
 from lowrank.sharing import SHARED_INPUTS
 
 STATE_PREFIX = "lowrank_state_"
 
 
 class LeanBatchNorm2d(nn.BatchNorm2d):
-    """A batch normalisation whose convolution includes it while it uses its stored statistics.
+    """A batch normalisation that keeps nothing while it uses its stored statistics.
 
-    Then the convolution's output is the normalised one, and this module passes it on. With batch statistics it works,
-    and keeps its input, as the stock module does.
+    Where a convolution includes it, that one's output is the normalised one, and this module passes it on. Elsewhere it
+    keeps nothing as long as its scale is frozen. In all other cases it works, and keeps its input, as the stock module.
     """
 
-    awaiting: bool  # the convolution has included this module, which has not been called since
+    awaiting: bool | None  # a convolution has included this module, which was not called since; None: none includes it
 
     @property
     def included(self) -> bool:
-        """Whether the convolution includes this normalisation, by the mode it is in."""
+        """Whether a convolution includes this normalisation, by the mode it is in."""
+        return self.awaiting is not None and self.uses_stored_statistics
+
+    @property
+    def uses_stored_statistics(self) -> bool:
+        """Whether it normalises with the same numbers in every step."""
         return not self.training and self.running_mean is not None
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.awaiting is None:
+            return self._alone(input)
         if not self.included:
             return super().forward(input)
         if not self.awaiting:
@@ -46,6 +53,17 @@ class LeanBatchNorm2d(nn.BatchNorm2d):
             )
         self.awaiting = False
         return input
+
+    def _alone(self, input: Tensor) -> Tensor:
+        scale_is_trained = self.weight is not None and self.weight.requires_grad
+        if scale_is_trained or not self.uses_stored_statistics or not (input.requires_grad and input.ndim == 4):
+            return super().forward(input)
+        mean, variance, eps = _statistics(self)
+        scale = torch.rsqrt(variance + eps)
+        scale = scale if self.weight is None else scale * self.weight
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        # Keeps the scale alone, since only the input and the shift want a gradient.
+        return torch.addcmul(per_output(shift, 4), input, per_output(scale, 4)).to(input.dtype)
 
 
 class LowRankLayer(nn.Module):
@@ -233,12 +251,24 @@ def include(layer: LowRankLayer, norm: nn.BatchNorm2d | None) -> None:
     """Make a convolution do the work of the normalisation behind it, in place; None takes that back."""
     before = layer.__dict__.pop("norm", None)
     if before is not None:
-        before.__class__ = nn.BatchNorm2d
-        del before.awaiting
+        stock_norm(before)
     if norm is not None:
-        norm.__class__ = LeanBatchNorm2d
-        norm.awaiting = False  # type: ignore[assignment]
+        lean_norm(norm).awaiting = False
         layer.__dict__["norm"] = norm  # not a child: it has its place in the model already
+
+
+def lean_norm(norm: nn.BatchNorm2d) -> LeanBatchNorm2d:
+    """Turn a normalisation into a lean one that no convolution includes, in place."""
+    norm.__class__ = LeanBatchNorm2d
+    assert isinstance(norm, LeanBatchNorm2d)
+    norm.awaiting = None
+    return norm
+
+
+def stock_norm(norm: nn.Module) -> None:
+    """Turn a lean normalisation back into the stock one, in place."""
+    norm.__class__ = nn.BatchNorm2d
+    del norm.awaiting
 
 
 @contextmanager

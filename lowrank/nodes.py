@@ -12,8 +12,9 @@ from lowrank.geometry import Geometry
 from lowrank.methods import Method
 
 
-def _per_output(vector: Tensor) -> Tensor:
-    return vector.view(-1, 1, 1, 1)
+def per_output(vector: Tensor, ndim: int, axis: int = 1) -> Tensor:
+    """A vector with one entry per output channel, shaped to multiply a tensor that has these along `axis`."""
+    return vector.view([-1 if dim == axis else 1 for dim in range(ndim)])
 
 
 class LowRankFunction(torch.autograd.Function):
@@ -59,7 +60,7 @@ class LowRankFunction(torch.autograd.Function):
         scale = deviation if deviation is None or gamma is None else gamma * deviation
         grad_x = grad_weight = grad_bias = grad_gamma = grad_beta = None
         if wants_x:
-            scaled = weight if scale is None else weight * _per_output(scale)
+            scaled = weight if scale is None else weight * per_output(scale, 4, 0)
             grad_x = method.input_gradient(grad, scaled.to(grad.dtype), geometry, shape)
         if wants_weight or wants_gamma:
             # Only an empty batch keeps nothing.
@@ -75,7 +76,7 @@ class LowRankFunction(torch.autograd.Function):
             if wants_gamma:
                 centre = mean if bias is None else mean - bias
                 grad_gamma = deviation * ((weight * grad_weight).flatten(1).sum(1) - centre * grad_beta)
-            grad_weight = grad_weight * _per_output(scale) if wants_weight else None  # type: ignore[operator]
+            grad_weight = grad_weight * per_output(scale, 4, 0) if wants_weight else None  # type: ignore[operator]
             grad_bias = grad_bias * scale if wants_bias else None  # type: ignore[operator]
         gradients = (grad_x, grad_weight, grad_bias if wants_bias else None, grad_gamma)
         return (*gradients, grad_beta if wants_beta else None, *[None] * (6 + len(kept)))
@@ -102,4 +103,4 @@ def fold(
     deviation = torch.rsqrt(variance + eps)
     scale = deviation if gamma is None else gamma * deviation
     shift = (-mean if bias is None else bias - mean) * scale
-    return weight * _per_output(scale), shift if beta is None else shift + beta
+    return weight * per_output(scale, 4, 0), shift if beta is None else shift + beta

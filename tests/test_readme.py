@@ -38,7 +38,7 @@ def commands() -> list[list[str]]:
 
 
 def test_every_python_block_is_a_snippet_that_is_run() -> None:
-    assert README.count("```python") == len(SNIPPETS) == 5
+    assert README.count("```python") == len(SNIPPETS) == 6
 
 
 def test_own_model_in_three_lines_and_ranks_by_perplexity(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,16 +49,20 @@ def test_own_model_in_three_lines_and_ranks_by_perplexity(capsys: pytest.Capture
 
     batch = (torch.randn(8, 3, 64, 64), torch.randint(0, 4, (8,)))
     names |= run("ranks by perplexity", **names, torch=torch, batch=batch)
+    printed = capsys.readouterr().out.split()
+    run("explain", **names)
+    explained = capsys.readouterr().out
+    assert names["names"][-1] in explained
+    assert explained.splitlines()[-1].endswith("in all")
     plan = names["plan"]
     assert isinstance(plan, lowrank.RankPlan)
     assert plan.nbytes <= 200_000
-    printed = capsys.readouterr().out.split()
     assert printed == [str(names["kept"]), str(names["peak"]), str(plan.nbytes), printed[3]]
 
 
 def test_new_data_set_and_new_model_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(data_registry._LOADERS, "stripes", None)  # so that neither outlives this test
-    monkeypatch.setitem(backbone_registry._BUILDERS, "tiny", None)
+    monkeypatch.setitem(data_registry.dataset.entries, "stripes", None)  # so that neither outlives this test
+    monkeypatch.setitem(backbone_registry.backbone.entries, "tiny", None)
     run("data set")
     assert np.array_equal(load_splits("stripes", tmp_path).val.labels, np.arange(16) % 2)
     run("model")

@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 
 from torch import nn
 
 import classification.backbones as package
 from classification.backbones.weights import load_weights
-from experiment import ExperimentError
+from classification.registry import Registry
 
 Builder = Callable[[int, bool], nn.Module]
-_BUILDERS: dict[str, Builder] = {}
-
-
-def backbone(name: str) -> Callable[[Builder], Builder]:
-    """Register a builder `(num_classes, pretrained) -> module` under a name."""
-
-    def register(builder: Builder) -> Builder:
-        _BUILDERS[name] = builder
-        return builder
-
-    return register
-
-
-def _builders() -> dict[str, Builder]:
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    return _BUILDERS
-
-
-def names() -> list[str]:
-    """Names of all backbones."""
-    return sorted(_builders())
+backbone: Registry[Builder] = Registry("backbone", package)  # decorates a builder `(num_classes, pretrained) -> module`
+names = backbone.names
 
 
 def build_model(name: str, num_classes: int = 1000, pretrained: bool = False, weights: str | None = None) -> nn.Module:
@@ -49,9 +27,7 @@ def build_model(name: str, num_classes: int = 1000, pretrained: bool = False, we
     Raises:
         ExperimentError: unknown name, no such weights, or weights that do not fit.
     """
-    builders = _builders()
-    if name not in builders:
-        raise ExperimentError(f"there is no backbone {name!r}; allowed: {', '.join(sorted(builders))}")
+    builder = backbone.find(name)
     if weights is not None:
-        return load_weights(builders[name](num_classes, False), weights)
-    return builders[name](num_classes, pretrained)
+        return load_weights(builder(num_classes, False), weights)
+    return builder(num_classes, pretrained)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import classification.data as package
-from experiment import ExperimentError
+from classification.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -46,28 +44,8 @@ class Splits:
 
 
 Loader = Callable[[Path], Splits]
-_LOADERS: dict[str, Loader] = {}
-
-
-def dataset(name: str) -> Callable[[Loader], Loader]:
-    """Register a loader `(root) -> Splits` under a name; `root` is the folder that holds all data sets."""
-
-    def register(loader: Loader) -> Loader:
-        _LOADERS[name] = loader
-        return loader
-
-    return register
-
-
-def _loaders() -> dict[str, Loader]:
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    return _LOADERS
-
-
-def names() -> list[str]:
-    """Names of all data sets."""
-    return sorted(_loaders())
+dataset: Registry[Loader] = Registry("data set", package)  # decorates a loader `(root) -> Splits`
+names = dataset.names
 
 
 def load_splits(name: str, root: Path) -> Splits:
@@ -76,7 +54,4 @@ def load_splits(name: str, root: Path) -> Splits:
     Raises:
         ExperimentError: unknown name, or the data set is missing or damaged.
     """
-    loaders = _loaders()
-    if name not in loaders:
-        raise ExperimentError(f"there is no data set {name!r}; allowed: {', '.join(sorted(loaders))}")
-    return loaders[name](root)
+    return dataset.find(name)(root)

@@ -136,7 +136,7 @@ def test_a_half_of_images_that_are_read_when_asked_for_is_that_of_an_array(monke
         parts = [ImageSet(OnDisk(getattr(splits, part).images), getattr(splits, part).labels) for part in PARTS]
         return Splits(*parts, splits.classes, "lazy")
 
-    monkeypatch.setitem(registry_of_data._LOADERS, "lazy", lazy)
+    monkeypatch.setitem(registry_of_data.dataset.entries, "lazy", lazy)
     for partition in ("pretrain", "finetune"):
         array, files = (ImageDataModule(name, partition=partition, image_size=8) for name in ("digits", "lazy"))
         for part in PARTS:

@@ -82,3 +82,21 @@ def test_far_less_is_kept(backbone, layers, least):
     lowrank.convert(model, names, lowrank.ASI(ranks=[2, 4, 2, 2]))
     assert vanilla / lowrank.saved_bytes(model, loss, batch) > least
     assert lowrank.explain(model, loss, batch).nbytes == lowrank.saved_bytes(model, loss, batch)
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+@pytest.mark.parametrize("backbone", CONVOLUTIONS)
+def test_the_peak_of_a_training_step_is_that_of_inference(backbone, layers):
+    model = network(backbone).float()
+    batch = (torch.randn(8, 3, 96, 96), torch.zeros(8, dtype=torch.long))
+    names = lowrank.trailing_layers(model, layers)
+    lowrank.freeze_before(model, names)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)  # their gradients, whatever the batch
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    lowrank.convert(model, names, lowrank.ASI(ranks=[2, 4, 2, 2]))
+    peak = lowrank.peak_bytes(model, loss, batch)
+    inference = lowrank.peak_bytes(model.eval(), loss, batch, backward=False)
+    assert peak <= max(1.05 * inference, inference + trained)

@@ -280,7 +280,7 @@ def test_what_is_not_proven_is_left_alone_and_reported(kind, reason):
     x = random_tensor(2, 3, 8, 8).abs()
     expected = results(model, x)
     lowrank.convert(model, ["0"], ASI(999))
-    assert type(model[1]) is nn.BatchNorm2d
+    assert not model[1].included
     assert_equal(results(model, x), expected)
     assert re.search(reason, find_blocks(model).left["1"])
     assert re.search(reason, str(lowrank.explain(model, lambda m, b: m(b).sum(), x)))
@@ -340,6 +340,23 @@ def test_a_frozen_layer_keeps_nothing_and_passes_the_gradient_on():
     assert kept(model, x) < stock / 4
     model.bottleneck.conv.weight.requires_grad_(True)
     assert "bottleneck.conv.weight" in results(model, x), "a layer that is unfrozen later trains"
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_lone_normalisation_with_a_frozen_scale_keeps_nothing(affine):
+    """As in networks that normalise ahead of each convolution."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.BatchNorm2d(4, affine=affine), nn.Conv2d(4, 2, 3))
+    model = frozen_statistics(with_statistics(model)).double()
+    if affine:
+        model[2].weight.requires_grad_(False)
+    x = random_tensor(2, 3, 9, 8)
+    expected = results(model, x)
+    lowrank.convert(model, ["0", "3"], ASI(999))
+    assert_equal(results(model, x), expected)
+    assert "2" not in {row.module for row in lowrank.explain(model, lambda m, b: m(b).sum(), x)}
+    frozen_statistics(model).train()
+    stock = lowrank.revert(copy.deepcopy(model))
+    assert_equal(results(model, x), results(stock, x))
 
 
 def test_an_input_of_two_layers_is_kept_once():
