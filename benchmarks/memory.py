@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     parser.add_argument("--pairs", type=int, default=3, help="pairs of steps for the ratio of times; 0: none")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--output", type=Path, default=Path("figures"))
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:

@@ -24,10 +24,11 @@ STATE_PREFIX = "lowrank_state_"
 
 
 class LeanBatchNorm2d(nn.BatchNorm2d):
-    """A batch normalisation that keeps nothing while it uses its stored statistics.
+    """A batch normalisation that does not keep its input while it uses its stored statistics.
 
     Where a convolution includes it, that one's output is the normalised one, and this module passes it on. Elsewhere it
-    keeps nothing as long as its scale is frozen. In all other cases it works, and keeps its input, as the stock module.
+    keeps one number per channel, if its scale is frozen. In all other cases it works, and keeps its input, as the stock
+    module.
     """
 
     awaiting: bool | None  # a convolution has included this module, which was not called since; None: none includes it

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measure memory and step time of every way to train in less memory, side by side against ordinary training of the same
-# layers: table and plot in benchmarks/results/. Run again, it measures only what the table lacks.
+# layers: table and plot in figures/. Run again, it measures only what the table lacks.
 #
 # Usage: bash scripts/benchmark.sh [--help] [ARGUMENT ...]     (arguments of python -m benchmarks.memory, such as
 #        --networks resnet18 --layers 2 4; all of it takes hours on two CPU cores)
