@@ -128,10 +128,22 @@ def run(rows: list[Row], pairs: int, table: Path) -> pd.DataFrame:
             continue
         print(f"[{number}/{len(rows)}] {row.network}, last {row.layers}: {row.peer}", flush=True)
         results.append(_in_a_process(row, pairs))
-        frame = pd.DataFrame(results)
+        frame = _in_order(pd.DataFrame(results))
         table.parent.mkdir(parents=True, exist_ok=True)
         write_whole(table, frame.to_csv(index=False))
-    return pd.DataFrame(results)
+    return _in_order(pd.DataFrame(results)) if results else pd.DataFrame(columns=KEY)
+
+
+def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows in the order of networks, depths and peers, whenever they were measured."""
+    places = {"network": NETWORKS, "peer": tuple(PEERS)}
+
+    def place(column: pd.Series) -> pd.Series:
+        if column.name in places:
+            return column.map(places[column.name].index)
+        return column.map(lambda layers: float("inf") if layers == "all" else int(layers))
+
+    return frame.sort_values(["network", "layers", "peer"], key=place, kind="stable", ignore_index=True)
 
 
 def main() -> None:

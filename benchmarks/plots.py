@@ -50,29 +50,31 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write memory.md, memory.png and memory.svg; kept bytes against step time, a panel per network and depth."""
+    """Write memory.md, memory.png and memory.svg: kept bytes of each peer, a panel per network and depth."""
     table = ratios(frame)
-    table = table[table.failed.isna() & table.step_over_vanilla.notna()]
-    panels = list(table.groupby(["network", "layers"], sort=False))
+    panels = list(table[table.kept_bytes.notna()].groupby(["network", "layers"], sort=False))
     columns = max(1, min(3, len(panels)))
-    lines = -(-len(panels) // columns) or 1
-    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.6 * lines), squeeze=False)
-    peers = list(dict.fromkeys(table.peer))
-    colours = {peer: plt.get_cmap("tab20")(index % 20) for index, peer in enumerate(peers)}
-    for axis, ((network, layers), rows) in zip(axes.flat, panels, strict=False):
-        for row in rows.itertuples():
-            axis.scatter(row.kept_times_less, row.step_over_vanilla, color=colours[row.peer], label=row.peer, s=42)
-        axis.set(title=f"{network}, last {layers}", xscale="log", yscale="log")
-        axis.set(xlabel="kept bytes, times less than vanilla", ylabel="step time / vanilla")
-        axis.grid(alpha=0.3, which="both")
+    lines = max(1, -(-len(panels) // columns))
+    slots = [max((len(rows) for _, rows in panels[n * columns : (n + 1) * columns]), default=1) for n in range(lines)]
+    heights = [1.1 + 0.24 * count for count in slots]
+    options = {"figsize": (5 * columns, sum(heights)), "height_ratios": heights, "squeeze": False}
+    figure, axes = plt.subplots(lines, columns, **options)  # type: ignore[arg-type]
+    for index, (axis, ((network, layers), rows)) in enumerate(zip(axes.flat, panels, strict=False)):
+        mebibytes = rows.kept_bytes / 2**20
+        colours = ["#000000" if peer == BASELINE else "#d55e00" if peer == "asi" else "#8da0b8" for peer in rows.peer]
+        bars = axis.barh(rows.peer, mebibytes, color=colours)
+        axis.bar_label(bars, [f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in mebibytes], padding=3, fontsize=8)
+        axis.set(title=f"{network}, last {layers}", xscale="log", xlabel="kept (MiB)")
+        axis.set_xlim(mebibytes.min() / 2, mebibytes.max() * 4)
+        axis.set_ylim(slots[index // columns] - 0.4, -0.6)  # bars of one thickness, the first on top
+        axis.tick_params(axis="x", which="minor", labelbottom=False)
+        axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    marks = {label: mark for axis in axes.flat for mark, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.tight_layout()
-    figure.legend(marks.values(), marks, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=5, frameon=False)
     paths = [folder / f"memory.{kind}" for kind in ("md", "png", "svg")]
     write_whole(paths[0], markdown(frame))
     for path in paths[1:]:
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+        figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return paths

@@ -118,3 +118,10 @@ def test_the_table_of_the_readme_is_the_generated_one() -> None:
     lines = [line for line in generated.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 2 * 5  # two of heading; five methods at two depths
     assert "\n".join(lines) in README
+
+
+def test_the_rows_of_measured_memory_are_generated_ones() -> None:
+    section = README.partition("## Measured memory")[2].partition("## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    assert set(rows) <= set((ROOT / "figures" / "memory.md").read_text().splitlines())
