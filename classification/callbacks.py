@@ -101,14 +101,22 @@ class BestCheckpoint(ModelCheckpoint):
     """Keeps the epoch with the best validation accuracy; of equals the last, which has trained the longest.
 
     On a small validation part many epochs are equal, and the first of them is far from trained.
+
+    Args:
+        folder: where `best.ckpt` is written.
+        first_epoch: epochs before this one are not considered.
+        options: of `ModelCheckpoint`.
     """
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, first_epoch: int = 0, **options: Any) -> None:
         super().__init__(folder, filename="best", monitor="val_accuracy", mode="max", **options)
+        self.first_epoch = first_epoch
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         """Whether this epoch is kept in place of the one before."""
         best = self.best_model_score
+        if trainer.current_epoch < self.first_epoch:
+            return False
         return current is not None and bool(best is None or current >= best)
 
 

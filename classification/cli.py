@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import warnings
 from argparse import ArgumentError
@@ -98,7 +99,8 @@ class SuiteCLI(LightningCLI):
         self.history = History(self.folder.path, show=trainer["enable_progress_bar"] is False)
         # At the end of the training epoch, when the history has its row.
         after_each_epoch: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-        self.best = BestCheckpoint(self.folder.checkpoints, **after_each_epoch)
+        first = math.floor(self.settings["model"]["select_from"] * (trainer["max_epochs"] or 0))
+        self.best = BestCheckpoint(self.folder.checkpoints, first, **after_each_epoch)
         last = ModelCheckpoint(self.folder.checkpoints, filename="last", **after_each_epoch)
         configured = self._get(self.config_init, "trainer").get("callbacks") or []
         callbacks = [*configured, self.history, RandomState(), self.best, last]
@@ -133,7 +135,7 @@ class SuiteCLI(LightningCLI):
         return Record(
             run=self.identity,
             accuracy={
-                "val_best": max(accuracies),
+                "val_best": max(accuracies[self.best.first_epoch :]),
                 "val_last": accuracies[-1],
                 "test": float(self.trainer.callback_metrics["test_accuracy"]),
             },

@@ -61,6 +61,8 @@ class FineTune(pl.LightningModule):
         warmup_epochs: epochs in which the learning rate rises linearly.
         warmup_start: share of the learning rate in the first of them.
         final_learning_rate: share of the learning rate at the end of the cosine.
+        select_from: share of the epochs, below 1, that pass before the best one is looked for; above 0 where so few
+            images validate that a lucky early epoch would win.
     """
 
     def __init__(
@@ -82,8 +84,11 @@ class FineTune(pl.LightningModule):
         warmup_epochs: int = 0,
         warmup_start: float = 0.25,
         final_learning_rate: float = 0.1,
+        select_from: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= select_from < 1:
+            raise ExperimentError(f"--model.select_from is {select_from}; allowed are numbers from 0 to below 1")
         for name, value, least in (("learning_rate", learning_rate, 0), ("momentum", momentum, 0)):
             if not value >= least:
                 raise ExperimentError(f"--model.{name} is {value}; allowed are numbers from {least}")
