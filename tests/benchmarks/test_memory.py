@@ -111,8 +111,9 @@ def test_the_table_grows_and_nothing_is_measured_twice(tmp_path, monkeypatch):
     memory.run(rows[:2], 0, tmp_path / "memory.csv")
     frame = memory.run(rows, 0, tmp_path / "memory.csv")
     assert measured == rows
-    assert list(ratios(frame).kept_times_less[:2]) == [1.0, 5.0]
-    assert list(ratios(frame).peak_over_inference[:2]) == [10.0, 2.0]
+    assert list(frame.peer) == ["vanilla", "lora_8", "asi"] * 2, "in the order of the peers, not of the measurements"
+    assert list(ratios(frame).kept_times_less[[0, 2]]) == [1.0, 5.0]
+    assert list(ratios(frame).peak_over_inference[[0, 2]]) == [10.0, 2.0]
     assert len(pd.read_csv(tmp_path / "memory.csv")) == 6
     paths = draw(frame, tmp_path)
     assert [path.suffix for path in paths] == [".md", ".png", ".svg"]
