@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from lowrank.layers import FAMILIES, LeanBatchNorm2d, LowRankLayer
+from lowrank.layers import FAMILIES, LeanBatchNorm2d
 from lowrank.lean import LEAN_FUNCTIONS, LEAN_MODULES
 from lowrank.trace import TraceError, trace
 
-_CONVOLUTIONS = tuple(kind for kind in (nn.Conv2d, FAMILIES[nn.Conv2d]))
+_CONVOLUTIONS = (nn.Conv2d, FAMILIES[nn.Conv2d])
 _NORMS = (nn.BatchNorm2d, LeanBatchNorm2d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -47,7 +47,7 @@ def find_blocks(model: nn.Module) -> Blocks:
     norms = {name: module for name, module in model.named_modules() if type(module) in _NORMS}
     for name, owner in model.named_modules():
         children = [child for child, module in norms.items() if child.rpartition(".")[0] == name]
-        if not any(True for _ in owner.children()):
+        if not list(owner.children()):
             continue
         try:
             graph = trace(owner, is_leaf=lambda module: True)
@@ -141,8 +141,3 @@ def stock_code(model: nn.Module) -> None:
     """Take `LeanCode` from a model's class, in place."""
     if isinstance(model, LeanCode):
         model.__class__ = type(model).__mro__[2]
-
-
-def is_lean(layer: nn.Module) -> bool:
-    """Whether a layer is not the stock one but computes the same."""
-    return isinstance(layer, LowRankLayer | LeanBatchNorm2d) or type(layer) in LEAN_MODULES.values()

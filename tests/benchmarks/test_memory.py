@@ -15,14 +15,6 @@ from lowrank.meter import held_bytes
 NOT_FOR_EVERYTHING = {("gradient_filter_r2", "vit_small"), ("gradient_filter_r7", "vit_small")}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def gradients(network, peer):
     model, batch = build(network, 32), batch_of(4, 32)
     names = trained_layers(network, model, 2)

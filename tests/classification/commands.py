@@ -116,3 +116,16 @@ class CrashBeforeTest(pl.Callback):
 
     def on_test_start(self, trainer, pl_module):
         raise Interruption
+
+
+def trainer(epochs=1, **options):
+    """A trainer that prints and writes nothing."""
+    return pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )

@@ -1,4 +1,4 @@
-"""What all tests of the folder share: one thread, a fixed seed, and weights whose outputs mean something."""
+"""What all tests of the folder share: a fixed seed, and weights whose outputs mean something."""
 
 from __future__ import annotations
 
@@ -7,15 +7,6 @@ import torch
 
 from classification.backbones import build_model
 from classification.data import ImageDataModule
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    """Images here are tiny; handing them to a pool of threads takes longer than the work itself."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from commands import trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -45,18 +46,6 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(epoch, setting, 
 def module(weights, **options):
     settings = {"num_classes": 10, "weights": str(weights), "layers": 2, "learning_rate": 0.05}
     return FineTune("mcunet", **settings | options)
-
-
-def trainer(epochs=1, **options):
-    return pl.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
 
 
 def loader(digits, count=16, batch=8):

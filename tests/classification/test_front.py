@@ -1,9 +1,9 @@
 """The frozen front, computed once per image: the same network, the same training."""
 
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from commands import trainer
 from torch import nn
 
 import lowrank
@@ -112,17 +112,9 @@ def train(weights, cache_front, epochs=2):
     )
     seen = []
     module.backbone.stem[0].register_forward_hook(lambda layer, inputs, output: seen.append(len(output)))
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(module, datamodule=data)
-    metrics = trainer.test(module, datamodule=data, verbose=False)[0]
+    own = trainer(epochs, num_sanity_val_steps=0)
+    own.fit(module, datamodule=data)
+    metrics = own.test(module, datamodule=data, verbose=False)[0]
     return module.backbone.state_dict(), metrics, seen, data
 
 
@@ -150,6 +142,5 @@ def test_a_cached_front_sees_every_image_once_however_many_epochs(weights):
 
 def test_a_cached_front_needs_the_data_module(weights, digits_32):
     module = FineTune("mcunet", 10, weights=str(weights), layers=2, cache_front=True)
-    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
     with pytest.raises(ExperimentError, match="cache_front needs the data module"):
-        trainer.fit(module, digits_32.train_dataloader())
+        trainer().fit(module, digits_32.train_dataloader())
