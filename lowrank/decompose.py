@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import NonFiniteError, SettingError
-from lowrank.tucker import Tucker, in_memory_order, mode_correlation, mode_product
+from lowrank.tucker import Tucker, ascending, in_memory_order, mode_correlation, mode_product
 
 Algorithm = Literal["sequential", "published"]
 ALGORITHMS: tuple[Algorithm, ...] = ("sequential", "published")
@@ -124,7 +124,7 @@ def project(x: Tensor, vectors: Sequence[Tensor | None]) -> Tucker:
     """Project `x` on orthonormal columns per mode (None: leave the mode as it is), the largest shrink first."""
     core, place = in_memory_order(x)
     shrink = [1.0 if u is None else u.shape[1] / u.shape[0] for u in vectors]
-    for mode in sorted(range(x.ndim), key=shrink.__getitem__):
+    for mode in ascending(shrink):
         u = vectors[mode]
         if u is not None:
             core = mode_product(core, u.mT, place[mode])
@@ -181,7 +181,7 @@ def subspace_iteration(
     bases = list(starts)
     shrink = [1.0 if u is None else u.shape[1] / u.shape[0] for u in starts]
     core = wide
-    for mode in sorted(range(x.ndim), key=shrink.__getitem__):
+    for mode in ascending(shrink):
         start = starts[mode]
         if start is None:
             continue

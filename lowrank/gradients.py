@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowrank.geometry import ConvGeometry, Geometry, Shape
-from lowrank.tucker import Tucker, mode_correlation, mode_product
+from lowrank.tucker import Tucker, ascending, mode_correlation, mode_product
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry) -> Tensor:
     """
     channel = geometry.channel_axis % grad.ndim
     factored = tuple(factor is not None for factor in tucker.factors)
-    plan = plan_gradient(geometry, tucker.shape, tucker.ranks, factored, grad.shape[channel])
+    # torch.compile does not look into a cache, and warns of it.
+    plan_for = plan_gradient.__wrapped__ if torch.compiler.is_compiling() else plan_gradient
+    plan = plan_for(geometry, tucker.shape, tucker.ranks, factored, grad.shape[channel])
     core, factors = tucker.core, list(tucker.factors)
     if plan.pointwise:
         core, factors = _sample(core, factors, geometry)
@@ -132,7 +134,15 @@ def plan_gradient(
                 candidates.append(
                     _correlation_plan(geometry, shape, ranks, project, expand + tail, whole_channels, out_channels)
                 )
-    return min(candidates, key=lambda plan: plan.macs)
+    return _cheapest(candidates)
+
+
+def _cheapest(plans: list[Plan]) -> Plan:
+    """The first of the plans with the fewest multiplications; a plain loop, which torch.compile can trace."""
+    best = plans[0]
+    for plan in plans[1:]:
+        best = plan if plan.macs < best.macs else best
+    return best
 
 
 def _products(start: Shape, sizes: dict[int, int], modes: tuple[int, ...]) -> tuple[list[int], int]:
@@ -145,7 +155,7 @@ def _products(start: Shape, sizes: dict[int, int], modes: tuple[int, ...]) -> tu
 
 
 def _by_growth(modes: tuple[int, ...], before: Shape, after: dict[int, int]) -> tuple[int, ...]:
-    return tuple(sorted(modes, key=lambda mode: after[mode] / before[mode]))
+    return tuple(modes[index] for index in ascending([after[mode] / before[mode] for mode in modes]))
 
 
 def _pointwise_plan(

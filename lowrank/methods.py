@@ -305,9 +305,8 @@ class ASI(_TuckerMethod):
         fits = stored is not None and (stored.shape[0] == size or (mode == 0 and stored.shape[0] > size))
         if stored is not None and fits and stored.shape[1] == rank:
             return stored[:size]
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}/{mode}".encode()))
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return torch.randn(size, rank, generator=generator, dtype=dtype).to(x.device)
+        wide = x.dtype == torch.float64
+        return _random_basis(size, rank, f"{self.seed}/{name}/{mode}", wide).to(x.device)
 
     def cost(self, x: Tensor, geometry: Geometry, out_channels: int, input_gradient: bool) -> LayerCost:
         shape = tuple(x.shape)
@@ -321,6 +320,22 @@ class ASI(_TuckerMethod):
             + costs.subspace_flops(shape, ranks, self.algorithm == "sequential")
             + self._gradient_flops(geometry, shape, ranks, out_channels),
         )
+
+
+@torch.library.custom_op("lowrank::random_basis", mutates_args=())  # a compiled graph can hold no generator itself
+def _random_basis(size: int, rank: int, seed: str, wide: bool) -> Tensor:
+    """Normal numbers (size, rank), in float64 if `wide`, else float32, that depend on `seed` alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+    return torch.randn(size, rank, generator=generator, dtype=_basis_dtype(wide))
+
+
+@_random_basis.register_fake
+def _(size: int, rank: int, seed: str, wide: bool) -> Tensor:
+    return torch.empty(size, rank, dtype=_basis_dtype(wide))
+
+
+def _basis_dtype(wide: bool) -> torch.dtype:
+    return torch.float64 if wide else torch.float32
 
 
 def _check_ranks(ranks: Any) -> None:

@@ -65,13 +65,27 @@ def mode_correlation(x: Tensor, z: Tensor, mode: int) -> Tensor:
     return torch.addbmm(x.new_zeros(n, m), a, b)  # few large products, summed as they are made
 
 
+def ascending(keys: Sequence[float]) -> list[int]:
+    """Indices of `keys` from the least to the greatest, equal ones in order.
+
+    By single comparisons, which torch.compile can trace where the keys come from sizes that it holds as symbols.
+    """
+    order: list[int] = []
+    for index, key in enumerate(keys):
+        place = 0
+        while place < len(order) and keys[order[place]] <= key:
+            place += 1
+        order.insert(place, index)
+    return order
+
+
 def in_memory_order(x: Tensor) -> tuple[Tensor, list[int]]:
     """`x` with its modes from the slowest to the fastest in memory, contiguous, and the place of each mode there.
 
     No copy, unless `x` does not fill its memory densely.
     """
     strides = x.stride()
-    order = sorted(range(x.ndim), key=lambda mode: (-strides[mode], mode))
+    order = ascending([-stride for stride in strides])
     if not x.permute(order).is_contiguous():
         order = list(range(x.ndim))
     return x.permute(order).contiguous(), [order.index(mode) for mode in range(x.ndim)]

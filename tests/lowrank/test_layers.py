@@ -7,14 +7,24 @@ from math import prod
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from layer_cases import (
+    BOTH,
+    EVERY,
+    EVERY_CONV,
+    EXACT,
+    assert_equal_states,
+    bases_of,
+    conv_model,
+    converted,
+    state_of,
+    step,
+)
 from references import (
     TOLERANCE,
     TwoConvolutions,
     autograd,
-    cross_entropy,
     hosvd_input,
     labelled_batch,
     left_vectors,
@@ -27,48 +37,9 @@ from references import (
 )
 from strategies import ENERGIES, LAYERS
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import lowrank
 from lowrank import ASI, HOSVD, SVD, GradientFilter, NonFiniteError, SettingError, Vanilla
-from lowrank.layers import STATE_PREFIX
-
-EXACT = [Vanilla(), SVD(1.0), HOSVD(1.0), ASI(99), ASI(99, algorithm="published")]
-EVERY = [Vanilla(), SVD(0.8), HOSVD(0.8), ASI(2), ASI(2, algorithm="published"), ASI(2, warm_start=False)]
-EVERY_CONV = [*EVERY, GradientFilter(2)]
-BOTH = pytest.mark.parametrize("algorithm", ["sequential", "published"])
-
-
-def converted(layer, method):
-    return lowrank.convert(nn.Sequential(copy.deepcopy(layer)), ["0"], method)
-
-
-def state_of(model):
-    return {key: value for key, value in model.state_dict().items() if STATE_PREFIX in key}
-
-
-def bases_of(layer):
-    """The stored basis of every mode that has one."""
-    state = ((int(name.rpartition("_")[2]), tensor) for name, tensor in layer.named_buffers() if STATE_PREFIX in name)
-    return {mode: tensor.clone() for mode, tensor in state if tensor is not None}
-
-
-def step(model, x, seed=0):
-    """One forward and backward pass with a random gradient; the parameter gradients."""
-    model.zero_grad()
-    y = model(x)
-    y.backward(random_tensor(*y.shape, seed=seed, dtype=y.dtype))
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def conv_model(method, **options):
-    return converted(nn.Conv2d(4, 6, 3, padding=1, dtype=torch.float64, **options), method)
-
-
-def assert_equal_states(first, second):
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
 
 # Gradients
 
@@ -559,134 +530,6 @@ def test_state_moves_with_the_model():
     step(model, random_tensor(5, 4, 7, 6))
     assert {basis.dtype for basis in bases_of(model.to(torch.float32)[0]).values()} == {torch.float32}
     assert {basis.device.type for basis in bases_of(model.to("meta")[0]).values()} == {"meta"}
-
-
-# Ways of training
-
-
-@pytest.mark.parametrize("method", [Vanilla(), SVD(1.0), HOSVD(1.0), ASI(99)])
-@pytest.mark.parametrize(("layer", "shape"), [(nn.Conv2d(4, 6, 3), (5, 4, 7, 6)), (nn.Linear(6, 5), (4, 3, 6))])
-def test_autocast_computes_and_keeps_in_bfloat16(method, layer, shape):
-    x = random_tensor(*shape, dtype=torch.float32)
-    stock, model = nn.Sequential(copy.deepcopy(layer)), converted(layer, method)
-    results = []
-    for candidate in (stock, model):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = candidate(x)
-        y.backward(random_tensor(*y.shape, dtype=torch.float32).to(y.dtype))
-        results.append((y, candidate[0].weight.grad, candidate[0].bias.grad))
-    assert results[1][0].dtype == torch.bfloat16
-    assert [gradient.dtype for gradient in results[1][1:]] == [torch.float32, torch.float32]
-    torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=0)
-    assert torch.linalg.vector_norm(results[1][1] - results[0][1]) < 0.02 * torch.linalg.vector_norm(results[0][1])
-    torch.testing.assert_close(results[1][2], results[0][2], rtol=0.02, atol=0.05)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(x)
-    if isinstance(method, Vanilla):
-        assert model[0].kept_bytes == 2 * x.numel()
-
-
-def test_autocast_off_inside_computes_in_float32():
-    model, x = converted(nn.Linear(6, 5), HOSVD(0.8)), random_tensor(4, 6, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
-        assert model(x).dtype == torch.float32
-
-
-@pytest.mark.parametrize("method", EVERY_CONV)
-def test_gradients_accumulate_over_steps(method):
-    model, x = conv_model(method), [random_tensor(5, 4, 7, 6, seed=seed) for seed in range(2)]
-    twin = copy.deepcopy(model)
-    apart = [step(twin, batch) for batch in x]
-    for batch in x:
-        y = model(batch)
-        y.backward(random_tensor(*y.shape))
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, apart[0][name] + apart[1][name], **TOLERANCE)
-
-
-@pytest.mark.parametrize("method", EVERY_CONV)
-def test_two_forward_passes_before_one_backward_pass(method):
-    model, x = conv_model(method), [random_tensor(5, 4, 7, 6, seed=seed) for seed in range(2)]
-    twin = copy.deepcopy(model)
-    apart = [step(twin, batch) for batch in x]
-    outputs = [model(batch) for batch in x]
-    torch.autograd.backward(outputs, [random_tensor(*y.shape) for y in outputs])
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, apart[0][name] + apart[1][name], **TOLERANCE)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("method", [Vanilla(), SVD(0.8), HOSVD(0.8), ASI(2, warm_start=False), GradientFilter(2)])
-def test_checkpointing_changes_no_gradient(method, reentrant):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 6, 3)).double()
-    lowrank.convert(model, ["0", "2"], method)
-    x, grad = random_tensor(4, 3, 8, 8), random_tensor(4, 6, 4, 4, seed=1)
-    _, grad_x, gradients = autograd(model, x, grad)
-    x.requires_grad_(True)
-    checkpoint(model, x, use_reentrant=reentrant).backward(grad)
-    torch.testing.assert_close(x.grad, grad_x, **TOLERANCE)
-    torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, gradients, **TOLERANCE)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@BOTH
-def test_checkpointed_asi_trains_over_many_steps(algorithm, reentrant):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 6, 3)).double()
-    lowrank.convert(model, ["0", "2"], ASI(2, algorithm=algorithm))
-    x, grad = low_rank_tensor(8, 3, 8, 8), random_tensor(8, 6, 4, 4, seed=1)
-    for _ in range(15):
-        model.zero_grad()
-        checkpoint(model, x.clone().requires_grad_(True), use_reentrant=reentrant).backward(grad)
-    best = {mode: left_vectors(x, mode, 2) for mode in range(4)}
-    assert all(same_span(basis, best[mode], 0.05) for mode, basis in bases_of(model[0]).items())
-
-
-@pytest.mark.parametrize("method", EXACT)
-def test_at_full_rank_a_network_trains_as_the_stock_one(method):
-    stock, batch = TwoConvolutions().double(), labelled_batch(dtype=torch.float64)
-    model = lowrank.convert(copy.deepcopy(stock), ["first", "second", "head"], method)
-    for network in (stock, model):
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-        for _ in range(10):
-            optimizer.zero_grad()
-            cross_entropy(network, batch).backward()
-            optimizer.step()
-    torch.testing.assert_close(dict(model.named_parameters()), dict(stock.named_parameters()), **TOLERANCE)
-
-
-def test_distributed_data_parallel_in_one_process(tmp_path):
-    if not torch.distributed.is_gloo_available():
-        pytest.skip("this build of PyTorch has no gloo")
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = conv_model(ASI(2))
-        twin, parallel = copy.deepcopy(model), nn.parallel.DistributedDataParallel(model)
-        for seed in range(3):
-            x = random_tensor(5, 4, 7, 6, seed=seed)
-            expected = step(twin, x)
-            result = step(parallel, x)
-            torch.testing.assert_close(list(result.values()), list(expected.values()), **TOLERANCE)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_a_layer_used_twice_in_a_pass_sums_its_gradients():
-    layer = nn.Linear(6, 6, dtype=torch.float64)
-    x, grad = random_tensor(4, 6), random_tensor(4, 6, seed=1)
-
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = copy.deepcopy(layer)
-
-        def forward(self, x):
-            return self.layer(F.gelu(self.layer(x)))
-
-    stock = autograd(Twice(), x, grad)
-    for method in EXACT:
-        for result, expected in zip(autograd(lowrank.convert(Twice(), ["layer"], method), x, grad), stock, strict=True):
-            torch.testing.assert_close(result, expected, **TOLERANCE)
 
 
 def test_the_description_names_the_method():

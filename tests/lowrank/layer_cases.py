@@ -1,0 +1,48 @@
+"""What the tests of converted layers share: the methods, a model of one layer, a step, the stored bases."""
+
+import copy
+
+import pytest
+import torch
+from references import random_tensor
+from torch import nn
+
+import lowrank
+from lowrank import ASI, HOSVD, SVD, GradientFilter, Vanilla
+from lowrank.layers import STATE_PREFIX
+
+EXACT = [Vanilla(), SVD(1.0), HOSVD(1.0), ASI(99), ASI(99, algorithm="published")]
+EVERY = [Vanilla(), SVD(0.8), HOSVD(0.8), ASI(2), ASI(2, algorithm="published"), ASI(2, warm_start=False)]
+EVERY_CONV = [*EVERY, GradientFilter(2)]
+BOTH = pytest.mark.parametrize("algorithm", ["sequential", "published"])
+
+
+def converted(layer, method):
+    return lowrank.convert(nn.Sequential(copy.deepcopy(layer)), ["0"], method)
+
+
+def state_of(model):
+    return {key: value for key, value in model.state_dict().items() if STATE_PREFIX in key}
+
+
+def bases_of(layer):
+    """The stored basis of every mode that has one."""
+    state = ((int(name.rpartition("_")[2]), tensor) for name, tensor in layer.named_buffers() if STATE_PREFIX in name)
+    return {mode: tensor.clone() for mode, tensor in state if tensor is not None}
+
+
+def step(model, x, seed=0):
+    """One forward and backward pass with a random gradient; the parameter gradients."""
+    model.zero_grad()
+    y = model(x)
+    y.backward(random_tensor(*y.shape, seed=seed, dtype=y.dtype))
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def conv_model(method, **options):
+    return converted(nn.Conv2d(4, 6, 3, padding=1, dtype=torch.float64, **options), method)
+
+
+def assert_equal_states(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
