@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from classification.data.prepared import Mark, load_splits, read
+from classification.data.prepared import DAMAGED, Mark, load_splits, read
 from classification.data.registry import Archive, Source, Splits, source
 from experiment import ExperimentError
 from experiment.archives import unpack
@@ -55,11 +55,12 @@ class Preparation:
         Raises:
             ExperimentError: an archive is missing, damaged or refused, or the data set is not the official one.
         """
+        given = self._given_folder()
         mark = Mark.of(self.name, self.root)
         with self._lock():
             if mark.path.exists() and self.folder.exists():
                 return load_splits(self.name, self.root)
-            existing = self.folder if self.folder.exists() else self._given_folder()
+            existing = self.folder if self.folder.exists() else given
             splits = self._adopt(existing) if existing else self._unpack()
             mark.write(splits)
         return splits
@@ -72,7 +73,7 @@ class Preparation:
                 raise ExperimentError(f"--from {path} is not there")
             if path.is_file() and path.name not in names:
                 raise ExperimentError(
-                    f"--from {path} is no archive of {self.name}; these are: {', '.join(sorted(names))}"
+                    f"--from {path} is no archive of {self.name}; allowed: {', '.join(sorted(names))}"
                 )
         packed = [archive.name for archive in self.source.archives if archive.unpack]
         for path in self.given:
@@ -146,7 +147,7 @@ class Preparation:
         if unpacked and expected.arrange is not None:
             try:
                 expected.arrange(folder)
-            except (OSError, ValueError, LookupError, TypeError) as error:
+            except DAMAGED as error:
                 raise ExperimentError(f"the archives of {self.name} do not fit together ({error})") from None
         splits = read(self.name, root)
         train, test = np.concatenate([splits.train.labels, splits.val.labels]), splits.test.labels

@@ -41,9 +41,21 @@ def unpack(archive: Path, folder: Path, most_bytes: int) -> None:
                         f"{MOST_FILES} files"
                     )
                 tar.extract(member, folder, filter="data")
+            _read_on(tar, most_bytes)
     except tarfile.FilterError as error:
         raise ExperimentError(f"archive {archive} is refused: {error}") from None
     except _DAMAGED as error:
-        raise ExperimentError(f"archive {archive} is damaged ({error}); fetch it again") from None
+        raise ExperimentError(
+            f"archive {archive} is damaged ({' '.join(str(error).split())}); fetch it again"
+        ) from None
     except OSError as error:
         raise ExperimentError(f"archive {archive} cannot be unpacked to {folder} ({error})") from None
+
+
+def _read_on(tar: tarfile.TarFile, most_bytes: int) -> None:
+    """Read what is behind the last member, so that the compressed file's own checksum is compared."""
+    assert tar.fileobj is not None
+    for _ in range(0, most_bytes + 2**20, 2**20):
+        if not tar.fileobj.read(2**20):
+            return
+    raise ExperimentError(f"archive {tar.name!s} is refused: it has more than {most_bytes} bytes behind its last file")

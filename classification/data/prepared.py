@@ -8,15 +8,17 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from scipy.io.matlab import MatReadError
+
 from classification.data.folders import image_folder
 from classification.data.registry import MissingDataError, Splits, dataset, names, source
 from experiment import ExperimentError
 from experiment.files import write_whole
 
 # What readers of lists, batches and .mat files raise when a file is missing or damaged.
-_DAMAGED = (
+DAMAGED = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError),
-    *(NotImplementedError, struct.error, pickle.UnpicklingError),
+    *(NotImplementedError, struct.error, pickle.UnpicklingError, MatReadError),
 )
 
 
@@ -89,7 +91,7 @@ def read(name: str, root: Path) -> Splits:
     """Load a data set that is prepared or about to be, and say so if a file is missing or damaged."""
     try:
         return dataset.find(name)(root)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise ExperimentError(
             f"data set {name} in {root / source.find(name).folder} is damaged ({type(error).__name__}: {error}); "
             f"delete it and run: python -m classification prepare {name} --root {root}"
