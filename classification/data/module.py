@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from classification.data.partition import Users, deal, halved, read_users, save_users
 from classification.data.prepared import load_splits
 from classification.data.registry import ImageSet
-from classification.data.sampler import AugmentingShuffle, EpochShuffle, drawing_from
+from classification.data.sampler import AugmentingShuffle, EpochLoader, EpochShuffle, drawing_from
 from experiment import ExperimentError
 
 Partition = Literal["all", "pretrain", "finetune"]
@@ -166,7 +166,7 @@ class ImageDataModule(pl.LightningDataModule):
         """Training batches, shuffled anew for each epoch."""
         seed = torch.initial_seed() if self.shuffle_seed is None else self.shuffle_seed
         shuffle = AugmentingShuffle if self.augment else EpochShuffle
-        return DataLoader(
+        return EpochLoader(
             self._activations.get(self.train, self.train),
             self.batch_size,
             sampler=shuffle(len(self.train), seed),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 
 class EpochShuffle(Sampler[Any]):
@@ -47,3 +47,13 @@ def drawing_from(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+class EpochLoader(DataLoader):
+    """Loads nothing before the first batch is asked for.
+
+    A trainer makes its iterator before it tells the epoch; worker processes would fetch images of another one by then.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
