@@ -237,6 +237,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run(arguments)
     except MENDABLE as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _one_line(error: BaseException) -> str:
+    """The message alone, also where a process that loads images has put its traceback around it."""
+    return " ".join(str(error).rpartition(f"{type(error).__name__}: ")[2].split())
