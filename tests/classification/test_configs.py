@@ -30,7 +30,7 @@ PRETRAINING = "b_pretrain"  # trains a whole network with no method but ordinary
 COMBINATIONS = [
     (setup, model, data, method)
     for setup, model, data, method in product(SETUPS, SHIPPED["models"], SHIPPED["data"], SHIPPED["methods"])
-    if method == "vanilla" and (data == "digits" or model == "mcunet") or (setup != PRETRAINING and data == "digits")
+    if (method == "vanilla" and (data == "digits" or model == "mcunet")) or (setup != PRETRAINING and data == "digits")
 ]
 
 
