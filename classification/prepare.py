@@ -161,7 +161,9 @@ class Preparation:
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[Path]:
-        """A folder on the same disk that is gone afterwards."""
+        """A folder on the same disk that is gone afterwards, and with it what a killed command left."""
+        for left in self.root.glob(f".{self.name}.*/"):
+            shutil.rmtree(left, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{self.name}."))
         try:
             yield temporary

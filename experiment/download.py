@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from email.message import Message
 from pathlib import Path
 
 from experiment.errors import ExperimentError
@@ -51,8 +52,9 @@ def download(url: str, path: Path, checksum: str | None = None) -> Path:
                 if wait is None or getattr(error, "code", None) in _LASTING:
                     raise ExperimentError(
                         f"{url} cannot be downloaded ({error}); what there is of it is kept, so try again later, or "
-                        f"download it elsewhere"
+                        f"download it elsewhere and give the file"
                     ) from None
+                print(f"{url}: {error}; trying again in {wait:.0f} s", file=sys.stderr, flush=True)
                 time.sleep(wait)
         verify(part, checksum, "it was deleted, so download it again", delete=True)
         part.replace(path)
@@ -92,7 +94,7 @@ def _fetch(url: str, part: Path) -> None:
         raise ConnectionError(f"the connection ended after {have} of {total} bytes")
 
 
-def _total(headers: http.client.HTTPMessage) -> int | None:
+def _total(headers: Message) -> int | None:
     found = re.fullmatch(r"bytes \*/(\d+)", headers.get("Content-Range", ""))
     return int(found[1]) if found else None
 

@@ -13,7 +13,7 @@ from miniatures import CLASSES, TEST, TRAIN, WNIDS, WRITERS, checksum, official,
 
 from classification.data import load_splits
 from classification.data.registry import source
-from classification.prepare import main
+from classification.prepare import Preparation, main
 
 DOWNLOADED = [name for name in WRITERS if name != "imagenet"]
 TOTALS = [TRAIN * CLASSES, TEST * CLASSES]
@@ -73,9 +73,9 @@ def refused(capsys, name, root, message, *options):
     """Nothing is prepared, in one line; what is left below `root` are downloads only."""
     capsys.readouterr()
     assert prepare(name, root, *options) == 2
-    printed = capsys.readouterr().err
+    *tries, printed = capsys.readouterr().err.splitlines()
+    assert all("; trying again in " in line for line in tries)
     assert printed.startswith("error: ")
-    assert printed.count("\n") == 1
     assert message in printed
     assert not (root / f"{name}.prepared.json").exists()
     assert {path.name for path in root.iterdir()} <= {".downloads", f".{name}.lock"} if root.is_dir() else True
@@ -182,6 +182,25 @@ def test_a_download_that_broke_off_is_resumed_by_the_next_command(tmp_path, publ
     assert (root / ".downloads" / "pets" / "images.tar.gz.part").stat().st_size == 1000
     assert prepare("pets", root) == 0
     assert ("/images.tar.gz", "bytes=1000-") in published.server.asked
+
+
+def test_what_a_killed_command_left_is_removed(tmp_path, publish):
+    publish("pets")
+    left = tmp_path / "data" / ".pets.abc" / "oxford-iiit-pet"
+    other = tmp_path / "data" / ".pets2.abc"
+    left.mkdir(parents=True)
+    other.mkdir()
+    assert prepare("pets", tmp_path / "data") == 0
+    assert not left.parent.exists()
+    assert other.exists()
+
+
+def test_a_second_command_at_the_same_time_is_refused(tmp_path, publish, capsys):
+    published, root = publish("pets"), tmp_path / "data"
+    with Preparation("pets", root)._lock():
+        refused(capsys, "pets", root, "another process is preparing pets")
+    assert published.server.asked == []
+    assert prepare("pets", root) == 0
 
 
 def test_what_was_downloaded_is_not_downloaded_again(tmp_path, publish, capsys):
