@@ -20,7 +20,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from classification.backbones.weights import read_state_dict
 from classification.callbacks import BestCheckpoint, History, RandomState
 from classification.data import ImageDataModule
-from classification.identity import identity_of, method_tag, run_of
+from classification.identity import data_fingerprint, identity_of, method_tag, run_of
 from classification.module import Batch, FineTune, classification_loss
 from experiment import ExperimentError, Record, RunFolder, Status, provenance
 from experiment.allocator import keep_freed_memory
@@ -36,7 +36,7 @@ from lowrank import (
     stock_state_dict,
 )
 
-TABLE = "perplexity.json"
+TABLE, SPLIT = "perplexity.json", "split.npz"
 MENDABLE = (ExperimentError, LowRankError, ArgumentError)  # what a user can mend, in one line
 SEED = 233  # the papers' seed
 
@@ -82,7 +82,8 @@ class SuiteCLI(LightningCLI):
         method = "perplexity" if measuring else method_tag(self.settings["model"])
         self.identity = run_of(self.settings, method)
         path = self.identity.folder(Path(self.settings["runs_dir"]))
-        self.folder = RunFolder(path, identity_of(self.settings), TABLE if measuring else RESULT)
+        result = TABLE if measuring else RESULT
+        self.folder = RunFolder(path, identity_of(self.settings), result, data_fingerprint(self.settings))
         if self.subcommand not in ("fit", "measure"):
             return
         status = self.folder.status()
@@ -109,6 +110,7 @@ class SuiteCLI(LightningCLI):
     def fit(self, **options: Any) -> None:
         """Train, test the best epoch, measure, and write the record."""
         with self.folder.locked(self._config_text()):
+            self.datamodule.save_split(self.folder.path / SPLIT)
             resume = self.folder.last_checkpoint
             if resume is not None:
                 _require_checkpoint_of(self.model, resume)
@@ -235,6 +237,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run(arguments)
     except MENDABLE as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _one_line(error: BaseException) -> str:
+    """The message alone, also where a process that loads images has put its traceback around it."""
+    return " ".join(str(error).rpartition(f"{type(error).__name__}: ")[2].split())

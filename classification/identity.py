@@ -10,6 +10,10 @@ from typing import Any
 from pytorch_lightning.cli import instantiate_class
 
 from classification.backbones.weights import weights_fingerprint
+from classification.data import load_splits
+from classification.data.module import FRONT_OF_AUGMENTED
+from classification.data.partition import split_fingerprint
+from classification.data.registry import MissingDataError
 from classification.module import fuses
 from classification.planning import Budget
 from experiment import ExperimentError, Run, fingerprint
@@ -50,7 +54,17 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     model = identity["model"]
     model["weights"] = model["weights"] and weights_fingerprint(model["weights"])
     model["budget"] = model["budget"] and _budget(config)
+    data = identity["data"]
+    data["split_file"] = data["split_file"] and split_fingerprint(Path(data["split_file"]))
     return identity
+
+
+def data_fingerprint(config: Mapping[str, Any]) -> str | None:
+    """The fingerprint of a run's data set; None if that is not there."""
+    try:
+        return load_splits(config["data"]["dataset"], Path(config["data"]["root"])).fingerprint
+    except MissingDataError:
+        return None
 
 
 def _budget(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,6 +91,8 @@ def run_of(config: Mapping[str, Any], method: str) -> Run:
     trainer = config["trainer"]
     if trainer["fast_dev_run"]:
         raise ExperimentError("--trainer.fast_dev_run leaves no record; use --trainer.max_epochs 1")
+    if config["data"]["augment"] and config["model"]["cache_front"]:
+        raise ExperimentError(FRONT_OF_AUGMENTED)
     for key in ("max_epochs", "limit_train_batches", "limit_val_batches", "limit_test_batches"):
         if trainer[key] is not None and not trainer[key] > 0:
             raise ExperimentError(f"--trainer.{key} is {trainer[key]}; a run needs more than 0")

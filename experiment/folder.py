@@ -14,7 +14,7 @@ from typing import Any
 from experiment.errors import ExperimentError
 from experiment.files import write_whole
 
-CONFIG, IDENTITY = "config.yaml", "identity.json"
+CONFIG, IDENTITY, DATA = "config.yaml", "identity.json", "data_fingerprint"
 
 
 class Status(enum.Enum):
@@ -32,10 +32,13 @@ class RunFolder:
         path: the folder; need not exist.
         identity: everything that has an influence on the run's result. Two runs of one identity are the same run.
         result: name of the file that a finished run leaves.
+        data_fingerprint: of the data that the run would read; None if that is not there or not to be compared.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], result: str) -> None:
-        self.path, self.result = path, path / result
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], result: str, data_fingerprint: str | None = None
+    ) -> None:
+        self.path, self.result, self.data_fingerprint = path, path / result, data_fingerprint
         self.identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
         self.checkpoints = path / "checkpoints"
 
@@ -54,9 +57,15 @@ class RunFolder:
         """What the folder holds of this very run.
 
         Raises:
-            ExperimentError: it holds a run of another identity.
+            ExperimentError: it holds a run of another identity, or on other data.
         """
         stored = self._stored_identity()
+        data = None if stored is None else stored.pop(DATA, None)
+        if data is not None and self.data_fingerprint not in (None, data):
+            raise ExperimentError(
+                f"{self.path} holds a run on other data (fingerprint {data} there, {self.data_fingerprint} here); "
+                f"restore the data set, or delete that folder or give another --runs_dir"
+            )
         if stored is not None and stored != self.identity:
             raise ExperimentError(
                 f"{self.path} holds a run with other settings ({_difference(stored, self.identity)}); delete that "
@@ -99,7 +108,8 @@ class RunFolder:
             except OSError:
                 raise ExperimentError(f"another process is at work in {self.path}; wait for it or stop it") from None
             write_whole(self.path / CONFIG, config)
-            write_whole(self.path / IDENTITY, json.dumps(self.identity, indent=1, sort_keys=True) + "\n")
+            identity = self.identity | ({DATA: self.data_fingerprint} if self.data_fingerprint else {})
+            write_whole(self.path / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n")
             yield
 
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import classification.convert_weights
+import classification.prepare
 import classification.sweep
 import lowrank
 import report.__main__
@@ -21,6 +27,7 @@ from classification.data import registry as data_registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+OTHERS = {"prepare": classification.prepare.main, "weights": classification.convert_weights.main}
 SNIPPETS = dict(re.findall(r"<!-- snippet: (.+?) -->\n```python\n(.+?)```", README, re.DOTALL))
 
 
@@ -30,9 +37,10 @@ def run(name: str, **names: object) -> dict[str, object]:
     return names
 
 
-def commands() -> list[list[str]]:
-    """Every command of the README's bash blocks, as words, without comments."""
-    blocks = re.findall(r"```bash\n(.+?)```", README, re.DOTALL)
+def commands(blocks: Sequence[str] | None = None) -> list[list[str]]:
+    """Every command of the README's bash blocks, or of these, as words, without comments."""
+    if blocks is None:
+        blocks = re.findall(r"(?<!-->\n)```bash\n(.+?)```", README, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").replace("$c/", "configs/classification/").splitlines()
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
@@ -82,14 +90,54 @@ def test_new_method_trains_and_is_accounted_for() -> None:
     assert lowrank.account(model, ["0"], x).total.activation_bytes == 4 * 6 * 2
 
 
-def test_commands_of_the_readme_exist(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_folder_of_images_becomes_rows_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"<!-- commands: new data set -->\n```bash\n(.+?)```", README, re.DOTALL)
+    assert len(block.splitlines()) < 10
+    home, shipped = tmp_path / "home", tmp_path / "configs" / "classification"
+    random = np.random.default_rng(0)
+    for kind in ("bass", "carp", "pike"):
+        (home / "pictures" / "fish" / kind).mkdir(parents=True)
+        for number in range(20):
+            picture = Image.fromarray(random.integers(0, 256, (24, 32, 3), np.uint8))
+            picture.save(home / "pictures" / "fish" / kind / f"{number}.jpg")
+    shutil.copytree(ROOT / "configs" / "classification", shipped)
+    monkeypatch.setattr(classification.sweep, "CONFIGS", shipped)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    small = ["--trainer.max_epochs", "1", "--data.image_size", "64", "--data.batch_size", "8"]
+    for line in block.splitlines():
+        (words,) = commands([line])
+        if words[:4] == ["python", "-m", "classification", "sweep"]:
+            # As it stands but small, and without the download of weights.
+            assert classification.sweep.main([*words[4:], "--model.pretrained", "false", *small]) == 0
+        elif words[:3] == ["python", "-m", "report"]:
+            assert report.__main__.main(words[3:]) == 0
+        else:
+            subprocess.run(["bash", "-euc", line], check=True)
+    (table,) = (tmp_path / "runs" / "report").rglob("*.md")
+    assert table.parent.name == "fish"
+    rows = [line.split("|")[2].strip() for line in table.read_text().splitlines() if line.startswith("|  ")]
+    assert rows[1:] == ["vanilla", "hosvd_0.8", "asi"]
+
+
+def test_commands_of_the_readme_exist(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = set()
+    prepared, converted = [], []
+    digits = load_splits("digits", tmp_path)
+    monkeypatch.setattr(classification.prepare.Preparation, "run", lambda self: prepared.append(self.name) or digits)
+    monkeypatch.setattr(classification.convert_weights, "convert_file", lambda *words: converted.append(words[0]))
     for program, *arguments in commands():
         if program == "bash":
             assert (ROOT / arguments[0]).is_file(), arguments
             seen.add("bash")
         elif arguments[:2] == ["-m", "classification"]:
             command, *options = arguments[2:]
+            seen.add(command)
+            if command in OTHERS:
+                assert OTHERS[command](options) == 0
+                continue
             options = [*options, "--runs_dir", str(tmp_path), "--dry_run"]
             if command == "sweep":
                 assert classification.sweep.main(options) == 0
@@ -98,11 +146,12 @@ def test_commands_of_the_readme_exist(capsys: pytest.CaptureFixture[str], tmp_pa
                 assert "would run" in capsys.readouterr().out
             else:
                 assert command in ("measure", "fit", "test")
-            seen.add(command)
         elif arguments[:2] == ["-m", "report"]:
             assert report.__main__.main([str(tmp_path)]) == 2  # no runs there
             seen.add("report")
-    assert seen == {"bash", "measure", "fit", "test", "sweep", "report"}
+    assert seen == {"bash", "measure", "fit", "test", "sweep", "report", "prepare", "weights"}
+    assert set(prepared) <= set(data_registry.source.names())
+    assert converted == ["mcunet"]
 
 
 def test_pictures_and_files_that_the_readme_names_are_there() -> None:

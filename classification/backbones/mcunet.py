@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from classification.backbones.registry import backbone
+from classification.backbones.weights import load_weights
 from experiment import ExperimentError
 
 # in, expanded, kernel, stride, out; a block whose expanded size is its input size has no expansion layer.
@@ -72,10 +75,17 @@ class MCUNet(nn.Module):
 
 @backbone("mcunet")
 def mcunet(num_classes: int, pretrained: bool) -> nn.Module:
-    """MCUNet without weights of its own; published ones are given as a file."""
-    if pretrained:
+    """MCUNet; the published weights are those that `python -m classification weights mcunet` has converted."""
+    if not pretrained:
+        return MCUNet(num_classes)
+    if not released_weights().exists():
         raise ExperimentError(
-            "mcunet has no ImageNet weights that can be downloaded by name; give a file as --model.weights "
-            "(setup B pretrains its own)"
+            "the ImageNet weights of mcunet are not on this machine; run: python -m classification weights mcunet, or "
+            "give a file as --model.weights"
         )
-    return MCUNet(num_classes)
+    return load_weights(MCUNet(num_classes), str(released_weights()))
+
+
+def released_weights() -> Path:
+    """Where the published weights are kept once they are converted, among those that torch downloads."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / "mcunet-in1.pt"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy._core.multiarray import scalar
 from torch import Tensor, nn
 
 from experiment import ExperimentError, fingerprint
@@ -13,27 +16,55 @@ from lowrank import stock_state_dict
 MODULE_PREFIX = "backbone."  # where the Lightning module of this suite holds the network
 
 
+# Numbers of numpy, which checkpoints of older trainers hold beside the weights.
+_NUMPY_SCALARS = [
+    *((scalar, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")),
+    *(np.dtype, *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "bool"))),
+]
+
+
+def read_checkpoint(path: str) -> Any:
+    """What a weights file holds; nothing in it is executed.
+
+    Raises:
+        ExperimentError: the file is missing, damaged, or holds other things than tensors and plain values.
+    """
+    if not Path(path).is_file():
+        raise ExperimentError(f"there is no weights file {path}")
+    try:
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise ExperimentError(f"weights file {path} cannot be read ({type(error).__name__}: {reason})") from None
+
+
+def tensors_of(content: Any, path: str) -> dict[str, Tensor]:
+    """What a weights file holds as a state dict, its own or below `state_dict`.
+
+    Raises:
+        ExperimentError: it holds none.
+    """
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    pairs = content.items() if isinstance(content, dict) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
+        raise ExperimentError(f"weights file {path} holds no state dict")
+    return dict(content)
+
+
 def read_state_dict(path: str) -> dict[str, Tensor]:
     """The network's state dict in a file: a plain state dict, or a checkpoint of this suite.
 
     Raises:
         ExperimentError: the file is missing, damaged, or holds something else.
     """
-    if not Path(path).is_file():
-        raise ExperimentError(f"there is no weights file {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = (str(error).splitlines() or [""])[0]
-        raise ExperimentError(f"weights file {path} cannot be read ({type(error).__name__}: {reason})") from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        state = content["state_dict"]
+    content = read_checkpoint(path)
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if isinstance(state, dict):
         own = {key: value for key, value in state.items() if str(key).startswith(MODULE_PREFIX)}
         content = {key.removeprefix(MODULE_PREFIX): value for key, value in own.items()} or state
-    pairs = content.items() if isinstance(content, dict) else [(None, None)]
-    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
-        raise ExperimentError(f"weights file {path} holds no state dict")
-    return stock_state_dict(content)
+    return stock_state_dict(tensors_of(content, path))
 
 
 def load_weights(model: nn.Module, path: str) -> nn.Module:

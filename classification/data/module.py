@@ -6,20 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-from classification.data.partition import half
-from classification.data.registry import ImageSet, Splits, load_splits
-from classification.data.sampler import EpochShuffle
+from classification.data.partition import Users, deal, halved, read_users, save_users
+from classification.data.prepared import load_splits
+from classification.data.registry import ImageSet
+from classification.data.sampler import AugmentingShuffle, EpochLoader, EpochShuffle, drawing_from
 from experiment import ExperimentError
 
 Partition = Literal["all", "pretrain", "finetune"]
 Activations = tuple[Tensor, ...]
+
+FRONT_OF_AUGMENTED = (
+    "--data.augment draws every image anew, so it cannot go with --model.cache_front; set one of them to false"
+)
 
 
 class ActivationSet(Dataset[tuple[Activations, int]]):
@@ -39,22 +43,36 @@ class ActivationSet(Dataset[tuple[Activations, int]]):
 
 
 class TransformedSet(Dataset[tuple[Tensor, int]]):
-    """An `ImageSet` behind a transform; optionally each transformed image is kept in memory."""
+    """An `ImageSet` behind a transform; optionally each transformed image is kept in memory.
 
-    def __init__(self, part: ImageSet, transform: v2.Transform, cache: bool) -> None:
-        self.part, self.transform, self.cache = part, transform, cache
+    Args:
+        part: the images.
+        transform: what is done to each.
+        cache: keep what comes of it.
+        augmentation: a random transform, for an index that comes with what its randomness is drawn from.
+    """
+
+    def __init__(
+        self, part: ImageSet, transform: v2.Transform, cache: bool, augmentation: v2.Transform | None = None
+    ) -> None:
+        self.part, self.transform, self.cache, self.augmentation = part, transform, cache, augmentation
         self.cached: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.part.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.cached.get(index)
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+        if isinstance(key, tuple):
+            index, seed = key
+            assert self.augmentation is not None
+            with drawing_from(seed):
+                return self.augmentation(self.part.images[index]), int(self.part.labels[index])
+        image = self.cached.get(key)
         if image is None:
-            image = self.transform(self.part.images[index])
+            image = self.transform(self.part.images[key])
             if self.cache:
-                self.cached[index] = image
-        return image, int(self.part.labels[index])
+                self.cached[key] = image
+        return image, int(self.part.labels[key])
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -71,9 +89,11 @@ class ImageDataModule(pl.LightningDataModule):
         drop_last: leave out the last, smaller training batch of an epoch, as in the papers.
         partition: "all", or one of setup B's halves: "pretrain" or "finetune".
         partition_seed: deals the halves.
+        split_file: deals them in its place: a published `usr_group_*.npy`, or the `split.npz` of another run.
         shuffle_seed: order of the training images; the run's seed if not given.
         workers: processes that load images; no influence on results.
         cache: keep transformed images in memory; for small data sets.
+        augment: train on random crops, resized, half of them mirrored, drawn anew in each epoch.
     """
 
     def __init__(
@@ -88,42 +108,56 @@ class ImageDataModule(pl.LightningDataModule):
         drop_last: bool = True,
         partition: Partition = "all",
         partition_seed: int = 233,
+        split_file: str | None = None,
         shuffle_seed: int | None = None,
         workers: int = 0,
         cache: bool = False,
+        augment: bool = False,
     ) -> None:
         super().__init__()
+        if augment and cache:
+            raise ExperimentError(
+                "--data.augment draws every image anew, so it cannot go with --data.cache; set one off"
+            )
+        if split_file is not None and partition == "all":
+            raise ExperimentError(
+                "--data.split_file divides the data set: set --data.partition to pretrain or finetune"
+            )
         sizes = {"image_size": image_size, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
         for name, size in sizes.items():
             if size < 1:
                 raise ExperimentError(f"--data.{name} is {size}; allowed are whole numbers from 1")
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
-        self.workers, self.shuffle_seed = workers, shuffle_seed
+        self.workers, self.shuffle_seed, self.augment = workers, shuffle_seed, augment
         splits = load_splits(dataset, Path(root))
+        self.users: Users | None = None
         if partition != "all":
-            splits = _halve(splits, 0 if partition == "pretrain" else 1, partition_seed)
+            self.users = read_users(Path(split_file), splits) if split_file else deal(splits, partition_seed)
+            splits = halved(splits, self.users, 0 if partition == "pretrain" else 1)
         if drop_last and len(splits.train.labels) < batch_size:
             raise ExperimentError(
                 f"{len(splits.train.labels)} training images do not fill one batch of {batch_size}; "
                 f"lower --data.batch_size"
             )
         self.num_classes, self.fingerprint = len(splits.classes), splits.fingerprint
-        transform = v2.Compose(
-            [
-                v2.ToImage(),
-                v2.RGB(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Resize((image_size, image_size), antialias=True),
-                v2.Normalize(mean, std),
-            ]
-        )
-        self.train = TransformedSet(splits.train, transform, cache)
+        opened, normalised = [v2.ToImage(), v2.RGB()], v2.Normalize(mean, std)
+        scaled = v2.ToDtype(torch.float32, scale=True)
+        square = (image_size, image_size)
+        transform = v2.Compose([*opened, scaled, v2.Resize(square, antialias=True), normalised])
+        crop = [v2.RandomResizedCrop(square, antialias=True), v2.RandomHorizontalFlip()]
+        self.train = TransformedSet(splits.train, transform, cache, v2.Compose([*opened, *crop, scaled, normalised]))
         self.val = TransformedSet(splits.val, transform, cache)
         self.test = TransformedSet(splits.test, transform, cache)
         self._activations: dict[TransformedSet, ActivationSet] = {}
 
     def precompute(self, front: Callable[[Tensor], Activations]) -> None:
-        """From now on, batches hold what `front` makes of the images, computed once, in place of the images."""
+        """From now on, batches hold what `front` makes of the images, computed once, in place of the images.
+
+        Raises:
+            ExperimentError: the images are drawn anew in each epoch.
+        """
+        if self.augment:
+            raise ExperimentError(FRONT_OF_AUGMENTED)
         self._activations = {
             part: ActivationSet(self._eval_loader(part), front) for part in (self.train, self.val, self.test)
         }
@@ -131,10 +165,11 @@ class ImageDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Training batches, shuffled anew for each epoch."""
         seed = torch.initial_seed() if self.shuffle_seed is None else self.shuffle_seed
-        return DataLoader(
+        shuffle = AugmentingShuffle if self.augment else EpochShuffle
+        return EpochLoader(
             self._activations.get(self.train, self.train),
             self.batch_size,
-            sampler=EpochShuffle(len(self.train), seed),
+            sampler=shuffle(len(self.train), seed),
             drop_last=self.drop_last,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
@@ -157,24 +192,7 @@ class ImageDataModule(pl.LightningDataModule):
         images, labels = default_collate([self.train[index] for index in order])
         return images, labels
 
-
-def _halve(splits: Splits, user: int, seed: int) -> Splits:
-    def part(images: ImageSet) -> ImageSet:
-        chosen = half(images.labels, user, seed)
-        picked = images.images[chosen] if isinstance(images.images, np.ndarray) else _Picked(images.images, chosen)
-        return ImageSet(picked, images.labels[chosen])
-
-    return Splits(part(splits.train), part(splits.val), part(splits.test), splits.classes, splits.fingerprint)
-
-
-class _Picked:
-    """Some images of a sequence, read when asked for."""
-
-    def __init__(self, images: object, indices: np.ndarray) -> None:
-        self.images, self.indices = images, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> object:
-        return self.images[int(self.indices[index])]  # type: ignore[index]
+    def save_split(self, path: Path) -> None:
+        """Write who has which image, if this is one of setup B's halves; `split_file` reads it."""
+        if self.users is not None:
+            save_users(path, self.users)

@@ -15,6 +15,12 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_weights_of_this_machine(monkeypatch, tmp_path_factory):
+    """Networks are looked for in an empty folder, not among those that were downloaded on this machine."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "torch"))
+
+
 @pytest.fixture(scope="session")
 def digits_32():
     """All digits at 32 x 32, in [-1, 1]."""

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from commands import arguments, only_file
@@ -28,6 +29,7 @@ def files(tmp_path_factory):
     (folder / "damaged.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
     (folder / "unknown_key.yaml").write_text("model:\n  colour: red\n")
     (folder / "broken.yaml").write_text("model: [1,\n")
+    np.save(folder / "ten.npy", np.arange(10.0).reshape(2, 5))
     (folder / "in_the_way").write_text("a file")
     return folder
 
@@ -67,6 +69,14 @@ MISTAKES = {
     "unknown network": (["--model.backbone", "lenet"], "'lenet'; allowed: .*mcunet"),
     "unknown data set": (["--data.dataset", "mnist"], "'mnist'; allowed: .*digits"),
     "unknown partition": (["--data.partition", "third"], "partition"),
+    "data set that is not prepared": (["--data.dataset", "pets"], "python -m classification prepare pets"),
+    "split file not there": (["--data.split_file", "nowhere.npy"], r"split file nowhere\.npy cannot be read"),
+    "split file of something else": (["--data.split_file", "FILES/ten.npy"], r"ten\.npy is of another data set"),
+    "split file for all data": (
+        ["--data.split_file", "FILES/ten.npy", "--data.partition", "all"],
+        r"--data\.partition to pretrain or finetune",
+    ),
+    "crops that are kept": (["--data.augment", "true"], r"--data\.cache"),
     "batch too large": (["--data.batch_size", 9999], r"449 training images .* --data\.batch_size"),
     "batch of nothing": (["--data.batch_size", 0], "batch_size"),
     "image of nothing": (["--data.image_size", 0], "image_size"),

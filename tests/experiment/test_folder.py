@@ -107,6 +107,26 @@ def test_the_lock_writes_the_config_beside_the_identity(tmp_path):
         assert run.checkpoints.is_dir()
 
 
+def on_data(path, fingerprint):
+    return RunFolder(path / "run", IDENTITY, "result.json", fingerprint)
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_run_on_other_data_is_refused(tmp_path, done):
+    with on_data(tmp_path, "first").locked(""):
+        pass
+    (tmp_path / "run" / ("result.json" if done else "checkpoints/last.ckpt")).touch()
+    expected = Status.DONE if done else Status.INTERRUPTED
+    assert on_data(tmp_path, "first").status() is expected
+    assert on_data(tmp_path, None).status() is expected  # the data is not there to be compared
+    with pytest.raises(ExperimentError, match=r"other data \(fingerprint first there, second here\); restore"):
+        on_data(tmp_path, "second").status()
+
+
+def test_the_data_is_no_part_of_the_identity_hash(tmp_path):
+    assert on_data(tmp_path, "first").identity_hash == on_data(tmp_path, "second").identity_hash
+
+
 def test_a_second_holder_in_this_process_is_refused_until_the_first_is_done(tmp_path):
     with folder(tmp_path).locked("first"):
         with pytest.raises(ExperimentError, match="another process is at work"), folder(tmp_path).locked("second"):

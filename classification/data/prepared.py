@@ -1,0 +1,98 @@
+"""Data sets that are ready: what `prepare` notes of them, and loading them by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from scipy.io.matlab import MatReadError
+
+from classification.data.folders import image_folder
+from classification.data.registry import MissingDataError, Splits, dataset, names, source
+from experiment import ExperimentError
+from experiment.files import write_whole
+
+# What readers of lists, batches and .mat files raise when a file is missing or damaged.
+DAMAGED = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError),
+    *(NotImplementedError, struct.error, pickle.UnpicklingError, MatReadError),
+)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The note beside a prepared data set that its archives and numbers were found right.
+
+    Args:
+        path: the file, `NAME.prepared.json` in the folder of all data sets.
+    """
+
+    path: Path
+
+    @classmethod
+    def of(cls, name: str, root: Path) -> Mark:
+        """The mark of a data set."""
+        return cls(root / f"{name}.prepared.json")
+
+    def write(self, splits: Splits) -> None:
+        """Note that the data set is ready."""
+        parts = {part: len(getattr(splits, part).labels) for part in ("train", "val", "test")}
+        content = {"schema": 1, "classes": len(splits.classes), **parts, "fingerprint": splits.fingerprint}
+        write_whole(self.path, json.dumps(content, indent=1) + "\n")
+
+    def require(self, splits: Splits) -> None:
+        """Raise unless the data set is the one that was prepared."""
+        try:
+            noted = json.loads(self.path.read_text(encoding="utf-8"))["fingerprint"]
+        except (OSError, ValueError, LookupError, TypeError):
+            raise ExperimentError(f"{self.path} cannot be read; delete it and prepare the data set again") from None
+        if noted != splits.fingerprint:
+            raise ExperimentError(
+                f"the data set has changed since {self.path} was written (fingerprint {noted} then, "
+                f"{splits.fingerprint} now); delete both and prepare it again"
+            )
+
+
+def load_splits(name: str, root: Path) -> Splits:
+    """Load a data set: one that is registered, or else a folder of images of this name.
+
+    Args:
+        name: of the data set.
+        root: folder that holds all data sets.
+
+    Raises:
+        MissingDataError: the data set is to be prepared first.
+        ExperimentError: unknown name, or the data set is damaged.
+    """
+    known = names()
+    if name not in known:
+        if (root / name).is_dir():
+            return image_folder(root / name)
+        raise ExperimentError(
+            f"there is no data set {name!r}; allowed: {', '.join(known)}, or a folder {root / name} with one folder of "
+            f"images per class"
+        )
+    if name not in source.entries:
+        return dataset.find(name)(root)
+    mark = Mark.of(name, root)
+    if not (mark.path.exists() and (root / source.find(name).folder).exists()):
+        raise MissingDataError(
+            f"data set {name} is not prepared in {root}; run: python -m classification prepare {name} --root {root}"
+        )
+    splits = read(name, root)
+    mark.require(splits)
+    return splits
+
+
+def read(name: str, root: Path) -> Splits:
+    """Load a data set that is prepared or about to be, and say so if a file is missing or damaged."""
+    try:
+        return dataset.find(name)(root)
+    except DAMAGED as error:
+        raise ExperimentError(
+            f"data set {name} in {root / source.find(name).folder} is damaged ({type(error).__name__}: {error}); "
+            f"delete it and run: python -m classification prepare {name} --root {root}"
+        ) from None

@@ -1,0 +1,205 @@
+"""`python -m classification prepare NAME`: download a data set, check it, unpack it, and note that it is ready.
+
+A data set is there as a whole or not at all: it is unpacked beside its place, compared with its official numbers of
+classes and images, and only then moved into place. An interrupted download goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from classification.data.prepared import DAMAGED, Mark, load_splits, read
+from classification.data.registry import Archive, Source, Splits, source
+from experiment import ExperimentError
+from experiment.archives import unpack
+from experiment.download import download, verify
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """One data set to prepare.
+
+    Attributes:
+        name: of the data set.
+        root: folder that holds all data sets.
+        given: archives, or folders that hold them or the data set itself, that the user has already.
+    """
+
+    name: str
+    root: Path
+    given: tuple[Path, ...] = ()
+
+    @property
+    def source(self) -> Source:
+        """Where the data set comes from."""
+        return source.find(self.name)
+
+    @property
+    def folder(self) -> Path:
+        """Where the data set belongs."""
+        return self.root / self.source.folder
+
+    def run(self) -> Splits:
+        """Make the data set ready, unless it is.
+
+        Raises:
+            ExperimentError: an archive is missing, damaged or refused, or the data set is not the official one.
+        """
+        given = self._given_folder()
+        mark = Mark.of(self.name, self.root)
+        with self._lock():
+            if mark.path.exists() and self.folder.exists():
+                return load_splits(self.name, self.root)
+            existing = self.folder if self.folder.exists() else given
+            splits = self._adopt(existing) if existing else self._unpack()
+            mark.write(splits)
+        return splits
+
+    def _given_folder(self) -> Path | None:
+        """A folder that the user gave and that holds the data set, not its archives."""
+        names = {archive.name for archive in self.source.archives}
+        for path in self.given:
+            if not path.exists():
+                raise ExperimentError(f"--from {path} is not there")
+            if path.is_file() and path.name not in names:
+                raise ExperimentError(
+                    f"--from {path} is no archive of {self.name}; allowed: {', '.join(sorted(names))}"
+                )
+        packed = [archive.name for archive in self.source.archives if archive.unpack]
+        for path in self.given:
+            if path.is_dir() and not any((path / name).exists() for name in packed):
+                below = path / self.source.folder
+                return below if below.is_dir() else path
+        return None
+
+    def _adopt(self, existing: Path) -> Splits:
+        """Check a folder that is there already, and link to it if it is elsewhere."""
+        if existing == self.folder:
+            try:
+                return self._checked(self.root)
+            except ExperimentError as error:
+                raise ExperimentError(f"{existing} is there already, but: {error}") from None
+        with self._beside() as temporary:
+            link = temporary / self.source.folder
+            link.symlink_to(existing.resolve())
+            splits = self._checked(temporary)
+            link.rename(self.folder)
+        return splits
+
+    def _unpack(self) -> Splits:
+        """From archives to the data set in its place."""
+        archives = [(archive, self._fetched(archive)) for archive in self.source.archives]
+        with self._beside() as temporary:
+            for archive, path in archives:
+                target = temporary / archive.into
+                if archive.unpack:
+                    unpack(path, target, self.source.most_bytes)
+                else:
+                    target.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, target / archive.name)
+            splits = self._checked(temporary, unpacked=True)
+            (temporary / self.source.folder).rename(self.folder)
+        shutil.rmtree(self._downloads, ignore_errors=True)
+        return splits
+
+    @property
+    def _downloads(self) -> Path:
+        return self.root / ".downloads" / self.name
+
+    def _fetched(self, archive: Archive) -> Path:
+        """The archive on this machine, its checksum compared."""
+        for path in self.given:
+            found = path / archive.name if path.is_dir() else path
+            if found.name == archive.name and found.is_file():
+                verify(found, archive.checksum, "fetch it again")
+                return found
+        if archive.url is None:
+            names = " ".join(one.name for one in self.source.archives)
+            raise ExperimentError(
+                f"{archive.name} cannot be downloaded from here: {self.source.terms}; then run: python -m "
+                f"classification prepare {self.name} --root {self.root} --from FOLDER, where FOLDER holds {names}"
+            )
+        path = self._downloads / archive.name
+        if path.exists():
+            verify(path, archive.checksum, "it was deleted, so run the command again", delete=True)
+            return path
+        print(f"downloading {archive.url}", flush=True)
+        return download(archive.url, path, archive.checksum)
+
+    def _checked(self, root: Path, unpacked: bool = False) -> Splits:
+        """The data set below `root`, compared with what it has to be."""
+        expected = self.source
+        folder = root / expected.folder
+        for name, checksum in expected.checksums:
+            if not (folder / name).is_file():
+                raise ExperimentError(f"data set {self.name} lacks the file {name}")
+            verify(folder / name, checksum, "fetch the data set again")
+        if unpacked and expected.arrange is not None:
+            try:
+                expected.arrange(folder)
+            except DAMAGED as error:
+                raise ExperimentError(f"the archives of {self.name} do not fit together ({error})") from None
+        splits = read(self.name, root)
+        train, test = np.concatenate([splits.train.labels, splits.val.labels]), splits.test.labels
+        found = (len(splits.classes), len(np.unique(train)), len(train), len(np.unique(test)), len(test))
+        if found != (expected.classes, expected.classes, expected.train, expected.classes, expected.test):
+            raise ExperimentError(
+                f"{self.name} is not whole: it has {found[2]} + {found[4]} images of {found[1]} and {found[3]} "
+                f"classes; it is to have {expected.train} + {expected.test} of {expected.classes}"
+            )
+        return splits
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[Path]:
+        """A folder on the same disk that is gone afterwards, and with it what a killed command left."""
+        for left in self.root.glob(f".{self.name}.*/"):
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{self.name}."))
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = (self.root / f".{self.name}.lock").open("w")
+        except OSError as error:
+            raise ExperimentError(f"{self.root} cannot be written ({error.strerror}); give another --root") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ExperimentError(f"another process is preparing {self.name} in {self.root}; wait for it") from None
+            yield
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prepare data sets. Returns 0, or 2 after one line that says what was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m classification prepare", description=__doc__)
+    parser.add_argument("name", metavar="NAME", help=f"one of: {', '.join(source.names())}")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder that holds all data sets")
+    parser.add_argument("--from", dest="given", nargs="+", type=Path, default=[], metavar="PATH", help=_FROM)
+    options = parser.parse_args(arguments)
+    try:
+        splits = Preparation(options.name, options.root, tuple(options.given)).run()
+    except (ExperimentError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    sizes = " + ".join(str(len(part.labels)) for part in (splits.train, splits.val, splits.test))
+    print(f"{options.name} is ready: {len(splits.classes)} classes, {sizes} images to train, validate and test on")
+    return 0
+
+
+_FROM = "archives on this machine in place of downloads, or folders that hold them or the data set itself"
