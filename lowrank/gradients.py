@@ -107,7 +107,17 @@ def _apply_channels(dense: Tensor, factor: Tensor | None, groups: int) -> Tensor
 def plan_gradient(
     geometry: Geometry, shape: Shape, ranks: Shape, factored: tuple[bool, ...], out_channels: int
 ) -> Plan:
-    """The order with the fewest multiplications.
+    """The order with the fewest multiplications; arguments as of `candidate_plans`."""
+    best, *others = candidate_plans(geometry, shape, ranks, factored, out_channels)
+    for plan in others:  # a plain loop, which torch.compile can trace
+        best = plan if plan.macs < best.macs else best
+    return best
+
+
+def candidate_plans(
+    geometry: Geometry, shape: Shape, ranks: Shape, factored: tuple[bool, ...], out_channels: int
+) -> list[Plan]:
+    """Every order of contractions that is worth a thought; at least one.
 
     Args:
         geometry: the layer.
@@ -118,10 +128,10 @@ def plan_gradient(
     """
     channel = geometry.channel_axis % len(shape)
     samples = [mode for mode in range(len(shape)) if mode != channel and factored[mode]]
-    candidates = []
+    plans = []
     for tail in ((), (channel,)) if factored[channel] else ((),):
         if geometry.pointwise:
-            candidates += [
+            plans += [
                 _pointwise_plan(geometry, shape, ranks, project, tail, samples, out_channels)
                 for count in range(len(samples) + 1)
                 for project in combinations(samples, count)
@@ -131,18 +141,10 @@ def plan_gradient(
             batch = tuple(mode for mode in samples if mode == 0)
             for project, expand in (((), batch + spatial), (batch, spatial)) if batch else (((), spatial),):
                 whole_channels = bool(tail) or not factored[channel]
-                candidates.append(
+                plans.append(
                     _correlation_plan(geometry, shape, ranks, project, expand + tail, whole_channels, out_channels)
                 )
-    return _cheapest(candidates)
-
-
-def _cheapest(plans: list[Plan]) -> Plan:
-    """The first of the plans with the fewest multiplications; a plain loop, which torch.compile can trace."""
-    best = plans[0]
-    for plan in plans[1:]:
-        best = plan if plan.macs < best.macs else best
-    return best
+    return plans
 
 
 def _products(start: Shape, sizes: dict[int, int], modes: tuple[int, ...]) -> tuple[list[int], int]:
