@@ -14,12 +14,11 @@ import argparse
 import ctypes
 import gc
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks.networks import NETWORKS, Batch, batch_of, build, loss_of, trained_layers
+from benchmarks.pairs import Ratio, ratio
 from benchmarks.peers import PEERS
 from benchmarks.plots import draw
 from experiment.allocator import keep_freed_memory
@@ -65,8 +65,8 @@ def measure(row: Row, pairs: int) -> dict[str, Any]:
         result["inference_bytes"] = peak_bytes(model, loss_fn, batch, backward=False)
     result["resident_bytes"] = _resident_growth(lambda: loss_fn(model, batch).backward())
     if pairs and row.peer not in OPAQUE:
-        ratios = _time_ratios(row, model, loss_fn, batch, pairs)
-        result["step_over_vanilla"], result["step_spread"] = statistics.median(ratios), max(ratios) - min(ratios)
+        found = _time_ratio(row, model, loss_fn, batch, pairs)
+        result["step_over_vanilla"], result["step_spread"] = found.median, found.high - found.low
     return result
 
 
@@ -90,23 +90,16 @@ def _resident_growth(step: Callable[[], None]) -> int | None:
     return read("VmHWM") - before
 
 
-def _time_ratios(row: Row, model: nn.Module, loss_fn: Any, batch: Batch, pairs: int) -> list[float]:
+def _time_ratio(row: Row, model: nn.Module, loss_fn: Any, batch: Batch, pairs: int) -> Ratio:
     keep_freed_memory()
     stock = build(row.network, row.size)
     trained_layers(row.network, stock, row.layers)
 
-    def seconds(model: nn.Module, loss_fn: Any) -> float:
+    def step(model: nn.Module, loss_fn: Any) -> None:
         model.zero_grad()
-        start = time.perf_counter()
         loss_fn(model, batch).backward()
-        return time.perf_counter() - start
 
-    seconds(stock, loss_of), seconds(model, loss_fn)
-    ratios = []
-    for _ in range(pairs):
-        vanilla = seconds(stock, loss_of)
-        ratios.append(seconds(model, loss_fn) / vanilla)
-    return ratios
+    return ratio(partial(step, model, loss_fn), partial(step, stock, loss_of), pairs)
 
 
 def _in_a_process(row: Row, pairs: int) -> dict[str, Any]:

@@ -78,3 +78,30 @@ def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
         figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return paths
+
+
+def draw_speed(frame: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write speed.png and speed.svg: time of each network's step over ordinary training's, a panel per depth."""
+    steps = frame[(frame.section == "model step") & (frame.second == "vanilla")]
+    panels = list(steps.groupby("case", sort=False))
+    if not panels:
+        return []
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 2.4 * lines), squeeze=False)
+    for axis, (case, rows) in zip(axes.flat, panels, strict=False):
+        errors = [rows.ratio - rows.low, rows.high - rows.ratio]
+        colours = ["#d55e00" if name == "asi" else "#8da0b8" for name in rows["first"]]
+        axis.barh(rows["first"], rows.ratio, xerr=errors, color=colours, ecolor="#444444")
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set(title=case, xlabel="time of a step / vanilla's", xscale="log" if rows.ratio.max() > 4 else "linear")
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    figure.tight_layout()
+    paths = [folder / f"speed.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return paths

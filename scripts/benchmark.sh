@@ -1,17 +1,29 @@
 #!/usr/bin/env bash
-# Measure memory and step time of every way to train in less memory, side by side against ordinary training of the same
-# layers: table and plot in figures/. Run again, it measures only what the table lacks.
+# Measure side by side against ordinary training of the same layers, into figures/. Run again, it measures only what the
+# tables lack. All of it takes hours on two CPU cores.
 #
-# Usage: bash scripts/benchmark.sh [--help] [ARGUMENT ...]     (arguments of python -m benchmarks.memory, such as
-#        --networks resnet18 --layers 2 4; all of it takes hours on two CPU cores)
+# Usage: bash scripts/benchmark.sh [--help] [memory|speed] [ARGUMENT ...]
+#        memory: kept, peak and resident bytes of every way to train in less memory
+#        speed:  compression, layers, whole networks, growth, perplexity and the allocator, as ratios of times
+#        without either, both; arguments are those of python -m benchmarks.memory or benchmarks.speed, such as
+#        --networks resnet18 --batch 32
 # Environment:
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [[ "${1:-}" == --help ]]; then
-    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
-    exit 0
-fi
+parts=(memory speed)
+case "${1:-}" in
+    --help)
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+    memory | speed)
+        parts=("$1")
+        shift
+        ;;
+esac
 
 bash scripts/setup.sh
-"${VENV:-.venv}/bin/python" -m benchmarks.memory "$@"
+for part in "${parts[@]}"; do
+    "${VENV:-.venv}/bin/python" -m "benchmarks.$part" "$@"
+done

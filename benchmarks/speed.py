@@ -1,0 +1,103 @@
+"""Speed as ratios of times within one process on one machine: the median of pairs that alternate, lowest and highest.
+
+    python -m benchmarks.speed [--help]
+
+The table and the plot are written anew after each comparison, and comparisons that the table has already are not made
+again. Weights are random; images are scikit-learn's digits, enlarged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from benchmarks.comparisons import CONVOLUTIONAL, SECTIONS, Comparison, Setting
+from benchmarks.pairs import ratio
+from benchmarks.plots import draw_speed
+from experiment.allocator import keep_freed_memory
+from experiment.files import write_whole
+
+KEY = ["section", "case", "first", "second", "batch", "size"]
+
+
+def run(comparisons: Iterable[Comparison], setting: Setting, pairs: int, table: Path) -> pd.DataFrame:
+    """Make the comparisons that the table lacks; returns the whole table."""
+    rows: list[dict[str, Any]] = pd.read_csv(table).to_dict("records") if table.exists() else []
+    done = {tuple(row[key] for key in KEY) for row in rows}
+    sizes = {"batch": setting.batch, "size": setting.size, "threads": torch.get_num_threads()}
+    for comparison in comparisons:
+        names = {key: getattr(comparison, key) for key in KEY[:4]}
+        if (*names.values(), setting.batch, setting.size) in done:
+            continue
+        torch.manual_seed(233)
+        first, second = comparison.build()
+        found = ratio(first, second, pairs)
+        del first, second
+        gc.collect()
+        print(f"{', '.join(names.values())}: {found.median:.3g} [{found.low:.3g}, {found.high:.3g}]", flush=True)
+        rows.append({**names, **sizes, "ratio": found.median, "low": found.low, "high": found.high, "pairs": pairs})
+        table.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(table, pd.DataFrame(rows).to_csv(index=False))
+    return pd.DataFrame(rows, columns=[*KEY, "threads", "ratio", "low", "high", "pairs"])
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Per section and pair of ways: how many cases, and the geometric mean, least and greatest of their medians."""
+    groups = frame.groupby(["section", "first", "second"], sort=False)["ratio"]
+    means = groups.agg(lambda ratios: math.exp(statistics.fmean(map(math.log, ratios))))
+    return pd.DataFrame(
+        {"cases": groups.size(), "geometric mean": means, "least": groups.min(), "greatest": groups.max()}
+    ).reset_index()
+
+
+def exponents(frame: pd.DataFrame) -> pd.Series:
+    """How time grows with each size: the exponent p of a fit time ~ size^p through the smallest size."""
+    rows = frame[frame.section == "growth"]
+    what = rows["first"].str.split().str[0]
+    sizes = rows["first"].str.split().str[1].astype(float) / rows["second"].str.split().str[1].astype(float)
+    logs = pd.DataFrame({"what": what, "x": sizes.map(math.log), "y": rows["ratio"].map(math.log)})
+    return logs.groupby("what", sort=False).apply(
+        lambda group: (group.x * group.y).sum() / (group.x**2).sum(), include_groups=False
+    )
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """The summary, the exponents and every comparison, as Markdown tables."""
+    exponent = exponents(frame).round(2).rename("exponent").reset_index()
+    parts = [
+        ("Sections", summary(frame).round(2)),
+        ("Growth: time ~ size^exponent", exponent),
+        ("Every comparison", frame.round(3)),
+    ]
+    return "\n".join(f"## {title}\n\n{table.to_markdown(index=False)}\n" for title, table in parts if len(table))
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION")
+    parser.add_argument("--networks", nargs="+", choices=CONVOLUTIONAL, default=list(CONVOLUTIONAL), metavar="NETWORK")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("figures"))
+    options = parser.parse_args()
+    keep_freed_memory()
+    setting = Setting(options.batch, options.size, tuple(options.networks))
+    comparisons = (comparison for name in options.sections for comparison in SECTIONS[name](setting))
+    frame = run(comparisons, setting, options.pairs, options.output / "speed.csv")
+    write_whole(options.output / "speed.md", markdown(frame))
+    for path in (options.output / "speed.md", *draw_speed(frame, options.output)):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
