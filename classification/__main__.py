@@ -2,9 +2,17 @@
 
 import sys
 
-from classification import sweep
-from classification.cli import main
+
+def main(arguments: list[str]) -> int:
+    """Run the command that the first argument names."""
+    if arguments[:1] == ["sweep"]:
+        from classification import sweep
+
+        return sweep.main(arguments[1:])
+    from classification import cli
+
+    return cli.main(arguments)
+
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    sys.exit(sweep.main(arguments[1:]) if arguments[:1] == ["sweep"] else main(arguments))
+    sys.exit(main(sys.argv[1:]))
