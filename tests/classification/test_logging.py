@@ -1,0 +1,102 @@
+"""What a run logs by itself, and what it shows of its progress."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+from commands import ROOT, arguments, finish, metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from classification.cli import main
+from classification.loggers import loggers
+from experiment import ExperimentError, Run
+
+RUN = Run("classification", "A", "mcunet", "digits", "asi", 2, 233)
+RESOURCES = ("activation_bytes", "step_seconds", "seconds", "learning_rate")
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory, weights):
+    """The folder of a run of two epochs with nothing said about logging, and what its TensorBoard files hold."""
+    runs = tmp_path_factory.mktemp("runs")
+    words = ("--model.layers", 2, "--model.weights", weights, "--trainer.max_epochs", 2)
+    assert main(arguments("fit", runs, *words)) == 0
+    (folder,) = (path.parent for path in runs.rglob("result.json"))
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return folder, {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_has_the_history_of_the_run(logged):
+    folder, scalars = logged
+    rows = metrics(folder)
+    for name in ("train_loss", "val_loss", "val_accuracy"):
+        assert scalars[name] == pytest.approx([row[name] for row in rows])
+    for name in RESOURCES:
+        assert scalars[f"resources/{name}"] == pytest.approx([row[name] for row in rows])
+
+
+def test_tensorboard_has_what_the_run_used_in_all(logged):
+    folder, scalars = logged
+    record = json.loads((folder / "result.json").read_text())
+    for part in ("memory_bytes", "flops", "time_s"):
+        for name, value in record[part].items():
+            assert scalars[f"resources/{part}_{name}"] == pytest.approx([value])
+    assert scalars["test_accuracy"] == pytest.approx([record["accuracy"]["test"]])
+
+
+def test_tensorboard_can_be_turned_off(tmp_path, capsys, weights):
+    words = ("--model.layers", 2, "--model.weights", weights, "--tensorboard", "false")
+    done = finish(arguments("fit", tmp_path, *words), tmp_path, capsys)
+    assert not (done.folder / "tensorboard").exists()
+    assert len(done.rows) == 1
+
+
+def test_a_logger_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ExperimentError, match="--wandb needs Weights & Biases, which is not installed"):
+        loggers(tmp_path, RUN, tensorboard=False, wandb="project")
+    assert loggers(tmp_path, RUN, tensorboard=False, wandb=None) == []
+
+
+def command(runs, weights):
+    """A run of two epochs that shows its progress."""
+    words = arguments("fit", runs, "--model.layers", 2, "--model.weights", weights, "--trainer.max_epochs", 2)
+    place = words.index("--trainer.enable_progress_bar")
+    return [*words[:place], *words[place + 2 :]]
+
+
+def on_a_terminal(words):
+    """What a command shows there."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    started = [sys.executable, "-m", "classification", *words]
+    with subprocess.Popen(started, stdout=theirs, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment) as process:
+        os.close(theirs)
+        text = b""
+        with contextlib.suppress(OSError):  # how a terminal says that its other side is gone
+            while part := os.read(ours, 4096):
+                text += part
+        os.close(ours)
+    assert process.returncode == 0
+    return text.decode()
+
+
+def test_progress_is_a_bar_on_a_terminal(tmp_path, weights):
+    text = on_a_terminal(command(tmp_path, weights))
+    assert re.search(r"100%.*4/4 \[\d+:\d+<00:00.*epoch 2/2, val accuracy \d+\.\d %", text)
+    assert not re.search(r"^  epoch", text, re.MULTILINE)
+
+
+def test_progress_is_lines_elsewhere(capsys, tmp_path, weights):
+    printed = finish(command(tmp_path, weights), tmp_path, capsys).printed
+    lines = re.findall(r"^  epoch (\d)/2  val accuracy (\d+\.\d) %  (\d+) s left$", printed, re.MULTILINE)
+    assert [line[0] for line in lines] == ["1", "2"]
+    accuracies = [f"{100 * row['val_accuracy']:.1f}" for row in metrics(next(tmp_path.rglob("result.json")).parent)]
+    assert [line[1] for line in lines] == accuracies
+    assert lines[1][2] == "0"
