@@ -1,15 +1,14 @@
 """What a run logs by itself, and what it shows of its progress."""
 
-import contextlib
 import json
 import os
 import pty
 import re
-import subprocess
 import sys
+import termios
 
 import pytest
-from commands import ROOT, arguments, finish, metrics
+from commands import arguments, finish, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from classification.cli import main
@@ -71,25 +70,16 @@ def command(runs, weights):
     return [*words[:place], *words[place + 2 :]]
 
 
-def on_a_terminal(words):
-    """What a command shows there."""
+def test_progress_is_a_bar_on_a_terminal(tmp_path, weights, monkeypatch):
     ours, theirs = pty.openpty()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    started = [sys.executable, "-m", "classification", *words]
-    with subprocess.Popen(started, stdout=theirs, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment) as process:
-        os.close(theirs)
-        text = b""
-        with contextlib.suppress(OSError):  # how a terminal says that its other side is gone
-            while part := os.read(ours, 4096):
-                text += part
-        os.close(ours)
-    assert process.returncode == 0
-    return text.decode()
-
-
-def test_progress_is_a_bar_on_a_terminal(tmp_path, weights):
-    text = on_a_terminal(command(tmp_path, weights))
-    assert re.search(r"100%.*4/4 \[\d+:\d+<00:00.*epoch 2/2, val accuracy \d+\.\d %", text)
+    termios.tcsetwinsize(theirs, (24, 120))
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        assert main(command(tmp_path, weights)) == 0
+        terminal.flush()
+        text = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert re.search(r"100%.* 4/4 \[\d+:\d+<00:00.*epoch 2/2, val accuracy \d+\.\d %", text)
     assert not re.search(r"^  epoch", text, re.MULTILINE)
 
 
