@@ -2,11 +2,26 @@
 
 import sys
 
-from classification import convert_weights, prepare, sweep
-from classification.cli import main
 
-OTHERS = {"sweep": sweep.main, "prepare": prepare.main, "weights": convert_weights.main}
+def main(arguments: list[str]) -> int:
+    """Run the command that the first argument names; imports no more than it needs."""
+    command, *rest = arguments or [""]
+    if command == "sweep":
+        from classification import sweep
+
+        return sweep.main(rest)
+    if command == "prepare":
+        from classification import prepare
+
+        return prepare.main(rest)
+    if command == "weights":
+        from classification import convert_weights
+
+        return convert_weights.main(rest)
+    from classification import cli
+
+    return cli.main(arguments)
+
 
 if __name__ == "__main__":
-    command, *rest = sys.argv[1:] or [""]
-    sys.exit(OTHERS[command](rest) if command in OTHERS else main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -6,7 +6,6 @@ import csv
 import io
 import random
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from classification.loggers import log_resources
 from experiment.files import write_whole
 from lowrank import converted_layers
 
@@ -26,14 +26,14 @@ class History(pl.Callback):
 
     Args:
         folder: where `metrics.csv` is written, whole after each epoch.
-        show: print a line per epoch; for runs without a progress bar.
     """
 
-    def __init__(self, folder: Path, show: bool = False) -> None:
-        self.folder, self.show = folder, show
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.rows: list[dict[str, float]] = []
         self.step_seconds: list[float] = []
         self._kept: list[int] = []
+        self._steps_before = 0
         self._epoch_start = self._step_start = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class History(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock, and note the epoch's learning rate."""
         self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self._kept, self._epoch_start = [], time.perf_counter()
+        self._kept, self._steps_before, self._epoch_start = [], len(self.step_seconds), time.perf_counter()
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Start the clock of a step."""
@@ -62,7 +62,7 @@ class History(pl.Callback):
         self._kept.append(sum(layer.formula_bytes for layer in converted_layers(pl_module)))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the epoch's row."""
+        """Write the epoch's row, and log what the epoch used."""
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         row = {
             "epoch": trainer.current_epoch,
@@ -71,6 +71,7 @@ class History(pl.Callback):
             "val_loss": metrics["val_loss"],
             "val_accuracy": metrics["val_accuracy"],
             "activation_bytes": statistics.fmean(self._kept),
+            "step_seconds": statistics.median(self.step_seconds[self._steps_before :]),
             "seconds": time.perf_counter() - self._epoch_start,
         }
         self.rows.append(row)
@@ -79,17 +80,8 @@ class History(pl.Callback):
         writer.writeheader()
         writer.writerows(self.rows)
         write_whole(self.folder / "metrics.csv", text.getvalue())
-        if self.show:
-            self._print(row, trainer.max_epochs or 0)
-
-    def _print(self, row: dict[str, float], epochs: int) -> None:
-        done = int(row["epoch"]) + 1
-        left = (epochs - done) * statistics.fmean(row["seconds"] for row in self.rows)
-        line = f"  epoch {done}/{epochs}  val accuracy {100 * row['val_accuracy']:.1f} %  {left:.0f} s left"
-        if sys.stdout.isatty():
-            print(f"\r{line:<60}", end="" if done < epochs else "\n", flush=True)
-        elif done == epochs or done % max(1, epochs // 4) == 0:
-            print(line, flush=True)
+        used = {key: row[key] for key in ("activation_bytes", "step_seconds", "seconds")}
+        log_resources(trainer.loggers, {**used, "learning_rate": row["learning_rate"]}, trainer.global_step)
 
     @property
     def activation_bytes(self) -> int:

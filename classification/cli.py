@@ -11,7 +11,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -21,10 +21,12 @@ from classification.backbones.weights import read_state_dict
 from classification.callbacks import BestCheckpoint, History, RandomState
 from classification.data import ImageDataModule
 from classification.identity import data_fingerprint, identity_of, method_tag, run_of
+from classification.loggers import log_record, loggers
 from classification.module import Batch, FineTune, classification_loss
+from classification.progress import Progress
 from experiment import ExperimentError, Record, RunFolder, Status, provenance
 from experiment.allocator import keep_freed_memory
-from experiment.record import RESULT
+from experiment.record import RESULT, TABLE
 from lowrank import (
     LowRankError,
     PerplexityTable,
@@ -36,7 +38,7 @@ from lowrank import (
     stock_state_dict,
 )
 
-TABLE, SPLIT = "perplexity.json", "split.npz"
+SPLIT = "split.npz"
 MENDABLE = (ExperimentError, LowRankError, ArgumentError)  # what a user can mend, in one line
 SEED = 233  # the papers' seed
 
@@ -56,6 +58,15 @@ class SuiteCLI(LightningCLI):
     """LightningCLI that knows the run's folder: skips what is done, resumes what was interrupted, writes the record."""
 
     folder: RunFolder
+    _parsers: ClassVar[dict[str, Any]] = {}  # the parsers as the first command built them, which takes most of a second
+
+    def setup_parser(self, *arguments: Any) -> None:
+        """Build the parsers, or take those of an earlier command of this process."""
+        if not self._parsers:
+            super().setup_parser(*arguments)
+            made = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
+            self._parsers.update({name: getattr(self, name) for name in made})
+        vars(self).update(self._parsers)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -70,7 +81,11 @@ class SuiteCLI(LightningCLI):
         parser.add_argument("--setup", type=str, default="A", help="name of the setup, for the record")
         parser.add_argument("--runs_dir", type=str, default="runs", help="folder that holds all runs")
         parser.add_argument("--dry_run", action="store_true", help="say what would be done, and stop")
+        parser.add_argument("--tensorboard", type=bool, default=True, help="log to TensorBoard, in the run's folder")
+        wandb = "project of Weights & Biases to log to as well"
+        parser.add_argument("--wandb", type=str | None, default=None, metavar="PROJECT", help=wandb)
         parser.link_arguments("seed_everything", "data.shuffle_seed")
+        parser.link_arguments("seed_everything", "model.rank_seed")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
@@ -97,7 +112,7 @@ class SuiteCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = self.settings["trainer"]
-        self.history = History(self.folder.path, show=trainer["enable_progress_bar"] is False)
+        self.history = History(self.folder.path)
         # At the end of the training epoch, when the history has its row.
         after_each_epoch: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
         first = math.floor(self.settings["model"]["select_from"] * (trainer["max_epochs"] or 0))
@@ -105,6 +120,11 @@ class SuiteCLI(LightningCLI):
         last = ModelCheckpoint(self.folder.checkpoints, filename="last", **after_each_epoch)
         configured = self._get(self.config_init, "trainer").get("callbacks") or []
         callbacks = [*configured, self.history, RandomState(), self.best, last]
+        if trainer["enable_progress_bar"] is not False:
+            callbacks.append(Progress())
+        if self.subcommand == "fit" and trainer["logger"] is False:
+            told = (self.settings["tensorboard"], self.settings["wandb"])
+            kwargs["logger"] = loggers(self.folder.path, self.identity, *told)
         return super().instantiate_trainer(callbacks=callbacks, default_root_dir=str(self.folder.path), **kwargs)
 
     def fit(self, **options: Any) -> None:
@@ -121,6 +141,7 @@ class SuiteCLI(LightningCLI):
             )
             record = self._record()
             record.save(self.folder.path)
+            log_record(self.trainer.loggers, record, self.trainer.global_step)
         print(f"  test accuracy {100 * record.accuracy['test']:.1f} %, record in {self.folder.result}", flush=True)
 
     def _config_text(self) -> str:
@@ -212,6 +233,7 @@ def run(arguments: Sequence[str]) -> None:
         ".*does not have many workers.*",
         ".*args parameter is intended.*",
         ".*isinstance.treespec.*",
+        ".*is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     for name in ("pytorch_lightning", "lightning_fabric"):

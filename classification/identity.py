@@ -17,11 +17,11 @@ from classification.data.registry import MissingDataError
 from classification.module import fuses
 from classification.planning import Budget
 from experiment import ExperimentError, Run, fingerprint
-from lowrank import Method, PerplexityTable, Vanilla
+from lowrank import ASI, Method, PerplexityTable, Vanilla
 
 # Settings that have no influence on a run's result, so that they may change between two tries.
 NO_INFLUENCE = {
-    "model": {"num_classes"},
+    "model": {"num_classes", "rank_choice", "rank_seed"},  # the ranks' own are of the budget
     "data": {"root", "eval_batch_size", "workers", "cache", "shuffle_seed"},
     "trainer": {
         *("accelerator", "devices", "logger", "callbacks", "default_root_dir", "enable_progress_bar"),
@@ -38,12 +38,14 @@ def configured_method(config: Mapping[str, Any]) -> Method:
 
 
 def method_tag(config: Mapping[str, Any]) -> str:
-    """The method's name in records and folders; says so where `fuse` is not the method's default."""
+    """The method's name in records and folders; says so where ranks or `fuse` are not chosen as usual."""
     method = configured_method(config)
     fused = fuses(method, config["fuse"])
+    chosen = isinstance(method, ASI) and method.ranks is None and config["rank_choice"] != "perplexity"
+    tag = f"{method.tag}_{config['rank_choice']}" if chosen else method.tag
     if fused == fuses(method, None):
-        return method.tag
-    return f"{method.tag}_{'fused' if fused else 'unfused'}"
+        return tag
+    return f"{tag}_{'fused' if fused else 'unfused'}"
 
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +81,9 @@ def _budget(config: Mapping[str, Any]) -> dict[str, Any]:
             f"on batches {asked[1]}; measure it again"
         )
     content = json.dumps(json.loads(Path(budget.table).read_text()), sort_keys=True)
-    return {"table": fingerprint([content.encode()]), "bytes": budget.nbytes}
+    choice = config["model"]["rank_choice"]
+    ways = {} if choice == "perplexity" else {"choice": choice, "seed": config["seed_everything"]}
+    return {"table": fingerprint([content.encode()]), "bytes": budget.nbytes, **ways}
 
 
 def run_of(config: Mapping[str, Any], method: str) -> Run:

@@ -16,7 +16,7 @@ import lowrank
 from classification.backbones import build_model
 from classification.data.module import Activations
 from classification.front import Split, split
-from classification.planning import Budget
+from classification.planning import Budget, RankChoice
 from experiment import ExperimentError
 from lowrank import ASI, Method, NonFiniteError, Vanilla
 
@@ -50,6 +50,9 @@ class FineTune(pl.LightningModule):
             ordinary training.
         layers: how many trailing convolutions are trained, or "all".
         budget: where ASI's ranks come from, if its own `ranks` are not given.
+        rank_choice: how ranks are chosen within the budget: by "perplexity"; as the highest energy that fits when it is
+            the same for all layers ("one_energy"); or without looking, at "random".
+        rank_seed: of the random choice; the run's seed.
         channels_last: hold images and weights with the channels fastest in memory; on a CPU often faster, the same
             result up to rounding.
         cache_front: compute the frozen layers ahead of the trained ones once per image and keep the result in memory;
@@ -75,6 +78,8 @@ class FineTune(pl.LightningModule):
         fuse: bool | None = None,
         layers: int | Literal["all"] = "all",
         budget: Budget | None = None,
+        rank_choice: RankChoice = "perplexity",
+        rank_seed: int = 0,
         freeze_statistics: bool = True,
         channels_last: bool = False,
         cache_front: bool = False,
@@ -97,7 +102,7 @@ class FineTune(pl.LightningModule):
         lowrank.freeze_before(self.backbone, self.names)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.backbone.to(memory_format=self.memory_format)
-        self.method = _with_ranks(method or Vanilla(), budget, self.names)
+        self.method = _with_ranks(method or Vanilla(), budget, self.names, rank_choice, rank_seed)
         lowrank.convert(self.backbone, self.names, self.method, fuses(self.method, fuse))
         self.freeze_statistics, self.cache_front = freeze_statistics, cache_front
         self._split: list[Split] = []  # not an attribute of its own, which would register its layers twice
@@ -193,9 +198,9 @@ def _accuracy(num_classes: int) -> MulticlassAccuracy:
     return MulticlassAccuracy(num_classes, average="micro")
 
 
-def _with_ranks(method: Method, budget: Budget | None, names: list[str]) -> Method:
+def _with_ranks(method: Method, budget: Budget | None, names: list[str], choice: RankChoice, seed: int) -> Method:
     if not isinstance(method, ASI) or method.ranks is not None:
         return method
     if budget is None:
         raise ExperimentError("ASI needs ranks: give --model.budget.table and --model.budget.mib or .run")
-    return budget.ranks_for(method, names)
+    return budget.ranks_for(method, names, choice, seed)

@@ -1,13 +1,18 @@
-"""Where ASI's ranks come from in a run: a perplexity table and a memory budget."""
+"""Where ASI's ranks come from in a run: a perplexity table, a memory budget and a way to choose within it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
 
 from experiment import ExperimentError, Record
-from lowrank import ASI, PerplexityTable, RankPlan, select_ranks
+from lowrank import ASI, BudgetError, PerplexityTable, RankPlan, select_ranks
+
+RankChoice = Literal["perplexity", "one_energy", "random"]
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,58 @@ class Budget:
         assert self.run is not None
         return Record.load(Path(self.run) / "result.json").memory_bytes["activation_formula"]
 
-    def plan(self, names: Sequence[str]) -> RankPlan:
-        """Ranks of these layers within the budget."""
-        return select_ranks(PerplexityTable.load(self.table), self.nbytes, names)
+    def plan(self, names: Sequence[str], choice: RankChoice = "perplexity", seed: int = 0) -> RankPlan:
+        """Ranks of these layers within the budget, chosen in one of three ways; `seed` is of the random one."""
+        table = PerplexityTable.load(self.table)
+        if choice == "perplexity":
+            return select_ranks(table, self.nbytes, names)
+        table = table.only(names)
+        return one_energy(table, self.nbytes) if choice == "one_energy" else random_energies(table, self.nbytes, seed)
 
-    def ranks_for(self, method: ASI, names: Sequence[str]) -> ASI:
+    def ranks_for(self, method: ASI, names: Sequence[str], choice: RankChoice, seed: int) -> ASI:
         """The method with the ranks of `plan`."""
-        return replace(method, ranks=self.plan(names))
+        return replace(method, ranks=self.plan(names, choice, seed))
+
+
+def one_energy(table: PerplexityTable, budget_bytes: float) -> RankPlan:
+    """The highest energy that, taken for every layer, is within the budget.
+
+    Raises:
+        BudgetError: not even the lowest is.
+    """
+    plans = [RankPlan.of(table, [place] * len(table.layers)) for place in range(len(table.energies))]
+    fitting = [plan for plan in plans if plan.nbytes <= budget_bytes]
+    if not fitting:
+        raise _below(table, budget_bytes, min(plan.nbytes for plan in plans))
+    return fitting[-1]
+
+
+def random_energies(table: PerplexityTable, budget_bytes: float, seed: int) -> RankPlan:
+    """Energies that use the budget up without looking at perplexity.
+
+    From the lowest energy everywhere, a layer drawn at random goes to its next energy, until no layer's next one fits.
+
+    Raises:
+        BudgetError: the lowest energies are above the budget.
+    """
+    source = np.random.default_rng(seed)
+    chosen = [0] * len(table.layers)
+    nbytes = RankPlan.of(table, chosen).nbytes
+    if nbytes > budget_bytes:
+        raise _below(table, budget_bytes, nbytes)
+    open_layers = set(range(len(table.layers)))
+    while open_layers:
+        drawn = int(source.choice(sorted(open_layers)))
+        sizes, place = table.layers[drawn].nbytes, chosen[drawn]
+        if place + 1 == len(sizes) or nbytes + sizes[place + 1] - sizes[place] > budget_bytes:
+            open_layers.remove(drawn)
+        else:
+            chosen[drawn], nbytes = place + 1, nbytes + sizes[place + 1] - sizes[place]
+    return RankPlan.of(table, chosen)
+
+
+def _below(table: PerplexityTable, budget_bytes: float, least: int) -> BudgetError:
+    return BudgetError(
+        f"the budget of {budget_bytes:g} bytes is below what the lowest energy of the perplexity table, "
+        f"{table.energies[0]:g}, takes in {len(table.layers)} layers: {least} bytes"
+    )

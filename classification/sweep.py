@@ -1,163 +1,159 @@
 """Many runs by one command: pretrain (setup B), measure perplexity, train every method at every depth and seed.
 
 Each run goes through the ordinary command line, so a run of a sweep and a run by hand are the same run: what is done is
-skipped, what was interrupted is resumed. A run that fails does not stop the others.
+skipped, what was interrupted is resumed. A run that fails does not stop the others. Arguments that are not of this
+command, such as --data.batch_size 16, go to every run.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from classification.cli import MENDABLE, run
-from experiment import Run
+from classification.plans import BUDGETS, METHODS, PERPLEXITY, Job, Sweep, names
+from experiment import ExperimentError, add_planned
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "classification"
-BUDGET_METHOD = "hosvd_0.8"  # the papers give ASI the memory that this method used
-FAILURES = "failures.log"
+FAILURE = "failure.log"  # in a run's folder
 
 Command = Callable[[Sequence[str]], None]
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run of a sweep: its title and the arguments of the command that does it."""
+def run_all(jobs: Sequence[Job], command: Command, root: Path) -> list[Job]:
+    """Run jobs one after the other; a failure is written, with its traceback, into the run's folder.
 
-    title: str
-    arguments: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What to run.
-
-    Attributes:
-        setup: "a" or "b".
-        model, dataset: names of configs in configs/classification.
-        methods: names of configs in configs/classification/methods.
-        layers: numbers of trailing layers.
-        seeds: the seeds.
-        runs_dir: folder that holds all runs.
-        extra: further arguments for every training run.
+    Returns:
+        The jobs that failed.
     """
-
-    setup: str
-    model: str
-    dataset: str
-    methods: tuple[str, ...]
-    layers: tuple[str, ...]
-    seeds: tuple[int, ...]
-    runs_dir: Path
-    extra: tuple[str, ...] = ()
-
-    def jobs(self) -> Iterator[Job]:
-        """Every run, in an order in which each finds what it needs."""
-        for seed in self.seeds:
-            if self.setup == "b":
-                yield self._job("fit", "pretrain", "b_pretrain", seed, [])
-            weights = self._pretrained(seed) if self.setup == "b" else []
-            if "asi" in self.methods:
-                for layers in self.layers:
-                    measured = ["--model.layers", layers, *weights]
-                    measured += ["--data.partition", "pretrain"] if self.setup == "b" else []
-                    yield self._job("measure", f"perplexity, last {layers}", self.setup, seed, measured)
-            for layers in self.layers:
-                for method in sorted(self.methods, key=lambda name: name == "asi"):  # ASI needs the budget's run
-                    options = ["--config", str(CONFIGS / "methods" / f"{method}.yaml"), "--model.layers", layers]
-                    options += weights + (self._budget(layers, seed) if method == "asi" else [])
-                    yield self._job("fit", f"{method}, last {layers}", self.setup, seed, options)
-
-    def _job(self, command: str, title: str, setup: str, seed: int, options: Sequence[str]) -> Job:
-        configs = [CONFIGS / "setups" / f"{setup}.yaml", CONFIGS / "models" / f"{self.model}.yaml"]
-        configs.append(CONFIGS / "data" / f"{self.dataset}.yaml")
-        specific = CONFIGS / "setups" / f"{setup}_{self.dataset}.yaml"
-        configs += [specific] if specific.exists() else []
-        arguments = [command, *(word for path in configs for word in ("--config", str(path)))]
-        arguments += ["--seed_everything", str(seed), "--runs_dir", str(self.runs_dir)]
-        arguments += ["--trainer.enable_progress_bar", "false", *options, *self.extra]
-        return Job(f"{title}, seed {seed}", tuple(arguments))
-
-    def _run(self, setup: str, method: str, layers: str, seed: int) -> Run:
-        count: int | str = layers if layers == "all" else int(layers)
-        return Run("classification", setup, self.model, self.dataset, method, count, seed)
-
-    def _pretrained(self, seed: int) -> list[str]:
-        folder = self._run("B-pretrain", "vanilla", "all", seed).folder(self.runs_dir)
-        return ["--model.weights", str(folder / "checkpoints" / "best.ckpt")]
-
-    def _budget(self, layers: str, seed: int) -> list[str]:
-        setup = self.setup.upper()
-        table = self._run(setup, "perplexity", layers, seed).folder(self.runs_dir) / "perplexity.json"
-        budget = self._run(setup, BUDGET_METHOD, layers, seed).folder(self.runs_dir)
-        return ["--model.budget.table", str(table), "--model.budget.run", str(budget)]
-
-
-def run_all(jobs: Sequence[Job], command: Command, log: Path) -> list[Job]:
-    """Run jobs one after the other; failures go to `log` with their traceback. Returns the jobs that failed."""
-    failed = []
+    failed, seconds = [], []
     for number, job in enumerate(jobs, start=1):
-        print(f"[{number}/{len(jobs)}] {job.title}", flush=True)
-        try:
-            command(job.arguments)
-        except Exception as error:
+        waiting = [later for later in jobs[number - 1 :] if not job.result(root).exists()]
+        left = f"  (about {_duration(len(waiting) * sum(seconds) / len(seconds))} left)" if seconds else ""
+        print(f"[{number}/{len(jobs)}] {job.title}{left}", flush=True)
+        gc.collect()  # the run before leaves its network and images in reference cycles
+        new, start = not job.result(root).exists(), time.perf_counter()
+        if not _succeeds(job, command, root):
             failed.append(job)
-            cause = str(error) if isinstance(error, MENDABLE) else traceback.format_exc()
-            print(f"  failed: {' '.join(str(error).split())}", file=sys.stderr)
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("a") as file:
-                file.write(f"{job.title}\npython -m classification {' '.join(job.arguments)}\n{cause}\n\n")
+        elif new:
+            seconds.append(time.perf_counter() - start)
     return failed
+
+
+def _succeeds(job: Job, command: Command, root: Path) -> bool:
+    log = job.run.folder(root) / FAILURE
+    try:
+        command(job.arguments)
+    except (KeyboardInterrupt, SystemExit):
+        print(f"\nstopped during {job.title}; the same command goes on after its last whole epoch", file=sys.stderr)
+        raise
+    except Exception as error:
+        from classification.cli import MENDABLE
+
+        cause = str(error) if isinstance(error, MENDABLE) else traceback.format_exc()
+        print(f"  failed: {' '.join(str(error).split())}", file=sys.stderr)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"{job.title}\npython -m classification {' '.join(job.arguments)}\n{cause}\n", encoding="utf-8")
+        return False
+    log.unlink(missing_ok=True)
+    return True
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
 def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     """The sweep that the arguments describe, and whether only to list it."""
-    parser = argparse.ArgumentParser(prog="python -m classification sweep", description=__doc__)
-    choices = {kind: sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml")) for kind in ("models", "data")}
-    methods = sorted(path.stem for path in (CONFIGS / "methods").glob("*.yaml"))
+    parser = argparse.ArgumentParser(
+        prog="python -m classification sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    methods = names("methods")
     parser.add_argument("--setup", choices=("a", "b"), required=True)
-    parser.add_argument("--model", choices=choices["models"], required=True)
-    parser.add_argument("--dataset", choices=choices["data"], required=True)
-    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD")
-    parser.add_argument("--layers", nargs="+", default=["2", "4"], metavar="N", help="whole numbers, or 'all'")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[233], metavar="SEED")
-    parser.add_argument("--runs_dir", type=Path, default=Path("runs"))
+    parser.add_argument("--model", choices=names("models"), required=True)
+    parser.add_argument("--dataset", nargs="+", choices=names("data"), required=True, metavar="DATASET")
+    listed = f"of {', '.join(methods)} (default: {' '.join(METHODS)})"
+    parser.add_argument("--methods", nargs="+", choices=methods, default=METHODS, metavar="METHOD", help=listed)
+    depths = "whole numbers, ranges such as 1-14, or 'all' (default: 2 and 4, and vanilla on all as well)"
+    parser.add_argument("--layers", nargs="+", metavar="N", help=depths)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[233], metavar="SEED", help="(default: 233)")
+    parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    parser.add_argument("--data_dir", metavar="DIR", help="folder that holds all data sets (default: data)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="of every training run, in place of the setup's")
+    budget = "ASI's memory: as published, or of the HOSVD run (default: as published where it is known)"
+    parser.add_argument("--budget", choices=BUDGETS, help=budget)
+    weights = "to start from, in place of pretraining (setup B) or of a download (setup A)"
+    parser.add_argument("--weights", type=Path, metavar="FILE", help=weights)
     parser.add_argument("--dry_run", action="store_true", help="list the runs, and stop")
-    options, extra = parser.parse_known_args(arguments)
-    for layers in options.layers:
-        if layers != "all" and not (layers.isdecimal() and int(layers) > 0):
-            parser.error(f"--layers has {layers!r}; allowed are whole numbers from 1, or 'all'")
-    if "asi" in options.methods and BUDGET_METHOD not in options.methods:
-        parser.error(f"asi takes its budget from {BUDGET_METHOD}; add it to --methods")
+    options, extra = parser.parse_known_args([word for word in arguments if word != "--"])
+    if options.epochs is not None and options.epochs < 1:
+        parser.error(f"--epochs is {options.epochs}; allowed are whole numbers from 1")
+    try:
+        layers = options.layers and tuple(number for word in options.layers for number in _numbers(word))
+    except ValueError as error:
+        parser.error(f"--layers has {str(error)!r}; allowed are whole numbers from 1, ranges such as 1-14, or 'all'")
     sweep = Sweep(
         setup=options.setup,
         model=options.model,
-        dataset=options.dataset,
-        methods=tuple(options.methods),
-        layers=tuple(options.layers),
-        seeds=tuple(options.seeds),
+        datasets=tuple(dict.fromkeys(options.dataset)),
+        methods=tuple(dict.fromkeys(options.methods)),
+        layers=layers,
+        seeds=tuple(dict.fromkeys(options.seeds)),
         runs_dir=options.runs_dir,
-        extra=tuple(extra),
+        budget=options.budget,
+        weights=options.weights,
+        epochs=options.epochs,
+        extra=(*(["--data.root", options.data_dir] if options.data_dir else []), *extra),
     )
+    try:
+        sweep.jobs()
+    except ExperimentError as error:
+        parser.error(str(error))
     return sweep, options.dry_run
 
 
-def main(arguments: Sequence[str], command: Command = run) -> int:
-    """Run a sweep. Returns 0, or 1 after a list of what failed."""
+def _numbers(word: str) -> list[str]:
+    """The numbers of layers that a word stands for: "4", "all", or each of "1-14"."""
+    low, dash, high = word.partition("-")
+    if word == "all":
+        return [word]
+    if not (low.isdecimal() and (high.isdecimal() if dash else True)) or int(low) < 1 or int(high or low) < int(low):
+        raise ValueError(word)
+    return [str(number) for number in range(int(low), int(high or low) + 1)]
+
+
+def _run(arguments: Sequence[str]) -> None:
+    from classification.cli import run  # not before the first run, as it takes seconds
+
+    run(arguments)
+
+
+def main(arguments: Sequence[str], command: Command = _run) -> int:
+    """Run a sweep. Returns 0, or 1 after a list of what failed, or 2 if nothing could be begun."""
     sweep, dry_run = parse(arguments)
-    jobs = list(sweep.jobs())
+    jobs, root = sweep.jobs(), sweep.runs_dir
     if dry_run:
         for number, job in enumerate(jobs, start=1):
             print(f"[{number}/{len(jobs)}] {job.title}\n  python -m classification {' '.join(job.arguments)}")
         return 0
+    try:
+        add_planned(root, (job.run for job in jobs if job.run.method != PERPLEXITY))
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     start = time.perf_counter()
-    log = sweep.runs_dir / FAILURES
-    failed = run_all(jobs, command, log)
-    print(f"{len(jobs) - len(failed)} of {len(jobs)} runs done, {time.perf_counter() - start:.0f} s")
+    failed = run_all(jobs, command, root)
+    print(f"{len(jobs) - len(failed)} of {len(jobs)} runs done, {_duration(time.perf_counter() - start)}")
+    print(f"tables, plots and a page of them: python -m report {root}")
     if failed:
-        print(f"failed, see {log}:", *(f"  {job.title}" for job in failed), sep="\n", file=sys.stderr)
+        logs = (f"  {job.title}: {job.run.folder(root) / FAILURE}" for job in failed)
+        print(f"failed ({len(failed)}), each with its log:", *logs, sep="\n", file=sys.stderr)
     return 1 if failed else 0

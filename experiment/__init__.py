@@ -2,6 +2,7 @@
 
 from experiment.errors import ExperimentError
 from experiment.folder import RunFolder, Status
+from experiment.plan import add_planned, find_planned
 from experiment.provenance import fingerprint, provenance
 from experiment.record import Record, Run, find_records
 
@@ -11,6 +12,8 @@ __all__ = [
     "Run",
     "RunFolder",
     "Status",
+    "add_planned",
+    "find_planned",
     "find_records",
     "fingerprint",
     "provenance",

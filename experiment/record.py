@@ -14,7 +14,7 @@ from experiment.errors import ExperimentError
 from experiment.files import write_whole
 
 SCHEMA = 1
-RESULT = "result.json"
+RESULT, TABLE = "result.json", "perplexity.json"  # what a finished training run leaves, and a perplexity measurement
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,17 @@ class RankPlan:
     nbytes: int
     perplexity: float
 
+    @classmethod
+    def of(cls, table: PerplexityTable, entries: Sequence[int]) -> RankPlan:
+        """The plan that takes, for each layer of a table in its order, the energy at this place of the table's."""
+        picks = list(zip(table.layers, entries, strict=True))
+        return cls(
+            ranks={layer.name: layer.ranks[entry] for layer, entry in picks},
+            energies={layer.name: table.energies[entry] for layer, entry in picks},
+            nbytes=sum(layer.nbytes[entry] for layer, entry in picks),
+            perplexity=sum(layer.perplexity[entry] for layer, entry in picks),
+        )
+
 
 def select_ranks(table: PerplexityTable, budget_bytes: float, names: Iterable[str] | None = None) -> RankPlan:
     """Choose one energy per layer: least total perplexity, and never more than `budget_bytes`.
@@ -44,7 +55,8 @@ def select_ranks(table: PerplexityTable, budget_bytes: float, names: Iterable[st
         BudgetError: the budget is below the least that the layers need; states that least.
         TableError: a name that the table does not have, or a perplexity that is not finite.
     """
-    layers = table.layers if names is None else table.only(names).layers
+    table = table if names is None else table.only(names)
+    layers = table.layers
     for layer in layers:
         if not np.isfinite(layer.perplexity).all():
             raise TableError(f"the perplexity of layer {layer.name!r} is not finite; measure it again")
@@ -56,14 +68,7 @@ def select_ranks(table: PerplexityTable, budget_bytes: float, names: Iterable[st
             f"{len(layers)} layers: {least} bytes ({least / 2**20:.6g} MiB)"
         )
     chosen = _solve(options, int(min(budget_bytes, 2**62)))
-    entries = [int(index[choice]) for (_, _, index), choice in zip(options, chosen, strict=True)]
-    picks = list(zip(layers, entries, strict=True))
-    return RankPlan(
-        ranks={layer.name: layer.ranks[entry] for layer, entry in picks},
-        energies={layer.name: table.energies[entry] for layer, entry in picks},
-        nbytes=sum(layer.nbytes[entry] for layer, entry in picks),
-        perplexity=sum(layer.perplexity[entry] for layer, entry in picks),
-    )
+    return RankPlan.of(table, [int(index[choice]) for (_, _, index), choice in zip(options, chosen, strict=True)])
 
 
 Options = tuple[np.ndarray, np.ndarray, np.ndarray]  # bytes ascending, perplexity descending, index in the table

@@ -1,19 +1,25 @@
-"""`python -m report`: tables and Pareto figures of all finished runs below a folder."""
+"""`python -m report`: tables, Pareto figures and one page of all finished runs below a folder."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from experiment import ExperimentError, Record
+import pandas as pd
+
+from experiment import ExperimentError, Record, Run, find_planned
 from report.output import make_folder, write_all
-from report.plots import pareto_figure
-from report.published import load_published
-from report.summary import BASELINE, Group, group_records, read_records, summarise
+from report.page import page, section
+from report.plots import pareto_figure, published_figure
+from report.published import Point, load_curves, load_published
+from report.setups import setup_tables
+from report.summary import BASELINE, Group, group_of, group_records, read_records, summarise
 from report.tables import to_csv, to_latex, to_markdown, to_terminal
 
+PAGE = "index.html"
 PUBLISHED = Path(__file__).parent.parent / "configs" / "published"
 
 
@@ -22,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
         prog="python -m report",
         description="Read every result.json below a folder; for each task, setup, model and data set write one table "
-        "(Markdown, CSV, LaTeX) and one Pareto figure (PNG, SVG), and print the Markdown table.",
+        "(Markdown, CSV, LaTeX) and Pareto figures (PNG, SVG), for each setup one table of all its models and data "
+        "sets, and one HTML page of everything; print the tables in short. Runs that a sweep planned and that are not "
+        "finished are shown as missing.",
     )
     command.add_argument(
         "runs",
@@ -41,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         default=PUBLISHED,
         metavar="DIR",
-        help="folder with the published accuracies, one <task>.yaml a task (default: configs/published)",
+        help="folder with the published numbers: <task>.yaml, <task>_curves.yaml (default: configs/published)",
     )
     return command
 
@@ -58,31 +66,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(runs: Path, output: Path, baseline: str, published: Path) -> None:
-    """Write the tables and figures of all runs, and print the tables in short and where everything is.
+    """Write the tables, figures and page of all runs, and print the tables in short and where everything is.
 
     Raises:
         ExperimentError: nothing to report, a damaged file, an unknown baseline, or an output that cannot be written.
     """
-    groups = group_records(read_records(runs))
+    groups, planned = group_records(read_records(runs)), _planned(runs)
     _check_baseline(groups, baseline)
     make_folder(output)
-    reported = {task: load_published(published, task) for task in {group.task for group in groups}}
+    tasks = {group.task for group in groups.keys() | planned.keys()}
+    reported = {task: load_published(published, task) for task in tasks}
+    curves = {task: load_curves(published, task) for task in tasks}
     files: dict[Path, bytes] = {}
-    texts = []
-    for group, records in groups.items():
-        table = summarise(records, baseline, reported[group.task].get(group))
+    texts, tables, sections = [], {}, defaultdict(list)
+    for group in sorted(groups.keys() | planned.keys()):
+        row_reports = reported[group.task].get(group)
+        table = tables[group] = summarise(groups.get(group, []), baseline, row_reports, planned.get(group, ()))
         folder = output / group.folder
-        pictures = pareto_figure(table, group)
+        pictures = _pictures(table, group, curves[group.task].get(group, ()))
         outputs = {
             folder / "table.md": to_markdown(table, group, baseline).encode(),
             folder / "table.csv": to_csv(table).encode(),
             folder / "table.tex": to_latex(table, group).encode(),
-            **{folder / f"pareto.{ending}": content for ending, content in pictures.items()},
+            **{
+                folder / f"{name}.{ending}": picture[ending]
+                for name, (picture, _) in pictures.items()
+                for ending in picture
+            },
         }
         files |= outputs
+        drawn = {text: picture["svg"] for picture, text in pictures.values()}
+        sections[group.task, group.setup].append(section(table, group, baseline, drawn))
         texts.append("\n".join([to_terminal(table, group), *map(str, outputs), ""]))
+    for setup in setup_tables(tables):
+        for ending, content in (("md", setup.to_markdown()), ("csv", setup.to_csv()), ("tex", setup.to_latex())):
+            files[output / setup.folder / f"table.{ending}"] = content.encode()
+    parts = [(setup, sections[setup.task, setup.setup]) for setup in setup_tables(tables)]
+    files[output / PAGE] = page(parts, baseline).encode()
     write_all(files)
-    print("\n".join(texts), end="")
+    print("\n".join(texts), f"all on one page: {output / PAGE}", sep="\n")
+
+
+def _planned(runs: Path) -> dict[Group, list[Run]]:
+    planned = defaultdict(list)
+    for run in find_planned(runs):
+        planned[group_of(run)].append(run)
+    return planned
+
+
+def _pictures(table: pd.DataFrame, group: Group, points: Sequence[Point]) -> dict[str, tuple[dict[str, bytes], str]]:
+    """The figures of a table by file name: files by ending, and a description."""
+    if not table["n"].any():
+        return {}
+    figures = {"pareto": (pareto_figure(table, group), f"{group}: test accuracy against memory and FLOPs")}
+    if points:
+        text = f"{group}: validation accuracy against memory and FLOPs, measured and published"
+        figures["published"] = (published_figure(table, group, points), text)
+    return figures
 
 
 def _check_baseline(groups: Mapping[Group, Sequence[Record]], baseline: str) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib.style
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from report.labels import Label, place_labels
 from report.methods import family
 from report.pareto import dominated
+from report.published import UNKNOWN, Point
 from report.summary import Group
 from report.tables import engineering, same_seeds, seed_list
 
@@ -46,7 +48,7 @@ STYLE = {
     "axes.unicode_minus": True,
 }
 SIZE, DPI = (9.0, 4.6), 200
-MARKER, FADED = 5.5, 0.45
+MARKER, PRINTED, FADED = 5.5, 3.5, 0.45
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,38 @@ PANELS = (
 )
 
 
+@dataclass(frozen=True)
+class View:
+    """What a figure shows: which accuracy ("test" or "val_best"), its name, and the panels."""
+
+    accuracy: str
+    title: str
+    panels: tuple[Panel, ...]
+
+
+MEASURED = View("test", "Test accuracy (%)", PANELS)
+# As published: validation accuracy, and FLOPs in the papers' convention.
+COMPARED = View(
+    "val_best",
+    "Validation accuracy (%)",
+    (PANELS[0], replace(PANELS[1], column="flops_paper", title="FLOPs of a training step, papers' convention")),
+)
+PUBLISHED_COLUMNS = {"activation_formula_bytes": "memory_bytes", "flops_paper": "flops"}
+
+
 def pareto_figure(table: pd.DataFrame, group: Group) -> dict[str, bytes]:
     """The figure of one summary as files: "png" and "svg", the same bytes for the same summary."""
+    return _files(table, group, MEASURED, ())
+
+
+def published_figure(table: pd.DataFrame, group: Group, points: Sequence[Point]) -> dict[str, bytes]:
+    """As `pareto_figure`, of validation accuracy, with published points beside the measured ones."""
+    return _files(table, group, COMPARED, points)
+
+
+def _files(table: pd.DataFrame, group: Group, view: View, points: Sequence[Point]) -> dict[str, bytes]:
     with matplotlib.style.context(["default", STYLE]):
-        figure = _draw(table, group)
+        figure = _draw(table, group, view, points)
         return {
             "png": _file(figure, format="png", dpi=DPI),
             "svg": _file(figure, format="svg", metadata={"Date": None}),
@@ -99,15 +129,19 @@ def _file(figure: Figure, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def _draw(table: pd.DataFrame, group: Group) -> Figure:
+def _draw(table: pd.DataFrame, group: Group, view: View = MEASURED, points: Sequence[Point] = ()) -> Figure:
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    looks = _looks(list(dict.fromkeys(table["method"])))
-    panels = [(axes, panel) for axes, panel in zip(figure.subplots(1, 2, sharey=True), PANELS, strict=True)]
-    labels = {axes: list(_draw_panel(axes, panel, table, looks)) for axes, panel in panels}
-    panels[0][0].set_ylabel("Test accuracy (%)")
+    table = table[table["n"] > 0]
+    looks = _looks(list(dict.fromkeys([*table["method"], *(point.method for point in points)])))
+    panels = list(zip(figure.subplots(1, len(view.panels), sharey=True), view.panels, strict=True))
+    labels = {axes: list(_draw_panel(axes, panel, table, looks, view.accuracy)) for axes, panel in panels}
+    for axes, panel in panels:
+        if points:
+            labels[axes] += _draw_published(axes, panel, points, looks)
+    panels[0][0].set_ylabel(view.title)
     figure.suptitle(f"{group}, {_seeds(table)}", fontsize=11)
-    _legend(figure, looks)
+    _legend(figure, looks, bool(points))
     # Labels are placed in the final layout, so it must not move afterwards.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -144,20 +178,44 @@ def _lighter(colour: str, share: float) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _draw_panel(axes: Axes, panel: Panel, table: pd.DataFrame, looks: dict[str, Look]) -> Iterator[Label]:
-    drawable = table[(table[panel.column] > 0) & table["test_mean_percent"].notna()]
+def _draw_panel(
+    axes: Axes, panel: Panel, table: pd.DataFrame, looks: dict[str, Look], accuracy: str
+) -> Iterator[Label]:
+    mean, std = f"{accuracy}_mean_percent", f"{accuracy}_std_percent"
+    drawable = table[(table[panel.column] > 0) & table[mean].notna()]
     points = drawable.assign(cost=drawable[panel.column] / panel.unit)
-    points["dominated"] = dominated(list(points["cost"]), list(points["test_mean_percent"]))
+    points["dominated"] = dominated(list(points["cost"]), list(points[mean]))
     _axis(axes, panel, list(points["cost"]), len(table) - len(points))
     for method, look in looks.items():
-        curve = points[points["method"] == method].sort_values(["cost", "test_mean_percent"], kind="stable")
+        curve = points[points["method"] == method].sort_values(["cost", mean], kind="stable")
         if len(curve):
-            axes.plot(curve["cost"], curve["test_mean_percent"], look.dash, color=look.colour, lw=1.1, alpha=0.6)
+            axes.plot(curve["cost"], curve[mean], look.dash, color=look.colour, lw=1.1, alpha=0.6)
         for row in curve.to_dict("records"):
-            _draw_point(axes, row["cost"], row["test_mean_percent"], row["test_std_percent"], row["dominated"], look)
-            ink = tuple(0.7 * part for part in look.colour)
-            bar = row["test_std_percent"]
-            yield Label(row["cost"], row["test_mean_percent"], bar, str(row["layers"]), ink, not row["dominated"])
+            _draw_point(axes, row["cost"], row[mean], row[std], row["dominated"], look)
+            yield Label(row["cost"], row[mean], row[std], str(row["layers"]), _ink(look), not row["dominated"])
+
+
+def _ink(look: Look) -> tuple[float, ...]:
+    return tuple(0.7 * part for part in look.colour)
+
+
+def _draw_published(axes: Axes, panel: Panel, points: Sequence[Point], looks: dict[str, Look]) -> list[Label]:
+    """Small crosses on a thin line; the axis reaches as far as they do."""
+    costs = [(getattr(point.reported, PUBLISHED_COLUMNS[panel.column]) / panel.unit, point) for point in points]
+    known = [(cost, point) for cost, point in costs if not math.isnan(cost)]
+    there = [float(x) for line in axes.lines for x in np.atleast_1d(line.get_xdata())]
+    _axis(axes, panel, [cost for cost, _ in known] + there, 0)
+    for method, look in looks.items():
+        curve = sorted((cost, point.reported.accuracy) for cost, point in known if point.method == method)
+        if curve:
+            axes.plot(
+                *zip(*curve, strict=True), look.dash, color=look.colour, lw=0.7, alpha=0.5, marker="x", ms=PRINTED
+            )
+    return [
+        Label(cost, point.reported.accuracy, math.nan, str(point.layers), _ink(looks[point.method]), False)
+        for cost, point in known
+        if point.layers != UNKNOWN
+    ]
 
 
 def _draw_point(axes: Axes, cost: float, accuracy: float, std: float, faded: bool, look: Look) -> None:
@@ -189,7 +247,7 @@ def _axis(axes: Axes, panel: Panel, costs: list[float], left_out: int) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure: Figure, looks: dict[str, Look]) -> None:
+def _legend(figure: Figure, looks: dict[str, Look], published: bool) -> None:
     handles = [
         Line2D([], [], color=look.colour, marker=look.marker, ms=MARKER, ls=look.dash, lw=1.1, label=method)
         for method, look in looks.items()
@@ -197,6 +255,8 @@ def _legend(figure: Figure, looks: dict[str, Look]) -> None:
     for label, face in (("not dominated", "#555555"), ("dominated", "white")):
         handles.append(Line2D([], [], color="#555555", marker="o", ms=MARKER, mfc=face, ls="", label=label))
     handles[-1].set_alpha(0.7)
+    if published:
+        handles.append(Line2D([], [], color="#555555", marker="x", ms=PRINTED, ls="-", lw=0.7, label="published"))
     # About as many columns as fit side by side: a letter is some 0.075 inch wide, a handle as wide as nine letters.
     longest = max(len(str(handle.get_label())) for handle in handles)
     fitting = max(1, int(SIZE[0] / 0.075) // (longest + 9))

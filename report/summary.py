@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiment import ExperimentError, Record, find_records
+from experiment import ExperimentError, Record, Run, find_records
 from report.methods import method_order
 
 BASELINE = "vanilla"
@@ -33,6 +33,19 @@ RATIOS = {
     "flops_corrected_times_less": "flops_corrected",
     "step_median_times_less": "step_median_s",
 }
+EQUAL_ACCURACY_RATIOS = {
+    "equal_accuracy_times_less": "activation_formula_bytes",
+    "equal_accuracy_flops_times_less": "flops_corrected",
+}
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A published row: accuracy in percent; memory in bytes and FLOPs by the papers' formulas, NaN if not stated."""
+
+    accuracy: float
+    memory_bytes: float = math.nan
+    flops: float = math.nan
 
 
 @dataclass(frozen=True, order=True)
@@ -72,48 +85,65 @@ def read_records(root: Path) -> list[Record]:
     return records
 
 
+def group_of(run: Run) -> Group:
+    """The table that a run is in."""
+    return Group(run.task, run.setup, run.model, run.dataset)
+
+
 def group_records(records: Iterable[Record]) -> dict[Group, list[Record]]:
     """The records of each table, tables in alphabetical order."""
     groups = defaultdict(list)
     for record in records:
-        run = record.run
-        groups[Group(run.task, run.setup, run.model, run.dataset)].append(record)
+        groups[group_of(record.run)].append(record)
     return dict(sorted(groups.items()))
 
 
 def summarise(
     records: Sequence[Record],
     baseline: str = BASELINE,
-    reported: Mapping[tuple[int | str, str], float] | None = None,
+    reported: Mapping[tuple[int | str, str], Reported] | None = None,
+    planned: Iterable[Run] = (),
 ) -> pd.DataFrame:
-    """One row per number of layers and method, by layers ("all" last), then by method.
+    """One row per number of layers and method, by layers ("all" last), then by method; also for those not yet run.
 
     A mean is over all seeds of its row; where one seed lacks the number it is NaN. "times_less" is the baseline's value
     at the same number of layers over the row's. `equal_accuracy_times_less` is the least formula memory among the
-    baseline's rows whose mean test accuracy is at least that of the row, over the row's memory; NaN if none reaches it.
+    baseline's rows whose mean test accuracy is at least that of the row, over the row's memory, and
+    `equal_accuracy_flops_times_less` the same of corrected FLOPs; NaN if none reaches it.
 
     Args:
         records: records of one group.
         baseline: the method that ratios refer to.
-        reported: published accuracies in percent, by layers and method.
+        reported: published rows, by layers and method.
+        planned: runs that there should be; those of them that are not among the records are missing.
 
     Returns:
         Columns with their units in their names. `seeds` is a tuple; the standard deviations are of the sample, NaN for
-        one seed.
+        one seed. `missing` is the number of planned runs that are not there. `reported_difference_points` is the
+        validation accuracy less the reported one, which is of a validation split as well.
     """
-    rows = defaultdict(list)
+    rows: dict[tuple[int | str, str], list[Record]] = defaultdict(list)
     for record in records:
         rows[record.run.layers, record.run.method].append(record)
-    keys = sorted(rows, key=lambda key: (key[0] == "all", 0 if key[0] == "all" else key[0], method_order(key[1])))
-    table = pd.DataFrame([_row(rows[key]) for key in keys])
-    table["reported_accuracy_percent"] = [(reported or {}).get(key, math.nan) for key in keys]
+    absent = set(planned) - {record.run for record in records}
+    missing = Counter((run.layers, run.method) for run in absent)
+    keys = sorted(
+        rows.keys() | missing.keys(),
+        key=lambda key: (key[0] == "all", 0 if key[0] == "all" else key[0], method_order(key[1])),
+    )
+    table = pd.DataFrame([_row(*key, rows[key], missing[key]) for key in keys])
+    published = [(reported or {}).get(key, Reported(math.nan)) for key in keys]
+    table["reported_accuracy_percent"] = [row.accuracy for row in published]
+    table["reported_memory_bytes"] = [row.memory_bytes for row in published]
+    table["reported_flops"] = [row.flops for row in published]
+    difference = table["val_best_mean_percent"] - table["reported_accuracy_percent"]
+    table["reported_difference_points"] = difference.round(10)
     return _with_ratios(table, baseline)
 
 
-def _row(records: Sequence[Record]) -> dict[str, Any]:
-    run = records[0].run
+def _row(layers: int | str, method: str, records: Sequence[Record], missing: int) -> dict[str, Any]:
     seeds = tuple(sorted(record.run.seed for record in records))
-    row: dict[str, Any] = {"layers": run.layers, "method": run.method, "n": len(seeds), "seeds": seeds}
+    row: dict[str, Any] = {"layers": layers, "method": method, "n": len(seeds), "missing": missing, "seeds": seeds}
     for name in ACCURACIES:
         percents = [100 * record.accuracy.get(name, math.nan) for record in records]
         row[f"{name}_mean_percent"], row[f"{name}_std_percent"] = _mean(percents), _std(percents)
@@ -124,7 +154,7 @@ def _row(records: Sequence[Record]) -> dict[str, Any]:
 
 # Sums of shares differ in their last bits by the order of seeds; ten digits keep equal accuracies equal.
 def _mean(values: Sequence[float]) -> float:
-    return math.nan if any(map(math.isnan, values)) else round(float(mean(values)), 10)
+    return math.nan if not values or any(map(math.isnan, values)) else round(float(mean(values)), 10)
 
 
 def _std(values: Sequence[float]) -> float:
@@ -140,8 +170,9 @@ def _with_ratios(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
     table["test_difference_points"] = (
         accuracy - table["layers"].map(at_depth["test_mean_percent"]).astype(float)
     ).round(10)
-    memory = [_least_memory(reference, value) for value in accuracy]
-    table["equal_accuracy_times_less"] = _divide(pd.Series(memory), table["activation_formula_bytes"])
+    for ratio, column in EQUAL_ACCURACY_RATIOS.items():
+        least = [_least(reference, column, value) for value in accuracy]
+        table[ratio] = _divide(pd.Series(least), table[column])
     return table
 
 
@@ -149,6 +180,6 @@ def _divide(above: pd.Series, below: pd.Series) -> pd.Series:
     return above.astype(float) / below.where(below > 0)
 
 
-def _least_memory(reference: pd.DataFrame, accuracy: float) -> float:
+def _least(reference: pd.DataFrame, column: str, accuracy: float) -> float:
     reaching = reference[reference["test_mean_percent"] >= accuracy]
-    return float(reaching["activation_formula_bytes"].min())
+    return float(reaching[column].min())

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from report.summary import BASELINE, Group
 
-MISSING = "—"
+MISSING, ABSENT = "—", "missing"
 PREFIXES = ("", " k", " M", " G", " T", " P", " E")
 ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -87,6 +87,7 @@ class Column:
     group: str
     short: str
     cell: Callable[[Row], str]
+    if_any: str = ""  # shown only where this column of the summary has a number
 
 
 def _shown(key: str, text: Callable[[float], str]) -> Callable[[Row], str]:
@@ -110,11 +111,21 @@ SEEDS = Column("Seeds", "", "Seeds", lambda row: seed_list(row["seeds"]))
 COLUMNS = (
     Column("Layers", "", "Layers", lambda row: str(row["layers"])),
     Column("Method", "", "Method", lambda row: row["method"]),
-    Column("n", "", "n", lambda row: str(row["n"])),
+    Column("n", "", "n", lambda row: f"{row['n']} of {row['n'] + row['missing']}" if row["missing"] else str(row["n"])),
     Column("Reported (%)", ACCURACY, "reported", _shown("reported_accuracy_percent", "{:.1f}".format)),
-    Column("Test (%)", ACCURACY, "test", _accuracy("test")),
+    Column(
+        *("Δ reported (points)", ACCURACY, "Δ reported"),
+        _shown("reported_difference_points", signed),
+        "reported_accuracy_percent",
+    ),
+    Column("Test (%)", ACCURACY, "test", lambda row: _accuracy("test")(row) if row["n"] else ABSENT),
     Column("Δ test (points)", ACCURACY, "Δ test", _shown("test_difference_points", signed)),
     Column("Validation (%)", ACCURACY, "validation", _accuracy("val_best")),
+    Column(
+        *("Reported (MiB)", MEMORY, "reported"),
+        _shown("reported_memory_bytes", mebibytes),
+        "reported_memory_bytes",
+    ),
     Column("Formula (MiB)", MEMORY, "formula", _shown("activation_formula_bytes", mebibytes)),
     Column("Formula, × less", MEMORY, "× less", _times("activation_formula_times_less")),
     Column("Formula at equal accuracy, × less", MEMORY, "at equal acc.", _times("equal_accuracy_times_less")),
@@ -124,6 +135,7 @@ COLUMNS = (
     Column("FLOPs, papers", "FLOPs", "papers", _shown("flops_paper", engineering)),
     Column("FLOPs, corrected", "FLOPs", "corrected", _shown("flops_corrected", engineering)),
     Column("FLOPs, × less", "FLOPs", "× less", _times("flops_corrected_times_less")),
+    Column("FLOPs at equal accuracy, × less", "FLOPs", "at equal acc.", _times("equal_accuracy_flops_times_less")),
     Column("Step (ms)", STEP, "ms", _shown("step_median_s", lambda value: significant(1000 * value))),
     Column("Step, × less", STEP, "× less", _times("step_median_times_less")),
 )
@@ -131,12 +143,13 @@ COLUMNS = (
 
 def columns(table: pd.DataFrame) -> tuple[Column, ...]:
     """The columns for people; the seeds are one of them only where they differ between rows."""
-    return COLUMNS if same_seeds(table) else (*COLUMNS[:3], SEEDS, *COLUMNS[3:])
+    chosen = COLUMNS if same_seeds(table) else (*COLUMNS[:3], SEEDS, *COLUMNS[3:])
+    return tuple(column for column in chosen if not column.if_any or table[column.if_any].notna().any())
 
 
 def same_seeds(table: pd.DataFrame) -> bool:
-    """Whether all rows are means over the same seeds."""
-    return len(set(table["seeds"])) == 1
+    """Whether all rows that have runs are means over the same seeds."""
+    return len(set(table["seeds"]) - {()}) <= 1
 
 
 def to_csv(table: pd.DataFrame) -> str:
@@ -147,15 +160,24 @@ def to_csv(table: pd.DataFrame) -> str:
 
 def to_markdown(table: pd.DataFrame, group: Group, baseline: str = BASELINE) -> str:
     """A heading, the table and what its numbers are."""
-    shown = columns(table)
-    cells = [[column.cell(row) for column in shown] for row in table.to_dict("records")]
-    body = pd.DataFrame(cells, columns=[column.title for column in shown]).to_markdown(
-        index=False, disable_numparse=True, colalign=["left" if c.title in LEFT else "right" for c in shown]
-    )
-    return f"# {group} ({group.task})\n\n{body}\n\n{footnote(table, baseline)}\n"
+    body = markdown_body(table.to_dict("records"), columns(table))
+    return f"# {group} ({group.task})\n\n{body}\n\n{notes(footnotes(table, baseline))}\n"
 
 
-LEFT = ("Method", "Seeds")
+def notes(lines: Sequence[str]) -> str:
+    """Notes as a Markdown list."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def markdown_body(rows: Sequence[Row], shown: Sequence[Column]) -> str:
+    """Rows as a Markdown table."""
+    cells = [[column.cell(row) for column in shown] for row in rows]
+    titles = [column.title for column in shown]
+    alignment = ["left" if column.title in LEFT else "right" for column in shown]
+    return tabulate(cells, titles, tablefmt="pipe", disable_numparse=True, colalign=alignment)
+
+
+LEFT = ("Model", "Method", "Seeds")
 TERMINAL = (
     *("Layers", "Method", "n", "Test (%)", "Δ test (points)", "Formula (MiB)", "Formula, × less"),
     *("Kept (MiB)", "Peak (MiB)", "Step (ms)"),
@@ -177,63 +199,69 @@ def to_terminal(table: pd.DataFrame, group: Group) -> str:
     return f"{group} ({group.task})\n\n{body}\n"
 
 
-def footnote(table: pd.DataFrame, baseline: str = BASELINE) -> str:
+def footnotes(table: pd.DataFrame, baseline: str = BASELINE) -> list[str]:
     """What the numbers of a table are."""
-    return "\n".join(
-        [
-            "- Test: accuracy on the test split, of the epoch that is best on the validation split. "
-            "Validation: accuracy of that epoch on the validation split.",
-            f"- {_seeds_note(table)} ± is the sample standard deviation of the accuracy over them; the other numbers "
-            "are means.",
-            "- Reported: accuracy as published, on the split that the publication used.",
-            "- Formula: bytes kept of the inputs of the trained layers and of nothing else, by the method's formula; "
-            "mean over an epoch, of the epoch where it is largest.",
-            "- Kept: all bytes that autograd holds from the forward to the backward pass, as measured; parameters and "
-            "buffers not counted.",
-            "- Peak: most bytes of tensors alive at any time of a training step, as measured.",
-            "- FLOPs: of the trained layers in one training step, in the papers' convention and corrected. "
-            "Step: median time of a training step.",
-            *_baseline_notes(table, baseline),
-            f"- {MISSING}: no number. 1 MiB = 1,048,576 bytes.",
-        ]
-    )
+    return [
+        "Test: accuracy on the test split, of the epoch that is best on the validation split. "
+        "Validation: accuracy of that epoch on the validation split.",
+        f"{_seeds_note(table)} ± is the sample standard deviation of the accuracy over them; the other numbers "
+        "are means.",
+        "Reported: as published, on the split that the publication used, which is a validation split. "
+        "Δ reported: validation accuracy here less that one.",
+        f"n: runs, of how many were planned; {ABSENT}: none of them is finished.",
+        "Formula: bytes kept of the inputs of the trained layers and of nothing else, by the method's formula; "
+        "mean over an epoch, of the epoch where it is largest.",
+        "Kept: all bytes that autograd holds from the forward to the backward pass, as measured; parameters and "
+        "buffers not counted.",
+        "Peak: most bytes of tensors alive at any time of a training step, as measured.",
+        "FLOPs: of the trained layers in one training step, in the papers' convention and corrected. "
+        "Step: median time of a training step.",
+        *_baseline_notes(table, baseline),
+        f"{MISSING}: no number. 1 MiB = 1,048,576 bytes.",
+    ]
 
 
 def _seeds_note(table: pd.DataFrame) -> str:
     if not same_seeds(table):
         return "Means over the n seeds listed in each row; the rows differ in their seeds."
-    seeds = table["seeds"].iloc[0]
+    seeds = max(table["seeds"], key=len)
+    if not seeds:
+        return "No run is finished."
     return f"Means over n = {len(seeds)} seeds: {seed_list(seeds)}." if len(seeds) > 1 else f"One seed: {seeds[0]}."
 
 
 def _baseline_notes(table: pd.DataFrame, baseline: str) -> list[str]:
-    if baseline not in set(table["method"]):
-        return [f"- Ratios and Δ refer to {baseline}, of which there is no finished run."]
+    if baseline not in set(table.loc[table["n"] > 0, "method"]):
+        return [f"Ratios and Δ refer to {baseline}, of which there is no finished run."]
     return [
-        f"- × less: the number of {baseline} at the same number of layers, divided by that of the row; Δ: "
+        f"× less: the number of {baseline} at the same number of layers, divided by that of the row; Δ: "
         "test accuracy less that one's.",
-        f"- At equal accuracy: the least formula memory of {baseline}, at any number of layers, that reaches at least "
-        "the row's mean test accuracy, divided by the formula memory of the row.",
+        f"At equal accuracy: the least formula memory of {baseline}, at any number of layers, that reaches at least "
+        "the row's mean test accuracy, divided by the formula memory of the row; FLOPs likewise.",
     ]
 
 
 def to_latex(table: pd.DataFrame, group: Group) -> str:
     """A `tabular` with the rules of booktabs, rows of one number of layers together; needs nothing but booktabs."""
-    shown = columns(table)
+    return latex_body(table.to_dict("records"), columns(table), f"{group} ({group.task})", lambda row: row["layers"])
+
+
+def latex_body(rows: Sequence[Row], shown: Sequence[Column], comment: str, together: Callable[[Row], Any]) -> str:
+    """Rows as a `tabular`, with a rule between rows for which `together` differs."""
     alignment = "".join("l" if column.title in LEFT else "r" for column in shown)
     lines = [
-        "% " + " ".join(f"{group} ({group.task}); needs \\usepackage{{booktabs}}".split()),
+        "% " + " ".join(f"{comment}; needs \\usepackage{{booktabs}}".split()),
         rf"\begin{{tabular}}{{@{{}}{alignment}@{{}}}}",
         r"\toprule",
         *_latex_headings(shown),
     ]
-    for _, rows in groupby(table.to_dict("records"), key=lambda row: row["layers"]):
+    for _, block in groupby(rows, key=together):
         lines.append(r"\midrule")
-        lines.extend(_latex_line([column.cell(row) for column in shown]) for row in rows)
+        lines.extend(_latex_line([column.cell(row) for column in shown]) for row in block)
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def _latex_headings(shown: tuple[Column, ...]) -> list[str]:
+def _latex_headings(shown: Sequence[Column]) -> list[str]:
     cells, rules, start = [], [], 1
     for group, members in groupby(shown, key=lambda column: column.group):
         count = len(list(members))

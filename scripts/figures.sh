@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Regenerate everything that the README shows: the quickstart with three seeds, and its table and plot in figures/.
+# Regenerate everything that the README shows of results, in figures/: the quickstart with three seeds, its table and
+# plot; the same experiment with the three larger networks, and the ablations of ASI, as one page of tables. Run again,
+# it does only what is missing. All of it takes hours on two CPU cores.
 #
 # Usage: bash scripts/figures.sh [--help]
 # Environment: see scripts/quickstart.sh
@@ -10,9 +12,16 @@ if [[ "${1:-}" == --help ]]; then
     exit 0
 fi
 
+runs="${RUNS_DIR:-runs}"
+report="$runs/report/classification/B"
 bash scripts/quickstart.sh 233 234 235
-source="${RUNS_DIR:-runs}/report/classification/B/mcunet/digits"
 for file in table.md table.csv pareto.png pareto.svg; do
-    cp "$source/$file" "figures/digits_$file"
+    cp "$report/mcunet/digits/$file" "figures/digits_$file"
 done
-echo "figures/ holds the README's table and plot"
+
+export METHODS="vanilla gradient_filter_r2 svd_0.8 hosvd_0.8 asi" LAYERS="2 4" SEEDS="233 234 235"
+for model in mobilenet_v2 resnet18 resnet34; do
+    bash "scripts/classification/setup_b/$model.sh" digits
+done
+bash scripts/classification/ablations.sh
+bash scripts/classification/results_page.sh

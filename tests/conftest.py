@@ -1,7 +1,13 @@
-"""What all tests share: one thread."""
+"""What all tests share: one thread, and an environment in which scripts install nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -11,3 +17,22 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def script_environment(tmp_path: Path) -> dict[str, str]:
+    """Environment of a script: this interpreter as a virtual environment that is up to date, runs below `tmp_path`."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    python = venv / "bin" / "python"
+    python.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    wanted = subprocess.run(
+        "cat requirements.txt pyproject.toml | cksum", shell=True, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    (venv / ".installed").write_text(wanted.stdout)
+    runs = tmp_path / "runs"
+    return {
+        **{"PATH": "/usr/bin:/bin", "VENV": str(venv), "RUNS_DIR": str(runs), "HOME": str(tmp_path)},
+        **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    }

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 import subprocess
 import sys
 
@@ -289,6 +290,10 @@ def test_the_program_ends_with_code_2_and_one_line_on_bad_input():
 
 def test_the_history_is_a_table_with_a_row_for_each_epoch(best_first):
     assert list(metrics(best_first.folder)[0]) == [
-        *("epoch", "learning_rate", "train_loss", "val_loss", "val_accuracy", "activation_bytes", "seconds"),
+        *("epoch", "learning_rate", "train_loss", "val_loss", "val_accuracy"),
+        *("activation_bytes", "step_seconds", "seconds"),
     ]
+    (history,) = (state for key, state in best_first.checkpoint("last")["callbacks"].items() if "History" in key)
+    of_epochs = [statistics.median(history["step_seconds"][first : first + 2]) for first in (0, 2, 4)]
+    assert [row["step_seconds"] for row in metrics(best_first.folder)] == of_epochs
     assert json.loads((best_first.folder / "identity.json").read_text())["trainer"]["max_epochs"] == 3

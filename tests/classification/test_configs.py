@@ -9,19 +9,19 @@ import yaml
 from commands import CONFIGS, TINY, execute, finish, only_file
 
 from classification.data.registry import source
+from classification.plans import needs_ranks
 
 KINDS = ("setups", "models", "data", "methods")
 SHIPPED = {kind: sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml")) for kind in KINDS}
 
 
-def setup_files(setup, data):
-    """A setup, and what it sets differently for this data set."""
-    specific = f"{setup}_{data}"
-    return [setup, specific] if specific in SHIPPED["setups"] else [setup]
+def setup_files(setup, model, data):
+    """A setup, and what it sets differently for this data set and model."""
+    return [name for name in (setup, f"{setup}_{data}", f"{setup}_{data}_{model}") if name in SHIPPED["setups"]]
 
 
 def specific(name):
-    return any(name.endswith(f"_{data}") for data in SHIPPED["data"])
+    return any(f"_{data}_" in f"{name}_" for data in SHIPPED["data"])
 
 
 SETUPS = [name for name in SHIPPED["setups"] if not specific(name)]
@@ -35,7 +35,7 @@ COMBINATIONS = [
 
 
 def files(setup, model, data, method):
-    chosen = [("setups", name) for name in setup_files(setup, data)]
+    chosen = [("setups", name) for name in setup_files(setup, model, data)]
     chosen += [("models", model), ("data", data), ("methods", method)]
     return [CONFIGS / kind / f"{name}.yaml" for kind, name in chosen]
 
@@ -66,7 +66,7 @@ def test_every_combination_describes_a_run_of_its_own(tmp_path, capsys, setup, m
 def test_every_method_takes_a_training_step(tmp_path, capsys, weights, method):
     chosen = files("b", "mcunet", "digits", method)
     options = ["--model.layers", "2", "--model.weights", str(weights)]
-    if method == "asi":
+    if needs_ranks(method):
         measure = command(files("b", "mcunet", "digits", "vanilla"), tmp_path / "measured")
         execute(["measure", *measure[1:], *options], capsys)
         table = only_file(tmp_path / "measured", "perplexity.json")
@@ -77,13 +77,12 @@ def test_every_method_takes_a_training_step(tmp_path, capsys, weights, method):
     assert len(done.rows) == 1
 
 
-@pytest.mark.parametrize("model", SHIPPED["models"])
-def test_every_network_takes_a_training_step(tmp_path, capsys, model):
-    chosen = files("a", model, "digits", "vanilla")
-    options = ["--model.layers", "2"]
-    done = finish([*command(chosen, tmp_path), *options], tmp_path, capsys)
+@pytest.mark.parametrize(("setup", "model"), list(product(SETUPS, SHIPPED["models"])))
+def test_every_network_takes_a_training_step_in_every_setup(tmp_path, capsys, setup, model):
+    layers = [] if setup == PRETRAINING else ["--model.layers", "2"]
+    done = finish([*command(files(setup, model, "digits", "vanilla"), tmp_path), *layers], tmp_path, capsys)
     assert done.record["run"]["model"] == model
-    assert done.record["run"]["setup"] == "A"
+    assert done.record["run"]["setup"] == {"a": "A", "b": "B", PRETRAINING: "B-pretrain"}[setup]
 
 
 @pytest.mark.parametrize("data", [name for name in SHIPPED["data"] if name != "digits"])

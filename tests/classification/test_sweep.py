@@ -2,12 +2,14 @@
 
 import contextlib
 import re
+import shutil
 
 import pytest
+import yaml
 from commands import TINY
 
-from classification import sweep
-from experiment import ExperimentError, Record, Run, RunFolder
+from classification import plans, sweep
+from experiment import ExperimentError, Record, Run, RunFolder, find_planned
 
 NEEDED = ["--setup", "b", "--model", "mcunet", "--dataset", "digits"]
 
@@ -51,7 +53,9 @@ def produced_and_needed(arguments, runs):
 
 @pytest.mark.parametrize("setup", ["a", "b"])
 def test_each_job_comes_after_what_it_needs(tmp_path, setup):
+    methods_shipped = set(plans.names("methods"))
     options = [*NEEDED, "--setup", setup, "--layers", "2", "4", "all", "--seeds", "1", "2", "--runs_dir", str(tmp_path)]
+    options += ["--methods", *methods_shipped]
     commands = Commands()
     assert sweep.main(options, commands) == 0
     made, methods = [], set()
@@ -62,7 +66,6 @@ def test_each_job_comes_after_what_it_needs(tmp_path, setup):
             assert any(path == str(there) or path.startswith(f"{there}/") for there in made), path
         made.append(folder)
         methods.add(folder.parts[-3])
-    methods_shipped = {path.stem for path in (sweep.CONFIGS / "methods").glob("*.yaml")}
     assert methods == methods_shipped | {"perplexity"} | ({"vanilla"} if setup == "b" else set())
     runs_each = len(methods_shipped) * 3 + 3 + (setup == "b")
     assert len(made) == 2 * runs_each
@@ -86,27 +89,92 @@ def test_further_arguments_go_to_every_job(tmp_path):
 @pytest.mark.parametrize(
     ("how", "cause"),
     [
-        (ExperimentError("no such data set"), "no such data set\n\n"),
+        (ExperimentError("no such data set"), "\nno such data set\n"),
         (RuntimeError("out of memory"), "RuntimeError: out of memory"),
     ],
     ids=["mendable", "unforeseen"],
 )
-def test_a_job_that_fails_stops_no_other_and_is_in_the_log(tmp_path, capsys, how, cause):
-    commands = Commands("svd_0.8.yaml", how)
+def test_a_job_that_fails_stops_no_other_and_leaves_a_log(tmp_path, capsys, how, cause):
+    runs = tmp_path / "runs"
     everything = Commands()
-    assert sweep.main(words(tmp_path / "runs"), everything) == 0
-    assert not (tmp_path / "runs" / "failures.log").exists()
-    assert sweep.main(words(tmp_path / "runs"), commands) == 1
+    assert sweep.main(words(runs), everything) == 0
+    assert list(runs.rglob("failure.log")) == []
+    capsys.readouterr()
+    commands = Commands("methods/hosvd_0.8.yaml", how)
+    assert sweep.main(words(runs), commands) == 1
     assert commands.calls == everything.calls
-    log = (tmp_path / "runs" / "failures.log").read_text()
-    failing = [call for call in commands.calls if "svd_0.8.yaml" in " ".join(call)]
-    assert len(failing) == 2  # hosvd_0.8 as well
-    for call in failing:
-        assert f"python -m classification {' '.join(call)}\n" in log
-    assert log.count(cause) == 2
-    printed = capsys.readouterr().err
-    assert "failures.log" in printed
-    assert "svd_0.8, last 2" in printed
+    (log,) = runs.rglob("failure.log")
+    (failing,) = [call for call in commands.calls if "hosvd_0.8.yaml" in " ".join(call)]
+    assert log.parent == produced_and_needed(failing, runs)[0]
+    assert f"python -m classification {' '.join(failing)}\n" in log.read_text()
+    assert cause in log.read_text()
+    assert f"digits: hosvd_0.8, last 2, seed 233: {log}\n" in capsys.readouterr().err
+
+    assert sweep.main(words(runs), Commands()) == 0
+    assert not log.exists()
+
+
+def test_what_is_planned_is_written_down_and_grows(tmp_path):
+    sweep.main(words(tmp_path, "--methods", "vanilla"), Commands())
+    sweep.main(words(tmp_path, "--methods", "hosvd_0.8", "asi", "--seeds", "1"), Commands())
+    planned = {(run.setup, run.method, run.layers, run.seed) for run in find_planned(tmp_path)}
+    pretraining = {("B-pretrain", "vanilla", "all", seed) for seed in (1, 233)}
+    assert planned == pretraining | {("B", "vanilla", 2, 233), ("B", "hosvd_0.8", 2, 1), ("B", "asi", 2, 1)}
+
+
+def titles(arguments):
+    return [job.title for job in sweep.parse(arguments)[0].jobs()]
+
+
+def test_the_papers_depths_and_methods_are_the_default(tmp_path):
+    found = titles(["--setup", "a", "--model", "resnet18", "--dataset", "digits"])
+    methods = ["vanilla", *(f"gradient_filter_r{patch}" for patch in (2, 4, 7)), "hosvd_0.8", "asi"]
+    rows = [(method, layers) for layers in (2, 4) for method in methods]
+    rows = [("perplexity", 2), ("perplexity", 4), *rows, ("vanilla", "all")]
+    assert found == [f"digits: {method}, last {layers}, seed 233" for method, layers in rows]
+
+
+def test_ranges_of_layers_several_data_sets_and_given_weights(tmp_path, monkeypatch):
+    found = titles([*words(tmp_path, "--methods", "vanilla"), "--layers", "1-3", "all", "--weights", "some.pt"])
+    assert found == [f"digits: vanilla, last {layers}, seed 233" for layers in (1, 2, 3, "all")]
+    (job, *_) = sweep.parse(words(tmp_path, "--methods", "vanilla", "--weights", "some.pt"))[0].jobs()
+    assert job.arguments[job.arguments.index("--model.weights") + 1] == "some.pt"
+
+
+def test_epochs_go_to_training_and_the_data_folder_to_every_job(tmp_path):
+    options = ["--methods", "hosvd_0.8", "asi", "--epochs", "3", "--data_dir", "there"]
+    for job in sweep.parse(words(tmp_path, *options))[0].jobs():
+        told = list(job.arguments)
+        assert told[told.index("--data.root") + 1] == "there"
+        assert ("--trainer.max_epochs" in told) == (told[0] == "fit")
+
+
+def published_words(*options):
+    return ["--setup", "a", "--model", "mcunet", "--dataset", "pets", "--methods", "asi", "--layers", "4", *options]
+
+
+@pytest.fixture
+def pets(tmp_path, monkeypatch):
+    """Configs in which there is a data set pets."""
+    configs = tmp_path / "configs"
+    shutil.copytree(plans.CONFIGS, configs)
+    (configs / "data" / "pets.yaml").write_text(yaml.safe_dump({"data": {"dataset": "pets"}}))
+    monkeypatch.setattr(plans, "CONFIGS", configs)
+
+
+@pytest.mark.usefixtures("pets")
+@pytest.mark.parametrize("options", [[], ["--budget", "published"]])
+def test_the_published_budget_is_taken_where_there_is_one(options):
+    *_, job = sweep.parse(published_words(*options))[0].jobs()
+    assert job.arguments[job.arguments.index("--model.budget.mib") + 1] == "0.249587357"
+    assert "--model.budget.run" not in job.arguments
+
+
+@pytest.mark.usefixtures("pets")
+def test_the_measured_budget_is_taken_where_it_is_asked_for():
+    *_, job = sweep.parse(published_words("--budget", "hosvd", "--methods", "asi", "hosvd_0.8"))[0].jobs()
+    assert "--model.budget.run" in job.arguments
+    assert "--model.budget.mib" not in job.arguments
 
 
 def test_a_user_who_stops_a_sweep_stops_it(tmp_path):
@@ -123,7 +191,11 @@ def test_a_user_who_stops_a_sweep_stops_it(tmp_path):
         (["--layers", "0"], "--layers has '0'"),
         (["--layers", "two"], "--layers has 'two'"),
         (["--methods", "nothing"], "nothing"),
-        (["--methods", "asi"], "asi takes its budget from hosvd_0.8"),
+        (["--methods", "asi"], "asi takes its budget for mcunet on digits, setup B, last 2 from hosvd_0.8"),
+        (["--budget", "published"], "no budget is published for mcunet on digits, setup B, last 2"),
+        (["--layers", "3-1"], "--layers has '3-1'"),
+        (["--layers", "1-"], "--layers has '1-'"),
+        (["--epochs", "0"], "--epochs is 0"),
         (["--model", "lenet"], "lenet"),
         (["--seeds", "x"], "x"),
     ],
@@ -164,8 +236,8 @@ def test_a_sweep_does_what_it_can_then_what_is_missing_and_then_nothing(swept, c
     assert code == 1
     assert done(runs) == {"vanilla"}
     assert len(list(runs.rglob("result.json"))) == 2  # pretraining and vanilla
-    log = (runs / "failures.log").read_text()
-    assert re.findall(r"^(\S+), last 2, seed 233$", log, re.MULTILINE) == ["hosvd_0.8", "asi"]
+    logs = [path.read_text() for path in runs.rglob("failure.log")]
+    assert {re.match(r"digits: (\S+), last 2, seed 233\n", log)[1] for log in logs} == {"hosvd_0.8", "asi"}
 
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("result.json")}
     capsys.readouterr()

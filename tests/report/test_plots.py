@@ -10,8 +10,9 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.text import Annotation
 
-from report.plots import LOOKS, MARKER, _draw, _looks, pareto_figure
-from report.summary import Group, summarise
+from report.plots import COMPARED, LOOKS, MARKER, _draw, _looks, pareto_figure, published_figure
+from report.published import Point
+from report.summary import Group, Reported, summarise
 
 GROUP = Group("classification", "A", "mcunet", "pets")
 
@@ -139,3 +140,36 @@ def test_own_settings_are_neither_used_nor_changed(trade_off):
         before = dict(mpl.rcParams)
         assert pareto_figure(table, GROUP) == plain
         assert dict(mpl.rcParams) == before
+
+
+@pytest.fixture
+def points():
+    """Published points, one of unknown depth and one without FLOPs."""
+    return [
+        Point(1, "asi", Reported(50.0, 2**19, 500)),
+        Point("unknown", "asi", Reported(60.0, 2**22, 900)),
+        Point(2, "hosvd_0.8", Reported(65.0, 2**30)),
+    ]
+
+
+def test_published_points_are_drawn_beside_the_measured(trade_off, points):
+    left, right = _draw(summarise(trade_off), GROUP, COMPARED, points).axes
+    crosses = [
+        {
+            (float(x), float(y))
+            for line in axes.lines
+            if line.get_marker() == "x"
+            for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+        }
+        for axes in (left, right)
+    ]
+    assert crosses == [{(0.5, 50), (4, 60), (1024, 65)}, {(500, 50), (900, 60)}]
+    assert left.get_xlim()[1] > 1024
+    assert set(marks(left)) == {(4, 71), (8, 81), (1, 71), (2, 70)}  # validation accuracy, a point above the test's
+    assert set(marks(right)) == {(2000, 71), (4000, 81), (1000, 71), (500, 70)}  # the papers' count, half the corrected
+
+
+def test_the_figure_of_published_points_is_a_picture(trade_off, points):
+    files = published_figure(summarise(trade_off), GROUP, points)
+    assert files["png"].startswith(b"\x89PNG")
+    assert files == published_figure(summarise(trade_off), GROUP, points)

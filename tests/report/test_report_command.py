@@ -6,16 +6,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from experiment import ExperimentError
+from experiment import ExperimentError, add_planned
 from report.__main__ import main
 from report.output import write_all
 
 ROOT = Path(__file__).parents[2]
-FILES = {"table.md", "table.csv", "table.tex", "pareto.png", "pareto.svg"}
+TABLES = {"table.md", "table.csv", "table.tex"}
+FILES = TABLES | {"pareto.png", "pareto.svg"}
+PUBLISHED = {"published.png", "published.svg"}  # of the synthetic records' model and data set there are
 
 
 def contents(folder):
@@ -53,6 +56,39 @@ def test_every_file_is_written_and_named(write, runs, capsys):
         assert {path.name for path in folder.iterdir()} == FILES
         assert all(f"{folder / name}\n" in said for name in FILES)
         assert f"mcunet on {dataset}, setup A (classification)\n" in said
+    setup = runs / "report" / "classification" / "A"
+    assert {path.name for path in setup.iterdir() if path.is_file()} == TABLES
+    assert said.endswith(f"all on one page: {runs / 'report' / 'index.html'}\n")
+    assert "mcunet on cub" in (runs / "report" / "index.html").read_text()
+
+
+def test_what_is_planned_is_shown_as_missing(write, runs):
+    finished = write("vanilla", 2, seed=1).run
+    add_planned(runs, [finished, replace(finished, seed=2), replace(finished, method="asi")])
+    add_planned(runs, [replace(finished, dataset="cub")])
+    assert main([str(runs), "--published", str(runs)]) == 0
+    text = (runs / "report" / "classification" / "A" / "mcunet" / "pets" / "table.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    column = {title: place for place, title in enumerate(cells[0])}
+    assert [(row[column["Method"]], row[column["n"]]) for row in cells[2:]] == [
+        ("vanilla", "1 of 2"),
+        ("asi", "0 of 1"),
+    ]
+    assert [row[column["Test (%)"]] for row in cells[2:]] == ["50.0", "missing"]
+    cub = runs / "report" / "classification" / "A" / "mcunet" / "cub"
+    assert {path.name for path in cub.iterdir()} == TABLES
+    assert "No run is finished" in (cub / "table.md").read_text()
+    assert "missing" in (runs / "report" / "classification" / "A" / "table.md").read_text()
+    assert '<tr class="missing' in (runs / "report" / "index.html").read_text()
+
+
+def test_published_points_have_a_figure(write, runs, tmp_path):
+    write("asi", 2)
+    entry = "- {setup: A, model: mcunet, dataset: pets, method: asi, layers: 2, accuracy: 38.75, memory_mib: 2}\n"
+    (tmp_path / "classification_curves.yaml").write_text(entry)
+    assert main([str(runs), "--published", str(tmp_path)]) == 0
+    folder = runs / "report" / "classification" / "A" / "mcunet" / "pets"
+    assert {path.name for path in folder.iterdir()} == FILES | PUBLISHED
 
 
 def test_as_a_subprocess_twice_with_identical_files(write, runs, tmp_path):
@@ -63,7 +99,7 @@ def test_as_a_subprocess_twice_with_identical_files(write, runs, tmp_path):
     first = command(folder=tmp_path)
     assert (first.returncode, first.stderr) == (0, "")
     before = contents(runs / "report")
-    assert {path.name for path in before} == FILES
+    assert {path.name for path in before} == FILES | PUBLISHED | {"index.html"}
     second = command(folder=tmp_path)
     assert second.stdout == first.stdout
     assert contents(runs / "report") == before
@@ -75,7 +111,7 @@ def test_output_and_baseline(write, runs, tmp_path, capsys):
     assert main([str(runs), "--output", str(tmp_path / "new" / "out"), "--baseline", "hosvd_0.8"]) == 0
     assert "4.00×" in capsys.readouterr().out
     assert not (runs / "report").exists()
-    assert len(contents(tmp_path / "new" / "out")) == len(FILES)
+    assert len(contents(tmp_path / "new" / "out")) == len(FILES | PUBLISHED) + len(TABLES) + 1
 
 
 def test_published_accuracies_are_shown(write, runs, tmp_path, capsys):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from experiment import ExperimentError
 from report.methods import family, method_order
-from report.summary import Group, group_records, read_records, summarise
+from report.summary import Group, Reported, group_records, read_records, summarise
 
 
 def row(table, layers, method):
@@ -94,6 +95,32 @@ def test_memory_ratio_at_equal_accuracy(write):
     assert row(table, 2, "vanilla")["equal_accuracy_times_less"] == pytest.approx(2 / 3)
 
 
+def test_flops_ratio_at_equal_accuracy(write):
+    records = [
+        write("vanilla", 1, test=0.70, memory=1000, flops=9000),
+        write("vanilla", 2, test=0.80, memory=3000, flops=8000),
+        write("vanilla", 3, test=0.90, memory=100, flops=40_000),
+        write("asi", 3, test=0.75, memory=10, flops=2000),
+    ]
+    assert row(summarise(records), 3, "asi")["equal_accuracy_flops_times_less"] == 4
+
+
+def test_runs_that_are_planned_and_not_there_are_missing(write):
+    records = [write("vanilla", 2, seed=1), write("vanilla", 2, seed=2)]
+    planned = [replace(records[0].run, seed=seed) for seed in (1, 2, 3)]
+    planned += [replace(records[0].run, method="asi", seed=seed) for seed in (1, 2)]
+    table = summarise(records, planned=planned)
+    assert [(found["method"], found["n"], found["missing"]) for found in table.to_dict("records")] == [
+        ("vanilla", 2, 1),
+        ("asi", 0, 2),
+    ]
+    absent = row(table, 2, "asi")
+    numbers = [value for value in absent.values() if isinstance(value, float)]
+    assert len(numbers) > 10
+    assert all(map(math.isnan, numbers))
+    assert math.isnan(row(summarise([], planned=planned), 2, "vanilla")["test_mean_percent"])
+
+
 def test_equal_means_of_different_seeds_are_equal(write):
     """100 * 0.801 is a little above 80.1 in binary; the means of equal accuracies must meet all the same."""
     records = [write("vanilla", 2, seed=seed, test=test, memory=500) for seed, test in enumerate((0.800, 0.802))]
@@ -109,7 +136,7 @@ def test_a_missing_baseline_leaves_the_ratios_missing(write):
     assert len(table) == 3
     assert row(table, 2, "asi")["activation_formula_times_less"] == 10
     alone = row(table, 4, "asi")
-    ratios = [name for name in alone if name.endswith("times_less") and name != "equal_accuracy_times_less"]
+    ratios = [name for name in alone if name.endswith("times_less") and not name.startswith("equal_accuracy")]
     assert len(ratios) == 5
     assert all(math.isnan(alone[name]) for name in [*ratios, "test_difference_points"])
 
@@ -198,8 +225,13 @@ def test_family(method, name):
 
 def test_reported_accuracies_reach_their_rows(write):
     records = [write("asi", 2), write("asi", "all"), write("vanilla", 2)]
-    table = summarise(records, reported={(2, "asi"): 39.2, ("all", "asi"): 75.0, (7, "asi"): 1.0})
+    reported = {(2, "asi"): Reported(39.2, 500, 700), ("all", "asi"): Reported(75.0), (7, "asi"): Reported(1.0)}
+    table = summarise(records, reported=reported)
     assert len(table) == 3
+    two = row(table, 2, "asi")
+    assert (two["reported_memory_bytes"], two["reported_flops"]) == (500, 700)
+    assert two["reported_difference_points"] == pytest.approx(51 - 39.2)  # of the validation accuracy
+    assert math.isnan(row(table, "all", "asi")["reported_memory_bytes"])
     assert row(table, 2, "asi")["reported_accuracy_percent"] == 39.2
     assert row(table, "all", "asi")["reported_accuracy_percent"] == 75.0
     assert math.isnan(row(table, 2, "vanilla")["reported_accuracy_percent"])

@@ -11,7 +11,7 @@ import re
 import pandas as pd
 import pytest
 
-from report.summary import Group, summarise
+from report.summary import Group, Reported, summarise
 from report.tables import (
     engineering,
     latex,
@@ -94,13 +94,14 @@ def test_markdown_row(write):
         write("asi", 2, seed=seed, test=test, memory=2**20, kept=2**23, flops=4 * 10**8, step=0.2)
         for seed, test in ((1, 0.84), (2, 0.86))
     ]
-    table = summarise(records, reported={(2, "asi"): 84.25})
+    table = summarise(records, reported={(2, "asi"): Reported(84.25)})
     vanilla, asi = markdown_rows(to_markdown(table, GROUP))
     assert asi == {
         "Layers": "2",
         "Method": "asi",
         "n": "2",
         "Reported (%)": "84.2",
+        "Δ reported (points)": "+1.8",
         "Test (%)": "85.0 ± 1.4",
         "Δ test (points)": "−5.0",
         "Validation (%)": "86.0 ± 1.4",
@@ -113,6 +114,7 @@ def test_markdown_row(write):
         "FLOPs, papers": "200 M",
         "FLOPs, corrected": "400 M",
         "FLOPs, × less": "2.50×",
+        "FLOPs at equal accuracy, × less": "2.50×",
         "Step (ms)": "200",
         "Step, × less": "0.500×",
     }

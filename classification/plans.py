@@ -1,0 +1,170 @@
+"""What a sweep runs: pretraining (setup B), perplexity, then every method at every depth and seed, in that order."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from experiment import ExperimentError, Run
+from experiment.record import RESULT, TABLE
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "classification"
+PUBLISHED_BUDGETS = CONFIGS.parent / "published" / "asi_budgets.yaml"
+BUDGET_METHOD = "hosvd_0.8"  # the papers give ASI the memory that this method used
+LAYERS = ("2", "4")  # the papers'; of vanilla they show all layers as well
+METHODS = ("vanilla", "gradient_filter_r2", "gradient_filter_r4", "gradient_filter_r7", BUDGET_METHOD, "asi")
+BUDGETS = ("published", "hosvd")
+PERPLEXITY = "perplexity"
+
+
+def names(kind: str) -> list[str]:
+    """Names of the configs of a kind: "data", "methods", "models"."""
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
+
+
+@functools.cache
+def needs_ranks(method: str) -> bool:
+    """Whether a method's config leaves its ranks to a perplexity table and a budget."""
+    content = yaml.safe_load((CONFIGS / "methods" / f"{method}.yaml").read_text(encoding="utf-8"))
+    chosen = content["model"]["method"]
+    return chosen["class_path"] == "lowrank.ASI" and "ranks" not in chosen.get("init_args", {})
+
+
+@functools.cache
+def _published() -> dict[tuple[str, str, str, str], float]:
+    entries = yaml.safe_load(PUBLISHED_BUDGETS.read_text(encoding="utf-8"))
+    return {(entry["setup"], entry["model"], entry["dataset"], str(entry["layers"])): entry["mib"] for entry in entries}
+
+
+def published_budget(setup: str, model: str, dataset: str, layers: str) -> float | None:
+    """ASI's published budget in MiB, for the last `layers` layers; None where none is published."""
+    return _published().get((setup, model, dataset, layers))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+        run: which run; of a perplexity table the method is "perplexity".
+        arguments: of the command that does it.
+    """
+
+    run: Run
+    arguments: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """What the run is, in short."""
+        if self.run.setup.endswith("pretrain"):
+            return f"{self.run.dataset}: pretrain, seed {self.run.seed}"
+        return f"{self.run.dataset}: {self.run.method}, last {self.run.layers}, seed {self.run.seed}"
+
+    def result(self, root: Path) -> Path:
+        """The file that the run leaves when it is done."""
+        return self.run.folder(root) / (TABLE if self.run.method == PERPLEXITY else RESULT)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to run.
+
+    Attributes:
+        setup: "a" or "b".
+        model: name of a config in configs/classification/models.
+        datasets: names of configs in configs/classification/data.
+        methods: names of configs in configs/classification/methods.
+        layers: numbers of trailing layers, or "all"; None for the papers': 2 and 4, and vanilla on all as well.
+        seeds: the seeds.
+        runs_dir: folder that holds all runs.
+        budget: where ASI's memory budget comes from: "published", "hosvd" (the run of HOSVD at energy 0.8), or None for
+            the published one where there is one.
+        weights: local file to start from, in place of pretraining or of a download.
+        epochs: of every training run, in place of the setup's.
+        extra: further arguments for every run.
+    """
+
+    setup: str
+    model: str
+    datasets: tuple[str, ...]
+    methods: tuple[str, ...]
+    layers: tuple[str, ...] | None
+    seeds: tuple[int, ...]
+    runs_dir: Path
+    budget: str | None = None
+    weights: Path | None = None
+    epochs: int | None = None
+    extra: tuple[str, ...] = ()
+
+    def jobs(self) -> list[Job]:
+        """Every run, in an order in which each finds what it needs.
+
+        Raises:
+            ExperimentError: a budget that nothing gives.
+        """
+        return [job for dataset in self.datasets for seed in self.seeds for job in self._jobs(dataset, seed)]
+
+    def _jobs(self, dataset: str, seed: int) -> Iterator[Job]:
+        pretrains = self.setup == "b" and self.weights is None
+        if pretrains:
+            yield self._job("fit", self._run("B-pretrain", dataset, "vanilla", "all", seed), "b_pretrain", [])
+        start = ["--model.weights", str(self.weights)] if self.weights is not None else []
+        start = self._pretrained(dataset, seed) if pretrains else start
+        if any(map(needs_ranks, self.methods)):
+            for layers in self.layers or LAYERS:
+                options = ["--model.layers", layers, *start]
+                options += ["--data.partition", "pretrain"] if self.setup == "b" else []
+                run = self._run(self.setup.upper(), dataset, PERPLEXITY, layers, seed)
+                yield self._job("measure", run, self.setup, options)
+        for method, layers in self._rows():
+            options = ["--config", str(CONFIGS / "methods" / f"{method}.yaml"), "--model.layers", layers, *start]
+            options += self._budget(dataset, layers, seed) if needs_ranks(method) else []
+            run = self._run(self.setup.upper(), dataset, method, layers, seed)
+            yield self._job("fit", run, self.setup, options)
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        """Methods and layers, those that need another run's memory after it."""
+        for layers in self.layers or LAYERS:
+            for method in sorted(self.methods, key=needs_ranks):
+                yield method, layers
+        if self.layers is None and "vanilla" in self.methods:
+            yield "vanilla", "all"
+
+    def _job(self, command: str, run: Run, setup: str, options: Sequence[str]) -> Job:
+        folder = CONFIGS / "setups"
+        configs = [folder / f"{setup}.yaml", CONFIGS / "models" / f"{self.model}.yaml"]
+        configs.append(CONFIGS / "data" / f"{run.dataset}.yaml")
+        specific = [f"{setup}_{run.dataset}", f"{setup}_{run.dataset}_{self.model}"]
+        configs += [folder / f"{name}.yaml" for name in specific if (folder / f"{name}.yaml").exists()]
+        arguments = [command, *(word for path in configs for word in ("--config", str(path)))]
+        arguments += ["--seed_everything", str(run.seed), "--runs_dir", str(self.runs_dir), *options]
+        if command == "fit" and self.epochs is not None:
+            arguments += ["--trainer.max_epochs", str(self.epochs)]
+        return Job(run, (*arguments, *self.extra))
+
+    def _run(self, setup: str, dataset: str, method: str, layers: str, seed: int) -> Run:
+        count: int | str = layers if layers == "all" else int(layers)
+        return Run("classification", setup, self.model, dataset, method, count, seed)
+
+    def _pretrained(self, dataset: str, seed: int) -> list[str]:
+        folder = self._run("B-pretrain", dataset, "vanilla", "all", seed).folder(self.runs_dir)
+        return ["--model.weights", str(folder / "checkpoints" / "best.ckpt")]
+
+    def _budget(self, dataset: str, layers: str, seed: int) -> list[str]:
+        setup = self.setup.upper()
+        table = self._run(setup, dataset, PERPLEXITY, layers, seed).folder(self.runs_dir) / TABLE
+        words = ["--model.budget.table", str(table)]
+        where = f"{self.model} on {dataset}, setup {setup}, last {layers}"
+        mib = None if self.budget == "hosvd" else published_budget(setup, self.model, dataset, layers)
+        if mib is not None:
+            return [*words, "--model.budget.mib", str(mib)]
+        if self.budget == "published":
+            raise ExperimentError(f"no budget is published for {where}; take it from HOSVD's run: BUDGET=hosvd")
+        if BUDGET_METHOD not in self.methods:
+            raise ExperimentError(f"asi takes its budget for {where} from {BUDGET_METHOD}; add it to the methods")
+        budget = self._run(setup, dataset, BUDGET_METHOD, layers, seed).folder(self.runs_dir)
+        return [*words, "--model.budget.run", str(budget)]

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Train one model in one setup on data sets, one after the other: measure perplexity, then train every method at every
+# depth and seed (in setup B, first pretrain on one half of the data). A run that fails stops no other; failures are
+# listed at the end with their logs, and the exit code is not zero. Run again, it does only what is missing; stopped or
+# killed, it loses at most the epoch under way.
+#
+# Usage: bash scripts/classification/run.sh SETUP MODEL [--help] [--dry-run] [--report] [DATASET ...] [-- ARGUMENT ...]
+#        (SETUP: a or b; MODEL: mcunet, mobilenet_v2, resnet18 or resnet34; --report: afterwards write the tables and
+#        plots of all runs; behind -- arguments of every run, such as --data.batch_size 16)
+#
+# DATASET is the name of a file in configs/classification/data. Default in setup A: pets flowers102 cub200 cifar10
+# cifar100; in setup B: imagenet.
+#
+# Environment:
+#   METHODS    names in configs/classification/methods
+#              (default: vanilla gradient_filter_r2 gradient_filter_r4 gradient_filter_r7 hosvd_0.8 asi)
+#   LAYERS     numbers of trailing layers, ranges such as 1-14, or all (default: 2 4, and vanilla on all as well)
+#   SEEDS      (default: 233)
+#   EPOCHS     of every training run (default: the setup's)
+#   BUDGET     ASI's memory: published, or hosvd for that of the HOSVD run (default: published where it is known)
+#   WEIGHTS    file to start from, in place of pretraining (setup B) or of a download (setup A)
+#   DATA_DIR   folder that holds all data sets (default: data)
+#   RUNS_DIR   folder that holds all runs (default: runs)
+#   VENV, PYTHON   see scripts/setup.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+usage() {
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/classification/run.sh
+}
+for word in "$@"; do
+    [[ "$word" != -- ]] || break
+    if [[ "$word" == --help ]]; then
+        usage
+        exit 0
+    fi
+done
+if [[ $# -lt 2 ]]; then
+    usage >&2
+    exit 2
+fi
+
+options=(--setup "$1" --model "$2" --runs_dir "${RUNS_DIR:-runs}")
+setup="$1"
+shift 2
+datasets=()
+report=
+while [[ $# -gt 0 && "$1" != -- ]]; do
+    case "$1" in
+        --dry-run) options+=(--dry_run) ;;
+        --report) report=yes ;;
+        *) datasets+=("$1") ;;
+    esac
+    shift
+done
+if [[ ${#datasets[@]} -eq 0 && "$setup" == b ]]; then
+    datasets=(imagenet)
+elif [[ ${#datasets[@]} -eq 0 ]]; then
+    datasets=(pets flowers102 cub200 cifar10 cifar100)
+fi
+options+=(--dataset "${datasets[@]}")
+for name in METHODS LAYERS SEEDS EPOCHS BUDGET WEIGHTS DATA_DIR; do
+    # Lists are words with blanks between them; a path may hold blanks.
+    case "$name" in
+        METHODS | LAYERS | SEEDS) read -ra words <<< "${!name:-}" ;;
+        *) words=(${!name:+"${!name}"}) ;;
+    esac
+    [[ ${#words[@]} -eq 0 ]] || options+=("--${name,,}" "${words[@]}")
+done
+
+bash scripts/setup.sh
+python="${VENV:-.venv}/bin/python"
+sweep=("$python" -m classification sweep "${options[@]}" "$@")
+# Whoever stops or kills the script must reach the run: it takes the place of this shell, or is told by it.
+if [[ -z "$report" || " ${options[*]} " == *" --dry_run "* ]]; then
+    exec "${sweep[@]}"
+fi
+"${sweep[@]}" &
+trap 'kill "$!"; exit 130' INT TERM
+failed=0
+wait "$!" || failed=$?
+"$python" -m report "${RUNS_DIR:-runs}"
+exit "$failed"

@@ -1,0 +1,145 @@
+"""The scripts of models and setups: which runs they list, that they do them, and that they go on after a kill."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT
+
+from classification import plans, sweep
+from experiment import find_planned, find_records
+
+SCRIPTS = ROOT / "scripts" / "classification"
+MODELS = ("mcunet", "mobilenet_v2", "resnet18", "resnet34")
+# Without --trainer.enable_progress_bar, since what a script prints is what tests wait for.
+SMALL = (
+    *("--data.image_size", "64", "--data.batch_size", "8", "--data.eval_batch_size", "16"),
+    *("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "2", "--trainer.limit_test_batches", "2"),
+    *("--model.cache_front", "false", "--model.pretrained", "false"),
+)
+
+
+def run(script, environment, *words, **variables):
+    """Run a script that must succeed. Returns what it printed."""
+    command = ["bash", str(SCRIPTS / script), *words]
+    done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def listed(printed):
+    """The titles of a dry run."""
+    return re.findall(r"^\[\d+/\d+\] (.+)$", printed, re.MULTILINE)
+
+
+@pytest.fixture
+def every_data_set():
+    """The data sets that scripts take by default, as names that there are."""
+    there = set(plans.names("data"))
+    if not there >= {"pets", "flowers102", "cub200", "cifar10", "cifar100", "imagenet"}:
+        pytest.skip("not all data sets of the papers are in configs/classification/data")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("setup", ["a", "b"])
+def test_a_script_is_of_its_model_and_setup(script_environment, tmp_path, setup, model):
+    printed = run(
+        f"setup_{setup}/{model}.sh", script_environment, "--dry-run", "digits", "--", "--data.batch_size", "7"
+    )
+    lines = [line for line in printed.splitlines() if line.startswith("  python")]
+    # Six methods at two depths and vanilla on all, two perplexity tables, and in setup B pretraining.
+    assert len(lines) == 2 * 6 + 1 + 2 + (setup == "b")
+    assert all(f"/models/{model}.yaml" in line and line.endswith("--data.batch_size 7") for line in lines)
+    assert sum(f"/setups/{setup}.yaml" in line for line in lines) == 15
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.usefixtures("every_data_set")
+def test_the_papers_data_sets_and_budgets_are_the_default(script_environment):
+    printed = run("setup_a/mcunet.sh", script_environment, "--dry-run")
+    datasets = [title.partition(":")[0] for title in listed(printed)]
+    assert list(dict.fromkeys(datasets)) == ["pets", "flowers102", "cub200", "cifar10", "cifar100"]
+    assert len(re.findall(r"--model\.budget\.mib 0\.\d+", printed)) == 2 * 5
+    printed = run("setup_b/resnet34.sh", script_environment, "--dry-run")
+    assert {title.partition(":")[0] for title in listed(printed)} == {"imagenet"}
+    assert re.findall(r"--model\.budget\.mib (0\.2965|1\.1127)\d+", printed) == ["0.2965", "1.1127"]
+
+
+def test_variables_reach_the_runs(script_environment):
+    settings = {"METHODS": "vanilla asi hosvd_0.8", "LAYERS": "1-2 all", "SEEDS": "4 5", "BUDGET": "hosvd"}
+    settings |= {"EPOCHS": "3", "DATA_DIR": "a folder", "WEIGHTS": "some file.pt"}
+    printed = run("setup_b/mcunet.sh", script_environment, "digits", "--dry-run", **settings)
+    rows = [(name, depth) for depth in ("1", "2", "all") for name in ("vanilla", "hosvd_0.8", "asi")]
+    rows = [("perplexity", depth) for depth in ("1", "2", "all")] + rows
+    assert listed(printed) == [f"digits: {name}, last {depth}, seed {seed}" for seed in (4, 5) for name, depth in rows]
+    settings = {"SETUP": "b", "LAYERS": "1-2 all", "METHODS": "asi hosvd_0.8"}
+    curve = run("curve.sh", script_environment, "mcunet", "digits", "--dry-run", **settings)
+    assert [title for title in listed(curve) if ": asi" in title] == [
+        f"digits: asi, last {depth}, seed 233" for depth in ("1", "2", "all")
+    ]
+    lines = [line for line in printed.splitlines() if line.startswith("  python")]
+    assert all("--data.root a folder" in line and "--model.weights some file.pt" in line for line in lines)
+    assert sum("--trainer.max_epochs 3" in line for line in lines) == 2 * 9
+
+
+def test_a_script_without_a_model_explains_itself(script_environment):
+    command = ["bash", str(SCRIPTS / "run.sh")]
+    done = subprocess.run(command, env=script_environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Usage:" in done.stderr
+
+
+def test_all_methods_run_to_the_end_then_nothing_is_left_and_the_table_has_them(script_environment, tmp_path):
+    runs, methods = tmp_path / "runs", plans.names("methods")
+    settings = {"METHODS": " ".join(methods), "LAYERS": "2", "EPOCHS": "1", "SEEDS": "233"}
+    run("setup_b/mcunet.sh", script_environment, "digits", "--", *SMALL, **settings)
+    records = list(find_records(runs))
+    assert {record.run for record in records} == set(find_planned(runs))
+    assert sorted(record.run.method for record in records if record.run.setup == "B") == methods
+
+    # The ablations are among them, so there is nothing to do but the tables.
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
+    printed = run("ablations.sh", script_environment, "--", *SMALL, LAYERS="2", EPOCHS="1", SEEDS="233")
+    assert printed.count("done already") == 9  # seven methods, perplexity and pretraining
+    assert "training" not in printed
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path.suffix != ".log")
+    table = (runs / "report" / "classification" / "B" / "mcunet" / "digits" / "table.md").read_text()
+    assert all(f"| {method} " in table for method in methods)
+
+
+def weights(runs: Path):
+    """Final and best weights of every run, by the run's folder."""
+    return {path.relative_to(runs): torch.load(path, weights_only=True)["state_dict"] for path in runs.rglob("*.ckpt")}
+
+
+def test_a_script_that_is_killed_and_run_again_ends_with_the_same_weights(script_environment, tmp_path):
+    settings = {"METHODS": "hosvd_0.8 asi", "LAYERS": "2", "EPOCHS": "4"}
+    command = ["bash", str(SCRIPTS / "setup_a/mcunet.sh"), "digits", "--", *SMALL]
+    with subprocess.Popen(command, env=script_environment | settings, stdout=subprocess.PIPE, text=True) as process:
+        method, epochs = "", 0
+        for line in process.stdout:
+            method = line.split()[2].rstrip(",") if line.startswith("[") else method
+            epochs = int(re.match(r"  epoch (\d)/4", line)[1]) if line.startswith("  epoch") else 0
+            if (method, epochs) == ("asi", 2):
+                os.kill(process.pid, 9)  # the script's own process is the one that trains
+    assert process.returncode == -9
+    assert len(list(find_records(tmp_path / "runs"))) == 1
+
+    # The curve of a single depth is these runs, and a figure of them.
+    printed = run("curve.sh", script_environment, "mcunet", "digits", "--", *SMALL, **settings)
+    assert (tmp_path / "runs/report/classification/A/mcunet/digits/pareto.svg").exists()
+    assert len(re.findall(r"^resuming: .* asi, layers 2", printed, re.MULTILINE)) == 1
+    words = ["--setup", "a", "--model", "mcunet", "--dataset", "digits", "--runs_dir", str(tmp_path / "whole")]
+    words += ["--methods", "hosvd_0.8", "asi", "--layers", "2", "--epochs", "4"]
+    assert sweep.main([*words, *SMALL]) == 0
+    interrupted, whole = weights(tmp_path / "runs"), weights(tmp_path / "whole")
+    assert interrupted.keys() == whole.keys()
+    assert len(whole) == 4
+    for path, state in whole.items():
+        assert state.keys() == interrupted[path].keys()
+        assert all(torch.equal(state[name], interrupted[path][name]) for name in state), path

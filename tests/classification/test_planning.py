@@ -1,0 +1,69 @@
+"""Ranks within a budget, chosen without perplexity."""
+
+import itertools
+
+import pytest
+
+from classification.planning import Budget, one_energy, random_energies
+from lowrank import BudgetError, PerplexityTable, select_ranks
+from lowrank.costs import tucker_numel
+from lowrank.perplexity import LayerPerplexity
+
+ENERGIES = (0.4, 0.6, 0.8)
+SHAPES = {"first": (8, 16, 6, 6), "second": (8, 24, 4, 4), "third": (8, 10, 4, 4)}
+RANKS = ((1, 1, 1, 1), (2, 4, 2, 2), (5, 9, 3, 3))
+
+
+def layer(name, shape):
+    sizes = tuple(4 * tucker_numel(shape, ranks) for ranks in RANKS)
+    return LayerPerplexity(name, shape, RANKS, sizes, (3.0, 2.0, 1.0))
+
+
+TABLE = PerplexityTable("net", (8, 3, 32, 32), ENERGIES, tuple(layer(*item) for item in SHAPES.items()))
+TOTALS = [sum(row.nbytes[place] for row in TABLE.layers) for place in range(3)]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_energy_is_the_highest_that_fits(place):
+    assert set(one_energy(TABLE, TOTALS[place]).energies.values()) == {ENERGIES[place]}
+    if place:
+        assert set(one_energy(TABLE, TOTALS[place] - 1).energies.values()) == {ENERGIES[place - 1]}
+    plan = one_energy(TABLE, TOTALS[place])
+    assert plan.ranks == dict.fromkeys(SHAPES, RANKS[place])
+    assert (plan.nbytes, plan.perplexity) == (TOTALS[place], 3 * (3 - place))
+
+
+@pytest.mark.parametrize("budget", [TOTALS[0], (TOTALS[0] + TOTALS[1]) // 2, TOTALS[1], (TOTALS[1] + TOTALS[2]) // 2])
+def test_random_energies_use_the_budget_up(budget):
+    for seed in range(20):
+        plan = random_energies(TABLE, budget, seed)
+        assert plan.nbytes <= budget
+        for row in TABLE.layers:
+            place = ENERGIES.index(plan.energies[row.name])
+            if place < 2:
+                assert plan.nbytes + row.nbytes[place + 1] - row.nbytes[place] > budget
+        assert plan == random_energies(TABLE, budget, seed)
+
+
+def test_random_energies_differ_between_seeds():
+    budget = (TOTALS[1] + TOTALS[2]) // 2
+    plans = {tuple(random_energies(TABLE, budget, seed).energies.values()) for seed in range(50)}
+    assert len(plans) > 2
+    best = select_ranks(TABLE, budget).perplexity
+    assert all(random_energies(TABLE, budget, seed).perplexity >= best for seed in range(50))
+
+
+@pytest.mark.parametrize("choose", [one_energy, lambda table, budget: random_energies(table, budget, 1)])
+def test_a_budget_below_the_least_is_refused(choose):
+    with pytest.raises(BudgetError, match=f"3 layers: {TOTALS[0]} bytes"):
+        choose(TABLE, TOTALS[0] - 1)
+
+
+def test_a_budget_chooses_for_the_layers_it_is_asked_for(tmp_path):
+    TABLE.save(tmp_path / "table.json")
+    budget = Budget(str(tmp_path / "table.json"), mib=TOTALS[1] / 2**20)
+    chosen = {choice: budget.plan(["second", "third"], choice, 3) for choice in ("perplexity", "one_energy", "random")}
+    assert {tuple(plan.ranks) for plan in chosen.values()} == {("second", "third")}
+    for plan, other in itertools.combinations(chosen.values(), 2):
+        assert plan.energies.keys() == other.energies.keys()
+    assert chosen["perplexity"].perplexity == min(plan.perplexity for plan in chosen.values())
