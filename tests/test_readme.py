@@ -16,7 +16,7 @@ from PIL import Image
 
 import classification.convert_weights
 import classification.prepare
-import classification.sweep
+import classification.plans
 import lowrank
 import report.__main__
 from classification.backbones import build_model
@@ -101,7 +101,7 @@ def test_a_folder_of_images_becomes_rows_of_the_table(tmp_path: Path, monkeypatc
             picture = Image.fromarray(random.integers(0, 256, (24, 32, 3), np.uint8))
             picture.save(home / "pictures" / "fish" / kind / f"{number}.jpg")
     shutil.copytree(ROOT / "configs" / "classification", shipped)
-    monkeypatch.setattr(classification.sweep, "CONFIGS", shipped)
+    monkeypatch.setattr(classification.plans, "CONFIGS", shipped)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
     small = ["--trainer.max_epochs", "1", "--data.image_size", "64", "--data.batch_size", "8"]
