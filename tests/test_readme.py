@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 import classification.convert_weights
-import classification.prepare
 import classification.plans
+import classification.prepare
+import classification.sweep
 import lowrank
 import report.__main__
 from classification.backbones import build_model
