@@ -1,5 +1,6 @@
 """What every run shares, whatever its task: its folder, its record, and where its numbers come from."""
 
+from experiment.budget import budget_bytes
 from experiment.errors import ExperimentError
 from experiment.folder import RunFolder, Status
 from experiment.provenance import fingerprint, provenance
@@ -11,6 +12,7 @@ __all__ = [
     "Run",
     "RunFolder",
     "Status",
+    "budget_bytes",
     "find_records",
     "fingerprint",
     "provenance",

@@ -32,10 +32,13 @@ class RunFolder:
         path: the folder; need not exist.
         identity: everything that has an influence on the run's result. Two runs of one identity are the same run.
         result: name of the file that a finished run leaves.
+        last: name of the file that is there once the run can be resumed.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], result: str) -> None:
-        self.path, self.result = path, path / result
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], result: str, last: str = "checkpoints/last.ckpt"
+    ) -> None:
+        self.path, self.result, self._last = path, path / result, path / last
         self.identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
         self.checkpoints = path / "checkpoints"
 
@@ -46,9 +49,8 @@ class RunFolder:
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from, if there is one."""
-        path = self.checkpoints / "last.ckpt"
-        return path if path.exists() else None
+        """The checkpoint to resume from, or the file that names it, if there is one."""
+        return self._last if self._last.exists() else None
 
     def status(self) -> Status:
         """What the folder holds of this very run.
@@ -87,7 +89,7 @@ class RunFolder:
             ExperimentError: the folder cannot be written, or another process is at work in it.
         """
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._last.parent.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise ExperimentError(

@@ -1,0 +1,120 @@
+"""The command line: `python -m segmentation prepare | measure | train | sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+
+from experiment import ExperimentError
+from lowrank import LowRankError
+from segmentation.compose import choose_depth, load_config, move_data, rescale
+from segmentation.training import Job, measure, train
+
+MENDABLE = (ExperimentError, LowRankError)  # what a user can mend, in one line
+COMMANDS = {"train": train, "measure": measure}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `train` and `measure`."""
+    command = argparse.ArgumentParser(
+        prog="python -m segmentation",
+        description="Train a segmentor of MMSegmentation in little memory, or measure the perplexity of its layers. "
+        "Several configs are merged in their order: a network, a data set, a stage and a method of "
+        "configs/segmentation; or one config of your own.",
+    )
+    commands = command.add_subparsers(dest="command", required=True)
+    for name, text in (("train", "train and write result.json"), ("measure", "write the perplexity table")):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("configs", nargs="+", metavar="CONFIG", help="configs, merged in their order")
+        sub.add_argument("--layers", type=_layers, help="depth: 5, 10 or all, for the suite's own configs")
+        sub.add_argument("--seed", type=int, help="seed of the run (default: the config's)")
+        sub.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder that holds all runs")
+        sub.add_argument("--work-dir", type=Path, help="the run's own folder (default: one below --runs-dir)")
+        sub.add_argument("--data-dir", type=Path, help="folder that holds the data sets (default: the config's)")
+        sub.add_argument("--load-from", metavar="FILE", help="weights to start from: a file or an address")
+        sub.add_argument("--iterations", type=int, help="length of the run; schedule and validations in proportion")
+        sub.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+        sub.add_argument("--amp", action="store_true", help="mixed precision, on an accelerator")
+        sub.add_argument("--budget-table", metavar="FILE", help="perplexity table that ASI takes its ranks from")
+        sub.add_argument("--budget-mib", type=float, metavar="MIB", help="memory budget of ASI")
+        sub.add_argument("--budget-run", metavar="DIR", help="finished run whose formula memory is ASI's budget")
+        sub.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override the config")
+        sub.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
+        sub.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+        sub.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+    return command
+
+
+def _layers(text: str) -> int | str:
+    if text == "all":
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor 'all'")
+    return int(text)
+
+
+def job_of(options: argparse.Namespace) -> Job:
+    """The run that the arguments describe."""
+    config = load_config(options.configs, options.cfg_options)
+    choose_depth(config, options.layers)
+    if options.iterations is not None:
+        rescale(config, options.iterations)
+    if options.data_dir is not None:
+        move_data(config, options.data_dir)
+    if options.load_from is not None:
+        config.load_from = options.load_from
+    seed = options.seed if options.seed is not None else config.get("randomness", {}).get("seed", 233)
+    config.randomness = {**config.get("randomness", {}), "seed": seed}
+    if options.amp:
+        _mixed_precision(config)
+    _set_budget(config, options)
+    config.launcher = options.launcher
+    os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    return Job(config, options.layers, options.runs_dir, options.work_dir, options.resume, options.dry_run)
+
+
+def _mixed_precision(config: Config) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ExperimentError("--amp needs an accelerator, and there is none; leave it out")
+    config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+
+
+def _set_budget(config: Config, options: argparse.Namespace) -> None:
+    given = {"table": options.budget_table, "mib": options.budget_mib, "run": options.budget_run}
+    given = {key: value for key, value in given.items() if value is not None}
+    if not given:
+        return
+    if "table" not in given or len(given) != 2:
+        raise ExperimentError("a budget is --budget-table with either --budget-mib or --budget-run")
+    for hook in config.get("custom_hooks", []):
+        if hook["type"] == "LowRankHook":
+            hook["budget"] = given
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run `train` or `measure`.
+
+    Raises:
+        ExperimentError, LowRankError: something that the user can mend.
+    """
+    options = parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", module="mm(engine|cv|seg).*")
+    COMMANDS[options.command](job_of(options))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command. Returns 0, or 2 after one line that says what was wrong."""
+    try:
+        run(arguments)
+    except MENDABLE as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
