@@ -7,29 +7,17 @@ skipped, what was interrupted is resumed. A run that fails does not stop the oth
 from __future__ import annotations
 
 import argparse
-import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from classification.cli import MENDABLE, run
 from experiment import Run
+from experiment.jobs import FAILURES, Command, Job, list_jobs, run_jobs
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "classification"
 BUDGET_METHOD = "hosvd_0.8"  # the papers give ASI the memory that this method used
-FAILURES = "failures.log"
-
-Command = Callable[[Sequence[str]], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a sweep: its title and the arguments of the command that does it."""
-
-    title: str
-    arguments: tuple[str, ...]
+PROGRAM = "python -m classification"
 
 
 @dataclass(frozen=True)
@@ -97,23 +85,6 @@ class Sweep:
         return ["--model.budget.table", str(table), "--model.budget.run", str(budget)]
 
 
-def run_all(jobs: Sequence[Job], command: Command, log: Path) -> list[Job]:
-    """Run jobs one after the other; failures go to `log` with their traceback. Returns the jobs that failed."""
-    failed = []
-    for number, job in enumerate(jobs, start=1):
-        print(f"[{number}/{len(jobs)}] {job.title}", flush=True)
-        try:
-            command(job.arguments)
-        except Exception as error:
-            failed.append(job)
-            cause = str(error) if isinstance(error, MENDABLE) else traceback.format_exc()
-            print(f"  failed: {' '.join(str(error).split())}", file=sys.stderr)
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("a") as file:
-                file.write(f"{job.title}\npython -m classification {' '.join(job.arguments)}\n{cause}\n\n")
-    return failed
-
-
 def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     """The sweep that the arguments describe, and whether only to list it."""
     parser = argparse.ArgumentParser(prog="python -m classification sweep", description=__doc__)
@@ -151,13 +122,6 @@ def main(arguments: Sequence[str], command: Command = run) -> int:
     sweep, dry_run = parse(arguments)
     jobs = list(sweep.jobs())
     if dry_run:
-        for number, job in enumerate(jobs, start=1):
-            print(f"[{number}/{len(jobs)}] {job.title}\n  python -m classification {' '.join(job.arguments)}")
+        list_jobs(jobs, PROGRAM)
         return 0
-    start = time.perf_counter()
-    log = sweep.runs_dir / FAILURES
-    failed = run_all(jobs, command, log)
-    print(f"{len(jobs) - len(failed)} of {len(jobs)} runs done, {time.perf_counter() - start:.0f} s")
-    if failed:
-        print(f"failed, see {log}:", *(f"  {job.title}" for job in failed), sep="\n", file=sys.stderr)
-    return 1 if failed else 0
+    return run_jobs(jobs, command, PROGRAM, sweep.runs_dir / FAILURES, MENDABLE)

@@ -3,7 +3,9 @@
 In a config of your own:
 
     custom_imports = dict(imports=["segmentation"])
-    custom_hooks = [dict(type="LowRankHook", method=dict(type="HOSVD", energy=0.8), layers=["decode_head.bottleneck.conv"])]
+    custom_hooks = [
+        dict(type="LowRankHook", method=dict(type="HOSVD", energy=0.8), layers=["decode_head.bottleneck.conv"]),
+    ]
 """
 
 from segmentation.hook import LowRankHook

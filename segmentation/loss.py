@@ -1,7 +1,7 @@
 """The loss on logits of full size, computed again in the backward pass from the small logits; exact.
 
-A head upsamples its logits to the labels' size before the loss, and autograd then keeps the logits, their logarithms and
-the labels at full size: more than all trained layers of the networks here keep together. Kept instead are the small
+A head upsamples its logits to the labels' size before the loss, and autograd then keeps the logits, their logarithms
+and the labels at full size: about as much as all trained layers of the networks here keep. Kept instead are the small
 logits and the labels as bytes.
 """
 

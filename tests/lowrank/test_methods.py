@@ -306,5 +306,5 @@ def test_gradient_filter_takes_a_patch_per_layer() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3))
     lowrank.convert(model, ["0", "1"], GradientFilter({"0": 2, "1": 5}))
     assert [layer.method for layer in lowrank.converted_layers(model)] == [GradientFilter(2), GradientFilter(5)]
-    with pytest.raises(lowrank.ConversionError, match="layer '1' .*the patches name no layer '1'; they name 0"):
+    with pytest.raises(lowrank.ConversionError, match=r"layer '1' .*the patches name no layer '1'; they name 0"):
         lowrank.convert(model, ["0", "1"], GradientFilter({"0": 2}))

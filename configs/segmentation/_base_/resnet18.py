@@ -1,5 +1,5 @@
-# ResNet-18 with a stem of three convolutions, not yet dilated. One process trains, so BatchNorm need not be synchronised;
-# its statistics are frozen in fine-tuning anyway.
+# ResNet-18 with a stem of three convolutions, not dilated. BatchNorm need not be synchronised between processes, since
+# its statistics are frozen in fine-tuning.
 norm_cfg = dict(type="BN", requires_grad=True)
 model = dict(
     type="EncoderDecoder",

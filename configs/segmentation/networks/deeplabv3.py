@@ -2,7 +2,7 @@ _base_ = ["../_base_/resnet18_d8.py", "../_base_/runtime.py"]
 network = "deeplabv3"
 model = dict(decode_head=dict(type="ASPPHead", dilations=(1, 12, 24, 36)))
 # Trained on Cityscapes, from MMSegmentation's model zoo.
-weights = "https://mmassets.onedl.ai/mmsegmentation/v0.5/deeplabv3/deeplabv3_r18-d8_512x1024_80k_cityscapes/deeplabv3_r18-d8_512x1024_80k_cityscapes_20201225_021506-23dffbe2.pth"  # noqa: E501
+weights = "https://mmassets.onedl.ai/mmsegmentation/v0.5/deeplabv3/deeplabv3_r18-d8_512x1024_80k_cityscapes/deeplabv3_r18-d8_512x1024_80k_cityscapes_20201225_021506-23dffbe2.pth"
 # Of each depth: the compressed layers with the patch of the gradient filter, and what is frozen.
 depths = dict(
     last5=dict(

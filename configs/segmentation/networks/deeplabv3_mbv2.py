@@ -2,7 +2,7 @@ _base_ = ["../_base_/mobilenet_v2_d8.py", "../_base_/runtime.py"]
 network = "deeplabv3_mbv2"
 model = dict(decode_head=dict(type="ASPPHead", dilations=(1, 12, 24, 36)))
 # Trained on Cityscapes, from MMSegmentation's model zoo.
-weights = "https://mmassets.onedl.ai/mmsegmentation/v0.5/mobilenet_v2/deeplabv3_m-v2-d8_512x1024_80k_cityscapes/deeplabv3_m-v2-d8_512x1024_80k_cityscapes_20200825_124836-bef03590.pth"  # noqa: E501
+weights = "https://mmassets.onedl.ai/mmsegmentation/v0.5/mobilenet_v2/deeplabv3_m-v2-d8_512x1024_80k_cityscapes/deeplabv3_m-v2-d8_512x1024_80k_cityscapes_20200825_124836-bef03590.pth"
 # Of each depth: the compressed layers with the patch of the gradient filter, and what is frozen.
 depths = dict(
     last5=dict(

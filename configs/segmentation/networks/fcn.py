@@ -2,7 +2,7 @@ _base_ = ["../_base_/resnet18_d8.py", "../_base_/runtime.py"]
 network = "fcn"
 model = dict(decode_head=dict(type="FCNHead", num_convs=2, concat_input=True))
 # Trained on Cityscapes, from MMSegmentation's model zoo.
-weights = "https://mmassets.onedl.ai/mmsegmentation/v0.5/fcn/fcn_r18-d8_512x1024_80k_cityscapes/fcn_r18-d8_512x1024_80k_cityscapes_20201225_021327-6c50f8b4.pth"  # noqa: E501
+weights = "https://mmassets.onedl.ai/mmsegmentation/v0.5/fcn/fcn_r18-d8_512x1024_80k_cityscapes/fcn_r18-d8_512x1024_80k_cityscapes_20201225_021327-6c50f8b4.pth"
 # Of each depth: the compressed layers with the patch of the gradient filter, and what is frozen.
 depths = dict(
     last5=dict(

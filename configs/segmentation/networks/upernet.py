@@ -6,7 +6,7 @@ model = dict(
     )
 )
 # Trained on Cityscapes, from MMSegmentation's model zoo.
-weights = "https://mmassets.onedl.ai/mmsegmentation/v0.5/upernet/upernet_r18_512x1024_80k_cityscapes/upernet_r18_512x1024_80k_cityscapes_20220614_110712-c89a9188.pth"  # noqa: E501
+weights = "https://mmassets.onedl.ai/mmsegmentation/v0.5/upernet/upernet_r18_512x1024_80k_cityscapes/upernet_r18_512x1024_80k_cityscapes_20220614_110712-c89a9188.pth"
 # Of each depth: the compressed layers with the patch of the gradient filter, and what is frozen.
 depths = dict(
     last5=dict(
