@@ -1,11 +1,10 @@
-"""The command line: `python -m segmentation prepare | measure | train | sweep`."""
+"""The command line: `python -m segmentation prepare | measure | train | picture | sweep`."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +13,14 @@ from mmengine.config import Config, DictAction
 from experiment import ExperimentError
 from lowrank import LowRankError
 from segmentation.compose import choose_depth, load_config, move_data, rescale
-from segmentation.training import Job, measure, train
+from segmentation.data.prepare import DATASETS, prepare
+from segmentation.pictures import picture
+from segmentation.sweep import sweep
+from segmentation.training import Task, measure, train
 
 MENDABLE = (ExperimentError, LowRankError)  # what a user can mend, in one line
-COMMANDS = {"train": train, "measure": measure}
+PICTURE = "Draw the first validation images: input, truth, and the prediction of each run's last weights."
+PREPARE = "Write a data set in the layout that is read, from its archives as published, or digit scenes from nothing."
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +51,15 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
         sub.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
         sub.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+    drawn = commands.add_parser("picture", help="draw input, truth and predictions", description=PICTURE)
+    drawn.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs of one data set")
+    drawn.add_argument("--output", type=Path, required=True, metavar="FILE", help="the PNG to write")
+    drawn.add_argument("--count", type=int, default=4, help="number of validation images (default: %(default)s)")
+    prepared = commands.add_parser("prepare", help="write a data set in the layout that is read", description=PREPARE)
+    prepared.add_argument("dataset", choices=DATASETS)
+    prepared.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
+    prepared.add_argument("--archives", type=Path, help="folder with the archives as published (default: --data-dir)")
+    commands.add_parser("sweep", add_help=False, help="many runs by one command; see sweep --help")
     return command
 
 
@@ -59,7 +71,7 @@ def _layers(text: str) -> int | str:
     return int(text)
 
 
-def job_of(options: argparse.Namespace) -> Job:
+def task_of(options: argparse.Namespace) -> Task:
     """The run that the arguments describe."""
     config = load_config(options.configs, options.cfg_options)
     choose_depth(config, options.layers)
@@ -76,7 +88,7 @@ def job_of(options: argparse.Namespace) -> Job:
     _set_budget(config, options)
     config.launcher = options.launcher
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    return Job(config, options.layers, options.runs_dir, options.work_dir, options.resume, options.dry_run)
+    return Task(config, options.layers, options.runs_dir, options.work_dir, options.resume, options.dry_run)
 
 
 def _mixed_precision(config: Config) -> None:
@@ -100,19 +112,25 @@ def _set_budget(config: Config, options: argparse.Namespace) -> None:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run `train` or `measure`.
+    """Run one command but `sweep`.
 
     Raises:
         ExperimentError, LowRankError: something that the user can mend.
     """
     options = parser().parse_args(arguments)
-    warnings.filterwarnings("ignore", module="mm(engine|cv|seg).*")
-    COMMANDS[options.command](job_of(options))
+    if options.command == "picture":
+        picture(options.runs, options.output, options.count)
+    elif options.command == "prepare":
+        prepare(options.dataset, options.data_dir, options.archives or options.data_dir)
+    else:
+        (train if options.command == "train" else measure)(task_of(options))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one command. Returns 0, or 2 after one line that says what was wrong."""
+    """Run one command. Returns 0, 1 if a run of a sweep failed, or 2 after one line that says what was wrong."""
     try:
+        if arguments[:1] == ["sweep"]:
+            return sweep(arguments[1:], run, MENDABLE)
         run(arguments)
     except MENDABLE as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from mmengine.config import Config
 from mmengine.runner import Runner, load_checkpoint
@@ -23,7 +23,7 @@ from experiment import ExperimentError, Record, RunFolder, Status, provenance
 from experiment import Run as RunName
 from experiment.allocator import keep_freed_memory
 from experiment.record import RESULT
-from lowrank import account, converted_layers, measure_perplexity, peak_bytes, saved_bytes
+from lowrank import account, converted_layers, measure_perplexity, peak_bytes, saved_bytes, stock_state_dict
 from segmentation.batches import first_batch, logits, segmentation_loss, training_mode
 from segmentation.compose import hook_settings
 from segmentation.data.registry import data_fingerprint, require_data
@@ -32,11 +32,12 @@ from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import identity_of, method_tag, run_of
 
 TABLE = "perplexity.json"
+FINAL = "final.pth"  # the last weights alone, as MMSegmentation loads them
 LAST = "last_checkpoint"  # MMEngine's file that names the newest checkpoint
 
 
 @dataclass(frozen=True)
-class Job:
+class Task:
     """A composed config and where its run goes.
 
     Attributes:
@@ -78,31 +79,46 @@ class Job:
         return True
 
 
-def train(job: Job) -> Record | None:
+def train(task: Task) -> Record | None:
     """Train, measure and write the record; None if there was nothing to do.
 
     Raises:
         ExperimentError, LowRankError: something that the user can mend.
     """
     allocator = keep_freed_memory()
-    name = run_of(job.config, method_tag(job.config), job.layers)
-    folder = job.folder(name, RESULT)
-    if not job.pending(name, folder):
+    name = run_of(task.config, method_tag(task.config), task.layers)
+    folder = task.folder(name, RESULT)
+    if not task.pending(name, folder):
         return None
-    require_data(job.config)
-    with folder.locked(as_yaml(job.config)):
+    require_data(task.config)
+    with folder.locked(as_yaml(task.config)):
         print(f"{'resuming' if folder.last_checkpoint else 'training'}: {name}", flush=True)
-        config, start = _for_runner(job.config, folder), time.perf_counter()
+        config, start = _for_runner(task.config, folder), time.perf_counter()
         history = History(folder.path)
-        with _quiet():
-            runner = Runner.from_cfg(config)
-            _only_warnings(runner)
-            runner.register_hook(history)
-            runner.train()
-        record = _record(job, name, runner, history, allocator, folder, time.perf_counter() - start)
+        runner = _runner(config)
+        runner.register_hook(history)
+        runner.train()
+        record = _record(task, name, runner, history, allocator, folder, time.perf_counter() - start)
+        torch.save({"meta": {"dataset_meta": _metainfo(runner)}, "state_dict": _weights(runner)}, folder.path / FINAL)
         record.save(folder.path)
     print(f"  best mIoU {100 * record.accuracy['miou_best']:.1f} %, record in {folder.result}", flush=True)
     return record
+
+
+def _runner(config: Config) -> Runner:
+    # The log goes to its file, the terminal shows the run's own lines: a logger keeps the stream that it is made with.
+    nowhere = Path(os.devnull).open("w")  # noqa: SIM115 - open as long as the logger lives
+    with redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return Runner.from_cfg(config)
+
+
+def _weights(runner: Runner) -> dict[str, Any]:
+    state = stock_state_dict(unwrapped(runner.model).state_dict())
+    return {name: tensor.cpu() for name, tensor in state.items()}
+
+
+def _metainfo(runner: Runner) -> dict[str, Any]:
+    return dict(runner.train_dataloader.dataset.metainfo)
 
 
 def as_yaml(config: Config) -> str:
@@ -121,29 +137,10 @@ def _for_runner(config: Config, folder: RunFolder) -> Config:
     return config
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within it, MMEngine says nothing but warnings while it builds."""
-    logger = logging.getLogger("mmengine")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _only_warnings(runner: Runner) -> None:
-    """MMEngine's log goes to its file; the terminal shows the run's own lines."""
-    for handler in runner.logger.handlers:
-        if not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.WARNING)
-
-
 def _record(
-    job: Job, name: RunName, runner: Runner, history: History, allocator: str, folder: RunFolder, seconds: float
+    task: Task, name: RunName, runner: Runner, history: History, allocator: str, folder: RunFolder, seconds: float
 ) -> Record:
-    model, config = unwrapped(runner.model), job.config
+    model, config = unwrapped(runner.model), task.config
     batch = first_batch(model, runner.train_dataloader.dataset, config.train_dataloader.batch_size, name.seed)
     settings = hook_settings(config) or {}
     frozen = settings.get("freeze_statistics", True)
@@ -179,22 +176,22 @@ def _record(
     )
 
 
-def measure(job: Job) -> Path | None:
+def measure(task: Task) -> Path | None:
     """Measure the perplexity of the chosen layers on one training batch and write the table; None if it was there.
 
     Raises:
         ExperimentError, LowRankError: something that the user can mend.
     """
     keep_freed_memory()
-    name = run_of(job.config, "perplexity", job.layers)
-    folder = job.folder(name, TABLE)
-    if not job.pending(name, folder):
+    name = run_of(task.config, "perplexity", task.layers)
+    folder = task.folder(name, TABLE)
+    if not task.pending(name, folder):
         return None
-    require_data(job.config)
-    with folder.locked(as_yaml(job.config)), _quiet():
-        model, layers = prepared_model(job.config)
-        dataset = DATASETS.build(job.config.train_dataloader.dataset)
-        batch = first_batch(model, dataset, job.config.train_dataloader.batch_size, name.seed)
+    require_data(task.config)
+    with folder.locked(as_yaml(task.config)):
+        model, layers = prepared_model(task.config)
+        dataset = DATASETS.build(task.config.train_dataloader.dataset)
+        batch = first_batch(model, dataset, task.config.train_dataloader.batch_size, name.seed)
         table = measure_perplexity(training_mode(model), layers, segmentation_loss, batch)
         replace(table, model=name.model).save(folder.result)
     print(f"perplexity of {len(table.layers)} layers in {folder.result}", flush=True)
