@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiment import ExperimentError, Record
+from report.metrics import METRICS
 from report.output import make_folder, write_all
 from report.plots import pareto_figure
 from report.published import load_published
@@ -66,11 +67,13 @@ def report(runs: Path, output: Path, baseline: str, published: Path) -> None:
     groups = group_records(read_records(runs))
     _check_baseline(groups, baseline)
     make_folder(output)
-    reported = {task: load_published(published, task) for task in {group.task for group in groups}}
+    tasks = {group.task for group in groups}
+    reported = {task: load_published(published, task) for task in tasks}
+    other = {task: load_published(published, task, METRICS[task].reported_other) for task in tasks}
     files: dict[Path, bytes] = {}
     texts = []
     for group, records in groups.items():
-        table = summarise(records, baseline, reported[group.task].get(group))
+        table = summarise(records, baseline, reported[group.task].get(group), other[group.task].get(group))
         folder = output / group.folder
         pictures = pareto_figure(table, group)
         outputs = {

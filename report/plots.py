@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from report.labels import Label, place_labels
 from report.methods import family
+from report.metrics import metrics_in
 from report.pareto import dominated
 from report.summary import Group
 from report.tables import engineering, same_seeds, seed_list
@@ -105,7 +106,7 @@ def _draw(table: pd.DataFrame, group: Group) -> Figure:
     looks = _looks(list(dict.fromkeys(table["method"])))
     panels = [(axes, panel) for axes, panel in zip(figure.subplots(1, 2, sharey=True), PANELS, strict=True)]
     labels = {axes: list(_draw_panel(axes, panel, table, looks)) for axes, panel in panels}
-    panels[0][0].set_ylabel("Test accuracy (%)")
+    panels[0][0].set_ylabel(f"{metrics_in(table).label} (%)")
     figure.suptitle(f"{group}, {_seeds(table)}", fontsize=11)
     _legend(figure, looks)
     # Labels are placed in the final layout, so it must not move afterwards.
@@ -145,19 +146,20 @@ def _lighter(colour: str, share: float) -> tuple[float, float, float]:
 
 
 def _draw_panel(axes: Axes, panel: Panel, table: pd.DataFrame, looks: dict[str, Look]) -> Iterator[Label]:
-    drawable = table[(table[panel.column] > 0) & table["test_mean_percent"].notna()]
+    mean, std = metrics_in(table).mean, metrics_in(table).std
+    drawable = table[(table[panel.column] > 0) & table[mean].notna()]
     points = drawable.assign(cost=drawable[panel.column] / panel.unit)
-    points["dominated"] = dominated(list(points["cost"]), list(points["test_mean_percent"]))
+    points["dominated"] = dominated(list(points["cost"]), list(points[mean]))
     _axis(axes, panel, list(points["cost"]), len(table) - len(points))
     for method, look in looks.items():
-        curve = points[points["method"] == method].sort_values(["cost", "test_mean_percent"], kind="stable")
+        curve = points[points["method"] == method].sort_values(["cost", mean], kind="stable")
         if len(curve):
-            axes.plot(curve["cost"], curve["test_mean_percent"], look.dash, color=look.colour, lw=1.1, alpha=0.6)
+            axes.plot(curve["cost"], curve[mean], look.dash, color=look.colour, lw=1.1, alpha=0.6)
         for row in curve.to_dict("records"):
-            _draw_point(axes, row["cost"], row["test_mean_percent"], row["test_std_percent"], row["dominated"], look)
+            _draw_point(axes, row["cost"], row[mean], row[std], row["dominated"], look)
             ink = tuple(0.7 * part for part in look.colour)
-            bar = row["test_std_percent"]
-            yield Label(row["cost"], row["test_mean_percent"], bar, str(row["layers"]), ink, not row["dominated"])
+            bar = row[std]
+            yield Label(row["cost"], row[mean], bar, str(row["layers"]), ink, not row["dominated"])
 
 
 def _draw_point(axes: Axes, cost: float, accuracy: float, std: float, faded: bool, look: Look) -> None:

@@ -4,7 +4,8 @@ The file is a list; each entry is one published number:
 
     - {setup: A, model: mcunet, dataset: pets, method: hosvd_0.8, layers: 2, accuracy: 39.2, source: "ASI, fig. 4"}
 
-`layers` is a whole number or `all`, `method` the tag of the runs, `accuracy` in percent; `source` may be left out.
+`layers` is a whole number or `all`, `method` the tag of the runs, `accuracy` in percent: of segmentation the mIoU.
+`source`, and of segmentation `macc` (percent), may be left out.
 """
 
 from __future__ import annotations
@@ -21,31 +22,35 @@ from report.summary import Group
 
 NAMES = ("setup", "model", "dataset", "method")
 REQUIRED = (*NAMES, "layers", "accuracy")
-OPTIONAL = ("source",)
+OPTIONAL = ("source", "macc")
 
-Published = Mapping[Group, Mapping[tuple[int | str, str], float]]
+Place = tuple[int | str, str]
+Published = Mapping[Group, Mapping[Place, float]]
 
 
-def load_published(folder: Path, task: str) -> Published:
+def load_published(folder: Path, task: str, key: str | None = "accuracy") -> Published:
     """The published accuracies of a task in percent: for each table, by layers and method.
 
-    Empty if there is no file for the task.
+    Empty if there is no file for the task, or no `key`; entries without that key are left out.
 
     Raises:
         ExperimentError: the file cannot be read or an entry does not fit the schema; names file, entry and key.
     """
     path = folder / f"{task}.yaml"
-    if not path.exists():
+    if key is None or not path.exists():
         return {}
-    published: dict[Group, dict[tuple[int | str, str], float]] = {}
+    published: dict[Group, dict[Place, float]] = {}
+    seen: dict[Group, set[Place]] = {}
     for number, entry in enumerate(_entries(path), start=1):
         try:
-            group, key, accuracy = _parse(entry, task)
+            group, place, values = _parse(entry, task)
         except ValueError as error:
             raise ExperimentError(f"{path}, entry {number}: {error}") from None
-        if key in published.setdefault(group, {}):
-            raise ExperimentError(f"{path}, entry {number}: {group}, {key[1]}, layers {key[0]} is there twice")
-        published[group][key] = accuracy
+        if place in seen.setdefault(group, set()):
+            raise ExperimentError(f"{path}, entry {number}: {group}, {place[1]}, layers {place[0]} is there twice")
+        seen[group].add(place)
+        if key in values:
+            published.setdefault(group, {})[place] = values[key]
     return published
 
 
@@ -61,7 +66,7 @@ def _entries(path: Path) -> list[Any]:
     return content
 
 
-def _parse(entry: Any, task: str) -> tuple[Group, tuple[int | str, str], float]:
+def _parse(entry: Any, task: str) -> tuple[Group, Place, dict[str, float]]:
     if not isinstance(entry, dict):
         raise ValueError(f"{entry!r} is not a mapping with the keys {', '.join(REQUIRED)}")
     if missing := [key for key in REQUIRED if key not in entry]:
@@ -72,8 +77,9 @@ def _parse(entry: Any, task: str) -> tuple[Group, tuple[int | str, str], float]:
         if not isinstance(entry[name], str):
             raise ValueError(f"{name} is {entry[name]!r}, not text; write it in quotes")
     check_layers(entry["layers"])
-    accuracy = entry["accuracy"]
-    if isinstance(accuracy, bool) or not isinstance(accuracy, int | float) or not 0 <= accuracy <= 100:
-        raise ValueError(f"accuracy is {accuracy!r}, not a number from 0 to 100 (percent)")
+    values = {key: entry[key] for key in ("accuracy", "macc") if key in entry}
+    for key, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
+            raise ValueError(f"{key} is {value!r}, not a number from 0 to 100 (percent)")
     group = Group(task, entry["setup"], entry["model"], entry["dataset"])
-    return group, (entry["layers"], entry["method"]), float(accuracy)
+    return group, (entry["layers"], entry["method"]), {key: float(value) for key, value in values.items()}

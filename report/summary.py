@@ -14,9 +14,9 @@ import pandas as pd
 
 from experiment import ExperimentError, Record, find_records
 from report.methods import method_order
+from report.metrics import METRICS, Metrics
 
 BASELINE = "vanilla"
-ACCURACIES = ("test", "val_best")
 MEANS = {
     "activation_formula_bytes": ("memory_bytes", "activation_formula"),
     "saved_measured_bytes": ("memory_bytes", "saved_measured"),
@@ -85,36 +85,41 @@ def summarise(
     records: Sequence[Record],
     baseline: str = BASELINE,
     reported: Mapping[tuple[int | str, str], float] | None = None,
+    reported_other: Mapping[tuple[int | str, str], float] | None = None,
 ) -> pd.DataFrame:
     """One row per number of layers and method, by layers ("all" last), then by method.
 
     A mean is over all seeds of its row; where one seed lacks the number it is NaN. "times_less" is the baseline's value
     at the same number of layers over the row's. `equal_accuracy_times_less` is the least formula memory among the
-    baseline's rows whose mean test accuracy is at least that of the row, over the row's memory; NaN if none reaches it.
+    baseline's rows whose mean main accuracy is at least that of the row, over the row's memory; NaN if none reaches it.
 
     Args:
         records: records of one group.
         baseline: the method that ratios refer to.
-        reported: published accuracies in percent, by layers and method.
+        reported: published main accuracies in percent, by layers and method; see `report.metrics`.
+        reported_other: the same of the other accuracy.
 
     Returns:
         Columns with their units in their names. `seeds` is a tuple; the standard deviations are of the sample, NaN for
         one seed.
     """
+    metrics = METRICS[records[0].run.task]
     rows = defaultdict(list)
     for record in records:
         rows[record.run.layers, record.run.method].append(record)
     keys = sorted(rows, key=lambda key: (key[0] == "all", 0 if key[0] == "all" else key[0], method_order(key[1])))
-    table = pd.DataFrame([_row(rows[key]) for key in keys])
+    table = pd.DataFrame([_row(rows[key], metrics) for key in keys])
     table["reported_accuracy_percent"] = [(reported or {}).get(key, math.nan) for key in keys]
-    return _with_ratios(table, baseline)
+    if metrics.reported_other is not None:
+        table["reported_other_percent"] = [(reported_other or {}).get(key, math.nan) for key in keys]
+    return _with_ratios(table, baseline, metrics)
 
 
-def _row(records: Sequence[Record]) -> dict[str, Any]:
+def _row(records: Sequence[Record], metrics: Metrics) -> dict[str, Any]:
     run = records[0].run
     seeds = tuple(sorted(record.run.seed for record in records))
     row: dict[str, Any] = {"layers": run.layers, "method": run.method, "n": len(seeds), "seeds": seeds}
-    for name in ACCURACIES:
+    for name in (metrics.main, metrics.other):
         percents = [100 * record.accuracy.get(name, math.nan) for record in records]
         row[f"{name}_mean_percent"], row[f"{name}_std_percent"] = _mean(percents), _std(percents)
     for column, (part, name) in MEANS.items():
@@ -131,16 +136,14 @@ def _std(values: Sequence[float]) -> float:
     return math.nan if len(values) < 2 or any(map(math.isnan, values)) else round(float(stdev(values)), 10)
 
 
-def _with_ratios(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
+def _with_ratios(table: pd.DataFrame, baseline: str, metrics: Metrics) -> pd.DataFrame:
     reference = table[table["method"] == baseline]
     at_depth = reference.set_index("layers")
     for ratio, column in RATIOS.items():
         table[ratio] = _divide(table["layers"].map(at_depth[column]), table[column])
-    accuracy = table["test_mean_percent"]
-    table["test_difference_points"] = (
-        accuracy - table["layers"].map(at_depth["test_mean_percent"]).astype(float)
-    ).round(10)
-    memory = [_least_memory(reference, value) for value in accuracy]
+    accuracy = table[metrics.mean]
+    table[metrics.difference] = (accuracy - table["layers"].map(at_depth[metrics.mean]).astype(float)).round(10)
+    memory = [_least_memory(reference[reference[metrics.mean] >= value]) for value in accuracy]
     table["equal_accuracy_times_less"] = _divide(pd.Series(memory), table["activation_formula_bytes"])
     return table
 
@@ -149,6 +152,5 @@ def _divide(above: pd.Series, below: pd.Series) -> pd.Series:
     return above.astype(float) / below.where(below > 0)
 
 
-def _least_memory(reference: pd.DataFrame, accuracy: float) -> float:
-    reaching = reference[reference["test_mean_percent"] >= accuracy]
+def _least_memory(reaching: pd.DataFrame) -> float:
     return float(reaching["activation_formula_bytes"].min())

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from report.metrics import Metrics, metrics_in
 from report.summary import BASELINE, Group
 
 MISSING = "—"
@@ -107,14 +108,12 @@ def _times(key: str) -> Callable[[Row], str]:
 
 MEMORY, ACCURACY, STEP = "Memory (MiB)", "Accuracy (%)", "Step"
 SEEDS = Column("Seeds", "", "Seeds", lambda row: seed_list(row["seeds"]))
-COLUMNS = (
+ROW_COLUMNS = (
     Column("Layers", "", "Layers", lambda row: str(row["layers"])),
     Column("Method", "", "Method", lambda row: row["method"]),
     Column("n", "", "n", lambda row: str(row["n"])),
-    Column("Reported (%)", ACCURACY, "reported", _shown("reported_accuracy_percent", "{:.1f}".format)),
-    Column("Test (%)", ACCURACY, "test", _accuracy("test")),
-    Column("Δ test (points)", ACCURACY, "Δ test", _shown("test_difference_points", signed)),
-    Column("Validation (%)", ACCURACY, "validation", _accuracy("val_best")),
+)
+COST_COLUMNS = (
     Column("Formula (MiB)", MEMORY, "formula", _shown("activation_formula_bytes", mebibytes)),
     Column("Formula, × less", MEMORY, "× less", _times("activation_formula_times_less")),
     Column("Formula at equal accuracy, × less", MEMORY, "at equal acc.", _times("equal_accuracy_times_less")),
@@ -129,9 +128,30 @@ COLUMNS = (
 )
 
 
+def _accuracy_columns(metrics: Metrics) -> tuple[Column, ...]:
+    main, other = metrics.main_title, metrics.other_title
+    reported_other: tuple[Column, ...] = ()
+    if metrics.reported_other is not None:
+        shown = _shown("reported_other_percent", "{:.1f}".format)
+        reported_other = (Column(f"{other} reported (%)", ACCURACY, f"{other} reported", shown),)
+    return (
+        Column("Reported (%)", ACCURACY, "reported", _shown("reported_accuracy_percent", "{:.1f}".format)),
+        Column(f"{main} (%)", ACCURACY, _lower(main), _accuracy(metrics.main)),
+        Column(f"Δ {_lower(main)} (points)", ACCURACY, f"Δ {_lower(main)}", _shown(metrics.difference, signed)),
+        *reported_other,
+        Column(f"{other} (%)", ACCURACY, _lower(other), _accuracy(metrics.other)),
+    )
+
+
+def _lower(title: str) -> str:
+    """A title inside of a heading: "Test" as "test", but "mIoU" as it is."""
+    return title.lower() if title.istitle() else title
+
+
 def columns(table: pd.DataFrame) -> tuple[Column, ...]:
     """The columns for people; the seeds are one of them only where they differ between rows."""
-    return COLUMNS if same_seeds(table) else (*COLUMNS[:3], SEEDS, *COLUMNS[3:])
+    seeds = () if same_seeds(table) else (SEEDS,)
+    return (*ROW_COLUMNS, *seeds, *_accuracy_columns(metrics_in(table)), *COST_COLUMNS)
 
 
 def same_seeds(table: pd.DataFrame) -> bool:
@@ -157,8 +177,8 @@ def to_markdown(table: pd.DataFrame, group: Group, baseline: str = BASELINE) -> 
 
 LEFT = ("Method", "Seeds")
 TERMINAL = (
-    *("Layers", "Method", "n", "Test (%)", "Δ test (points)", "Formula (MiB)", "Formula, × less"),
-    *("Kept (MiB)", "Peak (MiB)", "Step (ms)"),
+    *("Layers", "Method", "n", "Test (%)", "Δ test (points)", "mIoU (%)", "Δ mIoU (points)", "mAcc (%)"),
+    *("Formula (MiB)", "Formula, × less", "Kept (MiB)", "Peak (MiB)", "Step (ms)"),
 )
 
 
@@ -181,8 +201,7 @@ def footnote(table: pd.DataFrame, baseline: str = BASELINE) -> str:
     """What the numbers of a table are."""
     return "\n".join(
         [
-            "- Test: accuracy on the test split, of the epoch that is best on the validation split. "
-            "Validation: accuracy of that epoch on the validation split.",
+            f"- {metrics_in(table).note}",
             f"- {_seeds_note(table)} ± is the sample standard deviation of the accuracy over them; the other numbers "
             "are means.",
             "- Reported: accuracy as published, on the split that the publication used.",
@@ -209,11 +228,12 @@ def _seeds_note(table: pd.DataFrame) -> str:
 def _baseline_notes(table: pd.DataFrame, baseline: str) -> list[str]:
     if baseline not in set(table["method"]):
         return [f"- Ratios and Δ refer to {baseline}, of which there is no finished run."]
+    metrics = metrics_in(table)
     return [
         f"- × less: the number of {baseline} at the same number of layers, divided by that of the row; Δ: "
-        "test accuracy less that one's.",
+        f"{metrics.words} less that one's.",
         f"- At equal accuracy: the least formula memory of {baseline}, at any number of layers, that reaches at least "
-        "the row's mean test accuracy, divided by the formula memory of the row.",
+        f"the row's mean {metrics.words}, divided by the formula memory of the row.",
     ]
 
 
