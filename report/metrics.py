@@ -62,8 +62,8 @@ METRICS = {
         other_title="mAcc",
         label="mIoU",
         words="mIoU",
-        note="mIoU, mAcc: means over classes of intersection over union and of accuracy on the validation split, each the "
-        "best of the run's validations, as in the papers.",
+        note="mIoU, mAcc: means over classes of intersection over union and of accuracy on the validation split, each "
+        "the best of the run's validations, as in the papers.",
         reported_other="macc",
     ),
 }

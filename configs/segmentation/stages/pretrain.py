@@ -1,7 +1,7 @@
 # Train everything from random weights, with the statistics of each batch.
 stage = "pretrain"
 lowrank = dict(freeze_statistics=False)
-optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=3e-3, weight_decay=0.01))
+optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.01))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, begin=0, end=30, by_epoch=False),
     dict(type="CosineAnnealingLR", eta_min=1e-5, begin=30, end=600, by_epoch=False),
