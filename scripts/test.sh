@@ -16,5 +16,5 @@ bin="${VENV:-.venv}/bin"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-"$bin/shellcheck" .ci/run scripts/*.sh
+"$bin/shellcheck" .ci/run scripts/*.sh scripts/*/*.sh
 "$bin/python" -m pytest "$@"

@@ -1,4 +1,5 @@
-"""Low-rank activations in MMSegmentation: importing this package registers the hook `LowRankHook`.
+"""Low-rank activations in MMSegmentation: importing this package registers the hook `LowRankHook`,
+and for exact resuming the sampler `PlacedSampler` and the data set wrapper `PlacedDataset`.
 
 In a config of your own:
 
@@ -8,6 +9,7 @@ In a config of your own:
     ]
 """
 
+from segmentation.data.draws import PlacedDataset, PlacedSampler
 from segmentation.hook import LowRankHook
 
-__all__ = ["LowRankHook"]
+__all__ = ["LowRankHook", "PlacedDataset", "PlacedSampler"]

@@ -86,6 +86,10 @@ def task_of(options: argparse.Namespace) -> Task:
     if options.amp:
         _mixed_precision(config)
     _set_budget(config, options)
+    # Once more, over what the other arguments set.
+    config.merge_from_dict(
+        {key: value for key, value in (options.cfg_options or {}).items() if key.split(".")[0] in config}
+    )
     config.launcher = options.launcher
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     return Task(config, options.layers, options.runs_dir, options.work_dir, options.resume, options.dry_run)

@@ -40,12 +40,15 @@ class History(Hook):
         self._start = 0.0
 
     def before_train(self, runner: Any) -> None:
-        """After a resume, take the rows up to there, and make up for a validation that the interruption prevented."""
-        if runner.iter == 0:
-            return
-        self.rows = [row for row in _read(self.path) if row["iteration"] <= runner.iter]
+        """After a resume, take the rows up to there."""
+        if runner.iter > 0:
+            self.rows = [row for row in _read(self.path) if row["iteration"] <= runner.iter]
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Make up for a validation that an interruption prevented."""
         last = self.rows[-1]["iteration"] if self.rows else 0
-        if runner.val_loop is not None and runner.iter % runner.train_loop.val_interval == 0 and last < runner.iter:
+        due = runner.iter % runner.train_loop.val_interval == 0 or runner.iter == runner.max_iters
+        if runner.val_loop is not None and last < runner.iter and due:
             runner.val_loop.run()
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
@@ -58,7 +61,8 @@ class History(Hook):
             torch.cuda.synchronize()
         self._seconds.append(time.perf_counter() - self._start)
         self._kept.append(sum(layer.formula_bytes for layer in converted_layers(unwrapped(runner.model))))
-        self._losses.append(float((outputs or {}).get("loss", math.nan)))
+        loss = (outputs or {}).get("loss", math.nan)
+        self._losses.append(loss.item() if isinstance(loss, torch.Tensor) else loss)
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         """Write the validation's row."""

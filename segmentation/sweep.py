@@ -35,7 +35,7 @@ class Sweep:
         layers: depths, "5", "10" or "all"; with "all" only vanilla training.
         seeds: the seeds of the fine-tuning runs; they start from the same calibrated weights.
         runs_dir, data_dir: folders that hold all runs and all data sets.
-        weights: what to calibrate: a file or an address. None: the network's own, or for digit scenes a pretraining run.
+        weights: what to calibrate: a file or an address. None: the network's own, for digit scenes a pretraining run.
         iterations: length of the fine-tuning runs; None: the recipe's.
         published_budgets: give ASI the published budget instead of what HOSVD used.
         extra: further arguments for every fine-tuning run.

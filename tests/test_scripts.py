@@ -9,19 +9,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+SCRIPTS = sorted((ROOT / "scripts").rglob("*.sh"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_help_prints_the_head_of_the_script(script: Path) -> None:
     done = subprocess.run(["bash", script, "--help"], capture_output=True, text=True, check=True)
-    assert f"Usage: bash scripts/{script.name}" in done.stdout
+    assert f"Usage: bash {script.relative_to(ROOT)}" in done.stdout
     assert "set -euo" not in done.stdout
     assert "set -euo pipefail" in script.read_text()
 
 
-def test_quickstart_dry_run_lists_every_run(tmp_path: Path) -> None:
-    # A stand-in for the virtual environment: this interpreter, marked as up to date.
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Variables that make a script take this interpreter for an environment that is up to date."""
     venv = tmp_path / "venv"
     (venv / "bin").mkdir(parents=True)
     python = venv / "bin" / "python"
@@ -31,15 +32,44 @@ def test_quickstart_dry_run_lists_every_run(tmp_path: Path) -> None:
         "cat requirements.txt pyproject.toml | cksum", shell=True, cwd=ROOT, capture_output=True, text=True, check=True
     )
     (venv / ".installed").write_text(wanted.stdout)
+    return {"PATH": "/usr/bin:/bin", "VENV": str(venv), "RUNS_DIR": str(tmp_path / "runs"), "HOME": str(tmp_path)}
+
+
+def dry_run(script: str, environment: dict[str, str], *arguments: str) -> list[str]:
+    """Titles of the runs that a script would do."""
     done = subprocess.run(
-        ["bash", ROOT / "scripts" / "quickstart.sh", "--dry-run", "7"],
-        env={"PATH": "/usr/bin:/bin", "VENV": str(venv), "RUNS_DIR": str(tmp_path / "runs"), "HOME": str(tmp_path)},
+        ["bash", ROOT / "scripts" / script, "--dry-run", *arguments],
+        env=environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    titles = [line.partition("] ")[2] for line in done.stdout.splitlines() if line.startswith("[")]
+    assert not Path(environment["RUNS_DIR"]).exists()
+    return [line.partition("] ")[2] for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+def test_quickstart_dry_run_lists_every_run(environment: dict[str, str]) -> None:
     methods = ["vanilla", "gradient_filter_r2", "svd_0.8", "hosvd_0.8", "asi"]
     trained = [f"{method}, last {layers}, seed 7" for layers in (2, 4) for method in methods]
-    assert titles == ["pretrain, seed 7", "perplexity, last 2, seed 7", "perplexity, last 4, seed 7", *trained]
-    assert not (tmp_path / "runs").exists()
+    assert dry_run("quickstart.sh", environment, "7") == [
+        *("pretrain, seed 7", "perplexity, last 2, seed 7", "perplexity, last 4, seed 7"),
+        *trained,
+    ]
+
+
+def test_segmentation_quickstart_dry_run_lists_every_run(environment: dict[str, str]) -> None:
+    methods = ["vanilla", "gradient_filter", "hosvd_0.8", "asi"]
+    assert dry_run("segmentation/quickstart.sh", environment) == [
+        *("pretrain, seed 233", "calibrate, seed 233", "perplexity, last 10, seed 233"),
+        *(f"{method}, last 10, seed 233" for method in methods),
+    ]
+
+
+def test_a_segmentation_script_takes_its_settings_from_the_environment(environment: dict[str, str]) -> None:
+    chosen = {"METHODS": "vanilla hosvd_0.8", "LAYERS": "5 all", "SEEDS": "1 2", "ITERATIONS": "7", "WEIGHTS": "w.pth"}
+    titles = dry_run("segmentation/fcn.sh", {**environment, **chosen}, "cityscapes")
+    trained = [("vanilla", "last 5"), ("hosvd_0.8", "last 5"), ("vanilla", "all layers")]
+    assert titles == [
+        "calibrate, seed 233",
+        *(f"{method}, {depth}, seed {seed}" for seed in (1, 2) for method, depth in trained),
+    ]

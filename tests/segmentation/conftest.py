@@ -59,5 +59,5 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with few and small digit scenes, both sets."""
     root = tmp_path_factory.mktemp("data")
     for name, scenes in SETS.items():
-        write_scenes(root / name, Scenes(scenes.digits, train=12, val=4, size=64))
+        write_scenes(root / name, Scenes(scenes.digits, train=12, val=4, size=32))
     return root

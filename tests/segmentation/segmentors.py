@@ -45,7 +45,10 @@ def narrow_config(network: str, method: str = "vanilla", layers: int | str = 10)
 # What makes a run on digit scenes last a second.
 TINY = (
     *("--cfg-options", "model.backbone.stem_channels=8", "model.backbone.base_channels=8"),
-    *("model.decode_head.in_channels=64", "model.decode_head.channels=8", "crop_size=(64,64)"),
-    *("model.data_preprocessor.size=(64,64)", "train_dataloader.batch_size=2", "default_hooks.logger.interval=1"),
-    *("train_dataloader.dataset.pipeline.2.scale=(64,64)", "train_dataloader.dataset.pipeline.3.crop_size=(64,64)"),
+    *("model.decode_head.in_channels=64", "model.decode_head.channels=8", "crop_size=(32,32)"),
+    *("model.data_preprocessor.size=(32,32)", "train_dataloader.batch_size=2", "default_hooks.logger.interval=1"),
+    *(
+        "train_dataloader.dataset.dataset.pipeline.2.scale=(32,32)",
+        "train_dataloader.dataset.dataset.pipeline.3.crop_size=(32,32)",
+    ),
 )

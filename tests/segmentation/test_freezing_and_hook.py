@@ -34,7 +34,7 @@ def test_a_freeze_list_is_applied_in_its_order():
 
 def test_an_unknown_path_is_named_with_its_likes_and_nothing_changes():
     model = nn.ModuleDict({"backbone": nn.Linear(1, 1)})
-    with pytest.raises(ExperimentError, match="names 'backbon', .* did you mean 'backbone'"):
+    with pytest.raises(ExperimentError, match=r"names 'backbon', .* did you mean 'backbone'"):
         apply_freeze_list(model, ["backbone", "~backbon"])
     assert len(trained(model)) == 2
 
