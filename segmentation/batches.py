@@ -12,6 +12,8 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from segmentation.freezing import freeze_statistics
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -43,7 +45,5 @@ def logits(model: Any, batch: Batch) -> Tensor:
 
 def training_mode(model: nn.Module) -> nn.Module:
     """The model in training mode, its normalisation with stored statistics."""
-    from segmentation.freezing import freeze_statistics
-
     freeze_statistics(model.train())
     return model

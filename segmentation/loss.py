@@ -79,7 +79,7 @@ class RecomputedLoss(BaseDecodeHead):
 
 
 def _rebuild(stock: type[BaseDecodeHead]) -> BaseDecodeHead:
-    head = stock.__new__(stock)
+    head = object.__new__(stock)
     _mix_in(head)
     return head
 
