@@ -92,7 +92,7 @@ def task_of(options: argparse.Namespace) -> Task:
     )
     config.launcher = options.launcher
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    return Task(config, options.layers, options.runs_dir, options.work_dir, options.resume, options.dry_run)
+    return Task(config, options.runs_dir, options.work_dir, options.resume, options.dry_run)
 
 
 def _mixed_precision(config: Config) -> None:

@@ -65,6 +65,8 @@ def choose_depth(config: Config, layers: int | str | None) -> None:
         settings["method"] = {**settings["method"], "patch": patches}
     hooks = [hook for hook in config.get("custom_hooks", []) if hook["type"] != HOOK]
     config.custom_hooks = [*hooks, ConfigDict(type=HOOK, **settings)]
+    if layers is not None:
+        config.layers = layers
     for key in ("depths", "lowrank"):
         config.pop(key, None)
 

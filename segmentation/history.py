@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
 from experiment.files import write_whole
@@ -79,6 +80,8 @@ class History(Hook):
         }
         self.rows.append(row)
         self._seconds, self._kept, self._losses = [], [], []
+        if not is_main_process():
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, list(row))
         writer.writeheader()

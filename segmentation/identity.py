@@ -33,7 +33,7 @@ def method_tag(config: Config) -> str:
     return hook.method.tag if hook.fuse == usual.fuse else f"{hook.method.tag}_{'fused' if hook.fuse else 'unfused'}"
 
 
-def run_of(config: Config, method: str, layers: int | str | None) -> Run:
+def run_of(config: Config, method: str) -> Run:
     """The run's identity in records and folders.
 
     Raises:
@@ -47,7 +47,7 @@ def run_of(config: Config, method: str, layers: int | str | None) -> Run:
             model=config.get("network", Path(files[-1]).stem),
             dataset=config.get("dataset", config.train_dataloader.dataset.type),
             method=method,
-            layers="all" if layers is None else layers,
+            layers=config.get("layers", "all"),
             seed=config.randomness.seed,
         )
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -42,7 +41,6 @@ class Task:
 
     Attributes:
         config: see `segmentation.compose`.
-        layers: 5, 10, "all", or None for a config that names its layers itself.
         runs_dir: folder that holds all runs.
         work_dir: the run's own folder; by default one below `runs_dir` by what the run is.
         resume: go on with an interrupted run.
@@ -50,7 +48,6 @@ class Task:
     """
 
     config: Config
-    layers: int | str | None
     runs_dir: Path
     work_dir: Path | None = None
     resume: bool = False
@@ -86,23 +83,36 @@ def train(task: Task) -> Record | None:
         ExperimentError, LowRankError: something that the user can mend.
     """
     allocator = keep_freed_memory()
-    name = run_of(task.config, method_tag(task.config), task.layers)
+    name = run_of(task.config, method_tag(task.config))
     folder = task.folder(name, RESULT)
     if not task.pending(name, folder):
         return None
     require_data(task.config)
+    if not _is_first_process(task.config):
+        _trained(task, folder)
+        return None
     with folder.locked(as_yaml(task.config)):
         print(f"{'resuming' if folder.last_checkpoint else 'training'}: {name}", flush=True)
-        config, start = _for_runner(task.config, folder), time.perf_counter()
-        history = History(folder.path)
-        runner = _runner(config)
-        runner.register_hook(history)
-        runner.train()
+        start = time.perf_counter()
+        runner, history = _trained(task, folder)
         record = _record(task, name, runner, history, allocator, folder, time.perf_counter() - start)
         torch.save({"meta": {"dataset_meta": _metainfo(runner)}, "state_dict": _weights(runner)}, folder.path / FINAL)
         record.save(folder.path)
     print(f"  best mIoU {100 * record.accuracy['miou_best']:.1f} %, record in {folder.result}", flush=True)
     return record
+
+
+def _is_first_process(config: Config) -> bool:
+    """Whether this is the process that writes, of those that a launcher started."""
+    variable = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_RANK"}.get(config.get("launcher"))
+    return variable is None or os.environ.get(variable, "0") == "0"
+
+
+def _trained(task: Task, folder: RunFolder) -> tuple[Runner, History]:
+    runner, history = _runner(_for_runner(task.config, folder)), History(folder.path)
+    runner.register_hook(history)
+    runner.train()
+    return runner, history
 
 
 def _runner(config: Config) -> Runner:
@@ -122,8 +132,9 @@ def _metainfo(runner: Runner) -> dict[str, Any]:
 
 
 def as_yaml(config: Config) -> str:
-    """A config as YAML, from which the run can be started again."""
-    return yaml.safe_dump(json.loads(json.dumps(config.to_dict())), sort_keys=False)
+    """A config as YAML, from which the run can be started again; tuples stay what they are."""
+    text: str = yaml.dump(config.to_dict(), sort_keys=False)
+    return text
 
 
 def _for_runner(config: Config, folder: RunFolder) -> Config:
@@ -183,7 +194,7 @@ def measure(task: Task) -> Path | None:
         ExperimentError, LowRankError: something that the user can mend.
     """
     keep_freed_memory()
-    name = run_of(task.config, "perplexity", task.layers)
+    name = run_of(task.config, "perplexity")
     folder = task.folder(name, TABLE)
     if not task.pending(name, folder):
         return None

@@ -82,8 +82,12 @@ def test_a_finished_run_is_skipped_and_starts_again_from_its_own_config(finished
     assert main(arguments("train", "hosvd_0.8", data_dir, finished)) == 0
     assert "done already: pspnet_small on digit_scenes" in capsys.readouterr().out
     config = folder(finished, "hosvd_0.8") / "config.yaml"
-    assert main(["train", str(config), "--runs-dir", str(finished), "--dry-run"]) == 0
-    assert "would run" in capsys.readouterr().out
+    assert main(["train", str(config), "--runs-dir", str(finished)]) == 0
+    assert "done already: pspnet_small on digit_scenes" in capsys.readouterr().out
+    assert main(["train", str(config), "--runs-dir", str(finished), "--seed", "7", "--dry-run"]) == 0
+    assert "would run: pspnet_small on digit_scenes, setup finetune, hosvd_0.8, layers 10, seed 7" in (
+        capsys.readouterr().out
+    )
 
 
 def test_stock_mmsegmentation_loads_every_checkpoint(finished):
