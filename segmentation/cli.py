@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, DictAction
 
 from experiment import ExperimentError
@@ -84,7 +85,10 @@ def task_of(options: argparse.Namespace) -> Task:
     seed = options.seed if options.seed is not None else config.get("randomness", {}).get("seed", 233)
     config.randomness = {**config.get("randomness", {}), "seed": seed}
     if options.amp:
-        _mixed_precision(config)
+        _need_accelerator("--amp")
+        config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+    if options.launcher != "none":
+        _need_accelerator(f"--launcher {options.launcher}")
     _set_budget(config, options)
     # Once more, over what the other arguments set.
     config.merge_from_dict(
@@ -95,12 +99,9 @@ def task_of(options: argparse.Namespace) -> Task:
     return Task(config, options.runs_dir, options.work_dir, options.resume, options.dry_run)
 
 
-def _mixed_precision(config: Config) -> None:
-    import torch
-
+def _need_accelerator(option: str) -> None:
     if not torch.cuda.is_available():
-        raise ExperimentError("--amp needs an accelerator, and there is none; leave it out")
-    config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+        raise ExperimentError(f"{option} needs an accelerator, and there is none; leave it out")
 
 
 def _set_budget(config: Config, options: argparse.Namespace) -> None:

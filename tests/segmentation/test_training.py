@@ -154,12 +154,13 @@ def test_a_killed_run_is_resumed_to_the_same_weights(finished, data_dir, tmp_pat
     [
         (["--iterations", "0"], "--iterations is 0"),
         (["--amp"], "--amp needs an accelerator"),
+        (["--launcher", "pytorch"], "--launcher pytorch needs an accelerator"),
         (["--budget-mib", "1"], "a budget is --budget-table with either"),
         (["--load-from", "no.pth"], "weights no.pth cannot be read"),
     ],
 )
 def test_bad_input_gets_one_line(extra, message, data_dir, tmp_path, capsys):
-    if "--amp" in extra and torch.cuda.is_available():
+    if "accelerator" in message and torch.cuda.is_available():
         pytest.skip("there is an accelerator")
     assert main(arguments("train", "vanilla", data_dir, tmp_path, *extra)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
