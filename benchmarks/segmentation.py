@@ -107,7 +107,7 @@ def main(arguments: Sequence[str]) -> int:
             table = pd.DataFrame(rows).sort_values(KEY, ignore_index=True)
             write_whole(path, table.to_csv(index=False, lineterminator="\n"))
             write_whole(path.with_suffix(".md"), to_markdown(table))
-            print(to_markdown(table.tail(1)), flush=True)
+            print(to_markdown(pd.DataFrame(rows[-1:])), flush=True)
     return 0
 
 
