@@ -47,11 +47,11 @@ def build() -> Callable[[Config], Any]:
 
 @pytest.fixture(scope="session")
 def batch() -> Batch:
-    """Two images (2, 3, 64, 64) and labels (2, 1, 64, 64), some of them ignored."""
+    """Two images (2, 3, 48, 48) and labels (2, 1, 48, 48), some of them ignored."""
     generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(0, CLASSES, (2, 1, 64, 64), generator=generator)
+    labels = torch.randint(0, CLASSES, (2, 1, 48, 48), generator=generator)
     labels[torch.rand(labels.shape, generator=generator) < 0.1] = 255
-    return torch.randn(2, 3, 64, 64, generator=generator, dtype=torch.float64), labels
+    return torch.randn(2, 3, 48, 48, generator=generator, dtype=torch.float64), labels
 
 
 @pytest.fixture(scope="session")

@@ -56,23 +56,17 @@ def test_every_method_at_full_rank_has_the_stock_gradients(network, build, batch
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_the_gradient_filter_has_the_networks_patches_and_trains_the_same_parameters(network, build, batch):
+def test_the_gradient_filter_has_the_networks_patches_and_every_normalisation_is_fused(network, build, batch):
     config = narrow_config(network, "gradient_filter")
     model, names = prepared(config, build(config))
     patches = {layer.layer_name: layer.method.patch for layer in lowrank.converted_layers(model)}
     assert patches == hook_settings(config)["method"]["patch"]
     assert set(patches) == set(names)
-    _, found = gradients(model, batch)
-    assert all(gradient is not None and gradient.isfinite().all() for gradient in found.values())
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-def test_every_normalisation_is_done_by_the_convolution_ahead_of_it(network, build):
-    config = narrow_config(network, "hosvd_0.8")
-    model, _ = prepared(config, build(config))
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert norms
     assert all(isinstance(norm, LeanBatchNorm2d) and norm.included for norm in norms)
+    _, found = gradients(model, batch)
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in found.values())
 
 
 def test_the_four_branches_of_aspp_keep_their_input_once(build, batch):
