@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Regenerate everything that the README shows: the quickstart with three seeds, and its table and plot in figures/.
+# Regenerate everything that the README shows: both quickstarts with three seeds, and their tables and pictures in
+# figures/.
 #
 # Usage: bash scripts/figures.sh [--help]
-# Environment: see scripts/quickstart.sh
+# Environment: see scripts/quickstart.sh and scripts/segmentation/quickstart.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ "${1:-}" == --help ]]; then
@@ -15,4 +16,9 @@ source="${RUNS_DIR:-runs}/report/classification/B/mcunet/digits"
 for file in table.md table.csv pareto.png pareto.svg; do
     cp "$source/$file" "figures/digits_$file"
 done
-echo "figures/ holds the README's table and plot"
+SEEDS="233 234 235" bash scripts/segmentation/quickstart.sh
+source="${RUNS_DIR:-runs}/report/segmentation/finetune/pspnet_small/digit_scenes"
+for file in table.md table.csv pareto.png predictions.png; do
+    cp "$source/$file" "figures/digit_scenes_$file"
+done
+echo "figures/ holds the README's tables and pictures"

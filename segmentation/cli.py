@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("configs", nargs="+", metavar="CONFIG", help="configs, merged in their order")
         sub.add_argument("--layers", type=_layers, help="depth: 5, 10 or all, for the suite's own configs")
         sub.add_argument("--seed", type=int, help="seed of the run (default: the config's)")
-        sub.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder that holds all runs")
+        sub.add_argument("--runs-dir", "--runs_dir", type=Path, default=Path("runs"), help="folder that holds all runs")
         sub.add_argument("--work-dir", type=Path, help="the run's own folder (default: one below --runs-dir)")
         sub.add_argument("--data-dir", type=Path, help="folder that holds the data sets (default: the config's)")
         sub.add_argument("--load-from", metavar="FILE", help="weights to start from: a file or an address")

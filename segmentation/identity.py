@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,16 @@ from segmentation.compose import hook_settings
 from segmentation.hook import LowRankHook
 from segmentation.planning import Budget
 
-# What has an influence on a run's result.
-INFLUENCE = (
-    *("model", "train_dataloader", "val_dataloader", "val_evaluator", "optim_wrapper", "param_scheduler"),
-    *("train_cfg", "custom_hooks", "randomness", "auto_scale_lr"),
+# What has an influence on a perplexity table, and what besides on a trained network.
+MEASURED = ("model", "train_dataloader", "custom_hooks", "randomness")
+TRAINED = (
+    *MEASURED,
+    "val_dataloader",
+    "val_evaluator",
+    "optim_wrapper",
+    "param_scheduler",
+    "train_cfg",
+    "auto_scale_lr",
 )
 NO_INFLUENCE = {"data_root", "num_workers", "persistent_workers", "pin_memory", "prefetch_factor"}
 
@@ -54,9 +61,9 @@ def run_of(config: Config, method: str) -> Run:
         raise ExperimentError(str(error)) from None
 
 
-def identity_of(config: Config) -> dict[str, Any]:
+def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]:
     """Everything in a config that has an influence on the result, files by their content."""
-    identity = {key: _without(config.get(key)) for key in INFLUENCE if config.get(key) is not None}
+    identity = {key: _without(config.get(key)) for key in keys if config.get(key) is not None}
     identity["load_from"] = _weights(config.get("load_from"))
     for hook in identity.get("custom_hooks", []):
         if hook.get("budget"):

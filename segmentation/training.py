@@ -28,7 +28,7 @@ from segmentation.compose import hook_settings
 from segmentation.data.registry import data_fingerprint, require_data
 from segmentation.history import History
 from segmentation.hook import LowRankHook, unwrapped
-from segmentation.identity import identity_of, method_tag, run_of
+from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, run_of
 
 TABLE = "perplexity.json"
 FINAL = "final.pth"  # the last weights alone, as MMSegmentation loads them
@@ -55,7 +55,8 @@ class Task:
 
     def folder(self, name: RunName, result: str) -> RunFolder:
         """The run's folder."""
-        return RunFolder(self.work_dir or name.folder(self.runs_dir), identity_of(self.config), result, LAST)
+        identity = identity_of(self.config, MEASURED if result == TABLE else TRAINED)
+        return RunFolder(self.work_dir or name.folder(self.runs_dir), identity, result, LAST)
 
     def pending(self, name: RunName, folder: RunFolder) -> bool:
         """Whether there is something to do; says so if there is not.

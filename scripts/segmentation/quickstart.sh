@@ -8,7 +8,7 @@
 # Environment:
 #   METHODS, LAYERS, SEEDS   what to train (default: vanilla gradient_filter hosvd_0.8 asi; 10; 233)
 #   DATA_DIR, RUNS_DIR       folders of data sets, and of runs and report (default: data, runs)
-#   ITERATIONS               length of the fine-tuning runs (default: 300)
+#   ITERATIONS               length of the fine-tuning runs (default: 200)
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -10,7 +10,7 @@
 #   SEEDS        seeds (default: 233)
 #   DATA_DIR     folder of the data sets (default: data)
 #   RUNS_DIR     folder for runs and report (default: runs)
-#   ITERATIONS   length of the fine-tuning runs (default: the papers' 20000; of digit scenes 300)
+#   ITERATIONS   length of the fine-tuning runs (default: the papers' 20000; of digit scenes 200)
 #   WEIGHTS      weights to start from, a file or an address (default: those published for Cityscapes; of digit scenes
 #                a pretraining run; with cityscapes they must be given)
 #   VENV, PYTHON   see scripts/setup.sh
