@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from experiment import ExperimentError, Record
+from experiment import budget_bytes
 from lowrank import ASI, BudgetError, PerplexityTable, RankPlan, select_ranks
 
 RankChoice = Literal["perplexity", "one_energy", "random"]
@@ -32,12 +31,7 @@ class Budget:
     @property
     def nbytes(self) -> float:
         """The budget in bytes."""
-        if (self.mib is None) == (self.run is None):
-            raise ExperimentError("a budget needs either --model.budget.mib or --model.budget.run, not both")
-        if self.mib is not None:
-            return self.mib * 2**20
-        assert self.run is not None
-        return Record.load(Path(self.run) / "result.json").memory_bytes["activation_formula"]
+        return budget_bytes(self.mib, self.run, "--model.budget")
 
     def plan(self, names: Sequence[str], choice: RankChoice = "perplexity", seed: int = 0) -> RankPlan:
         """Ranks of these layers within the budget, chosen in one of three ways; `seed` is of the random one."""

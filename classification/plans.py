@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from experiment import ExperimentError, Run
+from experiment.jobs import Job
 from experiment.record import RESULT, TABLE
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "classification"
@@ -43,30 +44,6 @@ def _published() -> dict[tuple[str, str, str, str], float]:
 def published_budget(setup: str, model: str, dataset: str, layers: str) -> float | None:
     """ASI's published budget in MiB, for the last `layers` layers; None where none is published."""
     return _published().get((setup, model, dataset, layers))
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a sweep.
-
-    Attributes:
-        run: which run; of a perplexity table the method is "perplexity".
-        arguments: of the command that does it.
-    """
-
-    run: Run
-    arguments: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        """What the run is, in short."""
-        if self.run.setup.endswith("pretrain"):
-            return f"{self.run.dataset}: pretrain, seed {self.run.seed}"
-        return f"{self.run.dataset}: {self.run.method}, last {self.run.layers}, seed {self.run.seed}"
-
-    def result(self, root: Path) -> Path:
-        """The file that the run leaves when it is done."""
-        return self.run.folder(root) / (TABLE if self.run.method == PERPLEXITY else RESULT)
 
 
 @dataclass(frozen=True)
@@ -144,7 +121,8 @@ class Sweep:
         arguments += ["--seed_everything", str(run.seed), "--runs_dir", str(self.runs_dir), *options]
         if command == "fit" and self.epochs is not None:
             arguments += ["--trainer.max_epochs", str(self.epochs)]
-        return Job(run, (*arguments, *self.extra))
+        result = TABLE if run.method == PERPLEXITY else RESULT
+        return Job(_title(run), run, (*arguments, *self.extra), result)
 
     def _run(self, setup: str, dataset: str, method: str, layers: str, seed: int) -> Run:
         count: int | str = layers if layers == "all" else int(layers)
@@ -168,3 +146,9 @@ class Sweep:
             raise ExperimentError(f"asi takes its budget for {where} from {BUDGET_METHOD}; add it to the methods")
         budget = self._run(setup, dataset, BUDGET_METHOD, layers, seed).folder(self.runs_dir)
         return [*words, "--model.budget.run", str(budget)]
+
+
+def _title(run: Run) -> str:
+    if run.setup.endswith("pretrain"):
+        return f"{run.dataset}: pretrain, seed {run.seed}"
+    return f"{run.dataset}: {run.method}, last {run.layers}, seed {run.seed}"

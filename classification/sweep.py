@@ -8,64 +8,14 @@ command, such as --data.batch_size 16, go to every run.
 from __future__ import annotations
 
 import argparse
-import gc
-import sys
-import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from classification.plans import BUDGETS, METHODS, PERPLEXITY, Job, Sweep, names
-from experiment import ExperimentError, add_planned
+from classification.plans import BUDGETS, METHODS, Sweep, names
+from experiment import ExperimentError
+from experiment.jobs import Command, Program, list_jobs, run_jobs
 
-FAILURE = "failure.log"  # in a run's folder
-
-Command = Callable[[Sequence[str]], None]
-
-
-def run_all(jobs: Sequence[Job], command: Command, root: Path) -> list[Job]:
-    """Run jobs one after the other; a failure is written, with its traceback, into the run's folder.
-
-    Returns:
-        The jobs that failed.
-    """
-    failed, seconds = [], []
-    for number, job in enumerate(jobs, start=1):
-        waiting = [later for later in jobs[number - 1 :] if not job.result(root).exists()]
-        left = f"  (about {_duration(len(waiting) * sum(seconds) / len(seconds))} left)" if seconds else ""
-        print(f"[{number}/{len(jobs)}] {job.title}{left}", flush=True)
-        gc.collect()  # the run before leaves its network and images in reference cycles
-        new, start = not job.result(root).exists(), time.perf_counter()
-        if not _succeeds(job, command, root):
-            failed.append(job)
-        elif new:
-            seconds.append(time.perf_counter() - start)
-    return failed
-
-
-def _succeeds(job: Job, command: Command, root: Path) -> bool:
-    log = job.run.folder(root) / FAILURE
-    try:
-        command(job.arguments)
-    except (KeyboardInterrupt, SystemExit):
-        print(f"\nstopped during {job.title}; the same command goes on after its last whole epoch", file=sys.stderr)
-        raise
-    except Exception as error:
-        from classification.cli import MENDABLE
-
-        cause = str(error) if isinstance(error, MENDABLE) else traceback.format_exc()
-        print(f"  failed: {' '.join(str(error).split())}", file=sys.stderr)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(f"{job.title}\npython -m classification {' '.join(job.arguments)}\n{cause}\n", encoding="utf-8")
-        return False
-    log.unlink(missing_ok=True)
-    return True
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+PROGRAM = "python -m classification"
 
 
 def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
@@ -136,24 +86,17 @@ def _run(arguments: Sequence[str]) -> None:
     run(arguments)
 
 
+def _mendable(error: Exception) -> bool:
+    from classification.cli import MENDABLE
+
+    return isinstance(error, MENDABLE)
+
+
 def main(arguments: Sequence[str], command: Command = _run) -> int:
     """Run a sweep. Returns 0, or 1 after a list of what failed, or 2 if nothing could be begun."""
     sweep, dry_run = parse(arguments)
     jobs, root = sweep.jobs(), sweep.runs_dir
     if dry_run:
-        for number, job in enumerate(jobs, start=1):
-            print(f"[{number}/{len(jobs)}] {job.title}\n  python -m classification {' '.join(job.arguments)}")
+        list_jobs(jobs, PROGRAM)
         return 0
-    try:
-        add_planned(root, (job.run for job in jobs if job.run.method != PERPLEXITY))
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    start = time.perf_counter()
-    failed = run_all(jobs, command, root)
-    print(f"{len(jobs) - len(failed)} of {len(jobs)} runs done, {_duration(time.perf_counter() - start)}")
-    print(f"tables, plots and a page of them: python -m report {root}")
-    if failed:
-        logs = (f"  {job.title}: {job.run.folder(root) / FAILURE}" for job in failed)
-        print(f"failed ({len(failed)}), each with its log:", *logs, sep="\n", file=sys.stderr)
-    return 1 if failed else 0
+    return run_jobs(jobs, Program(PROGRAM, command, _mendable), root)

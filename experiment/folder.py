@@ -33,12 +33,19 @@ class RunFolder:
         identity: everything that has an influence on the run's result. Two runs of one identity are the same run.
         result: name of the file that a finished run leaves.
         data_fingerprint: of the data that the run would read; None if that is not there or not to be compared.
+        last: name of the file that is there once the run can be resumed.
     """
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], result: str, data_fingerprint: str | None = None
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        result: str,
+        data_fingerprint: str | None = None,
+        last: str = "checkpoints/last.ckpt",
     ) -> None:
-        self.path, self.result, self.data_fingerprint = path, path / result, data_fingerprint
+        self.path, self.result, self._last = path, path / result, path / last
+        self.data_fingerprint = data_fingerprint
         self.identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
         self.checkpoints = path / "checkpoints"
 
@@ -49,9 +56,8 @@ class RunFolder:
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from, if there is one."""
-        path = self.checkpoints / "last.ckpt"
-        return path if path.exists() else None
+        """The checkpoint to resume from, or the file that names it, if there is one."""
+        return self._last if self._last.exists() else None
 
     def status(self) -> Status:
         """What the folder holds of this very run.
@@ -96,7 +102,7 @@ class RunFolder:
             ExperimentError: the folder cannot be written, or another process is at work in it.
         """
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._last.parent.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise ExperimentError(

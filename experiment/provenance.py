@@ -10,7 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "torchvision", "pytorch-lightning", "numpy", "lowrank")
+PACKAGES = (
+    *("torch", "torchvision", "pytorch-lightning", "onedl-mmengine", "onedl-mmcv", "onedl-mmsegmentation"),
+    *("numpy", "lowrank"),
+)
 CODE = ("lowrank", "experiment", "classification", "segmentation")
 
 

@@ -353,19 +353,32 @@ class GradientFilter(Method):
     that belongs to a patch of outputs is centred on them and, for a stride s, s times as wide.
 
     Args:
-        patch: side of a patch in output pixels, at least 1; R2, R4 and R7 in the paper. Larger: less memory, a
-            coarser gradient.
+        patch: side of a patch in output pixels, at least 1; R2, R4 and R7 in the paper; or a mapping with one per layer
+            name. Larger: less memory, a coarser gradient.
     """
 
-    patch: int
+    patch: int | Mapping[str, int]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.patch, int) or self.patch < 1:
-            raise SettingError(f"patch is {self.patch!r}; allowed is a whole number from 1, such as 2")
+        for patch in self.patch.values() if isinstance(self.patch, Mapping) else (self.patch,):
+            if not isinstance(patch, int) or patch < 1:
+                raise SettingError(f"patch is {patch!r}; allowed is a whole number from 1, such as 2")
 
     @property
     def tag(self) -> str:
-        return f"gradient_filter_r{self.patch}"
+        return "gradient_filter" if isinstance(self.patch, Mapping) else f"gradient_filter_r{self.patch}"
+
+    def for_layer(self, name: str) -> GradientFilter:
+        if not isinstance(self.patch, Mapping):
+            return self
+        if name not in self.patch:
+            raise SettingError(f"the patches name no layer {name!r}; they name {', '.join(self.patch) or 'none'}")
+        return replace(self, patch=self.patch[name])
+
+    @property
+    def _side(self) -> int:
+        assert isinstance(self.patch, int)
+        return self.patch
 
     def reason_against(self, layer: nn.Module) -> str | None:
         if isinstance(layer, nn.Conv2d):
@@ -374,7 +387,7 @@ class GradientFilter(Method):
 
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
         assert isinstance(geometry, ConvGeometry)
-        patch = (self.patch * geometry.stride[0], self.patch * geometry.stride[1])
+        patch = (self._side * geometry.stride[0], self._side * geometry.stride[1])
         aligned = F.pad(x, self._alignment(geometry, tuple(x.shape)))
         sums = F.avg_pool2d(aligned, patch, ceil_mode=True, divisor_override=1)
         return (sums / prod(geometry.stride),), ()
@@ -392,7 +405,7 @@ class GradientFilter(Method):
         return pads[0], pads[1], pads[2], pads[3]
 
     def _pool(self, grad: Tensor) -> Tensor:
-        return F.avg_pool2d(grad, self.patch, ceil_mode=True, count_include_pad=False)
+        return F.avg_pool2d(grad, self._side, ceil_mode=True, count_include_pad=False)
 
     def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
         assert isinstance(geometry, ConvGeometry)
@@ -407,7 +420,7 @@ class GradientFilter(Method):
         coarse = F.conv_transpose2d(self._pool(grad), kernel_sum, groups=geometry.groups)
         for axis in (0, 1):
             outputs, stride = grad.shape[2 + axis], geometry.stride[axis]
-            coarse = coarse.repeat_interleave(self.patch * stride, dim=2 + axis)
+            coarse = coarse.repeat_interleave(self._side * stride, dim=2 + axis)
             coarse = coarse.narrow(2 + axis, 0, outputs * stride)
         left, right, top, bottom = self._alignment(geometry, shape)
         return F.pad(coarse, (-left, -right, -top, -bottom))
@@ -417,8 +430,8 @@ class GradientFilter(Method):
         shape = tuple(x.shape)
         batch, channels, height, width = shape
         _, _, rows, columns = geometry.output_shape(shape, out_channels)
-        patches = -(-rows // self.patch) * -(-columns // self.patch)
-        square = self.patch**2
+        patches = -(-rows // self._side) * -(-columns // self._side)
+        square = self._side**2
         paper_pass = costs.paper_forward(geometry, shape, out_channels)
         small_gradient = 2 * batch * out_channels * (channels // geometry.groups) * patches
         return LayerCost(

@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from report.labels import Label, place_labels
 from report.methods import family
+from report.metrics import metrics_in
 from report.pareto import dominated
 from report.published import UNKNOWN, Point
 from report.summary import Group
@@ -87,31 +88,41 @@ PANELS = (
 
 @dataclass(frozen=True)
 class View:
-    """What a figure shows: which accuracy ("test" or "val_best"), its name, and the panels."""
+    """What a figure shows: which accuracy (its key in the records), its name, and the panels."""
 
     accuracy: str
     title: str
     panels: tuple[Panel, ...]
 
 
-MEASURED = View("test", "Test accuracy (%)", PANELS)
 # As published: validation accuracy, and FLOPs in the papers' convention.
-COMPARED = View(
-    "val_best",
-    "Validation accuracy (%)",
-    (PANELS[0], replace(PANELS[1], column="flops_paper", title="FLOPs of a training step, papers' convention")),
+COMPARED_PANELS = (  # as published
+    PANELS[0],
+    replace(PANELS[1], column="flops_paper", title="FLOPs of a training step, papers' convention"),
 )
 PUBLISHED_COLUMNS = {"activation_formula_bytes": "memory_bytes", "flops_paper": "flops"}
 
 
+def measured(table: pd.DataFrame) -> View:
+    """Main accuracy against memory and corrected FLOPs."""
+    metrics = metrics_in(table)
+    return View(metrics.main, metrics.label, PANELS)
+
+
+def compared(table: pd.DataFrame) -> View:
+    """The accuracy that was published against memory and FLOPs in the papers' convention."""
+    metrics = metrics_in(table)
+    return View(metrics.published, metrics.published_label, COMPARED_PANELS)
+
+
 def pareto_figure(table: pd.DataFrame, group: Group) -> dict[str, bytes]:
     """The figure of one summary as files: "png" and "svg", the same bytes for the same summary."""
-    return _files(table, group, MEASURED, ())
+    return _files(table, group, measured(table), ())
 
 
 def published_figure(table: pd.DataFrame, group: Group, points: Sequence[Point]) -> dict[str, bytes]:
-    """As `pareto_figure`, of validation accuracy, with published points beside the measured ones."""
-    return _files(table, group, COMPARED, points)
+    """As `pareto_figure`, of what was published, with published points beside the measured ones."""
+    return _files(table, group, compared(table), points)
 
 
 def _files(table: pd.DataFrame, group: Group, view: View, points: Sequence[Point]) -> dict[str, bytes]:
@@ -129,7 +140,8 @@ def _file(figure: Figure, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def _draw(table: pd.DataFrame, group: Group, view: View = MEASURED, points: Sequence[Point] = ()) -> Figure:
+def _draw(table: pd.DataFrame, group: Group, view: View | None = None, points: Sequence[Point] = ()) -> Figure:
+    view = view or measured(table)
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     table = table[table["n"] > 0]
@@ -139,7 +151,7 @@ def _draw(table: pd.DataFrame, group: Group, view: View = MEASURED, points: Sequ
     for axes, panel in panels:
         if points:
             labels[axes] += _draw_published(axes, panel, points, looks)
-    panels[0][0].set_ylabel(view.title)
+    panels[0][0].set_ylabel(f"{view.title} (%)")
     figure.suptitle(f"{group}, {_seeds(table)}", fontsize=11)
     _legend(figure, looks, bool(points))
     # Labels are placed in the final layout, so it must not move afterwards.

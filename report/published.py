@@ -5,7 +5,8 @@ Each file is a list; each entry is one published row:
     - {setup: A, model: mcunet, dataset: pets, method: hosvd_0.8, layers: 2, accuracy: 18.6, memory_mib: 0.13}
 
 `layers` is a whole number or `all`, and in curves also `unknown`; `method` is the tag of the runs; `accuracy` is in
-percent; `memory_mib` (2^20 bytes) and `flops` are by the papers' formulas. Other keys are for readers of the file.
+percent, of segmentation the mIoU, beside which `macc` may stand; `memory_mib` (2^20 bytes) and `flops` are by the
+papers' formulas. Other keys are for readers of the file.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from report.summary import Group, Reported
 
 NAMES = ("setup", "model", "dataset", "method")
 REQUIRED = (*NAMES, "layers", "accuracy")
+PERCENTS = ("accuracy", "macc")
 NUMBERS = ("memory_mib", "memory_mean_mib", "memory_std_mib", "flops", "backward_flops")
-OPTIONAL = (*NUMBERS, "source", "note")
+OPTIONAL = ("macc", *NUMBERS, "source", "note")
 UNKNOWN = "unknown"
 
 Published = Mapping[Group, Mapping[tuple[int | str, str], Reported]]
@@ -45,6 +47,7 @@ def load_published(folder: Path, task: str) -> Published:
     """The published rows of a task's tables: for each table, by layers and method.
 
     Empty if there is no file for the task.
+
 
     Raises:
         ExperimentError: the file cannot be read or an entry does not fit the schema; names file, entry and key.
@@ -104,13 +107,18 @@ def _parse(entry: Any, task: str, further_layers: Sequence[str]) -> tuple[Group,
             raise ValueError(f"{name} is {entry[name]!r}, not text; write it in quotes")
     if entry["layers"] not in further_layers:
         check_layers(entry["layers"])
-    accuracy = _number(entry, "accuracy")
-    if accuracy > 100:
-        raise ValueError(f"accuracy is {accuracy:g}, not a number from 0 to 100 (percent)")
+    for key in PERCENTS:
+        if _number(entry, key) > 100:
+            raise ValueError(f"{key} is {entry[key]:g}, not a number from 0 to 100 (percent)")
     for key in NUMBERS:
         _number(entry, key)
     group = Group(task, entry["setup"], entry["model"], entry["dataset"])
-    reported = Reported(accuracy, 2**20 * _number(entry, "memory_mib"), _number(entry, "flops"))
+    reported = Reported(
+        accuracy=_number(entry, "accuracy"),
+        memory_bytes=2**20 * _number(entry, "memory_mib"),
+        flops=_number(entry, "flops"),
+        other=_number(entry, "macc"),
+    )
     return group, Point(entry["layers"], entry["method"], reported)
 
 

@@ -10,10 +10,14 @@ from typing import Any
 import pandas as pd
 
 from report.methods import method_order
+from report.metrics import METRICS
 from report.summary import Group
-from report.tables import ABSENT, COLUMNS, MISSING, Column, Row, latex_body, markdown_body, notes
+from report.tables import ABSENT, MISSING, Column, Row, every_column, latex_body, markdown_body, notes
 
-SHOWN = {"Reported (%)": "reported", "Δ reported (points)": "Δ", "Test (%)": "test", "Formula (MiB)": "MiB"}
+SHOWN = {
+    **{"Reported (%)": "reported", "Δ reported (points)": "Δ"},
+    **{"Test (%)": "test", "mIoU (%)": "mIoU", "Formula (MiB)": "MiB"},
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class SetupTable:
         return (*keys, *(column for dataset in datasets for column in self._block(dataset)))
 
     def _block(self, dataset: str) -> list[Column]:
-        shown = [column for column in COLUMNS if column.title in SHOWN]
+        shown = [column for column in every_column(METRICS[self.task]) if column.title in SHOWN]
         tables = [table for group, table in self.tables.items() if group.dataset == dataset]
         if not any(table["reported_accuracy_percent"].notna().any() for table in tables):
             shown = [column for column in shown if "eported" not in column.title]
@@ -92,7 +96,7 @@ class SetupTable:
 
 NOTES = (
     "reported: accuracy as published, on a validation split; Δ: validation accuracy here less that one.",
-    "test: accuracy here on the test split, mean ± standard deviation over seeds; MiB: memory of the trained layers' "
+    "test, mIoU: accuracy here, mean ± standard deviation over seeds; MiB: memory of the trained layers' "
     "inputs by formula.",
     f"{ABSENT}: planned, and not finished yet. {MISSING}: no number.",
     "All further numbers are in the table of each model and data set, and in the CSV file.",

@@ -14,9 +14,9 @@ import pandas as pd
 
 from experiment import ExperimentError, Record, Run, find_records
 from report.methods import method_order
+from report.metrics import METRICS, Metrics
 
 BASELINE = "vanilla"
-ACCURACIES = ("test", "val_best")
 MEANS = {
     "activation_formula_bytes": ("memory_bytes", "activation_formula"),
     "saved_measured_bytes": ("memory_bytes", "saved_measured"),
@@ -41,11 +41,17 @@ EQUAL_ACCURACY_RATIOS = {
 
 @dataclass(frozen=True)
 class Reported:
-    """A published row: accuracy in percent; memory in bytes and FLOPs by the papers' formulas, NaN if not stated."""
+    """A published row: accuracy in percent; memory in bytes and FLOPs by the papers' formulas, NaN if not stated.
+
+    Attributes:
+        accuracy: the main accuracy of the task; see `report.metrics`.
+        other: the one beside it.
+    """
 
     accuracy: float
     memory_bytes: float = math.nan
     flops: float = math.nan
+    other: float = math.nan
 
 
 @dataclass(frozen=True, order=True)
@@ -108,7 +114,7 @@ def summarise(
 
     A mean is over all seeds of its row; where one seed lacks the number it is NaN. "times_less" is the baseline's value
     at the same number of layers over the row's. `equal_accuracy_times_less` is the least formula memory among the
-    baseline's rows whose mean test accuracy is at least that of the row, over the row's memory, and
+    baseline's rows whose mean main accuracy is at least that of the row, over the row's memory, and
     `equal_accuracy_flops_times_less` the same of corrected FLOPs; NaN if none reaches it.
 
     Args:
@@ -120,8 +126,10 @@ def summarise(
     Returns:
         Columns with their units in their names. `seeds` is a tuple; the standard deviations are of the sample, NaN for
         one seed. `missing` is the number of planned runs that are not there. `reported_difference_points` is the
-        validation accuracy less the reported one, which is of a validation split as well.
+        accuracy on the validation split less the reported one, which is of a validation split as well.
     """
+    planned = list(planned)
+    metrics = METRICS[[*(record.run for record in records), *planned][0].task]
     rows: dict[tuple[int | str, str], list[Record]] = defaultdict(list)
     for record in records:
         rows[record.run.layers, record.run.method].append(record)
@@ -131,20 +139,21 @@ def summarise(
         rows.keys() | missing.keys(),
         key=lambda key: (key[0] == "all", 0 if key[0] == "all" else key[0], method_order(key[1])),
     )
-    table = pd.DataFrame([_row(*key, rows[key], missing[key]) for key in keys])
+    table = pd.DataFrame([_row(*key, rows[key], missing[key], metrics) for key in keys])
     published = [(reported or {}).get(key, Reported(math.nan)) for key in keys]
     table["reported_accuracy_percent"] = [row.accuracy for row in published]
+    table["reported_other_percent"] = [row.other for row in published]
     table["reported_memory_bytes"] = [row.memory_bytes for row in published]
     table["reported_flops"] = [row.flops for row in published]
-    difference = table["val_best_mean_percent"] - table["reported_accuracy_percent"]
+    difference = table[f"{metrics.published}_mean_percent"] - table["reported_accuracy_percent"]
     table["reported_difference_points"] = difference.round(10)
-    return _with_ratios(table, baseline)
+    return _with_ratios(table, baseline, metrics)
 
 
-def _row(layers: int | str, method: str, records: Sequence[Record], missing: int) -> dict[str, Any]:
+def _row(layers: int | str, method: str, records: Sequence[Record], missing: int, metrics: Metrics) -> dict[str, Any]:
     seeds = tuple(sorted(record.run.seed for record in records))
     row: dict[str, Any] = {"layers": layers, "method": method, "n": len(seeds), "missing": missing, "seeds": seeds}
-    for name in ACCURACIES:
+    for name in (metrics.main, metrics.other):
         percents = [100 * record.accuracy.get(name, math.nan) for record in records]
         row[f"{name}_mean_percent"], row[f"{name}_std_percent"] = _mean(percents), _std(percents)
     for column, (part, name) in MEANS.items():
@@ -161,25 +170,18 @@ def _std(values: Sequence[float]) -> float:
     return math.nan if len(values) < 2 or any(map(math.isnan, values)) else round(float(stdev(values)), 10)
 
 
-def _with_ratios(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
+def _with_ratios(table: pd.DataFrame, baseline: str, metrics: Metrics) -> pd.DataFrame:
     reference = table[table["method"] == baseline]
     at_depth = reference.set_index("layers")
     for ratio, column in RATIOS.items():
         table[ratio] = _divide(table["layers"].map(at_depth[column]), table[column])
-    accuracy = table["test_mean_percent"]
-    table["test_difference_points"] = (
-        accuracy - table["layers"].map(at_depth["test_mean_percent"]).astype(float)
-    ).round(10)
+    accuracy = table[metrics.mean]
+    table[metrics.difference] = (accuracy - table["layers"].map(at_depth[metrics.mean]).astype(float)).round(10)
     for ratio, column in EQUAL_ACCURACY_RATIOS.items():
-        least = [_least(reference, column, value) for value in accuracy]
+        least = [float(reference.loc[reference[metrics.mean] >= value, column].min()) for value in accuracy]
         table[ratio] = _divide(pd.Series(least), table[column])
     return table
 
 
 def _divide(above: pd.Series, below: pd.Series) -> pd.Series:
     return above.astype(float) / below.where(below > 0)
-
-
-def _least(reference: pd.DataFrame, column: str, accuracy: float) -> float:
-    reaching = reference[reference["test_mean_percent"] >= accuracy]
-    return float(reaching[column].min())

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from report.metrics import Metrics, metrics_in
 from report.summary import BASELINE, Group
 
 MISSING, ABSENT = "—", "missing"
@@ -108,19 +109,12 @@ def _times(key: str) -> Callable[[Row], str]:
 
 MEMORY, ACCURACY, STEP = "Memory (MiB)", "Accuracy (%)", "Step"
 SEEDS = Column("Seeds", "", "Seeds", lambda row: seed_list(row["seeds"]))
-COLUMNS = (
+ROW_COLUMNS = (
     Column("Layers", "", "Layers", lambda row: str(row["layers"])),
     Column("Method", "", "Method", lambda row: row["method"]),
     Column("n", "", "n", lambda row: f"{row['n']} of {row['n'] + row['missing']}" if row["missing"] else str(row["n"])),
-    Column("Reported (%)", ACCURACY, "reported", _shown("reported_accuracy_percent", "{:.1f}".format)),
-    Column(
-        *("Δ reported (points)", ACCURACY, "Δ reported"),
-        _shown("reported_difference_points", signed),
-        "reported_accuracy_percent",
-    ),
-    Column("Test (%)", ACCURACY, "test", lambda row: _accuracy("test")(row) if row["n"] else ABSENT),
-    Column("Δ test (points)", ACCURACY, "Δ test", _shown("test_difference_points", signed)),
-    Column("Validation (%)", ACCURACY, "validation", _accuracy("val_best")),
+)
+COST_COLUMNS = (
     Column(
         *("Reported (MiB)", MEMORY, "reported"),
         _shown("reported_memory_bytes", mebibytes),
@@ -141,10 +135,43 @@ COLUMNS = (
 )
 
 
+def _accuracy_columns(metrics: Metrics) -> tuple[Column, ...]:
+    main, other = metrics.main_title, metrics.other_title
+    accuracy = _accuracy(metrics.main)
+    return (
+        Column("Reported (%)", ACCURACY, "reported", _shown("reported_accuracy_percent", "{:.1f}".format)),
+        Column(
+            *("Δ reported (points)", ACCURACY, "Δ reported"),
+            _shown("reported_difference_points", signed),
+            "reported_accuracy_percent",
+        ),
+        Column(f"{main} (%)", ACCURACY, _lower(main), lambda row: accuracy(row) if row["n"] else ABSENT),
+        Column(f"Δ {_lower(main)} (points)", ACCURACY, f"Δ {_lower(main)}", _shown(metrics.difference, signed)),
+        Column(
+            *(f"{other} reported (%)", ACCURACY, f"{other} reported"),
+            _shown("reported_other_percent", "{:.1f}".format),
+            "reported_other_percent",
+        ),
+        Column(f"{other} (%)", ACCURACY, _lower(other), _accuracy(metrics.other)),
+    )
+
+
+def _lower(title: str) -> str:
+    """A title inside of a heading: "Test" as "test", but "mIoU" as it is."""
+    return title.lower() if title.istitle() else title
+
+
 def columns(table: pd.DataFrame) -> tuple[Column, ...]:
     """The columns for people; the seeds are one of them only where they differ between rows."""
-    chosen = COLUMNS if same_seeds(table) else (*COLUMNS[:3], SEEDS, *COLUMNS[3:])
+    chosen = every_column(metrics_in(table))
+    if not same_seeds(table):
+        chosen = (*chosen[: len(ROW_COLUMNS)], SEEDS, *chosen[len(ROW_COLUMNS) :])
     return tuple(column for column in chosen if not column.if_any or table[column.if_any].notna().any())
+
+
+def every_column(metrics: Metrics) -> tuple[Column, ...]:
+    """All columns for people, whether a table has numbers for them or not."""
+    return (*ROW_COLUMNS, *_accuracy_columns(metrics), *COST_COLUMNS)
 
 
 def same_seeds(table: pd.DataFrame) -> bool:
@@ -179,8 +206,8 @@ def markdown_body(rows: Sequence[Row], shown: Sequence[Column]) -> str:
 
 LEFT = ("Model", "Method", "Seeds")
 TERMINAL = (
-    *("Layers", "Method", "n", "Test (%)", "Δ test (points)", "Formula (MiB)", "Formula, × less"),
-    *("Kept (MiB)", "Peak (MiB)", "Step (ms)"),
+    *("Layers", "Method", "n", "Test (%)", "Δ test (points)", "mIoU (%)", "Δ mIoU (points)", "mAcc (%)"),
+    *("Formula (MiB)", "Formula, × less", "Kept (MiB)", "Peak (MiB)", "Step (ms)"),
 )
 
 
@@ -202,8 +229,7 @@ def to_terminal(table: pd.DataFrame, group: Group) -> str:
 def footnotes(table: pd.DataFrame, baseline: str = BASELINE) -> list[str]:
     """What the numbers of a table are."""
     return [
-        "Test: accuracy on the test split, of the epoch that is best on the validation split. "
-        "Validation: accuracy of that epoch on the validation split.",
+        metrics_in(table).note,
         f"{_seeds_note(table)} ± is the sample standard deviation of the accuracy over them; the other numbers "
         "are means.",
         "Reported: as published, on the split that the publication used, which is a validation split. "
@@ -233,11 +259,12 @@ def _seeds_note(table: pd.DataFrame) -> str:
 def _baseline_notes(table: pd.DataFrame, baseline: str) -> list[str]:
     if baseline not in set(table.loc[table["n"] > 0, "method"]):
         return [f"Ratios and Δ refer to {baseline}, of which there is no finished run."]
+    words = metrics_in(table).words
     return [
         f"× less: the number of {baseline} at the same number of layers, divided by that of the row; Δ: "
-        "test accuracy less that one's.",
+        f"{words} less that one's.",
         f"At equal accuracy: the least formula memory of {baseline}, at any number of layers, that reaches at least "
-        "the row's mean test accuracy, divided by the formula memory of the row; FLOPs likewise.",
+        f"the row's mean {words}, divided by the formula memory of the row; FLOPs likewise.",
     ]
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Regenerate everything that the README shows of results, in figures/: the quickstart with three seeds, its table and
-# plot; the same experiment with the three larger networks, and the ablations of ASI, as one page of tables. Run again,
-# it does only what is missing. All of it takes hours on two CPU cores.
+# Regenerate everything that the README shows of results, in figures/: both quickstarts with three seeds, their tables and
+# pictures; the experiment on digits with the three larger networks, and the ablations of ASI, as one page of tables. Run
+# again, it does only what is missing. All of it takes hours on two CPU cores.
 #
 # Usage: bash scripts/figures.sh [--help]
-# Environment: see scripts/quickstart.sh
+# Environment: see scripts/quickstart.sh and scripts/segmentation/quickstart.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ "${1:-}" == --help ]]; then
@@ -17,6 +17,12 @@ report="$runs/report/classification/B"
 bash scripts/quickstart.sh 233 234 235
 for file in table.md table.csv pareto.png pareto.svg; do
     cp "$report/mcunet/digits/$file" "figures/digits_$file"
+done
+
+SEEDS="233 234 235" bash scripts/segmentation/quickstart.sh
+source="$runs/report/segmentation/finetune/pspnet_small/digit_scenes"
+for file in table.md table.csv pareto.png predictions.png; do
+    cp "$source/$file" "figures/digit_scenes_$file"
 done
 
 export METHODS="vanilla gradient_filter_r2 svd_0.8 hosvd_0.8 asi" LAYERS="2 4" SEEDS="233 234 235"

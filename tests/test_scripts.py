@@ -19,18 +19,40 @@ def test_help_prints_the_head_of_the_script(script: str) -> None:
     assert "set -euo pipefail" in (ROOT / script).read_text()
 
 
-def test_quickstart_dry_run_lists_every_run(tmp_path: Path, script_environment: dict[str, str]) -> None:
+def dry_run(script: str, environment: dict[str, str], *arguments: str) -> list[str]:
+    """Titles of the runs that a script would do."""
     done = subprocess.run(
-        ["bash", ROOT / "scripts" / "quickstart.sh", "--dry-run", "7"],
-        env=script_environment,
+        ["bash", ROOT / "scripts" / script, "--dry-run", *arguments],
+        env=environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    titles = [line.partition("] ")[2] for line in done.stdout.splitlines() if line.startswith("[")]
+    assert not Path(environment["RUNS_DIR"]).exists()
+    return [line.partition("] ")[2] for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+def test_quickstart_dry_run_lists_every_run(script_environment: dict[str, str]) -> None:
     methods = ["vanilla", "gradient_filter_r2", "svd_0.8", "hosvd_0.8", "asi"]
     rows = [(method, layers) for layers in (2, 4) for method in methods]
     rows = [("perplexity", 2), ("perplexity", 4), *rows]
     trained = [f"digits: {method}, last {layers}, seed 7" for method, layers in rows]
-    assert titles == ["digits: pretrain, seed 7", *trained]
-    assert not (tmp_path / "runs").exists()
+    assert dry_run("quickstart.sh", script_environment, "7") == ["digits: pretrain, seed 7", *trained]
+
+
+def test_segmentation_quickstart_dry_run_lists_every_run(script_environment: dict[str, str]) -> None:
+    methods = ["vanilla", "gradient_filter", "hosvd_0.8", "asi"]
+    assert dry_run("segmentation/quickstart.sh", script_environment) == [
+        *("pretrain, seed 233", "calibrate, seed 233", "perplexity, last 10, seed 233"),
+        *(f"{method}, last 10, seed 233" for method in methods),
+    ]
+
+
+def test_a_segmentation_script_takes_its_settings_from_the_environment(script_environment: dict[str, str]) -> None:
+    chosen = {"METHODS": "vanilla hosvd_0.8", "LAYERS": "5 all", "SEEDS": "1 2", "ITERATIONS": "7", "WEIGHTS": "w.pth"}
+    titles = dry_run("segmentation/fcn.sh", {**script_environment, **chosen}, "cityscapes")
+    trained = [("vanilla", "last 5"), ("hosvd_0.8", "last 5"), ("vanilla", "all layers")]
+    assert titles == [
+        "calibrate, seed 233",
+        *(f"{method}, {depth}, seed {seed}" for seed in (1, 2) for method, depth in trained),
+    ]

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "classification": {"classification", "experiment", "lowrank"},
     "segmentation": {"segmentation", "experiment", "lowrank"},
     "report": {"report", "experiment", "lowrank"},
-    "benchmarks": {"benchmarks", "classification", "experiment", "lowrank"},
+    "benchmarks": {"benchmarks", "classification", "segmentation", "experiment", "lowrank"},
 }
 # Inside the core, a module imports only modules that stand before it.
 CORE_ORDER = (

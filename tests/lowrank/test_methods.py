@@ -37,6 +37,7 @@ from lowrank.geometry import ConvGeometry, LinearGeometry
         (lambda: ASI(ranks=2, algorithm="svd"), "sequential, published"),
         (lambda: GradientFilter(patch=0), "patch"),
         (lambda: GradientFilter(patch=2.0), "patch"),
+        (lambda: GradientFilter(patch={"0": 2, "1": 0}), "patch"),
     ],
 )
 def test_a_setting_out_of_range_raises_and_is_named(make, message):
@@ -54,6 +55,7 @@ def test_a_setting_out_of_range_raises_and_is_named(make, message):
         (ASI(2, algorithm="published"), "asi_published"),
         (ASI(2, warm_start=False), "asi_cold"),
         (GradientFilter(7), "gradient_filter_r7"),
+        (GradientFilter({"0": 7}), "gradient_filter"),
     ],
 )
 def test_tags_tell_methods_apart(method, tag):
@@ -298,3 +300,11 @@ def test_kept_bytes_are_the_formulas(method):
     kept, _ = method.compress(x, ConvGeometry.of(CONV), (), "layer")
     measured = sum(tensor.nbytes for tensor in kept if tensor is not None)
     assert measured == conv_cost(method, x).activation_bytes
+
+
+def test_gradient_filter_takes_a_patch_per_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3))
+    lowrank.convert(model, ["0", "1"], GradientFilter({"0": 2, "1": 5}))
+    assert [layer.method for layer in lowrank.converted_layers(model)] == [GradientFilter(2), GradientFilter(5)]
+    with pytest.raises(lowrank.ConversionError, match=r"layer '1' .*the patches name no layer '1'; they name 0"):
+        lowrank.convert(model, ["0", "1"], GradientFilter({"0": 2}))

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.text import Annotation
 
-from report.plots import COMPARED, LOOKS, MARKER, _draw, _looks, pareto_figure, published_figure
+from report.plots import LOOKS, MARKER, _draw, _looks, compared, pareto_figure, published_figure
 from report.published import Point
 from report.summary import Group, Reported, summarise
 
@@ -153,7 +153,7 @@ def points():
 
 
 def test_published_points_are_drawn_beside_the_measured(trade_off, points):
-    left, right = _draw(summarise(trade_off), GROUP, COMPARED, points).axes
+    left, right = _draw(summarise(trade_off), GROUP, compared(summarise(trade_off)), points).axes
     crosses = [
         {
             (float(x), float(y))

@@ -1,0 +1,2 @@
+# Patches per layer, from the network.
+lowrank = dict(method=dict(type="GradientFilter"))

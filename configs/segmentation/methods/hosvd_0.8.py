@@ -1,0 +1,1 @@
+lowrank = dict(method=dict(type="HOSVD", energy=0.8))

@@ -1,0 +1,1 @@
+lowrank = dict(method=dict(type="SVD", energy=0.7))

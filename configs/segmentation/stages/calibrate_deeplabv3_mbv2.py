@@ -1,0 +1,2 @@
+stage = "calibrate"
+train_cfg = dict(max_iters=5000)

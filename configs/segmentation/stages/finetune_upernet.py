@@ -1,0 +1,2 @@
+stage = "finetune"
+optim_wrapper = dict(optimizer=dict(weight_decay=1e-4))

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# DeepLabV3 with ResNet-18: every method at 5 and 10 layers, and the tables.
+#
+# Usage: bash scripts/segmentation/deeplabv3.sh [--help] [--dry-run] [DATASET]
+set -euo pipefail
+exec bash "$(dirname "${BASH_SOURCE[0]}")/sweep.sh" deeplabv3 "$@"

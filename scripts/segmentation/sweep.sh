@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Calibrate a pretrained network to a data set, measure perplexity, train every method at 5 and 10 layers, and write the
+# tables. Run again, it does only what is missing. The scripts beside this one name the network.
+#
+# Usage: bash scripts/segmentation/sweep.sh NETWORK [--help] [--dry-run] [DATASET]
+#   DATASET   voc12aug (default), cityscapes or digit_scenes
+# Environment:
+#   METHODS      methods to train (default: all of configs/segmentation/methods)
+#   LAYERS       depths: 5, 10, all (default: 5 10)
+#   SEEDS        seeds (default: 233)
+#   DATA_DIR     folder of the data sets (default: data)
+#   RUNS_DIR     folder for runs and report (default: runs)
+#   ITERATIONS   length of the fine-tuning runs (default: the papers' 20000; of digit scenes 200)
+#   WEIGHTS      weights to start from, a file or an address (default: those published for Cityscapes; of digit scenes
+#                a pretraining run; with cityscapes they must be given)
+#   VENV, PYTHON   see scripts/setup.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+network="${1:---help}"
+shift || true
+dry_run=()
+if [[ "$network" == --help || "${1:-}" == --help ]]; then
+    shown="$network.sh"
+    [[ "$network" != --help ]] || shown="sweep.sh NETWORK"
+    sed -n "2,/^set /{/^set /d;s/^# \{0,1\}//;s/sweep.sh NETWORK/$shown/;p}" scripts/segmentation/sweep.sh
+    exit 0
+elif [[ "${1:-}" == --dry-run ]]; then
+    dry_run=(--dry-run)
+    shift
+fi
+
+bash scripts/setup.sh
+python="${VENV:-.venv}/bin/python"
+runs="${RUNS_DIR:-runs}"
+read -ra methods <<< "${METHODS:-}"
+read -ra layers <<< "${LAYERS:-5 10}"
+read -ra seeds <<< "${SEEDS:-233}"
+options=(--network "$network" --dataset "${1:-voc12aug}" --layers "${layers[@]}" --seeds "${seeds[@]}")
+options+=(--runs-dir "$runs" --data-dir "${DATA_DIR:-data}" "${dry_run[@]}")
+[[ ${#methods[@]} -eq 0 ]] || options+=(--methods "${methods[@]}")
+[[ -z "${ITERATIONS:-}" ]] || options+=(--iterations "$ITERATIONS")
+[[ -z "${WEIGHTS:-}" ]] || options+=(--weights "$WEIGHTS")
+"$python" -m segmentation sweep "${options[@]}"
+[[ ${#dry_run[@]} -gt 0 ]] || "$python" -m report "$runs"

@@ -1,0 +1,143 @@
+"""The command line: `python -m segmentation prepare | measure | train | picture | sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+
+from experiment import ExperimentError
+from lowrank import LowRankError
+from segmentation.compose import choose_depth, load_config, move_data, rescale
+from segmentation.data.prepare import DATASETS, prepare
+from segmentation.pictures import picture
+from segmentation.sweep import sweep
+from segmentation.training import Task, measure, train
+
+MENDABLE = (ExperimentError, LowRankError)  # what a user can mend, in one line
+PICTURE = "Draw the first validation images: input, truth, and the prediction of each run's last weights."
+PREPARE = "Write a data set in the layout that is read, from its archives as published, or digit scenes from nothing."
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `train` and `measure`."""
+    command = argparse.ArgumentParser(
+        prog="python -m segmentation",
+        description="Train a segmentor of MMSegmentation in little memory, or measure the perplexity of its layers. "
+        "Several configs are merged in their order: a network, a data set, a stage and a method of "
+        "configs/segmentation; or one config of your own.",
+    )
+    commands = command.add_subparsers(dest="command", required=True)
+    for name, text in (("train", "train and write result.json"), ("measure", "write the perplexity table")):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("configs", nargs="+", metavar="CONFIG", help="configs, merged in their order")
+        sub.add_argument("--layers", type=_layers, help="depth: 5, 10 or all, for the suite's own configs")
+        sub.add_argument("--seed", type=int, help="seed of the run (default: the config's)")
+        sub.add_argument("--runs-dir", "--runs_dir", type=Path, default=Path("runs"), help="folder that holds all runs")
+        sub.add_argument("--work-dir", type=Path, help="the run's own folder (default: one below --runs-dir)")
+        sub.add_argument("--data-dir", type=Path, help="folder that holds the data sets (default: the config's)")
+        sub.add_argument("--load-from", metavar="FILE", help="weights to start from: a file or an address")
+        sub.add_argument("--iterations", type=int, help="length of the run; schedule and validations in proportion")
+        sub.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+        sub.add_argument("--amp", action="store_true", help="mixed precision, on an accelerator")
+        sub.add_argument("--budget-table", metavar="FILE", help="perplexity table that ASI takes its ranks from")
+        sub.add_argument("--budget-mib", type=float, metavar="MIB", help="memory budget of ASI")
+        sub.add_argument("--budget-run", metavar="DIR", help="finished run whose formula memory is ASI's budget")
+        sub.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override the config")
+        sub.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
+        sub.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+        sub.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+    drawn = commands.add_parser("picture", help="draw input, truth and predictions", description=PICTURE)
+    drawn.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs of one data set")
+    drawn.add_argument("--output", type=Path, required=True, metavar="FILE", help="the PNG to write")
+    drawn.add_argument("--count", type=int, default=4, help="number of validation images (default: %(default)s)")
+    prepared = commands.add_parser("prepare", help="write a data set in the layout that is read", description=PREPARE)
+    prepared.add_argument("dataset", choices=DATASETS)
+    prepared.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
+    prepared.add_argument("--archives", type=Path, help="folder with the archives as published (default: --data-dir)")
+    commands.add_parser("sweep", add_help=False, help="many runs by one command; see sweep --help")
+    return command
+
+
+def _layers(text: str) -> int | str:
+    if text == "all":
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor 'all'")
+    return int(text)
+
+
+def task_of(options: argparse.Namespace) -> Task:
+    """The run that the arguments describe."""
+    config = load_config(options.configs, options.cfg_options)
+    choose_depth(config, options.layers)
+    if options.iterations is not None:
+        rescale(config, options.iterations)
+    if options.data_dir is not None:
+        move_data(config, options.data_dir)
+    if options.load_from is not None:
+        config.load_from = options.load_from
+    seed = options.seed if options.seed is not None else config.get("randomness", {}).get("seed", 233)
+    config.randomness = {**config.get("randomness", {}), "seed": seed}
+    if options.amp:
+        _need_accelerator("--amp")
+        config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+    if options.launcher != "none":
+        _need_accelerator(f"--launcher {options.launcher}")
+    _set_budget(config, options)
+    # Once more, over what the other arguments set.
+    config.merge_from_dict(
+        {key: value for key, value in (options.cfg_options or {}).items() if key.split(".")[0] in config}
+    )
+    config.launcher = options.launcher
+    os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    return Task(config, options.runs_dir, options.work_dir, options.resume, options.dry_run)
+
+
+def _need_accelerator(option: str) -> None:
+    if not torch.cuda.is_available():
+        raise ExperimentError(f"{option} needs an accelerator, and there is none; leave it out")
+
+
+def _set_budget(config: Config, options: argparse.Namespace) -> None:
+    given = {"table": options.budget_table, "mib": options.budget_mib, "run": options.budget_run}
+    given = {key: value for key, value in given.items() if value is not None}
+    if not given:
+        return
+    if "table" not in given or len(given) != 2:
+        raise ExperimentError("a budget is --budget-table with either --budget-mib or --budget-run")
+    for hook in config.get("custom_hooks", []):
+        if hook["type"] == "LowRankHook":
+            hook["budget"] = given
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run one command but `sweep`.
+
+    Raises:
+        ExperimentError, LowRankError: something that the user can mend.
+    """
+    options = parser().parse_args(arguments)
+    if options.command == "picture":
+        picture(options.runs, options.output, options.count)
+    elif options.command == "prepare":
+        prepare(options.dataset, options.data_dir, options.archives or options.data_dir)
+    else:
+        (train if options.command == "train" else measure)(task_of(options))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command. Returns 0, 1 if a run of a sweep failed, or 2 after one line that says what was wrong."""
+    try:
+        if arguments[:1] == ["sweep"]:
+            return sweep(arguments[1:], run, MENDABLE)
+        run(arguments)
+    except MENDABLE as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0

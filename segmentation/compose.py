@@ -1,0 +1,115 @@
+"""One config from several files, each stating only its own part: network, data set, stage, method; and the depth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from experiment import ExperimentError
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "segmentation"
+HOOK = "LowRankHook"
+
+
+def load_config(files: Sequence[str | Path], options: Mapping[str, Any] | None = None) -> Config:
+    """The files merged in their order, a later one over an earlier one, and the options over all.
+
+    Raises:
+        ExperimentError: a file is missing or is not a config.
+    """
+    config = Config()
+    for path in files:
+        try:
+            loaded = Config.fromfile(str(path))
+        except Exception as error:  # a config is code, which may fail in any way
+            raise ExperimentError(f"config {path} cannot be read: {type(error).__name__}: {error}") from None
+        config.merge_from_dict(loaded.to_dict(), allow_list_keys=False)
+        config.merge_from_dict({"config_files": [*config.get("config_files", []), str(path)]}, allow_list_keys=False)
+    if options:
+        config.merge_from_dict(dict(options))
+    return config
+
+
+def choose_depth(config: Config, layers: int | str | None) -> None:
+    """Turn `depths` and `lowrank` of the suite's configs into a `LowRankHook` among `custom_hooks`, in place.
+
+    A config without `depths` stays as it is: it says itself what it does.
+
+    Args:
+        config: a merged config.
+        layers: 5, 10 or "all"; None only where the stage has a depth of its own.
+
+    Raises:
+        ExperimentError: the network has no such depth.
+    """
+    if "depths" not in config:
+        if layers is not None:
+            raise ExperimentError("--layers is for configs with `depths`; this one names its layers in custom_hooks")
+        return
+    settings = {"method": {"type": "Vanilla"}, **config.get("lowrank", {})}
+    stage = config.get("stage")
+    depth = config.depths.get(stage)
+    if depth is None:
+        depth = {"layers": "all"} if layers == "all" else config.depths.get(f"last{layers}")
+    if depth is None:
+        allowed = [name.removeprefix("last") for name in config.depths if name.startswith("last")]
+        raise ExperimentError(f"--layers is {layers}; {config.network} has {', '.join(allowed)} and all")
+    settings |= {"layers": depth["layers"], "freeze": depth.get("freeze", [])}
+    if settings["method"]["type"] == "GradientFilter" and "patch" not in settings["method"]:
+        if layers == "all" or not depth.get("patches"):
+            raise ExperimentError("the gradient filter has a patch per layer at 5 and 10 layers; give its `patch` here")
+        patches = dict(zip(depth["layers"], depth["patches"], strict=True))
+        settings["method"] = {**settings["method"], "patch": patches}
+    hooks = [hook for hook in config.get("custom_hooks", []) if hook["type"] != HOOK]
+    config.custom_hooks = [*hooks, ConfigDict(type=HOOK, **settings)]
+    if layers is not None:
+        config.layers = layers
+    for key in ("depths", "lowrank"):
+        config.pop(key, None)
+
+
+def hook_settings(config: Config) -> dict[str, Any] | None:
+    """The settings of the config's `LowRankHook`, if it has one."""
+    hooks = [dict(hook) for hook in config.get("custom_hooks") or [] if hook["type"] == HOOK]
+    if len(hooks) > 1:
+        raise ExperimentError(f"custom_hooks has {len(hooks)} of {HOOK}; allowed is one")
+    return {key: value for key, value in hooks[0].items() if key not in ("type", "priority")} if hooks else None
+
+
+def rescale(config: Config, iterations: int) -> None:
+    """Make the run as long as this, with schedule, validations and checkpoints in proportion, in place."""
+    if iterations < 1:
+        raise ExperimentError(f"--iterations is {iterations}; allowed are whole numbers from 1")
+    share = iterations / config.train_cfg.max_iters
+
+    def scaled(number: int) -> int:
+        return max(1, round(number * share))
+
+    config.train_cfg.update(max_iters=iterations, val_interval=scaled(config.train_cfg.val_interval))
+    checkpoint = config.default_hooks.checkpoint
+    checkpoint.interval = scaled(checkpoint.interval)
+    for scheduler in config.param_scheduler:
+        scheduler.begin, scheduler.end = round(scheduler.begin * share), scaled(scheduler.end)
+    config.param_scheduler = [scheduler for scheduler in config.param_scheduler if scheduler.begin < scheduler.end]
+
+
+def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _dictionaries(inner)
+
+
+def datasets(config: Config) -> list[dict[str, Any]]:
+    """Every data set's config, those inside of others included."""
+    return [part for part in _dictionaries(config._cfg_dict) if "data_root" in part and "type" in part]
+
+
+def move_data(config: Config, data_dir: Path) -> None:
+    """Read the data set from `data_dir/<dataset>`, in place."""
+    for part in datasets(config):
+        part["data_root"] = str(data_dir / config.dataset)

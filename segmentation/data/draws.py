@@ -1,0 +1,79 @@
+"""Augmentation whose random draws depend on a sample's place in the run alone, so that a resumed run draws the same.
+
+MMEngine's own sampler goes on at the right index after a resume, but the generators that the augmentation draws from
+start anew. With these two, each sample is drawn from generators seeded by the run's seed and its place in the stream,
+in whichever worker process that happens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from mmengine.dataset import InfiniteSampler
+from mmengine.registry import DATA_SAMPLERS, DATASETS
+
+
+class Place(int):
+    """An index that knows which draw of the run it is."""
+
+    draw: tuple[int, int, int]  # seed, process, number in the process's stream
+
+    def __reduce__(self) -> Any:  # on its way to a worker
+        return _place, (int(self), self.draw)
+
+
+def _place(index: int, draw: tuple[int, int, int]) -> Place:
+    place = Place(index)
+    place.draw = draw
+    return place
+
+
+@DATA_SAMPLERS.register_module()
+class PlacedSampler(InfiniteSampler):
+    """MMEngine's endless sampler with a `Place` for every index."""
+
+    first = 0
+
+    def skip(self, num_samples: int) -> None:
+        """Go on as after this many samples of this process."""
+        super().skip(num_samples)
+        self.first = num_samples
+
+    def __iter__(self) -> Iterator[Place]:
+        for number, index in zip(itertools.count(self.first), super().__iter__(), strict=False):
+            yield _place(index, (self.seed, self.rank, number))
+
+
+@DATASETS.register_module()
+class PlacedDataset:
+    """A data set that seeds the generators of numpy and Python before it draws a sample with a `Place`.
+
+    Args:
+        dataset: config of the data set.
+    """
+
+    def __init__(self, dataset: dict[str, Any]) -> None:
+        self.dataset = DATASETS.build(dataset)
+
+    @property
+    def metainfo(self) -> dict[str, Any]:
+        """Classes and palette."""
+        return dict(self.dataset.metainfo)
+
+    def full_init(self) -> None:
+        """Load the list of samples."""
+        self.dataset.full_init()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if isinstance(index, Place):
+            state = np.random.SeedSequence(index.draw).generate_state(2)
+            random.seed(int(state[0]))
+            np.random.seed(state[1])  # noqa: NPY002 - the global one is what MMSegmentation's transforms draw from
+        return self.dataset[int(index)]

@@ -1,0 +1,87 @@
+"""Folders and archives: made whole or not at all, unpacked without trust, counted before they are used."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from experiment import ExperimentError
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A new, empty folder that takes the place of `target` at the end, or is gone if anything fails.
+
+    Raises:
+        ExperimentError: `target` is there already, or cannot be written.
+    """
+    if target.exists():
+        raise ExperimentError(f"{target} is there already; delete it to make it again")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
+    except OSError as error:
+        raise ExperimentError(f"{target} cannot be written ({error.strerror}); give another --data-dir") from None
+    try:
+        yield part
+        part.chmod(0o755)
+        part.replace(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a tar or zip archive into a folder; a member that would leave the folder is refused.
+
+    Raises:
+        ExperimentError: the archive is missing, damaged, or not safe.
+    """
+    if not archive.is_file():
+        raise ExperimentError(f"there is no archive {archive}; see python -m segmentation prepare --help")
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as file:
+                _refuse_outside(file.namelist(), folder)
+                file.extractall(folder)
+        else:
+            with tarfile.open(archive) as file:
+                file.extractall(folder, filter="data")
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        raise ExperimentError(f"{archive} cannot be unpacked ({error}); fetch it again") from None
+
+
+def _refuse_outside(names: Iterable[str], folder: Path) -> None:
+    root = folder.resolve()
+    for name in names:
+        if not (root / name).resolve().is_relative_to(root):
+            raise ValueError(f"its member {name!r} lies outside of the folder")
+
+
+def expect_count(found: int, expected: int, what: str) -> None:
+    """Raise `ExperimentError` unless as many things were found as the data set has."""
+    if found != expected:
+        raise ExperimentError(f"{found} {what} found, {expected} expected; the archive is not whole, fetch it again")
+
+
+def read_list(path: Path) -> list[str]:
+    """Names in a split's list, one a line.
+
+    Raises:
+        ExperimentError: the list cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except OSError as error:
+        raise ExperimentError(f"{path} cannot be read ({error.strerror}); prepare the data set first") from None
+
+
+def files_fingerprint(root: Path, files: Iterable[Path]) -> str:
+    """A short hash of files' names, relative to `root`, and sizes, whatever their order."""
+    lines = sorted(f"{path.relative_to(root)} {path.stat().st_size}" for path in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

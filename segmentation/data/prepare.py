@@ -1,0 +1,26 @@
+"""The data sets that `python -m segmentation prepare` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from segmentation.data.cityscapes import prepare_cityscapes
+from segmentation.data.scenes import SETS, write_scenes
+from segmentation.data.voc import prepare_voc12aug
+
+FROM_ARCHIVES = {"voc12aug": prepare_voc12aug, "cityscapes": prepare_cityscapes}
+DATASETS = (*SETS, *FROM_ARCHIVES)
+
+
+def prepare(dataset: str, data_dir: Path, archives: Path) -> None:
+    """Write one data set to `data_dir/<dataset>`, whole or not at all.
+
+    Raises:
+        ExperimentError: it is there already, or its archives are missing, damaged or not whole.
+    """
+    target = data_dir / dataset
+    if dataset in SETS:
+        write_scenes(target, SETS[dataset])
+    else:
+        FROM_ARCHIVES[dataset](target, archives)
+    print(f"{dataset} is in {target}")

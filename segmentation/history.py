@@ -1,0 +1,117 @@
+"""What a run writes down while it trains: a row per validation, in `metrics.csv`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+
+from experiment.files import write_whole
+from lowrank import converted_layers
+from segmentation.hook import unwrapped
+
+PENDING = "lowrank_history"
+Row = dict[str, float]
+
+
+class History(Hook):
+    """One row per validation; a resumed run goes on where the rows end.
+
+    Args:
+        folder: where `metrics.csv` is written, whole after each validation.
+        show: print a line per validation.
+    """
+
+    priority = "LOW"
+
+    def __init__(self, folder: Path, show: bool = True) -> None:
+        self.path, self.show = folder / "metrics.csv", show
+        self.rows: list[Row] = []
+        self._seconds: list[float] = []
+        self._kept: list[int] = []
+        self._losses: list[float] = []
+        self._start = 0.0
+
+    def before_train(self, runner: Any) -> None:
+        """After a resume, take the rows up to there."""
+        if runner.iter > 0:
+            self.rows = [row for row in _read(self.path) if row["iteration"] <= runner.iter]
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Make up for a validation that an interruption prevented."""
+        last = self.rows[-1]["iteration"] if self.rows else 0
+        due = runner.iter % runner.train_loop.val_interval == 0 or runner.iter == runner.max_iters
+        if runner.val_loop is not None and last < runner.iter and due:
+            runner.val_loop.run()
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Start the clock of a step."""
+        self._start = time.perf_counter()
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Note the step's time, loss and the bytes that its layers kept."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds.append(time.perf_counter() - self._start)
+        self._kept.append(sum(layer.formula_bytes for layer in converted_layers(unwrapped(runner.model))))
+        loss = (outputs or {}).get("loss", math.nan)
+        self._losses.append(loss.item() if isinstance(loss, torch.Tensor) else loss)
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Write the validation's row."""
+        if not metrics or not self._seconds:
+            return
+        row = {
+            "iteration": float(runner.iter),
+            "train_loss": statistics.fmean(self._losses),
+            "miou": round(float(metrics["mIoU"]) / 100, 6),
+            "macc": round(float(metrics["mAcc"]) / 100, 6),
+            "activation_bytes": statistics.fmean(self._kept),
+            "step_seconds": statistics.median(self._seconds),
+            "seconds": sum(self._seconds),
+        }
+        self.rows.append(row)
+        self._seconds, self._kept, self._losses = [], [], []
+        if not is_main_process():
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(row))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(self.path, text.getvalue())
+        if self.show:
+            left = (runner.max_iters - runner.iter) * row["step_seconds"]
+            print(
+                f"  iteration {runner.iter}/{runner.max_iters}  mIoU {100 * row['miou']:.1f} %  {left:.0f} s left",
+                flush=True,
+            )
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Carry what no row has yet."""
+        checkpoint[PENDING] = [self._seconds, self._kept, self._losses]
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Take up what no row had."""
+        pending = checkpoint.pop(PENDING, None)
+        if pending is not None:
+            self._seconds, self._kept, self._losses = map(list, pending)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Largest of the rows' mean formula bytes: the papers' "peak" memory."""
+        return round(max(row["activation_bytes"] for row in self.rows))
+
+
+def _read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]

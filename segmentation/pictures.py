@@ -1,0 +1,88 @@
+"""A picture of input, truth and the prediction of every run, side by side."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.runner import load_checkpoint
+from mmseg.registry import DATASETS, MODELS
+from mmseg.utils import register_all_modules
+from numpy.typing import NDArray
+
+from experiment import ExperimentError, Record
+from experiment.files import write_whole
+from experiment.folder import CONFIG
+from experiment.record import RESULT
+from segmentation.training import FINAL
+
+Classes = NDArray[np.int64]
+IGNORED, IGNORED_COLOUR = 255, (224, 224, 192)
+
+
+def picture(runs: Sequence[Path], output: Path, count: int = 4) -> None:
+    """Write a PNG with a row per validation image, the first `count` of them, and a column per run.
+
+    Raises:
+        ExperimentError: a folder without a finished run, runs of different data sets, or an output that cannot be
+            written.
+    """
+    records = {run: Record.load(run / RESULT) for run in runs}
+    if len({record.run.dataset for record in records.values()}) != 1:
+        raise ExperimentError("the runs are of different data sets; give runs of one")
+    register_all_modules(init_default_scope=True)
+    config = Config.fromfile(str(runs[0] / CONFIG))
+    dataset = DATASETS.build(config.val_dataloader.dataset)
+    samples = [dataset[index] for index in range(min(count, len(dataset)))]
+    columns: dict[str, list[Any]] = {
+        "input": [sample["inputs"].permute(1, 2, 0).numpy()[..., ::-1] for sample in samples],
+        "truth": [_coloured(sample["data_samples"].gt_sem_seg.data[0].numpy(), dataset) for sample in samples],
+    }
+    for run, record in records.items():
+        title = f"{record.run.method}\nmIoU {100 * record.accuracy['miou_last']:.1f} %"
+        columns[title] = [_coloured(classes, dataset) for classes in _predictions(run, samples)]
+    try:
+        write_whole(output, _drawn(columns))
+    except OSError as error:
+        raise ExperimentError(f"{output} cannot be written: {error.strerror}; give another --output") from None
+
+
+@torch.no_grad()
+def _predictions(run: Path, samples: Sequence[Any]) -> list[Classes]:
+    """Classes (H, W) of every sample, by a stock segmentor with the run's last weights."""
+    config = Config.fromfile(str(run / CONFIG))
+    model = MODELS.build(config.model).eval()
+    load_checkpoint(model, str(run / FINAL), map_location="cpu", strict=True, logger="silent")
+    results = model.test_step(pseudo_collate(list(samples)))
+    return [result.pred_sem_seg.data[0].numpy() for result in results]
+
+
+def _coloured(classes: Classes, dataset: Any) -> NDArray[np.uint8]:
+    colours = np.zeros((256, 3), np.uint8)
+    palette = dataset.metainfo["palette"]
+    colours[: len(palette)] = palette
+    colours[IGNORED] = IGNORED_COLOUR
+    return colours[classes]
+
+
+def _drawn(columns: dict[str, list[Any]]) -> bytes:
+    rows = len(next(iter(columns.values())))
+    figure = Figure(figsize=(1.6 * len(columns), 1.6 * rows + 0.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, len(columns), squeeze=False)
+    for column, (title, images) in enumerate(columns.items()):
+        grid[0, column].set_title(title, fontsize=8)
+        for row, image in enumerate(images):
+            grid[row, column].imshow(image, interpolation="nearest")
+            grid[row, column].set_axis_off()
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

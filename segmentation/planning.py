@@ -1,0 +1,33 @@
+"""Where ASI's ranks come from in a run: a perplexity table and a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from experiment import budget_bytes
+from lowrank import ASI, PerplexityTable, select_ranks
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A perplexity table and one of two budgets.
+
+    Args:
+        table: file of the perplexity table.
+        mib: the budget in MiB (2^20 bytes).
+        run: folder of a finished run whose formula memory is the budget.
+    """
+
+    table: str
+    mib: float | None = None
+    run: str | None = None
+
+    @property
+    def nbytes(self) -> float:
+        """The budget in bytes."""
+        return budget_bytes(self.mib, self.run, "budget")
+
+    def ranks_for(self, method: ASI, names: Sequence[str]) -> ASI:
+        """The method with the ranks of least perplexity for these layers within the budget."""
+        return replace(method, ranks=select_ranks(PerplexityTable.load(self.table), self.nbytes, list(names)))

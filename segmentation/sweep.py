@@ -1,0 +1,190 @@
+"""Many runs by one command: pretrain (digit scenes), calibrate, measure perplexity, train every method, depth and seed.
+
+Each run goes through the ordinary command line, so a run of a sweep and a run by hand are the same run: what is done is
+skipped, what was interrupted is resumed. A run that fails does not stop the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from experiment import ExperimentError, Run
+from experiment.jobs import Command, Job, Program, list_jobs, run_jobs
+from experiment.record import RESULT
+from segmentation.compose import CONFIGS, load_config
+from segmentation.training import FINAL, TABLE
+
+BUDGET_METHOD = "hosvd_0.8"  # the papers give ASI the memory that this method used
+BUDGETS = CONFIGS.parent / "published" / "segmentation_budgets.yaml"
+PRETRAINED_ON = {"digit_scenes": "digit_scenes_pretrain"}
+PROGRAM = "python -m segmentation"
+SEED = 233  # the papers' seed, and that of what all seeds start from
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to run.
+
+    Attributes:
+        network, dataset: names of configs in configs/segmentation.
+        methods: names of configs in configs/segmentation/methods.
+        layers: depths, "5", "10" or "all"; with "all" only vanilla training.
+        seeds: the seeds of the fine-tuning runs; they start from the same calibrated weights.
+        runs_dir, data_dir: folders that hold all runs and all data sets.
+        weights: what to calibrate: a file or an address. None: the network's own, for digit scenes a pretraining run.
+        iterations: length of the fine-tuning runs; None: the recipe's.
+        published_budgets: give ASI the published budget instead of what HOSVD used.
+        extra: further arguments for every fine-tuning run.
+    """
+
+    network: str
+    dataset: str
+    methods: tuple[str, ...]
+    layers: tuple[str, ...]
+    seeds: tuple[int, ...]
+    runs_dir: Path
+    data_dir: Path
+    weights: str | None = None
+    iterations: int | None = None
+    published_budgets: bool = False
+    extra: tuple[str, ...] = ()
+
+    def jobs(self) -> Iterator[Job]:
+        """Every run, in an order in which each finds what it needs.
+
+        Raises:
+            ExperimentError: there are no weights to start from.
+        """
+        source = PRETRAINED_ON.get(self.dataset)
+        weights = self.weights or (None if source else self._published_weights())
+        if weights is None:
+            assert source is not None
+            yield self._job("train", "pretrain", "pretrain", source, "vanilla", "all", SEED, [])
+            weights = str(self._folder("pretrain", source, "vanilla", "all", SEED) / FINAL)
+        start = ["--load-from", weights]
+        yield self._job("train", "calibrate", "calibrate", self.dataset, "vanilla", None, SEED, start)
+        start = ["--load-from", str(self._folder("calibrate", self.dataset, "vanilla", "all", SEED) / FINAL)]
+        depths = [layers for layers in self.layers if layers != "all"]
+        for layers in depths if "asi" in self.methods else []:
+            title = f"perplexity, last {layers}"
+            yield self._job("measure", title, "finetune", self.dataset, "vanilla", layers, SEED, start)
+        if self.iterations is not None:
+            start += ["--iterations", str(self.iterations)]
+        for seed in self.seeds:
+            for layers in self.layers:
+                for method in sorted(self.methods, key=lambda name: name == "asi"):  # ASI needs the budget's run
+                    if layers == "all" and method != "vanilla":
+                        continue
+                    options = start + (self._budget(layers, seed) if method == "asi" else []) + list(self.extra)
+                    title = f"{method}, {'all layers' if layers == 'all' else f'last {layers}'}"
+                    yield self._job("train", title, "finetune", self.dataset, method, layers, seed, options)
+
+    def _job(
+        self,
+        command: str,
+        title: str,
+        stage: str,
+        dataset: str,
+        method: str,
+        layers: str | None,
+        seed: int,
+        options: Sequence[str],
+    ) -> Job:
+        files = [CONFIGS / "networks" / f"{self.network}.py", CONFIGS / "data" / f"{dataset}.py"]
+        stages = [
+            CONFIGS / "stages" / f"{name}.py" for name in (stage, f"{stage}_{self.network}", f"{stage}_{dataset}")
+        ]
+        files += [path for path in stages if path.exists()] + [CONFIGS / "methods" / f"{method}.py"]
+        arguments = [command, *map(str, files), *(["--layers", layers] if layers else []), "--seed", str(seed)]
+        arguments += ["--runs-dir", str(self.runs_dir), "--data-dir", str(self.data_dir), "--resume", *options]
+        measuring = command == "measure"
+        run = self._run(stage, dataset, "perplexity" if measuring else method, layers or "all", seed)
+        return Job(f"{title}, seed {seed}", run, tuple(arguments), TABLE if measuring else RESULT)
+
+    def _run(self, stage: str, dataset: str, method: str, layers: str, seed: int) -> Run:
+        count: int | str = layers if layers == "all" else int(layers)
+        return Run("segmentation", stage, self.network, dataset, method, count, seed)
+
+    def _folder(self, stage: str, dataset: str, method: str, layers: str, seed: int) -> Path:
+        return self._run(stage, dataset, method, layers, seed).folder(self.runs_dir)
+
+    def _published_weights(self) -> str:
+        weights: str | None = load_config([CONFIGS / "networks" / f"{self.network}.py"]).get("weights")
+        if weights is None or self.dataset == "cityscapes":
+            raise ExperimentError(f"{self.network} on {self.dataset} needs weights to start from; give --weights FILE")
+        return weights
+
+    def _budget(self, layers: str, seed: int) -> list[str]:
+        table = self._folder("finetune", self.dataset, "perplexity", layers, SEED) / TABLE
+        if self.published_budgets:
+            return ["--budget-table", str(table), "--budget-mib", str(published_budget(self.network, int(layers)))]
+        budget = self._folder("finetune", self.dataset, BUDGET_METHOD, layers, seed)
+        return ["--budget-table", str(table), "--budget-run", str(budget)]
+
+
+def published_budget(network: str, layers: int) -> float:
+    """ASI's memory budget as published, in MiB.
+
+    Raises:
+        ExperimentError: there is none for this network and depth.
+    """
+    budgets = yaml.safe_load(BUDGETS.read_text(encoding="utf-8"))
+    try:
+        return float(budgets[network][layers])
+    except KeyError:
+        raise ExperimentError(f"no published budget for {network} at {layers} layers in {BUDGETS}") from None
+
+
+def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
+    """The sweep that the arguments describe, and whether only to list it."""
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} sweep", description=__doc__)
+    names: Callable[[str], list[str]] = lambda kind: sorted(path.stem for path in (CONFIGS / kind).glob("*.py"))  # noqa: E731
+    methods = names("methods")
+    parser.add_argument("--network", choices=names("networks"), required=True)
+    parser.add_argument("--dataset", choices=names("data"), required=True)
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD")
+    parser.add_argument("--layers", nargs="+", choices=("5", "10", "all"), default=["5", "10"], metavar="N")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[SEED], metavar="SEED")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--weights", metavar="FILE", help="what to calibrate (default: published or pretrained here)")
+    parser.add_argument("--iterations", type=int, help="length of the fine-tuning runs (default: the recipe's)")
+    parser.add_argument("--published-budgets", action="store_true", help="ASI's budgets as published")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs, and stop")
+    options, extra = parser.parse_known_args(arguments)
+    if "asi" in options.methods and BUDGET_METHOD not in options.methods and not options.published_budgets:
+        parser.error(f"asi takes its budget from {BUDGET_METHOD}; add it to --methods, or give --published-budgets")
+    sweep = Sweep(
+        network=options.network,
+        dataset=options.dataset,
+        methods=tuple(options.methods),
+        layers=tuple(options.layers),
+        seeds=tuple(options.seeds),
+        runs_dir=options.runs_dir,
+        data_dir=options.data_dir,
+        weights=options.weights,
+        iterations=options.iterations,
+        published_budgets=options.published_budgets,
+        extra=tuple(extra),
+    )
+    return sweep, options.dry_run
+
+
+def sweep(arguments: Sequence[str], command: Command, mendable: tuple[type[Exception], ...]) -> int:
+    """Run a sweep. Returns 0, or 1 after a list of what failed.
+
+    Raises:
+        ExperimentError: there are no weights to start from, or no published budget.
+    """
+    plan, dry_run = parse(arguments)
+    jobs = list(plan.jobs())
+    if dry_run:
+        list_jobs(jobs, PROGRAM)
+        return 0
+    program = Program(PROGRAM, command, lambda error: isinstance(error, mendable))
+    return run_jobs(jobs, program, plan.runs_dir)

@@ -1,0 +1,117 @@
+"""Freeze lists, and every setting of the hook."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from segmentors import narrow_config
+from torch import nn
+
+import lowrank
+from experiment import ExperimentError
+from segmentation.compose import hook_settings
+from segmentation.freezing import apply_freeze_list, freeze_statistics, switch_off_dropout
+from segmentation.hook import LowRankHook, build_method
+from segmentation.loss import RecomputedLoss
+
+
+def network() -> nn.Sequential:
+    inner = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Dropout2d(0.5))
+    return nn.Sequential(nn.Conv2d(3, 2, 1), inner, nn.Conv2d(2, 1, 1))
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_a_freeze_list_is_applied_in_its_order():
+    model = network()
+    apply_freeze_list(model, ["1", "~1.1", "2"])
+    assert trained(model) == {"0.weight", "0.bias", "1.1.weight", "1.1.bias"}
+    apply_freeze_list(model, ["~1.1", "1"])
+    assert trained(model) == {"0.weight", "0.bias"}
+
+
+def test_an_unknown_path_is_named_with_its_likes_and_nothing_changes():
+    model = nn.ModuleDict({"backbone": nn.Linear(1, 1)})
+    with pytest.raises(ExperimentError, match=r"names 'backbon', .* did you mean 'backbone'"):
+        apply_freeze_list(model, ["backbone", "~backbon"])
+    assert len(trained(model)) == 2
+
+
+def test_statistics_and_dropout():
+    model = network().train()
+    freeze_statistics(model)
+    switch_off_dropout(model)
+    assert (model.training, model[1][1].training, model[1][2].p) == (True, False, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"type": "HOSV", "energy": 0.8}, "'HOSV'; allowed: Vanilla, GradientFilter, SVD, HOSVD, ASI"),
+        ({"type": "HOSVD", "enrgy": 0.8}, "HOSVD: .*enrgy"),
+        ({"type": "HOSVD", "energy": 2}, "energy"),
+    ],
+)
+def test_a_wrong_method_is_refused(method, message):
+    with pytest.raises((ExperimentError, lowrank.LowRankError), match=message):
+        build_method(method)
+
+
+def test_asi_without_ranks_is_refused_and_takes_them_from_a_budget(build):
+    config = narrow_config("pspnet", "asi")
+    settings = hook_settings(config)
+    with pytest.raises(ExperimentError, match="ASI needs ranks"):
+        LowRankHook(**settings).prepare(build(config))
+
+
+def test_vanilla_is_ordinary_training_and_the_others_keep_less(build):
+    config = narrow_config("pspnet")
+    stock, model = build(config), build(config)
+    LowRankHook(**hook_settings(config)).prepare(model)
+    changed = {name for name, m in model.named_modules() if type(m) is not type(stock.get_submodule(name))}
+    assert changed == set(hook_settings(config)["layers"])
+    fused = build(config)
+    LowRankHook(**{**hook_settings(config), "fuse": True}).prepare(fused)
+    assert isinstance(fused.decode_head, RecomputedLoss)
+    kept_exact = build(config)
+    LowRankHook(**{**hook_settings(config), "fuse": True, "recompute_loss": False}).prepare(kept_exact)
+    assert not isinstance(kept_exact.decode_head, RecomputedLoss)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    hook = LowRankHook(method={"type": "Vanilla"}, layers=[])
+
+    class Runner:
+        iter = 7
+
+    hook.after_train_iter(Runner, 7, outputs={"loss": torch.tensor(1.0)})
+    with pytest.raises(lowrank.NonFiniteError, match="nan at iteration 7"):
+        hook.after_train_iter(Runner, 7, outputs={"loss": torch.tensor(float("nan"))})
+
+
+def test_a_checkpoint_has_the_stock_names_and_the_state_beside_them(build, batch):
+    from segmentation.batches import segmentation_loss, training_mode
+
+    config = narrow_config("pspnet")
+    settings = {**hook_settings(config), "method": {"type": "ASI", "ranks": 2}}
+    stock, model, hook = build(config), build(config), LowRankHook(**settings)
+    hook.prepare(model)
+    segmentation_loss(training_mode(model), batch).backward()
+    checkpoint = {"state_dict": model.state_dict()}
+    hook.before_save_checkpoint(None, checkpoint)
+    stock.load_state_dict(checkpoint["state_dict"], strict=True)
+    state = dict(checkpoint["lowrank_state"])
+    assert len(state) > len(settings["layers"])
+
+    class Runner:
+        pass
+
+    other = LowRankHook(**settings)
+    other.after_load_checkpoint(None, checkpoint)
+    assert "lowrank_state" not in checkpoint
+    Runner.model, Runner.iter = build(config), 5
+    other.before_train(Runner)
+    loaded = Runner.model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())

@@ -1,0 +1,97 @@
+"""Sweeps: which runs in which order, where each finds what it needs, and what failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiment import ExperimentError
+from segmentation.cli import main, parser, task_of
+from segmentation.sweep import SEED, parse, published_budget, sweep
+
+
+def sweep_of(*arguments: str):
+    return parse([*arguments, "--runs-dir", "r", "--data-dir", "d"])[0]
+
+
+def option(job, name: str) -> str:
+    return job.arguments[job.arguments.index(name) + 1]
+
+
+def test_each_run_starts_from_what_the_ones_before_leave():
+    plan = sweep_of("--network", "pspnet_small", "--dataset", "digit_scenes", "--layers", "10", "--seeds", "1", "2")
+    jobs = list(plan.jobs())
+    titles = [job.title for job in jobs]
+    assert titles[:3] == ["pretrain, seed 233", "calibrate, seed 233", "perplexity, last 10, seed 233"]
+    assert titles.index("asi, last 10, seed 1") > titles.index("hosvd_0.8, last 10, seed 1")
+    assert len(titles) == 3 + 2 * 10
+    below = "r/segmentation"
+    pretrained = f"{below}/pretrain/pspnet_small/digit_scenes_pretrain/vanilla/layersall/seed{SEED}/final.pth"
+    calibrated = f"{below}/calibrate/pspnet_small/digit_scenes/vanilla/layersall/seed{SEED}/final.pth"
+    assert option(jobs[1], "--load-from") == pretrained
+    assert {option(job, "--load-from") for job in jobs[2:]} == {calibrated}
+    asi = jobs[titles.index("asi, last 10, seed 2")]
+    finetune = f"{below}/finetune/pspnet_small/digit_scenes"
+    assert option(asi, "--budget-run") == f"{finetune}/hosvd_0.8/layers10/seed2"
+    assert option(asi, "--budget-table") == f"{finetune}/perplexity/layers10/seed{SEED}/perplexity.json"
+
+
+def test_every_job_is_a_command_that_the_command_line_takes():
+    for network, dataset in (("upernet", "voc12aug"), ("deeplabv3_mbv2_small", "digit_scenes")):
+        plan = sweep_of("--network", network, "--dataset", dataset, "--layers", "5", "all", "--iterations", "20")
+        for job in plan.jobs():
+            task = task_of(parser().parse_args(job.arguments))
+            stage = job.title.partition(",")[0]
+            assert task.config.stage == (stage if stage in ("pretrain", "calibrate") else "finetune")
+            assert task.config.network == network
+            if stage not in ("pretrain", "calibrate", "perplexity"):
+                assert task.config.train_cfg.max_iters == 20
+
+
+def test_networks_have_their_own_recipe_where_the_papers_give_them_one():
+    def settings(network: str, stage: str):
+        plan = sweep_of("--network", network, "--dataset", "voc12aug", "--methods", "vanilla")
+        job = next(job for job in plan.jobs() if job.title.startswith(stage))
+        return task_of(parser().parse_args(job.arguments)).config
+
+    assert settings("fcn", "calibrate").train_cfg.max_iters == 1000
+    assert settings("pspnet_mbv2", "calibrate").train_cfg.max_iters == 5000
+    assert settings("upernet", "calibrate").param_scheduler[0].end == 20000
+    assert settings("upernet", "vanilla").optim_wrapper.optimizer.weight_decay == 1e-4
+    assert settings("deeplabv3", "vanilla").optim_wrapper.optimizer.weight_decay == 5e-4
+    assert settings("deeplabv3", "vanilla").load_from.endswith("vanilla/layersall/seed233/final.pth")
+    assert settings("deeplabv3", "calibrate").load_from.startswith("https://")
+
+
+def test_published_budgets_are_given_in_mib():
+    plan = sweep_of(
+        *("--network", "fcn", "--dataset", "voc12aug", "--methods", "asi", "--layers", "5", "--published-budgets")
+    )
+    (asi,) = [job for job in plan.jobs() if job.title.startswith("asi")]
+    assert float(option(asi, "--budget-mib")) == published_budget("fcn", 5)
+
+
+def test_what_cannot_be_run_is_refused(capsys):
+    assert main(["sweep", "--network", "pspnet", "--dataset", "cityscapes", "--dry-run"]) == 2
+    assert "pspnet on cityscapes needs weights to start from; give --weights FILE" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(["--network", "pspnet", "--dataset", "voc12aug", "--methods", "asi"])
+    assert "asi takes its budget from hosvd_0.8" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, capsys):
+    done = []
+
+    def command(arguments):
+        if "hosvd_0.8.py" in " ".join(arguments):
+            raise ExperimentError("no room")
+        done.append(arguments)
+
+    chosen = ["--network", "pspnet", "--dataset", "voc12aug", "--methods", "vanilla", "hosvd_0.8", "--layers", "5"]
+    assert sweep([*chosen, "--runs-dir", str(tmp_path)], command, (ExperimentError,)) == 1
+    assert len(done) == 2
+    assert "hosvd_0.8, last 5, seed 233" in capsys.readouterr().err
+    (log,) = (path.read_text() for path in tmp_path.rglob("failure.log"))
+    assert "python -m segmentation train" in log
+    assert log.rstrip().endswith("no room")
