@@ -185,7 +185,9 @@ class SuiteCLI(LightningCLI):
         """Measure perplexity and write the table."""
         with self.folder.locked(self._config_text()):
             network = self.model.train().backbone
-            table = measure_perplexity(network, self.model.names, classification_loss, self._first_batch())
+            table = measure_perplexity(
+                network, self.model.names, classification_loss, self._first_batch(), self.model.energies
+            )
             replace(table, model=self.identity.model).save(self.folder.result)
         print(f"perplexity of {len(table.layers)} layers in {self.folder.result}", flush=True)
 

@@ -19,6 +19,7 @@ from classification.front import Split, split
 from classification.planning import Budget, RankChoice
 from experiment import ExperimentError
 from lowrank import ASI, Method, NonFiniteError, Vanilla
+from lowrank.perplexity import ENERGIES
 
 Batch = tuple[Tensor | Activations, Tensor]
 
@@ -50,6 +51,8 @@ class FineTune(pl.LightningModule):
             ordinary training.
         layers: how many trailing convolutions are trained, or "all".
         budget: where ASI's ranks come from, if its own `ranks` are not given.
+        energies: at which perplexity is measured; by default the papers' six. More of them let the chosen ranks come
+            closer to the budget, and cost time in measuring alone.
         rank_choice: how ranks are chosen within the budget: by "perplexity"; as the highest energy that fits when it is
             the same for all layers ("one_energy"); or without looking, at "random".
         rank_seed: of the random choice; the run's seed.
@@ -78,6 +81,7 @@ class FineTune(pl.LightningModule):
         fuse: bool | None = None,
         layers: int | Literal["all"] = "all",
         budget: Budget | None = None,
+        energies: tuple[float, ...] = ENERGIES,
         rank_choice: RankChoice = "perplexity",
         rank_seed: int = 0,
         freeze_statistics: bool = True,
@@ -104,6 +108,7 @@ class FineTune(pl.LightningModule):
         self.backbone.to(memory_format=self.memory_format)
         self.method = _with_ranks(method or Vanilla(), budget, self.names, rank_choice, rank_seed)
         lowrank.convert(self.backbone, self.names, self.method, fuses(self.method, fuse))
+        self.energies = tuple(energies)
         self.freeze_statistics, self.cache_front = freeze_statistics, cache_front
         self._split: list[Split] = []  # not an attribute of its own, which would register its layers twice
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
