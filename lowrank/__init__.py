@@ -19,9 +19,11 @@ from lowrank.errors import (
     TableError,
 )
 from lowrank.explain import Explanation, explain
+from lowrank.factored import WASI, WSI
 from lowrank.layers import converted_layers, stock_state_dict
 from lowrank.meter import peak_bytes, saved_bytes
 from lowrank.methods import ASI, HOSVD, SVD, GradientFilter, Method, Vanilla
+from lowrank.optimizer import SGD
 from lowrank.perplexity import LayerPerplexity, PerplexityTable, measure_perplexity
 from lowrank.tucker import Tucker
 
@@ -30,7 +32,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ASI",
     "HOSVD",
+    "SGD",
     "SVD",
+    "WASI",
+    "WSI",
     "Account",
     "BudgetError",
     "ConversionError",

@@ -10,6 +10,7 @@ from torch import nn
 
 from lowrank.blocks import find_blocks, frozen_layers, lean_code, lean_modules, stock_code
 from lowrank.errors import ConversionError, SettingError
+from lowrank.factored import shared_weights
 from lowrank.layers import FAMILIES, LeanBatchNorm2d, LowRankLayer, adopt, include, lean_norm, release, stock_norm
 from lowrank.lean import LEAN_MODULES
 from lowrank.methods import Method, Vanilla
@@ -90,8 +91,9 @@ def convert(model: Model, names: Iterable[str], method: Method, fuse: bool = Tru
     """Make layers keep their inputs as `method` does, in place.
 
     Everything is checked first, and nothing is changed if any layer cannot be converted. Parameters stay the same
-    objects, and state dict keys stay as they are. A layer that is converted already changes to the new method and loses
-    the state of the old one.
+    objects, and state dict keys stay as they are, except with `WSI` and `WASI`, which put two factors in the place of
+    a weight: make the optimizer, `lowrank.SGD`, after the conversion. A layer that is converted already changes to the
+    new method and loses the state of the old one.
 
     With `fuse`, the rest of the model keeps less as well, with the same outputs and gradients up to rounding:
 
@@ -123,6 +125,8 @@ def convert(model: Model, names: Iterable[str], method: Method, fuse: bool = Tru
     methods: dict[str, Method] = {}
     for name, layer in layers.items():
         reason = _reason_against(layer) or method.reason_against(layer)
+        if reason is None and method.layer_family is not None and shared_weights(model, layer):
+            reason = "its weight is used by another module as well, so it cannot be held as two factors"
         if reason is None:
             try:
                 methods[name] = method.for_layer(name)

@@ -21,6 +21,7 @@ from lowrank.nodes import LowRankFunction, fold, per_output
 from lowrank.sharing import SHARED_INPUTS
 
 STATE_PREFIX = "lowrank_state_"
+LEFT, RIGHT = "lowrank_left", "lowrank_right"  # parameters of a weight that is held as two factors
 
 
 class LeanBatchNorm2d(nn.BatchNorm2d):
@@ -129,14 +130,25 @@ class LowRankLayer(nn.Module):
             )
         return norm
 
-    def _tracked(self, input: Tensor, norm: LeanBatchNorm2d | None, parameters: tuple[Tensor | None, ...]) -> Tensor:
-        x, dtype, device = input, self.weight.dtype, input.device.type
+    def take_over(self) -> None:
+        """What a family does with the parameters when a layer becomes one of it: nothing."""
+
+    def give_back(self) -> None:
+        """Undo `take_over`."""
+
+    def _begin(self, input: Tensor) -> tuple[Tensor, torch.dtype, AbstractContextManager[Any]]:
+        """The input as the layer computes with it, the dtype to compute in, and a context without autocast."""
+        x, dtype, device = input, next(self.parameters(recurse=False)).dtype, input.device.type
         self.kept_bytes = self.formula_bytes = 0
         outside: AbstractContextManager[Any] = nullcontext()
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
             x = x.to(dtype)
             outside = torch.autocast(device, enabled=False)
+        return x, dtype, outside
+
+    def _tracked(self, input: Tensor, norm: LeanBatchNorm2d | None, parameters: tuple[Tensor | None, ...]) -> Tensor:
+        x, dtype, outside = self._begin(input)
         _, _, gamma, _ = parameters
         statistics = (None, None, 0.0) if norm is None else _statistics(norm)
         with outside:
@@ -191,7 +203,8 @@ class LowRankLayer(nn.Module):
         count = 1 + max((int(key.rpartition("_")[2]) for key in saved), default=-1)
         for index in range(count):
             tensor = state_dict.get(f"{prefix}{STATE_PREFIX}{index}")
-            empty = None if tensor is None else torch.empty_like(tensor, device=self.weight.device)
+            device = next(self.parameters(recurse=False)).device
+            empty = None if tensor is None else torch.empty_like(tensor, device=device)
             self.register_buffer(f"{STATE_PREFIX}{index}", empty)
         super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
 
@@ -230,16 +243,18 @@ FAMILIES: dict[type[nn.Module], type[LowRankLayer]] = {
 
 def adopt(layer: nn.Module, method: Method, name: str, chosen: bool = True) -> None:
     """Turn a stock layer into a converted one, in place."""
-    family = FAMILIES[type(layer)]
+    family = method.layer_family or FAMILIES[type(layer)]
     layer.__class__ = family
     assert isinstance(layer, LowRankLayer)
-    layer.geometry = family.geometry_of(layer)
+    layer.geometry = layer.geometry_of(layer)
     layer.method, layer.layer_name, layer.chosen = method, name, chosen
     layer.kept_bytes = layer.formula_bytes = 0
+    layer.take_over()
 
 
 def release(layer: LowRankLayer) -> None:
     """Turn a converted layer back into the stock one, in place."""
+    layer.give_back()
     for name in layer._state_names():
         del layer._buffers[name]
     for attribute in ("geometry", "method", "layer_name", "chosen", "kept_bytes", "formula_bytes"):
@@ -291,9 +306,16 @@ def converted_layers(model: nn.Module) -> Iterator[LowRankLayer]:
 
 
 def stock_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the methods' state: what the stock model's own `state_dict()` would be.
+    """A state dict without the methods' state, weights dense: what the stock model's own `state_dict()` would be.
 
     Example:
         stock_model.load_state_dict(lowrank.stock_state_dict(torch.load("converted.pt")))
     """
-    return {key: value for key, value in state_dict.items() if not key.rpartition(".")[2].startswith(STATE_PREFIX)}
+    stock: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        layer, dot, name = key.rpartition(".")
+        if name == LEFT:
+            stock[f"{layer}{dot}weight"] = value @ state_dict[f"{layer}{dot}{RIGHT}"]
+        elif name != RIGHT and not name.startswith(STATE_PREFIX):
+            stock[key] = value
+    return stock

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,12 @@ class Method(ABC):
     """How a layer keeps its input for the backward pass.
 
     The defaults keep the forward pass and the gradient with respect to the input exact.
+
+    Attributes:
+        layer_family: class of the converted layer, for methods that also hold the weight in another way.
     """
+
+    layer_family: ClassVar[type[nn.Module] | None] = None
 
     @property
     @abstractmethod

@@ -203,7 +203,7 @@ def measure_perplexity(
     rows: dict[str, LayerPerplexity] = {}
     with preserved(model), norms_apart(model):
         for layer in layers.values():
-            layer.weight.requires_grad_(True)
+            layer.requires_grad_(True)
         handles = [layer.register_forward_hook(_Probe(name, energies, rows)) for name, layer in layers.items()]
         try:
             with torch.enable_grad():

@@ -21,7 +21,7 @@ MAY_IMPORT = {
 # Inside the core, a module imports only modules that stand before it.
 CORE_ORDER = (
     *("errors", "tucker", "bits", "lean", "decompose", "geometry", "gradients", "costs", "methods"),
-    *("nodes", "sharing", "layers"),
+    *("nodes", "sharing", "layers", "iteration", "factored", "optimizer"),
     *("trace", "blocks", "convert", "preserve", "perplexity", "budget", "accounting", "meter", "explain", "__init__"),
 )
 
