@@ -7,6 +7,7 @@ Example:
 """
 
 from lowrank.accounting import Account, account
+from lowrank.attention import open_attention
 from lowrank.budget import RankPlan, select_ranks
 from lowrank.convert import convert, freeze_before, revert, trailing_layers
 from lowrank.costs import LayerCost
@@ -58,6 +59,7 @@ __all__ = [
     "explain",
     "freeze_before",
     "measure_perplexity",
+    "open_attention",
     "peak_bytes",
     "revert",
     "saved_bytes",

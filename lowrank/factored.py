@@ -28,6 +28,7 @@ from lowrank.gradients import plan_gradient, weight_gradient
 from lowrank.iteration import Factors, factorise, gradient_factors
 from lowrank.layers import LEFT, RIGHT, LowRankLinear
 from lowrank.methods import ASI, Tensors, Vanilla
+from lowrank.recompute import Rebuild, known_origin, note_linear
 from lowrank.tucker import Tucker
 
 Update = Literal["subspace", "svd"]
@@ -81,7 +82,7 @@ class FactoredWeight:
         if fresh:
             self.forget_gradient()
         found = self._gradient(kept, grad).to(self.left.dtype)
-        projected = self.method.activation_is_exact and found.left.shape[1] < grad[..., 0].numel()
+        projected = self.method.keeps_input and found.left.shape[1] < grad[..., 0].numel()
         if projected and self.gradient and self.method.update == "subspace":
             raise LowRankError(
                 f"layer {self.name!r}: WSI keeps of a weight gradient only what one step needs, so it cannot add up "
@@ -95,11 +96,11 @@ class FactoredWeight:
         outputs = grad.reshape(-1, grad.shape[-1])
         first, *factors = kept
         assert first is not None
-        if not self.method.activation_is_exact and factors[-1] is not None:
+        if not self.method.keeps_input and factors[-1] is not None:
             # Without the channels' factor the gradient is against the core's channels: (O, r).
             core = Tucker(first, (*factors[:-1], None)).to(grad.dtype)
             return Factors(weight_gradient(core, grad, LinearGeometry()), factors[-1].to(grad.dtype).mT)
-        x = first if self.method.activation_is_exact else Tucker(first, tuple(factors)).to(grad.dtype).dense()
+        x = first if self.method.keeps_input else Tucker(first, tuple(factors)).to(grad.dtype).dense()
         x = x.reshape(len(outputs), -1)
         if self.method.update == "svd":
             return Factors(outputs.mT, x) if len(x) <= min(self._shape) else Factors(outputs.mT @ x, _identity(x))
@@ -146,9 +147,10 @@ class FactoredFunction(torch.autograd.Function):
         bias: Tensor | None,
         dtype: torch.dtype,
         weight: FactoredWeight,
+        rebuild: Rebuild | None,
         *kept: Tensor | None,
     ) -> Tensor:
-        ctx.weight = weight
+        ctx.weight, ctx.rebuild = weight, rebuild
         ctx.save_for_backward(left, right, *kept)
         return _forward(x, left.to(dtype), right.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -163,12 +165,13 @@ class FactoredFunction(torch.autograd.Function):
         if wants_left or wants_right:
             found = Factors(torch.zeros_like(left), torch.zeros_like(right))
             if kept:
+                kept = kept if ctx.rebuild is None else [ctx.rebuild(*kept)]
                 found = ctx.weight.add_gradient(tuple(kept), grad)
             grad_left = found.left @ (found.right @ right.mT)
             grad_right = (left.mT @ found.left) @ found.right
         if wants_bias:
             grad_bias = LinearGeometry().bias_gradient(grad)
-        return grad_x, grad_left, grad_right, grad_bias, None, None, *[None] * len(kept)
+        return grad_x, grad_left, grad_right, grad_bias, *[None] * (len(ctx.needs_input_grad) - 4)
 
 
 def _forward(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
@@ -221,8 +224,12 @@ class FactoredLinear(LowRankLinear):
         with outside:
             batched = self.batched(x)
             kept = self._keep(input, batched.detach()) if self.trains_weight else ()
-            factors = (self.lowrank_left, self.lowrank_right)
-            y = FactoredFunction.apply(batched, *factors, self.bias, dtype, self.factored, *kept)
+            origin = known_origin(input) if kept and self.method.keeps_input and batched is input else None
+            rebuild, kept = (None, kept) if origin is None else (origin.rebuild, origin.sources)
+            parameters = (self.lowrank_left, self.lowrank_right, self.bias)
+            y = FactoredFunction.apply(batched, *parameters, dtype, self.factored, rebuild, *kept)
+        if batched is input:
+            note_linear(input, y, _forward, parameters, bool(kept) and self.method.keeps_input)
         return y if batched is x else y.squeeze(0)
 
     def cost(self, x: Tensor, input_gradient: bool) -> LayerCost:
@@ -302,7 +309,6 @@ class WSI(Vanilla):
     energy: float = 0.9
     update: Update = "subspace"
     layer_family: ClassVar[type[nn.Module]] = FactoredLinear
-    activation_is_exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(self)
@@ -346,7 +352,6 @@ class WASI(ASI):
     energy: float = 0.9
     update: Update = "subspace"
     layer_family: ClassVar[type[nn.Module]] = FactoredLinear
-    activation_is_exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.errors import ConversionError, LowRankError
-from lowrank.geometry import ConvGeometry, Geometry, LinearGeometry
-from lowrank.methods import Method, Tensors
+from lowrank.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
+from lowrank.methods import Method, Tensors, Vanilla
 from lowrank.nodes import LowRankFunction, fold, per_output
+from lowrank.recompute import Rebuild, known_origin, note_linear
 from lowrank.sharing import SHARED_INPUTS
 
 STATE_PREFIX = "lowrank_state_"
+IN_PROJECTION = "lowrank_in_proj"  # child of an opened nn.MultiheadAttention: queries, keys and values in one layer
 LEFT, RIGHT = "lowrank_left", "lowrank_right"  # parameters of a weight that is held as two factors
 
 
@@ -155,7 +159,10 @@ class LowRankLayer(nn.Module):
             batched = self.batched(x)
             needed = self.weight.requires_grad or (gamma is not None and gamma.requires_grad)
             kept = self._keep(input, batched.detach()) if needed else ()
-            y = LowRankFunction.apply(batched, *parameters, *statistics, dtype, self.geometry, self.method, *kept)
+            method, kept = _kept_elsewhere(self.method, input, kept) if batched is input else (self.method, kept)
+            y = LowRankFunction.apply(batched, *parameters, *statistics, dtype, self.geometry, method, *kept)
+        if batched is input and isinstance(self.geometry, LinearGeometry):
+            note_linear(input, y, F.linear, (self.weight, self.bias), bool(kept) and self.method.keeps_input)
         return y if batched is x else y.squeeze(0)
 
     @torch.no_grad()
@@ -211,6 +218,30 @@ class LowRankLayer(nn.Module):
     def extra_repr(self) -> str:
         """The stock description and the method."""
         return f"{super().extra_repr()}, method={self.method}"
+
+
+def _kept_elsewhere(method: Method, input: Tensor, kept: Tensors) -> tuple[Method, Tensors]:
+    """In place of an input that a method keeps as it is, what another layer keeps that it can be computed from.
+
+    Of an input that is a small part of a larger tensor, such as a class token, a copy, so that the rest is freed.
+    """
+    if not (kept and method.keeps_input):
+        return method, kept
+    origin = known_origin(input)
+    if origin is not None:
+        return _Rebuilt(origin.rebuild), origin.sources
+    small = 2 * input.nbytes <= input.untyped_storage().nbytes()
+    return method, (input.detach().clone(),) if small else kept
+
+
+@dataclass(frozen=True)
+class _Rebuilt(Vanilla):
+    """The input as it is, computed again when it is needed."""
+
+    rebuild: Rebuild
+
+    def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
+        return geometry.weight_gradient(self.rebuild(*kept), grad)
 
 
 def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, float]:
@@ -315,7 +346,9 @@ def stock_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in state_dict.items():
         layer, dot, name = key.rpartition(".")
         if name == LEFT:
-            stock[f"{layer}{dot}weight"] = value @ state_dict[f"{layer}{dot}{RIGHT}"]
+            attention = layer.removesuffix(IN_PROJECTION)
+            weight = f"{layer}{dot}weight" if attention == layer else f"{attention}in_proj_weight"
+            stock[weight] = value @ state_dict[f"{layer}{dot}{RIGHT}"]
         elif name != RIGHT and not name.startswith(STATE_PREFIX):
             stock[key] = value
     return stock

@@ -41,9 +41,11 @@ class Method(ABC):
 
     Attributes:
         layer_family: class of the converted layer, for methods that also hold the weight in another way.
+        keeps_input: whether what is kept is the input as it is, which may then be kept in another form.
     """
 
     layer_family: ClassVar[type[nn.Module] | None] = None
+    keeps_input: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -101,6 +103,8 @@ def _exact_flops(geometry: Geometry, shape: Shape, out_channels: int, input_grad
 @dataclass(frozen=True)
 class Vanilla(Method):
     """Keep the input as it is: ordinary training."""
+
+    keeps_input: ClassVar[bool] = True
 
     @property
     def tag(self) -> str:
