@@ -19,6 +19,7 @@ from experiment import Run
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "classification"
 BUDGET_METHOD = "hosvd_0.8"  # the papers give ASI the memory that this method used
+RANKED = ("asi", "wasi")  # methods whose names start so take their ranks from a perplexity table and that budget
 FAILURES = "failures.log"
 
 Command = Callable[[Sequence[str]], None]
@@ -61,22 +62,22 @@ class Sweep:
             if self.setup == "b":
                 yield self._job("fit", "pretrain", "b_pretrain", seed, [])
             weights = self._pretrained(seed) if self.setup == "b" else []
-            if "asi" in self.methods:
+            if any(method.startswith(RANKED) for method in self.methods):
                 for layers in self.layers:
                     measured = ["--model.layers", layers, *weights]
                     measured += ["--data.partition", "pretrain"] if self.setup == "b" else []
                     yield self._job("measure", f"perplexity, last {layers}", self.setup, seed, measured)
             for layers in self.layers:
-                for method in sorted(self.methods, key=lambda name: name == "asi"):  # ASI needs the budget's run
+                for method in sorted(self.methods, key=lambda name: name.startswith(RANKED)):  # the budget's run first
                     options = ["--config", str(CONFIGS / "methods" / f"{method}.yaml"), "--model.layers", layers]
-                    options += weights + (self._budget(layers, seed) if method == "asi" else [])
+                    options += weights + (self._budget(layers, seed) if method.startswith(RANKED) else [])
                     yield self._job("fit", f"{method}, last {layers}", self.setup, seed, options)
 
     def _job(self, command: str, title: str, setup: str, seed: int, options: Sequence[str]) -> Job:
-        configs = [CONFIGS / "setups" / f"{setup}.yaml", CONFIGS / "models" / f"{self.model}.yaml"]
-        configs.append(CONFIGS / "data" / f"{self.dataset}.yaml")
+        configs = [CONFIGS / "setups" / f"{setup}.yaml", CONFIGS / "data" / f"{self.dataset}.yaml"]
         specific = CONFIGS / "setups" / f"{setup}_{self.dataset}.yaml"
         configs += [specific] if specific.exists() else []
+        configs.append(CONFIGS / "models" / f"{self.model}.yaml")  # a network may have to differ from its data set
         arguments = [command, *(word for path in configs for word in ("--config", str(path)))]
         arguments += ["--seed_everything", str(seed), "--runs_dir", str(self.runs_dir)]
         arguments += ["--trainer.enable_progress_bar", "false", *options, *self.extra]
@@ -131,8 +132,9 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     for layers in options.layers:
         if layers != "all" and not (layers.isdecimal() and int(layers) > 0):
             parser.error(f"--layers has {layers!r}; allowed are whole numbers from 1, or 'all'")
-    if "asi" in options.methods and BUDGET_METHOD not in options.methods:
-        parser.error(f"asi takes its budget from {BUDGET_METHOD}; add it to --methods")
+    ranked = [method for method in options.methods if method.startswith(RANKED)]
+    if ranked and BUDGET_METHOD not in options.methods:
+        parser.error(f"{ranked[0]} takes its budget from {BUDGET_METHOD}; add it to --methods")
     sweep = Sweep(
         setup=options.setup,
         model=options.model,
