@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from classification.cli import MENDABLE, run
 from experiment import Run
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "classification"
 BUDGET_METHOD = "hosvd_0.8"  # the papers give ASI the memory that this method used
+CONV_ONLY, LINEAR_ONLY = ("gradient_filter",), ("wsi", "wasi")  # how the names of such methods start
 RANKED = ("asi", "wasi")  # methods whose names start so take their ranks from a perplexity table and that budget
 FAILURES = "failures.log"
 
@@ -123,7 +126,7 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     parser.add_argument("--setup", choices=("a", "b"), required=True)
     parser.add_argument("--model", choices=choices["models"], required=True)
     parser.add_argument("--dataset", choices=choices["data"], required=True)
-    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=methods, metavar="METHOD", help="default: all for its layers")
     parser.add_argument("--layers", nargs="+", default=["2", "4"], metavar="N", help="whole numbers, or 'all'")
     parser.add_argument("--seeds", nargs="+", type=int, default=[233], metavar="SEED")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs"))
@@ -132,6 +135,8 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     for layers in options.layers:
         if layers != "all" and not (layers.isdecimal() and int(layers) > 0):
             parser.error(f"--layers has {layers!r}; allowed are whole numbers from 1, or 'all'")
+    if options.methods is None:
+        options.methods = [method for method in methods if not method.startswith(_unfit(options.model))]
     ranked = [method for method in options.methods if method.startswith(RANKED)]
     if ranked and BUDGET_METHOD not in options.methods:
         parser.error(f"{ranked[0]} takes its budget from {BUDGET_METHOD}; add it to --methods")
@@ -146,6 +151,12 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
         extra=tuple(extra),
     )
     return sweep, options.dry_run
+
+
+def _unfit(model: str) -> tuple[str, ...]:
+    """How the names of methods start that the layers of a model cannot be trained with."""
+    config = yaml.safe_load((CONFIGS / "models" / f"{model}.yaml").read_text())
+    return CONV_ONLY if config["model"].get("kind") == "linear" else LINEAR_ONLY
 
 
 def main(arguments: Sequence[str], command: Command = run) -> int:

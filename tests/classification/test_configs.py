@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from commands import CONFIGS, TINY, execute, finish, only_file
 
+from classification.sweep import LINEAR_ONLY, RANKED
+
 KINDS = ("setups", "models", "data", "methods")
 SHIPPED = {kind: sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml")) for kind in KINDS}
 
@@ -31,8 +33,9 @@ COMBINATIONS = [
 
 
 def files(setup, model, data, method):
-    chosen = [("setups", name) for name in setup_files(setup, data)]
-    chosen += [("models", model), ("data", data), ("methods", method)]
+    first, *rest = setup_files(setup, data)
+    chosen = [("setups", first), ("data", data), *(("setups", name) for name in rest)]
+    chosen += [("models", model), ("methods", method)]
     return [CONFIGS / kind / f"{name}.yaml" for kind, name in chosen]
 
 
@@ -60,10 +63,11 @@ def test_every_combination_describes_a_run_of_its_own(tmp_path, capsys, setup, m
 
 @pytest.mark.parametrize("method", SHIPPED["methods"])
 def test_every_method_takes_a_training_step(tmp_path, capsys, weights, method):
-    chosen = files("b", "mcunet", "digits", method)
-    options = ["--model.layers", "2", "--model.weights", str(weights)]
-    if method == "asi":
-        measure = command(files("b", "mcunet", "digits", "vanilla"), tmp_path / "measured")
+    model = "vit_mini" if method.startswith(LINEAR_ONLY) else "mcunet"
+    chosen = files("b", model, "digits", method)
+    options = ["--model.layers", "2", *(["--model.weights", str(weights)] if model == "mcunet" else [])]
+    if method.startswith(RANKED):
+        measure = command(files("b", model, "digits", "vanilla"), tmp_path / "measured")
         execute(["measure", *measure[1:], *options], capsys)
         table = only_file(tmp_path / "measured", "perplexity.json")
         options += ["--model.budget.table", str(table), "--model.budget.mib", "1"]
