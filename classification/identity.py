@@ -10,6 +10,7 @@ from typing import Any
 from pytorch_lightning.cli import instantiate_class
 
 from classification.backbones.weights import weights_fingerprint
+from classification.data.text import TEXTS
 from classification.module import fuses
 from classification.planning import Budget
 from experiment import ExperimentError, Run, fingerprint
@@ -58,7 +59,8 @@ def _budget(config: Mapping[str, Any]) -> dict[str, Any]:
     budget, data = Budget(**config["model"]["budget"]), config["data"]
     table = PerplexityTable.load(budget.table)
     measured = (table.model, table.batch_shape)
-    asked = (config["model"]["backbone"], (data["batch_size"], 3, data["image_size"], data["image_size"]))
+    sample = (data["max_length"],) if data["dataset"] in TEXTS else (3, data["image_size"], data["image_size"])
+    asked = (config["model"]["backbone"], (data["batch_size"], *sample))
     if measured != asked:
         raise ExperimentError(
             f"the perplexity table {budget.table} is of {measured[0]} on batches {measured[1]}, this run of {asked[0]} "

@@ -22,8 +22,14 @@ from experiment import Run
 CONFIGS = Path(__file__).parent.parent / "configs" / "classification"
 BUDGET_METHOD = "hosvd_0.8"  # the papers give ASI the memory that this method used
 CONV_ONLY, LINEAR_ONLY = ("gradient_filter",), ("wsi", "wasi")  # how the names of such methods start
-RANKED = ("asi", "wasi")  # methods whose names start so take their ranks from a perplexity table and that budget
+RANKED = ("asi", "wasi")  # such methods take their ranks from a perplexity table and that budget
 FAILURES = "failures.log"
+
+
+def is_ranked(method: str) -> bool:
+    """Whether a method takes its ranks from a perplexity table."""
+    return method.startswith(RANKED) and "_rank" not in method
+
 
 Command = Callable[[Sequence[str]], None]
 
@@ -65,15 +71,15 @@ class Sweep:
             if self.setup == "b":
                 yield self._job("fit", "pretrain", "b_pretrain", seed, [])
             weights = self._pretrained(seed) if self.setup == "b" else []
-            if any(method.startswith(RANKED) for method in self.methods):
+            if any(map(is_ranked, self.methods)):
                 for layers in self.layers:
                     measured = ["--model.layers", layers, *weights]
                     measured += ["--data.partition", "pretrain"] if self.setup == "b" else []
                     yield self._job("measure", f"perplexity, last {layers}", self.setup, seed, measured)
             for layers in self.layers:
-                for method in sorted(self.methods, key=lambda name: name.startswith(RANKED)):  # the budget's run first
+                for method in sorted(self.methods, key=is_ranked):  # the budget's run first
                     options = ["--config", str(CONFIGS / "methods" / f"{method}.yaml"), "--model.layers", layers]
-                    options += weights + (self._budget(layers, seed) if method.startswith(RANKED) else [])
+                    options += weights + (self._budget(layers, seed) if is_ranked(method) else [])
                     yield self._job("fit", f"{method}, last {layers}", self.setup, seed, options)
 
     def _job(self, command: str, title: str, setup: str, seed: int, options: Sequence[str]) -> Job:
@@ -137,7 +143,7 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
             parser.error(f"--layers has {layers!r}; allowed are whole numbers from 1, or 'all'")
     if options.methods is None:
         options.methods = [method for method in methods if not method.startswith(_unfit(options.model))]
-    ranked = [method for method in options.methods if method.startswith(RANKED)]
+    ranked = [method for method in options.methods if is_ranked(method)]
     if ranked and BUDGET_METHOD not in options.methods:
         parser.error(f"{ranked[0]} takes its budget from {BUDGET_METHOD}; add it to --methods")
     sweep = Sweep(

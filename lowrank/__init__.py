@@ -25,6 +25,7 @@ from lowrank.layers import converted_layers, stock_state_dict
 from lowrank.meter import peak_bytes, saved_bytes
 from lowrank.methods import ASI, HOSVD, SVD, GradientFilter, Method, Vanilla
 from lowrank.optimizer import SGD
+from lowrank.padding import token_mask
 from lowrank.perplexity import LayerPerplexity, PerplexityTable, measure_perplexity
 from lowrank.tucker import Tucker
 
@@ -65,5 +66,6 @@ __all__ = [
     "saved_bytes",
     "select_ranks",
     "stock_state_dict",
+    "token_mask",
     "trailing_layers",
 ]

@@ -17,6 +17,7 @@ from lowrank.factored import FactoredLinear
 from lowrank.geometry import Geometry
 from lowrank.layers import FAMILIES, LowRankLayer
 from lowrank.methods import Method, Vanilla
+from lowrank.padding import without_padding
 from lowrank.preserve import preserved
 
 
@@ -102,7 +103,7 @@ def _layer_cost(layer: nn.Module, x: Tensor) -> LayerCost:
     geometry: Geometry = family.geometry_of(layer)
     method: Method = layer.method if isinstance(layer, LowRankLayer) else Vanilla()
     needs_input_gradient = x.requires_grad
-    x = family.batched(x.detach())
+    x = without_padding(family.batched(x.detach()))
     if isinstance(layer, FactoredLinear):
         return layer.cost(x, needs_input_gradient)
     weight = layer.weight

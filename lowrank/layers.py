@@ -20,6 +20,7 @@ from lowrank.errors import ConversionError, LowRankError
 from lowrank.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
 from lowrank.methods import Method, Tensors, Vanilla
 from lowrank.nodes import LowRankFunction, fold, per_output
+from lowrank.padding import without_padding
 from lowrank.recompute import Rebuild, known_origin, note_linear
 from lowrank.sharing import SHARED_INPUTS
 
@@ -170,7 +171,7 @@ class LowRankLayer(nn.Module):
         """What the method keeps of `x`; made once for all layers that are given the same input."""
         kept = SHARED_INPUTS.find(input, x, self.method)
         if kept is None:
-            kept = self._compress(x)
+            kept = self._compress(x if self.method.keeps_input else without_padding(x))
             SHARED_INPUTS.add(input, x, self.method, kept)
             if not torch.compiler.is_compiling():
                 self.kept_bytes = sum(tensor.nbytes for tensor in kept if tensor is not None)

@@ -261,7 +261,8 @@ class ASI(_TuckerMethod):
     @property
     def tag(self) -> str:
         variant = "" if self.algorithm == "sequential" else f"_{self.algorithm}"
-        return f"asi{variant}{'' if self.warm_start else '_cold'}"
+        rank = f"_rank{self.ranks}" if isinstance(self.ranks, int) else ""
+        return f"asi{rank}{variant}{'' if self.warm_start else '_cold'}"
 
     def for_layer(self, name: str) -> ASI:
         per_layer = getattr(self.ranks, "ranks", self.ranks)

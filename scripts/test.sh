@@ -16,5 +16,6 @@ bin="${VENV:-.venv}/bin"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-"$bin/shellcheck" .ci/run scripts/*.sh
+shopt -s globstar
+"$bin/shellcheck" .ci/run scripts/**/*.sh
 "$bin/python" -m pytest "$@"

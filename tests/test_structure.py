@@ -20,7 +20,8 @@ MAY_IMPORT = {
 }
 # Inside the core, a module imports only modules that stand before it.
 CORE_ORDER = (
-    *("errors", "tucker", "bits", "recompute", "lean", "decompose", "geometry", "gradients", "costs", "methods"),
+    *("errors", "padding", "tucker", "bits", "recompute", "lean"),
+    *("decompose", "geometry", "gradients", "costs", "methods"),
     *("nodes", "sharing", "layers", "iteration", "factored", "optimizer", "attention"),
     *("trace", "blocks", "convert", "preserve", "perplexity", "budget", "accounting", "meter", "explain", "__init__"),
 )

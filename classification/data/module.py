@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from classification.data.partition import half
-from classification.data.registry import ImageSet, Splits, load_splits
+from classification.data.registry import ImageSet, Splits, TextSet, load_splits
 from classification.data.sampler import EpochShuffle
 from experiment import ExperimentError
 
@@ -57,6 +57,48 @@ class TransformedSet(Dataset[tuple[Tensor, int]]):
         return image, int(self.part.labels[index])
 
 
+class TokenSet(Dataset[tuple[Tensor, int]]):
+    """A `TextSet` as token numbers (N,), cut or padded to one length.
+
+    Args:
+        part: the texts.
+        tokenizer: "bytes", where 0 pads and byte b is b + 1; or a tokenizer of `transformers`, by its name on the hub
+            or its folder.
+        length: N.
+    """
+
+    def __init__(self, part: TextSet, tokenizer: str, length: int) -> None:
+        self.part = part
+        self.tokens = _bytes(part.texts, length) if tokenizer == "bytes" else _tokens(part.texts, tokenizer, length)
+
+    def __len__(self) -> int:
+        return len(self.part.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.tokens[index], int(self.part.labels[index])
+
+
+def _bytes(texts: Sequence[str], length: int) -> Tensor:
+    cut = (text.encode()[:length] for text in texts)
+    return torch.tensor([[byte + 1 for byte in text] + [0] * (length - len(text)) for text in cut])
+
+
+def _tokens(texts: Sequence[str], name: str, length: int) -> Tensor:
+    from transformers import AutoTokenizer  # slow to import
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ExperimentError(
+            f"the tokenizer {name} cannot be loaded ({reason}); give a folder that has it as --data.tokenizer"
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return encoded["input_ids"]
+
+
 class ImageDataModule(pl.LightningDataModule):
     """Loaders of one data set.
 
@@ -74,6 +116,8 @@ class ImageDataModule(pl.LightningDataModule):
         shuffle_seed: order of the training images; the run's seed if not given.
         workers: processes that load images; no influence on results.
         cache: keep transformed images in memory; for small data sets.
+        tokenizer: of texts: "bytes", or a tokenizer of `transformers` by its name on the hub or its folder.
+        max_length: tokens of a text; longer ones are cut, shorter ones padded.
     """
 
     def __init__(
@@ -91,9 +135,12 @@ class ImageDataModule(pl.LightningDataModule):
         shuffle_seed: int | None = None,
         workers: int = 0,
         cache: bool = False,
+        tokenizer: str = "bytes",
+        max_length: int = 128,
     ) -> None:
         super().__init__()
         sizes = {"image_size": image_size, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        sizes["max_length"] = max_length
         for name, size in sizes.items():
             if size < 1:
                 raise ExperimentError(f"--data.{name} is {size}; allowed are whole numbers from 1")
@@ -104,7 +151,7 @@ class ImageDataModule(pl.LightningDataModule):
             splits = _halve(splits, 0 if partition == "pretrain" else 1, partition_seed)
         if drop_last and len(splits.train.labels) < batch_size:
             raise ExperimentError(
-                f"{len(splits.train.labels)} training images do not fill one batch of {batch_size}; "
+                f"{len(splits.train.labels)} training samples do not fill one batch of {batch_size}; "
                 f"lower --data.batch_size"
             )
         self.num_classes, self.fingerprint = len(splits.classes), splits.fingerprint
@@ -117,10 +164,14 @@ class ImageDataModule(pl.LightningDataModule):
                 v2.Normalize(mean, std),
             ]
         )
-        self.train = TransformedSet(splits.train, transform, cache)
-        self.val = TransformedSet(splits.val, transform, cache)
-        self.test = TransformedSet(splits.test, transform, cache)
-        self._activations: dict[TransformedSet, ActivationSet] = {}
+
+        def prepared(part: ImageSet | TextSet) -> TransformedSet | TokenSet:
+            if isinstance(part, TextSet):
+                return TokenSet(part, tokenizer, max_length)
+            return TransformedSet(part, transform, cache)
+
+        self.train, self.val, self.test = (prepared(part) for part in (splits.train, splits.val, splits.test))
+        self._activations: dict[TransformedSet | TokenSet, ActivationSet] = {}
 
     def precompute(self, front: Callable[[Tensor], Activations]) -> None:
         """From now on, batches hold what `front` makes of the images, computed once, in place of the images."""
@@ -152,15 +203,17 @@ class ImageDataModule(pl.LightningDataModule):
         return self._eval_loader(self._activations.get(self.test, self.test))
 
     def first_batch(self, seed: int) -> tuple[Tensor, Tensor]:
-        """One training batch, (B, 3, H, W) and (B,), that depends on the seed alone; for measurements."""
+        """One training batch, (B, 3, H, W) or (B, N), and (B,), that depends on the seed alone; for measurements."""
         order = list(EpochShuffle(len(self.train), seed))[: self.batch_size]
         images, labels = default_collate([self.train[index] for index in order])
         return images, labels
 
 
 def _halve(splits: Splits, user: int, seed: int) -> Splits:
-    def part(images: ImageSet) -> ImageSet:
+    def part(images: ImageSet | TextSet) -> ImageSet | TextSet:
         chosen = half(images.labels, user, seed)
+        if isinstance(images, TextSet):
+            return TextSet([images.texts[index] for index in chosen], images.labels[chosen])
         picked = images.images[chosen] if isinstance(images.images, np.ndarray) else _Picked(images.images, chosen)
         return ImageSet(picked, images.labels[chosen])
 

@@ -27,18 +27,31 @@ class ImageSet:
 
 
 @dataclass(frozen=True)
+class TextSet:
+    """Labelled texts.
+
+    Attributes:
+        texts: one a sample.
+        labels: class numbers, shape (N,), int64.
+    """
+
+    texts: Sequence[str]
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
 class Splits:
     """The fixed parts of a data set.
 
     Attributes:
-        train, val, test: no image is in two of them.
+        train, val, test: no sample is in two of them; all of images, or all of texts.
         classes: names of the classes, in the order of their numbers.
         fingerprint: short hash that changes with the data.
     """
 
-    train: ImageSet
-    val: ImageSet
-    test: ImageSet
+    train: ImageSet | TextSet
+    val: ImageSet | TextSet
+    test: ImageSet | TextSet
     classes: tuple[str, ...]
     fingerprint: str
 
