@@ -226,7 +226,7 @@ def _kept_elsewhere(method: Method, input: Tensor, kept: Tensors) -> tuple[Metho
 
     Of an input that is a small part of a larger tensor, such as a class token, a copy, so that the rest is freed.
     """
-    if not (kept and method.keeps_input):
+    if not (kept and method.keeps_input) or torch.compiler.is_compiling():
         return method, kept
     origin = known_origin(input)
     if origin is not None:
