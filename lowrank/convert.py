@@ -207,8 +207,8 @@ def revert(model: Model) -> Model:
 
 
 _CLOSED = (
-    "its attention module hands its weight to a function and never calls it; lowrank.open_attention(model) changes that "
-    "for plain self-attention"
+    "its attention module hands its weight to a function and never calls it; lowrank.open_attention(model) changes "
+    "that for plain self-attention"
 )
 
 

@@ -236,3 +236,21 @@ def test_fused_training_is_the_same_training(weights, digits_32):
     for key, value in states[0].items():
         assert value.dtype in (torch.float64, torch.int64)
         torch.testing.assert_close(states[1][key], value, rtol=1e-6, atol=1e-8, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("part", "count", "name"), [("mlp", 8, "mlp.0"), ("attention", 8, "out_proj"), ("all", 17, "head")]
+)
+def test_layers_of_a_transformer_are_trained_by_part(part, count, name):
+    module = FineTune("vit_mini", 10, kind="linear", part=part, method=lowrank.HOSVD(0.8))
+    assert len(module.names) == count
+    assert any(name in layer for layer in module.names)
+    assert len(list(lowrank.converted_layers(module.backbone))) == count
+
+
+def test_weights_held_as_factors_get_the_optimizer_that_moves_them():
+    module = FineTune("vit_mini", 10, kind="linear", part="mlp", method=lowrank.WASI(energy=0.5, ranks=4))
+    module.trainer = trainer()
+    assert isinstance(module.configure_optimizers()["optimizer"], lowrank.SGD)
+    with pytest.raises(ExperimentError, match="WASI needs ranks"):
+        FineTune("vit_mini", 10, kind="linear", part="mlp", method=lowrank.WASI(energy=0.5))

@@ -62,7 +62,8 @@ def test_each_job_comes_after_what_it_needs(tmp_path, setup):
             assert any(path == str(there) or path.startswith(f"{there}/") for there in made), path
         made.append(folder)
         methods.add(folder.parts[-3])
-    methods_shipped = {path.stem for path in (sweep.CONFIGS / "methods").glob("*.yaml")}
+    every = {path.stem for path in (sweep.CONFIGS / "methods").glob("*.yaml")}
+    methods_shipped = {method for method in every if not method.startswith(sweep.LINEAR_ONLY)}
     assert methods == methods_shipped | {"perplexity"} | ({"vanilla"} if setup == "b" else set())
     runs_each = len(methods_shipped) * 3 + 3 + (setup == "b")
     assert len(made) == 2 * runs_each
@@ -193,3 +194,20 @@ def test_the_runs_of_a_sweep_start_from_the_pretrained_weights(swept):
     weights = [job.arguments[job.arguments.index("--model.weights") + 1] for job in jobs[1:]]
     (pretrained,) = runs.rglob("B-pretrain/**/best.ckpt")
     assert set(weights) == {str(pretrained)}
+
+
+@pytest.mark.parametrize(("model", "left_out"), [("mcunet", ("wsi", "wasi")), ("vit_mini", ("gradient_filter",))])
+def test_by_default_a_sweep_has_the_methods_that_the_layers_can_be_trained_with(model, left_out):
+    methods = sweep.parse(["--setup", "b", "--model", model, "--dataset", "digits"])[0].methods
+    every = {path.stem for path in (sweep.CONFIGS / "methods").glob("*.yaml")}
+    assert every - {*methods} == {method for method in every if method.startswith(left_out)}
+    assert len(methods) < len(every)
+
+
+def test_wasi_takes_its_ranks_and_budget_as_asi_does_unless_they_are_given():
+    arguments = ["--setup", "a", "--model", "vit_mini", "--dataset", "digits", "--layers", "2"]
+    found, _ = sweep.parse([*arguments, "--methods", "wasi_0.9", "hosvd_0.8", "wasi_0.1_rank20"])
+    jobs = {job.title.partition(",")[0]: job.arguments for job in found.jobs()}
+    assert list(jobs) == ["perplexity", "hosvd_0.8", "wasi_0.1_rank20", "wasi_0.9"]
+    assert "--model.budget.run" in jobs["wasi_0.9"]
+    assert "--model.budget.run" not in jobs["wasi_0.1_rank20"]
