@@ -49,7 +49,7 @@ def find_blocks(model: nn.Module) -> Blocks:
     norms = {name: module for name, module in model.named_modules() if type(module) in _NORMS}
     for name, owner in model.named_modules():
         children = [child for child, module in norms.items() if child.rpartition(".")[0] == name]
-        if not list(owner.children()):
+        if isinstance(owner, OpenAttention) or not list(owner.children()):
             continue
         try:
             graph = trace(owner, is_leaf=lambda module: True)

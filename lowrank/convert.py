@@ -168,9 +168,9 @@ def convert(model: Model, names: Iterable[str], method: Method, fuse: bool = Tru
 
 def _keep_less(model: nn.Module) -> None:
     """Everything but the named layers: what `fuse` says in `convert`."""
+    open_attention(model, lean=True)
     blocks = find_blocks(model)
     modules = dict(model.named_modules())
-    open_attention(model, lean=True)
     for name, layer in list(recomputed_from(model)):
         adopt(layer, Vanilla(), name, chosen=False)
     for name, layer in list(frozen_layers(model)):
