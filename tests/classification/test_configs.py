@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from commands import CONFIGS, TINY, execute, finish, only_file
 
-from classification.sweep import LINEAR_ONLY, is_ranked
+from classification.data.text import TEXTS
+from classification.sweep import CONV_ONLY, LINEAR_ONLY, is_ranked
 
 KINDS = ("setups", "models", "data", "methods")
 SHIPPED = {kind: sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml")) for kind in KINDS}
@@ -25,10 +26,20 @@ def specific(name):
 
 SETUPS = [name for name in SHIPPED["setups"] if not specific(name)]
 PRETRAINING = "b_pretrain"  # trains a whole network with no method but ordinary training
+LANGUAGE = {"llama_mini", "tinyllama"}
+
+
+def fits(model, data, method):
+    """Whether a network can be trained on a data set, and its layers with a method."""
+    unfit = CONV_ONLY if model in TRANSFORMERS else LINEAR_ONLY
+    return (model in LANGUAGE) == (data in TEXTS) and not method.startswith(unfit)
+
+
+TRANSFORMERS = {model for model in SHIPPED["models"] if "linear" in (CONFIGS / "models" / f"{model}.yaml").read_text()}
 COMBINATIONS = [
     (setup, model, data, method)
     for setup, model, data, method in product(SETUPS, SHIPPED["models"], SHIPPED["data"], SHIPPED["methods"])
-    if setup != PRETRAINING or method == "vanilla"
+    if (setup != PRETRAINING or method == "vanilla") and fits(model, data, method)
 ]
 
 
