@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import LowRankError, SettingError
-from lowrank.factored import FactoredWeight, factored_weights
+from lowrank.factored_weight import FactoredWeight, factored_weights
 from lowrank.iteration import Factors, joined, subspace_step, truncated
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from lowrank.factored import factored_weights
+from lowrank.factored_weight import factored_weights
 
 
 @contextmanager

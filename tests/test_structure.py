@@ -22,7 +22,7 @@ MAY_IMPORT = {
 CORE_ORDER = (
     *("errors", "padding", "tucker", "bits", "recompute", "lean"),
     *("decompose", "geometry", "gradients", "costs", "methods"),
-    *("nodes", "sharing", "layers", "iteration", "factored", "optimizer", "attention"),
+    *("nodes", "sharing", "layers", "iteration", "factored_weight", "factored", "optimizer", "mixing", "attention"),
     *("trace", "blocks", "convert", "preserve", "perplexity", "budget", "accounting", "meter", "explain", "__init__"),
 )
 

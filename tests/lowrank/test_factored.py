@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lowrank
 from lowrank import ASI, WASI, WSI, ConversionError, LowRankError, SettingError, Vanilla
-from lowrank.factored import FACTORED, FactoredLinear
+from lowrank.factored import FactoredLinear
+from lowrank.factored_weight import FACTORED
 from lowrank.iteration import Factors, factorise, gradient_factors, joined, truncated
 from lowrank.iteration import subspace_step as weight_step
 
