@@ -11,11 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 import lowrank
 from benchmarks.networks import Batch, loss_of
+from lowrank.iteration import factorise
 from lowrank.perplexity import LossFunction
 
 RANKS = (8, 8, 4, 4)  # of ASI, where no published budget fits
 BUDGET = 0.5  # share of the activations that a compiled graph may keep
 LORA_RANK = 8
+SVD_ENERGY = 0.9  # of the weights that SVD-LLM starts from
 SMALLEST = 4096  # elements; smaller tensors are not worth quantising
 
 Peer = Callable[[nn.Module, list[str]], LossFunction]
@@ -35,6 +37,11 @@ def asi(model: nn.Module, names: list[str]) -> LossFunction:
     """ASI at fixed ranks, cut to the number of modes of the layers."""
     ranks = RANKS if isinstance(model.get_submodule(names[0]), nn.Conv2d) else RANKS[:3]
     return _converted(lowrank.ASI(ranks=ranks), model, names)
+
+
+def wasi(model: nn.Module, names: list[str]) -> LossFunction:
+    """WASI at energy 0.9, with the ranks of `asi`."""
+    return _converted(lowrank.WASI(energy=0.9, ranks=RANKS[:3]), model, names)
 
 
 def checkpointing(model: nn.Module, names: list[str]) -> LossFunction:
@@ -117,6 +124,26 @@ def lora(model: nn.Module, names: list[str]) -> LossFunction:
     return loss_of
 
 
+def svd_llm(model: nn.Module, names: list[str]) -> LossFunction:
+    """Linear layers that start from truncated weights and are frozen in them, with low-rank updates on top.
+
+    As SVD-LLM (ICLR 2025) in the comparison of WASI; but the truncation is the plain one, not whitened by activations
+    of a calibration set.
+    """
+    linear = [name for name in names if isinstance(model.get_submodule(name), nn.Linear)]
+    for name in linear:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        left, right = factorise(layer.weight.detach(), SVD_ENERGY)
+        first = nn.Linear(right.shape[1], len(right), bias=False)
+        second = nn.Linear(len(right), len(left), bias=layer.bias is not None)
+        first.weight.data, second.weight.data = right.contiguous(), left.contiguous()
+        if layer.bias is not None:
+            second.bias = layer.bias
+        model.set_submodule(name, nn.Sequential(first, second))
+    return lora(model, [f"{name}.{part}" for name in linear for part in (0, 1)])
+
+
 PEERS: dict[str, Peer] = {
     "vanilla": vanilla,
     "vanilla_fused": partial(_converted, lowrank.Vanilla()),
@@ -131,4 +158,6 @@ PEERS: dict[str, Peer] = {
     "svd_0.8": partial(_converted, lowrank.SVD(0.8)),
     "hosvd_0.8": partial(_converted, lowrank.HOSVD(0.8)),
     "asi": asi,
+    "svd_llm_0.9": svd_llm,
+    "wasi_0.9": wasi,
 }

@@ -14,6 +14,7 @@ from classification.data import load_splits
 from classification.data.module import FRONT_OF_AUGMENTED
 from classification.data.partition import split_fingerprint
 from classification.data.registry import MissingDataError
+from classification.data.text import TEXTS
 from classification.module import fuses
 from classification.planning import Budget
 from experiment import ExperimentError, Run, fingerprint
@@ -74,7 +75,8 @@ def _budget(config: Mapping[str, Any]) -> dict[str, Any]:
     budget, data = Budget(**config["model"]["budget"]), config["data"]
     table = PerplexityTable.load(budget.table)
     measured = (table.model, table.batch_shape)
-    asked = (config["model"]["backbone"], (data["batch_size"], 3, data["image_size"], data["image_size"]))
+    sample = (data["max_length"],) if data["dataset"] in TEXTS else (3, data["image_size"], data["image_size"])
+    asked = (config["model"]["backbone"], (data["batch_size"], *sample))
     if measured != asked:
         raise ExperimentError(
             f"the perplexity table {budget.table} is of {measured[0]} on batches {measured[1]}, this run of {asked[0]} "

@@ -49,7 +49,9 @@ class FineTune(pl.LightningModule):
         method: how the trained layers keep their inputs; a class of `lowrank`, such as lowrank.HOSVD.
         fuse: the rest of the network keeps less as well; see lowrank.convert. By default yes, except that vanilla is
             ordinary training.
-        layers: how many trailing convolutions are trained, or "all".
+        layers: how many trailing layers are trained, or "all".
+        kind: of those layers: "conv" for convolutions, "linear" for linear layers.
+        part: of a transformer, which of its linear layers: "mlp", "attention" (its projections) or "all".
         budget: where ASI's ranks come from, if its own `ranks` are not given.
         energies: at which perplexity is measured; by default the papers' six. More of them let the chosen ranks come
             closer to the budget, and cost time in measuring alone.
@@ -80,6 +82,8 @@ class FineTune(pl.LightningModule):
         method: Method | None = None,
         fuse: bool | None = None,
         layers: int | Literal["all"] = "all",
+        kind: Literal["conv", "linear"] = "conv",
+        part: Literal["all", "mlp", "attention"] = "all",
         budget: Budget | None = None,
         energies: tuple[float, ...] = ENERGIES,
         rank_choice: RankChoice = "perplexity",
@@ -102,7 +106,9 @@ class FineTune(pl.LightningModule):
             if not value >= least:
                 raise ExperimentError(f"--model.{name} is {value}; allowed are numbers from {least}")
         self.backbone = build_model(backbone, num_classes, pretrained, weights)
-        self.names = lowrank.trailing_layers(self.backbone, layers)
+        if kind == "linear" and part != "mlp":
+            lowrank.open_attention(self.backbone)
+        self.names = lowrank.trailing_layers(self.backbone, layers, kind, part)
         lowrank.freeze_before(self.backbone, self.names)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.backbone.to(memory_format=self.memory_format)
@@ -182,7 +188,7 @@ class FineTune(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """SGD on what is not frozen; the learning rate changes once an epoch."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.SGD(trained, self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
+        optimizer = lowrank.SGD(trained, self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
         epochs = self.trainer.max_epochs
         assert epochs is not None
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -196,7 +202,7 @@ class FineTune(pl.LightningModule):
 
 def fuses(method: Method, fuse: bool | None) -> bool:
     """Whether a run keeps less in the rest of the network, for the setting `fuse` of `FineTune`."""
-    return not isinstance(method, Vanilla) if fuse is None else fuse
+    return type(method) is not Vanilla if fuse is None else fuse
 
 
 def _accuracy(num_classes: int) -> MulticlassAccuracy:
@@ -207,5 +213,7 @@ def _with_ranks(method: Method, budget: Budget | None, names: list[str], choice:
     if not isinstance(method, ASI) or method.ranks is not None:
         return method
     if budget is None:
-        raise ExperimentError("ASI needs ranks: give --model.budget.table and --model.budget.mib or .run")
+        raise ExperimentError(
+            f"{type(method).__name__} needs ranks: give --model.budget.table and --model.budget.mib or .run"
+        )
     return budget.ranks_for(method, names, choice, seed)

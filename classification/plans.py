@@ -19,6 +19,9 @@ BUDGET_METHOD = "hosvd_0.8"  # the papers give ASI the memory that this method u
 LAYERS = ("2", "4")  # the papers'; of vanilla they show all layers as well
 METHODS = ("vanilla", "gradient_filter_r2", "gradient_filter_r4", "gradient_filter_r7", BUDGET_METHOD, "asi")
 BUDGETS = ("published", "hosvd")
+RANKED = ("lowrank.ASI", "lowrank.WASI")
+CONV_ONLY, LINEAR_ONLY = ("gradient_filter",), ("wsi", "wasi")  # how the names of such methods start
+TRANSFORMER_METHODS = ("vanilla", BUDGET_METHOD, "asi", "wsi_0.9", "wasi_0.9")
 PERPLEXITY = "perplexity"
 
 
@@ -32,7 +35,14 @@ def needs_ranks(method: str) -> bool:
     """Whether a method's config leaves its ranks to a perplexity table and a budget."""
     content = yaml.safe_load((CONFIGS / "methods" / f"{method}.yaml").read_text(encoding="utf-8"))
     chosen = content["model"]["method"]
-    return chosen["class_path"] == "lowrank.ASI" and "ranks" not in chosen.get("init_args", {})
+    return chosen["class_path"] in RANKED and "ranks" not in chosen.get("init_args", {})
+
+
+@functools.cache
+def is_transformer(model: str) -> bool:
+    """Whether a network's linear layers are trained, not its convolutions."""
+    content = yaml.safe_load((CONFIGS / "models" / f"{model}.yaml").read_text(encoding="utf-8"))
+    return content["model"].get("kind") == "linear"
 
 
 @functools.cache
@@ -113,10 +123,11 @@ class Sweep:
 
     def _job(self, command: str, run: Run, setup: str, options: Sequence[str]) -> Job:
         folder = CONFIGS / "setups"
-        configs = [folder / f"{setup}.yaml", CONFIGS / "models" / f"{self.model}.yaml"]
-        configs.append(CONFIGS / "data" / f"{run.dataset}.yaml")
-        specific = [f"{setup}_{run.dataset}", f"{setup}_{run.dataset}_{self.model}"]
-        configs += [folder / f"{name}.yaml" for name in specific if (folder / f"{name}.yaml").exists()]
+        configs = [folder / f"{setup}.yaml", CONFIGS / "data" / f"{run.dataset}.yaml"]
+        configs.append(folder / f"{setup}_{run.dataset}.yaml")
+        configs.append(CONFIGS / "models" / f"{self.model}.yaml")  # a network may have to differ from its data set
+        configs.append(folder / f"{setup}_{run.dataset}_{self.model}.yaml")
+        configs = [path for path in configs if path.exists()]
         arguments = [command, *(word for path in configs for word in ("--config", str(path)))]
         arguments += ["--seed_everything", str(run.seed), "--runs_dir", str(self.runs_dir), *options]
         if command == "fit" and self.epochs is not None:

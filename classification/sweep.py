@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from classification.plans import BUDGETS, METHODS, Sweep, names
+from classification.plans import BUDGETS, METHODS, TRANSFORMER_METHODS, Sweep, is_transformer, names
 from experiment import ExperimentError
 from experiment.jobs import Command, Program, list_jobs, run_jobs
 
@@ -30,8 +30,10 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     parser.add_argument("--setup", choices=("a", "b"), required=True)
     parser.add_argument("--model", choices=names("models"), required=True)
     parser.add_argument("--dataset", nargs="+", choices=names("data"), required=True, metavar="DATASET")
-    listed = f"of {', '.join(methods)} (default: {' '.join(METHODS)})"
-    parser.add_argument("--methods", nargs="+", choices=methods, default=METHODS, metavar="METHOD", help=listed)
+    listed = (
+        f"of {', '.join(methods)} (default: {' '.join(METHODS)}; of a transformer: {' '.join(TRANSFORMER_METHODS)})"
+    )
+    parser.add_argument("--methods", nargs="+", choices=methods, metavar="METHOD", help=listed)
     depths = "whole numbers, ranges such as 1-14, or 'all' (default: 2 and 4, and vanilla on all as well)"
     parser.add_argument("--layers", nargs="+", metavar="N", help=depths)
     parser.add_argument("--seeds", nargs="+", type=int, default=[233], metavar="SEED", help="(default: 233)")
@@ -50,11 +52,12 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
         layers = options.layers and tuple(number for word in options.layers for number in _numbers(word))
     except ValueError as error:
         parser.error(f"--layers has {str(error)!r}; allowed are whole numbers from 1, ranges such as 1-14, or 'all'")
+    default = TRANSFORMER_METHODS if is_transformer(options.model) else METHODS
     sweep = Sweep(
         setup=options.setup,
         model=options.model,
         datasets=tuple(dict.fromkeys(options.dataset)),
-        methods=tuple(dict.fromkeys(options.methods)),
+        methods=tuple(dict.fromkeys(options.methods or default)),
         layers=layers,
         seeds=tuple(dict.fromkeys(options.seeds)),
         runs_dir=options.runs_dir,

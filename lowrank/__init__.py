@@ -7,6 +7,7 @@ Example:
 """
 
 from lowrank.accounting import Account, account
+from lowrank.attention import open_attention
 from lowrank.budget import RankPlan, select_ranks
 from lowrank.convert import convert, freeze_before, revert, trailing_layers
 from lowrank.costs import LayerCost
@@ -19,9 +20,12 @@ from lowrank.errors import (
     TableError,
 )
 from lowrank.explain import Explanation, explain
+from lowrank.factored import WASI, WSI
 from lowrank.layers import converted_layers, stock_state_dict
 from lowrank.meter import peak_bytes, saved_bytes
 from lowrank.methods import ASI, HOSVD, SVD, GradientFilter, Method, Vanilla
+from lowrank.optimizer import SGD
+from lowrank.padding import token_mask
 from lowrank.perplexity import LayerPerplexity, PerplexityTable, measure_perplexity
 from lowrank.tucker import Tucker
 
@@ -30,7 +34,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ASI",
     "HOSVD",
+    "SGD",
     "SVD",
+    "WASI",
+    "WSI",
     "Account",
     "BudgetError",
     "ConversionError",
@@ -53,10 +60,12 @@ __all__ = [
     "explain",
     "freeze_before",
     "measure_perplexity",
+    "open_attention",
     "peak_bytes",
     "revert",
     "saved_bytes",
     "select_ranks",
     "stock_state_dict",
+    "token_mask",
     "trailing_layers",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from lowrank import costs
 from lowrank.convert import named_layers, stock_type
 from lowrank.costs import LayerCost
 from lowrank.errors import ConversionError
+from lowrank.factored import FactoredLinear
 from lowrank.geometry import Geometry
 from lowrank.layers import FAMILIES, LowRankLayer
 from lowrank.methods import Method, Vanilla
+from lowrank.padding import without_padding
 from lowrank.preserve import preserved
 
 
@@ -100,14 +103,18 @@ def _layer_cost(layer: nn.Module, x: Tensor) -> LayerCost:
     geometry: Geometry = family.geometry_of(layer)
     method: Method = layer.method if isinstance(layer, LowRankLayer) else Vanilla()
     needs_input_gradient = x.requires_grad
-    x = family.batched(x.detach())
+    x = without_padding(family.batched(x.detach()))
+    if isinstance(layer, FactoredLinear):
+        return layer.cost(x, needs_input_gradient)
     weight = layer.weight
     assert isinstance(weight, Tensor)
     out_channels = weight.shape[0]
     if weight.requires_grad:
-        return method.cost(x, geometry, out_channels, needs_input_gradient)
+        cost = method.cost(x, geometry, out_channels, needs_input_gradient)
+        return replace(cost, weight_bytes=weight.nbytes)
     shape = tuple(x.shape)
     return LayerCost(
         flops_paper=costs.paper_forward(geometry, shape, out_channels),
         flops=2 * geometry.macs(shape, out_channels) * (2 if needs_input_gradient else 1),
+        weight_bytes=weight.nbytes,
     )

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from lowrank.attention import OpenAttention
 from lowrank.layers import FAMILIES, LeanBatchNorm2d
 from lowrank.lean import LEAN_FUNCTIONS, LEAN_MODULES
+from lowrank.recompute import RECOMPUTING_MODULES
 from lowrank.trace import TraceError, trace
 
 _CONVOLUTIONS = (nn.Conv2d, FAMILIES[nn.Conv2d])
@@ -47,7 +49,7 @@ def find_blocks(model: nn.Module) -> Blocks:
     norms = {name: module for name, module in model.named_modules() if type(module) in _NORMS}
     for name, owner in model.named_modules():
         children = [child for child, module in norms.items() if child.rpartition(".")[0] == name]
-        if not list(owner.children()):
+        if isinstance(owner, OpenAttention) or not list(owner.children()):
             continue
         try:
             graph = trace(owner, is_leaf=lambda module: True)
@@ -101,6 +103,12 @@ def frozen_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if type(module) in FAMILIES and not module.weight.requires_grad:
             yield name, module
+
+
+def recomputed_from(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers of a network that computes tensors again: inputs and outputs of theirs may be among these."""
+    if any(type(module) in RECOMPUTING_MODULES or isinstance(module, OpenAttention) for module in model.modules()):
+        yield from ((name, module) for name, module in model.named_modules() if type(module) is nn.Linear)
 
 
 class _LeanFunctions(TorchFunctionMode):

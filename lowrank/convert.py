@@ -8,13 +8,17 @@ from typing import Literal, TypeVar
 
 from torch import nn
 
-from lowrank.blocks import find_blocks, frozen_layers, lean_code, lean_modules, stock_code
+from lowrank.attention import OpenAttention, close_attention, closed_projections, open_attention
+from lowrank.blocks import find_blocks, frozen_layers, lean_code, lean_modules, recomputed_from, stock_code
 from lowrank.errors import ConversionError, SettingError
+from lowrank.factored import shared_weights
 from lowrank.layers import FAMILIES, LeanBatchNorm2d, LowRankLayer, adopt, include, lean_norm, release, stock_norm
 from lowrank.lean import LEAN_MODULES
 from lowrank.methods import Method, Vanilla
 
 Kind = Literal["conv", "linear"]
+Part = Literal["all", "mlp", "attention"]
+PARTS: dict[str, tuple[str, ...]] = {"all": ("",), "mlp": ("mlp",), "attention": ("attn", "attention")}
 KINDS: dict[str, type[nn.Module]] = {"conv": nn.Conv2d, "linear": nn.Linear}
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,30 +27,45 @@ def stock_type(layer: nn.Module) -> type[nn.Module]:
     """The layer's class, of a converted layer the class that it had before."""
     if isinstance(layer, LowRankLayer):
         return layer.stock_class
+    if isinstance(layer, OpenAttention):
+        return layer.stock_class
     changed = isinstance(layer, LeanBatchNorm2d) or type(layer) in LEAN_MODULES.values()
     return type(layer).__mro__[1] if changed else type(layer)
 
 
-def trailing_layers(model: nn.Module, count: int | Literal["all"], kind: Kind = "conv") -> list[str]:
+def trailing_layers(
+    model: nn.Module, count: int | Literal["all"], kind: Kind = "conv", part: Part = "all"
+) -> list[str]:
     """Names of the model's last layers of a kind, in the order in which the model registers them.
 
     Args:
         model: any module.
         count: how many, from 1; or "all".
-        kind: "conv" for `nn.Conv2d`, "linear" for `nn.Linear`; subclasses are not meant.
+        kind: "conv" for `nn.Conv2d`, "linear" for `nn.Linear`; subclasses are not meant, nor are projections of
+            attention that are not called (see `open_attention`).
+        part: of a transformer, by the names of the modules that hold the layers: "mlp"; "attention", named attention
+            or attn; or "all".
 
     Raises:
-        SettingError: unknown kind, or a count that the model does not have.
+        SettingError: unknown kind or part, or a count that the model does not have.
     """
-    if kind not in KINDS:
-        raise SettingError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}")
-    names = [name for name, layer in model.named_modules() if stock_type(layer) is KINDS[kind]]
-    if count == "all":
+    for setting, value, allowed in (("kind", kind, KINDS), ("part", part, PARTS)):
+        if value not in allowed:
+            raise SettingError(f"{setting} is {value!r}; allowed: {', '.join(allowed)}")
+    closed = {name for _, name in closed_projections(model)}
+    names = [
+        name
+        for name, layer in model.named_modules()
+        if stock_type(layer) is KINDS[kind] and name not in closed and any(word in name for word in PARTS[part])
+    ]
+    if count == "all" and names:
         count = len(names)
     if not isinstance(count, int) or not 1 <= count <= len(names):
+        of_part = "" if part == "all" else f" of its {part}"
+        hint = "; call lowrank.open_attention(model) first" if part == "attention" and closed else ""
         raise SettingError(
-            f"{count!r} trailing {kind} layers asked of {type(model).__name__}, which has {len(names)}; "
-            f"allowed: 1 to {len(names)}, or 'all'"
+            f"{count!r} trailing {kind} layers{of_part} asked of {type(model).__name__}, which has {len(names)}; "
+            f"allowed: 1 to {len(names)}, or 'all'{hint}"
         )
     return names[-count:]
 
@@ -90,8 +109,9 @@ def convert(model: Model, names: Iterable[str], method: Method, fuse: bool = Tru
     """Make layers keep their inputs as `method` does, in place.
 
     Everything is checked first, and nothing is changed if any layer cannot be converted. Parameters stay the same
-    objects, and state dict keys stay as they are. A layer that is converted already changes to the new method and loses
-    the state of the old one.
+    objects, and state dict keys stay as they are, except with `WSI` and `WASI`, which put two factors in the place of
+    a weight: make the optimizer, `lowrank.SGD`, after the conversion. A layer that is converted already changes to the
+    new method and loses the state of the old one.
 
     With `fuse`, the rest of the model keeps less as well, with the same outputs and gradients up to rounding:
 
@@ -101,6 +121,9 @@ def convert(model: Model, names: Iterable[str], method: Method, fuse: bool = Tru
     - ReLU and its like, dropout and pooling keep bits or shapes, as modules or called as functions.
     - Convolutions and linear layers with a frozen weight keep nothing, nor does a batch normalisation with a frozen
       scale and stored statistics. Freeze first, then convert.
+    - In transformers the output of a layer normalisation, the input of GELU or SiLU and everything inside
+      self-attention are computed again in the backward pass, from what is kept in any case; see `recompute`. That runs
+      the linear layer in front of an activation or of attention once more.
 
     Take such a model apart, or replace layers in it, only after `revert`.
 
@@ -120,9 +143,12 @@ def convert(model: Model, names: Iterable[str], method: Method, fuse: bool = Tru
         raise ConversionError(f"method is {method!r}; give an instance of a method, such as lowrank.HOSVD(energy=0.8)")
     layers = named_layers(model, names)
     problems: list[str] = []
+    closed = {id(layer) for layer, _ in closed_projections(model)}
     methods: dict[str, Method] = {}
     for name, layer in layers.items():
-        reason = _reason_against(layer) or method.reason_against(layer)
+        reason = _CLOSED if id(layer) in closed else _reason_against(layer) or method.reason_against(layer)
+        if reason is None and method.layer_family is not None and shared_weights(model, layer):
+            reason = "its weight is used by another module as well, so it cannot be held as two factors"
         if reason is None:
             try:
                 methods[name] = method.for_layer(name)
@@ -142,8 +168,11 @@ def convert(model: Model, names: Iterable[str], method: Method, fuse: bool = Tru
 
 def _keep_less(model: nn.Module) -> None:
     """Everything but the named layers: what `fuse` says in `convert`."""
+    open_attention(model, lean=True)
     blocks = find_blocks(model)
     modules = dict(model.named_modules())
+    for name, layer in list(recomputed_from(model)):
+        adopt(layer, Vanilla(), name, chosen=False)
     for name, layer in list(frozen_layers(model)):
         adopt(layer, Vanilla(), name, chosen=False)
     for conv, norm in blocks.runs.items():
@@ -169,11 +198,18 @@ def revert(model: Model) -> Model:
     for layer in list(model.modules()):
         if isinstance(layer, LowRankLayer):
             release(layer)
+    close_attention(model)
     for layer in model.modules():
         if isinstance(layer, LeanBatchNorm2d):
             stock_norm(layer)
         layer.__class__ = stock_type(layer)
     return model
+
+
+_CLOSED = (
+    "its attention module hands its weight to a function and never calls it; lowrank.open_attention(model) changes "
+    "that for plain self-attention"
+)
 
 
 def _reason_against(layer: nn.Module) -> str | None:

@@ -25,17 +25,20 @@ class LayerCost:
         flops_paper: operations in the papers' convention (forward, compression, weight gradient).
         flops: floating-point operations of forward, compression, weight gradient and, where the input needs one,
             input gradient.
+        weight_bytes: bytes of the weight as it is held, without the bias.
     """
 
     activation_bytes: int = 0
     flops_paper: int = 0
     flops: int = 0
+    weight_bytes: int = 0
 
     def __add__(self, other: LayerCost) -> LayerCost:
         return LayerCost(
             self.activation_bytes + other.activation_bytes,
             self.flops_paper + other.flops_paper,
             self.flops + other.flops,
+            self.weight_bytes + other.weight_bytes,
         )
 
 
@@ -102,6 +105,37 @@ def paper_tucker_gradient(geometry: Geometry, shape: Shape, ranks: Shape, out_ch
 def paper_subspace(shape: Shape, ranks: Shape) -> int:
     """One subspace iteration per mode as the papers count it."""
     return sum(2 * prod(shape) * rank + rank**3 for rank in ranks)
+
+
+def paper_factored_pass(tokens: int, inputs: int, outputs: int, rank: int) -> int:
+    """A pass through the two factors of a weight as the WASI paper counts it, forward or to the input's gradient."""
+    return tokens * rank * (2 * inputs - 1) + tokens * outputs * (2 * rank - 1)
+
+
+def paper_iteration(n: int, m: int, rank: int) -> int:
+    """One subspace iteration of an (n, m) matrix as the WASI paper counts it."""
+    return n * rank * (2 * m - 1) + m * rank * (2 * n - 1) + 2 * max(n, rank) * min(n, rank) ** 2
+
+
+def paper_weight_svd(outputs: int, inputs: int) -> int:
+    """A full SVD of a weight as the WASI paper counts it."""
+    small, large = sorted((outputs, inputs))
+    return 4 * large * small**2 + 8 * small**3
+
+
+def factored_update_flops(outputs: int, inputs: int, rank: int, gradient_rank: int, svd: bool) -> int:
+    """The update of a weight of this rank as executed, and the gradients of its two factors.
+
+    The subspace iteration is three products with the joined factors and two QRs; the SVD, two QRs of the joined factors
+    and an SVD between them, which counts 21 s^3 (Golub and Van Loan, sec. 8.6).
+    """
+    both, joined = outputs + inputs, rank + gradient_rank
+    factor_gradients = 4 * both * rank * gradient_rank
+    if not svd:
+        return factor_gradients + 6 * both * rank * joined + 4 * both * rank**2
+    sides = sum(4 * size * min(size, joined) ** 2 for size in (outputs, inputs))
+    between = 21 * min(outputs, inputs, joined) ** 3 + 2 * both * min(outputs, inputs, joined) * rank
+    return factor_gradients + sides + between
 
 
 def paper_svd(geometry: Geometry, shape: Shape, modes: Sequence[int]) -> int:

@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from lowrank.attention import OpenAttention
 from lowrank.blocks import find_blocks
 from lowrank.convert import stock_type
 from lowrank.layers import LeanBatchNorm2d, LowRankLayer
 from lowrank.meter import saved_storages
 from lowrank.perplexity import LossFunction
+from lowrank.recompute import RECOMPUTING_MODULES
 
 OUTSIDE = "(outside the model)"
 
@@ -124,19 +126,32 @@ def _reason(module: nn.Module, left: str | None) -> str:
             "its input, which batch statistics need" if module.training else "its input, for the gradient of its scale"
         )
         return f"{batch}; not included in a convolution: {left}" if left else f"{batch}; convert includes it"
+    if type(module) in RECOMPUTING_MODULES.values():
+        return _RECOMPUTING[stock_type(module)]
+    if isinstance(module, OpenAttention):
+        return "position biases and masks; what is in it is computed again"
     for kind, reason in _REASONS.items():
         if issubclass(stock_type(module), kind):
             return reason if type(module) is stock_type(module) else "bits, places or shapes: the least that is exact"
     return "what its own code keeps"
 
 
+_AHEAD = "what its input is computed again from"
+_RECOMPUTING: dict[type[nn.Module], str] = {
+    nn.LayerNorm: "its input, which its statistics need; what follows is computed again from it",
+    nn.GELU: _AHEAD,
+    nn.SiLU: _AHEAD,
+}
 _CAN_BE_CONVERTED = "its input, for the gradient of its weight; name it in convert to keep less"
 _SMOOTH = "its input: its derivative takes many values, so bits are not enough"
+_COMPUTED = "its input; convert makes it compute that again from what is kept ahead of it"
 _LEAN = "whole tensors; convert makes it keep bits or shapes"
 _REASONS: dict[type[nn.Module] | tuple[type[nn.Module], ...], str] = {
     (nn.Conv2d, nn.Linear): _CAN_BE_CONVERTED,
-    (nn.Hardswish, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softmax, nn.Mish, nn.ELU): _SMOOTH,
+    (nn.SiLU, nn.GELU): _COMPUTED,
+    (nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.Softmax, nn.Mish, nn.ELU): _SMOOTH,
     (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid, nn.LeakyReLU, nn.Dropout): _LEAN,
     (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d): _LEAN,
+    nn.MultiheadAttention: "queries, keys, values and more; convert makes it compute them again",
     (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d): "its input, which its statistics need",
 }

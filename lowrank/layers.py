@@ -9,18 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.errors import ConversionError, LowRankError
-from lowrank.geometry import ConvGeometry, Geometry, LinearGeometry
-from lowrank.methods import Method, Tensors
+from lowrank.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
+from lowrank.methods import Method, Tensors, Vanilla
 from lowrank.nodes import LowRankFunction, fold, per_output
+from lowrank.padding import without_padding
+from lowrank.recompute import Rebuild, known_origin, note_linear
 from lowrank.sharing import SHARED_INPUTS
 
 STATE_PREFIX = "lowrank_state_"
+IN_PROJECTION = "lowrank_in_proj"  # child of an opened nn.MultiheadAttention: queries, keys and values in one layer
+LEFT, RIGHT = "lowrank_left", "lowrank_right"  # parameters of a weight that is held as two factors
 
 
 class LeanBatchNorm2d(nn.BatchNorm2d):
@@ -129,21 +135,35 @@ class LowRankLayer(nn.Module):
             )
         return norm
 
-    def _tracked(self, input: Tensor, norm: LeanBatchNorm2d | None, parameters: tuple[Tensor | None, ...]) -> Tensor:
-        x, dtype, device = input, self.weight.dtype, input.device.type
+    def take_over(self) -> None:
+        """What a family does with the parameters when a layer becomes one of it: nothing."""
+
+    def give_back(self) -> None:
+        """Undo `take_over`."""
+
+    def _begin(self, input: Tensor) -> tuple[Tensor, torch.dtype, AbstractContextManager[Any]]:
+        """The input as the layer computes with it, the dtype to compute in, and a context without autocast."""
+        x, dtype, device = input, next(self.parameters(recurse=False)).dtype, input.device.type
         self.kept_bytes = self.formula_bytes = 0
         outside: AbstractContextManager[Any] = nullcontext()
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
             x = x.to(dtype)
             outside = torch.autocast(device, enabled=False)
+        return x, dtype, outside
+
+    def _tracked(self, input: Tensor, norm: LeanBatchNorm2d | None, parameters: tuple[Tensor | None, ...]) -> Tensor:
+        x, dtype, outside = self._begin(input)
         _, _, gamma, _ = parameters
         statistics = (None, None, 0.0) if norm is None else _statistics(norm)
         with outside:
             batched = self.batched(x)
             needed = self.weight.requires_grad or (gamma is not None and gamma.requires_grad)
             kept = self._keep(input, batched.detach()) if needed else ()
-            y = LowRankFunction.apply(batched, *parameters, *statistics, dtype, self.geometry, self.method, *kept)
+            method, kept = _kept_elsewhere(self.method, input, kept) if batched is input else (self.method, kept)
+            y = LowRankFunction.apply(batched, *parameters, *statistics, dtype, self.geometry, method, *kept)
+        if batched is input and isinstance(self.geometry, LinearGeometry):
+            note_linear(input, y, F.linear, (self.weight, self.bias), bool(kept) and self.method.keeps_input)
         return y if batched is x else y.squeeze(0)
 
     @torch.no_grad()
@@ -151,7 +171,7 @@ class LowRankLayer(nn.Module):
         """What the method keeps of `x`; made once for all layers that are given the same input."""
         kept = SHARED_INPUTS.find(input, x, self.method)
         if kept is None:
-            kept = self._compress(x)
+            kept = self._compress(x if self.method.keeps_input else without_padding(x))
             SHARED_INPUTS.add(input, x, self.method, kept)
             if not torch.compiler.is_compiling():
                 self.kept_bytes = sum(tensor.nbytes for tensor in kept if tensor is not None)
@@ -191,13 +211,38 @@ class LowRankLayer(nn.Module):
         count = 1 + max((int(key.rpartition("_")[2]) for key in saved), default=-1)
         for index in range(count):
             tensor = state_dict.get(f"{prefix}{STATE_PREFIX}{index}")
-            empty = None if tensor is None else torch.empty_like(tensor, device=self.weight.device)
+            device = next(self.parameters(recurse=False)).device
+            empty = None if tensor is None else torch.empty_like(tensor, device=device)
             self.register_buffer(f"{STATE_PREFIX}{index}", empty)
         super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
 
     def extra_repr(self) -> str:
         """The stock description and the method."""
         return f"{super().extra_repr()}, method={self.method}"
+
+
+def _kept_elsewhere(method: Method, input: Tensor, kept: Tensors) -> tuple[Method, Tensors]:
+    """In place of an input that a method keeps as it is, what another layer keeps that it can be computed from.
+
+    Of an input that is a small part of a larger tensor, such as a class token, a copy, so that the rest is freed.
+    """
+    if not (kept and method.keeps_input) or torch.compiler.is_compiling():
+        return method, kept
+    origin = known_origin(input)
+    if origin is not None:
+        return _Rebuilt(origin.rebuild), origin.sources
+    small = 2 * input.nbytes <= input.untyped_storage().nbytes()
+    return method, (input.detach().clone(),) if small else kept
+
+
+@dataclass(frozen=True)
+class _Rebuilt(Vanilla):
+    """The input as it is, computed again when it is needed."""
+
+    rebuild: Rebuild
+
+    def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
+        return geometry.weight_gradient(self.rebuild(*kept), grad)
 
 
 def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, float]:
@@ -230,16 +275,18 @@ FAMILIES: dict[type[nn.Module], type[LowRankLayer]] = {
 
 def adopt(layer: nn.Module, method: Method, name: str, chosen: bool = True) -> None:
     """Turn a stock layer into a converted one, in place."""
-    family = FAMILIES[type(layer)]
+    family = method.layer_family or FAMILIES[type(layer)]
     layer.__class__ = family
     assert isinstance(layer, LowRankLayer)
-    layer.geometry = family.geometry_of(layer)
+    layer.geometry = layer.geometry_of(layer)
     layer.method, layer.layer_name, layer.chosen = method, name, chosen
     layer.kept_bytes = layer.formula_bytes = 0
+    layer.take_over()
 
 
 def release(layer: LowRankLayer) -> None:
     """Turn a converted layer back into the stock one, in place."""
+    layer.give_back()
     for name in layer._state_names():
         del layer._buffers[name]
     for attribute in ("geometry", "method", "layer_name", "chosen", "kept_bytes", "formula_bytes"):
@@ -291,9 +338,18 @@ def converted_layers(model: nn.Module) -> Iterator[LowRankLayer]:
 
 
 def stock_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the methods' state: what the stock model's own `state_dict()` would be.
+    """A state dict without the methods' state, weights dense: what the stock model's own `state_dict()` would be.
 
     Example:
         stock_model.load_state_dict(lowrank.stock_state_dict(torch.load("converted.pt")))
     """
-    return {key: value for key, value in state_dict.items() if not key.rpartition(".")[2].startswith(STATE_PREFIX)}
+    stock: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        layer, dot, name = key.rpartition(".")
+        if name == LEFT:
+            attention = layer.removesuffix(IN_PROJECTION)
+            weight = f"{layer}{dot}weight" if attention == layer else f"{attention}in_proj_weight"
+            stock[weight] = value @ state_dict[f"{layer}{dot}{RIGHT}"]
+        elif name != RIGHT and not name.startswith(STATE_PREFIX):
+            stock[key] = value
+    return stock

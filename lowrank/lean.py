@@ -10,7 +10,8 @@ after, and each module is the stock module with another class. What they keep fo
 | MaxPool2d | one byte per output element: the place in its window |
 | AvgPool2d, AdaptiveAvgPool2d | the shape |
 
-The derivatives of Hardswish, SiLU, GELU and the like take many values, so these keep their input as they do in PyTorch.
+The derivatives of smooth activations take many values. GELU and SiLU compute their input again, see `recompute`;
+Hardswish and the like keep it as they do in PyTorch.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowrank.bits import pack, unpack
+from lowrank.recompute import RECOMPUTING_FUNCTIONS, RECOMPUTING_MODULES
 
 Size = int | tuple[int, ...] | list[int]
 SIXTH = torch.tensor(1 / 6).item()  # PyTorch's slope of Hardsigmoid, a single-precision number in every dtype
@@ -312,7 +314,7 @@ LEAN_MODULES: dict[type[nn.Module], type[nn.Module]] = {
         *(LeanReLU, LeanReLU6, LeanHardtanh, LeanHardsigmoid, LeanLeakyReLU),
         *(LeanDropout, LeanMaxPool2d, LeanAvgPool2d, LeanAdaptiveAvgPool2d),
     )
-}
+} | RECOMPUTING_MODULES
 
 # What plain functional code calls, and what stands in for it.
 LEAN_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -330,4 +332,5 @@ LEAN_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.max_pool2d: max_pool2d,
     F.avg_pool2d: avg_pool2d,
     F.adaptive_avg_pool2d: adaptive_avg_pool2d,
+    **RECOMPUTING_FUNCTIONS,
 }

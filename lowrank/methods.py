@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,14 @@ class Method(ABC):
     """How a layer keeps its input for the backward pass.
 
     The defaults keep the forward pass and the gradient with respect to the input exact.
+
+    Attributes:
+        layer_family: class of the converted layer, for methods that also hold the weight in another way.
+        keeps_input: whether what is kept is the input as it is, which may then be kept in another form.
     """
+
+    layer_family: ClassVar[type[nn.Module] | None] = None
+    keeps_input: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -96,6 +103,8 @@ def _exact_flops(geometry: Geometry, shape: Shape, out_channels: int, input_grad
 @dataclass(frozen=True)
 class Vanilla(Method):
     """Keep the input as it is: ordinary training."""
+
+    keeps_input: ClassVar[bool] = True
 
     @property
     def tag(self) -> str:
@@ -252,7 +261,8 @@ class ASI(_TuckerMethod):
     @property
     def tag(self) -> str:
         variant = "" if self.algorithm == "sequential" else f"_{self.algorithm}"
-        return f"asi{variant}{'' if self.warm_start else '_cold'}"
+        rank = f"_rank{self.ranks}" if isinstance(self.ranks, int) else ""
+        return f"asi{rank}{variant}{'' if self.warm_start else '_cold'}"
 
     def for_layer(self, name: str) -> ASI:
         per_layer = getattr(self.ranks, "ranks", self.ranks)

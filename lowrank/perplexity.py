@@ -21,6 +21,7 @@ from lowrank.errors import ConversionError, NonFiniteError, TableError
 from lowrank.geometry import Geometry
 from lowrank.gradients import weight_gradient
 from lowrank.layers import FAMILIES, norms_apart
+from lowrank.padding import without_padding
 from lowrank.preserve import preserved, tensors_in
 from lowrank.tucker import Tucker
 
@@ -203,7 +204,7 @@ def measure_perplexity(
     rows: dict[str, LayerPerplexity] = {}
     with preserved(model), norms_apart(model):
         for layer in layers.values():
-            layer.weight.requires_grad_(True)
+            layer.requires_grad_(True)
         handles = [layer.register_forward_hook(_Probe(name, energies, rows)) for name, layer in layers.items()]
         try:
             with torch.enable_grad():
@@ -236,7 +237,7 @@ class _Probe:
             raise ConversionError(f"layer {self.name!r} is called without gradients, so it has no perplexity")
         family = FAMILIES[stock_type(layer)]
         geometry = family.geometry_of(layer)
-        x = family.batched(inputs[0].detach())
+        x = without_padding(family.batched(inputs[0].detach()))
         output.register_hook(lambda grad: self.measure(x, family.batched(grad), geometry))
 
     @torch.no_grad()

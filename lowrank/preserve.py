@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from lowrank.factored_weight import factored_weights
+
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
@@ -19,6 +21,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     buffers = {module: dict(module._buffers) for module in model.modules()}
     values = [(tensor, tensor.clone()) for tensor in model.buffers()]
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    factored = [(weight, list(weight.gradient)) for weight in factored_weights(model.parameters())]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
         for parameter, _, _ in parameters:
@@ -29,6 +32,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for parameter, grad, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+        for weight, gradient in factored:
+            weight.gradient = gradient
         for module, tensors in buffers.items():
             module._buffers.clear()
             module._buffers.update(tensors)

@@ -56,3 +56,17 @@ def test_a_segmentation_script_takes_its_settings_from_the_environment(script_en
         "calibrate, seed 233",
         *(f"{method}, {depth}, seed {seed}" for seed in (1, 2) for method, depth in trained),
     ]
+
+
+@pytest.mark.parametrize("model", ["swin_t", "vit_b_32"])
+def test_scripts_of_vision_transformers_list_their_runs(script_environment: dict[str, str], model: str) -> None:
+    titles = dry_run(f"classification/transformers/{model}.sh", script_environment | {"SEEDS": "5"}, "digits")
+    methods = ["vanilla", "hosvd_0.8", "wsi_0.9", "asi", "wasi_0.9"]
+    rows = [("perplexity", 2), ("perplexity", 4), *((method, layers) for layers in (2, 4) for method in methods)]
+    assert titles == [f"digits: {method}, last {layers}, seed 5" for method, layers in rows]
+
+
+def test_the_script_of_the_language_model_lists_its_runs(script_environment: dict[str, str]) -> None:
+    titles = dry_run("classification/transformers/tinyllama.sh", script_environment)
+    methods = ["vanilla", "asi_rank20", "wasi_0.1_rank20"]
+    assert titles == [f"boolq: {method}, last {layers}, seed 233" for layers in range(1, 6) for method in methods]

@@ -20,8 +20,9 @@ MAY_IMPORT = {
 }
 # Inside the core, a module imports only modules that stand before it.
 CORE_ORDER = (
-    *("errors", "tucker", "bits", "lean", "decompose", "geometry", "gradients", "costs", "methods"),
-    *("nodes", "sharing", "layers"),
+    *("errors", "padding", "tucker", "bits", "recompute", "lean"),
+    *("decompose", "geometry", "gradients", "costs", "methods"),
+    *("nodes", "sharing", "layers", "iteration", "factored_weight", "factored", "optimizer", "mixing", "attention"),
     *("trace", "blocks", "convert", "preserve", "perplexity", "budget", "accounting", "meter", "explain", "__init__"),
 )
 

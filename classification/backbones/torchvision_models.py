@@ -13,7 +13,14 @@ from classification.backbones.registry import backbone
 from experiment import ExperimentError
 
 
-def _build(constructor: Callable[..., nn.Module], weights: Any, pretrained: bool, **options: Any) -> nn.Module:
+def build_pretrained(
+    constructor: Callable[..., nn.Module], weights: Any, pretrained: bool, **options: Any
+) -> nn.Module:
+    """Build a network of torchvision, with its published weights if asked to.
+
+    Raises:
+        ExperimentError: the weights cannot be downloaded; says where to get them.
+    """
     try:
         return constructor(weights=weights if pretrained else None, **options)
     except (URLError, OSError, RuntimeError) as error:  # RuntimeError: what arrived has another hash
@@ -23,7 +30,7 @@ def _build(constructor: Callable[..., nn.Module], weights: Any, pretrained: bool
         ) from None
 
 
-def _with_classes(model: nn.Module, name: str, num_classes: int) -> nn.Module:
+def with_classes(model: nn.Module, name: str, num_classes: int) -> nn.Module:
     """Replace the last linear layer unless it has the right size."""
     head = model.get_submodule(name)
     assert isinstance(head, nn.Linear)
@@ -36,18 +43,20 @@ def _with_classes(model: nn.Module, name: str, num_classes: int) -> nn.Module:
 def mobilenet_v2(num_classes: int, pretrained: bool) -> nn.Module:
     """MobileNetV2, width 1, 52 convolutions; without dropout, as in the papers."""
     weights = models.MobileNet_V2_Weights.IMAGENET1K_V2
-    return _with_classes(_build(models.mobilenet_v2, weights, pretrained, dropout=0.0), "classifier.1", num_classes)
+    return with_classes(
+        build_pretrained(models.mobilenet_v2, weights, pretrained, dropout=0.0), "classifier.1", num_classes
+    )
 
 
 @backbone("resnet18")
 def resnet18(num_classes: int, pretrained: bool) -> nn.Module:
     """ResNet-18, 20 convolutions."""
     weights = models.ResNet18_Weights.IMAGENET1K_V1
-    return _with_classes(_build(models.resnet18, weights, pretrained), "fc", num_classes)
+    return with_classes(build_pretrained(models.resnet18, weights, pretrained), "fc", num_classes)
 
 
 @backbone("resnet34")
 def resnet34(num_classes: int, pretrained: bool) -> nn.Module:
     """ResNet-34, 36 convolutions."""
     weights = models.ResNet34_Weights.IMAGENET1K_V1
-    return _with_classes(_build(models.resnet34, weights, pretrained), "fc", num_classes)
+    return with_classes(build_pretrained(models.resnet34, weights, pretrained), "fc", num_classes)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy._core.multiarray import scalar
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from experiment import ExperimentError, fingerprint
@@ -56,15 +58,29 @@ def tensors_of(content: Any, path: str) -> dict[str, Tensor]:
 def read_state_dict(path: str) -> dict[str, Tensor]:
     """The network's state dict in a file: a plain state dict, or a checkpoint of this suite.
 
+    A folder is read as a model of `transformers` in safetensors; the head of a language model in it is left out.
+
     Raises:
         ExperimentError: the file is missing, damaged, or holds something else.
     """
+    if any(Path(path).glob("*.safetensors")):
+        return _read_folder(Path(path))
     content = read_checkpoint(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
     if isinstance(state, dict):
         own = {key: value for key, value in state.items() if str(key).startswith(MODULE_PREFIX)}
         content = {key.removeprefix(MODULE_PREFIX): value for key, value in own.items()} or state
     return stock_state_dict(tensors_of(content, path))
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            state |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ExperimentError(f"weights file {file} cannot be read ({error})") from None
+    return {f"model.{key}": value for key, value in state.items() if not key.startswith("lm_head.")}
 
 
 def load_weights(model: nn.Module, path: str) -> nn.Module:
@@ -74,7 +90,8 @@ def load_weights(model: nn.Module, path: str) -> nn.Module:
         ExperimentError: see `read_state_dict`; or the weights are of another network.
     """
     state, own = read_state_dict(path), model.state_dict()
-    head = list(own)[-2:]  # weight and bias of the classifier, which every backbone registers last
+    classifier = list(own)[-1].rpartition(".")[0]  # every backbone registers it last
+    head = [key for key in own if key.rpartition(".")[0] == classifier]
     for key in head:
         if key in state and state[key].shape != own[key].shape:
             del state[key]

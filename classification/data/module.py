@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from classification.data.partition import Users, deal, halved, read_users, save_users
 from classification.data.prepared import load_splits
-from classification.data.registry import ImageSet
+from classification.data.registry import ImageSet, TextSet
 from classification.data.sampler import AugmentingShuffle, EpochLoader, EpochShuffle, drawing_from
 from experiment import ExperimentError
 
@@ -75,6 +75,48 @@ class TransformedSet(Dataset[tuple[Tensor, int]]):
         return image, int(self.part.labels[key])
 
 
+class TokenSet(Dataset[tuple[Tensor, int]]):
+    """A `TextSet` as token numbers (N,), cut or padded to one length.
+
+    Args:
+        part: the texts.
+        tokenizer: "bytes", where 0 pads and byte b is b + 1; or a tokenizer of `transformers`, by its name on the hub
+            or its folder.
+        length: N.
+    """
+
+    def __init__(self, part: TextSet, tokenizer: str, length: int) -> None:
+        self.part = part
+        self.tokens = _bytes(part.texts, length) if tokenizer == "bytes" else _tokens(part.texts, tokenizer, length)
+
+    def __len__(self) -> int:
+        return len(self.part.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.tokens[index], int(self.part.labels[index])
+
+
+def _bytes(texts: Sequence[str], length: int) -> Tensor:
+    cut = (text.encode()[:length] for text in texts)
+    return torch.tensor([[byte + 1 for byte in text] + [0] * (length - len(text)) for text in cut])
+
+
+def _tokens(texts: Sequence[str], name: str, length: int) -> Tensor:
+    from transformers import AutoTokenizer  # slow to import
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ExperimentError(
+            f"the tokenizer {name} cannot be loaded ({reason}); give a folder that has it as --data.tokenizer"
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return encoded["input_ids"]
+
+
 class ImageDataModule(pl.LightningDataModule):
     """Loaders of one data set.
 
@@ -94,6 +136,8 @@ class ImageDataModule(pl.LightningDataModule):
         workers: processes that load images; no influence on results.
         cache: keep transformed images in memory; for small data sets.
         augment: train on random crops, resized, half of them mirrored, drawn anew in each epoch.
+        tokenizer: of texts: "bytes", or a tokenizer of `transformers` by its name on the hub or its folder.
+        max_length: tokens of a text; longer ones are cut, shorter ones padded.
     """
 
     def __init__(
@@ -113,6 +157,8 @@ class ImageDataModule(pl.LightningDataModule):
         workers: int = 0,
         cache: bool = False,
         augment: bool = False,
+        tokenizer: str = "bytes",
+        max_length: int = 128,
     ) -> None:
         super().__init__()
         if augment and cache:
@@ -124,6 +170,7 @@ class ImageDataModule(pl.LightningDataModule):
                 "--data.split_file divides the data set: set --data.partition to pretrain or finetune"
             )
         sizes = {"image_size": image_size, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        sizes["max_length"] = max_length
         for name, size in sizes.items():
             if size < 1:
                 raise ExperimentError(f"--data.{name} is {size}; allowed are whole numbers from 1")
@@ -136,7 +183,7 @@ class ImageDataModule(pl.LightningDataModule):
             splits = halved(splits, self.users, 0 if partition == "pretrain" else 1)
         if drop_last and len(splits.train.labels) < batch_size:
             raise ExperimentError(
-                f"{len(splits.train.labels)} training images do not fill one batch of {batch_size}; "
+                f"{len(splits.train.labels)} training samples do not fill one batch of {batch_size}; "
                 f"lower --data.batch_size"
             )
         self.num_classes, self.fingerprint = len(splits.classes), splits.fingerprint
@@ -145,10 +192,15 @@ class ImageDataModule(pl.LightningDataModule):
         square = (image_size, image_size)
         transform = v2.Compose([*opened, scaled, v2.Resize(square, antialias=True), normalised])
         crop = [v2.RandomResizedCrop(square, antialias=True), v2.RandomHorizontalFlip()]
-        self.train = TransformedSet(splits.train, transform, cache, v2.Compose([*opened, *crop, scaled, normalised]))
-        self.val = TransformedSet(splits.val, transform, cache)
-        self.test = TransformedSet(splits.test, transform, cache)
-        self._activations: dict[TransformedSet, ActivationSet] = {}
+        drawn = v2.Compose([*opened, *crop, scaled, normalised])
+
+        def prepared(part: ImageSet | TextSet) -> TransformedSet | TokenSet:
+            if isinstance(part, TextSet):
+                return TokenSet(part, tokenizer, max_length)
+            return TransformedSet(part, transform, cache, drawn if part is splits.train else None)
+
+        self.train, self.val, self.test = (prepared(part) for part in (splits.train, splits.val, splits.test))
+        self._activations: dict[TransformedSet | TokenSet, ActivationSet] = {}
 
     def precompute(self, front: Callable[[Tensor], Activations]) -> None:
         """From now on, batches hold what `front` makes of the images, computed once, in place of the images.
@@ -187,7 +239,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self._eval_loader(self._activations.get(self.test, self.test))
 
     def first_batch(self, seed: int) -> tuple[Tensor, Tensor]:
-        """One training batch, (B, 3, H, W) and (B,), that depends on the seed alone; for measurements."""
+        """One training batch, (B, 3, H, W) or (B, N), and (B,), that depends on the seed alone; for measurements."""
         order = list(EpochShuffle(len(self.train), seed))[: self.batch_size]
         images, labels = default_collate([self.train[index] for index in order])
         return images, labels

@@ -52,18 +52,38 @@ class _Picked(Sequence[Any]):
 
 
 @dataclass(frozen=True)
+class TextSet:
+    """Labelled texts.
+
+    Attributes:
+        texts: one a sample.
+        labels: class numbers, shape (N,), int64.
+        positions: as of `ImageSet`.
+    """
+
+    texts: Sequence[str]
+    labels: np.ndarray
+    positions: np.ndarray | None = None
+
+    def pick(self, indices: np.ndarray) -> TextSet:
+        """Some of the texts, in this order."""
+        positions = None if self.positions is None else self.positions[indices]
+        return TextSet([self.texts[index] for index in indices], self.labels[indices], positions)
+
+
+@dataclass(frozen=True)
 class Splits:
     """The fixed parts of a data set.
 
     Attributes:
-        train, val, test: no image is in two of them.
+        train, val, test: no sample is in two of them; all of images, or all of texts.
         classes: names of the classes, in the order of their numbers.
         fingerprint: short hash that changes with the data.
     """
 
-    train: ImageSet
-    val: ImageSet
-    test: ImageSet
+    train: ImageSet | TextSet
+    val: ImageSet | TextSet
+    test: ImageSet | TextSet
     classes: tuple[str, ...]
     fingerprint: str
 

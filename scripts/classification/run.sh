@@ -5,15 +5,17 @@
 # killed, it loses at most the epoch under way.
 #
 # Usage: bash scripts/classification/run.sh SETUP MODEL [--help] [--dry-run] [--report] [DATASET ...] [-- ARGUMENT ...]
-#        (SETUP: a or b; MODEL: mcunet, mobilenet_v2, resnet18 or resnet34; --report: afterwards write the tables and
+#        (SETUP: a or b; MODEL: a name in configs/classification/models; --report: afterwards write the tables and
 #        plots of all runs; behind -- arguments of every run, such as --data.batch_size 16)
 #
 # DATASET is the name of a file in configs/classification/data. Default in setup A: pets flowers102 cub200 cifar10
 # cifar100; in setup B: imagenet.
 #
 # Environment:
+#   DATASETS   in place of DATASET
 #   METHODS    names in configs/classification/methods
-#              (default: vanilla gradient_filter_r2 gradient_filter_r4 gradient_filter_r7 hosvd_0.8 asi)
+#              (default: vanilla gradient_filter_r2 gradient_filter_r4 gradient_filter_r7 hosvd_0.8 asi; of a
+#              transformer: vanilla hosvd_0.8 asi wsi_0.9 wasi_0.9)
 #   LAYERS     numbers of trailing layers, ranges such as 1-14, or all (default: 2 4, and vanilla on all as well)
 #   SEEDS      (default: 233)
 #   EPOCHS     of every training run (default: the setup's)
@@ -52,10 +54,10 @@ while [[ $# -gt 0 && "$1" != -- ]]; do
     esac
     shift
 done
-if [[ ${#datasets[@]} -eq 0 && "$setup" == b ]]; then
-    datasets=(imagenet)
-elif [[ ${#datasets[@]} -eq 0 ]]; then
-    datasets=(pets flowers102 cub200 cifar10 cifar100)
+if [[ ${#datasets[@]} -eq 0 ]]; then
+    usual="pets flowers102 cub200 cifar10 cifar100"
+    [[ "$setup" != b ]] || usual=imagenet
+    read -ra datasets <<< "${DATASETS:-$usual}"
 fi
 options+=(--dataset "${datasets[@]}")
 for name in METHODS LAYERS SEEDS EPOCHS BUDGET WEIGHTS DATA_DIR; do

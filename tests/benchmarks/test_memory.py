@@ -13,6 +13,7 @@ from benchmarks.plots import draw, ratios
 from lowrank.meter import held_bytes
 
 NOT_FOR_EVERYTHING = {("gradient_filter_r2", "vit_small"), ("gradient_filter_r7", "vit_small")}
+FOR_LINEAR_LAYERS = {"svd_llm_0.9", "wasi_0.9"}
 
 
 def gradients(network, peer):
@@ -27,6 +28,10 @@ def gradients(network, peer):
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("peer", PEERS)
 def test_every_peer_trains_every_network(peer, network):
+    if peer in FOR_LINEAR_LAYERS and network != "vit_small":
+        with pytest.raises((lowrank.ConversionError, ValueError)):
+            gradients(network, peer)
+        return
     if (peer, network) in NOT_FOR_EVERYTHING:
         with pytest.raises(lowrank.ConversionError, match="only a convolution has"):
             gradients(network, peer)

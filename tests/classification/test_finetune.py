@@ -20,6 +20,7 @@ from experiment import ExperimentError
 from lowrank import ASI, HOSVD, SVD, GradientFilter, NonFiniteError, Vanilla
 
 METHODS = [Vanilla(), SVD(0.8), HOSVD(0.8), ASI(ranks=4), GradientFilter(2), GradientFilter(4), GradientFilter(7)]
+FACTORED = [lowrank.WSI(0.5), lowrank.WASI(ranks=4, energy=0.5)]  # of linear layers alone
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_every_method_of_the_library_is_tried_here():
     exported = {
         value for value in vars(lowrank).values() if isinstance(value, type) and issubclass(value, lowrank.Method)
     }
-    assert {type(method) for method in METHODS} == exported - {lowrank.Method}
+    assert {type(method) for method in (*METHODS, *FACTORED)} == exported - {lowrank.Method}
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.tag)
@@ -236,3 +237,33 @@ def test_fused_training_is_the_same_training(weights, digits_32):
     for key, value in states[0].items():
         assert value.dtype in (torch.float64, torch.int64)
         torch.testing.assert_close(states[1][key], value, rtol=1e-6, atol=1e-8, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("part", "count", "name"), [("mlp", 8, "mlp.0"), ("attention", 8, "out_proj"), ("all", 17, "head")]
+)
+def test_layers_of_a_transformer_are_trained_by_part(part, count, name):
+    module = FineTune("vit_mini", 10, kind="linear", part=part, method=lowrank.HOSVD(0.8))
+    assert len(module.names) == count
+    assert any(name in layer for layer in module.names)
+    assert len(list(lowrank.converted_layers(module.backbone))) == count
+
+
+def test_weights_held_as_factors_get_the_optimizer_that_moves_them():
+    module = FineTune("vit_mini", 10, kind="linear", part="mlp", method=lowrank.WASI(energy=0.5, ranks=4))
+    module.trainer = trainer()
+    assert isinstance(module.configure_optimizers()["optimizer"], lowrank.SGD)
+    with pytest.raises(ExperimentError, match="WASI needs ranks"):
+        FineTune("vit_mini", 10, kind="linear", part="mlp", method=lowrank.WASI(energy=0.5))
+
+
+@pytest.mark.parametrize("method", FACTORED, ids=lambda method: method.tag)
+def test_factors_are_trained_and_nothing_ahead_of_them(digits_32, method):
+    model = FineTune("vit_mini", 10, kind="linear", part="mlp", layers=2, method=method)
+    before = copy(model.backbone.state_dict())
+    trainer().fit(model, loader(digits_32))
+    changed = {
+        key for key, value in model.backbone.state_dict().items() if not torch.equal(value, before.get(key, value))
+    }
+    assert {f"{name}.lowrank_{side}" for name in model.names for side in ("left", "right")} <= changed
+    assert not any(key.startswith("encoder.layers.encoder_layer_2") for key in changed)

@@ -265,3 +265,18 @@ def test_the_runs_of_a_sweep_start_from_the_pretrained_weights(swept):
     weights = [job.arguments[job.arguments.index("--model.weights") + 1] for job in jobs[1:]]
     (pretrained,) = runs.rglob("B-pretrain/**/best.ckpt")
     assert set(weights) == {str(pretrained)}
+
+
+@pytest.mark.parametrize(("model", "methods"), [("mcunet", plans.METHODS), ("vit_mini", plans.TRANSFORMER_METHODS)])
+def test_by_default_a_sweep_has_the_papers_methods_for_the_layers_of_the_network(model, methods):
+    assert sweep.parse(["--setup", "b", "--model", model, "--dataset", "digits"])[0].methods == methods
+    assert set(methods) <= set(plans.names("methods"))
+
+
+def test_wasi_takes_its_ranks_and_budget_as_asi_does_unless_they_are_given():
+    arguments = ["--setup", "a", "--model", "vit_mini", "--dataset", "digits", "--layers", "2"]
+    found, _ = sweep.parse([*arguments, "--methods", "wasi_0.9", "hosvd_0.8", "wasi_0.1_rank20"])
+    jobs = {job.run.method: job.arguments for job in found.jobs()}
+    assert list(jobs) == ["perplexity", "hosvd_0.8", "wasi_0.1_rank20", "wasi_0.9"]
+    assert "--model.budget.run" in jobs["wasi_0.9"]
+    assert "--model.budget.run" not in jobs["wasi_0.1_rank20"]

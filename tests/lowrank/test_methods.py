@@ -17,7 +17,7 @@ from strategies import convolutions
 from torch import nn
 
 import lowrank
-from lowrank import ASI, HOSVD, SVD, GradientFilter, SettingError, Vanilla
+from lowrank import ASI, HOSVD, SVD, WASI, WSI, GradientFilter, SettingError, Vanilla
 from lowrank.geometry import ConvGeometry, LinearGeometry
 
 
@@ -51,9 +51,15 @@ def test_a_setting_out_of_range_raises_and_is_named(make, message):
         (Vanilla(), "vanilla"),
         (SVD(0.8), "svd_0.8"),
         (HOSVD(0.8), "hosvd_0.8"),
-        (ASI(2), "asi"),
-        (ASI(2, algorithm="published"), "asi_published"),
-        (ASI(2, warm_start=False), "asi_cold"),
+        (ASI(), "asi"),
+        (ASI([2, 3]), "asi"),
+        (ASI(2), "asi_rank2"),
+        (ASI([2, 3], algorithm="published"), "asi_published"),
+        (ASI([2, 3], warm_start=False), "asi_cold"),
+        (WSI(0.9), "wsi_0.9"),
+        (WSI(0.9, update="svd"), "wsi_0.9_svd"),
+        (WASI(energy=0.9), "wasi_0.9"),
+        (WASI(20, energy=0.1, algorithm="published"), "wasi_0.1_rank20_published"),
         (GradientFilter(7), "gradient_filter_r7"),
         (GradientFilter({"0": 7}), "gradient_filter"),
     ],

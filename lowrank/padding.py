@@ -1,0 +1,40 @@
+"""Padding tokens, which have no part in the loss and so need no part of what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+_MASK: ContextVar[Tensor | None] = ContextVar("lowrank_token_mask", default=None)
+
+
+@contextmanager
+def token_mask(mask: Tensor | None) -> Iterator[None]:
+    """Within it, converted layers leave padding tokens out of the activation that they compress.
+
+    Padding gets no gradient from a loss that does not read it, so at full rank the weight gradient stays exact, and at
+    low rank the whole rank serves real tokens. Inputs of other leading sizes are left as they are.
+
+    Args:
+        mask: (B, N), true or 1 for real tokens; None for none.
+
+    Example:
+        with lowrank.token_mask(attention_mask):
+            loss = model(input_ids, attention_mask=attention_mask, labels=labels).loss
+    """
+    token = _MASK.set(mask)
+    try:
+        yield
+    finally:
+        _MASK.reset(token)
+
+
+def without_padding(x: Tensor) -> Tensor:
+    """A layer's input (B, N, ...) with zeros for padding tokens."""
+    mask = _MASK.get()
+    if mask is None or x.ndim <= mask.ndim or x.shape[: mask.ndim] != mask.shape:
+        return x
+    return x * mask.to(x.dtype).view(*mask.shape, *[1] * (x.ndim - mask.ndim))
