@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import HOOKS
 from PIL import Image
 
 import classification.convert_weights
@@ -25,6 +26,7 @@ from classification.backbones import registry as backbone_registry
 from classification.cli import main
 from classification.data import load_splits
 from classification.data import registry as data_registry
+from segmentation.hook import LowRankHook
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -47,7 +49,7 @@ def commands(blocks: Sequence[str] | None = None) -> list[list[str]]:
 
 
 def test_every_python_block_is_a_snippet_that_is_run() -> None:
-    assert README.count("```python") == len(SNIPPETS) == 6
+    assert README.count("```python") == len(SNIPPETS) == 8
 
 
 def test_own_model_in_three_lines_and_ranks_by_perplexity(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,6 +69,24 @@ def test_own_model_in_three_lines_and_ranks_by_perplexity(capsys: pytest.Capture
     assert isinstance(plan, lowrank.RankPlan)
     assert plan.nbytes <= 200_000
     assert printed == [str(names["kept"]), str(names["peak"]), str(plan.nbytes), printed[3]]
+
+
+def test_weights_as_factors_are_trained() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(12, 24), torch.nn.GELU(), torch.nn.Linear(24, 6))
+    optimizer = run("factors", lowrank=lowrank, model=model, names=["0", "2"])["optimizer"]
+    assert isinstance(optimizer, lowrank.SGD)
+    before = [parameter.clone() for parameter in model.parameters()]
+    model(torch.randn(4, 5, 12)).square().mean().backward()
+    optimizer.step()
+    assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert all(parameter.shape not in {(24, 12), (6, 24)} for parameter in model.parameters())
+
+
+def test_the_hook_of_a_segmentation_config_is_built() -> None:
+    config = run("segmentation config")
+    (hook,) = [HOOKS.build(settings) for settings in config["custom_hooks"]]  # type: ignore[attr-defined]
+    assert isinstance(hook, LowRankHook)
+    assert config["custom_imports"] == {"imports": [LowRankHook.__module__.partition(".")[0]]}
 
 
 def test_new_data_set_and_new_model_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +187,14 @@ def test_the_table_of_the_readme_is_the_generated_one() -> None:
     generated = (ROOT / "figures" / "digits_table.md").read_text()
     lines = [line for line in generated.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 2 * 5  # two of heading; five methods at two depths
+    assert "\n".join(lines) in README
+
+
+@pytest.mark.parametrize("name", ["segmentation_memory", "digit_scenes_table"])
+def test_the_tables_of_segmentation_are_the_generated_ones(name: str) -> None:
+    generated = (ROOT / "figures" / f"{name}.md").read_text()
+    lines = [line for line in generated.splitlines() if line.startswith("|")]
+    assert len(lines) >= 6
     assert "\n".join(lines) in README
 
 
