@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,7 @@ def compression(setting: Setting) -> Iterator[Comparison]:
         yield Comparison("hosvd", case, "HOSVD by full SVDs", "HOSVD by Gram matrices", partial(_both_hosvd, inputs))
 
 
+@lru_cache(maxsize=1)  # what is compared on one input comes one after the other
 def _input_and_starts(network: str, count: int, setting: Setting) -> tuple[Tensor, list[Tensor]]:
     """The input of the last convolution but `count` - 1, and random starts at the ranks of HOSVD."""
     x = next(iter(layer_inputs(network, count, setting).values()))
