@@ -286,3 +286,42 @@ def test_saved_bytes_are_what_the_process_holds(kind):
     grown, saved = map(int, printed.split())
     assert grown == pytest.approx(saved, rel=0.05, abs=3 * 2**20)
     assert saved > 80 * 2**20 if kind == "stock" else saved < 6 * 2**20
+
+
+HIGHEST = """
+import ctypes, gc, sys, torch
+import lowrank
+from torch import nn
+
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+
+torch.set_num_threads(1)
+libc = ctypes.CDLL("libc.so.6")
+libc.mallopt(-3, 65536)  # every large block is mapped by itself, and unmapped when it is freed
+model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(128, 128), nn.ReLU())))
+batch = torch.randn(128, 256, 128)
+if sys.argv[1] == "asi":
+    lowrank.convert(model, lowrank.trailing_layers(model, "all", kind="linear"), lowrank.ASI(ranks=4))
+loss = lambda m, b: m(b).mean()
+loss(model, batch).backward()  # work space that PyTorch keeps for itself
+model.zero_grad()
+gc.collect()
+libc.malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")  # the highest mark starts anew
+before = status("VmRSS")
+loss(model, batch).backward()
+grown = status("VmHWM") - before
+there = batch.nbytes + sum(parameter.nbytes for parameter in model.parameters())
+print(grown, lowrank.peak_bytes(model, loss, batch) - there)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the highest mark is set back as Linux does it")
+@pytest.mark.parametrize("kind", ["stock", "asi"])
+def test_peak_bytes_are_the_highest_mark_of_the_process(kind):
+    """Seen from outside, in a process of its own, over one step; batch and parameters were there before."""
+    printed = subprocess.run([sys.executable, "-c", HIGHEST, kind], capture_output=True, text=True, check=True).stdout
+    grown, peak = map(int, printed.split())
+    assert grown == pytest.approx(peak, rel=0.05, abs=6 * 2**20)
+    assert peak > 120 * 2**20 if kind == "stock" else peak < 60 * 2**20
