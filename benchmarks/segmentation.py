@@ -23,7 +23,7 @@ from mmseg.utils import register_all_modules
 from sklearn.datasets import load_sample_images
 
 from experiment.files import write_whole
-from lowrank import ASI, converted_layers, measure_perplexity, saved_bytes
+from lowrank import converted_layers, measure_perplexity, saved_bytes
 from segmentation.batches import Batch, segmentation_loss, training_mode
 from segmentation.compose import CONFIGS, choose_depth, hook_settings, load_config
 from segmentation.freezing import apply_freeze_list
@@ -67,7 +67,7 @@ def measure(network: str, layers: int, size: int, batch: int) -> Row:
     kept = {
         "vanilla": saved_bytes(model_with(), segmentation_loss, images),
         "vanilla_fused": saved_bytes(model_with(fuse=True), segmentation_loss, images),
-        ASI(1).tag: saved_bytes(asi, segmentation_loss, images),
+        "asi": saved_bytes(asi, segmentation_loss, images),
     }
     formula = sum(layer.formula_bytes for layer in converted_layers(asi))
     row = {"network": network, "layers": layers, "size": size, "batch": batch}

@@ -17,9 +17,8 @@ from urllib.parse import urlparse
 import gdown
 import torch
 
-from classification.backbones import names
 from classification.backbones.mcunet import released_weights
-from classification.backbones.published import convert
+from classification.backbones.published import PUBLISHED, convert
 from classification.backbones.weights import read_checkpoint, tensors_of
 from experiment import ExperimentError
 from experiment.archives import unpack
@@ -94,7 +93,7 @@ def convert_file(name: str, source: str, config: str | None, member: str | None,
 def main(arguments: Sequence[str]) -> int:
     """Convert weights. Returns 0, or 2 after one line that says what was wrong."""
     parser = argparse.ArgumentParser(prog="python -m classification weights", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", choices=names(), help=f"one of: {', '.join(names())}")
+    parser.add_argument("model", metavar="MODEL", choices=PUBLISHED, help=f"one of: {', '.join(PUBLISHED)}")
     parser.add_argument(
         "--from", dest="source", metavar="FILE", help="checkpoint or archive: path, address, Drive link"
     )

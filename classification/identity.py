@@ -14,7 +14,7 @@ from classification.data import load_splits
 from classification.data.module import FRONT_OF_AUGMENTED
 from classification.data.partition import split_fingerprint
 from classification.data.registry import MissingDataError
-from classification.data.text import TEXTS
+from classification.data.text import TEXTS, is_there
 from classification.module import fuses
 from classification.planning import Budget
 from experiment import ExperimentError, Run, fingerprint
@@ -63,9 +63,12 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def data_fingerprint(config: Mapping[str, Any]) -> str | None:
-    """The fingerprint of a run's data set; None if that is not there."""
+    """The fingerprint of a run's data set; None if that is not there, also if it is still to be downloaded."""
+    name, root = config["data"]["dataset"], Path(config["data"]["root"])
+    if not is_there(name, root):
+        return None
     try:
-        return load_splits(config["data"]["dataset"], Path(config["data"]["root"])).fingerprint
+        return load_splits(name, root).fingerprint
     except MissingDataError:
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ from experiment import ExperimentError, fingerprint
 
 Row = dict[str, Any]
 VAL_SHARE, SPLIT_SEED = 0.1, 233
+PARTS = {"boolq": ("train", "validation"), "ag_news": ("train", "test")}  # to train on and to test on, as published
 NEWS = ("World", "Sports", "Business", "Sci/Tech")
 
 
@@ -40,10 +41,20 @@ def _rows(path: Path, fields: dict[str, type | tuple[type, ...]]) -> list[Row]:
     return rows
 
 
-def _read(root: Path, folder: str, parts: tuple[str, str], fields: dict[str, Any], hub: str) -> list[list[Row]]:
+def is_there(name: str, root: Path) -> bool:
+    """Whether texts can be read without a download."""
+    return all(file.is_file() for file in _files(root, name, PARTS.get(name, ())))
+
+
+def _files(root: Path, folder: str, parts: Sequence[str]) -> list[Path]:
+    return [root / folder / f"{part}.jsonl" for part in parts]
+
+
+def _read(root: Path, folder: str, fields: dict[str, Any], hub: str) -> list[list[Row]]:
     """Rows of two parts from `root/folder/<part>.jsonl`, else by `datasets`, which downloads to `root`."""
-    files = [root / folder / f"{part}.jsonl" for part in parts]
-    if all(file.is_file() for file in files):
+    parts = PARTS[folder]
+    files = _files(root, folder, parts)
+    if is_there(folder, root):
         return [_rows(file, fields) for file in files]
     try:
         import datasets
@@ -77,7 +88,7 @@ def _splits(
 def boolq(root: Path) -> Splits:
     """BoolQ: is the answer to a question on a passage yes or no. Tested on the published validation part."""
     fields = {"question": str, "passage": str, "answer": bool}
-    parts = _read(root, "boolq", ("train", "validation"), fields, "google/boolq")
+    parts = _read(root, "boolq", fields, "google/boolq")
     return _splits(
         parts, lambda row: f"{row['question']} [SEP] {row['passage']}", lambda row: int(row["answer"]), ("no", "yes")
     )
@@ -86,7 +97,7 @@ def boolq(root: Path) -> Splits:
 @dataset("ag_news")
 def ag_news(root: Path) -> Splits:
     """AG News: which of four sections a report is from."""
-    parts = _read(root, "ag_news", ("train", "test"), {"text": str, "label": int}, "fancyzhx/ag_news")
+    parts = _read(root, "ag_news", {"text": str, "label": int}, "fancyzhx/ag_news")
     return _splits(parts, lambda row: row["text"], lambda row: row["label"], NEWS)
 
 

@@ -77,7 +77,7 @@ MISTAKES = {
         r"--data\.partition to pretrain or finetune",
     ),
     "crops that are kept": (["--data.augment", "true"], r"--data\.cache"),
-    "batch too large": (["--data.batch_size", 9999], r"449 training images .* --data\.batch_size"),
+    "batch too large": (["--data.batch_size", 9999], r"449 training samples .* --data\.batch_size"),
     "batch of nothing": (["--data.batch_size", 0], "batch_size"),
     "image of nothing": (["--data.image_size", 0], "image_size"),
     "negative learning rate": (["--model.learning_rate", -1], "learning_rate"),

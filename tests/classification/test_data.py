@@ -241,7 +241,7 @@ def test_cached_images_equal_those_computed_anew():
 def test_a_batch_larger_than_the_training_set_is_refused_if_it_would_be_dropped():
     ImageDataModule("digits", batch_size=898)
     ImageDataModule("digits", batch_size=899, drop_last=False)
-    with pytest.raises(ExperimentError, match=r"898 training images .* 899; lower --data\.batch_size"):
+    with pytest.raises(ExperimentError, match=r"898 training samples .* 899; lower --data\.batch_size"):
         ImageDataModule("digits", batch_size=899)
-    with pytest.raises(ExperimentError, match="449 training images"):
+    with pytest.raises(ExperimentError, match="449 training samples"):
         ImageDataModule("digits", batch_size=450, partition="finetune")

@@ -8,7 +8,8 @@ import torch
 from released import Half, Released, refused, trained, weights
 from torch import nn
 
-from classification.backbones import build_model, names
+from classification.backbones import build_model
+from classification.backbones.published import PUBLISHED
 
 
 def half_of(name, network):
@@ -37,7 +38,7 @@ def older_checkpoint(state):
     }
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_network_pretrained_on_a_half_is_taken_over_whole(tmp_path, name):
     torch.manual_seed(1)
     network = trained(Released(100) if name == "mcunet" else build_model(name, num_classes=100), size=64)
