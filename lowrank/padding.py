@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from torch import Tensor
 
-_MASK: ContextVar[Tensor | None] = ContextVar("lowrank_token_mask", default=None)
+_MASKS: list[Tensor | None] = []  # the innermost last; a plain list, which torch.compile can read
 
 
 @contextmanager
@@ -25,16 +24,16 @@ def token_mask(mask: Tensor | None) -> Iterator[None]:
         with lowrank.token_mask(attention_mask):
             loss = model(input_ids, attention_mask=attention_mask, labels=labels).loss
     """
-    token = _MASK.set(mask)
+    _MASKS.append(mask)
     try:
         yield
     finally:
-        _MASK.reset(token)
+        _MASKS.pop()
 
 
 def without_padding(x: Tensor) -> Tensor:
     """A layer's input (B, N, ...) with zeros for padding tokens."""
-    mask = _MASK.get()
+    mask = _MASKS[-1] if _MASKS else None
     if mask is None or x.ndim <= mask.ndim or x.shape[: mask.ndim] != mask.shape:
         return x
     return x * mask.to(x.dtype).view(*mask.shape, *[1] * (x.ndim - mask.ndim))
