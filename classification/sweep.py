@@ -8,6 +8,7 @@ command, such as --data.batch_size 16, go to every run.
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def _numbers(word: str) -> list[str]:
 def _run(arguments: Sequence[str]) -> None:
     from classification.cli import run  # not before the first run, as it takes seconds
 
+    gc.collect()  # the run before leaves its network and images in reference cycles
     run(arguments)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 import traceback
@@ -95,7 +94,6 @@ def _run(jobs: Sequence[Job], program: Program, root: Path) -> list[Job]:
         waiting = [later for later in jobs[number - 1 :] if not later.done(root)]
         left = f"  (about {_duration(len(waiting) * sum(seconds) / len(seconds))} left)" if seconds else ""
         print(f"[{number}/{len(jobs)}] {job.title}{left}", flush=True)
-        gc.collect()  # the run before leaves its network and images in reference cycles
         new, start = not job.done(root), time.perf_counter()
         if not _succeeds(job, program, root):
             failed.append(job)

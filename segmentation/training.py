@@ -56,7 +56,7 @@ class Task:
     def folder(self, name: RunName, result: str) -> RunFolder:
         """The run's folder."""
         identity = identity_of(self.config, MEASURED if result == TABLE else TRAINED)
-        return RunFolder(self.work_dir or name.folder(self.runs_dir), identity, result, LAST)
+        return RunFolder(self.work_dir or name.folder(self.runs_dir), identity, result, last=LAST)
 
     def pending(self, name: RunName, folder: RunFolder) -> bool:
         """Whether there is something to do; says so if there is not.
