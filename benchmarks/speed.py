@@ -61,12 +61,12 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 def exponents(frame: pd.DataFrame) -> pd.Series:
     """How time grows with each size: the exponent p of a fit time ~ size^p through the smallest size."""
     rows = frame[frame.section == "growth"]
-    what = rows["first"].str.split().str[0]
-    sizes = rows["first"].str.split().str[1].astype(float) / rows["second"].str.split().str[1].astype(float)
-    logs = pd.DataFrame({"what": what, "x": sizes.map(math.log), "y": rows["ratio"].map(math.log)})
-    return logs.groupby("what", sort=False).apply(
-        lambda group: (group.x * group.y).sum() / (group.x**2).sum(), include_groups=False
-    )
+    what, size = (rows["first"].str.split().str[place] for place in (0, 1))
+    grown = size.astype(float) / rows["second"].str.split().str[1].astype(float)
+    logs = pd.DataFrame({"what": what, "x": grown.map(math.log), "y": rows["ratio"].map(math.log)})
+    logs["xy"], logs["xx"] = logs.x * logs.y, logs.x**2
+    sums = logs.groupby("what", sort=False)[["xy", "xx"]].sum()
+    return (sums.xy / sums.xx).astype(float)
 
 
 def markdown(frame: pd.DataFrame) -> str:

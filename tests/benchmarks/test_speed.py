@@ -87,6 +87,7 @@ def test_the_table_grows_and_nothing_is_compared_twice(tmp_path, capsys):
     assert len(pd.read_csv(tmp_path / "speed.csv")) == 2
     assert speed.exponents(frame)["batch"] == pytest.approx(2), "four times the time for twice the size"
     assert "| batch  |          2 |" in speed.markdown(frame)
+    assert "exponent" not in speed.markdown(frame.assign(section="reads")), "nothing has grown"
     means = speed.summary(frame)
     assert list(means["geometric mean"]) == [pytest.approx(4.0), pytest.approx(16.0)]
     assert math.isclose(means.greatest.max(), 16.0)
