@@ -94,7 +94,7 @@ def draw_speed(frame: pd.DataFrame, folder: Path) -> list[Path]:
         colours = ["#d55e00" if name == "asi" else "#8da0b8" for name in rows["first"]]
         axis.barh(rows["first"], rows.ratio, xerr=errors, color=colours, ecolor="#444444")
         axis.axvline(1, color="black", linewidth=1)
-        axis.set(title=case, xlabel="time of a step / vanilla's", xscale="log" if rows.ratio.max() > 4 else "linear")
+        axis.set(title=case, xlabel="time of a step / vanilla's")
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(panels) :]:
