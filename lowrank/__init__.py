@@ -21,9 +21,10 @@ from lowrank.errors import (
 )
 from lowrank.explain import Explanation, explain
 from lowrank.factored import WASI, WSI
+from lowrank.gradient_filter import GradientFilter
 from lowrank.layers import converted_layers, stock_state_dict
 from lowrank.meter import peak_bytes, saved_bytes
-from lowrank.methods import ASI, HOSVD, SVD, GradientFilter, Method, Vanilla
+from lowrank.methods import ASI, HOSVD, SVD, Method, Vanilla
 from lowrank.optimizer import SGD
 from lowrank.padding import token_mask
 from lowrank.perplexity import LayerPerplexity, PerplexityTable, measure_perplexity
