@@ -184,9 +184,10 @@ class SuiteCLI(LightningCLI):
     def measure(self, **options: Any) -> None:
         """Measure perplexity and write the table."""
         with self.folder.locked(self._config_text()):
-            network = self.model.train().backbone
+            model = self.model.train()
             table = measure_perplexity(
-                network, self.model.names, classification_loss, self._first_batch(), self.model.energies
+                *(model.backbone, model.names, classification_loss, self._first_batch()),
+                *(model.energies, model.mode_energies),
             )
             replace(table, model=self.identity.model).save(self.folder.result)
         print(f"perplexity of {len(table.layers)} layers in {self.folder.result}", flush=True)

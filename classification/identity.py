@@ -57,6 +57,8 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     model = identity["model"]
     model["weights"] = model["weights"] and weights_fingerprint(model["weights"])
     model["budget"] = model["budget"] and _budget(config)
+    if not model["mode_energies"]:
+        del model["mode_energies"]  # records of before that setting stay valid
     data = identity["data"]
     data["split_file"] = data["split_file"] and split_fingerprint(Path(data["split_file"]))
     return identity

@@ -55,8 +55,11 @@ class FineTune(pl.LightningModule):
         budget: where ASI's ranks come from, if its own `ranks` are not given.
         energies: at which perplexity is measured; by default the papers' six. More of them let the chosen ranks come
             closer to the budget, and cost time in measuring alone.
-        rank_choice: how ranks are chosen within the budget: by "perplexity"; as the highest energy that fits when it is
-            the same for all layers ("one_energy"); or without looking, at "random".
+        mode_energies: for each mode apart, at which perplexity is measured as well; see lowrank.measure_perplexity. By
+            default none, as in the papers.
+        rank_choice: how ranks are chosen within the budget: by "perplexity", of all that was measured; by perplexity
+            with one energy for all modes of a layer ("per_layer"); as the highest energy that fits when it is the same
+            for all layers ("one_energy"); or without looking, at "random".
         rank_seed: of the random choice; the run's seed.
         channels_last: hold images and weights with the channels fastest in memory; on a CPU often faster, the same
             result up to rounding.
@@ -86,6 +89,7 @@ class FineTune(pl.LightningModule):
         part: Literal["all", "mlp", "attention"] = "all",
         budget: Budget | None = None,
         energies: tuple[float, ...] = ENERGIES,
+        mode_energies: tuple[float, ...] = (),
         rank_choice: RankChoice = "perplexity",
         rank_seed: int = 0,
         freeze_statistics: bool = True,
@@ -114,7 +118,7 @@ class FineTune(pl.LightningModule):
         self.backbone.to(memory_format=self.memory_format)
         self.method = _with_ranks(method or Vanilla(), budget, self.names, rank_choice, rank_seed)
         lowrank.convert(self.backbone, self.names, self.method, fuses(self.method, fuse))
-        self.energies = tuple(energies)
+        self.energies, self.mode_energies = tuple(energies), tuple(mode_energies)
         self.freeze_statistics, self.cache_front = freeze_statistics, cache_front
         self._split: list[Split] = []  # not an attribute of its own, which would register its layers twice
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay

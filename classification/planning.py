@@ -11,7 +11,7 @@ import numpy as np
 from experiment import budget_bytes
 from lowrank import ASI, BudgetError, PerplexityTable, RankPlan, select_ranks
 
-RankChoice = Literal["perplexity", "one_energy", "random"]
+RankChoice = Literal["perplexity", "per_layer", "one_energy", "random"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,12 @@ class Budget:
         return budget_bytes(self.mib, self.run, "--model.budget")
 
     def plan(self, names: Sequence[str], choice: RankChoice = "perplexity", seed: int = 0) -> RankPlan:
-        """Ranks of these layers within the budget, chosen in one of three ways; `seed` is of the random one."""
-        table = PerplexityTable.load(self.table)
+        """Ranks of these layers within the budget, chosen in one of four ways; `seed` is of the random one."""
+        table = PerplexityTable.load(self.table).only(names)
         if choice == "perplexity":
-            return select_ranks(table, self.nbytes, names)
-        table = table.only(names)
+            return select_ranks(table, self.nbytes)
+        if choice == "per_layer":
+            return select_ranks(table.without_mixed(), self.nbytes)
         return one_energy(table, self.nbytes) if choice == "one_energy" else random_energies(table, self.nbytes, seed)
 
     def ranks_for(self, method: ASI, names: Sequence[str], choice: RankChoice, seed: int) -> ASI:

@@ -104,7 +104,6 @@ class Sweep:
         if any(map(needs_ranks, self.methods)):
             for layers in self.layers or LAYERS:
                 options = ["--model.layers", layers, *start]
-                options += ["--data.partition", "pretrain"] if self.setup == "b" else []
                 run = self._run(self.setup.upper(), dataset, PERPLEXITY, layers, seed)
                 yield self._job("measure", run, self.setup, options)
         for method, layers in self._rows():
@@ -127,6 +126,8 @@ class Sweep:
         configs.append(folder / f"{setup}_{run.dataset}.yaml")
         configs.append(CONFIGS / "models" / f"{self.model}.yaml")  # a network may have to differ from its data set
         configs.append(folder / f"{setup}_{run.dataset}_{self.model}.yaml")
+        if command == "measure":
+            configs += [CONFIGS / "perplexity" / f"{name}.yaml" for name in (setup, f"{setup}_{run.dataset}")]
         configs = [path for path in configs if path.exists()]
         arguments = [command, *(word for path in configs for word in ("--config", str(path)))]
         arguments += ["--seed_everything", str(run.seed), "--runs_dir", str(self.runs_dir), *options]

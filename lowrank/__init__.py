@@ -27,7 +27,8 @@ from lowrank.meter import peak_bytes, saved_bytes
 from lowrank.methods import ASI, HOSVD, SVD, Method, Vanilla
 from lowrank.optimizer import SGD
 from lowrank.padding import token_mask
-from lowrank.perplexity import LayerPerplexity, PerplexityTable, measure_perplexity
+from lowrank.perplexity import MODE_ENERGIES, measure_perplexity
+from lowrank.perplexity_table import Candidates, LayerPerplexity, PerplexityTable
 from lowrank.tucker import Tucker
 
 __version__ = "0.1.0"
@@ -35,12 +36,14 @@ __version__ = "0.1.0"
 __all__ = [
     "ASI",
     "HOSVD",
+    "MODE_ENERGIES",
     "SGD",
     "SVD",
     "WASI",
     "WSI",
     "Account",
     "BudgetError",
+    "Candidates",
     "ConversionError",
     "Explanation",
     "GradientFilter",

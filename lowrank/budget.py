@@ -1,4 +1,4 @@
-"""The choice of one energy per layer: least total perplexity within a memory budget, exactly (ASI, sec. 3.3)."""
+"""The choice of ranks per layer: least total perplexity within a memory budget, exactly (ASI, sec. 3.3)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lowrank.errors import BudgetError, TableError
-from lowrank.perplexity import LayerPerplexity, PerplexityTable
+from lowrank.perplexity_table import Candidates, Energy, PerplexityTable
 
 
 @dataclass(frozen=True)
@@ -17,30 +17,33 @@ class RankPlan:
 
     Attributes:
         ranks: per layer name, one rank per mode.
-        energies: per layer name, the energy that was chosen.
+        energies: per layer name, the energy that was chosen: a number for all modes, or one for each.
         nbytes: bytes that the plan keeps, at most the budget.
         perplexity: sum over the layers.
     """
 
     ranks: dict[str, tuple[int, ...]]
-    energies: dict[str, float]
+    energies: dict[str, Energy]
     nbytes: int
     perplexity: float
 
     @classmethod
     def of(cls, table: PerplexityTable, entries: Sequence[int]) -> RankPlan:
-        """The plan that takes, for each layer of a table in its order, the energy at this place of the table's."""
-        picks = list(zip(table.layers, entries, strict=True))
+        """The plan that takes, for each layer of a table in its order, the candidate at this place."""
+        picks = [(layer.name, table.candidates(layer), at) for layer, at in zip(table.layers, entries, strict=True)]
         return cls(
-            ranks={layer.name: layer.ranks[entry] for layer, entry in picks},
-            energies={layer.name: table.energies[entry] for layer, entry in picks},
-            nbytes=sum(layer.nbytes[entry] for layer, entry in picks),
-            perplexity=sum(layer.perplexity[entry] for layer, entry in picks),
+            ranks={name: candidates.ranks[at] for name, candidates, at in picks},
+            energies={name: candidates.energies[at] for name, candidates, at in picks},
+            nbytes=sum(candidates.nbytes[at] for _, candidates, at in picks),
+            perplexity=sum(candidates.perplexity[at] for _, candidates, at in picks),
         )
 
 
 def select_ranks(table: PerplexityTable, budget_bytes: float, names: Iterable[str] | None = None) -> RankPlan:
-    """Choose one energy per layer: least total perplexity, and never more than `budget_bytes`.
+    """Choose one candidate per layer: least total perplexity, and never more than `budget_bytes`.
+
+    The candidates of a layer are one for each energy of the table, and the mixed ones if they were measured;
+    `table.without_mixed()` gives the published choice, one energy per layer.
 
     This is a multiple-choice knapsack, solved to optimality in whole bytes. Layer by layer, partial choices are
     extended; a partial choice is dropped when another is no larger and no worse, or when the linear relaxation of what
@@ -56,11 +59,11 @@ def select_ranks(table: PerplexityTable, budget_bytes: float, names: Iterable[st
         TableError: a name that the table does not have, or a perplexity that is not finite.
     """
     table = table if names is None else table.only(names)
-    layers = table.layers
-    for layer in layers:
-        if not np.isfinite(layer.perplexity).all():
-            raise TableError(f"the perplexity of layer {layer.name!r} is not finite; measure it again")
-    options = [_undominated(layer) for layer in layers]
+    layers = [(layer.name, table.candidates(layer)) for layer in table.layers]
+    for name, candidates in layers:
+        if not np.isfinite(candidates.perplexity).all():
+            raise TableError(f"the perplexity of layer {name!r} is not finite; measure it again")
+    options = [_undominated(candidates) for _, candidates in layers]
     least = sum(int(nbytes[0]) for nbytes, _, _ in options)
     if not budget_bytes >= least:
         raise BudgetError(
@@ -71,13 +74,13 @@ def select_ranks(table: PerplexityTable, budget_bytes: float, names: Iterable[st
     return RankPlan.of(table, [int(index[choice]) for (_, _, index), choice in zip(options, chosen, strict=True)])
 
 
-Options = tuple[np.ndarray, np.ndarray, np.ndarray]  # bytes ascending, perplexity descending, index in the table
+Options = tuple[np.ndarray, np.ndarray, np.ndarray]  # bytes ascending, perplexity descending, index of the candidate
 
 
-def _undominated(layer: LayerPerplexity) -> Options:
-    """The layer's choices without those that another beats in both bytes and perplexity."""
-    nbytes = np.array(layer.nbytes, dtype=np.int64)
-    cost = np.array(layer.perplexity, dtype=np.float64)
+def _undominated(candidates: Candidates) -> Options:
+    """A layer's candidates without those that another beats in both bytes and perplexity."""
+    nbytes = np.array(candidates.nbytes, dtype=np.int64)
+    cost = np.array(candidates.perplexity, dtype=np.float64)
     kept = _pareto(nbytes, cost)
     return nbytes[kept], cost[kept], kept
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,159 +12,21 @@ from torch import Tensor, nn
 
 from lowrank.convert import named_layers, stock_type
 from lowrank.costs import tucker_numel
-from lowrank.decompose import check_energy, project, spectra
-from lowrank.errors import ConversionError, NonFiniteError, TableError
+from lowrank.decompose import Spectrum, check_energy, project, spectra
+from lowrank.errors import ConversionError, NonFiniteError
 from lowrank.geometry import Geometry
 from lowrank.gradients import weight_gradient
 from lowrank.layers import FAMILIES, norms_apart
 from lowrank.padding import without_padding
+from lowrank.perplexity_table import Candidates, LayerPerplexity, PerplexityTable
 from lowrank.preserve import preserved, tensors_in
 from lowrank.tucker import Tucker
 
 ENERGIES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-SCHEMA = 1
+MODE_ENERGIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
-
-
-@dataclass(frozen=True)
-class LayerPerplexity:
-    """One layer's row: for each energy of the table its ranks, bytes and perplexity.
-
-    Attributes:
-        name: the layer.
-        input_shape: shape of its input in the batch that was measured.
-        ranks: per energy, one rank per mode of the input.
-        nbytes: per energy, bytes of the Tucker form.
-        perplexity: per energy, the Frobenius norm of the difference between the two weight gradients.
-    """
-
-    name: str
-    input_shape: tuple[int, ...]
-    ranks: tuple[tuple[int, ...], ...]
-    nbytes: tuple[int, ...]
-    perplexity: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class PerplexityTable:
-    """Perplexity of layers at several energies, measured on one batch.
-
-    Attributes:
-        model: name of the model's class.
-        batch_shape: shape of the batch's first tensor.
-        energies: ascending.
-        layers: one row each, in the model's order.
-    """
-
-    model: str
-    batch_shape: tuple[int, ...]
-    energies: tuple[float, ...]
-    layers: tuple[LayerPerplexity, ...]
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the layers."""
-        return [layer.name for layer in self.layers]
-
-    def only(self, names: Iterable[str]) -> PerplexityTable:
-        """The table of some of its layers.
-
-        Raises:
-            TableError: a layer that the table does not have.
-        """
-        names = list(names)
-        rows = {layer.name: layer for layer in self.layers}
-        missing = [name for name in names if name not in rows]
-        if missing:
-            raise TableError(
-                f"the perplexity table has no layer {', '.join(map(repr, missing))}; "
-                f"it has {', '.join(rows)}. Measure it again for the layers that are trained"
-            )
-        return PerplexityTable(self.model, self.batch_shape, self.energies, tuple(rows[name] for name in names))
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, whole or not at all."""
-        target = Path(path)
-        part = target.with_name(f"{target.name}.part")
-        part.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
-        part.replace(target)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PerplexityTable:
-        """Read a table.
-
-        Raises:
-            TableError: the file is missing, damaged, or not a perplexity table; says where.
-        """
-        try:
-            content = json.loads(Path(path).read_text())
-            return _parse(content)
-        except (OSError, UnicodeDecodeError) as error:
-            raise TableError(f"perplexity table {path} cannot be read: {error}") from None
-        except json.JSONDecodeError as error:
-            raise TableError(f"perplexity table {path} is not whole JSON ({error}); measure it again") from None
-        except TableError as error:
-            raise TableError(f"perplexity table {path}: {error}; measure it again") from None
-
-
-def _parse(content: Any) -> PerplexityTable:
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise TableError(f"not a perplexity table of schema {SCHEMA}")
-    energies = _numbers(content, "energies")
-    if list(energies) != sorted(set(energies)) or not all(0 < energy <= 1 for energy in energies):
-        raise TableError("'energies' must ascend and lie above 0 and at most at 1")
-    rows = content.get("layers")
-    if not isinstance(rows, list) or not rows:
-        raise TableError("'layers' must be a list that is not empty")
-    layers = tuple(_parse_layer(row, len(energies)) for row in rows)
-    if len({layer.name for layer in layers}) != len(layers):
-        raise TableError("a layer is named twice")
-    model, batch_shape = content.get("model"), content.get("batch_shape")
-    if not isinstance(model, str):
-        raise TableError("'model' must be a text")
-    return PerplexityTable(model, () if batch_shape == [] else _whole(content, "batch_shape"), energies, layers)
-
-
-def _parse_layer(row: Any, count: int) -> LayerPerplexity:
-    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
-        raise TableError("an entry of 'layers' has no name")
-    name = row["name"]
-    try:
-        shape = _whole(row, "input_shape")
-        entries = row.get("ranks")
-        if not isinstance(entries, list):
-            raise TableError("'ranks' must be a list of lists")
-        ranks = tuple(_whole({"ranks": entry}, "ranks") for entry in entries)
-        nbytes, perplexity = _whole(row, "nbytes"), _numbers(row, "perplexity")
-    except TableError as error:
-        raise TableError(f"layer {name!r}: {error}") from None
-    if not len(ranks) == len(nbytes) == len(perplexity) == count:
-        raise TableError(f"layer {name!r}: 'ranks', 'nbytes' and 'perplexity' need one entry for each energy")
-    for entry, size in zip(ranks, nbytes, strict=True):
-        if len(entry) != len(shape) or any(r > n for r, n in zip(entry, shape, strict=True)):
-            raise TableError(f"layer {name!r}: ranks {entry} do not fit the input shape {shape}")
-        if size % tucker_numel(shape, entry):
-            raise TableError(f"layer {name!r}: {size} bytes do not fit ranks {entry} of the input shape {shape}")
-    if min(perplexity) < 0:
-        raise TableError(f"layer {name!r}: a perplexity is negative")
-    return LayerPerplexity(name, shape, ranks, nbytes, perplexity)
-
-
-def _numbers(row: dict[str, Any], key: str) -> tuple[float, ...]:
-    values = row.get(key)
-    if not isinstance(values, list) or not values:
-        raise TableError(f"{key!r} must be a list of numbers")
-    if not all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in values):
-        raise TableError(f"{key!r} must hold finite numbers only")
-    return tuple(values)
-
-
-def _whole(row: dict[str, Any], key: str) -> tuple[int, ...]:
-    values = row.get(key)
-    if not isinstance(values, list) or not values or not all(type(v) is int and v > 0 for v in values):
-        raise TableError(f"{key!r} must be a list of whole numbers from 1")
-    return tuple(values)
+Ranks = tuple[int, ...]
 
 
 def measure_perplexity(
@@ -177,11 +35,19 @@ def measure_perplexity(
     loss_fn: LossFunction,
     batch: Any,
     energies: Sequence[float] = ENERGIES,
+    mode_energies: Sequence[float] = (),
 ) -> PerplexityTable:
     """Perplexity of each layer at each energy, from one forward and one backward pass.
 
     Each layer's input is decomposed once; the core at a lower energy is a corner of the core at the highest. The model
     is left as it was: parameters, gradients, buffers, flags and the random state.
+
+    The papers cut all modes of a layer at one energy. But a rank costs one row of the mode's size, so that at the same
+    bytes a small mode can often be cut less than a large one, and the gradient be closer. With `mode_energies`, further
+    candidates are measured for each layer: from the lowest of these energies in every mode, one mode at a time goes to
+    its next one, always the mode that lowers the perplexity most for the bytes it adds, as long as the input is
+    compressed. Each trial on the way is a candidate; `select_ranks` chooses among all. A few dozen low-rank gradients a
+    layer more.
 
     Args:
         model: any module, converted or not.
@@ -189,13 +55,14 @@ def measure_perplexity(
         loss_fn: `loss_fn(model, batch) -> scalar tensor`.
         batch: whatever `loss_fn` takes.
         energies: shares of the squared singular values that each mode keeps.
+        mode_energies: shares to choose from for each mode apart, such as `lowrank.MODE_ENERGIES`; none by default.
 
     Raises:
         ConversionError: a layer that is unknown, not supported, not called, or called more than once.
         NonFiniteError: the loss is not finite.
     """
-    energies = tuple(sorted(set(energies)))
-    for energy in energies:
+    energies, mode_energies = (tuple(sorted(set(given))) for given in (energies, mode_energies))
+    for energy in energies + mode_energies:
         check_energy(energy)
     layers = named_layers(model, names)
     for name, layer in layers.items():
@@ -205,7 +72,8 @@ def measure_perplexity(
     with preserved(model), norms_apart(model):
         for layer in layers.values():
             layer.requires_grad_(True)
-        handles = [layer.register_forward_hook(_Probe(name, energies, rows)) for name, layer in layers.items()]
+        probes = {name: _Probe(name, energies, mode_energies, rows) for name in layers}
+        handles = [layer.register_forward_hook(probes[name]) for name, layer in layers.items()]
         try:
             with torch.enable_grad():
                 loss = loss_fn(model, batch)
@@ -225,8 +93,14 @@ def measure_perplexity(
 class _Probe:
     """Forward hook of one layer; measures when the gradient of the layer's output arrives."""
 
-    def __init__(self, name: str, energies: Sequence[float], rows: dict[str, LayerPerplexity]) -> None:
-        self.name, self.energies, self.rows = name, energies, rows
+    def __init__(
+        self,
+        name: str,
+        energies: tuple[float, ...],
+        mode_energies: tuple[float, ...],
+        rows: dict[str, LayerPerplexity],
+    ) -> None:
+        self.name, self.energies, self.mode_energies, self.rows = name, energies, mode_energies, rows
         self.called = False
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -244,23 +118,73 @@ class _Probe:
     def measure(self, x: Tensor, grad: Tensor, geometry: Geometry) -> None:
         element_size = x.element_size()
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, grad = x.to(dtype), grad.to(dtype)
-        exact = geometry.weight_gradient(x, grad)
-        modes = spectra(x, exact=self.energies[-1] >= 1)
-        ranks = [tuple(mode.rank(energy) for mode in modes) for energy in self.energies]
-        largest = project(x, [mode.basis(rank) for mode, rank in zip(modes, ranks[-1], strict=True)])
-        perplexity = []
-        for entry in ranks:
-            low = weight_gradient(_corner(largest, entry), grad, geometry)
-            perplexity.append(float(torch.linalg.vector_norm(low - exact)))
-        if not all(map(math.isfinite, perplexity)):
+        gradients = _Gradients(x.to(dtype), grad.to(dtype), geometry, max(self.energies + self.mode_energies))
+        shape, modes = tuple(x.shape), gradients.modes
+        ranks = tuple(tuple(mode.rank(energy) for mode in modes) for energy in self.energies)
+        measured = _entries(shape, element_size, [(entry, gradients.perplexity(entry)) for entry in ranks])
+        notches = [_notches(mode, self.mode_energies) for mode in modes]
+        mixed = _climb(shape, notches, gradients.perplexity) if self.mode_energies else {}
+        if not all(map(math.isfinite, (*measured[2], *mixed.values()))):
             raise NonFiniteError(f"the weight gradient of layer {self.name!r} is not finite on the perplexity batch")
-        shape = tuple(x.shape)
-        nbytes = tuple(tucker_numel(shape, entry) * element_size for entry in ranks)
-        self.rows[self.name] = LayerPerplexity(self.name, shape, tuple(ranks), nbytes, tuple(perplexity))
+        chosen = (tuple(notch[rank] for notch, rank in zip(notches, entry, strict=True)) for entry in mixed)
+        further = Candidates(tuple(chosen), *_entries(shape, element_size, list(mixed.items()))) if mixed else None
+        self.rows[self.name] = LayerPerplexity(self.name, shape, *measured, further)
 
 
-def _corner(tucker: Tucker, ranks: Sequence[int]) -> Tucker:
+class _Gradients:
+    """Weight gradients of one layer from its input truncated at various ranks, decomposed once."""
+
+    def __init__(self, x: Tensor, grad: Tensor, geometry: Geometry, energy: float) -> None:
+        self.grad, self.geometry = grad, geometry
+        self.exact = geometry.weight_gradient(x, grad)
+        self.modes = spectra(x, exact=energy >= 1)
+        self.largest = project(x, [mode.basis(mode.rank(energy)) for mode in self.modes])
+
+    def perplexity(self, ranks: Ranks) -> float:
+        """Frobenius norm of what the gradient at these ranks lacks."""
+        low = weight_gradient(_corner(self.largest, ranks), self.grad, self.geometry)
+        return float(torch.linalg.vector_norm(low - self.exact))
+
+
+def _corner(tucker: Tucker, ranks: Ranks) -> Tucker:
     core = tucker.core[tuple(slice(rank) for rank in ranks)].contiguous()
     factors = (factor[:, :rank] for factor, rank in zip(tucker.factors, ranks, strict=True) if factor is not None)
     return Tucker(core, tuple(factors))
+
+
+def _entries(
+    shape: tuple[int, ...], element_size: int, measured: list[tuple[Ranks, float]]
+) -> tuple[tuple[Ranks, ...], tuple[int, ...], tuple[float, ...]]:
+    """Ranks, bytes and perplexity, each as a tuple."""
+    nbytes = tuple(tucker_numel(shape, ranks) * element_size for ranks, _ in measured)
+    return tuple(ranks for ranks, _ in measured), nbytes, tuple(perplexity for _, perplexity in measured)
+
+
+def _notches(mode: Spectrum, energies: tuple[float, ...]) -> dict[int, float]:
+    """The ranks that a mode can take, ascending, and the lowest of the energies that gives each."""
+    ranks: dict[int, float] = {}
+    for energy in energies:
+        ranks.setdefault(mode.rank(energy), energy)
+    return ranks
+
+
+def _climb(
+    shape: tuple[int, ...], notches: Sequence[Iterable[int]], perplexity: Callable[[Ranks], float]
+) -> dict[Ranks, float]:
+    """Perplexity of ranks on and beside the steepest way up from the lowest; `measure_perplexity` describes it."""
+    ladder = [list(ranks) for ranks in notches]
+    above = [dict(pairwise(ranks)) for ranks in ladder]
+    at = tuple(ranks[0] for ranks in ladder)
+    found = {at: perplexity(at)}
+
+    def gain(step: Ranks) -> float:
+        return (found[at] - found[step]) / (tucker_numel(shape, step) - tucker_numel(shape, at))
+
+    while True:
+        raised = [(mode, above[mode].get(rank)) for mode, rank in enumerate(at)]
+        steps = [(*at[:mode], rank, *at[mode + 1 :]) for mode, rank in raised if rank is not None]
+        steps = [step for step in steps if tucker_numel(shape, step) < math.prod(shape)]
+        if not steps:
+            return found
+        found.update((step, perplexity(step)) for step in steps)
+        at = max(steps, key=gain)

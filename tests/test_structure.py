@@ -23,7 +23,19 @@ CORE_ORDER = (
     *("errors", "padding", "tucker", "bits", "recompute", "lean"),
     *("decompose", "geometry", "gradients", "costs", "methods", "gradient_filter"),
     *("nodes", "sharing", "layers", "iteration", "factored_weight", "factored", "optimizer", "mixing", "attention"),
-    *("trace", "blocks", "convert", "preserve", "perplexity", "budget", "accounting", "meter", "explain", "__init__"),
+    *(
+        "trace",
+        "blocks",
+        "convert",
+        "preserve",
+        "perplexity_table",
+        "perplexity",
+        "budget",
+        "accounting",
+        "meter",
+        "explain",
+        "__init__",
+    ),
 )
 
 

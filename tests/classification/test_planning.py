@@ -1,11 +1,12 @@
 """Ranks within a budget, chosen without perplexity."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from classification.planning import Budget, one_energy, random_energies
-from lowrank import BudgetError, PerplexityTable, select_ranks
+from lowrank import BudgetError, Candidates, PerplexityTable, select_ranks
 from lowrank.costs import tucker_numel
 from lowrank.perplexity import LayerPerplexity
 
@@ -62,8 +63,20 @@ def test_a_budget_below_the_least_is_refused(choose):
 def test_a_budget_chooses_for_the_layers_it_is_asked_for(tmp_path):
     TABLE.save(tmp_path / "table.json")
     budget = Budget(str(tmp_path / "table.json"), mib=TOTALS[1] / 2**20)
-    chosen = {choice: budget.plan(["second", "third"], choice, 3) for choice in ("perplexity", "one_energy", "random")}
+    choices = ("perplexity", "per_layer", "one_energy", "random")
+    chosen = {choice: budget.plan(["second", "third"], choice, 3) for choice in choices}
     assert {tuple(plan.ranks) for plan in chosen.values()} == {("second", "third")}
     for plan, other in itertools.combinations(chosen.values(), 2):
         assert plan.energies.keys() == other.energies.keys()
     assert chosen["perplexity"].perplexity == min(plan.perplexity for plan in chosen.values())
+
+
+def test_one_energy_a_layer_leaves_the_mixed_candidates_out(tmp_path):
+    first, *others = TABLE.layers
+    size = 4 * tucker_numel(SHAPES["first"], (3, 4, 2, 2))
+    better = Candidates(((0.6, 0.4, 0.4, 0.4),), ((3, 4, 2, 2),), (size,), (0.5,))
+    table = replace(TABLE, layers=(replace(first, mixed=better), *others))
+    table.save(tmp_path / "table.json")
+    budget = Budget(str(tmp_path / "table.json"), mib=(TOTALS[1] + size) / 2**20)
+    assert budget.plan(table.names).ranks["first"] == (3, 4, 2, 2)
+    assert budget.plan(table.names, "per_layer") == select_ranks(TABLE, TOTALS[1] + size)

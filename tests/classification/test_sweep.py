@@ -3,6 +3,7 @@
 import contextlib
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -147,6 +148,22 @@ def test_epochs_go_to_training_and_the_data_folder_to_every_job(tmp_path):
         told = list(job.arguments)
         assert told[told.index("--data.root") + 1] == "there"
         assert ("--trainer.max_epochs" in told) == (told[0] == "fit")
+
+
+def test_perplexity_of_setup_b_is_measured_on_the_half_that_its_configs_name(tmp_path):
+    data = plans.names("data")
+    with_own = {path.stem.partition("_")[2] for path in (plans.CONFIGS / "perplexity").glob("b_*.yaml")}
+    assert with_own < set(data)
+    for name in data:
+        (job,) = [
+            job
+            for job in sweep.parse([*words(tmp_path, "--methods", "hosvd_0.8", "asi"), "--dataset", name])[0].jobs()
+            if job.arguments[0] == "measure"
+        ]
+        files = [yaml.safe_load(Path(word).read_text()) for word in job.arguments if word.endswith(".yaml")]
+        halves = [content["data"]["partition"] for content in files if "partition" in content.get("data", {})]
+        assert halves[-1] == ("finetune" if name in with_own else "pretrain")
+        assert any("mode_energies" in content.get("model", {}) for content in files) == (name == "digits")
 
 
 def published_words(*options):
