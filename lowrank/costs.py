@@ -148,14 +148,20 @@ def paper_svd(geometry: Geometry, shape: Shape, modes: Sequence[int]) -> int:
     return total
 
 
-def subspace_flops(shape: Shape, ranks: Shape, sequential: bool) -> int:
-    """One subspace iteration per mode as executed: three products, and a QR with its Q formed (4 n r^2)."""
+def subspace_flops(shape: Shape, ranks: Shape, sequential: bool, held: Sequence[int] = ()) -> int:
+    """One subspace iteration per mode as executed: three products, and a QR with its Q formed (4 n r^2).
+
+    Modes that are held come first, with one product each.
+    """
+    order = mode_order(shape, ranks)
     current, total = list(shape), 0
-    for mode in mode_order(shape, ranks):
+    for mode in [mode for mode in order if mode in held and ranks[mode] < shape[mode]]:
+        total += 2 * prod(current) * ranks[mode]
+        current[mode] = ranks[mode]
+    full = prod(current)
+    for mode in [mode for mode in order if mode not in held and ranks[mode] < shape[mode]]:
         rank = ranks[mode]
-        if rank >= shape[mode]:
-            continue
-        source = prod(current) if sequential else prod(shape)
+        source = prod(current) if sequential else full
         total += 2 * (2 * source * rank + prod(current) * rank) + 4 * shape[mode] * rank**2
         current[mode] = rank
     return total

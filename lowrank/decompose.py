@@ -167,7 +167,10 @@ def svd(x: Tensor, energy: float) -> Tucker:
 
 
 def subspace_iteration(
-    x: Tensor, starts: Sequence[Tensor | None], algorithm: Algorithm = "sequential"
+    x: Tensor,
+    starts: Sequence[Tensor | None],
+    algorithm: Algorithm = "sequential",
+    held: Sequence[int] = (),
 ) -> tuple[Tucker, list[Tensor | None]]:
     """One subspace iteration per mode, from a given start.
 
@@ -177,6 +180,8 @@ def subspace_iteration(
             random one. None leaves the mode as it is.
         algorithm: `published` iterates each mode on the full tensor (ASI, sec. 3.2); `sequential` iterates each mode
             on the tensor that the modes before it have already truncated, in the order of least time (`mode_order`).
+        held: modes whose starts are bases already: `x` is projected on them, ahead of all else, and the other modes are
+            iterated on what is left.
 
     Returns:
         The `Tucker` form in `x.dtype`, and the bases in the starts' dtype, to start from in the next step.
@@ -184,7 +189,11 @@ def subspace_iteration(
     wide, place = in_memory_order(_widen(x))
     bases = list(starts)
     core = wide
-    for mode, start in _cheapest_first(x, starts):
+    pairs = _cheapest_first(x, starts)
+    for mode, start in [pair for pair in pairs if pair[0] in held]:
+        core = mode_product(core, start.to(core.dtype).mT, place[mode])
+    wide = core
+    for mode, start in [pair for pair in pairs if pair[0] not in held]:
         basis = _iterate(wide if algorithm == "published" else core, start, place[mode])
         bases[mode] = basis
         core = mode_product(core, basis.mT, place[mode])
