@@ -76,7 +76,7 @@ def svd_input(x: Tensor, energy: float) -> Tensor:
 def subspace_step(x: Tensor, starts: dict[int, Tensor], sequential: bool) -> dict[int, Tensor]:
     """One subspace iteration per mode: V = A^T U_prev, U = orth(A V) (papers, A3), A being an unfolding.
 
-    Published: of the full tensor. Sequential: of the tensor truncated in the modes before, in the order that `mode_order` chooses.
+    Published: of the full tensor. Sequential: of the tensor truncated in the modes before, as `mode_order` says.
     """
     bases: dict[int, Tensor] = {}
     current = x

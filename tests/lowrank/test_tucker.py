@@ -1,3 +1,6 @@
+from itertools import permutations
+from math import prod
+
 import pytest
 import tensorly
 import torch
