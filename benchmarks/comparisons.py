@@ -35,6 +35,7 @@ METHODS: dict[str, Method] = {
     "hosvd_0.8": lowrank.HOSVD(ENERGY),
     "hosvd_0.8_full_svd": published.PublishedHOSVD(ENERGY),
     "asi": lowrank.ASI(RANKS),
+    "asi_unfused": lowrank.ASI(RANKS),
 }
 
 
@@ -91,6 +92,7 @@ def compression(setting: Setting) -> Iterator[Comparison]:
             errors = partial(_both_errors, inputs)
             yield Comparison("reconstruction error", case, "ASI", "ASI as published", errors)
             yield Comparison("reads", case, "ASI", "one read of the input", partial(_against_reading, inputs))
+            yield Comparison("held bases", case, "ASI between refreshes", "ASI", partial(_between_refreshes, inputs))
         yield Comparison("hosvd", case, "HOSVD by full SVDs", "HOSVD by Gram matrices", partial(_both_hosvd, inputs))
 
 
@@ -140,6 +142,13 @@ def _against_reading(inputs: Callable[[], tuple[Tensor, list[Tensor]]]) -> tuple
     x, starts = inputs()
     factored = _factored(x, starts)
     return lambda: subspace_iteration(x, factored), x.sum
+
+
+def _between_refreshes(inputs: Callable[[], tuple[Tensor, list[Tensor]]]) -> tuple[Work, Work]:
+    x, starts = inputs()
+    factored = _factored(x, starts)
+    held = range(1, x.ndim)
+    return lambda: subspace_iteration(x, factored, held=held), lambda: subspace_iteration(x, factored)
 
 
 def _both_hosvd(inputs: Callable[[], tuple[Tensor, list[Tensor]]]) -> tuple[Work, Work]:
@@ -198,22 +207,24 @@ def model_steps(setting: Setting) -> Iterator[Comparison]:
                 if name.endswith("full_svd") and layers == "all":
                     continue  # hours
                 for other in ("vanilla", "limit", "inference") if name == "asi" else ("vanilla",):
-                    pair = partial(_both_models, network, layers, method, other, setting)
+                    pair = partial(_both_models, network, layers, method, other, setting, not name.endswith("unfused"))
                     yield Comparison("model step", f"{network}, last {layers}", name, other, pair)
 
 
-def _both_models(network: str, layers: str, method: Method, other: str, setting: Setting) -> tuple[Work, Work]:
-    own = _trained(network, layers, method, setting)
+def _both_models(
+    network: str, layers: str, method: Method, other: str, setting: Setting, fuse: bool
+) -> tuple[Work, Work]:
+    own = _trained(network, layers, method, setting, fuse)
     if other == "inference":
         return own, _inference(network, setting)
     return own, _trained(network, layers, NoWeightGradient() if other == "limit" else None, setting)
 
 
-def _trained(network: str, layers: str, method: Method | None, setting: Setting) -> Work:
+def _trained(network: str, layers: str, method: Method | None, setting: Setting, fuse: bool = True) -> Work:
     model = build(network, setting.size)
     names = trained_layers(network, model, layers)
     if method is not None:
-        lowrank.convert(model, names, method)
+        lowrank.convert(model, names, method, fuse)
     batch = batch_of(setting.batch, setting.size)
 
     def step() -> None:

@@ -7,6 +7,7 @@ Example:
 """
 
 from lowrank.accounting import Account, account
+from lowrank.asi import ASI
 from lowrank.attention import open_attention
 from lowrank.budget import RankPlan, select_ranks
 from lowrank.convert import convert, freeze_before, revert, trailing_layers
@@ -24,7 +25,7 @@ from lowrank.factored import WASI, WSI
 from lowrank.gradient_filter import GradientFilter
 from lowrank.layers import converted_layers, stock_state_dict
 from lowrank.meter import peak_bytes, saved_bytes
-from lowrank.methods import ASI, HOSVD, SVD, Method, Vanilla
+from lowrank.methods import HOSVD, SVD, Method, Vanilla
 from lowrank.optimizer import SGD
 from lowrank.padding import token_mask
 from lowrank.perplexity import MODE_ENERGIES, measure_perplexity

@@ -24,6 +24,8 @@ from lowrank.trace import TraceError, trace
 
 _CONVOLUTIONS = (nn.Conv2d, FAMILIES[nn.Conv2d])
 _NORMS = (nn.BatchNorm2d, LeanBatchNorm2d)
+_ACTIVATIONS = {nn.ReLU, nn.ReLU6, nn.Hardtanh}
+_ACTIVATIONS |= {LEAN_MODULES[kind] for kind in _ACTIVATIONS}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -33,11 +35,13 @@ class Blocks:
 
     Attributes:
         runs: convolution name -> name of the normalisation that only it feeds.
+        activations: name of such a convolution -> name of the activation that alone reads the normalisation's output.
         left: normalisation name -> why it is in no run.
         functional: whether the code calls activations and the like as functions, or cannot be traced.
     """
 
     runs: dict[str, str] = field(default_factory=dict)
+    activations: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     functional: bool = False
 
@@ -65,7 +69,11 @@ def find_blocks(model: nn.Module) -> Blocks:
             if node.op == "call_module" and type(owner.get_submodule(str(node.target))) in _NORMS:
                 reason = _reason_against(node, owner, calls, paths)
                 if reason is None:
-                    blocks.runs[prefix + str(node.args[0].target)] = prefix + str(node.target)
+                    conv = prefix + str(node.args[0].target)
+                    blocks.runs[conv] = prefix + str(node.target)
+                    activation = _activation_behind(node, owner)
+                    if activation is not None:
+                        blocks.activations[conv] = prefix + activation
                 else:
                     blocks.left[prefix + str(node.target)] = reason
     for norm in norms:
@@ -91,6 +99,17 @@ def _reason_against(node: fx.Node, owner: nn.Module, calls: Counter[str], paths:
     if any(getattr(module, kind) for module in (conv, norm) for kind in _HOOKS):
         return "it or the convolution has hooks"
     return None
+
+
+def _activation_behind(node: fx.Node, owner: nn.Module) -> str | None:
+    """The one module that reads what the normalisation of `node` gives, if it is an activation that can be included."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].op != "call_module" or users[0].args != (node,) or users[0].kwargs:
+        return None
+    activation = owner.get_submodule(str(users[0].target))
+    if type(activation) not in _ACTIVATIONS or any(getattr(activation, kind) for kind in _HOOKS):
+        return None
+    return str(users[0].target)
 
 
 def lean_modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -116,7 +116,8 @@ def convert(model: Model, names: Iterable[str], method: Method, fuse: bool = Tru
     With `fuse`, the rest of the model keeps less as well, with the same outputs and gradients up to rounding:
 
     - A convolution does the work of the batch normalisation behind it while that uses its stored statistics (in
-      evaluation mode), and nothing is kept for it. Its scale then gets its gradient from the layer's weight gradient,
+      evaluation mode), and nothing is kept for it; where no gradient is needed, that of the ReLU or ReLU6 behind both
+      as well. The normalisation's scale then gets its gradient from the layer's weight gradient,
       so it is approximated as that one is.
     - ReLU and its like, dropout and pooling keep bits or shapes, as modules or called as functions.
     - Convolutions and linear layers with a frozen weight keep nothing, nor does a batch normalisation with a frozen
@@ -181,8 +182,9 @@ def _keep_less(model: nn.Module) -> None:
         if type(layer) in FAMILIES:
             adopt(layer, Vanilla(), conv, chosen=False)
         assert isinstance(layer, LowRankLayer)
+        activation = modules[blocks.activations[conv]] if conv in blocks.activations else None
         if layer.norm is None:
-            include(layer, normalisation)
+            include(layer, normalisation, activation)
     for module in modules.values():
         if type(module) is nn.BatchNorm2d:
             lean_norm(module)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import prod
 
 from lowrank.geometry import ConvGeometry, Geometry, Shape
+from lowrank.tucker import mode_order
 
 
 @dataclass(frozen=True)
@@ -147,14 +148,20 @@ def paper_svd(geometry: Geometry, shape: Shape, modes: Sequence[int]) -> int:
     return total
 
 
-def subspace_flops(shape: Shape, ranks: Shape, sequential: bool) -> int:
-    """One subspace iteration per mode as executed: three products, and a QR with its Q formed (4 n r^2)."""
+def subspace_flops(shape: Shape, ranks: Shape, sequential: bool, held: Sequence[int] = ()) -> int:
+    """One subspace iteration per mode as executed: three products, and a QR with its Q formed (4 n r^2).
+
+    Modes that are held come first, with one product each.
+    """
+    order = mode_order(shape, ranks)
     current, total = list(shape), 0
-    for mode in sorted(range(len(shape)), key=lambda mode: ranks[mode] / shape[mode]):
+    for mode in [mode for mode in order if mode in held and ranks[mode] < shape[mode]]:
+        total += 2 * prod(current) * ranks[mode]
+        current[mode] = ranks[mode]
+    full = prod(current)
+    for mode in [mode for mode in order if mode not in held and ranks[mode] < shape[mode]]:
         rank = ranks[mode]
-        if rank >= shape[mode]:
-            continue
-        source = prod(current) if sequential else prod(shape)
+        source = prod(current) if sequential else full
         total += 2 * (2 * source * rank + prod(current) * rank) + 4 * shape[mode] * rank**2
         current[mode] = rank
     return total
@@ -173,8 +180,8 @@ def gram_svd_flops(shape: Shape, ranks: Shape, modes: Sequence[int]) -> int:
         if n > width:
             total += 2 * prod(shape) * ranks[mode] + 4 * n * ranks[mode] ** 2
     current = list(shape)
-    for mode in sorted(modes, key=lambda mode: ranks[mode] / shape[mode]):
-        if ranks[mode] < shape[mode]:
+    for mode in mode_order(shape, ranks):
+        if mode in modes and ranks[mode] < shape[mode]:
             total += 2 * prod(current) * ranks[mode]
             current[mode] = ranks[mode]
     return total

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import NonFiniteError, SettingError
-from lowrank.tucker import Tucker, ascending, in_memory_order, mode_correlation, mode_product
+from lowrank.tucker import Tucker, in_memory_order, mode_correlation, mode_order, mode_product
 
 Algorithm = Literal["sequential", "published"]
 ALGORITHMS: tuple[Algorithm, ...] = ("sequential", "published")
@@ -121,14 +121,18 @@ def leading(mode: Spectrum, rank: int) -> Tensor | None:
 
 
 def project(x: Tensor, vectors: Sequence[Tensor | None]) -> Tucker:
-    """Project `x` on orthonormal columns per mode (None: leave the mode as it is), the largest shrink first."""
+    """Project `x` on orthonormal columns per mode (None: leave the mode as it is), in the order of least time."""
     core, place = in_memory_order(x)
-    shrink = [1.0 if u is None else u.shape[1] / u.shape[0] for u in vectors]
-    for mode in ascending(shrink):
-        u = vectors[mode]
-        if u is not None:
-            core = mode_product(core, u.mT, place[mode])
+    for mode, u in _cheapest_first(x, vectors):
+        core = mode_product(core, u.mT, place[mode])
     return Tucker(core.permute(place).contiguous(), tuple(vectors))
+
+
+def _cheapest_first(x: Tensor, matrices: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
+    """The modes that have a matrix (n_m, r_m), and the matrices, in the order of least time."""
+    ranks = [size if u is None else u.shape[1] for size, u in zip(x.shape, matrices, strict=True)]
+    found = [(mode, matrices[mode]) for mode in mode_order(x.shape, ranks)]
+    return [(mode, u) for mode, u in found if u is not None]
 
 
 def hosvd(x: Tensor, energy: float) -> Tucker:
@@ -163,7 +167,10 @@ def svd(x: Tensor, energy: float) -> Tucker:
 
 
 def subspace_iteration(
-    x: Tensor, starts: Sequence[Tensor | None], algorithm: Algorithm = "sequential"
+    x: Tensor,
+    starts: Sequence[Tensor | None],
+    algorithm: Algorithm = "sequential",
+    held: Sequence[int] = (),
 ) -> tuple[Tucker, list[Tensor | None]]:
     """One subspace iteration per mode, from a given start.
 
@@ -172,19 +179,21 @@ def subspace_iteration(
         starts: per mode a matrix (n_m, r_m) with r_m <= n_m, float32 or float64: the basis of the step before, or a
             random one. None leaves the mode as it is.
         algorithm: `published` iterates each mode on the full tensor (ASI, sec. 3.2); `sequential` iterates each mode
-            on the tensor that the modes before it have already truncated, the largest shrink first.
+            on the tensor that the modes before it have already truncated, in the order of least time (`mode_order`).
+        held: modes whose starts are bases already: `x` is projected on them, ahead of all else, and the other modes are
+            iterated on what is left.
 
     Returns:
         The `Tucker` form in `x.dtype`, and the bases in the starts' dtype, to start from in the next step.
     """
     wide, place = in_memory_order(_widen(x))
     bases = list(starts)
-    shrink = [1.0 if u is None else u.shape[1] / u.shape[0] for u in starts]
     core = wide
-    for mode in ascending(shrink):
-        start = starts[mode]
-        if start is None:
-            continue
+    pairs = _cheapest_first(x, starts)
+    for mode, start in [pair for pair in pairs if pair[0] in held]:
+        core = mode_product(core, start.to(core.dtype).mT, place[mode])
+    wide = core
+    for mode, start in [pair for pair in pairs if pair[0] not in held]:
         basis = _iterate(wide if algorithm == "published" else core, start, place[mode])
         bases[mode] = basis
         core = mode_product(core, basis.mT, place[mode])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank import costs
+from lowrank.asi import ASI
 from lowrank.costs import LayerCost
 from lowrank.decompose import check_energy
 from lowrank.errors import SettingError
@@ -25,7 +26,7 @@ from lowrank.geometry import LinearGeometry, Shape
 from lowrank.gradients import plan_gradient
 from lowrank.iteration import factorise
 from lowrank.layers import LEFT, RIGHT, LowRankLinear
-from lowrank.methods import ASI, Vanilla
+from lowrank.methods import Vanilla
 from lowrank.recompute import known_origin, note_linear
 
 UPDATES: tuple[Update, ...] = ("subspace", "svd")
@@ -196,7 +197,7 @@ class WASI(ASI):
     """Weight-Activation Subspace Iteration: the weight as two factors, the activation as in `ASI` (ICLR 2026).
 
     Args:
-        ranks, algorithm, warm_start, seed: of the activation, see `ASI`.
+        ranks, algorithm, warm_start, seed, refresh: of the activation, see `ASI`.
         energy: share of the squared singular values of the weight that its factors keep at the start, above 0 and at
             most 1; the rank stays as it is then. The paper uses 0.4 to 0.9.
         update: "subspace", one subspace iteration a step; "svd", a truncated SVD of the moved weight a step.
@@ -232,9 +233,7 @@ class WASI(ASI):
                 costs.paper_iteration(size, prod(shape) // size, rank) for size, rank in zip(shape, ranks, strict=True)
             )
             + costs.paper_tucker_gradient(geometry, shape, ranks, outputs),
-            flops=costs.subspace_flops(shape, ranks, self.algorithm == "sequential")
-            + 2 * against_core.macs
-            + (through if input_gradient else 0),
+            flops=self.subspace_flops(shape, ranks) + 2 * against_core.macs + (through if input_gradient else 0),
             gradient_rank=ranks[-1],
         )
 

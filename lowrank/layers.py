@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank.activated import forward_activated
 from lowrank.errors import ConversionError, LowRankError
 from lowrank.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
 from lowrank.methods import Method, Tensors, Vanilla
@@ -81,6 +82,8 @@ class LowRankLayer(nn.Module):
         layer_name: the layer's name in its model, for messages.
         chosen: whether `convert` was given this layer's name; others are there to keep less than the stock layer.
         norm: the normalisation whose work it does while that uses stored statistics.
+        activation: the activation whose work it does as well while no gradient is needed.
+        activated: whether the latest output is activated and has not reached the activation.
         kept_bytes: bytes kept of the input in the latest training forward pass; 0 if another layer keeps them.
         formula_bytes: the same by the method's formula.
     """
@@ -94,6 +97,8 @@ class LowRankLayer(nn.Module):
     layer_name: str
     chosen: bool
     norm: LeanBatchNorm2d | None = None
+    activation: nn.Module | None = None
+    activated: bool = False
     kept_bytes: int
     formula_bytes: int
 
@@ -118,7 +123,7 @@ class LowRankLayer(nn.Module):
         elif norm is None:
             y = super().forward(input)
         else:
-            y = self.geometry.forward(input, *fold(*parameters, *_statistics(norm)))
+            y = self._folded(input, *fold(*parameters, *_statistics(norm)))
         if norm is not None:
             norm.awaiting = True
         return y
@@ -134,6 +139,16 @@ class LowRankLayer(nn.Module):
                 f"since the conversion. Call lowrank.revert before changing a model, or convert with fuse=False"
             )
         return norm
+
+    def _folded(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Output for the weight and bias of convolution and normalisation, activated where that can be."""
+        if self.activated:
+            raise ConversionError(
+                f"layer {self.layer_name!r}: the activation behind it was not called; it may have been replaced since "
+                f"the conversion. Call lowrank.revert before changing a model, or convert with fuse=False"
+            )
+        y = None if self.activation is None else forward_activated(self, self.geometry, x, weight, bias)
+        return self.geometry.forward(x, weight, bias) if y is None else y
 
     def take_over(self) -> None:
         """What a family does with the parameters when a layer becomes one of it: nothing."""
@@ -295,14 +310,16 @@ def release(layer: LowRankLayer) -> None:
     layer.__class__ = layer.stock_class
 
 
-def include(layer: LowRankLayer, norm: nn.BatchNorm2d | None) -> None:
-    """Make a convolution do the work of the normalisation behind it, in place; None takes that back."""
+def include(layer: LowRankLayer, norm: nn.BatchNorm2d | None, activation: nn.Module | None = None) -> None:
+    """Make a convolution do the work of what is behind it, in place; None takes that back."""
     before = layer.__dict__.pop("norm", None)
+    for name in ("activation", "activated"):
+        layer.__dict__.pop(name, None)
     if before is not None:
         stock_norm(before)
     if norm is not None:
         lean_norm(norm).awaiting = False
-        layer.__dict__["norm"] = norm  # not a child: it has its place in the model already
+        layer.__dict__.update(norm=norm, activation=activation)  # no children: they have their places in the model
 
 
 def lean_norm(norm: nn.BatchNorm2d) -> LeanBatchNorm2d:
@@ -322,14 +339,14 @@ def stock_norm(norm: nn.Module) -> None:
 @contextmanager
 def norms_apart(model: nn.Module) -> Iterator[None]:
     """Within it, every convolution gives its own output, and the normalisation behind it does its own work."""
-    pairs = [(layer, layer.norm) for layer in model.modules() if isinstance(layer, LowRankLayer)]
-    for layer, _ in pairs:
+    pairs = [(layer, layer.norm, layer.activation) for layer in model.modules() if isinstance(layer, LowRankLayer)]
+    for layer, _, _ in pairs:
         include(layer, None)
     try:
         yield
     finally:
-        for layer, norm in pairs:
-            include(layer, norm)
+        for layer, norm, activation in pairs:
+            include(layer, norm, activation)
 
 
 def converted_layers(model: nn.Module) -> Iterator[LowRankLayer]:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lowrank.activated import is_activated
 from lowrank.bits import pack, unpack
 from lowrank.recompute import RECOMPUTING_FUNCTIONS, RECOMPUTING_MODULES
 
@@ -247,21 +248,21 @@ class LeanReLU(nn.ReLU):
     """`nn.ReLU` that keeps bits."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return relu(input, self.inplace)
+        return input if is_activated(input, self) else relu(input, self.inplace)
 
 
 class LeanReLU6(nn.ReLU6):
     """`nn.ReLU6` that keeps bits."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return relu6(input, self.inplace)
+        return input if is_activated(input, self) else relu6(input, self.inplace)
 
 
 class LeanHardtanh(nn.Hardtanh):
     """`nn.Hardtanh` that keeps bits."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return hardtanh(input, self.min_val, self.max_val, self.inplace)
+        return input if is_activated(input, self) else hardtanh(input, self.min_val, self.max_val, self.inplace)
 
 
 class LeanHardsigmoid(nn.Hardsigmoid):

@@ -9,6 +9,7 @@
 #        --networks resnet18 --batch 32
 # Environment:
 #   VENV, PYTHON   see scripts/setup.sh
+#   OMP_PROC_BIND  default true: each thread stays on its core; two that share one wait for each other, 16 ms at a time
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 parts=(memory speed)
@@ -24,6 +25,7 @@ case "${1:-}" in
 esac
 
 bash scripts/setup.sh
+export OMP_PROC_BIND="${OMP_PROC_BIND:-true}"
 for part in "${parts[@]}"; do
     "${VENV:-.venv}/bin/python" -m "benchmarks.$part" "$@"
 done

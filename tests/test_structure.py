@@ -20,8 +20,8 @@ MAY_IMPORT = {
 }
 # Inside the core, a module imports only modules that stand before it.
 CORE_ORDER = (
-    *("errors", "padding", "tucker", "bits", "recompute", "lean"),
-    *("decompose", "geometry", "gradients", "costs", "methods", "gradient_filter"),
+    *("errors", "padding", "tucker", "geometry", "activated", "bits", "recompute", "lean"),
+    *("decompose", "gradients", "costs", "methods", "asi", "gradient_filter"),
     *("nodes", "sharing", "layers", "iteration", "factored_weight", "factored", "optimizer", "mixing", "attention"),
     *(
         "trace",

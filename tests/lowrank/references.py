@@ -1,4 +1,7 @@
-"""Slow and plain versions of what the package computes, written from the definitions and from nothing of its own."""
+"""Slow and plain versions of what the package computes, written from the definitions and from nothing of its own.
+
+But for the order in which sequential truncation takes the modes, which is free.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowrank.tucker import mode_order
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -71,11 +76,12 @@ def svd_input(x: Tensor, energy: float) -> Tensor:
 def subspace_step(x: Tensor, starts: dict[int, Tensor], sequential: bool) -> dict[int, Tensor]:
     """One subspace iteration per mode: V = A^T U_prev, U = orth(A V) (papers, A3), A being an unfolding.
 
-    Published: of the full tensor. Sequential: of the tensor truncated in the modes before, largest shrink first.
+    Published: of the full tensor. Sequential: of the tensor truncated in the modes before, as `mode_order` says.
     """
     bases: dict[int, Tensor] = {}
     current = x
-    for mode in sorted(starts, key=lambda mode: starts[mode].shape[1] / starts[mode].shape[0]):
+    ranks = [starts[mode].shape[1] if mode in starts else size for mode, size in enumerate(x.shape)]
+    for mode in (mode for mode in mode_order(x.shape, ranks) if mode in starts):
         a = unfold(current if sequential else x, mode)
         bases[mode] = torch.linalg.qr(a @ (a.mT @ starts[mode]))[0]
         current = multiply(current, bases[mode].mT, mode)

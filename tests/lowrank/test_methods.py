@@ -56,6 +56,8 @@ def test_a_setting_out_of_range_raises_and_is_named(make, message):
         (ASI(2), "asi_rank2"),
         (ASI([2, 3], algorithm="published"), "asi_published"),
         (ASI([2, 3], warm_start=False), "asi_cold"),
+        (ASI(refresh=10), "asi_every10"),
+        (ASI(2, refresh="energy"), "asi_rank2_by_energy"),
         (WSI(0.9), "wsi_0.9"),
         (WSI(0.9, update="svd"), "wsi_0.9_svd"),
         (WASI(energy=0.9), "wasi_0.9"),

@@ -1,3 +1,6 @@
+from itertools import permutations
+from math import prod
+
 import pytest
 import tensorly
 import torch
@@ -7,7 +10,7 @@ from references import TOLERANCE, multiply, random_tensor, unfold
 from strategies import SEEDS, SHAPES
 
 from lowrank import Tucker
-from lowrank.tucker import in_memory_order, mode_correlation, mode_product
+from lowrank.tucker import in_memory_order, mode_correlation, mode_order, mode_product
 
 
 @given(SHAPES, st.integers(0, 3), st.integers(1, 7), SEEDS)
@@ -33,6 +36,35 @@ def test_mode_correlation_is_the_product_of_unfoldings(shape, mode, size, seed):
     x = random_tensor(*shape, seed=seed)
     z = random_tensor(*shape[:mode], size, *shape[mode + 1 :], seed=seed + 1)
     torch.testing.assert_close(mode_correlation(x, z, mode), unfold(x, mode) @ unfold(z, mode).mT, **TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 4, 5), (2, 40, 4), (6, 31, 2), (50, 3)])
+@pytest.mark.parametrize("size", [1, 3, 9])
+def test_mode_correlation_of_many_fibres(shape, size):
+    for mode in range(len(shape)):
+        x, z = random_tensor(*shape), random_tensor(*shape[:mode], size, *shape[mode + 1 :], seed=1)
+        torch.testing.assert_close(mode_correlation(x, z, mode), unfold(x, mode) @ unfold(z, mode).mT, **TOLERANCE)
+
+
+@given(SHAPES, st.data())
+def test_the_order_of_modes_is_one_of_least_cost(shape, data):
+    ranks = [data.draw(st.integers(1, size)) for size in shape]
+
+    def cost(order):
+        total, size = 0.0, 1.0
+        for mode in order:
+            n, left, right = shape[mode], prod(shape[:mode]), prod(shape[mode + 1 :])
+            if ranks[mode] < n:
+                slow = 0 if left == 1 else 20 / n if right == 1 else 500 / n / right
+                total += size * (1 + ranks[mode] / 12 + slow)
+                size *= ranks[mode] / n
+        return total
+
+    order = mode_order(shape, ranks)
+    assert sorted(order) == list(range(len(shape)))
+    assert cost(order) == pytest.approx(min(map(cost, permutations(range(len(shape))))))
+    shrinks = [ranks[mode] < shape[mode] for mode in order]
+    assert shrinks == sorted(shrinks, reverse=True)
 
 
 @given(SHAPES, st.data(), SEEDS)

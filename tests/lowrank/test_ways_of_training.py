@@ -151,7 +151,14 @@ def test_a_layer_used_twice_in_a_pass_sums_its_gradients():
 
 
 @pytest.mark.parametrize(
-    ("method", "fuse"), [(ASI(2), True), (ASI(2, algorithm="published"), False), (GradientFilter(2), True)]
+    ("method", "fuse"),
+    [
+        (ASI(2), True),
+        (ASI(2, algorithm="published"), False),
+        (ASI(2, refresh=2), True),
+        (ASI(2, refresh="energy"), True),
+        (GradientFilter(2), True),
+    ],
 )
 def test_a_compiled_model_is_one_graph_and_trains_as_the_model_itself(method, fuse):
     torch._dynamo.reset()

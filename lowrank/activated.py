@@ -1,0 +1,60 @@
+"""A convolution and the activation behind it as one operator of oneDNN, where nothing has to be kept for a gradient.
+
+The activation then costs no pass over memory of its own. The operator's result is marked, and the activation's module
+hands a tensor with its mark on as it is. A tensor that comes another way is activated as ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.geometry import ConvGeometry, Geometry
+
+_MARK = "_lowrank_activated_by"
+
+
+class Activating(Protocol):
+    """A layer that may do the work of the activation behind it.
+
+    Attributes:
+        activation: the one.
+        activated: whether its latest output is activated and has not reached the activation's module.
+    """
+
+    activation: nn.Module | None
+    activated: bool
+
+
+def forward_activated(
+    layer: Activating, geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """The activated output of a convolution, marked; None where there is no such operator for this input."""
+    operator = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.ndim == 4 and x.numel() > 0
+    if operator is None or not plain or torch.compiler.is_compiling():
+        return None
+    if not isinstance(geometry, ConvGeometry) or not geometry.native:
+        return None
+    if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled:
+        return None
+    (top, _, left, _), curve, limits = geometry.padding, "relu", []
+    if isinstance(layer.activation, nn.Hardtanh):  # ReLU6 is one as well
+        curve, limits = "hardtanh", [float(layer.activation.min_val), float(layer.activation.max_val)]
+    sizes = ([top, left], list(geometry.stride), list(geometry.dilation), geometry.groups)
+    y: Tensor = operator(x, weight, bias, *sizes, curve, limits, "")
+    setattr(y, _MARK, layer)
+    layer.activated = True
+    return y
+
+
+def is_activated(x: Any, activation: nn.Module) -> bool:
+    """Whether `x` is the marked output of a layer that does this module's work; takes the mark away."""
+    layer = getattr(x, _MARK, None)
+    if layer is None or layer.activation is not activation:
+        return False
+    delattr(x, _MARK)
+    layer.activated = False
+    return True
