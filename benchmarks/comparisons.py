@@ -86,7 +86,7 @@ def compression(setting: Setting) -> Iterator[Comparison]:
     """Compression against the published algorithms, in time and error, and against reading the tensor once."""
     for network in setting.networks:
         for count in range(10, 0, -1):
-            case = f"{network}, input of convolution -{count}"
+            case = f"{network}, input of convolution -{count}, {2 * setting.batch} images"
             inputs = partial(_input_and_starts, network, count, setting)
             yield Comparison("compression", case, "ASI as published", "ASI", partial(_against_published, inputs))
             errors = partial(_both_errors, inputs)
