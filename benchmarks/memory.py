@@ -54,7 +54,7 @@ def measure(row: Row, pairs: int) -> dict[str, Any]:
     """Measure one row in this process."""
     batch, model = batch_of(row.batch, row.size), build(row.network, row.size)
     names = trained_layers(row.network, model, row.layers)
-    loss_fn = PEERS[row.peer](model, names)
+    loss_fn = PEERS[row.peer](model, names, batch)
     result: dict[str, Any] = asdict(row)
     if row.peer in OPAQUE:
         loss_fn(model, batch).backward()  # compiles

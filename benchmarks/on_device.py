@@ -4,8 +4,11 @@
 
 Every row is one network, method and energy: the median and the spread of the times of whole steps (forward, backward,
 optimizer) and of whole inference passes, after warm-up, in one process with a stated number of threads; energy where
-the machine has a meter; memory of the trained layers by formula, and what autograd keeps as measured. Nothing but this
-package's requirements is needed.
+the machine has a meter; memory of the trained layers by formula, of their weights in training and of what autograd
+keeps as measured. With --pairs also the ratio to vanilla's times, from steps that alternate with vanilla's, which is
+what to go by on a machine that does other work too. A method's name with _unfused behind it compresses the trained
+layers alone; without, the rest of the network keeps less too, and computes parts of its forward pass again for it.
+Nothing but this package's requirements is needed.
 
 Where no trained weights are given, the weights of the trained linear layers are random with singular values that fall
 as j^(-1/2): at energy 0.9 their rank is about half of the full one, roughly that of trained transformers. Ranks of
@@ -20,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from torch import Tensor, nn
 import lowrank
 from benchmarks.energy import measured, meter_name
 from benchmarks.networks import Batch, batch_of, loss_of
+from benchmarks.pairs import ratio
 from classification.backbones import build_model
 from experiment.files import write_whole
 from lowrank.decompose import spectrum
@@ -37,7 +42,8 @@ from lowrank.decompose import spectrum
 NETWORKS = ("vit_b_32", "swin_t", "mcunet", "vit_mini", "swin_mini")
 ENERGIES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 WITHOUT_ENERGY = ("vanilla", "vanilla_fused")
-METHODS = (*WITHOUT_ENERGY, "hosvd", "asi", "wsi", "wasi")
+UNFUSED = "_unfused"
+METHODS = (*WITHOUT_ENERGY, "hosvd", "asi", "wsi", "wasi", f"asi{UNFUSED}", f"wsi{UNFUSED}", f"wasi{UNFUSED}")
 CHANNEL_IMAGES = 32
 SEED = 233
 
@@ -53,6 +59,7 @@ class Setting:
     layers: str
     warmup: int
     repeats: int
+    pairs: int = 0
 
 
 def build(network: str, layers: str) -> tuple[nn.Module, list[str]]:
@@ -67,12 +74,18 @@ def build(network: str, layers: str) -> tuple[nn.Module, list[str]]:
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear):
             give_decaying_spectrum(layer.weight)
+    for layer in model.modules():
+        if type(layer).__name__ == "StochasticDepth":
+            layer.p = 0.0  # the same work in every step
+    return in_training(model), names
+
+
+def in_training(model: nn.Module) -> nn.Module:
+    """The network in the mode in which it trains: batch normalisation with its stored statistics."""
     for layer in model.train().modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.eval()
-        elif type(layer).__name__ == "StochasticDepth":
-            layer.p = 0.0  # the same work in every step
-    return model, names
+    return model
 
 
 @torch.no_grad()
@@ -117,7 +130,10 @@ def converted(model: nn.Module, names: list[str], method: str, energy: float | N
         "wsi": lambda: lowrank.WSI(energy=energy or 1.0),
         "wasi": lambda: lowrank.WASI(energy=energy or 1.0, ranks=ranks),
     }
-    return model if method == "vanilla" else lowrank.convert(model, names, methods[method]())
+    if method == "vanilla":
+        return model
+    name = method.removesuffix(UNFUSED)
+    return lowrank.convert(model, names, methods[name](), fuse=name == method)
 
 
 def seconds_and_joules(work: Callable[[], None], setting: Setting, device: torch.device) -> dict[str, float | None]:
@@ -141,15 +157,54 @@ def seconds_and_joules(work: Callable[[], None], setting: Setting, device: torch
     return {"s": statistics.median(times), "s_least": min(times), "s_most": max(times), "joules": joules}
 
 
-def memory(model: nn.Module, names: list[str], batch: Batch) -> dict[str, float]:
-    """Bytes of the trained layers by formula, and what autograd keeps in all."""
+def memory(model: nn.Module, names: list[str], batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Bytes of the trained layers by formula, of their weights in training, and what autograd keeps in all."""
     cost = lowrank.account(model, names, batch).total
-    held = [p for name in names for key, p in model.get_submodule(name).named_parameters() if key != "bias"]
+    weights = lowrank.weight_memory(model, names, loss_of, batch, optimizer)
     return {
         "activation_formula": cost.activation_bytes,
         "weight_formula": cost.weight_bytes,
-        "weight_measured": sum(parameter.nbytes for parameter in held),
+        "weight_measured": weights.weight,
+        "weight_training_measured": weights.total,
+        "weight_emulated_formula": weights.emulated,
         "kept_measured": lowrank.saved_bytes(model, loss_of, batch),
+    }
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    """Forward, backward and optimizer."""
+    optimizer.zero_grad()
+    loss_of(in_training(model), batch).backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def inference(model: nn.Module, batch: Batch) -> None:
+    """One forward pass."""
+    model.eval()
+    model(batch[0])
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """The papers' optimizer: SGD without momentum."""
+    return lowrank.SGD([p for p in model.parameters() if p.requires_grad], 1e-4)
+
+
+def over_vanilla(
+    network: str, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, setting: Setting
+) -> dict[str, float]:
+    """Times over vanilla's: medians of pairs that alternate, and the lowest and the highest pair."""
+    stock = build(network, setting.layers)[0].to(batch[0].device)
+    own = optimizer_of(stock)
+    step = ratio(
+        lambda: training_step(model, optimizer, batch), lambda: training_step(stock, own, batch), setting.pairs
+    )
+    passes = ratio(lambda: inference(model, batch), lambda: inference(stock, batch), setting.pairs)
+    found = {"step": step, "inference": passes}
+    return {
+        f"{name}_over_vanilla{suffix}": value
+        for name, times in found.items()
+        for suffix, value in (("", times.median), ("_low", times.low), ("_high", times.high))
     }
 
 
@@ -160,25 +215,18 @@ def measure(
     model, names = build(network, setting.layers)
     model = converted(model, names, method, energy, ranks).to(device)
     images, labels = (tensor.to(device) for tensor in batch_of(setting.batch, setting.size))
+    batch, optimizer = (images, labels), optimizer_of(model)
     row: dict[str, Any] = {"network": network, "layers": setting.layers, "method": method, "energy": energy}
     row |= {"batch": setting.batch, "size": setting.size, "threads": torch.get_num_threads()}
     row |= {"device": device.type, "meter": meter_name(), "repeats": setting.repeats}
-    row |= memory(model, names, (images, labels))
-    optimizer = lowrank.SGD([p for p in model.parameters() if p.requires_grad], 1e-4)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss_of(model, (images, labels)).backward()
-        optimizer.step()
-
-    def infer() -> None:
-        with torch.no_grad():
-            model(images)
-
+    row |= memory(model, names, batch, optimizer)
     if setting.repeats:
-        row |= {f"step_{key}": value for key, value in seconds_and_joules(step, setting, device).items()}
-        model.eval()
-        row |= {f"inference_{key}": value for key, value in seconds_and_joules(infer, setting, device).items()}
+        works = {"step": partial(training_step, model, optimizer, batch), "inference": partial(inference, model, batch)}
+        for name, work in works.items():
+            times = seconds_and_joules(work, setting, device)
+            row |= {f"{name}_{key}": value for key, value in times.items()}
+    if setting.pairs and method != "vanilla":
+        row |= over_vanilla(network, model, optimizer, batch, setting)
     return row
 
 
@@ -194,10 +242,10 @@ def run(
     rows: list[dict[str, Any]] = []
     for network in networks:
         model, names = build(network, setting.layers)
-        needed = any(method in ("asi", "wasi") for method in methods)
+        needed = any(method.removesuffix(UNFUSED) in ("asi", "wasi") for method in methods)
         ranks = ranks_at(model.eval(), names, batch_of(setting.batch, setting.size), energies) if needed else {}
         for method in methods:
-            if network == "mcunet" and method in ("wsi", "wasi"):
+            if network == "mcunet" and method.startswith(("wsi", "wasi")):
                 continue  # these hold weights of linear layers
             for energy in (None,) if method in WITHOUT_ENERGY else energies:
                 own = {} if energy is None else ranks.get(energy, {})
@@ -215,6 +263,8 @@ def _line(row: dict[str, Any]) -> str:
     text = f"{row['network']} {row['method']}{energy}: formula {formula:.1f} MiB, kept {kept:.1f} MiB"
     if "step_s" in row:
         text += f", step {row['step_s']:.2f} s, inference {row['inference_s']:.2f} s"
+    if "step_over_vanilla" in row:
+        text += f", over vanilla {row['step_over_vanilla']:.2f} and {row['inference_over_vanilla']:.2f}"
     return text
 
 
@@ -231,13 +281,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     parser.add_argument("--warmup", type=int, default=1, help="steps that are not timed")
     parser.add_argument("--repeats", type=int, default=5, help="steps that are timed; 0 measures memory alone")
+    parser.add_argument("--pairs", type=int, default=0, help="pairs of steps that alternate with vanilla's")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: PyTorch's)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("runs") / "on_device.csv")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    setting = Setting(options.batch, options.size, options.layers, options.warmup, options.repeats)
+    setting = Setting(options.batch, options.size, options.layers, options.warmup, options.repeats, options.pairs)
     device = torch.device(options.device)
     print(f"energy meter: {meter_name()}; threads: {torch.get_num_threads()}", flush=True)
     run(options.networks, options.methods, tuple(options.energies), setting, device, options.output)

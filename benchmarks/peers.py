@@ -1,4 +1,7 @@
-"""The ways to train in less memory that are compared: each changes a model, or how its loss is computed."""
+"""The ways to train in less memory that are compared: each changes a model, or how its loss is computed.
+
+A peer is given the model, the names of its trained layers, and a batch of the size that will be trained on.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lowrank
 from benchmarks.networks import Batch, loss_of
+from benchmarks.svd_llm import start_truncated
 from lowrank.iteration import factorise
 from lowrank.perplexity import LossFunction
 
@@ -20,31 +24,31 @@ LORA_RANK = 8
 SVD_ENERGY = 0.9  # of the weights that SVD-LLM starts from
 SMALLEST = 4096  # elements; smaller tensors are not worth quantising
 
-Peer = Callable[[nn.Module, list[str]], LossFunction]
+Peer = Callable[[nn.Module, list[str], Batch], LossFunction]
 
 
-def vanilla(model: nn.Module, names: list[str]) -> LossFunction:
+def vanilla(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
     """Ordinary training of the trailing layers."""
     return loss_of
 
 
-def _converted(method: lowrank.Method, model: nn.Module, names: list[str]) -> LossFunction:
+def _converted(method: lowrank.Method, model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
     lowrank.convert(model, names, method)
     return loss_of
 
 
-def asi(model: nn.Module, names: list[str]) -> LossFunction:
+def asi(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
     """ASI at fixed ranks, cut to the number of modes of the layers."""
     ranks = RANKS if isinstance(model.get_submodule(names[0]), nn.Conv2d) else RANKS[:3]
-    return _converted(lowrank.ASI(ranks=ranks), model, names)
+    return _converted(lowrank.ASI(ranks=ranks), model, names, batch)
 
 
-def wasi(model: nn.Module, names: list[str]) -> LossFunction:
+def wasi(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
     """WASI at energy 0.9, with the ranks of `asi`."""
-    return _converted(lowrank.WASI(energy=0.9, ranks=RANKS[:3]), model, names)
+    return _converted(lowrank.WASI(energy=0.9, ranks=RANKS[:3]), model, names, batch)
 
 
-def checkpointing(model: nn.Module, names: list[str]) -> LossFunction:
+def checkpointing(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
     """Activation checkpointing of every block: keep its input, and compute it again in the backward pass."""
     for block in _blocks(model):
         if any(parameter.requires_grad for parameter in block.parameters()):
@@ -64,7 +68,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def compiled(model: nn.Module, names: list[str]) -> LossFunction:
+def compiled(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
     """A compiled graph that may keep half of the activations and computes the rest again."""
     import torch._functorch.config as functorch_config
 
@@ -73,7 +77,7 @@ def compiled(model: nn.Module, names: list[str]) -> LossFunction:
     return lambda _, batch: loss_of(graph, batch)  # type: ignore[arg-type]
 
 
-def autocast(model: nn.Module, names: list[str]) -> LossFunction:
+def autocast(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
     """Mixed precision in bfloat16."""
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -83,7 +87,7 @@ def autocast(model: nn.Module, names: list[str]) -> LossFunction:
     return loss
 
 
-def quantised(bits: int, model: nn.Module, names: list[str]) -> LossFunction:
+def quantised(bits: int, model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
     """Whatever autograd keeps, in whole numbers of 8 or 4 bits with a scale per sample."""
     own = {parameter.untyped_storage().data_ptr() for parameter in (*model.parameters(), *model.buffers())}
 
@@ -115,7 +119,7 @@ def quantised(bits: int, model: nn.Module, names: list[str]) -> LossFunction:
     return loss
 
 
-def lora(model: nn.Module, names: list[str]) -> LossFunction:
+def lora(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
     """Low-rank updates of the same layers' weights, everything else frozen; peft refuses depthwise ones."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -124,24 +128,14 @@ def lora(model: nn.Module, names: list[str]) -> LossFunction:
     return loss_of
 
 
-def svd_llm(model: nn.Module, names: list[str]) -> LossFunction:
+def svd_llm(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
     """Linear layers that start from truncated weights and are frozen in them, with low-rank updates on top.
 
-    As SVD-LLM (ICLR 2025) in the comparison of WASI; but the truncation is the plain one, not whitened by activations
-    of a calibration set.
+    As SVD-LLM (ICLR 2025) in the comparison of WASI, at the ranks that WASI has; calibrated on the batch.
     """
     linear = [name for name in names if isinstance(model.get_submodule(name), nn.Linear)]
-    for name in linear:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        left, right = factorise(layer.weight.detach(), SVD_ENERGY)
-        first = nn.Linear(right.shape[1], len(right), bias=False)
-        second = nn.Linear(len(right), len(left), bias=layer.bias is not None)
-        first.weight.data, second.weight.data = right.contiguous(), left.contiguous()
-        if layer.bias is not None:
-            second.bias = layer.bias
-        model.set_submodule(name, nn.Sequential(first, second))
-    return lora(model, [f"{name}.{part}" for name in linear for part in (0, 1)])
+    parts = start_truncated(model, linear, batch[0], lambda weight: factorise(weight, SVD_ENERGY).left.shape[1])
+    return lora(model, parts, batch)
 
 
 PEERS: dict[str, Peer] = {

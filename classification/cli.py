@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from torch.optim import Optimizer
 
 from classification.backbones.weights import read_state_dict
 from classification.callbacks import BestCheckpoint, History, RandomState
@@ -36,6 +37,7 @@ from lowrank import (
     peak_bytes,
     saved_bytes,
     stock_state_dict,
+    weight_memory,
 )
 
 SPLIT = "split.npz"
@@ -136,10 +138,11 @@ class SuiteCLI(LightningCLI):
                 _require_checkpoint_of(self.model, resume)
             print(f"{'resuming' if resume else 'training'}: {self.identity}", flush=True)
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume)
+            optimizer = self.trainer.optimizers[0]
             self.trainer.test(
                 self.model, datamodule=self.datamodule, ckpt_path=self.best.best_model_path, verbose=False
             )
-            record = self._record()
+            record = self._record(optimizer)
             record.save(self.folder.path)
             log_record(self.trainer.loggers, record, self.trainer.global_step)
         print(f"  test accuracy {100 * record.accuracy['test']:.1f} %, record in {self.folder.result}", flush=True)
@@ -147,12 +150,13 @@ class SuiteCLI(LightningCLI):
     def _config_text(self) -> str:
         return self._parser(self.subcommand).dump(self.config[self.subcommand])
 
-    def _record(self) -> Record:
+    def _record(self, optimizer: Optimizer) -> Record:
         model, history = self.model, self.history
         batch = self._first_batch()
         network = model.train().backbone
         kept, peak = saved_bytes(network, classification_loss, batch), peak_bytes(network, classification_loss, batch)
         total = account(network, model.names, batch).total
+        weights = weight_memory(network, model.names, classification_loss, batch, optimizer)
         inference = peak_bytes(model.eval().backbone, classification_loss, batch, backward=False)
         accuracies = [row["val_accuracy"] for row in history.rows]
         return Record(
@@ -167,6 +171,10 @@ class SuiteCLI(LightningCLI):
                 "saved_measured": kept,
                 "peak_measured": peak,
                 "peak_inference": inference,
+                "weight_measured": weights.weight,
+                "weight_gradient_measured": weights.gradient,
+                "weight_optimizer_measured": weights.optimizer,
+                **({"weight_emulated_formula": weights.emulated} if weights.emulated else {}),
             },
             flops={"paper": total.flops_paper, "corrected": total.flops},
             time_s={

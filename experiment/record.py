@@ -73,7 +73,10 @@ class Record:
         run: which run.
         accuracy: shares from 0 to 1; for classification "val_best", "val_last" and "test" (of the best epoch).
         memory_bytes: "activation_formula" (largest mean of an epoch, bytes kept of the trained layers' inputs by
-            formula), "saved_measured" (all that autograd keeps), "peak_measured" and "peak_inference".
+            formula), "saved_measured" (all that autograd keeps), "peak_measured" and "peak_inference"; of the trained
+            layers' weights "weight_measured", "weight_gradient_measured" and "weight_optimizer_measured", and where
+            they are held as factors "weight_emulated_formula" (see `lowrank.WeightMemory`). Records of before these
+            were measured do not have them.
         flops: of one training step of the trained layers, "paper" and "corrected" (see `lowrank.costs`).
         time_s: "step_median" and "total", seconds.
         provenance: see `experiment.provenance`.

@@ -31,6 +31,7 @@ from lowrank.padding import token_mask
 from lowrank.perplexity import MODE_ENERGIES, measure_perplexity
 from lowrank.perplexity_table import Candidates, LayerPerplexity, PerplexityTable
 from lowrank.tucker import Tucker
+from lowrank.weight_memory import WeightMemory, weight_memory
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ __all__ = [
     "TableError",
     "Tucker",
     "Vanilla",
+    "WeightMemory",
     "account",
     "convert",
     "converted_layers",
@@ -73,4 +75,5 @@ __all__ = [
     "stock_state_dict",
     "token_mask",
     "trailing_layers",
+    "weight_memory",
 ]

@@ -127,13 +127,15 @@ def paper_weight_svd(outputs: int, inputs: int) -> int:
 def factored_update_flops(outputs: int, inputs: int, rank: int, gradient_rank: int, svd: bool) -> int:
     """The update of a weight of this rank as executed, and the gradients of its two factors.
 
-    The subspace iteration is three products with the joined factors and two QRs; the SVD, two QRs of the joined factors
-    and an SVD between them, which counts 21 s^3 (Golub and Van Loan, sec. 8.6).
+    The subspace iteration (`iteration.subspace_update`) is two Gram matrices of the rank's size with their Cholesky
+    factors and triangular solves, and products of the gradient's rank; the SVD, two QRs of the joined factors and an
+    SVD between them, which counts 21 s^3 (Golub and Van Loan, sec. 8.6).
     """
     both, joined = outputs + inputs, rank + gradient_rank
     factor_gradients = 4 * both * rank * gradient_rank
     if not svd:
-        return factor_gradients + 6 * both * rank * joined + 4 * both * rank**2
+        products = 2 * rank * gradient_rank * (4 * outputs + 3 * inputs + rank)
+        return factor_gradients + products + 3 * both * rank**2 + 2 * rank**3 // 3
     sides = sum(4 * size * min(size, joined) ** 2 for size in (outputs, inputs))
     between = 21 * min(outputs, inputs, joined) ** 3 + 2 * both * min(outputs, inputs, joined) * rank
     return factor_gradients + sides + between

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from lowrank.decompose import check_energy, spectrum
 
+# Above this squared length of a spanning vector, against 1 where nothing turns, Gram matrices lose too many digits.
+LARGEST_TURN = 4.0
+PROBES = (0.0, 0.7, 1.9, 2.6)  # frequencies of the directions along which a basis is looked at
+
 
 class Factors(NamedTuple):
     """The matrix `left @ right` of shape (O, I), never formed.
@@ -83,6 +87,59 @@ def subspace_step(start: Tensor, matrix: Factors) -> Factors:
     rows = _orthonormal(right.mT @ (left.mT @ start))
     basis = _orthonormal(left @ (right @ rows))
     return Factors(basis, (basis.mT @ left) @ right)
+
+
+def subspace_update(weight: Factors, change: Factors) -> Factors:
+    """`subspace_step` from L on the matrix W = L R + `change`, for a weight that the step before has left.
+
+    Since L has orthonormal columns, W W^T L has the span of Y = W (L^T W)^+ = L + (1 - L L^T) change (L^T W)^+, that
+    is of L and a correction of the change's rank; and L'^T L follows from Y. So a change of small rank costs about two
+    Gram matrices (of L^T W and of Y), where the plain step takes two QRs and three products with all of W.
+
+    Args:
+        weight: L R of shape (O, I) and rank K, float32 or float64.
+        change: A B of any rank.
+
+    Returns:
+        Factors of rank K as of `subspace_step`, up to a rotation of the K directions and rounding.
+    """
+    left, right = weight
+    if not _orthonormal_columns(left):
+        return subspace_step(left, joined([weight, change]))
+    along = left.mT @ change.left  # (K, s)
+    rows = torch.addmm(right, along, change.right)  # L^T W, (K, I)
+    weights = _against_pseudo_inverse(change.right, rows)  # B (L^T W)^+, (s, K)
+    spanning = torch.addmm(left, torch.addmm(change.left, left, along, alpha=-1), weights)  # Y, (O, K)
+    gram = spanning.mT @ spanning
+    if not bool(gram.diagonal().max() < LARGEST_TURN):
+        return subspace_step(left, joined([weight, change]))
+    triangle = torch.linalg.cholesky_ex(gram)[0]
+    basis = torch.linalg.solve_triangular(triangle, spanning.mT, upper=False).mT.contiguous()
+    moved = torch.addmm(right, spanning.mT @ change.left, change.right)  # Y^T W, since Y^T L = 1
+    return Factors(basis, torch.linalg.solve_triangular(triangle, moved, upper=False))
+
+
+def _orthonormal_columns(left: Tensor) -> bool:
+    """Whether L^T L is the identity up to rounding, looked at along a few directions; a Gram matrix would cost more."""
+    rank = left.shape[1]
+    phases = torch.arange(rank, dtype=left.dtype, device=left.device)[:, None] * torch.tensor(PROBES).to(left)
+    probes = torch.cos(phases + 1)
+    apart = left.mT @ (left @ probes) - probes
+    return bool(apart.abs().max() <= 64 * torch.finfo(left.dtype).eps)
+
+
+def _against_pseudo_inverse(matrix: Tensor, rows: Tensor) -> Tensor:
+    """`matrix rows^+` for (s, I) and (K, I), by the Gram matrix of the rows in double precision.
+
+    A multiple of the identity, as large as rounding makes the Gram matrix uncertain, keeps directions finite in which
+    the rows vanish.
+    """
+    wide = rows.double()
+    gram = wide @ wide.mT
+    uncertain = 16 * len(gram) * torch.finfo(gram.dtype).eps * gram.diagonal().max()
+    gram.diagonal().add_(uncertain + torch.finfo(gram.dtype).tiny)
+    triangle = torch.linalg.cholesky_ex(gram)[0]
+    return torch.cholesky_solve(wide @ matrix.double().mT, triangle).mT.to(rows.dtype)
 
 
 def truncated(matrix: Factors, rank: int) -> Factors:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowrank.errors import LowRankError, SettingError
 from lowrank.factored_weight import FactoredWeight, factored_weights
-from lowrank.iteration import Factors, joined, subspace_step, truncated
+from lowrank.iteration import Factors, joined, subspace_update, truncated
 
 
 class SGD(torch.optim.SGD):
@@ -87,13 +87,14 @@ class SGD(torch.optim.SGD):
         terms = [term.scaled(factor) for term in gradient]
         if group["maximize"]:
             terms = [term.scaled(-1.0) for term in terms]
-        if group["weight_decay"]:
-            terms.append(held.scaled(group["weight_decay"]))
+        decay = group["weight_decay"]
         if group["momentum"]:
-            terms = self._with_momentum(weight, terms, group)
-        moved = joined([held, *(term.scaled(-group["lr"]) for term in terms)])
+            terms = self._with_momentum(weight, [*terms, held.scaled(decay)] if decay else terms, group)
+        elif decay:
+            held = held.scaled(1 - group["lr"] * decay)  # and not one more term, so that the change has a small rank
+        change = joined([term.scaled(-group["lr"]) for term in terms])
         svd = weight.method.update == "svd"
-        after = truncated(moved, weight.rank) if svd else subspace_step(held.left, moved)
+        after = truncated(joined([held, change]), weight.rank) if svd else subspace_update(held, change)
         weight.left.copy_(after.left)
         weight.right.copy_(after.right)
         weight.forget_gradient()

@@ -22,6 +22,10 @@ MEANS = {
     "saved_measured_bytes": ("memory_bytes", "saved_measured"),
     "peak_measured_bytes": ("memory_bytes", "peak_measured"),
     "peak_inference_bytes": ("memory_bytes", "peak_inference"),
+    "weight_bytes": ("memory_bytes", "weight_measured"),
+    "weight_gradient_bytes": ("memory_bytes", "weight_gradient_measured"),
+    "weight_optimizer_bytes": ("memory_bytes", "weight_optimizer_measured"),
+    "weight_emulated_bytes": ("memory_bytes", "weight_emulated_formula"),
     "flops_paper": ("flops", "paper"),
     "flops_corrected": ("flops", "corrected"),
     "step_median_s": ("time_s", "step_median"),
@@ -158,6 +162,7 @@ def _row(layers: int | str, method: str, records: Sequence[Record], missing: int
         row[f"{name}_mean_percent"], row[f"{name}_std_percent"] = _mean(percents), _std(percents)
     for column, (part, name) in MEANS.items():
         row[column] = _mean([getattr(record, part).get(name, math.nan) for record in records])
+    row["weight_training_bytes"] = sum(row[f"weight{part}_bytes"] for part in ("", "_gradient", "_optimizer"))
     return row
 
 

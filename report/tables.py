@@ -126,6 +126,16 @@ COST_COLUMNS = (
     Column("Kept (MiB)", MEMORY, "kept", _shown("saved_measured_bytes", mebibytes)),
     Column("Kept, × less", MEMORY, "× less", _times("saved_measured_times_less")),
     Column("Peak (MiB)", MEMORY, "peak", _shown("peak_measured_bytes", mebibytes)),
+    Column(
+        *("Weights in training (MiB)", MEMORY, "weights"),
+        _shown("weight_training_bytes", mebibytes),
+        "weight_emulated_bytes",
+    ),
+    Column(
+        *("Weights, emulated (MiB)", MEMORY, "weights emul."),
+        _shown("weight_emulated_bytes", mebibytes),
+        "weight_emulated_bytes",
+    ),
     Column("FLOPs, papers", "FLOPs", "papers", _shown("flops_paper", engineering)),
     Column("FLOPs, corrected", "FLOPs", "corrected", _shown("flops_corrected", engineering)),
     Column("FLOPs, × less", "FLOPs", "× less", _times("flops_corrected_times_less")),
@@ -204,6 +214,11 @@ def markdown_body(rows: Sequence[Row], shown: Sequence[Column]) -> str:
     return tabulate(cells, titles, tablefmt="pipe", disable_numparse=True, colalign=alignment)
 
 
+WEIGHTS_NOTE = (
+    "Weights in training: the weights of the trained layers, their gradients and the optimizer's state, as measured. "
+    "Weights, emulated: the same, by formula, of an emulation that keeps and trains the dense weights and derives the "
+    "factors from them, as the public code of WASI does."
+)
 LEFT = ("Model", "Method", "Seeds")
 TERMINAL = (
     *("Layers", "Method", "n", "Test (%)", "Δ test (points)", "mIoU (%)", "Δ mIoU (points)", "mAcc (%)"),
@@ -240,6 +255,7 @@ def footnotes(table: pd.DataFrame, baseline: str = BASELINE) -> list[str]:
         "Kept: all bytes that autograd holds from the forward to the backward pass, as measured; parameters and "
         "buffers not counted.",
         "Peak: most bytes of tensors alive at any time of a training step, as measured.",
+        *([WEIGHTS_NOTE] if table["weight_emulated_bytes"].notna().any() else []),
         "FLOPs: of the trained layers in one training step, in the papers' convention and corrected. "
         "Step: median time of a training step.",
         *_baseline_notes(table, baseline),

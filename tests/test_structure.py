@@ -33,6 +33,7 @@ CORE_ORDER = (
         "budget",
         "accounting",
         "meter",
+        "weight_memory",
         "explain",
         "__init__",
     ),

@@ -14,11 +14,25 @@ from lowrank.iteration import factorise
 
 def test_rows_of_every_method(tmp_path, capsys):
     table = tmp_path / "on_device.csv"
-    methods = ["vanilla", "vanilla_fused", "hosvd", "asi", "wsi", "wasi"]
-    sizes = ["--batch", "4", "--size", "32", "--repeats", "2", "--energies", "0.5", "0.9", "--output", str(table)]
+    methods = ["vanilla", "vanilla_fused", "hosvd", "asi", "wsi", "wasi", "wasi_unfused"]
+    sizes = [
+        "--batch",
+        "4",
+        "--size",
+        "32",
+        "--repeats",
+        "2",
+        "--pairs",
+        "1",
+        "--energies",
+        "0.5",
+        "0.9",
+        "--output",
+        str(table),
+    ]
     on_device.main(["--networks", "vit_mini", "--layers", "2", "--methods", *methods, *sizes])
     frame = pd.read_csv(table)
-    assert len(frame) == 2 + 4 * 2
+    assert len(frame) == 2 + 5 * 2
     vit = frame[frame.network == "vit_mini"].set_index(["method", "energy"])
     vanilla, wasi = vit.loc[("vanilla", float("nan"))], vit.loc[("wasi", 0.5)]
     assert wasi.activation_formula < vanilla.activation_formula
@@ -28,6 +42,12 @@ def test_rows_of_every_method(tmp_path, capsys):
     assert (frame.step_s_least <= frame.step_s).all()
     assert (frame.step_s <= frame.step_s_most).all()
     assert (frame.inference_s > 0).all()
+    assert (vit.loc["wasi", "step_over_vanilla"] > 0).all()
+    assert pd.isna(vanilla.step_over_vanilla)
+    assert wasi.kept_measured < vit.loc[("wasi_unfused", 0.5)].kept_measured < vanilla.kept_measured
+    assert wasi.activation_formula == vit.loc[("wasi_unfused", 0.5)].activation_formula
+    assert vanilla.weight_training_measured == 2 * vanilla.weight_measured
+    assert wasi.weight_training_measured < vanilla.weight_training_measured < wasi.weight_emulated_formula
     assert set(frame.threads) == {torch.get_num_threads()}
     assert "energy meter:" in capsys.readouterr().out
 

@@ -52,7 +52,8 @@ def test_the_record_has_every_key_of_the_design(best_first):
     assert {key: set(value) for key, value in record.items() if isinstance(value, dict)} == {
         "run": {"task", "setup", "model", "dataset", "method", "layers", "seed"},
         "accuracy": {"val_best", "val_last", "test"},
-        "memory_bytes": {"activation_formula", "saved_measured", "peak_measured", "peak_inference"},
+        "memory_bytes": {"activation_formula", "saved_measured", "peak_measured", "peak_inference"}
+        | {"weight_measured", "weight_gradient_measured", "weight_optimizer_measured"},
         "flops": {"paper", "corrected"},
         "time_s": {"step_median", "total"},
         "provenance": set(record["provenance"]),

@@ -128,6 +128,22 @@ def test_markdown_shows_missing_cells_as_missing(write):
     assert row["Layers"] == "all"
 
 
+def test_weights_in_training_are_shown_beside_an_emulation_where_some_are_factors(write):
+    state = {"weight_measured": 2**20, "weight_gradient_measured": 2**20, "weight_optimizer_measured": 0}
+    before = write("hosvd_0.8", "all")  # a record of before these were measured
+    vanilla = write("vanilla", "all", memory_bytes={"saved_measured": 1, **state})
+    factored = {"saved_measured": 1, **{key: value // 4 for key, value in state.items()}}
+    wasi = write("wasi_0.9", "all", memory_bytes={**factored, "weight_emulated_formula": 5 * 2**19})
+    text = to_markdown(summarise([before, vanilla, wasi]), GROUP)
+    cells = {
+        row["Method"]: (row["Weights in training (MiB)"], row["Weights, emulated (MiB)"]) for row in markdown_rows(text)
+    }
+    assert cells == {"vanilla": ("2.00", "—"), "hosvd_0.8": ("—", "—"), "wasi_0.9": ("0.500", "2.50")}
+    assert "Weights, emulated:" in text
+    without = to_markdown(summarise([before, vanilla]), GROUP)
+    assert "Weights" not in without
+
+
 def test_seeds_are_a_column_only_where_they_differ(write):
     same = [write("vanilla", 2, seed=seed) for seed in (1, 2, 3)]
     text = to_markdown(summarise(same), GROUP)
