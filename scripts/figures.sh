@@ -20,10 +20,13 @@ for file in table.md table.csv pareto.png pareto.svg; do
     cp "$report/mcunet/digits/$file" "figures/digits_$file"
 done
 
-SEEDS="233 234 235" bash scripts/segmentation/quickstart.sh
-source="$runs/report/segmentation/finetune/pspnet_small/digit_scenes"
-for file in table.md table.csv pareto.png predictions.png; do
-    cp "$source/$file" "figures/digit_scenes_$file"
+for network in pspnet deeplabv3_mbv2; do
+    NETWORK="${network}_small" SEEDS="233 234 235" bash scripts/segmentation/quickstart.sh
+    name=digit_scenes
+    [[ "$network" == pspnet ]] || name+="_$network"
+    for file in table.md table.csv pareto.png predictions.png; do
+        cp "$runs/report/segmentation/finetune/${network}_small/digit_scenes/$file" "figures/${name}_$file"
+    done
 done
 
 METHODS="vanilla hosvd_0.8 asi wasi_0.9" LAYERS=all SEEDS="233 234 235" RUNS_DIR="$runs" \

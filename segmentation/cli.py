@@ -16,6 +16,7 @@ from lowrank import LowRankError
 from segmentation.compose import choose_depth, load_config, move_data, rescale
 from segmentation.data.prepare import DATASETS, prepare
 from segmentation.pictures import picture
+from segmentation.planning import Budget
 from segmentation.sweep import sweep
 from segmentation.training import Task, measure, train
 
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--budget-table", metavar="FILE", help="perplexity table that ASI takes its ranks from")
         sub.add_argument("--budget-mib", type=float, metavar="MIB", help="memory budget of ASI")
         sub.add_argument("--budget-run", metavar="DIR", help="finished run whose formula memory is ASI's budget")
+        sub.add_argument("--budget-divisor", type=int, metavar="N", help="ASI's budget is one N-th of that memory")
         sub.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override the config")
         sub.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
         sub.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -105,12 +107,16 @@ def _need_accelerator(option: str) -> None:
 
 
 def _set_budget(config: Config, options: argparse.Namespace) -> None:
-    given = {"table": options.budget_table, "mib": options.budget_mib, "run": options.budget_run}
-    given = {key: value for key, value in given.items() if value is not None}
+    names = ("table", "mib", "run", "divisor")
+    given = {name: getattr(options, f"budget_{name}") for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
     if not given:
         return
-    if "table" not in given or len(given) != 2:
-        raise ExperimentError("a budget is --budget-table with either --budget-mib or --budget-run")
+    if set(given) not in ({"table", "mib"}, {"table", "run"}, {"table", "run", "divisor"}):
+        raise ExperimentError(
+            "a budget is --budget-table with either --budget-mib or --budget-run; --budget-divisor goes with the latter"
+        )
+    Budget(**given)
     for hook in config.get("custom_hooks", []):
         if hook["type"] == "LowRankHook":
             hook["budget"] = given

@@ -15,6 +15,7 @@ import lowrank
 from experiment import ExperimentError
 from lowrank import ASI, HOSVD, SVD, GradientFilter, Method, NonFiniteError, Vanilla
 from lowrank.layers import STATE_PREFIX
+from segmentation.classifier import keep_nonzero
 from segmentation.freezing import apply_freeze_list, freeze_statistics, switch_off_dropout
 from segmentation.loss import recompute_loss
 from segmentation.planning import Budget
@@ -50,10 +51,10 @@ class LowRankHook(Hook):
         method: such as dict(type="HOSVD", energy=0.8); the types are the methods of `lowrank`.
         layers: names of the convolutions and linear layers that the method is for, or "all" for every convolution.
         freeze: module paths whose parameters are frozen, in order; `~` ahead of a path trains it again.
-        budget: for ASI, where its ranks come from: dict(table="perplexity.json", mib=1.0), or run="..." in place of
-            mib; see `segmentation.planning.Budget`.
-        fuse: the rest of the network keeps less as well, with the same gradients; see `lowrank.convert`. By default
-            yes, except that vanilla is ordinary training.
+        budget: for ASI, where its ranks come from: dict(table="perplexity.json", mib=1.0), or in place of mib a
+            finished run's memory or a part of it; see `segmentation.planning.Budget`.
+        fuse: the rest of the network keeps less as well, with the same gradients; see `lowrank.convert` and
+            `segmentation.classifier`. By default yes, except that vanilla is ordinary training.
         recompute_loss: the loss on full-size logits is computed again in the backward pass; exact. By default as
             `fuse`.
         freeze_statistics: batch normalisation uses its stored statistics and does not update them.
@@ -102,6 +103,8 @@ class LowRankHook(Hook):
         names = lowrank.trailing_layers(model, "all") if self.layers == "all" else list(self.layers)
         if names:
             lowrank.convert(model, names, self.method_for(names), self.fuse)
+        if self.fuse:
+            keep_nonzero(model)
         if self.recompute_loss:
             recompute_loss(model)
         return names

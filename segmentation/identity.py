@@ -17,9 +17,10 @@ from segmentation.hook import LowRankHook
 from segmentation.planning import Budget
 
 # What has an influence on a perplexity table, and what besides on a trained network.
-MEASURED = ("model", "train_dataloader", "custom_hooks", "randomness")
+_BOTH = ("model", "train_dataloader", "custom_hooks", "randomness")
+MEASURED = (*_BOTH, "perplexity")
 TRAINED = (
-    *MEASURED,
+    *_BOTH,
     "val_dataloader",
     "val_evaluator",
     "optim_wrapper",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from experiment import budget_bytes
+from experiment import ExperimentError, budget_bytes
 from lowrank import ASI, PerplexityTable, select_ranks
 
 
@@ -17,16 +17,24 @@ class Budget:
         table: file of the perplexity table.
         mib: the budget in MiB (2^20 bytes).
         run: folder of a finished run whose formula memory is the budget.
+        divisor: what that run's memory is divided by: 20 for a twentieth of it.
     """
 
     table: str
     mib: float | None = None
     run: str | None = None
+    divisor: int = 1
+
+    def __post_init__(self) -> None:
+        if self.divisor < 1 or (self.divisor > 1 and self.run is None):
+            raise ExperimentError(
+                f"budget.divisor is {self.divisor}; allowed are whole numbers from 1, with budget.run"
+            )
 
     @property
     def nbytes(self) -> float:
         """The budget in bytes."""
-        return budget_bytes(self.mib, self.run, "budget")
+        return budget_bytes(self.mib, self.run, "budget") / self.divisor
 
     def ranks_for(self, method: ASI, names: Sequence[str]) -> ASI:
         """The method with the ranks of least perplexity for these layers within the budget."""

@@ -7,6 +7,7 @@ skipped, what was interrupted is resumed. A run that fails does not stop the oth
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from segmentation.compose import CONFIGS, load_config
 from segmentation.training import FINAL, TABLE
 
 BUDGET_METHOD = "hosvd_0.8"  # the papers give ASI the memory that this method used
+PUBLISHED_ON = "voc12aug"
 BUDGETS = CONFIGS.parent / "published" / "segmentation_budgets.yaml"
 PRETRAINED_ON = {"digit_scenes": "digit_scenes_pretrain"}
 PROGRAM = "python -m segmentation"
@@ -38,7 +40,8 @@ class Sweep:
         runs_dir, data_dir: folders that hold all runs and all data sets.
         weights: what to calibrate: a file or an address. None: the network's own, for digit scenes a pretraining run.
         iterations: length of the fine-tuning runs; None: the recipe's.
-        published_budgets: give ASI the published budget instead of what HOSVD used.
+        budget: ASI's memory: "published", "hosvd" for that of the HOSVD run, or such as "1/22" for that part of the
+            vanilla run's. None: the published one where there is one, else "hosvd".
         extra: further arguments for every fine-tuning run.
     """
 
@@ -51,7 +54,7 @@ class Sweep:
     data_dir: Path
     weights: str | None = None
     iterations: int | None = None
-    published_budgets: bool = False
+    budget: str | None = None
     extra: tuple[str, ...] = ()
 
     def jobs(self) -> Iterator[Job]:
@@ -120,11 +123,25 @@ class Sweep:
         return weights
 
     def _budget(self, layers: str, seed: int) -> list[str]:
-        table = self._folder("finetune", self.dataset, "perplexity", layers, SEED) / TABLE
-        if self.published_budgets:
-            return ["--budget-table", str(table), "--budget-mib", str(published_budget(self.network, int(layers)))]
-        budget = self._folder("finetune", self.dataset, BUDGET_METHOD, layers, seed)
-        return ["--budget-table", str(table), "--budget-run", str(budget)]
+        table = ["--budget-table", str(self._folder("finetune", self.dataset, "perplexity", layers, SEED) / TABLE)]
+        if self.budget_method is None:
+            return [*table, "--budget-mib", str(published_budget(self.network, int(layers)))]
+        run = ["--budget-run", str(self._folder("finetune", self.dataset, self.budget_method, layers, seed))]
+        part = (self.budget or "").partition("/")[2]
+        return [*table, *run, *(["--budget-divisor", part] if part else [])]
+
+    @property
+    def budget_method(self) -> str | None:
+        """The method whose runs give ASI its budget; None if it is the published one."""
+        published = self.dataset == PUBLISHED_ON and self.network in _published()
+        budget = self.budget or ("published" if published else "hosvd")
+        return {"published": None, "hosvd": BUDGET_METHOD}.get(budget, "vanilla")
+
+
+@functools.cache
+def _published() -> dict[str, dict[int, float]]:
+    budgets: dict[str, dict[int, float]] = yaml.safe_load(BUDGETS.read_text(encoding="utf-8"))
+    return budgets
 
 
 def published_budget(network: str, layers: int) -> float:
@@ -133,11 +150,17 @@ def published_budget(network: str, layers: int) -> float:
     Raises:
         ExperimentError: there is none for this network and depth.
     """
-    budgets = yaml.safe_load(BUDGETS.read_text(encoding="utf-8"))
     try:
-        return float(budgets[network][layers])
+        return _published()[network][layers]
     except KeyError:
         raise ExperimentError(f"no published budget for {network} at {layers} layers in {BUDGETS}") from None
+
+
+def _budget(text: str) -> str:
+    part = text.removeprefix("1/")
+    if text not in ("published", "hosvd") and (part == text or not part.isdecimal() or int(part) < 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither published nor hosvd nor such as 1/22")
+    return text
 
 
 def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
@@ -154,11 +177,12 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--weights", metavar="FILE", help="what to calibrate (default: published or pretrained here)")
     parser.add_argument("--iterations", type=int, help="length of the fine-tuning runs (default: the recipe's)")
-    parser.add_argument("--published-budgets", action="store_true", help="ASI's budgets as published")
+    budget = (
+        "ASI's memory: published, hosvd for that of the HOSVD run, or such as 1/22 for that part of the vanilla run's"
+    )
+    parser.add_argument("--budget", type=_budget, help=f"{budget} (default: as published, where it is)")
     parser.add_argument("--dry-run", action="store_true", help="list the runs, and stop")
     options, extra = parser.parse_known_args(arguments)
-    if "asi" in options.methods and BUDGET_METHOD not in options.methods and not options.published_budgets:
-        parser.error(f"asi takes its budget from {BUDGET_METHOD}; add it to --methods, or give --published-budgets")
     sweep = Sweep(
         network=options.network,
         dataset=options.dataset,
@@ -169,9 +193,12 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
         data_dir=options.data_dir,
         weights=options.weights,
         iterations=options.iterations,
-        published_budgets=options.published_budgets,
+        budget=options.budget,
         extra=tuple(extra),
     )
+    needed = sweep.budget_method
+    if "asi" in sweep.methods and needed is not None and needed not in sweep.methods:
+        parser.error(f"asi takes its budget from {needed}; add it to --methods, or give another --budget")
     return sweep, options.dry_run
 
 

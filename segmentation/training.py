@@ -191,6 +191,8 @@ def _record(
 def measure(task: Task) -> Path | None:
     """Measure the perplexity of the chosen layers on one training batch and write the table; None if it was there.
 
+    `perplexity` in the config holds further arguments of `lowrank.measure_perplexity`, such as its energies.
+
     Raises:
         ExperimentError, LowRankError: something that the user can mend.
     """
@@ -204,7 +206,8 @@ def measure(task: Task) -> Path | None:
         model, layers = prepared_model(task.config)
         dataset = DATASETS.build(task.config.train_dataloader.dataset)
         batch = first_batch(model, dataset, task.config.train_dataloader.batch_size, name.seed)
-        table = measure_perplexity(training_mode(model), layers, segmentation_loss, batch)
+        settings = task.config.get("perplexity", {})
+        table = measure_perplexity(training_mode(model), layers, segmentation_loss, batch, **settings)
         replace(table, model=name.model).save(folder.result)
     print(f"perplexity of {len(table.layers)} layers in {folder.result}", flush=True)
     return folder.result

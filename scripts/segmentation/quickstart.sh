@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Segmentation on real images, with no download: a small PSPNet on digit scenes. Pretrains on scenes of the digits 0 to
+# Segmentation on real images, with no download: a small network on digit scenes. Pretrains on scenes of the digits 0 to
 # 4, calibrates to the digits 5 to 9, measures perplexity, trains vanilla, gradient filter, HOSVD and ASI on the last
 # layers, and writes the table and a picture of input, truth and every method's prediction. Run again, it does only what
 # is missing.
 #
 # Usage: bash scripts/segmentation/quickstart.sh [--help] [--dry-run]
 # Environment:
+#   NETWORK                  pspnet_small (default) or deeplabv3_mbv2_small
 #   METHODS, LAYERS, SEEDS   what to train (default: vanilla gradient_filter hosvd_0.8 asi; 10; 233)
 #   DATA_DIR, RUNS_DIR       folders of data sets, and of runs and report (default: data, runs)
+#   BUDGET                   ASI's memory (default: that of the HOSVD run; see sweep.sh)
 #   ITERATIONS               length of the fine-tuning runs (default: 200)
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
@@ -17,15 +19,16 @@ if [[ "${1:-}" == --help ]]; then
     exit 0
 fi
 
+network="${NETWORK:-pspnet_small}"
 export METHODS="${METHODS:-vanilla gradient_filter hosvd_0.8 asi}" LAYERS="${LAYERS:-10}" SEEDS="${SEEDS:-233}"
-bash scripts/segmentation/sweep.sh pspnet_small "$@" digit_scenes
+bash scripts/segmentation/sweep.sh "$network" "$@" digit_scenes
 [[ "${1:-}" != --dry-run ]] || exit 0
 runs="${RUNS_DIR:-runs}"
 read -ra methods <<< "$METHODS"
 finished=()
 for method in "${methods[@]}"; do
-    finished+=("$runs/segmentation/finetune/pspnet_small/digit_scenes/$method/layers${LAYERS%% *}/seed${SEEDS%% *}")
+    finished+=("$runs/segmentation/finetune/$network/digit_scenes/$method/layers${LAYERS%% *}/seed${SEEDS%% *}")
 done
-picture="$runs/report/segmentation/finetune/pspnet_small/digit_scenes/predictions.png"
+picture="$runs/report/segmentation/finetune/$network/digit_scenes/predictions.png"
 "${VENV:-.venv}/bin/python" -m segmentation picture "${finished[@]}" --output "$picture"
 echo "$picture"

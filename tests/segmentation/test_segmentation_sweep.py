@@ -65,19 +65,33 @@ def test_networks_have_their_own_recipe_where_the_papers_give_them_one():
 
 
 def test_published_budgets_are_given_in_mib():
-    plan = sweep_of(
-        *("--network", "fcn", "--dataset", "voc12aug", "--methods", "asi", "--layers", "5", "--published-budgets")
-    )
-    (asi,) = [job for job in plan.jobs() if job.title.startswith("asi")]
-    assert float(option(asi, "--budget-mib")) == published_budget("fcn", 5)
+    for extra in ([], ["--budget", "published"]):
+        plan = sweep_of(*("--network", "fcn", "--dataset", "voc12aug", "--methods", "asi", "--layers", "5"), *extra)
+        (asi,) = [job for job in plan.jobs() if job.title.startswith("asi")]
+        assert float(option(asi, "--budget-mib")) == published_budget("fcn", 5)
+
+
+def test_a_budget_is_the_memory_of_a_run_of_the_same_seed_or_a_part_of_it():
+    chosen = ("--network", "fcn", "--dataset", "voc12aug", "--layers", "5", "--seeds", "7", "--methods", "asi")
+    for budget, method, divisor in (("hosvd", "hosvd_0.8", 1), ("1/22", "vanilla", 22)):
+        (asi,) = [job for job in sweep_of(*chosen, method, "--budget", budget).jobs() if job.title.startswith("asi")]
+        settings = dict(task_of(parser().parse_args(asi.arguments)).config.custom_hooks[-1].budget)
+        assert settings["run"] == f"r/segmentation/finetune/fcn/voc12aug/{method}/layers5/seed7"
+        assert settings.get("divisor", 1) == divisor
 
 
 def test_what_cannot_be_run_is_refused(capsys):
     assert main(["sweep", "--network", "pspnet", "--dataset", "cityscapes", "--dry-run"]) == 2
     assert "pspnet on cityscapes needs weights to start from; give --weights FILE" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        parse(["--network", "pspnet", "--dataset", "voc12aug", "--methods", "asi"])
-    assert "asi takes its budget from hosvd_0.8" in capsys.readouterr().err
+    chosen = ["--network", "pspnet", "--methods", "asi", "--dataset"]
+    for refused, message in (
+        (["digit_scenes"], "asi takes its budget from hosvd_0.8"),
+        (["voc12aug", "--budget", "1/22"], "asi takes its budget from vanilla"),
+        (["voc12aug", "--budget", "22"], "'22' is neither published nor hosvd nor such as 1/22"),
+    ):
+        with pytest.raises(SystemExit):
+            parse([*chosen, *refused])
+        assert message in capsys.readouterr().err
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, capsys):

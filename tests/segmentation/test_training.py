@@ -50,7 +50,7 @@ def finished(data_dir, tmp_path_factory):
     """Runs of HOSVD, and of ASI with its budget and a measured table."""
     runs = tmp_path_factory.mktemp("runs")
     assert main(arguments("train", "hosvd_0.8", data_dir, runs)) == 0
-    assert main(arguments("measure", "vanilla", data_dir, runs)) == 0
+    assert main([*arguments("measure", "vanilla", data_dir, runs), "perplexity.energies=[0.5,0.7,0.8,0.9]"]) == 0
     table = str(folder(runs, "perplexity") / "perplexity.json")
     budget = ("--budget-table", table, "--budget-run", str(folder(runs, "hosvd_0.8")))
     assert main(arguments("train", "asi", data_dir, runs, *budget)) == 0
@@ -76,6 +76,7 @@ def test_the_record_has_accuracies_memory_flops_and_where_they_come_from(finishe
 def test_the_table_is_of_the_trained_layers(finished):
     table = PerplexityTable.load(folder(finished, "perplexity") / "perplexity.json")
     assert (table.model, table.batch_shape, len(table.layers)) == ("pspnet_small", (2, 3, 32, 32), 5)
+    assert table.energies == (0.5, 0.7, 0.8, 0.9)
 
 
 def test_a_finished_run_is_skipped_and_starts_again_from_its_own_config(finished, data_dir, capsys):
@@ -156,6 +157,11 @@ def test_a_killed_run_is_resumed_to_the_same_weights(finished, data_dir, tmp_pat
         (["--amp"], "--amp needs an accelerator"),
         (["--launcher", "pytorch"], "--launcher pytorch needs an accelerator"),
         (["--budget-mib", "1"], "a budget is --budget-table with either"),
+        (
+            ["--budget-table", "t", "--budget-mib", "1", "--budget-divisor", "2"],
+            "--budget-divisor goes with the latter",
+        ),
+        (["--budget-table", "t", "--budget-run", "r", "--budget-divisor", "0"], "budget.divisor is 0"),
         (["--load-from", "no.pth"], "weights no.pth cannot be read"),
     ],
 )

@@ -1,19 +1,14 @@
 # Cityscapes, fine annotations: python -m segmentation prepare cityscapes
+_base_ = "../_base_/photographs.py"
 dataset = "cityscapes"
 data_root = "data/cityscapes"
 crop_size = (512, 1024)
-model = dict(
-    data_preprocessor=dict(size=crop_size),
-    decode_head=dict(num_classes=19),
-)
+model = dict(data_preprocessor=dict(size=crop_size), decode_head=dict(num_classes=19))
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations"),
+    *_base_.first_steps,
     dict(type="RandomResize", scale=(2048, 1024), ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
-    dict(type="RandomFlip", prob=0.5),
-    dict(type="PhotoMetricDistortion"),
-    dict(type="PackSegInputs"),
+    *_base_.last_steps,
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
@@ -22,13 +17,7 @@ test_pipeline = [
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(
-    batch_size=8,
-    num_workers=4,
-    persistent_workers=True,
-    drop_last=True,
-    sampler=dict(type="PlacedSampler", shuffle=True),
     dataset=dict(
-        type="PlacedDataset",
         dataset=dict(
             type="CityscapesDataset",
             data_root=data_root,
@@ -38,10 +27,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type="CityscapesDataset",
         data_root=data_root,
