@@ -1,6 +1,7 @@
 """Convolution, normalisation and activation as one operator: where it is used, that it is equal, what is refused."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank
-from lowrank import ConversionError, Vanilla
+from lowrank import ConversionError, Vanilla, activated
 
 CURVES = {"relu": nn.ReLU(), "relu6": nn.ReLU6(inplace=True), "hardtanh": nn.Hardtanh(-0.3, 0.7)}
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build has no oneDNN")
@@ -123,3 +124,29 @@ def test_an_activation_that_was_replaced_is_noticed():
         model(x)
     lowrank.revert(model)
     assert model(x).shape == (2, 4, 7, 6)
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["input", "weight"])
+def test_values_that_are_not_finite_come_through_as_in_the_stock_model(curve, value, place):
+    stock, x = network(CURVES[curve]), random_tensor(2, 3, 9, 8, dtype=torch.float32)
+    with torch.no_grad():
+        (x if place == "input" else stock[0].weight)[1, 0, 2, 2] = value
+    torch.testing.assert_close(frozen_ahead(stock)(x), stock(x), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(("change", "looks"), [(lambda y: y, 1), (lambda y: y.mul_(2), 2)], ids=["as it is", "changed"])
+def test_a_bounded_output_is_looked_at_only_if_it_was_changed(monkeypatch, change, looks):
+    layers = [nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU6()]
+    stock = frozen_statistics(with_statistics(nn.Sequential(*layers, *copy.deepcopy(layers), nn.Conv2d(3, 2, 1))))
+    model, seen = copy.deepcopy(stock), []
+    lowrank.freeze_before(model, ["6"])
+    lowrank.convert(model, ["6"], Vanilla())
+    model[2].register_forward_hook(lambda module, args, output: change(output))
+    stock[2].register_forward_hook(lambda module, args, output: change(output))
+    finite = activated._finite
+    monkeypatch.setattr(activated, "_finite", lambda *tensors: seen.append(tensors[-1] is not None) or finite(*tensors))
+    x = random_tensor(2, 3, 9, 8, dtype=torch.float32)
+    torch.testing.assert_close(model(x), stock(x), rtol=1e-5, atol=1e-5)
+    assert sum(seen) == looks
