@@ -26,21 +26,46 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowrank.activated import is_activated
-from lowrank.bits import pack, unpack
+from lowrank.bits import Rule, masked, pack
 from lowrank.recompute import RECOMPUTING_FUNCTIONS, RECOMPUTING_MODULES
 
 Size = int | tuple[int, ...] | list[int]
 SIXTH = torch.tensor(1 / 6).item()  # PyTorch's slope of Hardsigmoid, a single-precision number in every dtype
 
 
+def _as_stock(backward: Callable[..., Tensor], *settings: float | bool) -> Rule:
+    """A backward operator of PyTorch: so what becomes of infinities and NaN is what becomes of them there."""
+    return lambda grad, x, out: backward(grad, x, *settings, grad_input=out)
+
+
+_hardtanh_backward = torch.ops.aten.hardtanh_backward.grad_input
+_leaky_relu_backward = torch.ops.aten.leaky_relu_backward.grad_input
+_ABOVE_ZERO = _as_stock(torch.ops.aten.threshold_backward.grad_input, 0)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A function with two slopes, such as ReLU: which of them an element has is one bit.
+
+    Attributes:
+        function: of a tensor, and whether to work in place.
+        gate: which elements have the inner slope, see `pack`.
+        slope: the gradient by that, see `masked`.
+    """
+
+    function: Callable[[Tensor, bool], Tensor]
+    gate: Rule
+    slope: Rule = _ABOVE_ZERO
+
+
 class _TwoSlopes(torch.autograd.Function):
-    """A function with two slopes, such as ReLU: which of them an element has is one bit."""
+    """A curve; keeps one bit per element."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, curve: Curve, inplace: bool) -> Tensor:
-        bits, ctx.place = pack(x, curve.is_inner)
+        bits, ctx.place = pack(x, curve.gate)
         ctx.save_for_backward(bits)
-        ctx.shape, ctx.curve = x.shape, curve
+        ctx.slope = curve.slope
         if not inplace:
             return curve.function(x, False)
         ctx.mark_dirty(x)
@@ -51,24 +76,7 @@ class _TwoSlopes(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (bits,) = ctx.saved_tensors
-        return _slopes(grad, unpack(bits, ctx.shape, ctx.place), ctx.curve.inner, ctx.curve.outer), None, None
-
-
-def _slopes(grad: Tensor, mask: Tensor, inner: float, outer: float) -> Tensor:
-    if outer == 0:
-        scaled = grad * mask
-        return scaled if inner == 1 else scaled.mul_(inner)
-    return torch.where(mask, grad * inner, grad * outer)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A function with slope `inner` where `is_inner(x)` holds, and slope `outer` elsewhere."""
-
-    function: Callable[[Tensor, bool], Tensor]
-    is_inner: Callable[[Tensor], Tensor]
-    inner: float = 1.0
-    outer: float = 0.0
+        return masked(grad, bits, ctx.place, ctx.slope), None, None
 
 
 def _tracked(x: Tensor) -> bool:
@@ -80,37 +88,42 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.relu`; keeps one bit per element."""
     if not _tracked(input):
         return F.relu(input, inplace)
-    return _TwoSlopes.apply(input, Curve(F.relu, lambda x: x > 0), inplace)
+    return _TwoSlopes.apply(input, Curve(F.relu, _ABOVE_ZERO), inplace)
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.relu6`; keeps one bit per element."""
     if not _tracked(input):
         return F.relu6(input, inplace)
-    return _TwoSlopes.apply(input, Curve(F.relu6, lambda x: (x > 0) & (x < 6)), inplace)
+    return _TwoSlopes.apply(input, Curve(F.relu6, _as_stock(_hardtanh_backward, 0, 6)), inplace)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.hardtanh`; keeps one bit per element."""
     if not _tracked(input):
         return F.hardtanh(input, min_val, max_val, inplace)
-    curve = Curve(lambda x, i: F.hardtanh(x, min_val, max_val, i), lambda x: (x > min_val) & (x < max_val))
-    return _TwoSlopes.apply(input, curve, inplace)
+    gate = _as_stock(_hardtanh_backward, min_val, max_val)
+    return _TwoSlopes.apply(input, Curve(lambda x, i: F.hardtanh(x, min_val, max_val, i), gate), inplace)
+
+
+def _sixth(grad: Tensor, mask: Tensor, out: Tensor) -> None:
+    _ABOVE_ZERO(grad, mask, out)
+    out.mul_(SIXTH)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.hardsigmoid`; keeps one bit per element."""
     if not _tracked(input):
         return F.hardsigmoid(input, inplace)
-    return _TwoSlopes.apply(input, Curve(F.hardsigmoid, lambda x: (x > -3) & (x < 3), inner=SIXTH), inplace)
+    return _TwoSlopes.apply(input, Curve(F.hardsigmoid, _as_stock(_hardtanh_backward, -3, 3), _sixth), inplace)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.leaky_relu`; keeps one bit per element."""
     if not _tracked(input):
         return F.leaky_relu(input, negative_slope, inplace)
-    curve = Curve(lambda x, i: F.leaky_relu(x, negative_slope, i), lambda x: x > 0, outer=negative_slope)
-    return _TwoSlopes.apply(input, curve, inplace)
+    gate, slope = (_as_stock(_leaky_relu_backward, outer, False) for outer in (0.0, negative_slope))
+    return _TwoSlopes.apply(input, Curve(lambda x, i: F.leaky_relu(x, negative_slope, i), gate, slope), inplace)
 
 
 class _Dropout(torch.autograd.Function):
@@ -122,9 +135,9 @@ class _Dropout(torch.autograd.Function):
         else:
             mask = torch.empty_like(x).bernoulli_(1 - p)
             y = x * (mask / (1 - p)) if p < 1 else x * mask
-        bits, ctx.place = pack(mask, lambda piece: piece != 0)
+        bits, ctx.place = pack(mask, lambda _, piece, out: out.copy_(piece))
         ctx.save_for_backward(bits)
-        ctx.shape, ctx.scale = x.shape, 1 / (1 - p) if p < 1 else 0.0
+        ctx.scale = 1 / (1 - p) if p < 1 else 0.0
         if not inplace:
             return y
         ctx.mark_dirty(x)
@@ -135,7 +148,8 @@ class _Dropout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (bits,) = ctx.saved_tensors
-        return _slopes(grad, unpack(bits, ctx.shape, ctx.place), ctx.scale, 0.0), None, None
+        rule: Rule = lambda piece, mask, out: torch.mul(piece, mask, out=out).mul_(ctx.scale)  # noqa: E731
+        return masked(grad, bits, ctx.place, rule), None, None
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from references import random_tensor
 from torch import nn
 
-from lowrank import lean
+from lowrank import bits, lean
 from lowrank.recompute import RECOMPUTING_MODULES
 
 FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -65,6 +65,22 @@ def test_functions_with_two_slopes(name, inplace, memory_format):
     settings = CURVES[name]
     compare(lambda v: stock(v, **settings, inplace=inplace), lambda v: own(v, **settings, inplace=inplace), x)
     assert kept(lambda v: own(v, **settings), x) == -(-x.numel() // 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CURVES)
+def test_infinities_and_nan_become_what_they_become_in_pytorch(monkeypatch, name, dtype):
+    monkeypatch.setattr(bits, "CHUNK", 64)
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), -1e-3, 0.0, 1e-3, 3.0, 6.0, -3.0, -0.5, 2.0])
+    pairs = torch.cartesian_prod(special, special).to(dtype)  # 121, so the last byte is not full
+    results = []
+    for function in (getattr(F, name), getattr(lean, name)):
+        leaf = pairs[:, 0].clone().requires_grad_(True)
+        y = function(leaf, **CURVES[name])
+        y.backward(pairs[:, 1].contiguous())  # PyTorch's own Hardtanh treats NaN in another way where it has gaps
+        results.append((y.detach(), leaf.grad))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @FORMATS
