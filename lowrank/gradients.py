@@ -98,6 +98,8 @@ def _apply_channels(dense: Tensor, factor: Tensor | None, groups: int) -> Tensor
     if factor is None:
         blocks = dense.reshape(groups, outputs // groups, groups, rank // groups, *kernel)
         return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0).reshape(outputs, -1, *kernel)
+    if groups == 1:
+        return mode_product(dense, factor, 1)  # contiguous, so that autograd takes it for the gradient as it is
     rows = factor.reshape(groups, -1, rank)  # (g, C/g, r)
     by_group = dense.reshape(groups, outputs // groups, rank, -1)  # (g, O/g, r, K)
     return torch.einsum("gorx,gcr->gocx", by_group, rows).reshape(outputs, -1, *kernel)

@@ -20,7 +20,7 @@ from lowrank.activated import forward_activated
 from lowrank.errors import ConversionError, LowRankError
 from lowrank.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
 from lowrank.methods import Method, Tensors, Vanilla
-from lowrank.nodes import LowRankFunction, fold, per_output
+from lowrank.nodes import LowRankFunction, forward_scaled, per_output, scale_and_shift, scales_output
 from lowrank.padding import without_padding
 from lowrank.recompute import Rebuild, known_origin, note_linear
 from lowrank.sharing import SHARED_INPUTS
@@ -123,7 +123,7 @@ class LowRankLayer(nn.Module):
         elif norm is None:
             y = super().forward(input)
         else:
-            y = self._folded(input, *fold(*parameters, *_statistics(norm)))
+            y = self._folded(input, *scale_and_shift(*parameters[1:], *_statistics(norm)))
         if norm is not None:
             norm.awaiting = True
         return y
@@ -140,15 +140,18 @@ class LowRankLayer(nn.Module):
             )
         return norm
 
-    def _folded(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Output for the weight and bias of convolution and normalisation, activated where that can be."""
+    def _folded(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Output of convolution and normalisation, activated where that takes no more memory."""
         if self.activated:
             raise ConversionError(
                 f"layer {self.layer_name!r}: the activation behind it was not called; it may have been replaced since "
                 f"the conversion. Call lowrank.revert before changing a model, or convert with fuse=False"
             )
-        y = None if self.activation is None else forward_activated(self, self.geometry, x, weight, bias)
-        return self.geometry.forward(x, weight, bias) if y is None else y
+        if scales_output(self.weight, self.geometry, tuple(x.shape)):
+            return forward_scaled(x, self.weight, scale, shift, self.geometry)
+        weight = self.weight * per_output(scale, 4, 0)
+        y = None if self.activation is None else forward_activated(self, self.geometry, x, weight, shift)
+        return self.geometry.forward(x, weight, shift) if y is None else y
 
     def take_over(self) -> None:
         """What a family does with the parameters when a layer becomes one of it: nothing."""

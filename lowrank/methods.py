@@ -68,7 +68,10 @@ class Method(ABC):
 
     @abstractmethod
     def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
-        """Weight gradient from the kept tensors and the output gradient; `shape` is the input's."""
+        """Weight gradient from the kept tensors and the output gradient; `shape` is the input's.
+
+        A new tensor, which the caller may change.
+        """
 
     def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
         """Bytes of what was kept of an input of shape `shape`, by the method's formula."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowrank.geometry import Geometry
+from lowrank.geometry import Geometry, Shape
 from lowrank.methods import Method
 
 
@@ -46,9 +47,12 @@ class LowRankFunction(torch.autograd.Function):
         wants_weight_itself = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
         own = (weight if wants_weight_itself else None, None if mean is None else bias)
         ctx.save_for_backward(*own, gamma, mean, variance, *kept)
-        if mean is not None and variance is not None:
-            weight, bias = fold(weight, bias, gamma, beta, mean, variance, eps)
-        return geometry.forward(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        if mean is None or variance is None:
+            return geometry.forward(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        scale, shift = scale_and_shift(bias, gamma, beta, mean, variance, eps)
+        if scales_output(weight, geometry, ctx.shape):
+            return forward_scaled(x, weight.to(dtype), scale, shift, geometry)
+        return geometry.forward(x, (weight * per_output(scale, 4, 0)).to(dtype), shift.to(dtype))
 
     @staticmethod
     @once_differentiable
@@ -60,8 +64,7 @@ class LowRankFunction(torch.autograd.Function):
         scale = deviation if deviation is None or gamma is None else gamma * deviation
         grad_x = grad_weight = grad_bias = grad_gamma = grad_beta = None
         if wants_x:
-            scaled = weight if scale is None else weight * per_output(scale, 4, 0)
-            grad_x = method.input_gradient(grad, scaled.to(grad.dtype), geometry, shape)
+            grad_x = method.input_gradient(*_scaled_smaller(grad, weight, scale), geometry, shape)
         if wants_weight or wants_gamma:
             # Only an empty batch keeps nothing.
             kept_something = any(tensor is not None for tensor in kept)
@@ -73,28 +76,42 @@ class LowRankFunction(torch.autograd.Function):
         if wants_bias or wants_beta or wants_gamma:
             grad_bias = grad_beta = geometry.bias_gradient(grad)
         if scale is not None and deviation is not None:
-            if wants_gamma:
+            if wants_gamma and grad_weight is not None:
                 centre = mean if bias is None else mean - bias
-                grad_gamma = deviation * ((weight * grad_weight).flatten(1).sum(1) - centre * grad_beta)
-            grad_weight = grad_weight * per_output(scale, 4, 0) if wants_weight else None  # type: ignore[operator]
+                grad_gamma = deviation * (_row_products(weight, grad_weight) - centre * grad_beta)
+            grad_weight = _scaled_rows(grad_weight, scale) if wants_weight and grad_weight is not None else None
             grad_bias = grad_bias * scale if wants_bias else None  # type: ignore[operator]
         gradients = (grad_x, grad_weight, grad_bias if wants_bias else None, grad_gamma)
         return (*gradients, grad_beta if wants_beta else None, *[None] * (6 + len(kept)))
 
 
-def fold(
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    variance: Tensor,
-    eps: float,
+def _scaled_smaller(grad: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output gradient and weight, the smaller of them scaled, in the gradient's dtype."""
+    if scale is None:
+        return grad, weight.to(grad.dtype)
+    if grad.numel() < weight.numel():
+        return grad * per_output(scale.to(grad.dtype), 4), weight.to(grad.dtype)
+    return grad, (weight * per_output(scale, 4, 0)).to(grad.dtype)
+
+
+def _scaled_rows(grad_weight: Tensor, scale: Tensor) -> Tensor:
+    """The weight gradient times the scale, in place, unless its precision is less than the scale's."""
+    rows = per_output(scale, 4, 0)
+    return grad_weight.mul_(rows) if grad_weight.dtype == scale.dtype else grad_weight * rows
+
+
+def _row_products(weight: Tensor, grad_weight: Tensor) -> Tensor:
+    """Per output channel the inner product of weight and gradient, (O,); without a copy where both are contiguous."""
+    rows, columns = weight.flatten(1)[:, None], grad_weight.to(weight.dtype).flatten(1)[:, :, None]
+    return torch.bmm(rows, columns).view(-1)
+
+
+def scale_and_shift(
+    bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does what the convolution and the normalisation behind it do.
+    """What the normalisation makes of a convolution's output without its bias: `scale * y + shift`, each (O,).
 
     Args:
-        weight: (O, C/g, K_h, K_w).
         bias: (O,), of the convolution.
         gamma, beta: (O,), of the normalisation, if it has any.
         mean, variance: (O,), stored.
@@ -103,4 +120,15 @@ def fold(
     deviation = torch.rsqrt(variance + eps)
     scale = deviation if gamma is None else gamma * deviation
     shift = (-mean if bias is None else bias - mean) * scale
-    return weight * per_output(scale, 4, 0), shift if beta is None else shift + beta
+    return scale, shift if beta is None else shift + beta
+
+
+def scales_output(weight: Tensor, geometry: Geometry, shape: Shape) -> bool:
+    """Whether the output for an input of shape `shape` is smaller than the weight, so that scaling it takes less."""
+    return len(shape) == 4 and prod(geometry.output_shape(shape, weight.shape[0])) < weight.numel()
+
+
+def forward_scaled(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, geometry: Geometry) -> Tensor:
+    """Output of convolution and normalisation, without a copy of the weight."""
+    y = geometry.forward(x, weight, None)
+    return y.mul_(per_output(scale.to(y.dtype), 4)).add_(per_output(shift.to(y.dtype), 4))
