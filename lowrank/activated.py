@@ -1,8 +1,8 @@
 """A convolution and the activation behind it as one operator of oneDNN, where nothing has to be kept for a gradient.
 
 The activation then costs no pass over memory of its own. The operator's result is marked, and the activation's module
-hands a tensor with its mark on as it is. A tensor that comes another way is activated as ever. oneDNN's activations turn
-NaN into a number, so the operator is used only where its input is finite.
+hands a tensor with its mark on as it is. A tensor that comes another way is activated as ever. oneDNN's activations
+turn NaN into a number, so the operator is used only where its input is finite.
 """
 
 from __future__ import annotations

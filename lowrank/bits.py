@@ -74,6 +74,11 @@ def masked(grad: Tensor, bits: Tensor, place: Sequence[int], rule: Rule) -> Tens
     return result.permute(list(place))
 
 
+def spread(bits: Tensor) -> Tensor:
+    """The bits of bytes (n,) as booleans, shape (8 n,)."""
+    return torch.index_select(_table(torch.bool, bits.device), 0, bits.int()).view(-1)
+
+
 def join_sums(mask: Tensor) -> Tensor:
     """Bytes as numbers, shape (n,), of a mask of 0 and 1 of shape (n, 8): a product, of which BLAS makes one pass.
 

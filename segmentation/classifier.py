@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
 from lowrank import LayerCost, Method, Vanilla
-from lowrank.bits import CHUNK, pack, unpack
+from lowrank.bits import CHUNK, pack, spread
 from lowrank.layers import FAMILIES, adopt
 
 
@@ -38,7 +39,7 @@ class Nonzero(Method):
         count = int(torch.count_nonzero(flat))
         if flat.numel() // 8 + count * x.element_size() >= x.nbytes:
             return (x,), ()
-        bits, _ = pack(flat, lambda piece: piece != 0)
+        bits, _ = pack(flat, lambda ones, piece, out: torch.ne(piece, 0, out=out))
         values, start = flat.new_empty(count), 0
         for piece in flat.split(CHUNK):  # so that the work space stays small
             found = piece[piece != 0]
@@ -63,8 +64,10 @@ class Nonzero(Method):
 
 def _samples(bits: Tensor, values: Tensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
     """The input, one sample after the other, so that it never takes its whole memory."""
-    start = 0
-    for mask in unpack(bits, shape, range(len(shape))):
+    start, size = 0, prod(shape[1:])
+    for first in range(0, shape[0] * size, size):
+        whole = spread(bits[first // 8 : -(-(first + size) // 8)])  # a sample may begin inside of a byte
+        mask = whole[first % 8 :][:size].view(shape[1:])
         count = int(mask.sum())
         yield values.new_zeros(shape[1:]).masked_scatter_(mask, values[start : start + count])
         start += count
