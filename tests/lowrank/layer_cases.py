@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from references import random_tensor
+from references import TOLERANCE, autograd, random_tensor
 from torch import nn
 
 import lowrank
@@ -46,3 +46,14 @@ def conv_model(method, **options):
 def assert_equal_states(first, second):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def assert_exact_but_for_the_weight(layer, model, x, grad, kept_input):
+    """Output, input and bias gradient are the stock layer's; the weight gradient is autograd's on `kept_input`."""
+    y, grad_x, gradients = autograd(layer, x, grad)
+    expected = {"0." + name: gradient for name, gradient in gradients.items()}
+    expected["0.weight"] = autograd(layer, kept_input, grad)[2]["weight"]
+    result_y, result_x, results = autograd(model, x, grad)
+    torch.testing.assert_close(result_y, y, **TOLERANCE)
+    torch.testing.assert_close(result_x, grad_x, **TOLERANCE)
+    torch.testing.assert_close(results, expected, **TOLERANCE)
