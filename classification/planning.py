@@ -22,16 +22,18 @@ class Budget:
         table: file of the perplexity table.
         mib: the budget in MiB (2^20 bytes).
         run: folder of a finished run whose formula memory is the budget, as the papers take HOSVD at energy 0.8.
+        divisor: what that run's memory is divided by: 20 for a twentieth of it.
     """
 
     table: str
     mib: float | None = None
     run: str | None = None
+    divisor: int = 1
 
     @property
     def nbytes(self) -> float:
         """The budget in bytes."""
-        return budget_bytes(self.mib, self.run, "--model.budget")
+        return budget_bytes(self.mib, self.run, "--model.budget", self.divisor)
 
     def plan(self, names: Sequence[str], choice: RankChoice = "perplexity", seed: int = 0) -> RankPlan:
         """Ranks of these layers within the budget, chosen in one of four ways; `seed` is of the random one."""

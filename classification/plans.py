@@ -10,15 +10,14 @@ from pathlib import Path
 import yaml
 
 from experiment import ExperimentError, Run
+from experiment.budget import BUDGET_METHOD, budget_source
 from experiment.jobs import Job
 from experiment.record import RESULT, TABLE
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "classification"
 PUBLISHED_BUDGETS = CONFIGS.parent / "published" / "asi_budgets.yaml"
-BUDGET_METHOD = "hosvd_0.8"  # the papers give ASI the memory that this method used
 LAYERS = ("2", "4")  # the papers'; of vanilla they show all layers as well
 METHODS = ("vanilla", "gradient_filter_r2", "gradient_filter_r4", "gradient_filter_r7", BUDGET_METHOD, "asi")
-BUDGETS = ("published", "hosvd")
 RANKED = ("lowrank.ASI", "lowrank.WASI")
 CONV_ONLY, LINEAR_ONLY = ("gradient_filter",), ("wsi", "wasi")  # how the names of such methods start
 TRANSFORMER_METHODS = ("vanilla", BUDGET_METHOD, "asi", "wsi_0.9", "wasi_0.9")
@@ -68,8 +67,8 @@ class Sweep:
         layers: numbers of trailing layers, or "all"; None for the papers': 2 and 4, and vanilla on all as well.
         seeds: the seeds.
         runs_dir: folder that holds all runs.
-        budget: where ASI's memory budget comes from: "published", "hosvd" (the run of HOSVD at energy 0.8), or None for
-            the published one where there is one.
+        budget: ASI's memory: "published", "hosvd" for that of the HOSVD run, or such as "1/22" for that part of the
+            vanilla run's. None: the published one where there is one, else "hosvd".
         weights: local file to start from, in place of pretraining or of a download.
         epochs: of every training run, in place of the setup's.
         extra: further arguments for every run.
@@ -149,15 +148,16 @@ class Sweep:
         table = self._run(setup, dataset, PERPLEXITY, layers, seed).folder(self.runs_dir) / TABLE
         words = ["--model.budget.table", str(table)]
         where = f"{self.model} on {dataset}, setup {setup}, last {layers}"
-        mib = None if self.budget == "hosvd" else published_budget(setup, self.model, dataset, layers)
-        if mib is not None:
-            return [*words, "--model.budget.mib", str(mib)]
-        if self.budget == "published":
+        mib = published_budget(setup, self.model, dataset, layers)
+        method, divisor = budget_source(self.budget, mib is not None)
+        if method is None and mib is None:
             raise ExperimentError(f"no budget is published for {where}; take it from HOSVD's run: BUDGET=hosvd")
-        if BUDGET_METHOD not in self.methods:
-            raise ExperimentError(f"asi takes its budget for {where} from {BUDGET_METHOD}; add it to the methods")
-        budget = self._run(setup, dataset, BUDGET_METHOD, layers, seed).folder(self.runs_dir)
-        return [*words, "--model.budget.run", str(budget)]
+        if method is None:
+            return [*words, "--model.budget.mib", str(mib)]
+        if method not in self.methods:
+            raise ExperimentError(f"asi takes its budget for {where} from {method}; add it to the methods")
+        words += ["--model.budget.run", str(self._run(setup, dataset, method, layers, seed).folder(self.runs_dir))]
+        return [*words, *(["--model.budget.divisor", str(divisor)] if divisor > 1 else [])]
 
 
 def _title(run: Run) -> str:

@@ -12,8 +12,9 @@ import gc
 from collections.abc import Sequence
 from pathlib import Path
 
-from classification.plans import BUDGETS, METHODS, TRANSFORMER_METHODS, Sweep, is_transformer, names
+from classification.plans import METHODS, TRANSFORMER_METHODS, Sweep, is_transformer, names
 from experiment import ExperimentError
+from experiment.budget import BUDGET_HELP, budget_word
 from experiment.jobs import Command, Program, list_jobs, run_jobs
 
 PROGRAM = "python -m classification"
@@ -41,8 +42,7 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     parser.add_argument("--runs_dir", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     parser.add_argument("--data_dir", metavar="DIR", help="folder that holds all data sets (default: data)")
     parser.add_argument("--epochs", type=int, metavar="N", help="of every training run, in place of the setup's")
-    budget = "ASI's memory: as published, or of the HOSVD run (default: as published where it is known)"
-    parser.add_argument("--budget", choices=BUDGETS, help=budget)
+    parser.add_argument("--budget", type=budget_word, help=BUDGET_HELP)
     weights = "to start from, in place of pretraining (setup B) or of a download (setup A)"
     parser.add_argument("--weights", type=Path, metavar="FILE", help=weights)
     parser.add_argument("--dry_run", action="store_true", help="list the runs, and stop")

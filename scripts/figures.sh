@@ -29,7 +29,7 @@ for network in pspnet deeplabv3_mbv2; do
     done
 done
 
-METHODS="vanilla hosvd_0.8 asi wasi_0.9" LAYERS=all SEEDS="233 234 235" RUNS_DIR="$runs" \
+METHODS="vanilla hosvd_0.8 asi wasi_0.9" LAYERS=all SEEDS="233 234 235" BUDGET=1/20 RUNS_DIR="$runs" \
     bash scripts/classification/run.sh b vit_mini digits --report
 for kind in md csv; do
     cp "$report/vit_mini/digits/table.$kind" "figures/vit_mini_digits.$kind"

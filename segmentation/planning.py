@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from experiment import ExperimentError, budget_bytes
+from experiment import budget_bytes
 from lowrank import ASI, PerplexityTable, select_ranks
 
 
@@ -25,16 +25,10 @@ class Budget:
     run: str | None = None
     divisor: int = 1
 
-    def __post_init__(self) -> None:
-        if self.divisor < 1 or (self.divisor > 1 and self.run is None):
-            raise ExperimentError(
-                f"budget.divisor is {self.divisor}; allowed are whole numbers from 1, with budget.run"
-            )
-
     @property
     def nbytes(self) -> float:
         """The budget in bytes."""
-        return budget_bytes(self.mib, self.run, "budget") / self.divisor
+        return budget_bytes(self.mib, self.run, "budget", self.divisor)
 
     def ranks_for(self, method: ASI, names: Sequence[str]) -> ASI:
         """The method with the ranks of least perplexity for these layers within the budget."""

@@ -15,12 +15,12 @@ from pathlib import Path
 import yaml
 
 from experiment import ExperimentError, Run
+from experiment.budget import BUDGET_HELP, budget_source, budget_word
 from experiment.jobs import Command, Job, Program, list_jobs, run_jobs
 from experiment.record import RESULT
 from segmentation.compose import CONFIGS, load_config
 from segmentation.training import FINAL, TABLE
 
-BUDGET_METHOD = "hosvd_0.8"  # the papers give ASI the memory that this method used
 PUBLISHED_ON = "voc12aug"
 BUDGETS = CONFIGS.parent / "published" / "segmentation_budgets.yaml"
 PRETRAINED_ON = {"digit_scenes": "digit_scenes_pretrain"}
@@ -124,18 +124,16 @@ class Sweep:
 
     def _budget(self, layers: str, seed: int) -> list[str]:
         table = ["--budget-table", str(self._folder("finetune", self.dataset, "perplexity", layers, SEED) / TABLE)]
-        if self.budget_method is None:
+        method, divisor = self.budget_source
+        if method is None:
             return [*table, "--budget-mib", str(published_budget(self.network, int(layers)))]
-        run = ["--budget-run", str(self._folder("finetune", self.dataset, self.budget_method, layers, seed))]
-        part = (self.budget or "").partition("/")[2]
-        return [*table, *run, *(["--budget-divisor", part] if part else [])]
+        run = ["--budget-run", str(self._folder("finetune", self.dataset, method, layers, seed))]
+        return [*table, *run, *(["--budget-divisor", str(divisor)] if divisor > 1 else [])]
 
     @property
-    def budget_method(self) -> str | None:
-        """The method whose runs give ASI its budget; None if it is the published one."""
-        published = self.dataset == PUBLISHED_ON and self.network in _published()
-        budget = self.budget or ("published" if published else "hosvd")
-        return {"published": None, "hosvd": BUDGET_METHOD}.get(budget, "vanilla")
+    def budget_source(self) -> tuple[str | None, int]:
+        """The method whose runs give ASI its budget, None if it is the published one; and what it is divided by."""
+        return budget_source(self.budget, self.dataset == PUBLISHED_ON and self.network in _published())
 
 
 @functools.cache
@@ -156,13 +154,6 @@ def published_budget(network: str, layers: int) -> float:
         raise ExperimentError(f"no published budget for {network} at {layers} layers in {BUDGETS}") from None
 
 
-def _budget(text: str) -> str:
-    part = text.removeprefix("1/")
-    if text not in ("published", "hosvd") and (part == text or not part.isdecimal() or int(part) < 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither published nor hosvd nor such as 1/22")
-    return text
-
-
 def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     """The sweep that the arguments describe, and whether only to list it."""
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} sweep", description=__doc__)
@@ -177,10 +168,7 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--weights", metavar="FILE", help="what to calibrate (default: published or pretrained here)")
     parser.add_argument("--iterations", type=int, help="length of the fine-tuning runs (default: the recipe's)")
-    budget = (
-        "ASI's memory: published, hosvd for that of the HOSVD run, or such as 1/22 for that part of the vanilla run's"
-    )
-    parser.add_argument("--budget", type=_budget, help=f"{budget} (default: as published, where it is)")
+    parser.add_argument("--budget", type=budget_word, help=BUDGET_HELP)
     parser.add_argument("--dry-run", action="store_true", help="list the runs, and stop")
     options, extra = parser.parse_known_args(arguments)
     sweep = Sweep(
@@ -196,7 +184,7 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
         budget=options.budget,
         extra=tuple(extra),
     )
-    needed = sweep.budget_method
+    needed, _ = sweep.budget_source
     if "asi" in sweep.methods and needed is not None and needed not in sweep.methods:
         parser.error(f"asi takes its budget from {needed}; add it to --methods, or give another --budget")
     return sweep, options.dry_run

@@ -19,7 +19,8 @@
 #   LAYERS     numbers of trailing layers, ranges such as 1-14, or all (default: 2 4, and vanilla on all as well)
 #   SEEDS      (default: 233)
 #   EPOCHS     of every training run (default: the setup's)
-#   BUDGET     ASI's memory: published, or hosvd for that of the HOSVD run (default: published where it is known)
+#   BUDGET     ASI's memory: published, hosvd for that of the HOSVD run, or such as 1/22 for that part of the vanilla
+#              run's (default: published where it is known, else hosvd)
 #   WEIGHTS    file to start from, in place of pretraining (setup B) or of a download (setup A)
 #   DATA_DIR   folder that holds all data sets (default: data)
 #   RUNS_DIR   folder that holds all runs (default: runs)

@@ -191,7 +191,10 @@ def test_the_published_budget_is_taken_where_there_is_one(options):
 def test_the_measured_budget_is_taken_where_it_is_asked_for():
     *_, job = sweep.parse(published_words("--budget", "hosvd", "--methods", "asi", "hosvd_0.8"))[0].jobs()
     assert "--model.budget.run" in job.arguments
-    assert "--model.budget.mib" not in job.arguments
+    assert not {"--model.budget.mib", "--model.budget.divisor"} & {*job.arguments}
+    *_, job = sweep.parse(published_words("--budget", "1/20", "--methods", "asi", "vanilla"))[0].jobs()
+    assert job.arguments[job.arguments.index("--model.budget.run") + 1].endswith("/vanilla/layers4/seed233")
+    assert job.arguments[job.arguments.index("--model.budget.divisor") + 1] == "20"
 
 
 def test_a_user_who_stops_a_sweep_stops_it(tmp_path):
