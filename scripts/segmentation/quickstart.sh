@@ -9,7 +9,7 @@
 #   NETWORK                  pspnet_small (default) or deeplabv3_mbv2_small
 #   METHODS, LAYERS, SEEDS   what to train (default: vanilla gradient_filter hosvd_0.8 asi; 10; 233)
 #   DATA_DIR, RUNS_DIR       folders of data sets, and of runs and report (default: data, runs)
-#   BUDGET                   ASI's memory (default: that of the HOSVD run; see sweep.sh)
+#   BUDGET                   ASI's memory (default: 1/20 of vanilla's; see sweep.sh)
 #   ITERATIONS               length of the fine-tuning runs (default: 200)
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
@@ -20,6 +20,7 @@ if [[ "${1:-}" == --help ]]; then
 fi
 
 network="${NETWORK:-pspnet_small}"
+export BUDGET="${BUDGET:-1/20}"
 export METHODS="${METHODS:-vanilla gradient_filter hosvd_0.8 asi}" LAYERS="${LAYERS:-10}" SEEDS="${SEEDS:-233}"
 bash scripts/segmentation/sweep.sh "$network" "$@" digit_scenes
 [[ "${1:-}" != --dry-run ]] || exit 0
