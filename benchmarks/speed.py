@@ -85,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION")
     parser.add_argument("--networks", nargs="+", choices=CONVOLUTIONAL, default=list(CONVOLUTIONAL), metavar="NETWORK")
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help="only these ways, such as asi, against what they have")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     parser.add_argument("--pairs", type=int, default=5)
@@ -92,8 +93,11 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     setting = Setting(options.batch, options.size, tuple(options.networks))
-    comparisons = (comparison for name in options.sections for comparison in SECTIONS[name](setting))
-    frame = run(comparisons, setting, options.pairs, options.output / "speed.csv")
+    comparisons = [comparison for name in options.sections for comparison in SECTIONS[name](setting)]
+    chosen = [comparison for comparison in comparisons if comparison.first in (options.ways or [comparison.first])]
+    if not chosen:
+        parser.error(f"--ways: there are {', '.join(dict.fromkeys(comparison.first for comparison in comparisons))}")
+    frame = run(chosen, setting, options.pairs, options.output / "speed.csv")
     write_whole(options.output / "speed.md", markdown(frame))
     for path in (options.output / "speed.md", *draw_speed(frame, options.output)):
         print(path)
