@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from benchmarks.comparisons import CONVOLUTIONAL, SECTIONS, Comparison, Setting
+from benchmarks.comparisons import CONVOLUTIONAL, METHODS, SECTIONS, Comparison, Setting
 from benchmarks.pairs import ratio
 from benchmarks.plots import draw_speed
 from experiment.allocator import keep_freed_memory
@@ -45,8 +45,16 @@ def run(comparisons: Iterable[Comparison], setting: Setting, pairs: int, table: 
         print(f"{', '.join(names.values())}: {found.median:.3g} [{found.low:.3g}, {found.high:.3g}]", flush=True)
         rows.append({**names, **sizes, "ratio": found.median, "low": found.low, "high": found.high, "pairs": pairs})
         table.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(table, pd.DataFrame(rows).to_csv(index=False))
-    return pd.DataFrame(rows, columns=[*KEY, "threads", "ratio", "low", "high", "pairs"])
+        write_whole(table, pd.DataFrame(sorted(rows, key=_place)).to_csv(index=False))
+    return pd.DataFrame(sorted(rows, key=_place), columns=[*KEY, "threads", "ratio", "low", "high", "pairs"])
+
+
+def _place(row: dict[str, Any]) -> tuple[float, ...]:
+    """Where a row stands: steps of models first, by network, depth and way; the others as they were measured."""
+    if row["section"] != "model step":
+        return (math.inf,)
+    network, _, depth = row["case"].partition(", last ")
+    return CONVOLUTIONAL.index(network), math.inf if depth == "all" else int(depth), list(METHODS).index(row["first"])
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:

@@ -102,3 +102,15 @@ def test_the_plot_shows_every_networks_steps(tmp_path):
     paths = speed.draw_speed(pd.DataFrame(rows), tmp_path)
     assert [path.suffix for path in paths] == [".png", ".svg"]
     assert all(path.stat().st_size > 1000 for path in paths)
+
+
+def test_steps_of_models_come_first_in_the_order_of_networks_depths_and_ways(tmp_path):
+    def comparison(section, case, way):
+        return Comparison(section, case, way, "vanilla", lambda: (lambda: 1.0, lambda: 1.0))
+
+    measured = [("growth", "step", "depth 8"), ("model step", "mcunet, last all", "asi")]
+    measured += [("model step", "mcunet, last 4", way) for way in ("asi", "vanilla_fused")]
+    measured += [("model step", "mobilenet_v2, last 2", "asi")]
+    frame = speed.run([comparison(*names) for names in measured], TINY, 1, tmp_path / "speed.csv")
+    assert list(zip(frame.section, frame.case, frame["first"], strict=True)) == [measured[i] for i in (4, 3, 2, 1, 0)]
+    assert list(pd.read_csv(tmp_path / "speed.csv").case) == list(frame.case)
