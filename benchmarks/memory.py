@@ -113,18 +113,25 @@ def _in_a_process(row: Row, pairs: int) -> dict[str, Any]:
 
 
 def run(rows: list[Row], pairs: int, table: Path) -> pd.DataFrame:
-    """Measure what the table lacks; returns the whole table."""
-    results = pd.read_csv(table, dtype={"layers": str}).to_dict("records") if table.exists() else []
-    done = {tuple(str(result[key]) for key in KEY) for result in results}
+    """Measure what the table lacks, ratios of times among it if `pairs` asks for them; returns the whole table."""
+    records = pd.read_csv(table, dtype={"layers": str}).to_dict("records") if table.exists() else []
+    results = {tuple(str(record[key]) for key in KEY): record for record in records}
     for number, row in enumerate(rows, start=1):
-        if tuple(str(value) for value in asdict(row).values()) in done:
+        key = tuple(str(value) for value in asdict(row).values())
+        if key in results and (_is_timed(results[key]) or not pairs):
             continue
         print(f"[{number}/{len(rows)}] {row.network}, last {row.layers}: {row.peer}", flush=True)
-        results.append(_in_a_process(row, pairs))
-        frame = _in_order(pd.DataFrame(results))
+        results[key] = _in_a_process(row, pairs)
+        frame = _in_order(pd.DataFrame(results.values()))
         table.parent.mkdir(parents=True, exist_ok=True)
         write_whole(table, frame.to_csv(index=False))
-    return _in_order(pd.DataFrame(results)) if results else pd.DataFrame(columns=KEY)
+    return _in_order(pd.DataFrame(results.values())) if results else pd.DataFrame(columns=KEY)
+
+
+def _is_timed(record: dict[str, Any]) -> bool:
+    """Whether a row has its ratio of times, or can have none."""
+    cannot = record["peer"] in OPAQUE or isinstance(record.get("failed"), str)
+    return cannot or not pd.isna(record.get("step_over_vanilla"))
 
 
 def _in_order(frame: pd.DataFrame) -> pd.DataFrame:

@@ -117,6 +117,25 @@ def test_the_table_grows_and_nothing_is_measured_twice(tmp_path, monkeypatch):
     assert "| mcunet    | all    | asi     | 0.00         | 5.0" in paths[0].read_text()
 
 
+def test_a_row_without_a_ratio_of_times_gets_it_where_there_can_be_one(tmp_path, monkeypatch):
+    measured = []
+
+    def fake(row, pairs):
+        measured.append((row.peer, pairs))
+        kept = {"failed": "reason"} if row.peer == "lora_8" else {"kept_bytes": 8, "resident_bytes": 9}
+        return {**vars(row), **kept, **({"step_over_vanilla": 0.5} if pairs and row.peer == "asi" else {})}
+
+    monkeypatch.setattr(memory, "_in_a_process", fake)
+    peers = ("vanilla", "compile_budget_0.5", "lora_8", "asi")
+    rows = [Row("mcunet", "2", peer, 8, 64) for peer in peers]
+    memory.run(rows, 0, tmp_path / "memory.csv")
+    memory.run(rows[1:], 2, tmp_path / "memory.csv")
+    frame = memory.run(rows[1:], 2, tmp_path / "memory.csv")
+    assert measured == [*((peer, 0) for peer in peers), ("asi", 2)]
+    assert list(frame.step_over_vanilla.dropna()) == [0.5]
+    assert len(frame) == 4
+
+
 def test_a_row_that_cannot_be_measured_says_why():
     result = memory._in_a_process(Row("vit_small", "2", "gradient_filter_r2", 2, 32), 0)
     assert "only a convolution has" in result["failed"]
