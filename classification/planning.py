@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from experiment import budget_bytes
+from experiment.budget import check_divisor
 from lowrank import ASI, BudgetError, PerplexityTable, RankPlan, select_ranks
 
 RankChoice = Literal["perplexity", "per_layer", "one_energy", "random"]
@@ -29,6 +30,9 @@ class Budget:
     mib: float | None = None
     run: str | None = None
     divisor: int = 1
+
+    def __post_init__(self) -> None:
+        check_divisor(self.divisor, self.run, "--model.budget")
 
     @property
     def nbytes(self) -> float:

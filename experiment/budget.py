@@ -31,14 +31,23 @@ def budget_bytes(mib: float | None, run: str | None, setting: str, divisor: int 
     """
     if (mib is None) == (run is None):
         raise ExperimentError(f"a budget needs either {setting}.mib or {setting}.run, not both")
-    if divisor < 1 or (divisor > 1 and run is None):
-        raise ExperimentError(
-            f"{setting}.divisor is {divisor}; allowed are whole numbers from 1, and with {setting}.run alone"
-        )
+    check_divisor(divisor, run, setting)
     if mib is not None:
         return mib * 2**20
     assert run is not None
     return Record.load(Path(run) / RESULT).memory_bytes["activation_formula"] / divisor
+
+
+def check_divisor(divisor: int, run: str | None, setting: str) -> None:
+    """Arguments as of `budget_bytes`.
+
+    Raises:
+        ExperimentError: the divisor is not of a run, or below 1.
+    """
+    if divisor < 1 or (divisor > 1 and run is None):
+        raise ExperimentError(
+            f"{setting}.divisor is {divisor}; allowed are whole numbers from 1, and with {setting}.run alone"
+        )
 
 
 def budget_word(text: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from experiment import budget_bytes
+from experiment.budget import check_divisor
 from lowrank import ASI, PerplexityTable, select_ranks
 
 
@@ -24,6 +25,9 @@ class Budget:
     mib: float | None = None
     run: str | None = None
     divisor: int = 1
+
+    def __post_init__(self) -> None:
+        check_divisor(self.divisor, self.run, "budget")
 
     @property
     def nbytes(self) -> float:
