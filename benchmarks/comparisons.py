@@ -48,7 +48,7 @@ class Setting:
     networks: tuple[str, ...] = CONVOLUTIONAL
 
 
-SMALL = Setting(batch=8, size=64)  # full SVDs of every layer take their time
+SMALL = Setting(batch=16, size=64)  # full SVDs of every layer take their time
 
 
 @dataclass(frozen=True)
