@@ -102,7 +102,7 @@ def main() -> None:
     keep_freed_memory()
     setting = Setting(options.batch, options.size, tuple(options.networks))
     comparisons = [comparison for name in options.sections for comparison in SECTIONS[name](setting)]
-    chosen = [comparison for comparison in comparisons if comparison.first in (options.ways or [comparison.first])]
+    chosen = [comparison for comparison in comparisons if not options.ways or comparison.first in options.ways]
     if not chosen:
         parser.error(f"--ways: there are {', '.join(dict.fromkeys(comparison.first for comparison in comparisons))}")
     frame = run(chosen, setting, options.pairs, options.output / "speed.csv")

@@ -7,7 +7,7 @@ from argparse import ArgumentTypeError
 import pytest
 
 from experiment import ExperimentError, Record, Run, budget_bytes
-from experiment.budget import budget_source, budget_word
+from experiment.budget import budget_source, budget_word, check_divisor
 
 
 def test_a_budget_is_in_mib_or_what_a_run_used(tmp_path):
@@ -27,7 +27,7 @@ def test_exactly_one_of_the_two_is_given(mib, run):
 @pytest.mark.parametrize(("mib", "divisor"), [(1.0, 2), (None, 0)])
 def test_only_a_runs_memory_is_divided(mib, divisor):
     with pytest.raises(ExperimentError, match=rf"--b\.divisor is {divisor}; allowed are whole numbers from 1"):
-        budget_bytes(mib, None if mib else "x", "--b", divisor)
+        check_divisor(divisor, None if mib else "x", "--b")
 
 
 @pytest.mark.parametrize(
