@@ -217,7 +217,8 @@ class _Attend(torch.autograd.Function):
         ]
         with torch.enable_grad():
             y = ctx.function(*leaves)
-        found = iter(torch.autograd.grad(y, [leaf for leaf, want in zip(leaves, wanted, strict=True) if want], grad))
+        inputs = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
+        found = iter(torch.autograd.grad(y, inputs, grad, allow_unused=True))  # such as what pads, where nothing does
         projected, *rest = (next(found) if want else None for want in wanted)
         return projected, None, None, *rest
 

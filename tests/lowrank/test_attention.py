@@ -33,14 +33,19 @@ def vit():
     return random_vectors(VisionTransformer(**sizes, num_classes=5))
 
 
-def swin():
+def swin(window=(5, 3)):
     """Windows that are not square, that do not divide the map, and larger than the map in the second stage."""
     torch.manual_seed(0)
-    sizes = {"patch_size": [2, 2], "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": [5, 3]}
+    sizes = {"patch_size": [2, 2], "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": list(window)}
     return random_vectors(SwinTransformer(**sizes, stochastic_depth_prob=0.0, num_classes=5))
 
 
-NETWORKS = {"vit": vit, "swin": swin}
+def swin_of_whole_windows():
+    """Maps of 8 x 8 and 4 x 4 that need no padding, as those of Swin-T at 224 x 224."""
+    return swin((4, 2))
+
+
+NETWORKS = {"vit": vit, "swin": swin, "swin of whole windows": swin_of_whole_windows}
 
 
 def batch():
