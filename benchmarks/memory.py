@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory [--help]
 
-Each row is measured in a process of its own; the table and the plot are written anew after each row, and rows that the
-table has already are not measured again. Kept: bytes that live between forward and backward pass because of it. Peak:
+Each row is measured in a process of its own; the table is written anew after each row, and what it has already is not
+measured again. Kept: bytes that live between forward and backward pass because of it. Peak:
 most bytes of tensors in a step, where every operator can be followed. Resident: most memory of the process in a step,
 above what it held before, as the system counts it. Step: ratio of times, median of pairs of alternating steps.
 """
@@ -16,8 +16,8 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,15 @@ import pandas as pd
 import torch
 from torch import nn
 
-from benchmarks.networks import NETWORKS, Batch, batch_of, build, loss_of, trained_layers
-from benchmarks.pairs import Ratio, ratio
+from benchmarks.networks import NETWORKS, Batch, batch_of, build, trained_layers
+from benchmarks.pairs import ratio
 from benchmarks.peers import PEERS
-from benchmarks.plots import draw
+from benchmarks.plots import BASELINE, draw
 from experiment.allocator import keep_freed_memory
 from experiment.files import write_whole
 from lowrank import peak_bytes, saved_bytes
 from lowrank.meter import held_bytes
+from lowrank.perplexity import LossFunction
 
 OPAQUE = {"compile_budget_0.5"}  # operators inside a compiled graph cannot be followed one by one
 KEY = ["network", "layers", "peer", "batch", "size"]
@@ -50,12 +51,19 @@ class Row:
     size: int
 
 
-def measure(row: Row, pairs: int) -> dict[str, Any]:
-    """Measure one row in this process."""
-    batch, model = batch_of(row.batch, row.size), build(row.network, row.size)
-    names = trained_layers(row.network, model, row.layers)
-    loss_fn = PEERS[row.peer](model, names, batch)
+def measure(row: Row, parts: Sequence[str], pairs: int) -> dict[str, Any]:
+    """Measure parts of one row, "memory" and "time", in this process."""
     result: dict[str, Any] = asdict(row)
+    if "memory" in parts:
+        result |= _memory(row)
+    if "time" in parts:
+        result |= _time(row, pairs)
+    return result
+
+
+def _memory(row: Row) -> dict[str, Any]:
+    model, loss_fn, batch = _prepared(row)
+    result: dict[str, Any] = {}
     if row.peer in OPAQUE:
         loss_fn(model, batch).backward()  # compiles
         result["kept_bytes"] = saved_bytes(model, loss_fn, batch)
@@ -64,10 +72,12 @@ def measure(row: Row, pairs: int) -> dict[str, Any]:
         result["peak_bytes"] = peak_bytes(model, loss_fn, batch)
         result["inference_bytes"] = peak_bytes(model, loss_fn, batch, backward=False)
     result["resident_bytes"] = _resident_growth(lambda: loss_fn(model, batch).backward())
-    if pairs and row.peer not in OPAQUE:
-        found = _time_ratio(row, model, loss_fn, batch, pairs)
-        result["step_over_vanilla"], result["step_spread"] = found.median, found.high - found.low
     return result
+
+
+def _prepared(row: Row) -> tuple[nn.Module, LossFunction, Batch]:
+    batch, model = batch_of(row.batch, row.size), build(row.network, row.size)
+    return model, PEERS[row.peer](model, trained_layers(row.network, model, row.layers), batch), batch
 
 
 def _resident_growth(step: Callable[[], None]) -> int | None:
@@ -90,20 +100,22 @@ def _resident_growth(step: Callable[[], None]) -> int | None:
     return read("VmHWM") - before
 
 
-def _time_ratio(row: Row, model: nn.Module, loss_fn: Any, batch: Batch, pairs: int) -> Ratio:
+def _time(row: Row, pairs: int) -> dict[str, Any]:
     keep_freed_memory()
-    stock = build(row.network, row.size)
-    trained_layers(row.network, stock, row.layers)
+    model, loss_fn, batch = _prepared(row)
+    stock, stock_loss, _ = _prepared(replace(row, peer=BASELINE))
 
-    def step(model: nn.Module, loss_fn: Any) -> None:
+    def step(model: nn.Module, loss_fn: LossFunction) -> None:
         model.zero_grad()
         loss_fn(model, batch).backward()
 
-    return ratio(partial(step, model, loss_fn), partial(step, stock, loss_of), pairs)
+    found = ratio(partial(step, model, loss_fn), partial(step, stock, stock_loss), pairs)
+    return {"step_over_vanilla": found.median, "step_spread": found.high - found.low}
 
 
-def _in_a_process(row: Row, pairs: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.memory", "--row", json.dumps(asdict(row)), "--pairs", str(pairs)]
+def _in_a_process(row: Row, parts: Sequence[str], pairs: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.memory", "--row", json.dumps(asdict(row))]
+    command += ["--parts", *parts, "--pairs", str(pairs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
@@ -118,20 +130,23 @@ def run(rows: list[Row], pairs: int, table: Path) -> pd.DataFrame:
     results = {tuple(str(record[key]) for key in KEY): record for record in records}
     for number, row in enumerate(rows, start=1):
         key = tuple(str(value) for value in asdict(row).values())
-        if key in results and (_is_timed(results[key]) or not pairs):
+        parts = _lacking(results.get(key, {}), pairs)
+        if not parts:
             continue
         print(f"[{number}/{len(rows)}] {row.network}, last {row.layers}: {row.peer}", flush=True)
-        results[key] = _in_a_process(row, pairs)
+        results[key] = results.get(key, {}) | _in_a_process(row, parts, pairs)
         frame = _in_order(pd.DataFrame(results.values()))
         table.parent.mkdir(parents=True, exist_ok=True)
         write_whole(table, frame.to_csv(index=False))
     return _in_order(pd.DataFrame(results.values())) if results else pd.DataFrame(columns=KEY)
 
 
-def _is_timed(record: dict[str, Any]) -> bool:
-    """Whether a row has its ratio of times, or can have none."""
-    cannot = record["peer"] in OPAQUE or isinstance(record.get("failed"), str)
-    return cannot or not pd.isna(record.get("step_over_vanilla"))
+def _lacking(record: dict[str, Any], pairs: int) -> list[str]:
+    """Which parts are still to be measured of what the table has of a row."""
+    if isinstance(record.get("failed"), str):
+        return []
+    needed = {"memory": "kept_bytes"} | ({"time": "step_over_vanilla"} if pairs else {})
+    return [part for part, column in needed.items() if pd.isna(record.get(column))]
 
 
 def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
@@ -157,9 +172,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="pairs of steps for the ratio of times; 0: none")
     parser.add_argument("--output", type=Path, default=Path("figures"))
     parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--parts", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
-        print(json.dumps(measure(Row(**json.loads(options.row)), options.pairs)))
+        print(json.dumps(measure(Row(**json.loads(options.row)), options.parts, options.pairs)))
         return
     rows = [
         Row(network, layers, peer, options.batch, options.size)

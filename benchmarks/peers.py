@@ -48,6 +48,12 @@ def wasi(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
     return _converted(lowrank.WASI(energy=0.9, ranks=RANKS[:3]), model, names, batch)
 
 
+def checkpointed_asi(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
+    """`asi` within the blocks of `checkpointing`."""
+    asi(model, names, batch)
+    return checkpointing(model, names, batch)
+
+
 def checkpointing(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
     """Activation checkpointing of every block: keep its input, and compute it again in the backward pass."""
     for block in _blocks(model):
@@ -152,6 +158,7 @@ PEERS: dict[str, Peer] = {
     "svd_0.8": partial(_converted, lowrank.SVD(0.8)),
     "hosvd_0.8": partial(_converted, lowrank.HOSVD(0.8)),
     "asi": asi,
+    "asi_checkpointed": checkpointed_asi,
     "svd_llm_0.9": svd_llm,
     "wasi_0.9": wasi,
 }

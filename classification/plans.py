@@ -126,7 +126,8 @@ class Sweep:
         configs.append(CONFIGS / "models" / f"{self.model}.yaml")  # a network may have to differ from its data set
         configs.append(folder / f"{setup}_{run.dataset}_{self.model}.yaml")
         if command == "measure":
-            configs += [CONFIGS / "perplexity" / f"{name}.yaml" for name in (setup, f"{setup}_{run.dataset}")]
+            places = (setup, f"{setup}_{run.dataset}", f"{setup}_{run.dataset}_{self.model}")
+            configs += [CONFIGS / "perplexity" / f"{name}.yaml" for name in places]
         configs = [path for path in configs if path.exists()]
         arguments = [command, *(word for path in configs for word in ("--config", str(path)))]
         arguments += ["--seed_everything", str(run.seed), "--runs_dir", str(self.runs_dir), *options]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,9 @@ def select_ranks(table: PerplexityTable, budget_bytes: float, names: Iterable[st
     Raises:
         BudgetError: the budget is below the least that the layers need; states that least.
         TableError: a name that the table does not have, or a perplexity that is not finite.
+
+    Warns:
+        UserWarning: more than a tenth of the budget is left though every layer has its best candidate.
     """
     table = table if names is None else table.only(names)
     layers = [(layer.name, table.candidates(layer)) for layer in table.layers]
@@ -71,7 +75,15 @@ def select_ranks(table: PerplexityTable, budget_bytes: float, names: Iterable[st
             f"{len(layers)} layers: {least} bytes ({least / 2**20:.6g} MiB)"
         )
     chosen = _solve(options, int(min(budget_bytes, 2**62)))
-    return RankPlan.of(table, [int(index[choice]) for (_, _, index), choice in zip(options, chosen, strict=True)])
+    plan = RankPlan.of(table, [int(index[choice]) for (_, _, index), choice in zip(options, chosen, strict=True)])
+    best = sum(int(nbytes[-1]) for nbytes, _, _ in options)
+    if best == plan.nbytes < 0.9 * budget_bytes < float("inf"):
+        warnings.warn(
+            f"the best candidates of all {len(layers)} layers take {best} of the {int(budget_bytes)} bytes of the "
+            f"budget; to use the rest, measure perplexity at higher energies as well",
+            stacklevel=2,
+        )
+    return plan
 
 
 Options = tuple[np.ndarray, np.ndarray, np.ndarray]  # bytes ascending, perplexity descending, index of the candidate

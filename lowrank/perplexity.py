@@ -23,7 +23,7 @@ from lowrank.preserve import preserved, tensors_in
 from lowrank.tucker import Tucker
 
 ENERGIES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-MODE_ENERGIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
+MODE_ENERGIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 Ranks = tuple[int, ...]

@@ -82,32 +82,48 @@ def test_a_quantised_tensor_comes_back_within_a_step(bits, error):
 
 
 def test_a_row_of_numbers():
-    result = measure(Row("mcunet", "2", "asi", 8, 64), pairs=1)
-    stock = measure(Row("mcunet", "2", "vanilla", 8, 64), pairs=0)
+    result = measure(Row("mcunet", "2", "asi", 8, 64), ["memory", "time"], pairs=1)
+    stock = measure(Row("mcunet", "2", "vanilla", 8, 64), ["memory"], pairs=1)
     assert 0 < result["kept_bytes"] < stock["kept_bytes"] / 3
     assert result["peak_bytes"] >= result["inference_bytes"] > 0
     assert result["step_over_vanilla"] > 0
     assert "step_over_vanilla" not in stock
 
 
-def test_the_table_grows_and_nothing_is_measured_twice(tmp_path, monkeypatch):
-    measured = []
+def test_a_compiled_graph_is_timed_as_well():
+    result = measure(Row("mcunet", "2", "compile_budget_0.5", 2, 32), ["time"], pairs=1)
+    assert result["step_over_vanilla"] > 0
+    assert "kept_bytes" not in result
 
-    def fake(row, pairs):
-        measured.append(row)
+
+class Fake:
+    """Stands in for the processes that measure: notes what they are asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, row, parts, pairs):
+        self.asked.append((row.layers, row.peer, *parts))
         size = 100 if row.peer == "vanilla" else 20
+        memory = {**dict.fromkeys(("kept_bytes", "peak_bytes", "resident_bytes"), size), "inference_bytes": 10}
+        numbers = {"memory": memory, "time": {"step_over_vanilla": 1.5}}
         if row.peer == "lora_8":
             return {**vars(row), "failed": "reason"}
-        return {**vars(row), **dict.fromkeys(("kept_bytes", "peak_bytes", "resident_bytes"), size)} | {
-            "inference_bytes": 10,
-            "step_over_vanilla": 1.5,
-        }
+        return vars(row) | {name: number for part in parts for name, number in numbers[part].items()}
 
-    monkeypatch.setattr(memory, "_in_a_process", fake)
+
+@pytest.fixture
+def fake(monkeypatch):
+    processes = Fake()
+    monkeypatch.setattr(memory, "_in_a_process", processes)
+    return processes
+
+
+def test_the_table_grows_and_nothing_is_measured_twice(tmp_path, fake):
     rows = [Row("mcunet", layers, peer, 8, 64) for layers in ("2", "all") for peer in ("vanilla", "asi", "lora_8")]
-    memory.run(rows[:2], 0, tmp_path / "memory.csv")
-    frame = memory.run(rows, 0, tmp_path / "memory.csv")
-    assert measured == rows
+    memory.run(rows[:2], 1, tmp_path / "memory.csv")
+    frame = memory.run(rows, 1, tmp_path / "memory.csv")
+    assert fake.asked == [(row.layers, row.peer, "memory", "time") for row in rows]
     assert list(frame.peer) == ["vanilla", "lora_8", "asi"] * 2, "in the order of the peers, not of the measurements"
     assert list(ratios(frame).kept_times_less[[0, 2]]) == [1.0, 5.0]
     assert list(ratios(frame).peak_over_inference[[0, 2]]) == [10.0, 2.0]
@@ -117,25 +133,17 @@ def test_the_table_grows_and_nothing_is_measured_twice(tmp_path, monkeypatch):
     assert "| mcunet    | all    | asi     | 0.00         | 5.0" in paths[0].read_text()
 
 
-def test_a_row_without_a_ratio_of_times_gets_it_where_there_can_be_one(tmp_path, monkeypatch):
-    measured = []
-
-    def fake(row, pairs):
-        measured.append((row.peer, pairs))
-        kept = {"failed": "reason"} if row.peer == "lora_8" else {"kept_bytes": 8, "resident_bytes": 9}
-        return {**vars(row), **kept, **({"step_over_vanilla": 0.5} if pairs and row.peer == "asi" else {})}
-
-    monkeypatch.setattr(memory, "_in_a_process", fake)
-    peers = ("vanilla", "compile_budget_0.5", "lora_8", "asi")
-    rows = [Row("mcunet", "2", peer, 8, 64) for peer in peers]
+def test_of_a_row_without_a_ratio_of_times_only_that_is_measured(tmp_path, fake):
+    rows = [Row("mcunet", "2", peer, 8, 64) for peer in ("vanilla", "lora_8", "asi")]
     memory.run(rows, 0, tmp_path / "memory.csv")
     memory.run(rows[1:], 2, tmp_path / "memory.csv")
     frame = memory.run(rows[1:], 2, tmp_path / "memory.csv")
-    assert measured == [*((peer, 0) for peer in peers), ("asi", 2)]
-    assert list(frame.step_over_vanilla.dropna()) == [0.5]
-    assert len(frame) == 4
+    assert fake.asked == [*(("2", row.peer, "memory") for row in rows), ("2", "asi", "time")]
+    (asi,) = frame[frame.peer == "asi"].to_dict("records")
+    assert (asi["kept_bytes"], asi["step_over_vanilla"]) == (20, 1.5)
+    assert frame.step_over_vanilla.notna().sum() == 1
 
 
 def test_a_row_that_cannot_be_measured_says_why():
-    result = memory._in_a_process(Row("vit_small", "2", "gradient_filter_r2", 2, 32), 0)
+    result = memory._in_a_process(Row("vit_small", "2", "gradient_filter_r2", 2, 32), ["memory"], 0)
     assert "only a convolution has" in result["failed"]

@@ -152,8 +152,9 @@ def test_epochs_go_to_training_and_the_data_folder_to_every_job(tmp_path):
 
 def test_perplexity_of_setup_b_is_measured_on_the_half_that_its_configs_name(tmp_path):
     data = plans.names("data")
-    with_own = {path.stem.partition("_")[2] for path in (plans.CONFIGS / "perplexity").glob("b_*.yaml")}
-    assert with_own < set(data)
+    shipped = {path.stem.partition("_")[2] for path in (plans.CONFIGS / "perplexity").glob("b_*.yaml")}
+    with_own = shipped & set(data)
+    assert shipped - with_own == {"digits_swin_mini"}
     for name in data:
         (job,) = [
             job
@@ -164,6 +165,13 @@ def test_perplexity_of_setup_b_is_measured_on_the_half_that_its_configs_name(tmp
         halves = [content["data"]["partition"] for content in files if "partition" in content.get("data", {})]
         assert halves[-1] == ("finetune" if name in with_own else "pretrain")
         assert any("mode_energies" in content.get("model", {}) for content in files) == (name == "digits")
+
+
+def test_a_network_may_need_other_energies_than_its_data_set(tmp_path):
+    options = ["--model", "swin_mini", "--layers", "all", "--methods", "hosvd_0.8", "asi"]
+    measure = next(job for job in sweep.parse(words(tmp_path, *options))[0].jobs() if job.arguments[0] == "measure")
+    told = [word for word in measure.arguments if "perplexity" in word and word.endswith(".yaml")]
+    assert [Path(word).stem for word in told] == ["b", "b_digits", "b_digits_swin_mini"]
 
 
 def published_words(*options):

@@ -246,6 +246,18 @@ def test_a_budget_without_bound_takes_the_least_perplexity_of_every_layer():
     assert plan.perplexity == pytest.approx(sum(min(layer.perplexity) for layer in table.layers))
 
 
+def test_a_budget_that_the_table_cannot_use_up_is_told():
+    table = make_table([([10, 20], [2.0, 1.0]), ([10, 30, 40], [2.0, 1.0, 1.0])])
+    with pytest.warns(UserWarning, match=r"all 2 layers take 50 of the 56 bytes .* higher energies"):
+        select_ranks(table, 56)
+
+
+@pytest.mark.parametrize("budget", [49, 55, float("inf")])
+def test_a_budget_that_is_used_or_has_no_bound_is_no_matter_for_a_warning(budget, recwarn):
+    select_ranks(make_table([([10, 20], [2.0, 1.0]), ([10, 30], [2.0, 1.0])]), budget)
+    assert not recwarn.list
+
+
 def test_a_fraction_of_a_byte_is_dropped():
     table = make_table([([10, 20], [1.0, 0.0])])
     assert select_ranks(table, 19.999).nbytes == 10
