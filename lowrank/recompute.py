@@ -9,15 +9,15 @@ its *origin* in place of the tensor: the sources, and how to rebuild it.
 | LayerNorm | its input, as in PyTorch; notes it as the origin of its output |
 | GELU, SiLU | the origin of its input, if that is less than the input |
 | Linear that keeps its input | the origin of its input |
-| attention (`attend`) | the origin of the joint projection, in place of queries, keys, values and probabilities |
+| attention (`attend`) | the origin of the joint projection, in place of all that follows from it, the output too |
 
-The price is that a linear layer in front of an activation or of attention runs once more in the backward pass.
+The price is that attention, and a linear layer in front of an activation or of it, run once more in the backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -196,35 +196,63 @@ def layer_norm(
     return y
 
 
+@dataclass(frozen=True)
+class _Mixing:
+    """One call of an attention function: how to compute its output again, with a graph through it.
+
+    A layer behind it that needs the output for its own gradient computes it just before this node needs the same. It
+    leaves what it made, so that attention is computed again once.
+
+    Attributes:
+        function: of queries, keys and values in one tensor, and of further tensors or None.
+        rebuild: that one tensor from its sources.
+        count: how many sources it has.
+        wanted: per argument of the function, whether it wants a gradient; None: it is None.
+        made: arguments and output of the latest call, until the gradient is taken.
+    """
+
+    function: Rebuild
+    rebuild: Rebuild
+    count: int
+    wanted: tuple[bool | None, ...]
+    made: list[tuple[list[Tensor | None], Tensor]] = field(default_factory=list)
+
+    def again(self, *kept: Tensor) -> Tensor:
+        """The output, from the sources and the further tensors; leaves the graph for `gradients`."""
+        given = iter([self.rebuild(*kept[: self.count]), *kept[self.count :]])
+        leaves = [None if want is None else next(given).detach().requires_grad_(want) for want in self.wanted]
+        with torch.enable_grad():
+            y = self.function(*leaves)
+        self.made[:] = [(leaves, y)]
+        return y.detach()
+
+    def gradients(self, grad: Tensor, *kept: Tensor) -> list[Tensor | None]:
+        """One per argument; None where it is not wanted or the output does not depend on it."""
+        if not self.made:
+            self.again(*kept)
+        leaves, y = self.made.pop()
+        inputs = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        found = iter(torch.autograd.grad(y, inputs, grad, allow_unused=True))
+        return [next(found) if want else None for want in self.wanted]
+
+
 class _Attend(torch.autograd.Function):
-    """Attention that is computed again in the backward pass, from the origin of the joint projection."""
+    """Attention that is computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, projected: Tensor, function: Rebuild, origin: Origin, *others: Tensor | None) -> Tensor:
-        ctx.function, ctx.rebuild, ctx.count = function, origin.rebuild, len(origin.sources)
-        ctx.save_for_backward(*origin.sources, *others)
-        return function(projected, *others)
+    def forward(ctx: Any, mixing: _Mixing, kept: tuple[Tensor, ...], projected: Tensor, *others: Any) -> Tensor:
+        ctx.mixing = mixing
+        ctx.save_for_backward(*kept)
+        return mixing.function(projected, *others)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        sources, others = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3:]]
-        leaves = [ctx.rebuild(*sources), *others]
-        leaves = [
-            leaf if leaf is None else leaf.detach().requires_grad_(want)
-            for leaf, want in zip(leaves, wanted, strict=True)
-        ]
-        with torch.enable_grad():
-            y = ctx.function(*leaves)
-        inputs = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
-        found = iter(torch.autograd.grad(y, inputs, grad, allow_unused=True))  # such as what pads, where nothing does
-        projected, *rest = (next(found) if want else None for want in wanted)
-        return projected, None, None, *rest
+        return None, None, *ctx.mixing.gradients(grad, *ctx.saved_tensors)
 
 
 def attend(function: Rebuild, projected: Tensor, *others: Tensor | None) -> Tensor:
-    """`function(projected, *others)`, without keeping anything of what it computes inside.
+    """`function(projected, *others)`, without keeping what it computes inside, nor its output for the layer behind.
 
     Args:
         function: without randomness; refers to no tensor itself.
@@ -233,7 +261,13 @@ def attend(function: Rebuild, projected: Tensor, *others: Tensor | None) -> Tens
     """
     if not lean_mode(projected):
         return function(projected, *others)
-    return _Attend.apply(projected, function, origin_of(projected), *others)
+    wanted = tuple(None if argument is None else argument.requires_grad for argument in (projected, *others))
+    origin = origin_of(projected)
+    kept = (*origin.sources, *(other for other in others if other is not None))
+    mixing = _Mixing(function, origin.rebuild, len(origin.sources), wanted)
+    y = _Attend.apply(mixing, kept, projected, *others)
+    _ORIGINS.note(y, Origin(kept, mixing.again, True))
+    return y
 
 
 class LeanLayerNorm(nn.LayerNorm):
