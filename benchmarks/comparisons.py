@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from benchmarks import published
 from benchmarks.networks import Batch, batch_of, build, loss_of, trained_layers
 from benchmarks.pairs import Work, seconds
 from benchmarks.peers import RANKS
+from benchmarks.processes import run_python
 from experiment.allocator import keep_freed_memory
 from lowrank.decompose import hosvd, subspace_iteration
 from lowrank.geometry import Geometry
@@ -320,9 +320,10 @@ class _Probe:
 
     def __call__(self) -> float:
         setting = f"{self.setting.batch} {self.setting.size}"
-        command = [sys.executable, "-m", "benchmarks.comparisons", self.method, *setting.split()]
         environment = {**os.environ, "LOWRANK_ALLOCATOR": self.allocator}
-        return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+        done = run_python(["-m", "benchmarks.comparisons", self.method, *setting.split()], environment)
+        done.check_returncode()
+        return float(done.stdout)
 
 
 SECTIONS = {

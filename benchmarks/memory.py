@@ -14,8 +14,6 @@ import argparse
 import ctypes
 import gc
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,6 +28,7 @@ from benchmarks.networks import NETWORKS, Batch, batch_of, build, trained_layers
 from benchmarks.pairs import ratio
 from benchmarks.peers import PEERS
 from benchmarks.plots import BASELINE, draw
+from benchmarks.processes import run_python
 from experiment.allocator import keep_freed_memory
 from experiment.files import write_whole
 from lowrank import peak_bytes, saved_bytes
@@ -114,9 +113,8 @@ def _time(row: Row, pairs: int) -> dict[str, Any]:
 
 
 def _in_a_process(row: Row, parts: Sequence[str], pairs: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.memory", "--row", json.dumps(asdict(row))]
-    command += ["--parts", *parts, "--pairs", str(pairs)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    options = ["--row", json.dumps(asdict(row)), "--parts", *parts, "--pairs", str(pairs)]
+    done = run_python(["-m", "benchmarks.memory", *options])
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     lines = done.stderr.strip().splitlines()

@@ -1,4 +1,4 @@
-"""Every snippet of the README runs as it stands there, and its commands are real ones."""
+"""Every snippet of the README runs as it stands there, its commands are real ones, and so are the tables of results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from classification.data import registry as data_registry
 from segmentation.hook import LowRankHook
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "RESULTS.md"))
 OTHERS = {"prepare": classification.prepare.main, "weights": classification.convert_weights.main}
 SNIPPETS = dict(re.findall(r"<!-- snippet: (.+?) -->\n```python\n(.+?)```", README, re.DOTALL))
 
@@ -174,31 +174,45 @@ def test_commands_of_the_readme_exist(
     assert converted == ["mcunet"]
 
 
-def test_pictures_and_files_that_the_readme_names_are_there() -> None:
-    linked = re.findall(r"\]\((?!http)([^)#]+)\)|src=\"([^\"]+)\"", README)
+@pytest.mark.parametrize("page", [README, RESULTS], ids=["README", "RESULTS"])
+def test_pictures_and_files_that_a_page_names_are_there(page: str) -> None:
+    linked = re.findall(r"\]\((?!http)([^)#]+)\)|src=\"([^\"]+)\"", page)
+    assert linked
     for path in (a or b for a, b in linked):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"`((?:lowrank|classification|configs|scripts|figures)/[\w/.]*)`", README):
+    for path in re.findall(r"`((?:lowrank|classification|configs|scripts|figures)/[\w/.]*)`", page):
         assert (ROOT / path).exists(), path
 
 
-def test_the_table_of_the_readme_is_the_generated_one() -> None:
-    generated = (ROOT / "figures" / "digits_table.md").read_text()
-    lines = [line for line in generated.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 2 * 5  # two of heading; five methods at two depths
-    assert "\n".join(lines) in README
+def test_links_within_a_page_lead_to_a_heading() -> None:
+    headings = re.findall(r"^#+ (.+)$", RESULTS, re.MULTILINE)
+    anchors = {heading.lower().replace(" ", "-") for heading in headings}
+    named = set(re.findall(r"\]\(#([^)]+)\)", RESULTS))
+    assert named
+    assert named <= anchors
 
 
-@pytest.mark.parametrize("name", ["segmentation_memory", "digit_scenes_table"])
-def test_the_tables_of_segmentation_are_the_generated_ones(name: str) -> None:
-    generated = (ROOT / "figures" / f"{name}.md").read_text()
-    lines = [line for line in generated.splitlines() if line.startswith("|")]
-    assert len(lines) >= 6
-    assert "\n".join(lines) in README
+def rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("|")]
 
 
-def test_the_rows_of_measured_memory_are_generated_ones() -> None:
-    section = README.partition("## Measured memory")[2].partition("## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(rows) > 10
-    assert set(rows) <= set((ROOT / "figures" / "memory.md").read_text().splitlines())
+TABLES = {
+    "digits_table": 2 + 2 * 5,  # two of heading; five methods at two depths
+    "swin_mini_digits": 2 + 4,
+    "digit_scenes_table": 2 + 4,
+    "segmentation_memory": 2 + 6,
+}
+
+
+@pytest.mark.parametrize(("name", "count"), TABLES.items(), ids=TABLES)
+def test_the_tables_of_results_are_the_generated_ones(name: str, count: int) -> None:
+    lines = rows((ROOT / "figures" / f"{name}.md").read_text())
+    assert len(lines) == count
+    assert "\n".join(lines) in RESULTS
+
+
+@pytest.mark.parametrize(("page", "heading"), [(README, "What it brings"), (RESULTS, "Measured memory")])
+def test_the_rows_of_measured_memory_are_generated_ones(page: str, heading: str) -> None:
+    shown = rows(page.partition(f"## {heading}\n")[2].partition("\n## ")[0])
+    assert len(shown) > 10
+    assert set(shown) <= set(rows((ROOT / "figures" / "memory.md").read_text()))
