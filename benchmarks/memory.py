@@ -3,9 +3,9 @@
     python -m benchmarks.memory [--help]
 
 Each row is measured in a process of its own; the table is written anew after each row, and what it has already is not
-measured again. Kept: bytes that live between forward and backward pass because of it. Peak:
-most bytes of tensors in a step, where every operator can be followed. Resident: most memory of the process in a step,
-above what it held before, as the system counts it. Step: ratio of times, median of pairs of alternating steps.
+measured again. Kept: bytes that live between forward and backward pass because of it. Peak: most bytes of tensors in a
+step, where every operator can be followed. Resident: most memory of the process in a step, above what it held before,
+as the system counts it. Step: ratio of times, median of pairs of alternating steps.
 """
 
 from __future__ import annotations
