@@ -20,10 +20,10 @@ from benchmarks.pairs import Work, seconds
 from benchmarks.peers import RANKS
 from benchmarks.processes import run_python
 from experiment.allocator import keep_freed_memory
-from lowrank.decompose import hosvd, subspace_iteration
-from lowrank.geometry import Geometry
-from lowrank.methods import Method, Tensors
-from lowrank.perplexity import ENERGIES
+from lowrank.methods.base import Method, Tensors
+from lowrank.ranks.perplexity import ENERGIES
+from lowrank.tensors.decompose import hosvd, subspace_iteration
+from lowrank.tensors.geometry import Geometry
 
 CONVOLUTIONAL = ("mobilenet_v2", "mcunet", "resnet18")
 ENERGY = 0.8

@@ -32,8 +32,8 @@ from benchmarks.processes import run_python
 from experiment.allocator import keep_freed_memory
 from experiment.files import write_whole
 from lowrank import peak_bytes, saved_bytes
-from lowrank.meter import held_bytes
-from lowrank.perplexity import LossFunction
+from lowrank.layers.preserve import LossFunction
+from lowrank.meters.memory import held_bytes
 
 OPAQUE = {"compile_budget_0.5"}  # operators inside a compiled graph cannot be followed one by one
 KEY = ["network", "layers", "peer", "batch", "size"]

@@ -37,7 +37,7 @@ from benchmarks.networks import Batch, batch_of, loss_of
 from benchmarks.pairs import ratio
 from classification.backbones import build_model
 from experiment.files import write_whole
-from lowrank.decompose import spectrum
+from lowrank.tensors.decompose import spectrum
 
 NETWORKS = ("vit_b_32", "swin_t", "mcunet", "vit_mini", "swin_mini")
 ENERGIES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import lowrank
 from benchmarks.networks import Batch, loss_of
 from benchmarks.svd_llm import start_truncated
-from lowrank.iteration import factorise
-from lowrank.perplexity import LossFunction
+from lowrank.layers.preserve import LossFunction
+from lowrank.tensors.factors import factorise
 
 RANKS = (8, 8, 4, 4)  # of ASI, where no published budget fits
 BUDGET = 0.5  # share of the activations that a compiled graph may keep

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lowrank import HOSVD, Tucker
-from lowrank.geometry import Geometry
-from lowrank.methods import Tensors
+from lowrank.methods.base import Tensors
+from lowrank.tensors.geometry import Geometry
 
 
 def unfold(x: Tensor, mode: int) -> Tensor:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lowrank.iteration import Factors
+from lowrank.tensors.factors import Factors
 
 UNCERTAIN = 1e-10  # share of the mean diagonal that is added to a Gram matrix, which few inputs leave singular
 

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 from classification.data.module import Activations
 from experiment import ExperimentError
-from lowrank.convert import stock_type
-from lowrank.trace import TraceError, evaluating, trace
+from lowrank.conversion.convert import stock_type
+from lowrank.conversion.trace import TraceError, evaluating, trace
 
 # Layers that compute the same in training as in evaluation; any other layer has to be in evaluation mode.
 _SAME_IN_TRAINING = (

@@ -19,7 +19,7 @@ from classification.front import Split, split
 from classification.planning import Budget, RankChoice
 from experiment import ExperimentError
 from lowrank import ASI, Method, NonFiniteError, Vanilla
-from lowrank.perplexity import ENERGIES
+from lowrank.ranks.perplexity import ENERGIES
 
 Batch = tuple[Tensor | Activations, Tensor]
 

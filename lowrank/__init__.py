@@ -6,12 +6,8 @@ Example:
     lowrank.convert(model, names, lowrank.ASI(ranks=[8, 16, 3, 3]))
 """
 
-from lowrank.accounting import Account, account
-from lowrank.asi import ASI
-from lowrank.attention import open_attention
-from lowrank.budget import RankPlan, select_ranks
-from lowrank.convert import convert, freeze_before, revert, trailing_layers
-from lowrank.costs import LayerCost
+from lowrank.conversion.attention import open_attention
+from lowrank.conversion.convert import convert, freeze_before, revert, trailing_layers
 from lowrank.errors import (
     BudgetError,
     ConversionError,
@@ -20,18 +16,23 @@ from lowrank.errors import (
     SettingError,
     TableError,
 )
-from lowrank.explain import Explanation, explain
-from lowrank.factored import WASI, WSI
-from lowrank.gradient_filter import GradientFilter
-from lowrank.layers import converted_layers, stock_state_dict
-from lowrank.meter import peak_bytes, saved_bytes
-from lowrank.methods import HOSVD, SVD, Method, Vanilla
-from lowrank.optimizer import SGD
-from lowrank.padding import token_mask
-from lowrank.perplexity import MODE_ENERGIES, measure_perplexity
-from lowrank.perplexity_table import Candidates, LayerPerplexity, PerplexityTable
-from lowrank.tucker import Tucker
-from lowrank.weight_memory import WeightMemory, weight_memory
+from lowrank.layers.factored import WASI, WSI
+from lowrank.layers.layer import converted_layers, stock_state_dict
+from lowrank.layers.token_mask import token_mask
+from lowrank.meters.account import Account, account
+from lowrank.meters.explain import Explanation, explain
+from lowrank.meters.memory import peak_bytes, saved_bytes
+from lowrank.meters.weight_memory import WeightMemory, weight_memory
+from lowrank.methods.amc import HOSVD, SVD
+from lowrank.methods.asi import ASI
+from lowrank.methods.base import Method, Vanilla
+from lowrank.methods.gradient_filter import GradientFilter
+from lowrank.optim import SGD
+from lowrank.ranks.perplexity import MODE_ENERGIES, measure_perplexity
+from lowrank.ranks.select import RankPlan, select_ranks
+from lowrank.ranks.table import Candidates, LayerPerplexity, PerplexityTable
+from lowrank.tensors.costs import LayerCost
+from lowrank.tensors.tucker import Tucker
 
 __version__ = "0.1.0"
 

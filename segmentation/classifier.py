@@ -17,8 +17,8 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
 from lowrank import LayerCost, Method, Vanilla
-from lowrank.bits import CHUNK, pack, spread
-from lowrank.layers import FAMILIES, adopt
+from lowrank.exact.bits import CHUNK, pack, spread
+from lowrank.layers.layer import FAMILIES, adopt
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 import lowrank
 from experiment import ExperimentError
 from lowrank import ASI, HOSVD, SVD, GradientFilter, Method, NonFiniteError, Vanilla
-from lowrank.layers import STATE_PREFIX
+from lowrank.layers.layer import STATE_PREFIX
 from segmentation.classifier import keep_nonzero
 from segmentation.freezing import apply_freeze_list, freeze_statistics, switch_off_dropout
 from segmentation.loss import recompute_loss

@@ -10,7 +10,7 @@ from benchmarks.memory import Row, measure
 from benchmarks.networks import NETWORKS, batch_of, build, loss_of, trained_layers
 from benchmarks.peers import PEERS, quantised
 from benchmarks.plots import draw, ratios
-from lowrank.meter import held_bytes
+from lowrank.meters.memory import held_bytes
 
 NOT_FOR_EVERYTHING = {("gradient_filter_r2", "vit_small"), ("gradient_filter_r7", "vit_small")}
 FOR_LINEAR_LAYERS = {"svd_llm_0.9", "wasi_0.9"}

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import energy, on_device
 from benchmarks.networks import batch_of
-from lowrank.iteration import factorise
+from lowrank.tensors.factors import factorise
 
 
 def test_rows_of_every_method(tmp_path, capsys):

@@ -11,7 +11,7 @@ from benchmarks import published, speed
 from benchmarks.comparisons import SECTIONS, Comparison, NoWeightGradient, Setting, probe, random_basis
 from benchmarks.networks import batch_of, build, loss_of, trained_layers
 from benchmarks.pairs import ratio
-from lowrank import decompose
+from lowrank.tensors import decompose
 
 TINY = Setting(batch=2, size=32, networks=("mcunet",))
 

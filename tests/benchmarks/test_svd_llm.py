@@ -7,7 +7,7 @@ from torch import nn
 from benchmarks.networks import batch_of, build, loss_of, trained_layers
 from benchmarks.peers import PEERS
 from benchmarks.svd_llm import input_grams, start_truncated, whitened_truncation
-from lowrank.iteration import factorise
+from lowrank.tensors.factors import factorise
 
 
 def case(tokens=40, inputs=9, outputs=7, seed=0):

@@ -9,8 +9,8 @@ from torch import nn
 
 import lowrank
 from classification.backbones import build_model
-from lowrank.blocks import find_blocks
-from lowrank.layers import LeanBatchNorm2d
+from lowrank.conversion.fusion import find_blocks
+from lowrank.layers.layer import LeanBatchNorm2d
 
 CONVOLUTIONS = {"mcunet": 42, "mobilenet_v2": 52, "resnet18": 20, "resnet34": 36}
 

@@ -7,8 +7,8 @@ import pytest
 
 from classification.planning import Budget, one_energy, random_energies
 from lowrank import BudgetError, Candidates, PerplexityTable, select_ranks
-from lowrank.costs import tucker_numel
-from lowrank.perplexity import LayerPerplexity
+from lowrank.ranks.perplexity import LayerPerplexity
+from lowrank.tensors.costs import tucker_numel
 
 ENERGIES = (0.4, 0.6, 0.8)
 SHAPES = {"first": (8, 16, 6, 6), "second": (8, 24, 4, 4), "third": (8, 10, 4, 4)}

@@ -12,8 +12,9 @@ from commands import CONFIGS
 
 import lowrank
 from classification.backbones import build_model
-from lowrank import ASI, GradientFilter, Vanilla, costs
-from lowrank.geometry import ConvGeometry
+from lowrank import ASI, GradientFilter, Vanilla
+from lowrank.tensors import costs
+from lowrank.tensors.geometry import ConvGeometry
 
 PUBLISHED = CONFIGS.parent / "published"
 METHODS = {"vanilla": Vanilla(), "gradient_filter_r2": GradientFilter(2), "gradient_filter_r7": GradientFilter(7)}

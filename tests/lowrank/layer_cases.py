@@ -9,7 +9,7 @@ from torch import nn
 
 import lowrank
 from lowrank import ASI, HOSVD, SVD, GradientFilter, Vanilla
-from lowrank.layers import STATE_PREFIX
+from lowrank.layers.layer import STATE_PREFIX
 
 EXACT = [Vanilla(), SVD(1.0), HOSVD(1.0), ASI(99), ASI(99, algorithm="published")]
 EVERY = [Vanilla(), SVD(0.8), HOSVD(0.8), ASI(2), ASI(2, algorithm="published"), ASI(2, warm_start=False)]

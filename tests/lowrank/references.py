@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank.tucker import mode_order
+from lowrank.tensors.tucker import mode_order
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 

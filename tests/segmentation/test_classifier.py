@@ -8,7 +8,7 @@ from segmentors import narrow_config
 from torch import nn
 
 import lowrank
-from lowrank.layers import LowRankLayer
+from lowrank.layers.layer import LowRankLayer
 from segmentation.batches import segmentation_loss, training_mode
 from segmentation.classifier import Nonzero
 from segmentation.compose import hook_settings

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from segmentors import NETWORKS, narrow_config
 
 import lowrank
-from lowrank.layers import LeanBatchNorm2d
+from lowrank.layers.layer import LeanBatchNorm2d
 from segmentation.batches import segmentation_loss, training_mode
 from segmentation.compose import hook_settings
 from segmentation.freezing import apply_freeze_list

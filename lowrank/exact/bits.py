@@ -1,0 +1,114 @@
+"""One bit per element: masks, packed, and applied to a gradient; piece by piece, so that a piece stays in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lowrank.tensors.tucker import in_memory_order
+
+Rule = Callable[[Tensor, Tensor, Tensor], object]
+
+# A word holds eight bytes that are 0 or 1. The product moves the lowest bit of byte i to bit 56 + i; no two terms meet,
+# so nothing carries.
+GATHER = 0x0102040810204080
+CHUNK = 2**18  # elements that are handled at once on a CPU; a multiple of 8
+
+
+def pack(x: Tensor, gate: Rule) -> tuple[Tensor, list[int]]:
+    """Which elements a gate lets through, one bit each.
+
+    Args:
+        x: any tensor.
+        gate: `gate(ones, piece, out)` writes 1 or 0 to `out` for every element of `piece`, a flat piece of `x`. `ones`
+            has the size of the piece, so that a backward operator of PyTorch with slopes 1 and 0 is a gate.
+
+    Returns:
+        Bytes of shape (ceil(n / 8),), uint8, for n elements in the order in which they lie in memory; and the place of
+        each dimension in that order.
+    """
+    ordered, place = in_memory_order(x)
+    flat, chunk = ordered.view(-1), _chunk(x)
+    bits = flat.new_empty(_bytes(len(flat)), dtype=torch.uint8)
+    dtype = x.dtype if x.is_floating_point() else torch.float32
+    mask = flat.new_empty((min(chunk // 8, len(bits)), 8), dtype=dtype)
+    one = mask.new_ones(1)
+    for start in range(0, len(flat), chunk):
+        piece = flat[start : start + chunk]
+        packed = bits[start // 8 : start // 8 + _bytes(len(piece))]
+        room = mask[: len(packed)]
+        entries = room.view(-1)
+        gate(one.expand_as(piece), piece, entries[: len(piece)])
+        entries[len(piece) :].zero_()
+        packed.copy_(join_words(room) if x.is_cuda else join_sums(room))
+    return bits, place
+
+
+def masked(grad: Tensor, bits: Tensor, place: Sequence[int], rule: Rule) -> Tensor:
+    """A gradient by a rule that reads the bits.
+
+    Args:
+        grad: gradient, of the shape of the tensor that `pack` was given, in any memory format.
+        bits, place: what `pack` returned.
+        rule: `rule(piece, mask, out)` writes to `out` what becomes of a flat piece of `grad`; `mask` holds 1 or 0 for
+            each of its elements, in its dtype. `out` may be `piece` itself.
+
+    Returns:
+        A new tensor, in the memory order of the one that was packed.
+    """
+    order = [place.index(position) for position in range(grad.ndim)]
+    source, chunk = grad.permute(order), _chunk(grad)
+    result = torch.empty_like(source, memory_format=torch.contiguous_format)
+    if not source.is_contiguous():
+        source = result.copy_(source)
+    flat, flat_result, table = source.view(-1), result.view(-1), _table(grad.dtype, grad.device)
+    mask = grad.new_empty((min(chunk // 8, len(bits)), 8))
+    for start in range(0, len(flat), chunk):
+        piece = flat[start : start + chunk]
+        packed = bits[start // 8 : start // 8 + _bytes(len(piece))]
+        entries = torch.index_select(table, 0, packed.int(), out=mask[: len(packed)]).view(-1)
+        rule(piece, entries[: len(piece)], flat_result[start : start + chunk])
+    return result.permute(list(place))
+
+
+def spread(bits: Tensor) -> Tensor:
+    """The bits of bytes (n,) as booleans, shape (8 n,)."""
+    return torch.index_select(_table(torch.bool, bits.device), 0, bits.int()).view(-1)
+
+
+def join_sums(mask: Tensor) -> Tensor:
+    """Bytes as numbers, shape (n,), of a mask of 0 and 1 of shape (n, 8): a product, of which BLAS makes one pass.
+
+    Exact in whatever precision and order it sums, since even bfloat16 holds all integers up to 256.
+    """
+    return mask @ _powers(mask.dtype, mask.device)
+
+
+def join_words(mask: Tensor) -> Tensor:
+    """The same with whole-word arithmetic."""
+    return (mask.bool().view(torch.int64)[:, 0] * GATHER) >> 56
+
+
+def _chunk(x: Tensor) -> int:
+    if x.is_meta:
+        return -(-max(x.numel(), 1) // 8) * 8  # nothing is computed: one piece
+    return 4 * CHUNK if x.is_cuda else CHUNK  # on a GPU starting an operator costs more than leaving the cache
+
+
+def _bytes(elements: int) -> int:
+    return -(-elements // 8)
+
+
+@lru_cache(maxsize=8)
+def _powers(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return (2 ** torch.arange(8, device=device)).to(dtype)
+
+
+@lru_cache(maxsize=8)
+def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For every byte, the eight entries of the mask that it stands for: shape (256, 8)."""
+    every = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)
+    return (every & 1).to(dtype)

@@ -1,0 +1,1 @@
+"""Stock layers with another forward pass."""

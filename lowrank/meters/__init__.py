@@ -1,0 +1,1 @@
+"""Memory and operations, as measured and by formula."""

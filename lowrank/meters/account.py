@@ -1,0 +1,120 @@
+"""Bytes and operations of a model's layers by formula, for the model as it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.conversion.convert import named_layers, stock_type
+from lowrank.errors import ConversionError
+from lowrank.layers.factored import FactoredLinear
+from lowrank.layers.layer import FAMILIES, LowRankLayer
+from lowrank.layers.preserve import preserved
+from lowrank.layers.token_mask import without_padding
+from lowrank.methods.base import Method, Vanilla
+from lowrank.tensors import costs
+from lowrank.tensors.costs import LayerCost
+from lowrank.tensors.geometry import Geometry
+
+
+class Account(Mapping[str, LayerCost]):
+    """Cost per layer name; `total` is their sum."""
+
+    def __init__(self, layers: dict[str, LayerCost]) -> None:
+        self._layers = layers
+
+    def __getitem__(self, name: str) -> LayerCost:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    def total(self) -> LayerCost:
+        """Sum over the layers."""
+        return sum(self._layers.values(), LayerCost())
+
+
+def run_model(model: nn.Module, batch: Any) -> Any:
+    """Call a model on a batch: a tensor as it is, a mapping by keyword, of a tuple or list the first entry."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def account(
+    model: nn.Module,
+    names: Iterable[str],
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any] = run_model,
+) -> Account:
+    """Bytes kept and operations done by the named layers in one training step, by formula.
+
+    Vanilla layers are counted before `convert`, the method's own cost after it. A layer whose weight is frozen keeps
+    nothing. Only SVD and HOSVD, whose ranks depend on the data, read the batch's values; for everything else model and
+    batch may be on the `meta` device.
+
+    Args:
+        model: any module; left as it was.
+        names: `nn.Conv2d` and `nn.Linear` layers.
+        batch: a tensor (B, ...), a tuple or list that starts with one, or a mapping of keyword arguments.
+        forward: `forward(model, batch)`, where the model is called in another way.
+
+    Raises:
+        ConversionError: a layer that is unknown, not supported, or not called.
+    """
+    layers = named_layers(model, names)
+    for name, layer in layers.items():
+        if stock_type(layer) not in FAMILIES:
+            raise ConversionError(f"layer {name!r} ({stock_type(layer).__name__}) cannot be accounted for")
+    found: dict[str, LayerCost] = {}
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found[name] = found.get(name, LayerCost()) + _layer_cost(layer, inputs[0])
+
+        return hook
+
+    # Forward in grad mode tells which inputs need a gradient; what autograd would keep for a backward pass is dropped.
+    dropped = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.new_empty(0), lambda empty: empty)
+    with preserved(model), torch.enable_grad(), dropped:
+        handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
+        try:
+            forward(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    missing = [name for name in layers if name not in found]
+    if missing:
+        raise ConversionError(f"the forward pass does not call {', '.join(map(repr, missing))}")
+    return Account({name: found[name] for name in layers})
+
+
+@torch.no_grad()
+def _layer_cost(layer: nn.Module, x: Tensor) -> LayerCost:
+    family = FAMILIES[stock_type(layer)]
+    geometry: Geometry = family.geometry_of(layer)
+    method: Method = layer.method if isinstance(layer, LowRankLayer) else Vanilla()
+    needs_input_gradient = x.requires_grad
+    x = without_padding(family.batched(x.detach()))
+    if isinstance(layer, FactoredLinear):
+        return layer.cost(x, needs_input_gradient)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    out_channels = weight.shape[0]
+    if weight.requires_grad:
+        cost = method.cost(x, geometry, out_channels, needs_input_gradient)
+        return replace(cost, weight_bytes=weight.nbytes)
+    shape = tuple(x.shape)
+    return LayerCost(
+        flops_paper=costs.paper_forward(geometry, shape, out_channels),
+        flops=2 * geometry.macs(shape, out_channels) * (2 if needs_input_gradient else 1),
+        weight_bytes=weight.nbytes,
+    )

@@ -1,0 +1,157 @@
+"""What a training step still keeps: every kept tensor, the module that kept it, and why."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lowrank.conversion.attention import OpenAttention
+from lowrank.conversion.convert import stock_type
+from lowrank.conversion.fusion import find_blocks
+from lowrank.exact.recompute import RECOMPUTING_MODULES
+from lowrank.layers.layer import LeanBatchNorm2d, LowRankLayer
+from lowrank.layers.preserve import LossFunction
+from lowrank.meters.memory import saved_storages
+
+OUTSIDE = "(outside the model)"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that one module keeps from the forward pass for the backward pass.
+
+    Attributes:
+        module: name in the model; of tensors that several modules keep, the first of them.
+        kind: class of the stock module.
+        nbytes: bytes.
+        reason: why they are kept, and what would change that.
+    """
+
+    module: str
+    kind: str
+    nbytes: int
+    reason: str
+
+
+class Explanation(Sequence[Kept]):
+    """What is kept, largest first; printed as a table. `nbytes` is the sum, the number that `saved_bytes` gives."""
+
+    def __init__(self, rows: Sequence[Kept]) -> None:
+        self.rows = sorted(rows, key=lambda row: -row.nbytes)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Kept]:
+        return iter(self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """All that is kept."""
+        return sum(row.nbytes for row in self.rows)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "nothing is kept"
+        width = max(len(row.module) for row in self.rows)
+        lines = [f"{row.nbytes / 2**20:9.3f}  {row.module:<{width}}  {row.kind}: {row.reason}" for row in self.rows]
+        return "\n".join([f"{'MiB':>9}  {'module':<{width}}", *lines, f"{self.nbytes / 2**20:9.3f}  in all"])
+
+
+def explain(model: nn.Module, loss_fn: LossFunction, batch: Any) -> Explanation:
+    """What autograd keeps from the forward pass for the backward pass, by module, largest first.
+
+    Counts what `saved_bytes` counts. The model is left as it was.
+
+    Args:
+        model: any module, converted or not, in the mode in which it trains.
+        loss_fn: `loss_fn(model, batch) -> scalar tensor`.
+        batch: whatever `loss_fn` takes.
+
+    Example:
+        print(lowrank.explain(model, loss_fn, batch))
+    """
+    left = find_blocks(model).left  # before the hooks below, which are a reason against a run
+    names = {module: name for name, module in model.named_modules()}
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        while running and running.pop() is not module:
+            pass
+
+    owners: dict[int, nn.Module | None] = {}
+
+    def note(storage: int) -> None:
+        owners.setdefault(storage, running[-1] if running else None)
+
+    handles = [module.register_forward_pre_hook(enter) for module in names]
+    handles += [module.register_forward_hook(leave, always_call=True) for module in names]
+    try:
+        sizes = saved_storages(model, loss_fn, batch, note)
+    finally:
+        for handle in handles:
+            handle.remove()
+    kept: dict[nn.Module | None, int] = defaultdict(int)
+    for storage, size in sizes.items():
+        kept[owners[storage]] += size
+    return Explanation([_row(module, size, names, left) for module, size in kept.items() if size])
+
+
+def _row(module: nn.Module | None, nbytes: int, names: dict[nn.Module, str], left: dict[str, str]) -> Kept:
+    if module is None:
+        return Kept(OUTSIDE, "loss", nbytes, "what the loss function keeps, such as probabilities")
+    name = names[module]
+    return Kept(name or "(the model itself)", stock_type(module).__name__, nbytes, _reason(module, left.get(name)))
+
+
+def _reason(module: nn.Module, left: str | None) -> str:
+    if isinstance(module, LowRankLayer):
+        if module.chosen:
+            return f"its input, as {module.method} keeps it"
+        return "its input, for the gradient of its weight or of its normalisation; name it in convert to keep less"
+    if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, LeanBatchNorm2d) and module.awaiting is not None:
+            return "its input, which batch statistics need; in evaluation mode its convolution would include it"
+        batch = (
+            "its input, which batch statistics need" if module.training else "its input, for the gradient of its scale"
+        )
+        return f"{batch}; not included in a convolution: {left}" if left else f"{batch}; convert includes it"
+    if type(module) in RECOMPUTING_MODULES.values():
+        return _RECOMPUTING[stock_type(module)]
+    if isinstance(module, OpenAttention):
+        return "position biases and masks; what is in it is computed again"
+    for kind, reason in _REASONS.items():
+        if issubclass(stock_type(module), kind):
+            return reason if type(module) is stock_type(module) else "bits, places or shapes: the least that is exact"
+    return "what its own code keeps"
+
+
+_AHEAD = "what its input is computed again from"
+_RECOMPUTING: dict[type[nn.Module], str] = {
+    nn.LayerNorm: "its input, which its statistics need; what follows is computed again from it",
+    nn.GELU: _AHEAD,
+    nn.SiLU: _AHEAD,
+}
+_CAN_BE_CONVERTED = "its input, for the gradient of its weight; name it in convert to keep less"
+_SMOOTH = "its input: its derivative takes many values, so bits are not enough"
+_COMPUTED = "its input; convert makes it compute that again from what is kept ahead of it"
+_LEAN = "whole tensors; convert makes it keep bits or shapes"
+_REASONS: dict[type[nn.Module] | tuple[type[nn.Module], ...], str] = {
+    (nn.Conv2d, nn.Linear): _CAN_BE_CONVERTED,
+    (nn.SiLU, nn.GELU): _COMPUTED,
+    (nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.Softmax, nn.Mish, nn.ELU): _SMOOTH,
+    (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid, nn.LeakyReLU, nn.Dropout): _LEAN,
+    (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d): _LEAN,
+    nn.MultiheadAttention: "queries, keys, values and more; convert makes it compute them again",
+    (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d): "its input, which its statistics need",
+}

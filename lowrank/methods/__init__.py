@@ -1,0 +1,1 @@
+"""What is kept of a layer's input, one frozen dataclass a method."""

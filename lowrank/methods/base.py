@@ -1,0 +1,139 @@
+"""A method is a frozen dataclass. It says what is kept of a layer's input and how gradients come from that.
+
+To add a method, subclass `Method` here: `compress` and `weight_gradient` are all it needs, `cost` to be accounted for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from lowrank.tensors import costs
+from lowrank.tensors.costs import LayerCost
+from lowrank.tensors.geometry import Geometry, Shape
+from lowrank.tensors.gradients import plan_gradient, weight_gradient
+from lowrank.tensors.tucker import Tucker
+
+Tensors = tuple[Tensor | None, ...]
+
+
+class Method(ABC):
+    """How a layer keeps its input for the backward pass.
+
+    The defaults keep the forward pass and the gradient with respect to the input exact.
+
+    Attributes:
+        layer_family: class of the converted layer, for methods that also hold the weight in another way.
+        keeps_input: whether what is kept is the input as it is, which may then be kept in another form.
+    """
+
+    layer_family: ClassVar[type[nn.Module] | None] = None
+    keeps_input: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def tag(self) -> str:
+        """Short name with the setting that matters, fit for a folder and a table row."""
+
+    def for_layer(self, name: str) -> Method:
+        """The method as the layer `name` uses it."""
+        return self
+
+    def reason_against(self, layer: nn.Module) -> str | None:
+        """Why `layer` cannot be converted with this method, or None."""
+        return None
+
+    @abstractmethod
+    def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
+        """What to keep of an input.
+
+        Args:
+            x: the input, (B, C, H, W) or (B, ..., I), without a graph.
+            geometry: the layer.
+            state: what the method returned as state at the step before; empty at first.
+            name: the layer's name.
+
+        Returns:
+            The tensors to keep for the backward pass, and the state for the next step.
+        """
+
+    def can_use(self, other: Method, shape: Shape) -> bool:
+        """Whether what `other` keeps of an input of shape `shape` serves this method at least as well as its own."""
+        return False
+
+    @abstractmethod
+    def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
+        """Weight gradient from the kept tensors and the output gradient; `shape` is the input's.
+
+        A new tensor, which the caller may change.
+        """
+
+    def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
+        """Bytes of what was kept of an input of shape `shape`, by the method's formula."""
+        return sum(tensor.nbytes for tensor in kept if tensor is not None)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
+        """Gradient with respect to the input, shape `shape`."""
+        return geometry.input_gradient(grad, weight, shape)
+
+    @abstractmethod
+    def cost(self, x: Tensor, geometry: Geometry, out_channels: int, input_gradient: bool) -> LayerCost:
+        """Cost of one training step for the input `x`; only methods with data-dependent ranks read its values."""
+
+
+def exact_flops(geometry: Geometry, shape: Shape, out_channels: int, input_gradient: bool) -> int:
+    """Forward and, if needed, input gradient."""
+    return 2 * geometry.macs(shape, out_channels) * (2 if input_gradient else 1)
+
+
+@dataclass(frozen=True)
+class Vanilla(Method):
+    """Keep the input as it is: ordinary training."""
+
+    keeps_input: ClassVar[bool] = True
+
+    @property
+    def tag(self) -> str:
+        return "vanilla"
+
+    def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
+        return (x,), ()
+
+    def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
+        (x,) = kept
+        assert x is not None
+        return geometry.weight_gradient(x, grad)
+
+    def cost(self, x: Tensor, geometry: Geometry, out_channels: int, input_gradient: bool) -> LayerCost:
+        shape = tuple(x.shape)
+        return LayerCost(
+            activation_bytes=x.numel() * x.element_size(),
+            flops_paper=costs.paper_forward(geometry, shape, out_channels)
+            + costs.paper_weight_gradient(geometry, shape, out_channels),
+            flops=exact_flops(geometry, shape, out_channels, input_gradient) + 2 * geometry.macs(shape, out_channels),
+        )
+
+
+class TuckerMethod(Method):
+    """Shared by the methods that keep a Tucker form."""
+
+    def can_use(self, other: Method, shape: Shape) -> bool:
+        return self == other
+
+    def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
+        core, *factors = kept
+        assert core is not None
+        return weight_gradient(Tucker(core, tuple(factors)).to(grad.dtype), grad, geometry)
+
+    def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
+        """As in the papers: a factor counts for every mode, also where it is the identity and is not stored."""
+        core = kept[0]
+        assert core is not None
+        return costs.tucker_numel(shape, core.shape) * core.element_size()
+
+    def gradient_flops(self, geometry: Geometry, shape: Shape, ranks: Shape, out_channels: int) -> int:
+        factored = tuple(rank < size for rank, size in zip(ranks, shape, strict=True))
+        return 2 * plan_gradient(geometry, shape, ranks, factored, out_channels).macs

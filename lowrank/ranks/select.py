@@ -1,0 +1,155 @@
+"""The choice of ranks per layer: least total perplexity within a memory budget, exactly (ASI, sec. 3.3)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lowrank.errors import BudgetError, TableError
+from lowrank.ranks.table import Candidates, Energy, PerplexityTable
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Ranks chosen for each layer; `lowrank.ASI(ranks=plan)` takes it as it is.
+
+    Attributes:
+        ranks: per layer name, one rank per mode.
+        energies: per layer name, the energy that was chosen: a number for all modes, or one for each.
+        nbytes: bytes that the plan keeps, at most the budget.
+        perplexity: sum over the layers.
+    """
+
+    ranks: dict[str, tuple[int, ...]]
+    energies: dict[str, Energy]
+    nbytes: int
+    perplexity: float
+
+    @classmethod
+    def of(cls, table: PerplexityTable, entries: Sequence[int]) -> RankPlan:
+        """The plan that takes, for each layer of a table in its order, the candidate at this place."""
+        picks = [(layer.name, table.candidates(layer), at) for layer, at in zip(table.layers, entries, strict=True)]
+        return cls(
+            ranks={name: candidates.ranks[at] for name, candidates, at in picks},
+            energies={name: candidates.energies[at] for name, candidates, at in picks},
+            nbytes=sum(candidates.nbytes[at] for _, candidates, at in picks),
+            perplexity=sum(candidates.perplexity[at] for _, candidates, at in picks),
+        )
+
+
+def select_ranks(table: PerplexityTable, budget_bytes: float, names: Iterable[str] | None = None) -> RankPlan:
+    """Choose one candidate per layer: least total perplexity, and never more than `budget_bytes`.
+
+    The candidates of a layer are one for each energy of the table, and the mixed ones if they were measured;
+    `table.without_mixed()` gives the published choice, one energy per layer.
+
+    This is a multiple-choice knapsack, solved to optimality in whole bytes. Layer by layer, partial choices are
+    extended; a partial choice is dropped when another is no larger and no worse, or when the linear relaxation of what
+    is left shows that it cannot beat a complete choice already known. Of equally good choices the smallest is taken.
+
+    Args:
+        table: perplexity table.
+        budget_bytes: the budget; a fraction of a byte is dropped.
+        names: the layers to choose for; all of the table by default.
+
+    Raises:
+        BudgetError: the budget is below the least that the layers need; states that least.
+        TableError: a name that the table does not have, or a perplexity that is not finite.
+
+    Warns:
+        UserWarning: more than a tenth of the budget is left though every layer has its best candidate.
+    """
+    table = table if names is None else table.only(names)
+    layers = [(layer.name, table.candidates(layer)) for layer in table.layers]
+    for name, candidates in layers:
+        if not np.isfinite(candidates.perplexity).all():
+            raise TableError(f"the perplexity of layer {name!r} is not finite; measure it again")
+    options = [_undominated(candidates) for _, candidates in layers]
+    least = sum(int(nbytes[0]) for nbytes, _, _ in options)
+    if not budget_bytes >= least:
+        raise BudgetError(
+            f"the budget of {budget_bytes:g} bytes ({budget_bytes / 2**20:.6g} MiB) is below the minimum for these "
+            f"{len(layers)} layers: {least} bytes ({least / 2**20:.6g} MiB)"
+        )
+    chosen = _solve(options, int(min(budget_bytes, 2**62)))
+    plan = RankPlan.of(table, [int(index[choice]) for (_, _, index), choice in zip(options, chosen, strict=True)])
+    best = sum(int(nbytes[-1]) for nbytes, _, _ in options)
+    if best == plan.nbytes < 0.9 * budget_bytes < float("inf"):
+        warnings.warn(
+            f"the best candidates of all {len(layers)} layers take {best} of the {int(budget_bytes)} bytes of the "
+            f"budget; to use the rest, measure perplexity at higher energies as well",
+            stacklevel=2,
+        )
+    return plan
+
+
+Options = tuple[np.ndarray, np.ndarray, np.ndarray]  # bytes ascending, perplexity descending, index of the candidate
+
+
+def _undominated(candidates: Candidates) -> Options:
+    """A layer's candidates without those that another beats in both bytes and perplexity."""
+    nbytes = np.array(candidates.nbytes, dtype=np.int64)
+    cost = np.array(candidates.perplexity, dtype=np.float64)
+    kept = _pareto(nbytes, cost)
+    return nbytes[kept], cost[kept], kept
+
+
+def _pareto(nbytes: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """Indices of the points with no other point at most as large and at most as costly; sizes ascending."""
+    order = np.lexsort((cost, nbytes))
+    best = np.minimum.accumulate(cost[order])
+    improves = np.concatenate(([True], cost[order][1:] < best[:-1]))
+    return order[improves]
+
+
+def _relaxation(options: list[Options]) -> tuple[np.ndarray, np.ndarray]:
+    """Least cost of the linear relaxation as a function of the budget: its corners (bytes, cost).
+
+    Each corner is a choice without fractions: the steps along the layers' lower convex hulls, steepest first.
+    """
+    start_bytes, start_cost = 0, 0.0
+    steps: list[tuple[float, int, float]] = []
+    for nbytes, cost, _ in options:
+        start_bytes += int(nbytes[0])
+        start_cost += float(cost[0])
+        at = 0
+        while at + 1 < len(nbytes):
+            slopes = (cost[at + 1 :] - cost[at]) / (nbytes[at + 1 :] - nbytes[at])
+            ahead = at + 1 + int(len(slopes) - 1 - np.argmin(slopes[::-1]))
+            steps.append((float(slopes.min()), int(nbytes[ahead] - nbytes[at]), float(cost[ahead] - cost[at])))
+            at = ahead
+    steps.sort(key=lambda step: step[0])
+    sizes = start_bytes + np.concatenate(([0], np.cumsum([step[1] for step in steps], dtype=np.int64)))
+    costs = start_cost + np.concatenate(([0.0], np.cumsum([step[2] for step in steps])))
+    return sizes.astype(np.int64), costs
+
+
+def _solve(options: list[Options], budget: int) -> list[int]:
+    """Index of the chosen option per layer."""
+    slack = 1e-9 * sum(float(cost[0]) for _, cost, _ in options)  # rounding must not drop the best choice
+    size, value = np.zeros(1, dtype=np.int64), np.zeros(1)
+    trail: list[tuple[np.ndarray, np.ndarray]] = []
+    for at, (nbytes, cost, _) in enumerate(options):
+        parents = np.repeat(np.arange(len(size)), len(nbytes))
+        choices = np.tile(np.arange(len(nbytes)), len(size))
+        size = size[parents] + nbytes[choices]
+        value = value[parents] + cost[choices]
+        corner_sizes, corner_costs = _relaxation(options[at + 1 :])
+        left = budget - size
+        feasible = left >= corner_sizes[0]
+        floor = np.searchsorted(corner_sizes, left, side="right") - 1
+        reachable = np.min((value + corner_costs[floor])[feasible])
+        bound = value + np.interp(left, corner_sizes, corner_costs)
+        alive = np.flatnonzero(feasible & (bound <= reachable + slack))
+        alive = alive[_pareto(size[alive], value[alive])]
+        size, value = size[alive], value[alive]
+        trail.append((parents[alive], choices[alive]))
+    state = int(np.argmin(value))  # sizes ascend, so the first of equal values is the smallest
+    chosen = []
+    for parents, choices in reversed(trail):
+        chosen.append(int(choices[state]))
+        state = int(parents[state])
+    return chosen[::-1]

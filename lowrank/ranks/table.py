@@ -1,0 +1,217 @@
+"""The perplexity table: per layer, what each candidate for its ranks takes and how good it is; kept as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lowrank.errors import TableError
+from lowrank.tensors.costs import tucker_numel
+
+SCHEMA = 1
+Energy = float | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Ways to truncate a layer's input: equally long tuples, one entry a candidate.
+
+    Attributes:
+        energies: the share of squared singular values that is kept: a number for all modes, or one for each.
+        ranks: one rank a mode.
+        nbytes: bytes of the Tucker form.
+        perplexity: the Frobenius norm of the difference between the two weight gradients.
+    """
+
+    energies: tuple[Energy, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    nbytes: tuple[int, ...]
+    perplexity: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LayerPerplexity:
+    """One layer's row: for each energy of the table its ranks, bytes and perplexity.
+
+    Attributes:
+        name: the layer.
+        input_shape: shape of its input in the batch that was measured.
+        ranks: per energy, one rank per mode of the input.
+        nbytes: per energy, bytes of the Tucker form.
+        perplexity: per energy, the Frobenius norm of the difference between the two weight gradients.
+        mixed: further candidates, with an energy of its own for each mode; None if they were not measured.
+    """
+
+    name: str
+    input_shape: tuple[int, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    nbytes: tuple[int, ...]
+    perplexity: tuple[float, ...]
+    mixed: Candidates | None = None
+
+
+@dataclass(frozen=True)
+class PerplexityTable:
+    """Perplexity of layers at several energies, measured on one batch.
+
+    Attributes:
+        model: name of the model's class.
+        batch_shape: shape of the batch's first tensor.
+        energies: ascending.
+        layers: one row each, in the model's order.
+    """
+
+    model: str
+    batch_shape: tuple[int, ...]
+    energies: tuple[float, ...]
+    layers: tuple[LayerPerplexity, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the layers."""
+        return [layer.name for layer in self.layers]
+
+    def only(self, names: Iterable[str]) -> PerplexityTable:
+        """The table of some of its layers.
+
+        Raises:
+            TableError: a layer that the table does not have.
+        """
+        names = list(names)
+        rows = {layer.name: layer for layer in self.layers}
+        missing = [name for name in names if name not in rows]
+        if missing:
+            raise TableError(
+                f"the perplexity table has no layer {', '.join(map(repr, missing))}; "
+                f"it has {', '.join(rows)}. Measure it again for the layers that are trained"
+            )
+        return PerplexityTable(self.model, self.batch_shape, self.energies, tuple(rows[name] for name in names))
+
+    def without_mixed(self) -> PerplexityTable:
+        """The table with one energy for all modes of a layer, as published (ASI, sec. 3.3)."""
+        return replace(self, layers=tuple(replace(layer, mixed=None) for layer in self.layers))
+
+    def candidates(self, layer: LayerPerplexity) -> Candidates:
+        """All candidates of one of the table's layers: one for each energy of the table, then the mixed ones."""
+        mixed = layer.mixed or Candidates((), (), (), ())
+        return Candidates(
+            energies=self.energies + mixed.energies,
+            ranks=layer.ranks + mixed.ranks,
+            nbytes=layer.nbytes + mixed.nbytes,
+            perplexity=layer.perplexity + mixed.perplexity,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON, whole or not at all."""
+        target = Path(path)
+        part = target.with_name(f"{target.name}.part")
+        content = {"schema": SCHEMA, **asdict(self)}
+        for row in content["layers"]:
+            if row["mixed"] is None:
+                del row["mixed"]
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PerplexityTable:
+        """Read a table.
+
+        Raises:
+            TableError: the file is missing, damaged, or not a perplexity table; says where.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            return _parse(content)
+        except (OSError, UnicodeDecodeError) as error:
+            raise TableError(f"perplexity table {path} cannot be read: {error}") from None
+        except json.JSONDecodeError as error:
+            raise TableError(f"perplexity table {path} is not whole JSON ({error}); measure it again") from None
+        except TableError as error:
+            raise TableError(f"perplexity table {path}: {error}; measure it again") from None
+
+
+def _parse(content: Any) -> PerplexityTable:
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise TableError(f"not a perplexity table of schema {SCHEMA}")
+    energies = _numbers(content, "energies")
+    if list(energies) != sorted(set(energies)) or not all(0 < energy <= 1 for energy in energies):
+        raise TableError("'energies' must ascend and lie above 0 and at most at 1")
+    rows = content.get("layers")
+    if not isinstance(rows, list) or not rows:
+        raise TableError("'layers' must be a list that is not empty")
+    layers = tuple(_parse_layer(row, len(energies)) for row in rows)
+    if len({layer.name for layer in layers}) != len(layers):
+        raise TableError("a layer is named twice")
+    model, batch_shape = content.get("model"), content.get("batch_shape")
+    if not isinstance(model, str):
+        raise TableError("'model' must be a text")
+    return PerplexityTable(model, () if batch_shape == [] else _whole(content, "batch_shape"), energies, layers)
+
+
+def _parse_layer(row: Any, count: int) -> LayerPerplexity:
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+        raise TableError("an entry of 'layers' has no name")
+    name, mixed = row["name"], row.get("mixed")
+    try:
+        shape = _whole(row, "input_shape")
+        measured = _parse_entries(row, shape, count)
+        return LayerPerplexity(name, shape, *measured, None if mixed is None else _parse_mixed(mixed, shape))
+    except TableError as error:
+        raise TableError(f"layer {name!r}: {error}") from None
+
+
+def _parse_mixed(row: Any, shape: tuple[int, ...]) -> Candidates:
+    if not isinstance(row, dict):
+        raise TableError("'mixed' must have 'energies', 'ranks', 'nbytes' and 'perplexity'")
+    energies = tuple(_numbers({"energies": entry}, "energies") for entry in _list(row, "energies"))
+    for entry in energies:
+        if len(entry) != len(shape) or not all(0 < energy <= 1 for energy in entry):
+            raise TableError(f"mixed energies {entry} must be one a mode, above 0 and at most 1")
+    return Candidates(energies, *_parse_entries(row, shape, len(energies)))
+
+
+Entries = tuple[tuple[tuple[int, ...], ...], tuple[int, ...], tuple[float, ...]]
+
+
+def _parse_entries(row: dict[str, Any], shape: tuple[int, ...], count: int) -> Entries:
+    """Ranks, bytes and perplexity of `count` candidates."""
+    ranks = tuple(_whole({"ranks": entry}, "ranks") for entry in _list(row, "ranks"))
+    nbytes, perplexity = _whole(row, "nbytes"), _numbers(row, "perplexity")
+    if not len(ranks) == len(nbytes) == len(perplexity) == count:
+        raise TableError("'ranks', 'nbytes' and 'perplexity' need one entry for each energy")
+    for entry, size in zip(ranks, nbytes, strict=True):
+        if len(entry) != len(shape) or any(r > n for r, n in zip(entry, shape, strict=True)):
+            raise TableError(f"ranks {entry} do not fit the input shape {shape}")
+        if size % tucker_numel(shape, entry):
+            raise TableError(f"{size} bytes do not fit ranks {entry} of the input shape {shape}")
+    if min(perplexity) < 0:
+        raise TableError("a perplexity is negative")
+    return ranks, nbytes, perplexity
+
+
+def _list(row: dict[str, Any], key: str) -> list[Any]:
+    values = row.get(key)
+    if not isinstance(values, list):
+        raise TableError(f"{key!r} must be a list of lists")
+    return values
+
+
+def _numbers(row: dict[str, Any], key: str) -> tuple[float, ...]:
+    values = row.get(key)
+    if not isinstance(values, list) or not values:
+        raise TableError(f"{key!r} must be a list of numbers")
+    if not all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in values):
+        raise TableError(f"{key!r} must hold finite numbers only")
+    return tuple(values)
+
+
+def _whole(row: dict[str, Any], key: str) -> tuple[int, ...]:
+    values = row.get(key)
+    if not isinstance(values, list) or not values or not all(type(v) is int and v > 0 for v in values):
+        raise TableError(f"{key!r} must be a list of whole numbers from 1")
+    return tuple(values)

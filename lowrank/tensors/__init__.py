@@ -1,0 +1,1 @@
+"""Pure functions on tensors: Tucker form, decompositions, factored matrices, layer geometry, gradients, costs."""

@@ -1,0 +1,212 @@
+"""Decompositions of an activation: pure functions from a tensor to its `Tucker` form.
+
+Sources: HOSVD, De Lathauwer et al. 2000; ASI, sec. 3 (one warm-started subspace iteration per mode); sequential
+truncation, Vannieuwenhoven et al. 2012.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import NonFiniteError, SettingError
+from lowrank.tensors.tucker import Tucker, in_memory_order, mode_correlation, mode_order, mode_product
+
+Algorithm = Literal["sequential", "published"]
+ALGORITHMS: tuple[Algorithm, ...] = ("sequential", "published")
+
+
+def check_energy(energy: float) -> None:
+    """Raise `SettingError` unless 0 < energy <= 1."""
+    if not (isinstance(energy, int | float) and 0 < energy <= 1):
+        raise SettingError(f"energy is {energy!r}; allowed is a number above 0 and at most 1, such as 0.8")
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """One mode of a tensor: the energies of its singular vectors, and what the left ones are made of.
+
+    Attributes:
+        energies: shape (k,), squared singular values, largest first; k is the smaller side of the unfolding.
+        vectors: singular vectors in the same order, as columns: the left ones, or, with `unfolding`, the right ones.
+        unfolding: the unfolding (n, k) where it is tall, so that left vectors are formed only as they are needed.
+        size: n, the size of the mode.
+        longest: the larger side of the unfolding; sets how small a singular value counts as zero.
+    """
+
+    energies: Tensor
+    vectors: Tensor
+    unfolding: Tensor | None
+    size: int
+    longest: int
+
+    def rank(self, energy: float) -> int:
+        """Smallest number of vectors that hold the share `energy` of the total; 1 for an all-zero tensor.
+
+        At energy 1 this is the numerical rank. Shares closer than rounding error count as reached, so a tie (equal
+        singular values whose share is exactly `energy`) is decided as exact arithmetic would decide it.
+        """
+        values = self.energies.double()
+        epsilon = torch.finfo(self.energies.dtype).eps
+        if energy >= 1:
+            smallest = (self.longest * epsilon) ** 2 * values[0]
+            return max(1, int((values > smallest).sum()))
+        target = energy * values.sum() * (1 - 16 * epsilon)
+        return min(int((values.cumsum(0) < target).sum()) + 1, len(values))
+
+    def basis(self, rank: int) -> Tensor:
+        """The first `rank` left singular vectors, (n, rank); a copy that holds on to nothing else."""
+        vectors = self.vectors[:, :rank]
+        if self.unfolding is None:
+            return vectors.clone(memory_format=torch.contiguous_format)
+        # The columns of the product are orthogonal already; QR scales them, and completes those that are zero.
+        return torch.linalg.qr(self.unfolding @ vectors)[0].contiguous()
+
+
+def spectrum(x: Tensor, mode: int, exact: bool = False) -> Spectrum:
+    """Singular vectors of the mode-`mode` unfolding, by the eigen-decomposition of its smaller Gram matrix.
+
+    Args:
+        x: real tensor of any shape, float32 or float64.
+        mode: which unfolding.
+        exact: use a full SVD of the unfolding instead. Needed where singular values below the square root of the
+            rounding error matter, that is at energy 1; much slower.
+
+    Raises:
+        NonFiniteError: `x` holds NaN or infinite values.
+    """
+    n = x.shape[mode]
+    width = x.numel() // n
+    if exact:
+        _require_finite(x.sum())
+        vectors, values, _ = torch.linalg.svd(x.movedim(mode, 0).reshape(n, width), full_matrices=False)
+        return Spectrum(values.square(), vectors, None, n, max(n, width))
+    unfolding = x.movedim(mode, 0).reshape(n, width) if n > width else None
+    gram = mode_correlation(x, x, mode) if unfolding is None else unfolding.mT @ unfolding
+    _require_finite(gram.diagonal().sum())
+    return Spectrum(*_eigenvectors(gram), unfolding, n, max(n, width))
+
+
+def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, largest first and not below zero, and eigenvectors of a Gram matrix."""
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:
+        # In single precision LAPACK can fail to converge on the clustered tiny eigenvalues of real activations.
+        values, vectors = torch.linalg.eigh(gram.double())
+    return values.flip(0).clamp_min(0).to(gram.dtype), vectors.flip(1).to(gram.dtype)
+
+
+def _require_finite(total: Tensor) -> None:
+    if not math.isfinite(total.item()):
+        raise NonFiniteError(
+            "the activation has NaN or infinite values (or too large ones), so it cannot be decomposed"
+        )
+
+
+def spectra(x: Tensor, exact: bool = False) -> list[Spectrum]:
+    """One `Spectrum` per mode, each of the full tensor."""
+    ordered, place = in_memory_order(x)
+    return [spectrum(ordered, place[mode], exact) for mode in range(x.ndim)]
+
+
+def leading(mode: Spectrum, rank: int) -> Tensor | None:
+    """The first `rank` left vectors of a mode, (n, rank); None, the identity, where that is all of the mode."""
+    return None if rank >= mode.size else mode.basis(rank)
+
+
+def project(x: Tensor, vectors: Sequence[Tensor | None]) -> Tucker:
+    """Project `x` on orthonormal columns per mode (None: leave the mode as it is), in the order of least time."""
+    core, place = in_memory_order(x)
+    for mode, u in _cheapest_first(x, vectors):
+        core = mode_product(core, u.mT, place[mode])
+    return Tucker(core.permute(place).contiguous(), tuple(vectors))
+
+
+def _cheapest_first(x: Tensor, matrices: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
+    """The modes that have a matrix (n_m, r_m), and the matrices, in the order of least time."""
+    ranks = [size if u is None else u.shape[1] for size, u in zip(x.shape, matrices, strict=True)]
+    found = [(mode, matrices[mode]) for mode in mode_order(x.shape, ranks)]
+    return [(mode, u) for mode, u in found if u is not None]
+
+
+def hosvd(x: Tensor, energy: float) -> Tucker:
+    """Truncated higher-order SVD: every mode cut at `energy`, all decompositions of the full tensor.
+
+    Args:
+        x: real tensor; halves are computed in float32.
+        energy: share of squared singular values that each mode keeps, 0 < energy <= 1.
+
+    Returns:
+        `Tucker` in `x.dtype`, ranks at least 1 and at most the dimension.
+
+    Raises:
+        SettingError: energy out of range.
+        NonFiniteError: `x` holds NaN or infinite values.
+    """
+    check_energy(energy)
+    wide = _widen(x)
+    modes = spectra(wide, exact=energy >= 1)
+    return project(wide, [leading(mode, mode.rank(energy)) for mode in modes]).to(x.dtype)
+
+
+def svd(x: Tensor, energy: float) -> Tucker:
+    """Truncated SVD of the batch-mode unfolding, as a `Tucker` whose other factors are the identity.
+
+    Arguments, result and errors as in `hosvd`. Stores K (B + C H W) numbers for a (B, C, H, W) tensor.
+    """
+    check_energy(energy)
+    wide = _widen(x)
+    batch = spectrum(wide, 0, exact=energy >= 1)
+    return project(wide, [leading(batch, batch.rank(energy))] + [None] * (x.ndim - 1)).to(x.dtype)
+
+
+def subspace_iteration(
+    x: Tensor,
+    starts: Sequence[Tensor | None],
+    algorithm: Algorithm = "sequential",
+    held: Sequence[int] = (),
+) -> tuple[Tucker, list[Tensor | None]]:
+    """One subspace iteration per mode, from a given start.
+
+    Args:
+        x: real tensor; halves are computed in float32.
+        starts: per mode a matrix (n_m, r_m) with r_m <= n_m, float32 or float64: the basis of the step before, or a
+            random one. None leaves the mode as it is.
+        algorithm: `published` iterates each mode on the full tensor (ASI, sec. 3.2); `sequential` iterates each mode
+            on the tensor that the modes before it have already truncated, in the order of least time (`mode_order`).
+        held: modes whose starts are bases already: `x` is projected on them, ahead of all else, and the other modes are
+            iterated on what is left.
+
+    Returns:
+        The `Tucker` form in `x.dtype`, and the bases in the starts' dtype, to start from in the next step.
+    """
+    wide, place = in_memory_order(_widen(x))
+    bases = list(starts)
+    core = wide
+    pairs = _cheapest_first(x, starts)
+    for mode, start in [pair for pair in pairs if pair[0] in held]:
+        core = mode_product(core, start.to(core.dtype).mT, place[mode])
+    wide = core
+    for mode, start in [pair for pair in pairs if pair[0] not in held]:
+        basis = _iterate(wide if algorithm == "published" else core, start, place[mode])
+        bases[mode] = basis
+        core = mode_product(core, basis.mT, place[mode])
+    return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
+
+
+def _iterate(x: Tensor, start: Tensor, mode: int) -> Tensor:
+    """orth(X X^T start) for the unfolding X of `mode`."""
+    # A step that met NaN leaves a basis of NaN; from zeros QR gives unit vectors, and the iteration recovers.
+    start = torch.nan_to_num(start.to(x.dtype), 0.0, 0.0, 0.0)
+    image = mode_correlation(x, mode_product(x, start.mT, mode), mode)
+    return torch.linalg.qr(image)[0]
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

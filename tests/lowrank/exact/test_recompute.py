@@ -1,0 +1,221 @@
+"""What is computed again in the backward pass: bit for bit what PyTorch computes, and how much less is kept."""
+
+import copy
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from references import random_tensor
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lowrank
+from lowrank import ASI, WSI, Vanilla
+from lowrank.exact import recompute
+from lowrank.meters.memory import held_bytes
+
+TOKENS, SIZE = 30, 8
+UNIT = 2 * TOKENS * SIZE * 8  # bytes of an activation (2, TOKENS, SIZE) in double precision
+
+
+class Block(nn.Module):
+    """Residual, normalisation, an MLP four times as wide, normalisation."""
+
+    def __init__(self, activation=nn.GELU, functional=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.first = nn.LayerNorm(SIZE), nn.Linear(SIZE, 4 * SIZE)
+        self.activation, self.functional = activation(), functional
+        self.second, self.last = nn.Linear(4 * SIZE, SIZE), nn.LayerNorm(SIZE)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+        with torch.no_grad():
+            self.norm.weight[0] = 0  # no inverse
+
+    def forward(self, x):
+        x = x * 1
+        activation = self.functional or self.activation
+        return self.last(x + self.second(activation(self.first(self.norm(x)))))
+
+
+def loss_of(model, x):
+    return model(x).square().mean()
+
+
+def results(model, x, loss=loss_of):
+    leaf = x.clone().requires_grad_(True)
+    model.zero_grad()
+    value = loss(model, leaf)
+    value.backward()
+    return (
+        value.detach(),
+        leaf.grad,
+        {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+    )
+
+
+def pair(**options):
+    stock = Block(**options).double()
+    return stock, copy.deepcopy(stock), random_tensor(2, TOKENS, SIZE).requires_grad_(True)
+
+
+ACTIVATIONS = {
+    "gelu": {},
+    "tanh gelu": {"activation": lambda: nn.GELU("tanh")},
+    "silu": {"activation": nn.SiLU},
+    "functional gelu": {"functional": F.gelu},
+    "functional silu": {"functional": F.silu},
+}
+BOTH = ["first", "second"]
+
+
+def assert_the_same(first, second):
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert first[2].keys() == second[2].keys()
+    for name, grad in first[2].items():
+        torch.testing.assert_close(second[2][name], grad, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("options", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_a_block_has_the_same_gradients_and_keeps_residuals_alone(options):
+    stock, model, x = pair(**options)
+    lowrank.convert(model, BOTH, Vanilla())
+    assert_the_same(results(stock, x.detach()), results(model, x.detach()))
+    statistics = 4 * 2 * TOKENS * 8  # mean and deviation of two normalisations
+    loss_output = UNIT
+    before, after = (lowrank.saved_bytes(network, loss_of, x) for network in (stock, model))
+    assert before == pytest.approx((1 + 1 + 4 + 4 + 1) * UNIT + statistics + loss_output, abs=64)
+    assert after == pytest.approx((1 + 1) * UNIT + statistics + loss_output, abs=64)
+    assert held_bytes(model, loss_of, x) == pytest.approx(after, abs=64)
+
+
+@pytest.mark.parametrize("method", [ASI([2, 3, 4]), WSI(energy=1)], ids=lambda method: method.tag)
+def test_compressed_inputs_need_no_exact_ones(method):
+    _, model, x = pair()
+    lowrank.convert(model, BOTH, method)
+    reference = copy.deepcopy(model)
+    lowrank.revert(reference)
+    lowrank.convert(reference, BOTH, method, fuse=False)
+    _, grad, gradients = results(reference, x.detach())
+    _, own_grad, own = results(model, x.detach())
+    torch.testing.assert_close(own_grad, grad, rtol=1e-12, atol=1e-12)
+    for name, expected in gradients.items():
+        torch.testing.assert_close(own[name], expected, rtol=1e-12, atol=1e-12)
+    compressed = sum(layer.kept_bytes for layer in lowrank.converted_layers(model)) if isinstance(method, ASI) else 0
+    assert lowrank.saved_bytes(model, loss_of, x) <= 3 * UNIT + 4 * 2 * TOKENS * 8 + compressed + 64
+
+
+def test_without_a_normalisation_ahead_the_smaller_tensor_is_kept():
+    class Bare(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.first, self.second = nn.Linear(SIZE, width).double(), nn.Linear(width, SIZE).double()
+
+        def forward(self, x):
+            return self.second(F.gelu(self.first(x * 1)))
+
+    x = random_tensor(2, TOKENS, SIZE).requires_grad_(True)
+    for width, kept in ((4 * SIZE, 1), (SIZE // 2, 0.5)):
+        model = lowrank.convert(Bare(width), BOTH, ASI([1, 1, 1]))
+        compressed = sum(layer.kept_bytes for layer in _after_a_step(model, x))
+        assert lowrank.saved_bytes(model, loss_of, x) == pytest.approx((kept + 1) * UNIT + compressed, abs=64)
+
+
+def _after_a_step(model, x):
+    loss_of(model, x).backward()
+    return list(lowrank.converted_layers(model))
+
+
+def test_a_class_token_does_not_hold_on_to_all_tokens():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = nn.LayerNorm(SIZE).double(), nn.Linear(SIZE, 3).double()
+
+        def forward(self, x):
+            return self.head((torch.tanh(x) * 2)[:, 0])
+
+    x = random_tensor(2, TOKENS, SIZE).requires_grad_(True)
+    model = Head()
+    before = lowrank.saved_bytes(model, loss_of, x)
+    stock = results(model, x.detach())
+    lowrank.convert(model, ["head"], Vanilla())
+    assert_the_same(stock, results(model, x.detach()))
+    assert before - lowrank.saved_bytes(model, loss_of, x) == UNIT - 2 * SIZE * 8
+
+
+def test_a_tensor_that_was_changed_in_place_is_kept_as_it_is():
+    class Changed(Block):
+        def forward(self, x):
+            y = self.norm(x * 1)
+            y += 1
+            return self.last(self.second(self.activation(self.first(y))))
+
+    torch.manual_seed(0)
+    stock = Changed().double()
+    model = lowrank.convert(copy.deepcopy(stock), BOTH, Vanilla())
+    assert_the_same(results(stock, random_tensor(2, 5, SIZE)), results(model, random_tensor(2, 5, SIZE)))
+
+
+def test_a_hook_that_replaces_an_output_is_respected():
+    stock, _, x = pair()
+    stock.norm.register_forward_hook(lambda module, inputs, output: output * 2)
+    model = lowrank.convert(copy.deepcopy(stock), BOTH, Vanilla())
+    assert_the_same(results(stock, x.detach()), results(model, x.detach()))
+
+
+def test_under_autocast_checkpointing_and_without_gradients():
+    stock, model, x = pair()
+    stock, model, x = stock.float(), model.float(), x.detach().float()
+    lowrank.convert(model, BOTH, Vanilla())
+
+    def autocast(model, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).float().square().mean()
+
+    for loss in (autocast, lambda m, x: checkpoint(m, x, use_reentrant=False).square().mean()):
+        expected, own = results(stock, x, loss), results(model, x, loss)
+        torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(model(x), stock(x))
+
+
+def test_every_module_and_function_is_exact_on_its_own():
+    x = random_tensor(4, 5, SIZE)
+    calls = {
+        F.gelu: ({}, {"approximate": "tanh"}),
+        F.silu: ({}, {"inplace": True}),
+        F.layer_norm: ({"normalized_shape": (5, SIZE)}, {"normalized_shape": (SIZE,), "weight": x[0, 0], "eps": 0.1}),
+    }
+    assert calls.keys() == recompute.RECOMPUTING_FUNCTIONS.keys()
+    for function, settings in calls.items():
+        for options in settings:
+            grads = []
+            for own in (function, recompute.RECOMPUTING_FUNCTIONS[function]):
+                leaf = x.clone().requires_grad_(True)
+                y = own(leaf * 1, **options)
+                y.backward(random_tensor(*y.shape, seed=3))
+                grads.append((y.detach(), leaf.grad))
+            assert torch.equal(grads[0][0], grads[1][0])
+            assert torch.equal(grads[0][1], grads[1][1])
+
+
+def test_nothing_is_kept_alive():
+    _, model, x = pair()
+    lowrank.convert(model, BOTH, Vanilla())
+    before = len(recompute._ORIGINS._entries)
+    for _ in range(3):
+        loss_of(model, x).backward()
+    gc.collect()
+    assert len(recompute._ORIGINS._entries) == before
+
+
+def test_explain_says_what_is_left():
+    _, model, x = pair()
+    lowrank.convert(model, BOTH, ASI([2, 2, 2]))
+    text = str(lowrank.explain(model, loss_of, x))
+    assert "computed again from it" in text
+    stock = str(lowrank.explain(Block().double(), loss_of, x))
+    assert "convert makes it compute that again" in stock

@@ -1,0 +1,81 @@
+import pytest
+import torch
+from hypothesis import given
+from references import TOLERANCE, autograd
+from strategies import LAYERS, convolutions, linears
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowrank.tensors.geometry import ConvGeometry, LinearGeometry
+
+
+def geometry_of(layer):
+    return ConvGeometry.of(layer) if isinstance(layer, nn.Conv2d) else LinearGeometry.of(layer)
+
+
+@given(LAYERS)
+def test_forward_and_every_gradient_equal_autograd(setting):
+    layer, x, grad = setting.layer(), setting.x(), setting.grad()
+    geometry = geometry_of(layer)
+    y, grad_x, gradients = autograd(layer, x, grad)
+    torch.testing.assert_close(geometry.forward(x, layer.weight, layer.bias), y, **TOLERANCE)
+    torch.testing.assert_close(geometry.input_gradient(grad, layer.weight, tuple(x.shape)), grad_x, **TOLERANCE)
+    torch.testing.assert_close(geometry.weight_gradient(x, grad), gradients["weight"], **TOLERANCE)
+    if layer.bias is not None:
+        torch.testing.assert_close(geometry.bias_gradient(grad), gradients["bias"], **TOLERANCE)
+
+
+@given(LAYERS)
+def test_output_shape_is_that_of_the_layer(setting):
+    layer = setting.layer()
+    out_channels = layer.weight.shape[0]
+    assert geometry_of(layer).output_shape(setting.shape, out_channels) == tuple(layer(setting.x()).shape)
+
+
+@given(LAYERS)
+def test_macs_are_half_the_flops_that_pytorch_counts(setting):
+    layer, x = setting.layer(), setting.x()
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert 2 * geometry_of(layer).macs(setting.shape, layer.weight.shape[0]) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("options", "padding"),
+    [
+        ({"kernel_size": 3, "padding": 1}, (1, 1, 1, 1)),
+        ({"kernel_size": 3, "padding": (1, 2)}, (1, 1, 2, 2)),
+        ({"kernel_size": 3, "padding": "valid"}, (0, 0, 0, 0)),
+        ({"kernel_size": (4, 3), "padding": "same"}, (1, 2, 1, 1)),
+        ({"kernel_size": (2, 3), "dilation": (3, 2), "padding": "same"}, (1, 2, 2, 2)),
+    ],
+)
+def test_padding_is_top_bottom_left_right(options, padding):
+    assert ConvGeometry.of(nn.Conv2d(2, 2, **options)).padding == padding
+
+
+@pytest.mark.parametrize(
+    ("options", "native", "pointwise"),
+    [
+        ({"kernel_size": 3, "padding": (0, 1)}, True, False),
+        ({"kernel_size": 1, "stride": 2}, True, True),
+        ({"kernel_size": 1, "padding": 1}, True, False),
+        ({"kernel_size": 2, "padding": "same"}, False, False),
+        ({"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, False, False),
+    ],
+)
+def test_what_counts_as_native_padding_and_as_pointwise(options, native, pointwise):
+    geometry = ConvGeometry.of(nn.Conv2d(2, 2, **options))
+    assert (geometry.native, geometry.pointwise) == (native, pointwise)
+
+
+@given(convolutions())
+def test_equal_layers_have_equal_hashable_geometries(setting):
+    first, second = ConvGeometry.of(setting.layer()), ConvGeometry.of(setting.layer())
+    assert first == second
+    assert hash(first) == hash(second)
+
+
+@given(linears())
+def test_a_linear_layer_sees_each_position_alone(setting):
+    assert LinearGeometry.of(setting.layer()).pointwise

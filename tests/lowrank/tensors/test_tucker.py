@@ -1,0 +1,116 @@
+from itertools import permutations
+from math import prod
+
+import pytest
+import tensorly
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from references import TOLERANCE, multiply, random_tensor, unfold
+from strategies import SEEDS, SHAPES
+
+from lowrank import Tucker
+from lowrank.tensors.tucker import in_memory_order, mode_correlation, mode_order, mode_product
+
+
+@given(SHAPES, st.integers(0, 3), st.integers(1, 7), SEEDS)
+def test_mode_product_multiplies_the_unfolding(shape, mode, rows, seed):
+    mode %= len(shape)
+    x, matrix = random_tensor(*shape, seed=seed), random_tensor(rows, shape[mode], seed=seed + 1)
+    result = mode_product(x, matrix, mode)
+    torch.testing.assert_close(result, multiply(x, matrix, mode), **TOLERANCE)
+    assert result.is_contiguous()
+
+
+@given(SHAPES, st.integers(0, 3), SEEDS)
+def test_mode_product_takes_any_memory_layout(shape, mode, seed):
+    mode %= len(shape)
+    x = random_tensor(*reversed(shape), seed=seed).permute(*reversed(range(len(shape))))
+    matrix = random_tensor(shape[mode], 3, seed=seed + 1).mT
+    torch.testing.assert_close(mode_product(x, matrix, mode), multiply(x, matrix, mode), **TOLERANCE)
+
+
+@given(SHAPES, st.integers(0, 3), st.integers(1, 7), SEEDS)
+def test_mode_correlation_is_the_product_of_unfoldings(shape, mode, size, seed):
+    mode %= len(shape)
+    x = random_tensor(*shape, seed=seed)
+    z = random_tensor(*shape[:mode], size, *shape[mode + 1 :], seed=seed + 1)
+    torch.testing.assert_close(mode_correlation(x, z, mode), unfold(x, mode) @ unfold(z, mode).mT, **TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 4, 5), (2, 40, 4), (6, 31, 2), (50, 3)])
+@pytest.mark.parametrize("size", [1, 3, 9])
+def test_mode_correlation_of_many_fibres(shape, size):
+    for mode in range(len(shape)):
+        x, z = random_tensor(*shape), random_tensor(*shape[:mode], size, *shape[mode + 1 :], seed=1)
+        torch.testing.assert_close(mode_correlation(x, z, mode), unfold(x, mode) @ unfold(z, mode).mT, **TOLERANCE)
+
+
+@given(SHAPES, st.data())
+def test_the_order_of_modes_is_one_of_least_cost(shape, data):
+    ranks = [data.draw(st.integers(1, size)) for size in shape]
+
+    def cost(order):
+        total, size = 0.0, 1.0
+        for mode in order:
+            n, left, right = shape[mode], prod(shape[:mode]), prod(shape[mode + 1 :])
+            if ranks[mode] < n:
+                slow = 0 if left == 1 else 20 / n if right == 1 else 500 / n / right
+                total += size * (1 + ranks[mode] / 12 + slow)
+                size *= ranks[mode] / n
+        return total
+
+    order = mode_order(shape, ranks)
+    assert sorted(order) == list(range(len(shape)))
+    assert cost(order) == pytest.approx(min(map(cost, permutations(range(len(shape))))))
+    shrinks = [ranks[mode] < shape[mode] for mode in order]
+    assert shrinks == sorted(shrinks, reverse=True)
+
+
+@given(SHAPES, st.data(), SEEDS)
+def test_dense_equals_tensorly(shape, data, seed):
+    ranks = [data.draw(st.integers(1, size)) for size in shape]
+    core = random_tensor(*ranks, seed=seed)
+    factors = [random_tensor(n, r, seed=seed + 1 + m) for m, (n, r) in enumerate(zip(shape, ranks, strict=True))]
+    expected = tensorly.tucker_to_tensor((core.numpy(), [factor.numpy() for factor in factors]))
+    torch.testing.assert_close(Tucker(core, tuple(factors)).dense(), torch.from_numpy(expected), **TOLERANCE)
+
+
+def test_a_missing_factor_is_the_identity_and_takes_no_memory():
+    core, factor = random_tensor(2, 5, 3), random_tensor(7, 2, seed=1)
+    tucker = Tucker(core, (factor, None, None))
+    assert tucker.shape == (7, 5, 3)
+    assert tucker.ranks == (2, 5, 3)
+    assert tucker.nbytes == 8 * (2 * 5 * 3 + 7 * 2)
+    torch.testing.assert_close(tucker.dense(), multiply(core, factor, 0), **TOLERANCE)
+
+
+def test_to_changes_the_dtype_of_core_and_factors():
+    tucker = Tucker(random_tensor(2, 3), (random_tensor(4, 2), None)).to(torch.float32)
+    assert tucker.core.dtype == tucker.factors[0].dtype == torch.float32
+    assert tucker.factors[1] is None
+
+
+@pytest.mark.parametrize(
+    ("x", "place"),
+    [
+        (random_tensor(2, 3, 4, 5), [0, 1, 2, 3]),
+        (random_tensor(2, 3, 4, 5).to(memory_format=torch.channels_last), [0, 3, 1, 2]),
+        (random_tensor(2, 3, 4).permute(2, 0, 1), [2, 0, 1]),
+    ],
+    ids=["contiguous", "channels_last", "permuted"],
+)
+def test_memory_order_is_a_contiguous_view_of_a_dense_tensor(x, place):
+    ordered, found = in_memory_order(x)
+    assert found == place
+    assert ordered.is_contiguous()
+    assert ordered.data_ptr() == x.data_ptr()
+    assert torch.equal(ordered.permute(place), x)
+
+
+@pytest.mark.parametrize("x", [random_tensor(4, 6)[:, ::2], random_tensor(4, 1).expand(4, 3)])
+def test_a_tensor_with_gaps_is_copied_in_its_own_order(x):
+    ordered, place = in_memory_order(x)
+    assert place == [0, 1]
+    assert ordered.is_contiguous()
+    assert torch.equal(ordered, x)
