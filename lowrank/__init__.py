@@ -7,18 +7,23 @@ Example:
 """
 
 from lowrank.conversion.attention import open_attention
-from lowrank.conversion.convert import convert, freeze_before, revert, trailing_layers
+from lowrank.conversion.check import check
+from lowrank.conversion.convert import convert, revert
+from lowrank.conversion.select import freeze_before, trailing_layers
 from lowrank.errors import (
     BudgetError,
+    ChangedError,
     ConversionError,
+    DoubleBackwardError,
     LowRankError,
     NonFiniteError,
     SettingError,
+    StateError,
     TableError,
 )
-from lowrank.layers.factored import WASI, WSI
-from lowrank.layers.layer import converted_layers, stock_state_dict
+from lowrank.layers.layer import converted_layers
 from lowrank.layers.token_mask import token_mask
+from lowrank.layers.training_state import load_training_state, training_state
 from lowrank.meters.account import Account, account
 from lowrank.meters.explain import Explanation, explain
 from lowrank.meters.memory import peak_bytes, saved_bytes
@@ -27,6 +32,7 @@ from lowrank.methods.amc import HOSVD, SVD
 from lowrank.methods.asi import ASI
 from lowrank.methods.base import Method, Vanilla
 from lowrank.methods.gradient_filter import GradientFilter
+from lowrank.methods.wasi import WASI, WSI
 from lowrank.optim import SGD
 from lowrank.ranks.perplexity import MODE_ENERGIES, measure_perplexity
 from lowrank.ranks.select import RankPlan, select_ranks
@@ -47,7 +53,9 @@ __all__ = [
     "Account",
     "BudgetError",
     "Candidates",
+    "ChangedError",
     "ConversionError",
+    "DoubleBackwardError",
     "Explanation",
     "GradientFilter",
     "LayerCost",
@@ -58,23 +66,26 @@ __all__ = [
     "PerplexityTable",
     "RankPlan",
     "SettingError",
+    "StateError",
     "TableError",
     "Tucker",
     "Vanilla",
     "WeightMemory",
     "account",
+    "check",
     "convert",
     "converted_layers",
     "explain",
     "freeze_before",
+    "load_training_state",
     "measure_perplexity",
     "open_attention",
     "peak_bytes",
     "revert",
     "saved_bytes",
     "select_ranks",
-    "stock_state_dict",
     "token_mask",
     "trailing_layers",
+    "training_state",
     "weight_memory",
 ]

@@ -23,3 +23,15 @@ class TableError(LowRankError, ValueError):
 
 class BudgetError(LowRankError, ValueError):
     """A memory budget that no choice of ranks can meet."""
+
+
+class StateError(LowRankError, ValueError):
+    """A training state that is damaged or of another model."""
+
+
+class ChangedError(LowRankError, RuntimeError):
+    """A tensor that was changed in place while something still had to be computed from it."""
+
+
+class DoubleBackwardError(LowRankError, RuntimeError):
+    """A gradient that would have to be differentiated again, of a layer that keeps too little for that."""

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank.errors import LowRankError, SettingError
-from lowrank.layers.factored_weight import FactoredWeight, factored_weights
-from lowrank.tensors.factors import Factors, joined, subspace_update, truncated
+from lowrank.errors import LowRankError, NonFiniteError
+from lowrank.layers.factor_pair import MARK, FactorPair, factor_pairs
+from lowrank.tensors.factors import (
+    Factors,
+    joined,
+    orthonormalised,
+    subspace_step,
+    subspace_update,
+    tangent,
+    truncated,
+)
 
 
 class SGD(torch.optim.SGD):
@@ -21,101 +29,109 @@ class SGD(torch.optim.SGD):
         g = dW + weight_decay W;  M = momentum M + (1 - dampening) g;  W - lr M   (nesterov: W - lr (g + momentum M))
 
     and this one goes to the projection of that matrix on the columns that one subspace iteration from L gives. With
-    momentum 0 and no weight decay that is the algorithm of WASI (ICLR 2026). Nothing of the size of W is formed. M is
-    kept as two factors too, its best approximation at the rank of W; a step uses it before it is cut. At energy 1
-    every step is torch's.
+    momentum 0 and no weight decay that is the algorithm of WASI (ICLR 2026). Of dW it reads what the two `.grad`s say,
+    dW R^T and L^T dW, as they stand: clipped, scaled, accumulated or averaged over processes like any gradient. What
+    they leave open of dW is normal to both factors, and changes the step by a term with lr squared; at energy 1 nothing
+    is left open, and every step is torch's. Nothing of the size of W is formed. M is kept as two factors too, its best
+    approximation at the rank of W; a step uses it before it is cut.
 
-    What was done to the gradients since the backward pass by one common factor, such as clipping their norm or taking
-    back a loss scale, is read off the gradients of the factors and applies to dW as well. (The norm that is clipped is
-    that of the factors' gradients.) All other parameters are stepped by torch.
+    The settings are those of the group that `left` is in. All other parameters are stepped by torch.
 
     Example:
         lowrank.convert(model, names, lowrank.WASI(energy=0.9, ranks=[16, 8, 24]))
         optimizer = lowrank.SGD(model.parameters(), lr=0.05)
     """
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._step_supports_amp_scaling = False  # a gradient scaler takes its scale back itself, from all gradients
+
+    @torch.compiler.disable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step.
 
         Raises:
-            LowRankError: only one of a weight's factors is here, or several processes train the model.
+            SettingError: one factor of a weight is here without the other.
+            LowRankError: parameters are sharded.
+            NonFiniteError: a gradient has NaN or infinite values, where momentum or an SVD needs finite ones.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        weights = factored_weights(groups)
-        self._check(weights, groups)
-        gradients = [(p, p.grad) for weight in weights for p in (weight.left, weight.right)]
-        try:
-            for parameter, _ in gradients:
-                parameter.grad = None
-            super().step()
-        finally:
-            for parameter, grad in gradients:
-                parameter.grad = grad
+        _require_whole(groups)
+        pairs = factor_pairs(groups)
         with torch.no_grad():
-            for weight in weights:
-                self._move(weight, groups[weight.left])
+            for pair in pairs:
+                if pair.left.grad is not None or pair.right.grad is not None:
+                    self._move(pair, groups[pair.left])
+        gradients = [(factor, factor.grad) for pair in pairs for factor in (pair.left, pair.right)]
+        try:
+            for factor, _ in gradients:
+                factor.grad = None
+            _step_of_torch()(self)
+        finally:
+            for factor, grad in gradients:
+                factor.grad = grad
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; the weights' own gradients go as well."""
-        super().zero_grad(set_to_none)
-        for weight in factored_weights(p for group in self.param_groups for p in group["params"]):
-            weight.forget_gradient()
+    def _move(self, pair: FactorPair, group: dict[str, Any]) -> None:
+        dtype = torch.promote_types(pair.left.dtype, torch.float32)
+        held = Factors(pair.left.detach(), pair.right.detach()).to(dtype)
+        sign = -1.0 if group["maximize"] else 1.0
+        d_left, d_right = (
+            torch.zeros_like(factor) if parameter.grad is None else sign * parameter.grad.to(dtype)
+            for factor, parameter in zip(held, pair[:2], strict=True)
+        )
+        held, d_left, d_right = orthonormalised(held, d_left, d_right)
+        if group["weight_decay"]:  # of the weight itself L^T W = R is all there is to add: W R^T is in the span of L
+            d_right = d_right + group["weight_decay"] * held.right
+        try:
+            after = self._moved(pair, group, held, d_left, d_right)
+        except torch.linalg.LinAlgError as error:
+            raise NonFiniteError(f"layer {pair.name!r}: its gradient or momentum is not finite ({error})") from None
+        pair.left.copy_(after.left)
+        pair.right.copy_(after.right)
 
-    def _check(self, weights: list[FactoredWeight], groups: dict[Tensor, Any]) -> None:
-        for weight in weights:
-            if weight.left not in groups or weight.right not in groups:
-                raise SettingError(f"layer {weight.name!r}: give the optimizer both factors of its weight, or neither")
-        if weights and torch.distributed.is_available() and torch.distributed.is_initialized():
-            count = torch.distributed.get_world_size()
-            if count > 1:
-                raise LowRankError(
-                    f"{count} processes train weights that are held as factors, which would drift apart; use one"
-                )
-
-    def _move(self, weight: FactoredWeight, group: dict[str, Any]) -> None:
-        if weight.left.grad is None or not weight.gradient:
-            return
-        weight.require_own_optimizer()
-        held = weight.factors().to(torch.promote_types(weight.left.dtype, torch.float32))
-        gradient = [term.to(held.left.dtype) for term in weight.gradient]
-        factor = self._common_factor(weight.left.grad, held, gradient)
-        terms = [term.scaled(factor) for term in gradient]
-        if group["maximize"]:
-            terms = [term.scaled(-1.0) for term in terms]
-        decay = group["weight_decay"]
+    def _moved(
+        self, pair: FactorPair, group: dict[str, Any], held: Factors, d_left: Tensor, d_right: Tensor
+    ) -> Factors:
+        """The weight after the step."""
+        rate, rank = group["lr"], held.left.shape[1]
+        if not group["momentum"] and pair.update == "subspace":
+            return subspace_update(held, d_left, d_right, rate)
+        change = tangent(held, d_left, d_right)
         if group["momentum"]:
-            terms = self._with_momentum(weight, [*terms, held.scaled(decay)] if decay else terms, group)
-        elif decay:
-            held = held.scaled(1 - group["lr"] * decay)  # and not one more term, so that the change has a small rank
-        change = joined([term.scaled(-group["lr"]) for term in terms])
-        svd = weight.method.update == "svd"
-        after = truncated(joined([held, change]), weight.rank) if svd else subspace_update(held, change)
-        weight.left.copy_(after.left)
-        weight.right.copy_(after.right)
-        weight.forget_gradient()
+            change = self._with_momentum(pair, group, change, rank)
+        moved = joined([held, change.scaled(-rate)])
+        return truncated(moved, rank) if pair.update == "svd" else subspace_step(held.left, moved)
 
-    @staticmethod
-    def _common_factor(grad: Tensor, held: Factors, gradient: list[Factors]) -> Tensor:
-        """By what the gradients were multiplied since the backward pass: a number, as a tensor."""
-        total = sum((term.left @ (term.right @ held.right.mT) for term in gradient), torch.zeros_like(held.left))
-        norm = torch.linalg.vector_norm(total)
-        return torch.where(norm > 0, torch.linalg.vector_norm(grad.to(norm.dtype)) / norm, torch.ones_like(norm))
+    def _with_momentum(self, pair: FactorPair, group: dict[str, Any], gradient: Factors, rank: int) -> Factors:
+        """What the step subtracts from the weight, but for the rate; keeps the momentum for the next step."""
+        state, momentum = self.state[pair.left], group["momentum"]
+        terms = [gradient]
+        if state.get("momentum_left") is not None:
+            before = Factors(state["momentum_left"], state["momentum_right"]).to(gradient.left.dtype)
+            terms = [before.scaled(momentum), gradient.scaled(1 - group["dampening"])]
+        buffer = joined(terms)
+        state["momentum_left"], state["momentum_right"] = truncated(buffer, rank).to(pair.left.dtype)
+        return joined([gradient, buffer.scaled(momentum)]) if group["nesterov"] else buffer
 
-    def _with_momentum(self, weight: FactoredWeight, terms: list[Factors], group: dict[str, Any]) -> list[Factors]:
-        """What the step subtracts from the weight, as a sum; keeps the momentum for the next step."""
-        state = self.state[weight.left]
-        if state.get("momentum_left") is None:
-            buffer = terms
-        else:
-            before = Factors(state["momentum_left"], state["momentum_right"]).to(terms[0].left.dtype)
-            buffer = [before.scaled(group["momentum"]), *(term.scaled(1 - group["dampening"]) for term in terms)]
-        kept = truncated(joined(buffer), weight.rank).to(weight.left.dtype)
-        state["momentum_left"], state["momentum_right"] = kept
-        if group["nesterov"]:
-            return [*terms, *(term.scaled(group["momentum"]) for term in buffer)]
-        return buffer
+
+def _step_of_torch() -> Callable[[torch.optim.SGD], Any]:
+    """torch's step without the calls of step hooks around it, which stand around the step here already."""
+    step: Any = torch.optim.SGD.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+def _require_whole(parameters: Iterable[Tensor]) -> None:
+    """Raise if any parameter is a part of one, since nobody can tell then whether it is of a factor."""
+    for parameter in parameters:
+        sharded = hasattr(parameter, "device_mesh") or getattr(parameter, "_is_flat_param", False)
+        if sharded or (hasattr(parameter, MARK) and parameter.ndim != 2):
+            raise LowRankError(
+                "lowrank.SGD was given sharded parameters (FSDP), and the step of a factored weight needs whole ones; "
+                "use torch.optim.AdamW, which steps sharded factors too, or DistributedDataParallel; without factored "
+                "weights torch.optim.SGD takes the same steps"
+            )

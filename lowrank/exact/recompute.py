@@ -18,14 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+from lowrank.tensors.eager import refuse_double_backward, saved, wants_gradient
+from lowrank.tensors.notes import Notes
 
 Rebuild = Callable[..., Tensor]
 
@@ -55,36 +55,25 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
-class _Registry:
-    """Origins by tensor: an entry ends with its tensor. Sources that nobody else keeps live until then."""
-
-    def __init__(self) -> None:
-        self._entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-    def note(self, tensor: Tensor, origin: Origin) -> None:
-        sources = [
-            (TensorWeakRef(source) if origin.kept else partial(_itself, source), source._version)
-            for source in origin.sources
-        ]
-        self._entries[tensor] = (tensor._version, sources, origin.rebuild, origin.kept)
-
-    def find(self, tensor: Tensor) -> Origin | None:
-        if torch.compiler.is_compiling() or tensor not in self._entries:
-            return None
-        version, references, rebuild, kept = self._entries[tensor]
-        sources = [(reference(), before) for reference, before in references]
-        changed = any(source is None or source._version != before for source, before in sources)
-        if changed or tensor._version != version:
-            return None
-        return Origin(tuple(source for source, _ in sources if source is not None), rebuild, kept)
+# The sources live as long as the tensor that can be computed from them, whatever else keeps them: so what a layer keeps
+# is decided by what it is given, the same in a checkpoint's first pass as in its second.
+_ORIGINS: Notes[tuple[Origin, tuple[int, ...]]] = Notes()
 
 
-_ORIGINS = _Registry()
+def _note(tensor: Tensor, origin: Origin) -> None:
+    _ORIGINS.note(tensor, (origin, tuple(source._version for source in origin.sources)))
+
+
+def _find(tensor: Tensor) -> Origin | None:
+    origin, versions = _ORIGINS.find(tensor) or (None, ())
+    if origin is None or versions != tuple(source._version for source in origin.sources):
+        return None
+    return origin
 
 
 def origin_of(x: Tensor) -> Origin:
     """The way to have a tensor in the backward pass that keeps least: its origin, or the tensor itself."""
-    origin = _ORIGINS.find(x)
+    origin = _find(x)
     if origin is None or origin.nbytes >= x.untyped_storage().nbytes():
         return Origin((x,), _itself, False)
     return origin
@@ -92,7 +81,7 @@ def origin_of(x: Tensor) -> Origin:
 
 def known_origin(x: Tensor) -> Origin | None:
     """The origin of a tensor whose sources another layer keeps; None if there is none."""
-    origin = _ORIGINS.find(x)
+    origin = _find(x)
     return origin if origin is not None and origin.kept else None
 
 
@@ -108,7 +97,7 @@ def note_linear(x: Tensor, y: Tensor, apply: Rebuild, parameters: tuple[Tensor |
     """
     if not lean_mode(y):
         return
-    before = _ORIGINS.find(x) or Origin((x,), _itself, keeps_x)
+    before = _find(x) or Origin((x,), _itself, keeps_x)
     present = tuple(parameter is not None for parameter in parameters)
     own = tuple(parameter for parameter in parameters if parameter is not None)
     count, inner = len(before.sources), before.rebuild
@@ -117,12 +106,12 @@ def note_linear(x: Tensor, y: Tensor, apply: Rebuild, parameters: tuple[Tensor |
         given = iter(sources[count:])
         return apply(inner(*sources[:count]), *(next(given) if there else None for there in present))
 
-    _ORIGINS.note(y, Origin((*before.sources, *own), rebuild, before.kept))
+    _note(y, Origin((*before.sources, *own), rebuild, before.kept))
 
 
 def lean_mode(x: Tensor) -> bool:
-    """Whether what autograd keeps for `x` is this module's to decide: neither compiled nor under autocast."""
-    if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
+    """Whether what autograd keeps for `x` is this module's to decide: in plain eager training without autocast."""
+    if not wants_gradient(x):
         return False
     device = x.device.type
     return not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
@@ -138,14 +127,18 @@ class _Smooth(torch.autograd.Function):
         return curve.function(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        x = ctx.shared.pop() if ctx.shared else ctx.rebuild(*ctx.saved_tensors)
-        return ctx.curve.derivative(grad, x), None, None, None
+        with torch.no_grad():
+            x = ctx.shared.pop() if ctx.shared else ctx.rebuild(*saved(ctx, ctx.curve.name))
+            grad_x = ctx.curve.derivative(grad, x)
+        if torch.is_grad_enabled():
+            grad_x = refuse_double_backward(ctx.curve.name, grad_x, grad)
+        return grad_x, None, None, None
 
 
 @dataclass(frozen=True)
 class _Curve:
+    name: str
     function: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor, Tensor], Tensor]
 
@@ -161,7 +154,7 @@ def _smooth(x: Tensor, curve: _Curve) -> Tensor:
         shared[:] = [inner(*sources)]
         return curve.function(shared[0])
 
-    _ORIGINS.note(y, Origin(origin.sources, rebuild, True))
+    _note(y, Origin(origin.sources, rebuild, True))
     return y
 
 
@@ -171,14 +164,14 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         return F.gelu(input, approximate=approximate)
     backward = torch.ops.aten.gelu_backward.default
     forward = lambda x: F.gelu(x, approximate=approximate)  # noqa: E731
-    return _smooth(input, _Curve(forward, lambda grad, x: backward(grad, x, approximate=approximate)))
+    return _smooth(input, _Curve("GELU", forward, lambda grad, x: backward(grad, x, approximate=approximate)))
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.silu`; keeps the origin of its input."""
     if not lean_mode(input) or inplace:
         return F.silu(input, inplace)
-    return _smooth(input, _Curve(F.silu, torch.ops.aten.silu_backward.default))
+    return _smooth(input, _Curve("SiLU", F.silu, torch.ops.aten.silu_backward.default))
 
 
 def layer_norm(
@@ -246,9 +239,10 @@ class _Attend(torch.autograd.Function):
         return mixing.function(projected, *others)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return None, None, *ctx.mixing.gradients(grad, *ctx.saved_tensors)
+        again = torch.is_grad_enabled()
+        found = ctx.mixing.gradients(grad.detach(), *saved(ctx, "attention"))
+        return None, None, *(refuse_double_backward("attention", one, grad) if again else one for one in found)
 
 
 def attend(function: Rebuild, projected: Tensor, *others: Tensor | None) -> Tensor:
@@ -266,36 +260,5 @@ def attend(function: Rebuild, projected: Tensor, *others: Tensor | None) -> Tens
     kept = (*origin.sources, *(other for other in others if other is not None))
     mixing = _Mixing(function, origin.rebuild, len(origin.sources), wanted)
     y = _Attend.apply(mixing, kept, projected, *others)
-    _ORIGINS.note(y, Origin(kept, mixing.again, True))
+    _note(y, Origin(kept, mixing.again, True))
     return y
-
-
-class LeanLayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` whose output need not be kept by those who use it."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-
-
-class LeanGELU(nn.GELU):
-    """`nn.GELU` that keeps the origin of its input."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return gelu(input, self.approximate)
-
-
-class LeanSiLU(nn.SiLU):
-    """`nn.SiLU` that keeps the origin of its input."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return silu(input, self.inplace)
-
-
-RECOMPUTING_MODULES: dict[type[nn.Module], type[nn.Module]] = {
-    lean.__mro__[1]: lean for lean in (LeanLayerNorm, LeanGELU, LeanSiLU)
-}
-RECOMPUTING_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.gelu: gelu,
-    F.silu: silu,
-    F.layer_norm: layer_norm,
-}

@@ -1,16 +1,93 @@
-"""The one node in autograd's graph that every converted layer is: with the normalisation behind it, if it has one."""
+"""The two nodes in autograd's graph: a converted layer, and a batch normalisation that is computed with one.
+
+With g the gradient of the normalisation's output, G the weight gradient for g, s = 1 / sqrt(variance + eps) and
+scale = gamma s: dy = scale g, dbeta = sum g and, as the normalised output is linear in the weight W and the bias b,
+dgamma = s (<W, G> - (mean - b) dbeta). So nothing has to be kept for the normalisation. The layer's own node is handed
+scale g unread, and takes dW = scale G and db = scale dbeta, where G is formed once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lowrank.methods.base import Method
+from lowrank.errors import ChangedError
+from lowrank.layers.lazy import Lazy, real, unread
+from lowrank.methods.base import Method, Tensors
+from lowrank.tensors.eager import refuse_double_backward, saved
 from lowrank.tensors.geometry import Geometry, Shape
+from lowrank.tensors.memory_layout import dense_strides, laid_out, suggests_channels_last
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one call of a layer.
+
+    Attributes:
+        name: the layer's, for messages.
+        geometry: the layer without its parameters.
+        method: how the input is kept.
+        dtype: to compute in; autocast may choose another than the weight's.
+        single: whether input and output come without the batch dimension.
+    """
+
+    name: str
+    geometry: Geometry
+    method: Method
+    dtype: torch.dtype
+    single: bool = False
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Output of the stock layer; `x` has a batch dimension."""
+        return self.geometry.forward(x, weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
+
+    def weight_gradient(self, kept: Tensors, grad: Tensor, shape: Shape, weight_shape: Shape) -> Tensor:
+        """From what was kept; only an empty batch keeps nothing."""
+        if not any(tensor is not None for tensor in kept):
+            return grad.new_zeros(weight_shape)
+        return self.method.weight_gradient(kept, grad, self.geometry, shape)
+
+
+class Call:
+    """One call of a convolution whose output nobody has read yet.
+
+    Attributes:
+        x, weight, bias: what it was called with, `x` (B, C, H, W).
+        keep: the method and what it keeps of `x` for the weight gradient, made when it is asked for.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        keep: Callable[[], tuple[Method, Tensors]],
+    ) -> None:
+        self.settings, self.x, self.weight, self.bias, self.keep = settings, x, weight, bias, keep
+        self._versions = self._now()
+
+    def _now(self) -> list[int]:
+        tensors = (self.x, self.weight, self.bias)
+        return [-1 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
+
+    def output(self) -> Tensor:
+        """The convolution's own output."""
+        self.require_unchanged()
+        return self.settings.forward(self.x, self.weight, self.bias)
+
+    def require_unchanged(self) -> None:
+        """Raise where the output can no longer be computed as it was at the call."""
+        if self._now() != self._versions:
+            raise ChangedError(
+                f"layer {self.settings.name!r}: its input or a parameter was changed in place before its output was "
+                f"used; use the output first, or convert with fuse=False"
+            )
 
 
 def per_output(vector: Tensor, ndim: int, axis: int = 1) -> Tensor:
@@ -18,13 +95,37 @@ def per_output(vector: Tensor, ndim: int, axis: int = 1) -> Tensor:
     return vector.view([-1 if dim == axis else 1 for dim in range(ndim)])
 
 
-class LowRankFunction(torch.autograd.Function):
-    """The layer's own forward pass, with the normalisation behind it if there is one; gradients from what was kept.
+def lazy_output(call: Call, watched: bool) -> Lazy:
+    """A convolution's output, to be computed when it is read."""
+    x, weight, settings = call.x, call.weight, call.settings
+    shape = settings.geometry.output_shape(tuple(x.shape), weight.shape[0])
+    strides = dense_strides(shape, suggests_channels_last(x) or suggests_channels_last(weight))
+    return Lazy(shape, x, settings.dtype, strides, call.output, call, watched)
 
-    With g the gradient of the output, G the weight gradient for g, s = 1 / sqrt(variance + eps) and scale = gamma s:
-    dW = scale G, dbeta = sum g, dbias = scale dbeta and, as the normalised output is linear in W and the bias,
-    dgamma = s (<W, G> - (mean - bias) dbeta). So nothing has to be kept for the normalisation.
+
+@dataclass
+class ScaledGradient:
+    """A gradient `grad * scale`, with one scale per output channel, and what was made of `grad` on the way.
+
+    Attributes:
+        grad: (B, O, H', W').
+        scale: (O,).
+        bias_gradient: (O,), the sum of `grad`; None: not made.
+        weight_gradient: of the layer for `grad`, (O, C/g, K_h, K_w); None: not made.
     """
+
+    grad: Tensor
+    scale: Tensor
+    bias_gradient: Tensor | None
+    weight_gradient: Tensor | None
+
+    def product(self) -> Tensor:
+        """The gradient itself."""
+        return self.grad * per_output(self.scale.to(self.grad.dtype), 4)
+
+
+class LowRankFunction(torch.autograd.Function):
+    """The layer's own forward pass; gradients from what was kept."""
 
     @staticmethod
     def forward(
@@ -32,57 +133,148 @@ class LowRankFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        mean: Tensor | None,
-        variance: Tensor | None,
-        eps: float,
-        dtype: torch.dtype,
-        geometry: Geometry,
-        method: Method,
+        settings: Settings,
+        call: Call | None,
+        watched: bool,
         *kept: Tensor | None,
     ) -> Tensor:
-        ctx.geometry, ctx.method, ctx.eps = geometry, method, eps
-        ctx.shape, ctx.weight_shape = tuple(x.shape), tuple(weight.shape)
-        wants_weight_itself = ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
-        own = (weight if wants_weight_itself else None, None if mean is None else bias)
-        ctx.save_for_backward(*own, gamma, mean, variance, *kept)
-        if mean is None or variance is None:
-            return geometry.forward(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        scale, shift = scale_and_shift(bias, gamma, beta, mean, variance, eps)
-        if scales_output(weight, geometry, ctx.shape):
-            return forward_scaled(x, weight.to(dtype), scale, shift, geometry)
-        return geometry.forward(x, (weight * per_output(scale, 4, 0)).to(dtype), shift.to(dtype))
+        """Output of the layer.
+
+        Args:
+            x: (B, C, H, W) or (B, ..., I), or either without B.
+            weight, bias: of the layer.
+            settings: of the call.
+            call: for a lazy output; None: it is computed at once.
+            watched: whether functions called with a lazy output keep less.
+            kept: what the method keeps of `x`; none: the weight wants no gradient.
+        """
+        ctx.settings, ctx.shape, ctx.weight_shape = settings, tuple(x.shape), tuple(weight.shape)
+        ctx.anchor = weight
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
+        if call is not None:
+            return lazy_output(call, watched)
+        y = settings.forward(x.unsqueeze(0) if settings.single else x, weight, bias)
+        y = y.squeeze(0) if settings.single else y
+        if torch.compiler.is_compiling():
+            return y
+        return y.detach() if y._is_view() else y  # stock hands out a tensor of its own, which may be changed in place
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight, bias, gamma, mean, variance, *kept = ctx.saved_tensors
-        geometry, method, shape = ctx.geometry, ctx.method, ctx.shape
-        wants_x, wants_weight, wants_bias, wants_gamma, wants_beta = ctx.needs_input_grad[:5]
-        deviation = None if variance is None else torch.rsqrt(variance + ctx.eps)
-        scale = deviation if deviation is None or gamma is None else gamma * deviation
-        grad_x = grad_weight = grad_bias = grad_gamma = grad_beta = None
+        settings: Settings = ctx.settings
+        weight, *kept = saved(ctx, f"layer {settings.name!r}")
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        again = torch.is_grad_enabled()
+        scaled = None if again else unread(grad, ScaledGradient)
+        grad, scale = (real(grad), None) if scaled is None else (scaled.grad, scaled.scale)
+        shape = ctx.shape
+        if settings.single:
+            grad, shape = grad.unsqueeze(0), (1, *shape)
+        grad_x = grad_weight = grad_bias = None
         if wants_x:
-            grad_x = method.input_gradient(*_scaled_smaller(grad, weight, scale), geometry, shape)
-        if wants_weight or wants_gamma:
-            # Only an empty batch keeps nothing.
-            kept_something = any(tensor is not None for tensor in kept)
-            grad_weight = (
-                method.weight_gradient(tuple(kept), grad, geometry, shape)
-                if kept_something
-                else grad.new_zeros(ctx.weight_shape)
-            )
-        if wants_bias or wants_beta or wants_gamma:
-            grad_bias = grad_beta = geometry.bias_gradient(grad)
-        if scale is not None and deviation is not None:
-            if wants_gamma and grad_weight is not None:
+            grad_x = settings.method.input_gradient(*_scaled_smaller(grad, weight, scale), settings.geometry, shape)
+            grad_x = grad_x.squeeze(0) if settings.single else grad_x
+        with torch.no_grad():
+            if wants_weight:
+                grad_weight = None if scaled is None else scaled.weight_gradient
+                if grad_weight is None:
+                    grad_weight = settings.weight_gradient(tuple(kept), grad, shape, ctx.weight_shape)
+                grad_weight = grad_weight if scale is None else _scaled_rows(grad_weight, scale)
+            if wants_bias:
+                made = None if scaled is None else scaled.bias_gradient
+                grad_bias = settings.geometry.bias_gradient(grad) if made is None else made
+                grad_bias = grad_bias if scale is None else grad_bias * scale
+        if again:
+            refuse = lambda found: refuse_double_backward(f"layer {settings.name!r}", found, grad, ctx.anchor)  # noqa: E731
+            grad_weight, grad_bias = refuse(grad_weight), refuse(grad_bias)
+        return grad_x, grad_weight, grad_bias, *[None] * (3 + len(kept))
+
+
+class MergedNormFunction(torch.autograd.Function):
+    """A convolution and the batch normalisation behind it in one pass, from the convolution's unread output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        eps: float,
+        call: Call,
+        settings: Settings,
+        *kept: Tensor | None,
+    ) -> Tensor:
+        """The normalised output (B, O, H', W').
+
+        Args:
+            y: the convolution's output, which is not read.
+            gamma, beta: (O,), weight and bias of the normalisation, if it has any.
+            mean, variance: (O,), its running statistics.
+            eps: added to the variance.
+            call: that `y` would be computed from.
+            settings: of the call, with the method that keeps the convolution's input.
+            kept: what that method keeps of the convolution's input, for the gradient of `gamma`.
+        """
+        ctx.settings, ctx.eps = settings, eps
+        ctx.shape, ctx.weight_shape = tuple(call.x.shape), tuple(call.weight.shape)
+        wants_gamma = ctx.needs_input_grad[1]
+        own = (call.weight.detach(), _detached(call.bias)) if wants_gamma else (None, None)
+        ctx.save_for_backward(gamma, mean, variance, *own, *kept)
+        return merged_output(y, call, gamma, beta, mean, variance, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        settings: Settings = ctx.settings
+        gamma, mean, variance, weight, bias, *kept = saved(ctx, f"the normalisation behind layer {settings.name!r}")
+        wants_y, wants_gamma, wants_beta = ctx.needs_input_grad[:3]
+        grad = real(grad)
+        again = torch.is_grad_enabled()
+        deviation = torch.rsqrt(variance + ctx.eps)
+        scale = deviation if gamma is None else gamma * deviation
+        grad_y = grad_gamma = grad_beta = grad_weight = None
+        with torch.no_grad():
+            if wants_gamma or wants_beta:
+                grad_beta = settings.geometry.bias_gradient(grad)
+            if wants_gamma:
+                assert grad_beta is not None
+                grad_weight = settings.weight_gradient(tuple(kept), grad, ctx.shape, ctx.weight_shape)
                 centre = mean if bias is None else mean - bias
                 grad_gamma = deviation * (_row_products(weight, grad_weight) - centre * grad_beta)
-            grad_weight = _scaled_rows(grad_weight, scale) if wants_weight and grad_weight is not None else None
-            grad_bias = grad_bias * scale if wants_bias else None  # type: ignore[operator]
-        gradients = (grad_x, grad_weight, grad_bias if wants_bias else None, grad_gamma)
-        return (*gradients, grad_beta if wants_beta else None, *[None] * (6 + len(kept)))
+        if again:
+            refuse = lambda found: refuse_double_backward(  # noqa: E731
+                f"the normalisation behind layer {settings.name!r}", found, grad
+            )
+            grad_y = grad * per_output(scale.to(grad.dtype), 4) if wants_y else None
+            grad_gamma, grad_beta = refuse(grad_gamma), refuse(grad_beta)
+        elif wants_y:
+            scaled = ScaledGradient(grad, scale, grad_beta, grad_weight)
+            strides = dense_strides(tuple(grad.shape), suggests_channels_last(grad))
+            grad_y = Lazy(tuple(grad.shape), grad, grad.dtype, strides, scaled.product, scaled)
+        return grad_y, grad_gamma, grad_beta if wants_beta else None, *[None] * (5 + len(kept))
+
+
+def merged_output(
+    y: Tensor, call: Call, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+) -> Tensor:
+    """What a normalisation makes of a convolution's output `y`, in one pass, in the memory layout that it gives."""
+    call.require_unchanged()
+    x, weight, bias, settings = call.x, call.weight, call.bias, call.settings
+    deviation = torch.rsqrt(variance + eps)
+    scale = deviation if gamma is None else gamma * deviation
+    shift = (-mean if bias is None else bias - mean) * scale
+    shift = shift if beta is None else shift + beta
+    if prod(settings.geometry.output_shape(tuple(x.shape), weight.shape[0])) < weight.numel():
+        z = settings.forward(x, weight, None)  # scaling the output takes less than scaling the weight
+        z = z.mul_(per_output(scale.to(z.dtype), 4)).add_(per_output(shift.to(z.dtype), 4))
+    else:
+        z = settings.forward(x, weight * per_output(scale, 4, 0), shift)
+    return laid_out(z, dense_strides(tuple(z.shape)) if y.is_contiguous() else y.stride())
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def _scaled_smaller(grad: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -104,31 +296,3 @@ def _row_products(weight: Tensor, grad_weight: Tensor) -> Tensor:
     """Per output channel the inner product of weight and gradient, (O,); without a copy where both are contiguous."""
     rows, columns = weight.flatten(1)[:, None], grad_weight.to(weight.dtype).flatten(1)[:, :, None]
     return torch.bmm(rows, columns).view(-1)
-
-
-def scale_and_shift(
-    bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """What the normalisation makes of a convolution's output without its bias: `scale * y + shift`, each (O,).
-
-    Args:
-        bias: (O,), of the convolution.
-        gamma, beta: (O,), of the normalisation, if it has any.
-        mean, variance: (O,), stored.
-        eps: added to the variance.
-    """
-    deviation = torch.rsqrt(variance + eps)
-    scale = deviation if gamma is None else gamma * deviation
-    shift = (-mean if bias is None else bias - mean) * scale
-    return scale, shift if beta is None else shift + beta
-
-
-def scales_output(weight: Tensor, geometry: Geometry, shape: Shape) -> bool:
-    """Whether the output for an input of shape `shape` is smaller than the weight, so that scaling it takes less."""
-    return len(shape) == 4 and prod(geometry.output_shape(shape, weight.shape[0])) < weight.numel()
-
-
-def forward_scaled(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, geometry: Geometry) -> Tensor:
-    """Output of convolution and normalisation, without a copy of the weight."""
-    y = geometry.forward(x, weight, None)
-    return y.mul_(per_output(scale.to(y.dtype), 4)).add_(per_output(shift.to(y.dtype), 4))

@@ -1,245 +1,273 @@
-"""WSI and WASI: linear layers that hold their weight as two factors, in training as in inference.
+"""Linear layers whose weight is two factors, in training as in inference.
 
-A converted layer has the parameters `lowrank_left` L (O, K) and `lowrank_right` R (K, I) in place of `weight`, and no
-tensor of the weight's size exists from then on. Autograd gives L and R their own gradients, dW R^T and L^T dW. Beside
-them the layer holds the weight gradient itself, as the small factors that it comes in, until `lowrank.SGD` moves the
-weight by one subspace iteration. Source: WASI (ICLR 2026).
+Such a layer has the parameters `left` L (O, K) and `right` R (K, I) where the stock layer has `weight` (O, I). They are
+parameters like any other, with ordinary gradients dW R^T and L^T dW. To all else the layer looks as the stock one: its
+state dict has their product under `weight`, and so has the attribute. Source: WASI (ICLR 2026), sec. 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from math import prod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import SettingError
-from lowrank.exact.recompute import known_origin, note_linear
-from lowrank.layers.factored_weight import FactoredFunction, FactoredWeight, Update, forward_factored
-from lowrank.layers.layer import LEFT, RIGHT, LowRankLinear
-from lowrank.methods.asi import ASI
-from lowrank.methods.base import Vanilla
+from lowrank.errors import LowRankError, NonFiniteError
+from lowrank.exact.recompute import note_linear
+from lowrank.layers.factor_pair import link
+from lowrank.layers.factored_function import FactoredFunction, FactoredSettings, forward_factored
+from lowrank.layers.layer import LowRankLinear, Rebuilt, as_computed, is_single, kept_of
+from lowrank.layers.lazy import real
+from lowrank.layers.swap import become
+from lowrank.methods.base import Method, Tensors
+from lowrank.methods.wasi import WASI, WSI
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
-from lowrank.tensors.decompose import check_energy
-from lowrank.tensors.factors import factorise
-from lowrank.tensors.geometry import LinearGeometry, Shape
-from lowrank.tensors.gradients import plan_gradient
-
-UPDATES: tuple[Update, ...] = ("subspace", "svd")
+from lowrank.tensors.eager import ORDINARY, in_compiled_graph, trains_plainly
+from lowrank.tensors.factors import Factors, factorise, refactorise, truncated
+from lowrank.tensors.geometry import LinearGeometry
 
 
 class FactoredLinear(LowRankLinear):
-    """A linear layer (I inputs, O outputs) whose weight is held as two factors."""
+    """A linear layer (I inputs, O outputs) whose weight is held as two factors of rank K.
 
-    lowrank_left: nn.Parameter
-    lowrank_right: nn.Parameter
-    factored: FactoredWeight
-    method: WSI | WASI
+    Attributes:
+        left: (O, K).
+        right: (K, I).
+    """
 
-    def take_over(self) -> None:
-        """Put two factors in the place of the weight."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        found = factorise(weight.detach(), self.method.energy)
-        left, right = (nn.Parameter(part.contiguous(), weight.requires_grad) for part in found)
-        self._replace({"weight": {LEFT: left, RIGHT: right}})
-        self.factored = FactoredWeight(left, right, self.method, self.layer_name)
-
-    def give_back(self) -> None:
-        """Put the dense weight in the place of the two factors."""
-        weight = nn.Parameter(self.factored.factors().dense(), self.lowrank_left.requires_grad)
-        self._replace({LEFT: {"weight": weight}, RIGHT: {}})
-        del self.factored
-
-    def _replace(self, changes: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
-        """Parameters by name, in the place of those that they replace."""
-        parameters = dict(self._parameters)
-        self._parameters.clear()
-        for name, parameter in parameters.items():
-            self._parameters.update(changes.get(name, {name: parameter}))
+    stock_class = nn.Linear
+    left: nn.Parameter
+    right: nn.Parameter
 
     @property
-    def trains_weight(self) -> bool:
-        """Whether the weight is not frozen."""
-        return self.lowrank_left.requires_grad
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight (O, I) as other code reads it: the product of the factors, with its graph.
 
-    @torch.compiler.disable
-    def forward(self, input: Tensor) -> Tensor:
-        """Output of the layer; keeps of the input what the method keeps."""
-        tracked = input.requires_grad or any(p.requires_grad for p in self.parameters(recurse=False))
-        if not (torch.is_grad_enabled() and tracked):
-            return forward_factored(input, self.lowrank_left, self.lowrank_right, self.bias)
-        self.factored.require_own_optimizer()
-        x, dtype, outside = self._begin(input)
-        with outside:
-            batched = self.batched(x)
-            kept = self._keep(input, batched.detach()) if self.trains_weight else ()
-            origin = known_origin(input) if kept and self.method.keeps_input and batched is input else None
-            rebuild, kept = (None, kept) if origin is None else (origin.rebuild, origin.sources)
-            parameters = (self.lowrank_left, self.lowrank_right, self.bias)
-            y = FactoredFunction.apply(batched, *parameters, dtype, self.factored, rebuild, *kept)
-        if batched is input:
-            note_linear(input, y, forward_factored, parameters, bool(kept) and self.method.keeps_input)
-        return y if batched is x else y.squeeze(0)
+        It is formed anew at every reading, so it is for reading alone: what is written into it reaches no factor, and
+        nothing can be set in its place.
+        """
+        return _product(self.left, self.right)
+
+    @property
+    def rank(self) -> int:
+        """K."""
+        return self.left.shape[1]
+
+    def reset_parameters(self) -> None:
+        """Start from the nearest weight of this rank to what `nn.Linear` starts from."""
+        options: Any = {"device": self.left.device, "dtype": self.left.dtype}
+        stock = nn.Linear(self.in_features, self.out_features, self.bias is not None, **options)
+        with torch.no_grad():
+            wide = stock.weight.to(torch.promote_types(stock.weight.dtype, torch.float32))
+            identity = torch.eye(self.in_features, dtype=wide.dtype, device=wide.device)
+            self._hold(truncated(Factors(wide, identity), self.rank).to(stock.weight.dtype), fresh=False)
+            if self.bias is not None:
+                self.bias.copy_(stock.bias)
 
     def cost(self, x: Tensor, input_gradient: bool) -> LayerCost:
         """Cost of one training step for an input (B, ..., I); see `costs.LayerCost`."""
-        return self.method.factored_cost(x, self.factored, input_gradient)
+        outputs, rank = self.left.shape
+        if _wants_gradient(self.left, self.right):
+            cost = _factored(self._lowrank.method).factored_cost(x, outputs, rank, input_gradient)
+        else:
+            tokens, inputs = prod(x.shape[:-1]), x.shape[-1]
+            cost = LayerCost(
+                flops_paper=costs.paper_factored_pass(tokens, inputs, outputs, rank),
+                flops=2 * tokens * rank * (inputs + outputs) * (2 if input_gradient else 1),
+            )
+        return replace(cost, weight_bytes=self.left.nbytes + self.right.nbytes)
+
+    # Forward.
+
+    def _compiled(self, input: Tensor) -> Tensor:
+        """A compiler decides itself what to keep of a layer that keeps its input; other methods go into its graph."""
+        tracked = torch.is_grad_enabled() and _wants_gradient(self.left, self.right) and in_compiled_graph()
+        if not tracked or self._lowrank.method.keeps_input or not self.left.is_floating_point() or input.is_meta:
+            return forward_factored(input, self.left, self.right, self.bias)
+        return self._tracked(input)
+
+    def _run(self, input: Tensor) -> Tensor:
+        parameters = (self.left, self.right, self.bias)
+        plain = isinstance(input, Tensor) and trains_plainly(input, *parameters)
+        if not plain or not _wants_gradient(input, *parameters):
+            return forward_factored(input, *parameters)
+        self._link()
+        return self._tracked(real(input))
+
+    def _tracked(self, input: Tensor) -> Tensor:
+        state, parameters = self._lowrank, (self.left, self.right, self.bias)
+        x, dtype, outside = as_computed(input, self.left)
+        with outside:
+            method: Method = state.method
+            kept: Tensors = ()
+            if _wants_gradient(self.left, self.right):
+                method, kept = kept_of(self, LinearGeometry(), input, x)
+            rebuild = method.rebuild if isinstance(method, Rebuilt) else None
+            settings = FactoredSettings(state.name, dtype, state.method.keeps_input, rebuild)
+            y = FactoredFunction.apply(x, *parameters, settings, *kept)
+        if x is input and not is_single(self, x):
+            note_linear(input, y, forward_factored, parameters, bool(kept) and state.method.keeps_input)
+        return y
+
+    # State.
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._link()
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        result = super()._apply(*arguments, **options)
+        self._link()
+        return result
+
+    def _link(self) -> None:
+        """Parameters come and go (copies, `to_empty`, assigned state dicts): mark those that are here now."""
+        left, right = self._parameters.get("left"), self._parameters.get("right")
+        link(left, right, _factored(self._lowrank.method).update, self._lowrank.name)
+
+    def _hold(self, found: Factors, fresh: bool) -> None:
+        """Take other factors, of any rank; in new parameters, if `fresh`, else in those that are there."""
+        for name, value in zip(("left", "right"), found, strict=True):
+            own = self._parameters[name]
+            assert own is not None
+            if fresh:
+                self._parameters[name] = nn.Parameter(value.contiguous(), own.requires_grad)
+            elif own.shape == value.shape:
+                with torch.no_grad():
+                    own.copy_(value)
+            else:
+                own.data, own.grad = value.to(own).contiguous(), None
+        self._link()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        own: dict[str, Any] = {}
+        super()._save_to_state_dict(own, prefix, keep_vars)
+        for key, value in own.items():
+            if key == f"{prefix}left":
+                destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+            elif key != f"{prefix}right":
+                destination[key] = value
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Tensor], prefix: str, *arguments: Any, **options: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        """Load factors at whatever rank they have; of a dense weight, those at the method's energy."""
-        state_dict = dict(state_dict)
-        dense = state_dict.pop(prefix + "weight", None)
-        if dense is not None:
-            found = factorise(dense, self.method.energy)
-            state_dict[prefix + LEFT], state_dict[prefix + RIGHT] = found
-        for name, shape in ((LEFT, self.lowrank_left), (RIGHT, self.lowrank_right)):
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.shape != shape.shape and self._fits(state_dict, prefix):
-                shape.data = shape.data.new_empty(saved.shape)
-        self.factored.forget_gradient()
-        super()._load_from_state_dict(state_dict, prefix, *arguments, **options)
+        """Load a dense weight, or factors (O, k) and (k, I) under `left` and `right` as they are.
 
-    def _fits(self, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
-        """Whether the factors in a state dict are of a weight of this layer's size."""
-        left, right = state_dict.get(prefix + LEFT), state_dict.get(prefix + RIGHT)
-        if left is None or right is None or left.shape[1:] != right.shape[:1]:
-            return False
-        return (left.shape[0], right.shape[1]) == (self.out_features, self.in_features)
-
-
-def _check(method: WSI | WASI) -> None:
-    check_energy(method.energy)
-    if method.update not in UPDATES:
-        raise SettingError(f"the update of the weight is {method.update!r}; allowed: {', '.join(UPDATES)}")
-
-
-def _reason_against(layer: nn.Module) -> str | None:
-    if isinstance(layer, nn.Linear):
-        return None
-    return "WSI and WASI hold the weights of linear layers as factors, not those of convolutions"
-
-
-def _suffix(method: WSI | WASI) -> str:
-    return f"{method.energy:g}" + ("" if method.update == "subspace" else f"_{method.update}")
-
-
-def _factored_cost(
-    x: Tensor, weight: FactoredWeight, activation_bytes: int, flops_paper: int, flops: int, gradient_rank: int
-) -> LayerCost:
-    """What WSI and WASI have in common: the passes through the factors, the update, and the factors' bytes."""
-    shape: Shape = tuple(x.shape)
-    outputs, inputs, rank = weight.left.shape[0], weight.right.shape[1], weight.rank
-    tokens = prod(shape[:-1])
-    svd = weight.method.update == "svd"
-    update = costs.paper_weight_svd(outputs, inputs) if svd else costs.paper_iteration(outputs, inputs, rank)
-    return LayerCost(
-        activation_bytes=activation_bytes,
-        flops_paper=flops_paper + update + costs.paper_factored_pass(tokens, inputs, outputs, rank),
-        flops=flops
-        + 2 * tokens * rank * (inputs + outputs)
-        + costs.factored_update_flops(outputs, inputs, rank, gradient_rank, svd),
-        weight_bytes=weight.left.nbytes + weight.right.nbytes,
-    )
-
-
-@dataclass(frozen=True)
-class WSI(Vanilla):
-    """Weight Subspace Iteration: the weight as two factors, the activation as it is (WASI, ICLR 2026, ablation).
-
-    Args:
-        energy: share of the squared singular values of the weight that its factors keep at the start, above 0 and at
-            most 1; the rank stays as it is then. Less: smaller factors, and a weight that can follow fewer directions.
-        update: "subspace", one subspace iteration a step; "svd", a truncated SVD of the moved weight a step, for
-            comparison (it forms the weight gradient densely).
-    """
-
-    energy: float = 0.9
-    update: Update = "subspace"
-    layer_family: ClassVar[type[nn.Module]] = FactoredLinear
-
-    def __post_init__(self) -> None:
-        _check(self)
-
-    @property
-    def tag(self) -> str:
-        return f"wsi_{_suffix(self)}"
-
-    def reason_against(self, layer: nn.Module) -> str | None:
-        return _reason_against(layer)
-
-    def factored_cost(self, x: Tensor, weight: FactoredWeight, input_gradient: bool) -> LayerCost:
-        """Cost of one training step of a layer with this weight."""
-        shape = tuple(x.shape)
-        tokens, inputs, outputs = prod(shape[:-1]), shape[-1], weight.left.shape[0]
-        held = min(tokens, 3 * weight.rank) if self.update == "subspace" else min(tokens, inputs)
-        through = 2 * tokens * weight.rank * (inputs + outputs)
-        exact = 2 * tokens * inputs * outputs
-        spanned = 0 if held == tokens else (exact if self.update == "svd" else 6 * through)
-        return _factored_cost(
-            x,
-            weight,
-            activation_bytes=x.numel() * x.element_size(),
-            flops_paper=costs.paper_weight_gradient(LinearGeometry(), shape, outputs),
-            flops=spanned + (through if input_gradient else 0),
-            gradient_rank=held,
-        )
-
-
-@dataclass(frozen=True)
-class WASI(ASI):
-    """Weight-Activation Subspace Iteration: the weight as two factors, the activation as in `ASI` (ICLR 2026).
-
-    Args:
-        ranks, algorithm, warm_start, seed, refresh: of the activation, see `ASI`.
-        energy: share of the squared singular values of the weight that its factors keep at the start, above 0 and at
-            most 1; the rank stays as it is then. The paper uses 0.4 to 0.9.
-        update: "subspace", one subspace iteration a step; "svd", a truncated SVD of the moved weight a step.
-    """
-
-    energy: float = 0.9
-    update: Update = "subspace"
-    layer_family: ClassVar[type[nn.Module]] = FactoredLinear
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self)
-
-    @property
-    def tag(self) -> str:
-        return f"wasi_{_suffix(self)}{super().tag.removeprefix('asi')}"
-
-    def reason_against(self, layer: nn.Module) -> str | None:
-        return _reason_against(layer)
-
-    def factored_cost(self, x: Tensor, weight: FactoredWeight, input_gradient: bool) -> LayerCost:
-        """Cost of one training step of a layer with this weight."""
-        shape, geometry = tuple(x.shape), LinearGeometry()
-        ranks, outputs = self.ranks_for(shape), weight.left.shape[0]
-        factored = tuple(rank < size for rank, size in zip(ranks, shape, strict=True))
-        against_core = plan_gradient(geometry, (*shape[:-1], ranks[-1]), ranks, (*factored[:-1], False), outputs)
-        through = 2 * prod(shape[:-1]) * weight.rank * (shape[-1] + outputs)
-        return _factored_cost(
-            x,
-            weight,
-            activation_bytes=costs.tucker_numel(shape, ranks) * x.element_size(),
-            flops_paper=sum(
-                costs.paper_iteration(size, prod(shape) // size, rank) for size, rank in zip(shape, ranks, strict=True)
+        The stock module loads it, into a placeholder, so hooks, assigning and all that can be wrong are as ever. A
+        weight of no higher rank than K is taken apart at that rank, any other at the method's energy.
+        """
+        if type(self.left) not in ORDINARY:
+            raise LowRankError(
+                f"layer {self._lowrank.name!r}: the factors of its weight are a {type(self.left).__name__}; load the "
+                f"weights before they are sharded"
             )
-            + costs.paper_tucker_gradient(geometry, shape, ranks, outputs),
-            flops=self.subspace_flops(shape, ranks) + 2 * against_core.macs + (through if input_gradient else 0),
-            gradient_rank=ranks[-1],
-        )
+        key, reports = f"{prefix}weight", (missing_keys, unexpected_keys, error_msgs)
+        exact = _take_factors(state_dict, prefix)
+        if exact is not None:
+            state_dict[key] = _product(*exact)
+        left, right, before = self.left, self.right, len(error_msgs)
+        unread = left.new_full((self.out_features, self.in_features), float("nan"))
+        placeholder = nn.Parameter(unread, left.requires_grad)
+        _swap_parameters(self, {"left": {"weight": placeholder}, "right": {}})
+        try:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *reports)
+        finally:
+            loaded = self._parameters["weight"]
+            _swap_parameters(self, {"weight": {"left": left, "right": right}})
+        if key not in state_dict or any(key in message for message in error_msgs[before:]):
+            return
+        assert loaded is not None
+        try:
+            found = exact or _taken_apart(loaded.detach(), self.rank, _factored(self._lowrank.method).energy)
+        except NonFiniteError as error:
+            error_msgs.append(f'While copying the parameter named "{key}": {error}.')
+        else:
+            self._hold(found, fresh=local_metadata.get("assign_to_params_buffers", False))
 
 
-def shared_weights(model: nn.Module, layer: nn.Module) -> bool:
-    """Whether something else in the model uses the layer's weight, so that it cannot be taken apart."""
-    weight = layer._parameters.get("weight")
-    owners = [module for module in model.modules() if any(p is weight for p in module._parameters.values())]
-    return weight is not None and len(owners) > 1
+# What `convert` and `revert` call.
+
+
+def factorise_layer(layer: nn.Module, method: Method) -> tuple[nn.Parameter, nn.Parameter]:
+    """The two factors that a layer will hold in the place of its weight (O, I): (O, K) and (K, I).
+
+    The layer is not touched, and may be one that holds factors already.
+
+    Raises:
+        NonFiniteError: the weight has NaN or infinite values.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    found = factorise(weight.detach(), _factored(method).energy)
+    left, right = (nn.Parameter(part.contiguous(), weight.requires_grad) for part in found)
+    return left, right
+
+
+def attach(layer: nn.Module, left: nn.Parameter, right: nn.Parameter) -> None:
+    """Turn a linear layer with a state `_lowrank` into one that holds these factors in the place of its weight."""
+    _swap_parameters(layer, {"weight": {"left": left, "right": right}})
+    become(layer, FactoredLinear)
+    assert isinstance(layer, FactoredLinear)
+    layer._link()
+
+
+def detach(layer: FactoredLinear) -> None:
+    """Put a dense weight in the place of the two factors; the class is left for the caller to restore."""
+    left, right = layer.left, layer.right
+    weight = nn.Parameter(_product(left, right).detach(), _wants_gradient(left, right))
+    _swap_parameters(layer, {"left": {"weight": weight}, "right": {}})
+
+
+def _swap_parameters(layer: nn.Module, changes: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
+    """Put parameters by name in the place of others, the order kept."""
+    parameters = dict(layer._parameters)
+    layer._parameters.clear()
+    for name, parameter in parameters.items():
+        layer._parameters.update(changes.get(name, {name: parameter}))
+
+
+def _factored(method: Method) -> WSI | WASI:
+    assert isinstance(method, WSI | WASI)
+    return method
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """L R in the factors' own dtype, whatever autocast says."""
+    device = left.device.type
+    if not torch.amp.is_autocast_available(device):
+        return left @ right
+    with torch.autocast(device, enabled=False):
+        return left @ right
+
+
+def _take_factors(state_dict: dict[str, Any], prefix: str) -> Factors | None:
+    """Factors that a state dict has in the place of a weight, taken out of it; None: it has none that fit together."""
+    left, right = (state_dict.get(f"{prefix}{name}") for name in ("left", "right"))
+    if f"{prefix}weight" in state_dict or not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        return None
+    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+        return None
+    del state_dict[f"{prefix}left"], state_dict[f"{prefix}right"]
+    return Factors(left.detach(), right.detach())
+
+
+def _taken_apart(weight: Tensor, rank: int, energy: float) -> Factors:
+    """Factors of a loaded weight; on the meta device they have their rank alone."""
+    if weight.is_meta:
+        return Factors(weight.new_empty(weight.shape[0], rank), weight.new_empty(rank, weight.shape[1]))
+    return refactorise(weight, rank, energy)

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from lowrank.layers.factored_weight import factored_weights
+from lowrank.layers.layer import LowRankLayer
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore buffers, gradients, `requires_grad` flags and the random state at the end, whatever happens.
+    """Restore buffers, gradients, `requires_grad` flags, what methods carry, and the random state, whatever happens.
 
     Inside, every gradient is None, as after `optimizer.zero_grad()`.
     """
     buffers = {module: dict(module._buffers) for module in model.modules()}
     values = [(tensor, tensor.clone()) for tensor in model.buffers()]
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    factored = [(weight, list(weight.gradient)) for weight in factored_weights(model.parameters())]
+    states = [(layer, replace(layer._lowrank)) for layer in model.modules() if isinstance(layer, LowRankLayer)]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
         for parameter, _, _ in parameters:
@@ -35,8 +36,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for parameter, grad, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
-        for weight, gradient in factored:
-            weight.gradient = gradient
+        for layer, state in states:
+            layer._lowrank = state
         for module, tensors in buffers.items():
             module._buffers.clear()
             module._buffers.update(tensors)

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from lowrank.layers.token_mask import current_mask
 from lowrank.methods.base import Method, Tensors
+from lowrank.tensors.notes import Glimpse, Notes
 
 
-class SharedInputs:
-    """What was kept of an input, for further layers that are given the same tensor.
+@dataclass(frozen=True)
+class _Kept:
+    """What a layer keeps of an input; holds none of it alive."""
 
-    Holds nothing alive: an entry ends with its input, or with the backward pass that needed what was kept.
+    dtype: torch.dtype
+    mask: Tensor | None
+    method: Method
+    glimpses: tuple[Glimpse | None, ...]
+
+
+_KEPT: Notes[_Kept] = Notes()
+
+
+def find_kept(input: Tensor, x: Tensor, method: Method) -> Tensors | None:
+    """What another layer keeps of this input, if `method` can use it and it is kept to this moment.
+
+    Args:
+        input: the tensor that the layers are given.
+        x: the same as the layer computes with it.
+        method: of the layer that asks.
     """
-
-    def __init__(self) -> None:
-        self._entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-    def find(self, input: Tensor, x: Tensor, method: Method) -> Tensors | None:
-        """What another layer keeps of this input, if `method` can use it."""
-        if torch.compiler.is_compiling() or input not in self._entries:
-            return None
-        version, dtype, other, references = self._entries[input]
-        if (version, dtype) != (input._version, x.dtype) or not method.can_use(other, tuple(x.shape)):
-            return None
-        kept = tuple(reference and reference() for reference in references)
-        lost = any(reference is not None and tensor is None for reference, tensor in zip(references, kept, strict=True))
-        return None if lost else kept
-
-    def add(self, input: Tensor, x: Tensor, method: Method, kept: Tensors) -> None:
-        """Remember what a layer keeps of this input."""
-        if not kept or torch.compiler.is_compiling() or input.is_inference():
-            return
-        references = [tensor if tensor is None else TensorWeakRef(tensor) for tensor in kept]
-        self._entries[input] = (input._version, x.dtype, method, references)
+    known = _KEPT.find(input)
+    if known is None or known.dtype != x.dtype or known.mask is not current_mask():
+        return None
+    if not method.can_use(known.method, tuple(x.shape)):
+        return None
+    kept = tuple(None if glimpse is None else glimpse.tensor() for glimpse in known.glimpses)
+    gone = any(glimpse is not None and tensor is None for glimpse, tensor in zip(known.glimpses, kept, strict=True))
+    return None if gone else kept
 
 
-SHARED_INPUTS = SharedInputs()
+def note_kept(input: Tensor, x: Tensor, method: Method, kept: Tensors) -> None:
+    """Remember what a layer keeps of this input."""
+    if not torch.compiler.is_compiling():
+        glimpses = tuple(None if tensor is None else Glimpse(tensor) for tensor in kept)
+        _KEPT.note(input, _Kept(x.dtype, current_mask(), method, glimpses))

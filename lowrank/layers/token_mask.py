@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
-_MASKS: list[Tensor | None] = []  # the innermost last; a plain list, which torch.compile can read
+_MASK: ContextVar[Tensor | None] = ContextVar("token_mask", default=None)
 
 
 @contextmanager
@@ -15,7 +17,8 @@ def token_mask(mask: Tensor | None) -> Iterator[None]:
     """Within it, converted layers leave padding tokens out of the activation that they compress.
 
     Padding gets no gradient from a loss that does not read it, so at full rank the weight gradient stays exact, and at
-    low rank the whole rank serves real tokens. Inputs of other leading sizes are left as they are.
+    low rank the whole rank serves real tokens. Inputs of other leading sizes are left as they are. Holds for this
+    thread alone; the innermost of several masks rules. A compiled model leaves padding in.
 
     Args:
         mask: (B, N), true or 1 for real tokens; None for none.
@@ -24,16 +27,21 @@ def token_mask(mask: Tensor | None) -> Iterator[None]:
         with lowrank.token_mask(attention_mask):
             loss = model(input_ids, attention_mask=attention_mask, labels=labels).loss
     """
-    _MASKS.append(mask)
+    token = _MASK.set(mask)
     try:
         yield
     finally:
-        _MASKS.pop()
+        _MASK.reset(token)
+
+
+def current_mask() -> Tensor | None:
+    """The mask that this thread is within."""
+    return None if torch.compiler.is_compiling() else _MASK.get()
 
 
 def without_padding(x: Tensor) -> Tensor:
     """A layer's input (B, N, ...) with zeros for padding tokens."""
-    mask = _MASKS[-1] if _MASKS else None
+    mask = current_mask()
     if mask is None or x.ndim <= mask.ndim or x.shape[: mask.ndim] != mask.shape:
         return x
     return x * mask.to(x.dtype).view(*mask.shape, *[1] * (x.ndim - mask.ndim))

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.conversion.convert import named_layers, stock_type
+from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError
 from lowrank.layers.factored import FactoredLinear
-from lowrank.layers.layer import FAMILIES, LowRankLayer
+from lowrank.layers.layer import LAYERS, LowRankLayer, geometry_of, is_single
 from lowrank.layers.preserve import preserved
+from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.methods.base import Method, Vanilla
 from lowrank.tensors import costs
@@ -72,8 +73,8 @@ def account(
     """
     layers = named_layers(model, names)
     for name, layer in layers.items():
-        if stock_type(layer) not in FAMILIES:
-            raise ConversionError(f"layer {name!r} ({stock_type(layer).__name__}) cannot be accounted for")
+        if stock_class(layer) not in LAYERS:
+            raise ConversionError(f"layer {name!r} ({stock_class(layer).__name__}) cannot be accounted for")
     found: dict[str, LayerCost] = {}
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -99,11 +100,10 @@ def account(
 
 @torch.no_grad()
 def _layer_cost(layer: nn.Module, x: Tensor) -> LayerCost:
-    family = FAMILIES[stock_type(layer)]
-    geometry: Geometry = family.geometry_of(layer)
-    method: Method = layer.method if isinstance(layer, LowRankLayer) else Vanilla()
+    geometry: Geometry = geometry_of(layer)
+    method: Method = layer._lowrank.method if isinstance(layer, LowRankLayer) else Vanilla()
     needs_input_gradient = x.requires_grad
-    x = without_padding(family.batched(x.detach()))
+    x = without_padding(x.detach().unsqueeze(0) if is_single(layer, x) else x.detach())
     if isinstance(layer, FactoredLinear):
         return layer.cost(x, needs_input_gradient)
     weight = layer.weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from lowrank.conversion.attention import OpenAttention
-from lowrank.conversion.convert import stock_type
-from lowrank.conversion.fusion import find_blocks
-from lowrank.exact.recompute import RECOMPUTING_MODULES
-from lowrank.layers.layer import LeanBatchNorm2d, LowRankLayer
+from lowrank.layers.attention import OpenAttention
+from lowrank.layers.layer import LowRankLayer
+from lowrank.layers.lean import RECOMPUTED, LeanModule
 from lowrank.layers.preserve import LossFunction
+from lowrank.layers.swap import stock_class
 from lowrank.meters.memory import saved_storages
 
 OUTSIDE = "(outside the model)"
@@ -78,24 +78,15 @@ def explain(model: nn.Module, loss_fn: LossFunction, batch: Any) -> Explanation:
     Example:
         print(lowrank.explain(model, loss_fn, batch))
     """
-    left = find_blocks(model).left  # before the hooks below, which are a reason against a run
     names = {module: name for name, module in model.named_modules()}
-    running: list[nn.Module] = []
-
-    def enter(module: nn.Module, *_: Any) -> None:
-        running.append(module)
-
-    def leave(module: nn.Module, *_: Any) -> None:
-        while running and running.pop() is not module:
-            pass
-
+    chosen = [module for module in names if isinstance(module, LowRankLayer) and module._lowrank.chosen]
+    called: set[nn.Module] = set()
     owners: dict[int, nn.Module | None] = {}
 
     def note(storage: int) -> None:
-        owners.setdefault(storage, running[-1] if running else None)
+        owners.setdefault(storage, _running(names))
 
-    handles = [module.register_forward_pre_hook(enter) for module in names]
-    handles += [module.register_forward_hook(leave, always_call=True) for module in names]
+    handles = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in chosen]
     try:
         sizes = saved_storages(model, loss_fn, batch, note)
     finally:
@@ -104,35 +95,50 @@ def explain(model: nn.Module, loss_fn: LossFunction, batch: Any) -> Explanation:
     kept: dict[nn.Module | None, int] = defaultdict(int)
     for storage, size in sizes.items():
         kept[owners[storage]] += size
-    return Explanation([_row(module, size, names, left) for module, size in kept.items() if size])
+    rows = [_row(module, size, names) for module, size in kept.items() if size]
+    return Explanation(rows + [_uncalled(layer, names) for layer in chosen if layer not in called])
 
 
-def _row(module: nn.Module | None, nbytes: int, names: dict[nn.Module, str], left: dict[str, str]) -> Kept:
+def _running(names: dict[nn.Module, str]) -> nn.Module | None:
+    """The innermost module of these whose code runs. Read off the stack, since a layer with hooks may keep more."""
+    frame = sys._getframe(1)  # not its own, which would hold itself
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and owner in names:
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _row(module: nn.Module | None, nbytes: int, names: dict[nn.Module, str]) -> Kept:
     if module is None:
         return Kept(OUTSIDE, "loss", nbytes, "what the loss function keeps, such as probabilities")
-    name = names[module]
-    return Kept(name or "(the model itself)", stock_type(module).__name__, nbytes, _reason(module, left.get(name)))
+    return Kept(names[module] or "(the model itself)", stock_class(module).__name__, nbytes, _reason(module))
 
 
-def _reason(module: nn.Module, left: str | None) -> str:
+def _uncalled(layer: nn.Module, names: dict[nn.Module, str]) -> Kept:
+    reason = "named in convert to no effect: the forward pass never calls it; its weight may be handed to a function"
+    return Kept(names[layer], stock_class(layer).__name__, 0, reason)
+
+
+def _reason(module: nn.Module) -> str:
     if isinstance(module, LowRankLayer):
-        if module.chosen:
-            return f"its input, as {module.method} keeps it"
+        if module._lowrank.chosen:
+            return f"its input, as {module._lowrank.method} keeps it"
         return "its input, for the gradient of its weight or of its normalisation; name it in convert to keep less"
     if isinstance(module, nn.BatchNorm2d):
-        if isinstance(module, LeanBatchNorm2d) and module.awaiting is not None:
-            return "its input, which batch statistics need; in evaluation mode its convolution would include it"
-        batch = (
-            "its input, which batch statistics need" if module.training else "its input, for the gradient of its scale"
-        )
-        return f"{batch}; not included in a convolution: {left}" if left else f"{batch}; convert includes it"
-    if type(module) in RECOMPUTING_MODULES.values():
-        return _RECOMPUTING[stock_type(module)]
+        if module.training or module.running_mean is None:
+            return "its input, which batch statistics need; in evaluation mode its convolution is computed with it"
+        if isinstance(module, LeanModule):
+            return "its input, for the gradient of its scale; what reached it is no convolution's unread output"
+        return "its input, for the gradient of its scale; convert computes it with its convolution"
+    if isinstance(module, LeanModule) and stock_class(module) in RECOMPUTED:
+        return _RECOMPUTING[stock_class(module)]
     if isinstance(module, OpenAttention):
         return "position biases and masks; what is in it is computed again"
     for kind, reason in _REASONS.items():
-        if issubclass(stock_type(module), kind):
-            return reason if type(module) is stock_type(module) else "bits, places or shapes: the least that is exact"
+        if issubclass(stock_class(module), kind):
+            return reason if type(module) is stock_class(module) else "bits, places or shapes: the least that is exact"
     return "what its own code keeps"
 
 

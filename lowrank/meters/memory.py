@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowrank.layers.lazy import Lazy
 from lowrank.layers.preserve import LossFunction, preserved, tensors_in
 
 
@@ -18,7 +19,8 @@ class _Kept:
     """Stands in for one tensor that autograd saved; lives exactly as long as autograd holds it."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        # Without its graph: a saved output's own would hold this entry, a circle that is never freed.
+        self.tensor = tensor.detach()
 
 
 def saved_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any) -> int:
@@ -139,8 +141,9 @@ class _Tracker(TorchDispatchMode):
         self.current = self.peak = sum(known.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        lazy = [leaf for leaf in _pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Lazy)]
         result = func(*args, **(kwargs or {}))
-        for leaf in _pytree.tree_leaves(result):
+        for leaf in [*(leaf.value() for leaf in lazy), *_pytree.tree_leaves(result)]:
             if isinstance(leaf, Tensor):
                 self._follow(leaf)
         return result

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.conversion.convert import named_layers
+from lowrank.conversion.select import named_layers
 from lowrank.layers.factored import FactoredLinear
 from lowrank.layers.preserve import LossFunction, preserved, tensors_in
 
@@ -60,8 +60,6 @@ def weight_memory(
         with torch.enable_grad():
             loss_fn(model, batch).backward()
         gradients = [p.grad for p in weights if p.grad is not None]
-        factored = [layer.factored for layer in layers if isinstance(layer, FactoredLinear)]
-        gradients += [part for weight in factored for term in weight.gradient for part in term]
         held = sum({part.untyped_storage()._cdata: part.untyped_storage().nbytes() for part in gradients}.values())
     return WeightMemory(
         weight=sum(p.nbytes for p in weights),
@@ -72,7 +70,7 @@ def weight_memory(
 
 
 def _emulated(layer: FactoredLinear, optimizer: torch.optim.Optimizer) -> int:
-    left, right = layer.lowrank_left, layer.lowrank_right
+    left, right = layer.left, layer.right
     dense = left.shape[0] * right.shape[1] * left.element_size()
     states = sum(
         any(p is left for p in group["params"]) and group.get("momentum", 0) != 0 for group in optimizer.param_groups

@@ -7,7 +7,7 @@ from math import prod
 
 from torch import Tensor
 
-from lowrank.methods.base import Tensors, TuckerMethod, exact_flops
+from lowrank.methods.base import Tensors, TuckerMethod, exact_flops, kept_form
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
 from lowrank.tensors.decompose import check_energy, hosvd, svd
@@ -36,17 +36,16 @@ class SVD(TuckerMethod):
         """Bytes of the two factors of the batch-mode unfolding."""
         core = kept[0]
         assert core is not None
-        return core.shape[0] * (shape[0] + prod(shape[1:])) * core.element_size()
+        return min(core.shape[0] * (shape[0] + prod(shape[1:])), prod(shape)) * core.element_size()
 
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
-        tucker = svd(x, self.energy)
-        return (tucker.core, *tucker.factors), ()
+        return kept_form(x, svd(x, self.energy)), ()
 
     def cost(self, x: Tensor, geometry: Geometry, out_channels: int, input_gradient: bool) -> LayerCost:
         shape = tuple(x.shape)
         ranks = svd(x, self.energy).ranks
         return LayerCost(
-            activation_bytes=ranks[0] * (shape[0] + prod(shape[1:])) * x.element_size(),
+            activation_bytes=min(ranks[0] * (shape[0] + prod(shape[1:])), prod(shape)) * x.element_size(),
             # The published baseline rebuilds the input in full, so its weight gradient costs the exact one's.
             flops_paper=costs.paper_forward(geometry, shape, out_channels)
             + costs.paper_svd(geometry, shape, (0,))
@@ -76,14 +75,13 @@ class HOSVD(TuckerMethod):
         return f"hosvd_{self.energy:g}"
 
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
-        tucker = hosvd(x, self.energy)
-        return (tucker.core, *tucker.factors), ()
+        return kept_form(x, hosvd(x, self.energy)), ()
 
     def cost(self, x: Tensor, geometry: Geometry, out_channels: int, input_gradient: bool) -> LayerCost:
         shape, modes = tuple(x.shape), range(x.ndim)
         ranks = hosvd(x, self.energy).ranks
         return LayerCost(
-            activation_bytes=costs.tucker_numel(shape, ranks) * x.element_size(),
+            activation_bytes=costs.kept_numel(shape, ranks) * x.element_size(),
             flops_paper=costs.paper_forward(geometry, shape, out_channels)
             + costs.paper_svd(geometry, shape, modes)
             + costs.paper_tucker_gradient(geometry, shape, ranks, out_channels),

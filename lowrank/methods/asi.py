@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank.errors import SettingError
 from lowrank.methods.base import Method, Tensors, TuckerMethod, exact_flops
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
-from lowrank.tensors.decompose import ALGORITHMS, Algorithm, subspace_iteration
+from lowrank.tensors.decompose import ALGORITHMS, Algorithm, allowed_ranks, kept_whole, subspace_iteration
 from lowrank.tensors.geometry import Geometry, Shape
 from lowrank.tensors.tucker import Tucker
 
@@ -36,7 +36,8 @@ class ASI(TuckerMethod):
             "published" iterates each mode on the full tensor.
         warm_start: start each step from the basis of the step before; otherwise from the same random one every time.
         seed: seed of the first, random basis. The global random state is neither read nor changed.
-        refresh: when to iterate the bases anew: 1, at every step, as in the paper; n, at every n-th step; "energy",
+        refresh: when to iterate the bases anew: 1, at every forward pass in training mode that autograd records, as in
+            the paper; n, at every n-th of them (with checkpointing inside a model there are two a step); "energy",
             when the share of the input's energy that they capture falls to less than 0.99 of what it was after the
             latest iteration, which takes one more read of the input to know. In between, the input is only projected on
             them, but for the batch mode, whose samples change with every step: it is iterated on what the other
@@ -83,21 +84,29 @@ class ASI(TuckerMethod):
             raise SettingError(f"the ranks name no layer {name!r}; they name {', '.join(per_layer) or 'none'}")
         return replace(self, ranks=per_layer[name])
 
+    def reason_against(self, layer: nn.Module) -> str | None:
+        if isinstance(layer, nn.Conv2d) and isinstance(self.ranks, Sequence) and len(self.ranks) != 4:
+            return f"{len(self.ranks)} ranks for a convolution, whose input has 4 modes; give one per mode"
+        return None
+
     def ranks_for(self, shape: Sequence[int]) -> Shape:
-        """The ranks for an input of this shape, each at most its dimension."""
+        """The ranks for an input of this shape, each at most its dimension and what the other ranks allow."""
         if isinstance(self.ranks, int):
-            return tuple(min(self.ranks, size) for size in shape)
+            return allowed_ranks(shape, [self.ranks] * len(shape))
         if len(self.ranks) != len(shape):
             raise SettingError(
                 f"{len(self.ranks)} ranks for an input with {len(shape)} modes {tuple(shape)}; give one per mode"
             )
-        return tuple(min(rank, size) for rank, size in zip(self.ranks, shape, strict=True))
+        return allowed_ranks(shape, self.ranks)
 
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
-        # Modes without a basis are not in a state dict. The last entry says when the bases are due.
+        ranks = self.ranks_for(x.shape)
+        if kept_whole(x.shape, ranks):
+            return (x, *[None] * x.ndim), state
+        # The last entry says when the bases are due.
         state = (*state, *[None] * (x.ndim + 1 - len(state)))
         stored, due = state[: x.ndim], state[x.ndim]
-        starts = [self._start(x, mode, rank, stored[mode], name) for mode, rank in enumerate(self.ranks_for(x.shape))]
+        starts = [self._start(x, mode, rank, stored[mode], name) for mode, rank in enumerate(ranks)]
         if self.refresh == 1:
             tucker, bases = subspace_iteration(x, starts, self.algorithm)
             when: Tensors = ()
@@ -140,7 +149,8 @@ class ASI(TuckerMethod):
 
         if before is None:
             found = fresh()
-            left = share(found) if self.refresh == "energy" else torch.ones((), dtype=torch.int64, device=x.device)
+            # One iteration from a random start captures little: more than all there is makes the next step's due.
+            left = torch.tensor(2.0 if self.refresh == "energy" else 1, device=x.device)
         elif self.refresh == "energy":
             projected = held()
             due = ~(share(projected) >= _KEPT_SHARE * before)  # also where one of them is not a number
@@ -155,7 +165,9 @@ class ASI(TuckerMethod):
         return *found, left
 
     def can_use(self, other: Method, shape: Shape) -> bool:
-        if not isinstance(other, ASI) or (other.algorithm, other.refresh) != (self.algorithm, self.refresh):
+        if type(other) is not type(self) or not isinstance(other, ASI):
+            return False  # a subclass may keep something else
+        if (other.algorithm, other.refresh) != (self.algorithm, self.refresh):
             return False
         return all(own <= found for own, found in zip(self.ranks_for(shape), other.ranks_for(shape), strict=True))
 
@@ -163,7 +175,7 @@ class ASI(TuckerMethod):
         """At its own ranks, also where another layer's larger ones are shared."""
         core = kept[0]
         assert core is not None
-        return costs.tucker_numel(shape, self.ranks_for(shape)) * core.element_size()
+        return costs.kept_numel(shape, self.ranks_for(shape)) * core.element_size()
 
     def _start(self, x: Tensor, mode: int, rank: int, stored: Tensor | None, name: str) -> Tensor | None:
         size = x.shape[mode]
@@ -172,12 +184,14 @@ class ASI(TuckerMethod):
         # Samples change from step to step, so any rows of the batch basis serve a smaller batch as well.
         fits = stored is not None and (stored.shape[0] == size or (mode == 0 and stored.shape[0] > size))
         if stored is not None and fits and stored.shape[1] == rank:
-            return stored if stored.shape[0] == size else stored[:size]
+            return (stored if stored.shape[0] == size else stored[:size]).to(x.device)
         wide = x.dtype == torch.float64
         return _random_basis(size, rank, f"{self.seed}/{name}/{mode}", wide).to(x.device)
 
     def subspace_flops(self, shape: Shape, ranks: Shape) -> int:
         """Of the mean step; with "energy" of one that iterates, the most that it takes."""
+        if kept_whole(shape, ranks):
+            return 0
         sequential = self.algorithm == "sequential"
         each = costs.subspace_flops(shape, ranks, sequential)
         if not isinstance(self.refresh, int) or self.refresh == 1:
@@ -189,7 +203,7 @@ class ASI(TuckerMethod):
         shape = tuple(x.shape)
         ranks = self.ranks_for(shape)
         return LayerCost(
-            activation_bytes=costs.tucker_numel(shape, ranks) * x.element_size(),
+            activation_bytes=costs.kept_numel(shape, ranks) * x.element_size(),
             flops_paper=costs.paper_forward(geometry, shape, out_channels)
             + costs.paper_subspace(shape, ranks)
             + costs.paper_tucker_gradient(geometry, shape, ranks, out_channels),

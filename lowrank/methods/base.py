@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
+from lowrank.tensors.decompose import kept_whole
 from lowrank.tensors.geometry import Geometry, Shape
 from lowrank.tensors.gradients import plan_gradient, weight_gradient
 from lowrank.tensors.tucker import Tucker
@@ -26,11 +27,11 @@ class Method(ABC):
     The defaults keep the forward pass and the gradient with respect to the input exact.
 
     Attributes:
-        layer_family: class of the converted layer, for methods that also hold the weight in another way.
+        factors_weight: whether the layer's weight is held as two factors as well; linear layers alone.
         keeps_input: whether what is kept is the input as it is, which may then be kept in another form.
     """
 
-    layer_family: ClassVar[type[nn.Module] | None] = None
+    factors_weight: ClassVar[bool] = False
     keeps_input: ClassVar[bool] = False
 
     @property
@@ -89,6 +90,13 @@ def exact_flops(geometry: Geometry, shape: Shape, out_channels: int, input_gradi
     return 2 * geometry.macs(shape, out_channels) * (2 if input_gradient else 1)
 
 
+def kept_form(x: Tensor, tucker: Tucker) -> Tensors:
+    """What to keep of a tensor with this Tucker form: that, or the tensor itself where the form takes no less."""
+    if kept_whole(x.shape, tucker.ranks):
+        return (x, *[None] * x.ndim)
+    return (tucker.core, *tucker.factors)
+
+
 @dataclass(frozen=True)
 class Vanilla(Method):
     """Keep the input as it is: ordinary training."""
@@ -129,11 +137,13 @@ class TuckerMethod(Method):
         return weight_gradient(Tucker(core, tuple(factors)).to(grad.dtype), grad, geometry)
 
     def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
-        """As in the papers: a factor counts for every mode, also where it is the identity and is not stored."""
+        """As in the papers a factor counts for every mode, also where it is the identity and is not stored; at most the
+        input's own bytes."""
         core = kept[0]
         assert core is not None
-        return costs.tucker_numel(shape, core.shape) * core.element_size()
+        return costs.kept_numel(shape, core.shape) * core.element_size()
 
     def gradient_flops(self, geometry: Geometry, shape: Shape, ranks: Shape, out_channels: int) -> int:
+        ranks = shape if kept_whole(shape, ranks) else ranks
         factored = tuple(rank < size for rank, size in zip(ranks, shape, strict=True))
         return 2 * plan_gradient(geometry, shape, ranks, factored, out_channels).macs

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.conversion.convert import named_layers, stock_type
+from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError, NonFiniteError
-from lowrank.layers.layer import FAMILIES, norms_apart
+from lowrank.layers.layer import LAYERS, geometry_of, is_single
+from lowrank.layers.lazy import real
 from lowrank.layers.preserve import LossFunction, preserved, tensors_in
+from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.ranks.table import Candidates, LayerPerplexity, PerplexityTable
 from lowrank.tensors.costs import tucker_numel
@@ -65,10 +67,10 @@ def measure_perplexity(
         check_energy(energy)
     layers = named_layers(model, names)
     for name, layer in layers.items():
-        if stock_type(layer) not in FAMILIES:
-            raise ConversionError(f"layer {name!r} ({stock_type(layer).__name__}) has no perplexity here")
+        if stock_class(layer) not in LAYERS:
+            raise ConversionError(f"layer {name!r} ({stock_class(layer).__name__}) has no perplexity here")
     rows: dict[str, LayerPerplexity] = {}
-    with preserved(model), norms_apart(model):
+    with preserved(model):
         for layer in layers.values():
             layer.requires_grad_(True)
         probes = {name: _Probe(name, energies, mode_energies, rows) for name in layers}
@@ -108,10 +110,9 @@ class _Probe:
         self.called = True
         if not output.requires_grad:
             raise ConversionError(f"layer {self.name!r} is called without gradients, so it has no perplexity")
-        family = FAMILIES[stock_type(layer)]
-        geometry = family.geometry_of(layer)
-        x = without_padding(family.batched(inputs[0].detach()))
-        output.register_hook(lambda grad: self.measure(x, family.batched(grad), geometry))
+        x, geometry, single = inputs[0].detach(), geometry_of(layer), is_single(layer, inputs[0])
+        x = without_padding(x.unsqueeze(0) if single else x)
+        output.register_hook(lambda grad: self.measure(x, real(grad.unsqueeze(0) if single else grad), geometry))
 
     @torch.no_grad()
     def measure(self, x: Tensor, grad: Tensor, geometry: Geometry) -> None:

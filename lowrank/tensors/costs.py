@@ -48,6 +48,11 @@ def tucker_numel(shape: Sequence[int], ranks: Sequence[int]) -> int:
     return prod(ranks) + sum(n * r for n, r in zip(shape, ranks, strict=True))
 
 
+def kept_numel(shape: Sequence[int], ranks: Sequence[int]) -> int:
+    """Numbers that are kept: those of the Tucker form, or the tensor itself where that is less."""
+    return min(tucker_numel(shape, ranks), prod(shape))
+
+
 def paper_forward(geometry: Geometry, shape: Shape, out_channels: int) -> int:
     """Forward pass as the papers count it."""
     if isinstance(geometry, ConvGeometry):
@@ -124,21 +129,20 @@ def paper_weight_svd(outputs: int, inputs: int) -> int:
     return 4 * large * small**2 + 8 * small**3
 
 
-def factored_update_flops(outputs: int, inputs: int, rank: int, gradient_rank: int, svd: bool) -> int:
-    """The update of a weight of this rank as executed, and the gradients of its two factors.
+def factored_update_flops(outputs: int, inputs: int, rank: int, svd: bool) -> int:
+    """The update of a weight of this rank from the gradients of its factors, as executed without momentum.
 
-    The subspace iteration (`iteration.subspace_update`) is two Gram matrices of the rank's size with their Cholesky
-    factors and triangular solves, and products of the gradient's rank; the SVD, two QRs of the joined factors and an
-    SVD between them, which counts 21 s^3 (Golub and Van Loan, sec. 8.6).
+    The subspace iteration (`factors.subspace_update`) is three Gram matrices of the rank's size with their Cholesky
+    factors and triangular solves, and a few products more. The SVD (`factors.tangent`, `factors.truncated`) is one of
+    them, two QRs of factors of three times the rank, and an SVD between, which counts 21 s^3 (Golub and Van Loan,
+    sec. 8.6).
     """
-    both, joined = outputs + inputs, rank + gradient_rank
-    factor_gradients = 4 * both * rank * gradient_rank
     if not svd:
-        products = 2 * rank * gradient_rank * (4 * outputs + 3 * inputs + rank)
-        return factor_gradients + products + 3 * both * rank**2 + 2 * rank**3 // 3
-    sides = sum(4 * size * min(size, joined) ** 2 for size in (outputs, inputs))
-    between = 21 * min(outputs, inputs, joined) ** 3 + 2 * both * min(outputs, inputs, joined) * rank
-    return factor_gradients + sides + between
+        return (11 * outputs + 9 * inputs) * rank**2 + 19 * rank**3
+    tangent = (10 * outputs + 2 * inputs) * rank**2 + rank**3 // 3
+    sides = sum(4 * size * min(size, 3 * rank) ** 2 for size in (outputs, inputs))
+    between = min(outputs, inputs, 3 * rank)
+    return tangent + sides + 21 * between**3 + 2 * (outputs + inputs) * between * rank
 
 
 def paper_svd(geometry: Geometry, shape: Shape, modes: Sequence[int]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
@@ -25,6 +26,22 @@ def check_energy(energy: float) -> None:
     """Raise `SettingError` unless 0 < energy <= 1."""
     if not (isinstance(energy, int | float) and 0 < energy <= 1):
         raise SettingError(f"energy is {energy!r}; allowed is a number above 0 and at most 1, such as 0.8")
+
+
+def allowed_ranks(shape: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
+    """Ranks cut to what a tensor can have: none above its mode's size, nor above the product of the others."""
+    cut = [min(rank, size) for rank, size in zip(ranks, shape, strict=True)]
+    for _ in cut:
+        for mode, rank in enumerate(cut):
+            others = prod(cut[:mode]) * prod(cut[mode + 1 :])
+            cut[mode] = min(rank, max(others, 1))
+    return tuple(cut)
+
+
+def kept_whole(shape: Sequence[int], ranks: Sequence[int]) -> bool:
+    """Whether a Tucker form of these ranks, without factors that are the identity, takes no less than the tensor."""
+    factors = sum(size * rank for size, rank in zip(shape, ranks, strict=True) if rank < size)
+    return prod(ranks) + factors >= prod(shape)
 
 
 @dataclass(frozen=True)
@@ -104,9 +121,7 @@ def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 def _require_finite(total: Tensor) -> None:
     if not math.isfinite(total.item()):
-        raise NonFiniteError(
-            "the activation has NaN or infinite values (or too large ones), so it cannot be decomposed"
-        )
+        raise NonFiniteError("the tensor has NaN or infinite values (or too large ones), so it cannot be decomposed")
 
 
 def spectra(x: Tensor, exact: bool = False) -> list[Spectrum]:
@@ -205,7 +220,9 @@ def _iterate(x: Tensor, start: Tensor, mode: int) -> Tensor:
     # A step that met NaN leaves a basis of NaN; from zeros QR gives unit vectors, and the iteration recovers.
     start = torch.nan_to_num(start.to(x.dtype), 0.0, 0.0, 0.0)
     image = mode_correlation(x, mode_product(x, start.mT, mode), mode)
-    return torch.linalg.qr(image)[0]
+    basis = torch.linalg.qr(image)[0]
+    # Laid out as it comes back from a file, also with a single column, so that the next step rounds the same.
+    return basis.clone(memory_format=torch.contiguous_format)
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.tensors.decompose import check_energy, spectrum
+from lowrank.errors import NonFiniteError
+from lowrank.tensors.decompose import Spectrum, check_energy, spectrum
 
 # Above this squared length of a spanning vector, against 1 where nothing turns, Gram matrices lose too many digits.
 LARGEST_TURN = 4.0
@@ -60,9 +61,49 @@ def factorise(weight: Tensor, energy: float) -> Factors:
     """
     check_energy(energy)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    columns = spectrum(wide, 0, exact=energy >= 1)
-    left = columns.basis(columns.rank(energy))
-    return Factors(left, left.mT @ wide).to(weight.dtype)
+    columns = _columns(wide, exact=energy >= 1)
+    return _projected(columns, columns.rank(energy), wide).to(weight.dtype)
+
+
+def refactorise(weight: Tensor, rank: int, energy: float) -> Factors:
+    """Factors of exactly this rank where the weight has no more than that; otherwise those that `factorise` gives.
+
+    So the product of two factors of this rank, rounded to its dtype, is taken apart without a loss.
+
+    Args:
+        weight: (O, I), real.
+        rank: K, from 1 to min(O, I).
+        energy: for a weight of a higher rank.
+
+    Raises:
+        SettingError: energy out of range.
+        NonFiniteError: `weight` holds NaN or infinite values.
+    """
+    wide = weight.double()
+    found = _projected(_columns(wide, exact=weight.dtype == torch.float64), rank, wide)
+    summed = torch.promote_types(weight.dtype, torch.float32)
+    # Of the product's entries, and of its sums and the singular vectors.
+    rounding = torch.finfo(weight.dtype).eps + (16 + rank) * torch.finfo(summed).eps
+    lost = torch.linalg.vector_norm(wide - found.dense())
+    if bool(lost > rounding * torch.linalg.vector_norm(wide)):
+        return factorise(weight, energy)
+    return found.to(weight.dtype)
+
+
+def _columns(weight: Tensor, exact: bool) -> Spectrum:
+    """The singular vectors of a weight's columns; see `spectrum`."""
+    try:
+        return spectrum(weight, 0, exact)
+    except NonFiniteError:
+        raise NonFiniteError(
+            "the weight has NaN or infinite values (or too large ones), so it cannot be held as two factors"
+        ) from None
+
+
+def _projected(columns: Spectrum, rank: int, weight: Tensor) -> Factors:
+    """A weight's projection on the first singular vectors of its columns."""
+    left = columns.basis(rank)
+    return Factors(left, left.mT @ weight)
 
 
 def joined(terms: Sequence[Factors]) -> Factors:
@@ -89,34 +130,75 @@ def subspace_step(start: Tensor, matrix: Factors) -> Factors:
     return Factors(basis, (basis.mT @ left) @ right)
 
 
-def subspace_update(weight: Factors, change: Factors) -> Factors:
-    """`subspace_step` from L on the matrix W = L R + `change`, for a weight that the step before has left.
+def subspace_update(held: Factors, d_left: Tensor, d_right: Tensor, rate: float | Tensor) -> Factors:
+    """`subspace_step` from L on the matrix W = L R - rate T, where T is the `tangent` that the two gradients tell.
 
-    Since L has orthonormal columns, W W^T L has the span of Y = W (L^T W)^+ = L + (1 - L L^T) change (L^T W)^+, that
-    is of L and a correction of the change's rank; and L'^T L follows from Y. So a change of small rank costs about two
-    Gram matrices (of L^T W and of Y), where the plain step takes two QRs and three products with all of W.
+    With orthonormal L, W = L R' - rate N P R for R' = R - rate d_right, N = (1 - L L^T) d_left and P = (R R^T)^+. So
+    W W^T L has the span of Y = W R'^+ = L - rate N P R R'^+, and L'^T L follows from Y. That takes Gram matrices of R,
+    R' and Y, where the plain step takes two QRs and products with factors of three times the rank.
 
     Args:
-        weight: L R of shape (O, I) and rank K, float32 or float64.
-        change: A B of any rank.
+        held: L R, (O, I) of rank K, float32 or float64; `left` with orthonormal columns, see `orthonormalised`.
+        d_left: (O, K), gradient of L.
+        d_right: (K, I), gradient of R.
+        rate: what the gradients are multiplied by.
 
     Returns:
         Factors of rank K as of `subspace_step`, up to a rotation of the K directions and rounding.
     """
-    left, right = weight
-    if not _orthonormal_columns(left):
-        return subspace_step(left, joined([weight, change]))
-    along = left.mT @ change.left  # (K, s)
-    rows = torch.addmm(right, along, change.right)  # L^T W, (K, I)
-    weights = _against_pseudo_inverse(change.right, rows)  # B (L^T W)^+, (s, K)
-    spanning = torch.addmm(left, torch.addmm(change.left, left, along, alpha=-1), weights)  # Y, (O, K)
+    left, right = held
+    rows = right - rate * d_right  # L^T W, (K, I)
+    against_held, against_rows = _InverseGram(right), _InverseGram(rows)
+    overlap = against_rows(right.double() @ rows.double().mT)  # R R'^+, (K, K)
+    turned = d_left @ (-rate * against_held(overlap.mT).mT).to(left.dtype)
+    normal = torch.addmm(turned, left, left.mT @ turned, alpha=-1)
+    spanning = left + normal  # Y, (O, K)
     gram = spanning.mT @ spanning
     if not bool(gram.diagonal().max() < LARGEST_TURN):
-        return subspace_step(left, joined([weight, change]))
+        return subspace_step(left, joined([held, tangent(held, d_left, d_right).scaled(-rate)]))
     triangle = torch.linalg.cholesky_ex(gram)[0]
     basis = torch.linalg.solve_triangular(triangle, spanning.mT, upper=False).mT.contiguous()
-    moved = torch.addmm(right, spanning.mT @ change.left, change.right)  # Y^T W, since Y^T L = 1
+    moved = torch.addmm(rows, -rate * against_held(normal.mT @ d_left), right)  # Y^T W, since Y^T L = 1
     return Factors(basis, torch.linalg.solve_triangular(triangle, moved, upper=False))
+
+
+def tangent(held: Factors, d_left: Tensor, d_right: Tensor) -> Factors:
+    """The part of a matrix G that the gradients of two factors tell: its projection on the tangent space at L R.
+
+    That is L L^T G + (1 - L L^T) G R^T (R R^T)^+ R (Koch and Lubich 2007). The rest of G, normal to L and to R, changes
+    one subspace iteration on L R - lr G by a term with lr squared alone; where L or R is square, there is no rest.
+
+    Args:
+        held: L R, (O, I) of rank K, float32 or float64; `left` with orthonormal columns, see `orthonormalised`.
+        d_left: G R^T, (O, K).
+        d_right: L^T G, (K, I).
+
+    Returns:
+        Factors of rank 2 K.
+    """
+    left, right = held
+    against = _InverseGram(right)(d_left)
+    normal = torch.addmm(against, left, left.mT @ against, alpha=-1)
+    return Factors(torch.cat([left, normal], 1), torch.cat([d_right, right], 0))
+
+
+def orthonormalised(held: Factors, d_left: Tensor, d_right: Tensor) -> tuple[Factors, Tensor, Tensor]:
+    """The same matrix with orthonormal columns in `left`, and the gradients of its new factors.
+
+    With L = Q S these are Q and S R, with gradients d_left S^T and S^-T d_right. Of directions in which S is singular
+    `d_right` tells nothing; there the gradient is zero. Nothing is computed where the columns are orthonormal already.
+
+    Args:
+        held: L R, (O, I) of rank K <= O, float32 or float64.
+        d_left: (O, K), gradient of L.
+        d_right: (K, I), gradient of R.
+    """
+    left, right = held
+    if _orthonormal_columns(left):
+        return held, d_left, d_right
+    basis, turn = torch.linalg.qr(left)
+    solved = turn @ _InverseGram(left.mT)(d_right.mT).mT  # S (S^T S)^+ d_right
+    return Factors(basis, turn @ right), d_left @ turn.mT, solved
 
 
 def _orthonormal_columns(left: Tensor) -> bool:
@@ -128,18 +210,26 @@ def _orthonormal_columns(left: Tensor) -> bool:
     return bool(apart.abs().max() <= 64 * torch.finfo(left.dtype).eps)
 
 
-def _against_pseudo_inverse(matrix: Tensor, rows: Tensor) -> Tensor:
-    """`matrix rows^+` for (s, I) and (K, I), by the Gram matrix of the rows in double precision.
+class _InverseGram:
+    """Multiplies matrices (s, K) by (rows rows^T)^+ for rows (K, I), in double precision.
 
     A multiple of the identity, as large as rounding makes the Gram matrix uncertain, keeps directions finite in which
-    the rows vanish.
+    the rows vanish. One step of refinement takes its effect back in all others.
     """
-    wide = rows.double()
-    gram = wide @ wide.mT
-    uncertain = 16 * len(gram) * torch.finfo(gram.dtype).eps * gram.diagonal().max()
-    gram.diagonal().add_(uncertain + torch.finfo(gram.dtype).tiny)
-    triangle = torch.linalg.cholesky_ex(gram)[0]
-    return torch.cholesky_solve(wide @ matrix.double().mT, triangle).mT.to(rows.dtype)
+
+    def __init__(self, rows: Tensor) -> None:
+        wide = rows.double()
+        self.gram = wide @ wide.mT
+        uncertain = 16 * len(self.gram) * torch.finfo(wide.dtype).eps * self.gram.diagonal().max()
+        padded = self.gram.clone()
+        padded.diagonal().add_(uncertain + torch.finfo(wide.dtype).tiny)
+        self.triangle = torch.linalg.cholesky_ex(padded)[0]
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        wanted = matrix.double().mT
+        found = torch.cholesky_solve(wanted, self.triangle)
+        found += torch.cholesky_solve(wanted - self.gram @ found, self.triangle)
+        return found.mT.to(matrix.dtype)
 
 
 def truncated(matrix: Factors, rank: int) -> Factors:
@@ -149,29 +239,6 @@ def truncated(matrix: Factors, rank: int) -> Factors:
     vectors, values, others = torch.linalg.svd(left_small @ right_small.mT, full_matrices=False)
     rank = min(rank, len(values))
     return Factors(left @ vectors[:, :rank], (values[:rank, None] * others[:rank]) @ right.mT)
-
-
-def gradient_factors(x: Tensor, grad: Tensor, weight: Factors) -> Factors:
-    """Factors of a weight gradient `grad^T x` that serve a subspace iteration as well as the gradient itself.
-
-    With weight L R and gradient G, the iteration on any a L R - b G reads of G what a projection on the columns of
-    L, G R^T and G G^T L leaves of it. So at most three times the weight's rank has to be held.
-
-    Args:
-        x: (T, I), the layer's input.
-        grad: (T, O), gradient of the output.
-        weight: (O, I) of rank K, `left` with orthonormal columns.
-
-    Returns:
-        Factors of rank min(T, 3 K); the exact gradient where T is the smaller one.
-    """
-    left, right = weight
-    if len(x) <= 3 * left.shape[1]:
-        return Factors(grad.mT, x)
-    by_left = x.mT @ (grad @ left)
-    spanned = grad.mT @ (x @ torch.cat([right.mT, by_left], 1))
-    basis = _orthonormal(torch.cat([left, spanned], 1))
-    return Factors(basis, (grad @ basis).mT @ x)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,16 +43,20 @@ class ConvGeometry:
 
     @classmethod
     def of(cls, layer: nn.Conv2d) -> ConvGeometry:
-        """The geometry of a layer, `padding="same"` and `"valid"` resolved as PyTorch resolves them."""
-        left, right, top, bottom = layer._reversed_padding_repeated_twice
-        return cls(
-            kernel=_pair(layer.kernel_size),
-            stride=_pair(layer.stride),
-            dilation=_pair(layer.dilation),
-            groups=layer.groups,
-            padding=(top, bottom, left, right),
-            padding_mode=layer.padding_mode,
-        )
+        """The geometry of a layer as it stands: its present settings, and the kernel of its present weight.
+
+        `padding="same"` and `"valid"` are resolved as PyTorch resolves them.
+        """
+        kernel, dilation = _pair(layer.weight.shape[2:]), _pair(layer.dilation)
+        if layer.padding_mode != "zeros":
+            left, right, top, bottom = layer._reversed_padding_repeated_twice
+        elif layer.padding == "same":
+            reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in reach)
+        else:
+            rows, columns = (0, 0) if layer.padding == "valid" else _pair(layer.padding)
+            top, bottom, left, right = rows, rows, columns, columns
+        return cls(kernel, _pair(layer.stride), dilation, layer.groups, (top, bottom, left, right), layer.padding_mode)
 
     @property
     def native(self) -> bool:
@@ -143,11 +147,6 @@ class LinearGeometry:
     pointwise = True
     stride = (1, 1)
 
-    @classmethod
-    def of(cls, layer: nn.Linear) -> LinearGeometry:
-        """The geometry of a layer."""
-        return cls()
-
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
         return F.linear(x, weight, bias)
@@ -176,5 +175,5 @@ class LinearGeometry:
 Geometry = ConvGeometry | LinearGeometry
 
 
-def _pair(value: tuple[int, ...]) -> tuple[int, int]:
-    return int(value[0]), int(value[1])
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))

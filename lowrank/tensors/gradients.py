@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lowrank.tensors.geometry import ConvGeometry, Geometry, Shape
+from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
 from lowrank.tensors.tucker import Tucker, ascending, mode_correlation, mode_product
 
 
@@ -71,6 +71,56 @@ def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry) -> Tensor:
     if remaining is None:
         return geometry.weight_gradient(core, grad)
     return _apply_channels(geometry.weight_gradient(core, grad, groups=1), remaining, geometry.groups)
+
+
+def factor_gradients(
+    tucker: Tucker, grad: Tensor, left: Tensor, right: Tensor, through: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the two factors of a linear layer's weight L R, without the gradient G of the weight itself.
+
+    Args:
+        tucker: the input, of shape (B, ..., I), in `grad.dtype`.
+        grad: gradient of the output, (B, ..., O).
+        left: L, (O, K), in `grad.dtype`.
+        right: R, (K, I), in `grad.dtype`.
+        through: `grad @ left`, (B, ..., K), where it is known.
+
+    Returns:
+        G R^T, (O, K), and L^T G, (K, I), equal to autograd's on `tucker.dense()`. Source: WASI, sec. 3.
+    """
+    geometry, channels = LinearGeometry(), tucker.factors[-1]
+    against_core = (*tucker.factors[:-1], None)
+    if channels is not None and channels.shape[1] <= right.shape[0]:
+        # The gradient against the core's channels is no larger than L: G = found U^T.
+        found = weight_gradient(Tucker(tucker.core, against_core), grad, geometry)
+        return found @ (right @ channels).mT, (left.mT @ found) @ channels.mT
+    inner = right if channels is None else right @ channels
+    shrunk = Tucker(mode_product(tucker.core, inner, grad.ndim - 1), against_core)  # x R^T
+    through = grad @ left if through is None else through
+    return weight_gradient(shrunk, grad, geometry), weight_gradient(tucker, through, geometry)
+
+
+def factor_gradient_macs(shape: Shape, ranks: Shape, outputs: int, rank: int, through_known: bool) -> int:
+    """Multiplications of `factor_gradients`.
+
+    Args:
+        shape: of the input, (B, ..., I).
+        ranks: of its Tucker form; as `shape`, where it is kept as it is.
+        outputs: O.
+        rank: K, of the weight.
+        through_known: whether `grad @ left` is made in any case.
+    """
+    geometry, inputs, channel_rank = LinearGeometry(), shape[-1], ranks[-1]
+    factored = tuple(r < size for r, size in zip(ranks, shape, strict=True))
+    against_core = (*factored[:-1], False)
+    if factored[-1] and channel_rank <= rank:
+        found = plan_gradient(geometry, (*shape[:-1], channel_rank), ranks, against_core, outputs).macs
+        return found + 2 * rank * channel_rank * (outputs + inputs)
+    inner = rank * inputs * channel_rank if factored[-1] else 0
+    through = 0 if through_known else prod(shape[:-1]) * outputs * rank
+    of_left = plan_gradient(geometry, (*shape[:-1], rank), (*ranks[:-1], rank), against_core, outputs).macs
+    of_right = plan_gradient(geometry, shape, ranks, factored, rank).macs
+    return inner + prod(ranks) * rank + of_left + through + of_right
 
 
 def _matrix(factor: Tensor | None) -> Tensor:

@@ -17,7 +17,13 @@ NETWORKS = {
     "bottleneck": partial(Bottleneck, 3, 4, 6),
     "sequence": lambda: nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True)),
     "loop": lambda: Loop(),
+    "smooth": lambda: nn.Sequential(*smooth(3, 4), *smooth(4, 5, nn.GELU()), nn.Conv2d(5, 3, 1), nn.BatchNorm2d(3)),
 }
+
+
+def smooth(inputs, outputs, activation=None):
+    """As in EfficientNet: an activation that is computed again from what is kept ahead of it."""
+    return nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), activation or nn.SiLU()
 
 
 class Loop(nn.Module):

@@ -1,5 +1,7 @@
 """One hypothesis profile for the folder: the same examples in every run, and no judgement of speed."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -19,3 +21,12 @@ settings.load_profile("lowrank")
 def _fixed_seed() -> None:
     """Layers built inside a test start from the same weights in every run and in every order."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def quick_switches():
+    """Threads take turns after every few instructions, so that what they share shows."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)

@@ -1,4 +1,4 @@
-"""What the tests of converted layers share: the methods, a model of one layer, a step, the stored bases."""
+"""What the tests of converted layers share: the methods, a model of one layer, a step, the carried bases."""
 
 import copy
 
@@ -9,7 +9,6 @@ from torch import nn
 
 import lowrank
 from lowrank import ASI, HOSVD, SVD, GradientFilter, Vanilla
-from lowrank.layers.layer import STATE_PREFIX
 
 EXACT = [Vanilla(), SVD(1.0), HOSVD(1.0), ASI(99), ASI(99, algorithm="published")]
 EVERY = [Vanilla(), SVD(0.8), HOSVD(0.8), ASI(2), ASI(2, algorithm="published"), ASI(2, warm_start=False)]
@@ -21,14 +20,14 @@ def converted(layer, method):
     return lowrank.convert(nn.Sequential(copy.deepcopy(layer)), ["0"], method)
 
 
-def state_of(model):
-    return {key: value for key, value in model.state_dict().items() if STATE_PREFIX in key}
-
-
 def bases_of(layer):
-    """The stored basis of every mode that has one."""
-    state = ((int(name.rpartition("_")[2]), tensor) for name, tensor in layer.named_buffers() if STATE_PREFIX in name)
-    return {mode: tensor.clone() for mode, tensor in state if tensor is not None}
+    """The carried basis of every mode that has one; of held bases also the entry that says when they are due."""
+    return {mode: basis.clone() for mode, basis in enumerate(layer._lowrank.bases) if basis is not None}
+
+
+def whole_state(model):
+    """All that a checkpoint has to hold."""
+    return {**model.state_dict(), **lowrank.training_state(model)}
 
 
 def step(model, x, seed=0):

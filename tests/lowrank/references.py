@@ -6,11 +6,13 @@ But for the order in which sequential truncation takes the modes, which is free.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank.tensors.tucker import mode_order
@@ -62,15 +64,21 @@ def projected(x: Tensor, bases: dict[int, Tensor]) -> Tensor:
 
 
 def hosvd_input(x: Tensor, energy: float) -> Tensor:
-    """The input that HOSVD keeps, by a full SVD of every unfolding."""
+    """The truncated HOSVD of a tensor, by a full SVD of every unfolding."""
     return projected(x, {mode: left_vectors(x, mode, svd_rank(x, mode, energy)) for mode in range(x.ndim)})
 
 
 def svd_input(x: Tensor, energy: float) -> Tensor:
-    """The input that SVD keeps, by one full SVD of the batch unfolding."""
+    """The truncated SVD of a tensor, by one full SVD of the batch unfolding."""
     u, s, v = torch.linalg.svd(unfold(x, 0), full_matrices=False)
     k = svd_rank(x, 0, energy)
     return (u[:, :k] * s[:k] @ v[:k]).reshape(x.shape)
+
+
+def kept_input(x: Tensor, approximation: Tensor, ranks: Sequence[int]) -> Tensor:
+    """What a method keeps of an input: its approximation at these ranks, or the input where that takes no more."""
+    factors = sum(size * rank for size, rank in zip(x.shape, ranks, strict=True) if rank < size)
+    return approximation if prod(ranks) + factors < x.numel() else x
 
 
 def subspace_step(x: Tensor, starts: dict[int, Tensor], sequential: bool) -> dict[int, Tensor]:
@@ -152,6 +160,21 @@ class MultiplicationCounter(TorchDispatchMode):
         elif name == "convolution_backward":
             grad, _, weight = args[:3]
             self.total += grad.numel() * prod(weight.shape[1:])
+        return result
+
+
+class LargeTensors(TorchDispatchMode):
+    """Notes the operator and the shape of every tensor of at least a size that anything inside makes."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.found = numel, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in _pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.numel() >= self.numel:
+                self.found.append((func, tuple(leaf.shape)))
         return result
 
 

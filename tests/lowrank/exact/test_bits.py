@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowrank
-from lowrank.exact import bits, lean
+from lowrank.exact import bits
+from lowrank.exact.activations import relu6
 
 
 def above_zero(ones, piece, out):
@@ -84,5 +85,5 @@ def test_a_gradient_of_any_layout(monkeypatch, layout):
 def test_the_work_space_is_small():
     """A tensor, its activation, the gradient and the bits; beside that a few pieces."""
     x = torch.randn(2**22, requires_grad=True)
-    peak = lowrank.peak_bytes(torch.nn.Identity(), lambda _, batch: lean.relu6(batch).sum(), x)
+    peak = lowrank.peak_bytes(torch.nn.Identity(), lambda _, batch: relu6(batch).sum(), x)
     assert peak < 3 * x.nbytes + x.numel() // 8 + 3 * 4 * bits.CHUNK

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lowrank
-from lowrank import ASI, WSI, Vanilla
+from lowrank import ASI, WSI, ChangedError, Vanilla
 from lowrank.exact import recompute
 from lowrank.meters.memory import held_bytes
 
@@ -103,7 +103,9 @@ def test_compressed_inputs_need_no_exact_ones(method):
     torch.testing.assert_close(own_grad, grad, rtol=1e-12, atol=1e-12)
     for name, expected in gradients.items():
         torch.testing.assert_close(own[name], expected, rtol=1e-12, atol=1e-12)
-    compressed = sum(layer.kept_bytes for layer in lowrank.converted_layers(model)) if isinstance(method, ASI) else 0
+    compressed = (
+        sum(layer._lowrank.kept_bytes for layer in lowrank.converted_layers(model)) if isinstance(method, ASI) else 0
+    )
     assert lowrank.saved_bytes(model, loss_of, x) <= 3 * UNIT + 4 * 2 * TOKENS * 8 + compressed + 64
 
 
@@ -119,7 +121,7 @@ def test_without_a_normalisation_ahead_the_smaller_tensor_is_kept():
     x = random_tensor(2, TOKENS, SIZE).requires_grad_(True)
     for width, kept in ((4 * SIZE, 1), (SIZE // 2, 0.5)):
         model = lowrank.convert(Bare(width), BOTH, ASI([1, 1, 1]))
-        compressed = sum(layer.kept_bytes for layer in _after_a_step(model, x))
+        compressed = sum(layer._lowrank.kept_bytes for layer in _after_a_step(model, x))
         assert lowrank.saved_bytes(model, loss_of, x) == pytest.approx((kept + 1) * UNIT + compressed, abs=64)
 
 
@@ -185,15 +187,17 @@ def test_under_autocast_checkpointing_and_without_gradients():
 def test_every_module_and_function_is_exact_on_its_own():
     x = random_tensor(4, 5, SIZE)
     calls = {
-        F.gelu: ({}, {"approximate": "tanh"}),
-        F.silu: ({}, {"inplace": True}),
-        F.layer_norm: ({"normalized_shape": (5, SIZE)}, {"normalized_shape": (SIZE,), "weight": x[0, 0], "eps": 0.1}),
+        (F.gelu, recompute.gelu): ({}, {"approximate": "tanh"}),
+        (F.silu, recompute.silu): ({}, {"inplace": True}),
+        (F.layer_norm, recompute.layer_norm): (
+            {"normalized_shape": (5, SIZE)},
+            {"normalized_shape": (SIZE,), "weight": x[0, 0], "eps": 0.1},
+        ),
     }
-    assert calls.keys() == recompute.RECOMPUTING_FUNCTIONS.keys()
-    for function, settings in calls.items():
+    for functions, settings in calls.items():
         for options in settings:
             grads = []
-            for own in (function, recompute.RECOMPUTING_FUNCTIONS[function]):
+            for own in functions:
                 leaf = x.clone().requires_grad_(True)
                 y = own(leaf * 1, **options)
                 y.backward(random_tensor(*y.shape, seed=3))
@@ -202,14 +206,65 @@ def test_every_module_and_function_is_exact_on_its_own():
             assert torch.equal(grads[0][1], grads[1][1])
 
 
+def count_of_tensors():
+    gc.collect()
+    return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+
+
 def test_nothing_is_kept_alive():
     _, model, x = pair()
     lowrank.convert(model, BOTH, Vanilla())
-    before = len(recompute._ORIGINS._entries)
-    for _ in range(3):
+    loss_of(model, x).backward()
+    before, alive = len(recompute._ORIGINS), count_of_tensors()
+    for _again in range(3):
         loss_of(model, x).backward()
-    gc.collect()
-    assert len(recompute._ORIGINS._entries) == before
+    assert (len(recompute._ORIGINS), count_of_tensors()) == (before, alive)
+
+
+CHANGED = pytest.mark.parametrize("name", ["first.weight", "first.bias", "input"])
+
+
+@CHANGED
+def test_a_source_that_is_changed_before_the_backward_pass_is_an_error(name):
+    """What is computed again would be another tensor than the forward pass had."""
+    model = nn.Sequential(nn.LayerNorm(SIZE), nn.Linear(SIZE, 4 * SIZE), nn.GELU(), nn.Linear(4 * SIZE, SIZE))
+    lowrank.convert(model.double(), ["1", "3"], Vanilla())
+    x = random_tensor(2, TOKENS, SIZE)
+    y = model(x)
+    with torch.no_grad():
+        {"first.weight": model[1].weight, "first.bias": model[1].bias, "input": x}[name].mul_(2)
+    with pytest.raises(ChangedError, match=r"in place between forward and backward pass.*fuse=False"):
+        y.square().mean().backward()
+
+
+@CHANGED
+def test_a_source_that_is_changed_ahead_of_the_activation_is_not_used(name):
+    """PyTorch keeps the input of the activation, and nothing else of all this."""
+
+    class Stepping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.first = nn.LayerNorm(SIZE, elementwise_affine=False), nn.Linear(SIZE, 4 * SIZE)
+            self.activation, self.second = nn.GELU(), nn.Linear(4 * SIZE, SIZE)
+
+        def forward(self, x):
+            normal = self.norm(x)
+            hidden = self.first(normal)
+            with torch.no_grad():
+                changed = normal if name == "input" else self.get_parameter(name)
+                changed.copy_(changed.flip(-1))
+            return self.second(self.activation(hidden))
+
+    torch.manual_seed(0)
+    stock = Stepping().double()
+    stock.first.weight.requires_grad_(name != "input")
+    model = lowrank.convert(copy.deepcopy(stock), BOTH, Vanilla())
+    gradients = []
+    for network in (stock, model):
+        y = network(random_tensor(2, 5, SIZE))
+        y.backward(random_tensor(*y.shape, seed=1))
+        gradients.append({key: p.grad for key, p in network.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
 
 
 def test_explain_says_what_is_left():

@@ -128,7 +128,7 @@ def test_after_conversion_the_bytes_are_those_that_the_layers_keep(method):
     cross_entropy(model, batch)
     for name in NAMES[:2]:
         layer = model.get_submodule(name)
-        assert cost[name].activation_bytes - layer.kept_bytes == 4 * sum(n**2 for n in uncut[name])
+        assert cost[name].activation_bytes - layer._lowrank.kept_bytes == 4 * sum(n**2 for n in uncut[name])
 
 
 @pytest.mark.parametrize("method", [None, ASI(2), HOSVD(0.8)])

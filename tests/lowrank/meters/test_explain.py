@@ -53,14 +53,15 @@ def test_each_kind_has_its_reason(batch):
     frozen_statistics(model)
     reasons = {row.module: row.reason for row in lowrank.explain(model, loss, batch)}
     assert "name it in convert" in reasons["0"]
-    assert "convert includes it" in reasons["1"]
+    assert "convert computes it with its convolution" in reasons["1"]
     assert "convert makes it keep bits" in reasons["2"]
     assert "derivative takes many values" in reasons["4"]
-    assert "output of Hardswish" in reasons["5"]
+    assert "convert computes it with its convolution" in reasons["5"]
     assert "loss function" in reasons["(outside the model)"]
     lowrank.convert(model, ["3"], ASI(2))
     rows = {row.module: row for row in lowrank.explain(model, loss, batch)}
     assert "1" not in rows
+    assert "no convolution's unread output" in rows["5"].reason
     assert "6" not in rows
     assert rows["2"].nbytes == 4 * 4 * 15 * 14 // 8
     assert "least that is exact" in rows["2"].reason
@@ -69,6 +70,22 @@ def test_each_kind_has_its_reason(batch):
     model.train()
     rows = {row.module: row for row in lowrank.explain(model, loss, batch)}
     assert "batch statistics" in rows["1"].reason
+
+
+def test_a_layer_that_is_named_and_never_called_is_said():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = lowrank.convert(Idle(), ["used", "idle"], ASI(1))
+    rows = {row.module: row for row in lowrank.explain(model, lambda m, b: m(b).sum(), torch.randn(8, 6, 4))}
+    assert rows["idle"].nbytes == 0
+    assert "never calls it" in rows["idle"].reason
+    assert rows["used"].nbytes > 0
 
 
 def test_a_network_that_keeps_nothing():

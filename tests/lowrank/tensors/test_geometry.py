@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from references import TOLERANCE, autograd
-from strategies import LAYERS, convolutions, linears
+from strategies import LAYERS, convolutions
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -10,7 +10,7 @@ from lowrank.tensors.geometry import ConvGeometry, LinearGeometry
 
 
 def geometry_of(layer):
-    return ConvGeometry.of(layer) if isinstance(layer, nn.Conv2d) else LinearGeometry.of(layer)
+    return ConvGeometry.of(layer) if isinstance(layer, nn.Conv2d) else LinearGeometry()
 
 
 @given(LAYERS)
@@ -76,6 +76,13 @@ def test_equal_layers_have_equal_hashable_geometries(setting):
     assert hash(first) == hash(second)
 
 
-@given(linears())
-def test_a_linear_layer_sees_each_position_alone(setting):
-    assert LinearGeometry.of(setting.layer()).pointwise
+def test_settings_and_kernel_are_those_of_the_moment():
+    """As where a built backbone is dilated, or a kernel is padded or merged."""
+    layer = nn.Conv2d(2, 4, 3, stride=2, padding=1)
+    layer.stride, layer.dilation, layer.padding, layer.groups = (1, 1), (2, 3), (4, 2), 1
+    layer.weight = nn.Parameter(torch.randn(4, 2, 5, 1))
+    geometry, x = ConvGeometry.of(layer), torch.randn(2, 2, 16, 17)
+    assert (geometry.kernel, geometry.stride, geometry.dilation) == ((5, 1), (1, 1), (2, 3))
+    assert geometry.padding == (4, 4, 2, 2)
+    torch.testing.assert_close(geometry.forward(x, layer.weight, layer.bias), layer(x))
+    assert geometry.output_shape(tuple(x.shape), 4) == layer(x).shape

@@ -17,7 +17,7 @@ from lowrank.tensors.gradients import candidate_plans, weight_gradient
 
 
 def geometry_of(layer):
-    return ConvGeometry.of(layer) if isinstance(layer, nn.Conv2d) else LinearGeometry.of(layer)
+    return ConvGeometry.of(layer) if isinstance(layer, nn.Conv2d) else LinearGeometry()
 
 
 def random_tucker(shape, ranks, seed=0):

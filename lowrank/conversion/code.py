@@ -1,0 +1,95 @@
+"""What a module's code names, read from the code as it lies there; nothing of it is run.
+
+It decides what is worth doing, such as to watch outputs for functions called on them, and what is said to the user. No
+output and no gradient depends on it.
+"""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Iterator
+from itertools import pairwise
+from types import CodeType, FunctionType
+
+from torch import nn
+
+from lowrank.exact.functions import LEAN_FUNCTIONS
+
+_NAMES = {function.__name__ for function in LEAN_FUNCTIONS}
+_BY_OTHER_NAMES = {"children", "named_children", "modules", "named_modules", "_modules", "getattr", "get_submodule"}
+_LOADS = {"LOAD_ATTR", "LOAD_METHOD"}
+
+
+class FunctionCalls:
+    """Where a module's own code names an activation, a pooling or the like as a function."""
+
+    def __init__(self, module: nn.Module) -> None:
+        held = [value for value in vars(module).values() if callable(value)]
+        self._everywhere = any(value is function for value in held for function in LEAN_FUNCTIONS)
+        own = not type(module).__module__.startswith("torch.nn.")  # the layers themselves
+        self._steps = [list(dis.get_instructions(code)) for code in _codes(type(module))] if own else []
+        self._steps = [steps for steps in self._steps if any(_is_named(step) for step in steps)]
+
+    def __bool__(self) -> bool:
+        return self._everywhere or bool(self._steps)
+
+    def reach(self, child: str) -> bool:
+        """Whether such a function may be called with what a child gives: it is named behind the child, or in its line.
+
+        So the last layer of a model is left out, whose output goes to the model's caller.
+        """
+        if self._everywhere:
+            return True
+        named = [
+            (steps, at)
+            for steps in self._steps
+            for at, step in enumerate(steps)
+            if step.opname in _LOADS and step.argval == child
+        ]
+        return not named or any(_is_behind(steps, at) for steps, at in named)
+
+
+def _is_named(step: dis.Instruction) -> bool:
+    return step.argval in _NAMES and step.opname.startswith("LOAD_")
+
+
+def _is_behind(steps: list[dis.Instruction], at: int) -> bool:
+    line = _line(steps[at])
+    loops = any(step.opname.startswith("FOR_ITER") for step in steps)
+    return loops or any(_is_named(step) and (place > at or _line(step) == line) for place, step in enumerate(steps))
+
+
+def _line(step: dis.Instruction) -> int | None:
+    return None if step.positions is None else step.positions.lineno
+
+
+def only_hands_on(owner: nn.Module, child: str) -> bool:
+    """Whether a module's code reads the weight of its child of this name, and does nothing else with it."""
+    weight = other = 0
+    for code in _codes(type(owner)):
+        if _BY_OTHER_NAMES & set(code.co_names):
+            return False
+        steps = list(dis.get_instructions(code))
+        for step, after in pairwise(steps):
+            if step.opname in _LOADS and step.argval == child:
+                handed = after.opname in _LOADS and after.argval in ("weight", "bias")
+                weight += handed and after.argval == "weight"
+                other += not handed
+    return weight > 0 and not other
+
+
+def _codes(kind: type) -> Iterator[CodeType]:
+    """The code of a class's functions but the constructor, its bases' included that are no part of PyTorch."""
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch.nn.") or base is object:
+            continue
+        for name, function in vars(base).items():
+            if isinstance(function, FunctionType) and name != "__init__":
+                yield from _nested(function.__code__)
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)

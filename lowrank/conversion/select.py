@@ -1,0 +1,103 @@
+"""Choose layers by kind and place, freeze what is ahead of them, find modules by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import nn
+
+from lowrank.conversion.attention import closed_projections
+from lowrank.errors import ConversionError, SettingError
+from lowrank.layers.swap import stock_class
+
+Kind = Literal["conv", "linear"]
+Part = Literal["all", "mlp", "attention"]
+PARTS: dict[str, tuple[str, ...]] = {"all": ("",), "mlp": ("mlp",), "attention": ("attn", "attention")}
+KINDS: dict[str, type[nn.Module]] = {"conv": nn.Conv2d, "linear": nn.Linear}
+
+
+def trailing_layers(
+    model: nn.Module, count: int | Literal["all"], kind: Kind = "conv", part: Part = "all"
+) -> list[str]:
+    """Names of the model's last layers of a kind, in the order in which the model registers them.
+
+    Args:
+        model: any module.
+        count: how many, from 1; or "all".
+        kind: "conv" for `nn.Conv2d`, "linear" for `nn.Linear`; subclasses are not meant, nor are projections of
+            attention that are not called (see `open_attention`).
+        part: of a transformer, by the names of the modules that hold the layers: "mlp"; "attention", named attention
+            or attn; or "all".
+
+    Raises:
+        SettingError: unknown kind or part, or a count that the model does not have.
+    """
+    for setting, value, allowed in (("kind", kind, KINDS), ("part", part, PARTS)):
+        if value not in allowed:
+            raise SettingError(f"{setting} is {value!r}; allowed: {', '.join(allowed)}")
+    closed = {name for _, name in closed_projections(model)}
+    names = [
+        name
+        for name, layer in model.named_modules()
+        if stock_class(layer) is KINDS[kind] and name not in closed and any(word in name for word in PARTS[part])
+    ]
+    if count == "all" and names:
+        count = len(names)
+    if not isinstance(count, int) or not 1 <= count <= len(names):
+        of_part = "" if part == "all" else f" of its {part}"
+        hint = "; call lowrank.open_attention(model) first" if part == "attention" and closed else ""
+        raise SettingError(
+            f"{count!r} trailing {kind} layers{of_part} asked of {type(model).__name__}, which has {len(names)}; "
+            f"allowed: 1 to {len(names)}, or 'all'{hint}"
+        )
+    return names[-count:]
+
+
+def freeze_before(model: nn.Module, names: Iterable[str]) -> None:
+    """Set `requires_grad` to False for every parameter registered ahead of the first of the named layers.
+
+    What follows that layer, normalisation and classifier included, is left as it is.
+
+    Raises:
+        ConversionError: a name that the model does not have.
+    """
+    layers = list(named_layers(model, names).values())
+    own = {id(parameter) for layer in layers for parameter in layer.parameters()}  # may be tied to an earlier module
+    for module in model.modules():
+        if any(module is layer for layer in layers):
+            return
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in own:
+                parameter.requires_grad_(False)
+
+
+def named_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules of these names.
+
+    Raises:
+        ConversionError: no name, or names that the model does not have.
+    """
+    problems, layers = find_layers(model, names)
+    if problems:
+        raise ConversionError("; ".join(problems))
+    return layers
+
+
+def find_layers(model: nn.Module, names: Iterable[str]) -> tuple[list[str], dict[str, nn.Module]]:
+    """What is wrong with the names, and the modules of those that the model has."""
+    if isinstance(names, str):
+        return [f"layers are given as the text {names!r}; give a list of names"], {}
+    names = list(names)
+    if not names:
+        return ["no layer is named; lowrank.trailing_layers(model, 2) gives the last two convolutions"], {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    problems = [_unknown(name, modules) for name in names if name not in modules]
+    return problems, {name: modules[name] for name in names if name in modules}
+
+
+def _unknown(name: str, modules: dict[str, nn.Module]) -> str:
+    near = difflib.get_close_matches(name, modules, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see model.named_modules()"
+    return f"the model has no layer {name!r}; {hint}"

@@ -1,0 +1,35 @@
+"""Which functions of PyTorch have one that keeps less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowrank.exact.activations import dropout, hardsigmoid, hardtanh, leaky_relu, relu, relu6
+from lowrank.exact.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from lowrank.exact.recompute import gelu, layer_norm, silu
+
+# What plain functional code calls, and what stands in for it.
+LEAN_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.relu: relu,
+    torch.relu: relu,
+    Tensor.relu: relu,
+    F.relu_: lambda input: relu(input, inplace=True),
+    torch.relu_: lambda input: relu(input, inplace=True),
+    Tensor.relu_: lambda input: relu(input, inplace=True),
+    F.relu6: relu6,
+    F.hardtanh: hardtanh,
+    F.hardsigmoid: hardsigmoid,
+    F.leaky_relu: leaky_relu,
+    F.dropout: dropout,
+    F.max_pool2d: max_pool2d,
+    F.avg_pool2d: avg_pool2d,
+    F.adaptive_avg_pool2d: adaptive_avg_pool2d,
+    F.gelu: gelu,
+    F.silu: silu,
+    F.layer_norm: layer_norm,
+}

@@ -1,0 +1,120 @@
+"""Pooling that keeps shapes or places where PyTorch keeps whole tensors; exact.
+
+Each function has the arguments, the values and the gradients of the one in `torch.nn.functional` that it is named
+after. What they keep for the backward pass:
+
+| function | kept |
+|---|---|
+| max_pool2d | one byte per output element: the place in its window |
+| avg_pool2d, adaptive_avg_pool2d | the shape |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowrank.tensors.eager import wants_gradient
+
+Size = int | tuple[int, ...] | list[int]
+
+
+class _ShapeOnly(torch.autograd.Function):
+    """A pooling operator whose backward pass reads nothing of the input but its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[..., Tensor]) -> Tensor:
+        ctx.shape, ctx.backward_operator = x.shape, backward
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.backward_operator(grad, grad.new_empty(1).expand(ctx.shape)), None, None
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
+    """`torch.nn.functional.adaptive_avg_pool2d`; keeps the shape alone."""
+    if not wants_gradient(input):
+        return F.adaptive_avg_pool2d(input, output_size)
+    backward = torch.ops.aten._adaptive_avg_pool2d_backward.default
+    return _ShapeOnly.apply(input, lambda x: F.adaptive_avg_pool2d(x, output_size), backward)
+
+
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """`torch.nn.functional.avg_pool2d`; keeps the shape alone."""
+    rest = (ceil_mode, count_include_pad, divisor_override)
+    if not wants_gradient(input):
+        return F.avg_pool2d(input, kernel_size, stride, padding, *rest)
+    kernel, padding = _pair(kernel_size), _pair(padding)
+    settings = (kernel, _pair(stride) if stride else kernel, padding, *rest)
+    backward = torch.ops.aten.avg_pool2d_backward.default
+    return _ShapeOnly.apply(input, lambda x: F.avg_pool2d(x, *settings), lambda g, x: backward(g, x, *settings))
+
+
+class _MaxPool2d(torch.autograd.Function):
+    """Keeps of each output element its place in the window, one byte, where PyTorch keeps eight and the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Tensor:
+        ctx.settings = (kernel, stride, padding, dilation, ceil_mode)
+        ctx.shape = x.shape
+        y, indices = torch.ops.aten.max_pool2d_with_indices(x, *ctx.settings)
+        top, left = _window_corners(y, stride, padding)
+        row = (indices.div(x.shape[-1], rounding_mode="floor") - top).div_(dilation[0], rounding_mode="floor")
+        column = (indices.remainder_(x.shape[-1]) - left).div_(dilation[1], rounding_mode="floor")
+        ctx.save_for_backward(row.mul_(kernel[1]).add_(column).to(torch.uint8))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        places = ctx.saved_tensors[0].long()
+        kernel, stride, padding, dilation, _ = ctx.settings
+        top, left = _window_corners(grad, stride, padding)
+        row = places.div(kernel[1], rounding_mode="floor").mul_(dilation[0]).add_(top)
+        column = places.remainder_(kernel[1]).mul_(dilation[1]).add_(left)
+        indices = row.mul_(ctx.shape[-1]).add_(column)
+        backward = torch.ops.aten.max_pool2d_with_indices_backward.default
+        x = grad.new_empty(1).expand(ctx.shape)
+        return backward(grad, x, *ctx.settings, indices), None, None, None, None, None
+
+
+def _window_corners(y: Tensor, stride: Any, padding: Any) -> tuple[Tensor, Tensor]:
+    """First row (H', 1) and first column (W',) of each output element's window; negative in the padding."""
+    rows, columns = (torch.arange(size, device=y.device) for size in y.shape[-2:])
+    return (rows * stride[0] - padding[0])[:, None], columns * stride[1] - padding[1]
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """`torch.nn.functional.max_pool2d`; keeps one byte per output element, for windows of at most 256."""
+    kernel = _pair(kernel_size)
+    if not wants_gradient(input) or return_indices or kernel[0] * kernel[1] > 256:
+        size = (kernel_size, stride, padding, dilation)
+        return F.max_pool2d(input, *size, ceil_mode, return_indices)  # type: ignore[call-overload]
+    settings = (kernel, _pair(stride) if stride else kernel, _pair(padding), _pair(dilation), ceil_mode)
+    return _MaxPool2d.apply(input, *settings)
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    return (size[0], size[-1])

@@ -1,0 +1,87 @@
+"""Outputs behind which activations and pooling, called as functions, keep less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from lowrank.exact.functions import LEAN_FUNCTIONS
+from lowrank.tensors.eager import ORDINARY
+
+
+class Watched(Tensor):
+    """An ordinary tensor; functions of `torch.nn.functional` called with it give way to those that keep less.
+
+    Their results are watched as well, and sums with it; all other results are tensors as ever.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if foreign(types):
+            args, kwargs = tree_map_only(Watched, lambda x: x.as_subclass(Tensor), (args, kwargs or {}))
+            return func(*args, **kwargs)
+        with unwatched([leaf for leaf in tree_iter((args, kwargs)) if type(leaf) is Watched]):
+            y = LEAN_FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
+        return watch(y) if is_watched_for(func) else y
+
+    def detach(self) -> Tensor:
+        """As ever, and of the same class, which whoever makes a parameter of it asks for."""
+        y: Tensor = watch(super().detach())
+        return y
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.as_subclass(Tensor).__deepcopy__(memo)
+
+
+ORDINARY.add(Watched)
+BACKWARD = {Tensor.backward, torch.autograd.backward, torch.autograd.grad}
+_SUMS = {torch.add, Tensor.add, Tensor.add_}
+
+
+@contextmanager
+def unwatched(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Ordinary tensors in the place of these, for a function in which all others are watched as ever.
+
+    A backward pass may run a model's code again; a compiled part of a model takes ordinary tensors alone.
+    """
+    for tensor in tensors:
+        tensor.__class__ = Tensor
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            watch(tensor)
+
+
+class LeanFunctions(TorchFunctionMode):
+    """Within it, in this thread, functions give way to those that keep less."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return LEAN_FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
+
+
+def is_watched_for(func: Any) -> bool:
+    """Whether a function has one that keeps less, or is a sum, whose result is watched on."""
+    return func in LEAN_FUNCTIONS or func in _SUMS
+
+
+def foreign(types: Any) -> bool:
+    """Whether one of the tensors is of a class that is neither PyTorch's nor this package's, and decides for itself."""
+    return not all(kind in ORDINARY for kind in types)
+
+
+def watch(y: Any) -> Any:
+    """The same tensor, watched; anything else as it is."""
+    if type(y) is Tensor:
+        y.__class__ = Watched
+    return y

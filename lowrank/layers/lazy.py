@@ -1,0 +1,141 @@
+"""Outputs that are computed when something reads them: who that is decides what is computed.
+
+A convolution hands out a lazy tensor. A batch normalisation that receives it unread computes both at once, from the
+convolution's input. Anything else, a hook, a second branch, an operation in place, `numpy`, gets the convolution's own
+output: a lazy tensor has the shape, dtype, device and autograd node of the stock one, and every operation on it is done
+on its value. In the backward pass the normalisation hands its convolution a lazy gradient in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from lowrank.errors import ChangedError
+from lowrank.exact.functions import LEAN_FUNCTIONS
+from lowrank.exact.watched import BACKWARD, foreign, is_watched_for, watch
+from lowrank.tensors.eager import ORDINARY, without_autocast
+from lowrank.tensors.memory_layout import laid_out
+
+
+class Lazy(Tensor):
+    """A tensor that is computed when it is read.
+
+    Attributes:
+        origin: what it is computed from, for who can do more with that than read the value; None once it is read.
+    """
+
+    origin: Any
+    _make: Callable[[], Tensor] | None
+    _value: Tensor | None
+    _watched: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: tuple[int, ...],
+        like: Tensor,
+        dtype: torch.dtype,
+        strides: tuple[int, ...],
+        make: Callable[[], Tensor],
+        origin: Any,
+        watched: bool = False,
+    ) -> Lazy:
+        options: Any = {"dtype": dtype, "device": like.device, "strides": strides}
+        self: Lazy = Tensor._make_wrapper_subclass(cls, shape, **options)
+        self._make, self._value, self.origin, self._watched = make, None, origin, watched
+        return self
+
+    def value(self) -> Tensor:
+        """The numbers, without a graph; operations in place on the lazy tensor change it."""
+        if self._value is None:
+            assert self._make is not None
+            with torch.no_grad(), without_autocast(self.device.type):
+                self._value = laid_out(self._make(), self.stride())
+            self._make = self.origin = None
+        return self._value
+
+    def replace(self, data: Tensor) -> None:
+        """What `y.data = data` does: other numbers in the place of these."""
+        if data.shape != self.shape or data.dtype != self.dtype:
+            raise ChangedError("the data of an unread output may be replaced by data of the same shape and dtype alone")
+        self._value, self._make, self.origin = data.detach(), None, None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if foreign(types):
+            args, kwargs = tree_map_only(Lazy, real, (args, kwargs or {}))
+            return func(*args, **kwargs)
+        if func == _SET_DATA and type(args[0]) is Lazy:
+            return args[0].replace(args[1])
+        if func in BACKWARD:
+            args = (tree_map_only(Lazy, real, args[0]), *args[1:])
+            if not any(isinstance(leaf, Lazy) for leaf in tree_iter((args, kwargs))):
+                return func(*args, **(kwargs or {}))
+        watched = any(isinstance(leaf, Lazy) and leaf._watched for leaf in args)
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in LEAN_FUNCTIONS and func is not F.batch_norm:  # which can do more than read the value
+                args, kwargs = tree_map_only(Lazy, real, (args, kwargs))
+            y = LEAN_FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
+        return watch(y) if watched and is_watched_for(func) else y
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(Lazy, lambda lazy: lazy.value(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    # What PyTorch answers without an operator.
+
+    def detach(self) -> Tensor:
+        """As ever, and of the same class, which whoever makes a parameter of it asks for."""
+        value = self.value().detach()
+        found = Lazy(tuple(self.shape), value, self.dtype, self.stride(), self.value, None)
+        found._value = value
+        return found
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return real(self).numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.value().tolist()
+
+    def data_ptr(self) -> int:
+        return self.value().data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.value().untyped_storage()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return real(self).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return real(self).__deepcopy__(memo)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return real(self).__dlpack__(**options)
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return real(self).__repr__(**options)
+
+
+ORDINARY.add(Lazy)
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def real(x: Tensor) -> Tensor:
+    """A tensor with its value: of a lazy one a view of it, of all others the tensor itself."""
+    if type(x) is not Lazy:
+        return x
+    with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
+        return x.view_as(x)
+
+
+def unread(x: Tensor, kind: type[Any]) -> Any:
+    """The origin of a lazy tensor that nobody has read, if it is of this kind; None otherwise."""
+    origin = x.origin if type(x) is Lazy else None
+    return origin if isinstance(origin, kind) else None

@@ -1,0 +1,58 @@
+"""What layers note of a tensor for the layers that it reaches: version, lifetime and compiling in one place."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Fact = TypeVar("Fact")
+
+
+class Notes(Generic[Fact]):
+    """Facts of one kind about tensors.
+
+    A fact ends with its tensor, or when the tensor is changed in place. None is noted while compiling, nor of a tensor
+    of inference mode, which does not count its changes.
+    """
+
+    def __init__(self) -> None:
+        self._facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def note(self, tensor: Tensor, fact: Fact) -> None:
+        """Note a fact in the place of an earlier one."""
+        if not torch.compiler.is_compiling() and not tensor.is_inference():
+            self._facts[tensor] = (tensor._version, fact)
+
+    def find(self, tensor: Tensor) -> Fact | None:
+        """The fact, if the tensor is still as it was."""
+        if torch.compiler.is_compiling():
+            return None
+        version, fact = self._facts.get(tensor, (None, None))
+        return fact if version is not None and version == tensor._version else None
+
+    def __len__(self) -> int:
+        return len(self._facts)
+
+
+class Glimpse:
+    """A tensor without a graph for as long as its memory lives; does not keep that alive.
+
+    Whoever saves the tensor for the backward pass may have saved another object on the same memory.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._storage = weakref.ref(tensor.untyped_storage())
+        self._like = (tensor.dtype, tensor.device)
+        self._place = (tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def tensor(self) -> Tensor | None:
+        """The tensor; None if its memory is gone."""
+        storage: Any = self._storage()
+        if storage is None:
+            return None
+        dtype, device = self._like
+        return torch.empty(0, dtype=dtype, device=device).set_(storage, *self._place)

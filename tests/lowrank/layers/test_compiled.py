@@ -1,0 +1,109 @@
+"""Compiled models, parts and losses: one graph where that can be, and the gradients of the model itself."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from elsewhere_cases import images, pair
+from layer_cases import converted, step
+from references import random_tensor
+from torch import nn
+
+import lowrank
+from lowrank import ASI, HOSVD, GradientFilter, Vanilla
+
+
+@pytest.mark.parametrize(
+    ("method", "fuse"),
+    [
+        (ASI(2), True),
+        (ASI(2, algorithm="published"), False),
+        (ASI(2, refresh=2), True),
+        (ASI(2, refresh="energy"), True),
+        (GradientFilter(2), True),
+    ],
+)
+def test_a_compiled_model_is_one_graph_and_trains_as_the_model_itself(method, fuse):
+    torch._dynamo.reset()
+    # The gradient of a trained scale follows from the low-rank one of the weight where both are computed in one, and is
+    # exact where a compiler computes the normalisation.
+    norm = nn.BatchNorm2d(4).eval()
+    norm.weight.requires_grad_(False)
+    body = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), norm, nn.ReLU6())
+    model = lowrank.convert(nn.Sequential(body, nn.Flatten(), nn.Linear(4 * 36, 3)), ["0.0"], method, fuse)
+    twin, batches = copy.deepcopy(model), [random_tensor(4, 3, 6, 6, seed=s, dtype=torch.float32) for s in range(3)]
+    fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for number, batch in enumerate(batches):
+        # The first step has no basis to start from; from the second on it is always the same graph.
+        settled = torch._dynamo.config.patch(error_on_recompile=True) if number > 1 else nullcontext()
+        for network, forward in ((twin, twin), (model, fast)):
+            network.zero_grad()
+            with settled:
+                F.cross_entropy(forward(batch), torch.tensor([0, 1, 2, 0])).backward()
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    if parameter.requires_grad:
+                        parameter -= 0.1 * parameter.grad
+    torch.testing.assert_close(dict(model.named_parameters()), dict(twin.named_parameters()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lowrank.training_state(model), lowrank.training_state(twin), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_methods_that_choose_ranks_by_the_data_compile_with_breaks_in_the_graph():
+    torch._dynamo.reset()
+    model = converted(nn.Conv2d(3, 4, 3), HOSVD(0.8))
+    x = random_tensor(4, 3, 6, 6, dtype=torch.float32)
+    expected = step(copy.deepcopy(model), x)
+    y = torch.compile(model, backend="aot_eager")(x)
+    y.backward(random_tensor(*y.shape, dtype=y.dtype))
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled_with_methods_that_keep_the_input(fullgraph):
+    torch._dynamo.reset()
+    stock, model = pair(Vanilla(), dtype=torch.float32)
+    fast, x = torch.compile(model, backend="aot_eager", fullgraph=fullgraph), images(dtype=torch.float32)
+    for network in (stock, fast):
+        network(x).square().sum().backward()
+    for name, parameter in stock.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["conv", "norm", "act", "last", "layer_norm", "first", "gelu", "second"])
+def test_one_compiled_part_among_others(part):
+    """It is given whatever the converted layer ahead of it makes."""
+    torch._dynamo.reset()
+    stock, model = pair(HOSVD(1.0), dtype=torch.float32)
+    setattr(model, part, torch.compile(getattr(model, part), backend="aot_eager"))
+    outputs = [network(images(dtype=torch.float32)) for network in (stock, model)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+    for y in outputs:
+        y.square().sum().backward()
+    for (_, found), (_, expected) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_loss_of_a_converted_models_output():
+    torch._dynamo.reset()
+    stock, model = pair(Vanilla(), dtype=torch.float32)
+    loss = torch.compile(lambda y: F.relu(y).square().sum(), backend="aot_eager")
+    for network in (stock, model):
+        loss(network.last(network.norm(network.conv(images(dtype=torch.float32))))).backward()
+    torch.testing.assert_close(model.conv.weight.grad, stock.conv.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_conversion_after_a_compiled_run_takes_effect():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    fast, x = torch.compile(model, backend="aot_eager"), random_tensor(4, 3, 8, 8, dtype=torch.float32)
+    exact = step(fast, x)["_orig_mod.0.weight"]
+    names = lowrank.trailing_layers(fast, 2)
+    lowrank.convert(fast, names[:1], ASI([1, 1, 1, 1]))
+    truncated = step(copy.deepcopy(model), x)["0.weight"]
+    torch.testing.assert_close(step(fast, x)["_orig_mod.0.weight"], truncated, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(truncated, exact, rtol=0.1)

@@ -1,0 +1,142 @@
+"""What is ahead of everything that is trained: the stock network's values, and nothing is kept."""
+
+import copy
+import math
+
+import pytest
+import torch
+from networks import frozen_statistics, with_statistics
+from references import random_tensor
+from torch import nn
+
+import lowrank
+from lowrank import Vanilla
+
+CURVES = {"relu": nn.ReLU(), "relu6": nn.ReLU6(inplace=True), "hardtanh": nn.Hardtanh(-0.3, 0.7)}
+
+
+def network(activation, **options):
+    layers = [nn.Conv2d(3, 6, 3, **options), nn.BatchNorm2d(6), copy.deepcopy(activation), nn.Conv2d(6, 4, 1)]
+    return frozen_statistics(with_statistics(nn.Sequential(*layers)))
+
+
+def frozen_ahead(stock, last="3"):
+    """The network with its last layer converted and all ahead of it frozen."""
+    model = copy.deepcopy(stock)
+    lowrank.freeze_before(model, [last])
+    return lowrank.convert(model, [last], Vanilla())
+
+
+def images(dtype=torch.float32):
+    return random_tensor(2, 3, 9, 8, dtype=dtype)
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2, "padding": (1, 2)},
+        {"groups": 3, "dilation": 2, "bias": False},
+        {"padding": 1, "padding_mode": "reflect"},
+        {"padding": "same"},
+    ],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_values_and_gradients(curve, options, layout):
+    stock = network(CURVES[curve], **options)
+    x, model = images().contiguous(memory_format=layout), frozen_ahead(stock)
+    for _ in range(2):
+        y = model(x)
+        torch.testing.assert_close(y, stock(x), rtol=1e-5, atol=1e-5)
+        assert y.stride() == stock(x).stride()
+    gradient = random_tensor(*y.shape, seed=1, dtype=torch.float32)
+    y.backward(gradient)
+    stock(x).backward(gradient)
+    torch.testing.assert_close(model[3].weight.grad, stock[3].weight.grad, rtol=1e-4, atol=1e-5)
+    assert all(p.grad is None for layer in model[:3] for p in layer.parameters())
+
+
+def test_nothing_is_kept_but_the_trained_layers_input():
+    model, x = frozen_ahead(network(CURVES["relu"])), images()
+    assert lowrank.saved_bytes(model, lambda m, b: m(b).sum(), x) == 4 * 2 * 6 * 7 * 6
+
+
+class Residual(nn.Module):
+    """One activation module that is called twice; the second time it reads a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.second, self.other_norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.relu, self.head = nn.ReLU(inplace=True), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        y = self.relu(self.norm(self.first(x)))
+        y = self.other_norm(self.second(y))
+        return self.head(self.relu(y + x))
+
+
+def test_an_activation_that_is_called_twice():
+    stock = frozen_statistics(with_statistics(Residual()))
+    model, x = frozen_ahead(stock, "head"), images()
+    torch.testing.assert_close(model(x), stock(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_hooks_see_what_they_see_in_the_stock_network(place):
+    stock, seen = network(CURVES["relu"]), []
+    model = frozen_ahead(stock)
+    for network_ in (stock, model):
+        network_[place].register_forward_hook(lambda _, args, y: seen.append((args[0].clone(), y.clone())))
+        network_(images())
+    # In place, the activation's input is its output.
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_part_that_is_replaced_later(place, grad):
+    stock = network(CURVES["relu6"])
+    model, x = frozen_ahead(stock), images()
+    model(x)
+    for network_ in (stock, model):
+        torch.manual_seed(1)
+        network_[place] = [nn.Conv2d(3, 6, 3), nn.Identity(), nn.Hardswish()][place]
+    for _ in range(2):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(model(x), stock(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["input", "weight"])
+def test_values_that_are_not_finite_come_through(curve, value, place):
+    stock, x = network(CURVES[curve]), images()
+    with torch.no_grad():
+        (x if place == "input" else stock[0].weight)[1, 0, 2, 2] = value
+    model = frozen_ahead(stock)
+    torch.testing.assert_close(model(x), stock(x), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    stock = network(CURVES["relu"])
+    model, x = frozen_ahead(stock), images()
+    with torch.autocast("cpu", dtype):
+        found, expected = model(x), stock(x)
+    assert found.dtype == expected.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_an_unfrozen_layer_trains_again():
+    stock = network(CURVES["relu"]).double()
+    model, x = frozen_ahead(stock), images(torch.float64)
+    model(x)
+    model.requires_grad_(True)
+    for network_ in (stock, model):
+        y = network_(x)
+        y.backward(random_tensor(*y.shape, seed=1))
+    for (_, found), (_, expected) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
