@@ -14,7 +14,8 @@ fi
 
 venv="${VENV:-.venv}"
 python="${PYTHON:-python3}"
-wanted="$(cat requirements.txt pyproject.toml | cksum)"
+shim=scripts/torchvision_on_cpu # makes torchvision importable beside a torch without CUDA
+wanted="$(cat requirements.txt pyproject.toml "$shim"/*.toml "$shim"/*.py | cksum)"
 if [[ -f "$venv/.installed" && "$(cat "$venv/.installed")" == "$wanted" ]]; then
     exit 0
 fi
@@ -24,5 +25,5 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
 fi
 echo "installing the packages of requirements.txt into $venv (some minutes, about 2 GB) ..."
 "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt -e . "./$shim"
 echo "$wanted" > "$venv/.installed"

@@ -10,6 +10,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Tensors here are tiny; handing them to a pool of threads takes longer than the work itself."""
@@ -27,9 +31,9 @@ def script_environment(tmp_path: Path) -> dict[str, str]:
     python = venv / "bin" / "python"
     python.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    wanted = subprocess.run(
-        "cat requirements.txt pyproject.toml | cksum", shell=True, cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    shim = "scripts/torchvision_on_cpu"
+    content = f"cat requirements.txt pyproject.toml {shim}/*.toml {shim}/*.py | cksum"
+    wanted = subprocess.run(content, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
     (venv / ".installed").write_text(wanted.stdout)
     runs = tmp_path / "runs"
     return {
