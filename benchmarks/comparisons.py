@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,8 @@ class Comparison:
 @dataclass(frozen=True)
 class NoWeightGradient(lowrank.Vanilla):
     """The limit of what compressing inputs can reach: nothing is kept, and the weight gradient costs nothing."""
+
+    keeps_input: ClassVar[bool] = False
 
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
         return (), ()

@@ -69,7 +69,7 @@ def measure(network: str, layers: int, size: int, batch: int) -> Row:
         "vanilla_fused": saved_bytes(model_with(fuse=True), segmentation_loss, images),
         "asi": saved_bytes(asi, segmentation_loss, images),
     }
-    formula = sum(layer.formula_bytes for layer in converted_layers(asi))
+    formula = sum(layer._lowrank.formula_bytes for layer in converted_layers(asi))
     row = {"network": network, "layers": layers, "size": size, "batch": batch}
     return {**row, **{f"{name}_bytes": value for name, value in kept.items()}, "asi_formula_bytes": formula}
 

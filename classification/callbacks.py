@@ -17,7 +17,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from classification.loggers import log_resources
+from experiment import ExperimentError
+from experiment.checkpoints import BEST, LAST
 from experiment.files import write_whole
+from experiment.signals import check
 from lowrank import converted_layers
 
 
@@ -59,7 +62,7 @@ class History(pl.Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         self.step_seconds.append(time.perf_counter() - self._step_start)
-        self._kept.append(sum(layer.formula_bytes for layer in converted_layers(pl_module)))
+        self._kept.append(sum(layer._lowrank.formula_bytes for layer in converted_layers(pl_module)))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch's row, and log what the epoch used."""
@@ -89,7 +92,31 @@ class History(pl.Callback):
         return round(max(row["activation_bytes"] for row in self.rows))
 
 
-class BestCheckpoint(ModelCheckpoint):
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps the last whole epoch.
+
+    Args:
+        folder: where `last.ckpt` is written.
+        options: of `ModelCheckpoint`.
+    """
+
+    name = LAST
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, filename=Path(self.name).stem, **options)
+
+    @property
+    def path(self) -> Path:
+        """The file that is written."""
+        assert self.dirpath is not None
+        return Path(self.dirpath) / self.name
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing that depends on where the folder is: it may be elsewhere when the run goes on."""
+        return {}
+
+
+class BestCheckpoint(LastCheckpoint):
     """Keeps the epoch with the best validation accuracy; of equals the last, which has trained the longest.
 
     On a small validation part many epochs are equal, and the first of them is far from trained.
@@ -100,8 +127,10 @@ class BestCheckpoint(ModelCheckpoint):
         options: of `ModelCheckpoint`.
     """
 
+    name = BEST
+
     def __init__(self, folder: Path, first_epoch: int = 0, **options: Any) -> None:
-        super().__init__(folder, filename="best", monitor="val_accuracy", mode="max", **options)
+        super().__init__(folder, monitor="val_accuracy", mode="max", **options)
         self.first_epoch = first_epoch
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
@@ -110,6 +139,52 @@ class BestCheckpoint(ModelCheckpoint):
         if trainer.current_epoch < self.first_epoch:
             return False
         return current is not None and bool(best is None or current >= best)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score so far."""
+        return {"best_model_score": self.best_model_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the best score, of the file in this folder, wherever the folder was before."""
+        score = state_dict["best_model_score"]
+        if score is None:
+            return
+        path = str(self.path)
+        self.best_model_score = self.current_score = self.kth_value = score
+        self.best_model_path = self.kth_best_model_path = path
+        self.best_k_models = {path: score}
+
+
+class WholeEpochs(pl.Callback):
+    """A run is made of whole epochs: what ends it within one leaves it as it was saved after the one before."""
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Any) -> None:
+        """Forget how long earlier tries took: a limit of time is of each try."""
+        states = checkpoint.get("callbacks", {})
+        for key in [key for key in states if key.startswith("Timer")]:
+            del states[key]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """End at a signal that was swallowed where it came."""
+        check()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse the end of an epoch that has not seen all of its batches.
+
+        Raises:
+            ExperimentError: something stopped the epoch.
+        """
+        done, batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.num_training_batches
+        if done < batches:
+            raise ExperimentError(unfinished(trainer.current_epoch, trainer.max_epochs, f", at batch {done}"))
+
+
+def unfinished(epochs: int, of: int | None, where: str = "") -> str:
+    """What is said of a run that something has stopped after so many whole epochs."""
+    return (
+        f"stopped after {epochs} of {of} epochs{where}, by --trainer.max_time or by a callback, so there is no record; "
+        f"the same command goes on"
+    )
 
 
 class RandomState(pl.Callback):

@@ -6,7 +6,10 @@ epoch. Splitting the network there and keeping those activations leaves only the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +17,7 @@ from torch import Tensor, fx, nn
 
 from classification.data.module import Activations
 from experiment import ExperimentError
-from lowrank.conversion.convert import stock_type
-from lowrank.conversion.trace import TraceError, evaluating, trace
+from lowrank.layers.swap import stock_class
 
 # Layers that compute the same in training as in evaluation; any other layer has to be in evaluation mode.
 _SAME_IN_TRAINING = (
@@ -47,10 +49,7 @@ def split(network: nn.Module, images: Tensor) -> Split:
     Raises:
         ExperimentError: the network cannot be split.
     """
-    try:
-        graph = trace(network, _is_leaf)
-    except TraceError as error:
-        raise ExperimentError(_uncached(str(error))) from error
+    graph = _graph_of(network)
     constant = _constant_nodes(graph, network)
     crossing = [node for node in graph.nodes if node in constant and not constant.issuperset(node.users)]
     front, tail = fx.Graph(), fx.Graph()
@@ -64,7 +63,7 @@ def split(network: nn.Module, images: Tensor) -> Split:
         if node not in constant:
             values[node] = tail.node_copy(node, values.__getitem__)
     parts = Split(fx.GraphModule(network, front), fx.GraphModule(network, tail))
-    with evaluating(network), torch.no_grad():
+    with _evaluating(network), torch.no_grad():
         whole, in_parts = network(images), parts.tail(*parts.front(images))
     if not torch.allclose(whole, in_parts, rtol=1e-4, atol=1e-4 * float(whole.abs().max())):
         raise ExperimentError(_uncached("front and tail together do not give its output"))
@@ -75,9 +74,36 @@ def _uncached(reason: str) -> str:
     return f"the network's frozen front cannot be cached: {reason}; set --model.cache_front false"
 
 
-def _is_leaf(layer: nn.Module) -> bool:
-    library = type(layer).__module__.partition(".")[0]
-    return library in ("torch", "lowrank") and not isinstance(layer, nn.Sequential)
+def _graph_of(network: nn.Module) -> fx.Graph:
+    """The graph of a network's code in the mode in which it trains, arguments with a default taken at their default.
+
+    Tracing runs that code, which may leave marks; so it is done on a copy, which shares the network's parameters.
+
+    Raises:
+        ExperimentError: the code depends on values, or on the mode, or fails.
+    """
+    twin = copy.deepcopy(network, {id(parameter): parameter for parameter in network.parameters()})
+    parameters = inspect.signature(network.forward).parameters.values()
+    fixed = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    try:
+        graph, in_evaluation = fx.Tracer().trace(twin, fixed), fx.Tracer().trace(twin.eval(), fixed)
+    except Exception as error:  # tracing runs the network's own code
+        raise ExperimentError(_uncached(f"its code cannot be traced ({' '.join(str(error).split())})")) from error
+    if str(graph) != str(in_evaluation):
+        raise ExperimentError(_uncached("it takes another path in training than in evaluation"))
+    return graph
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """A network in evaluation mode; at the end every module inside is in the mode that it was in."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _constant_nodes(graph: fx.Graph, network: nn.Module) -> set[fx.Node]:
@@ -97,4 +123,4 @@ def _is_fixed(node: fx.Node, network: nn.Module) -> bool:
     layer = network.get_submodule(str(node.target))
     if any(parameter.requires_grad for parameter in layer.parameters()):
         return False
-    return not layer.training or stock_type(layer) in _SAME_IN_TRAINING
+    return not layer.training or stock_class(layer) in _SAME_IN_TRAINING

@@ -57,6 +57,7 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     model = identity["model"]
     model["weights"] = model["weights"] and weights_fingerprint(model["weights"])
     model["budget"] = model["budget"] and _budget(config)
+    identity["trainer"]["max_time"] = None  # a run that it ends has no result
     if not model["mode_energies"]:
         del model["mode_energies"]  # records of before that setting stay valid
     data = identity["data"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -18,6 +19,7 @@ from classification.data.module import Activations
 from classification.front import Split, split
 from classification.planning import Budget, RankChoice
 from experiment import ExperimentError
+from experiment.checkpoints import TRAINING_STATE, refuse_earlier
 from lowrank import ASI, Method, NonFiniteError, Vanilla
 from lowrank.ranks.perplexity import ENERGIES
 
@@ -188,6 +190,27 @@ class FineTune(pl.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy of a test batch."""
         self._evaluate(batch, "test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put what the method carries from step to step beside the weights."""
+        checkpoint[TRAINING_STATE] = lowrank.training_state(self.backbone)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the method carries until the weights, which come next, are there.
+
+        Raises:
+            ExperimentError: an earlier version of the suite saved the checkpoint.
+        """
+        refuse_earlier(checkpoint["state_dict"])
+        self._carried = checkpoint.get(TRAINING_STATE, {})
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The weights, and then what `on_load_checkpoint` found beside them."""
+        keys = super().load_state_dict(state_dict, strict, assign)
+        carried = vars(self).pop("_carried", None)
+        if carried is not None:
+            lowrank.load_training_state(self.backbone, carried)
+        return keys
 
     def configure_optimizers(self) -> Any:
         """SGD on what is not frozen; the learning rate changes once an epoch."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from classification.plans import METHODS, TRANSFORMER_METHODS, Sweep, is_transformer, names
 from experiment import ExperimentError
 from experiment.budget import BUDGET_HELP, budget_word
-from experiment.jobs import Command, Program, list_jobs, run_jobs
+from experiment.command import finish, one_line, underscored
+from experiment.jobs import Command, Job, Program, list_jobs, run_jobs
 
 PROGRAM = "python -m classification"
 
@@ -46,7 +47,7 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     weights = "to start from, in place of pretraining (setup B) or of a download (setup A)"
     parser.add_argument("--weights", type=Path, metavar="FILE", help=weights)
     parser.add_argument("--dry_run", action="store_true", help="list the runs, and stop")
-    options, extra = parser.parse_known_args([word for word in arguments if word != "--"])
+    options, extra = parser.parse_known_args([word for word in underscored(arguments) if word != "--"])
     if options.epochs is not None and options.epochs < 1:
         parser.error(f"--epochs is {options.epochs}; allowed are whole numbers from 1")
     try:
@@ -68,10 +69,23 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
         extra=(*(["--data.root", options.data_dir] if options.data_dir else []), *extra),
     )
     try:
-        sweep.jobs()
+        jobs = sweep.jobs()
     except ExperimentError as error:
         parser.error(str(error))
+    if extra:
+        _check_extra(parser, jobs)
     return sweep, options.dry_run
+
+
+def _check_extra(parser: argparse.ArgumentParser, jobs: Sequence[Job]) -> None:
+    """Let the first job of each command parse what is not of a sweep, so that a typo is an error of the sweep."""
+    from classification.cli import MENDABLE, check  # takes seconds
+
+    for job in {job.arguments[0]: job for job in reversed(jobs)}.values():
+        try:
+            check(job.arguments)
+        except MENDABLE as error:
+            parser.error(one_line(error))
 
 
 def _numbers(word: str) -> list[str]:
@@ -98,7 +112,11 @@ def _mendable(error: Exception) -> bool:
 
 
 def main(arguments: Sequence[str], command: Command = _run) -> int:
-    """Run a sweep. Returns 0, or 1 after a list of what failed, or 2 if nothing could be begun."""
+    """Run a sweep. Returns 0, or 1 after a list of what is not done, or 2 if nothing could be begun."""
+    return finish(lambda work: _sweep(arguments, command))
+
+
+def _sweep(arguments: Sequence[str], command: Command) -> int:
     sweep, dry_run = parse(arguments)
     jobs, root = sweep.jobs(), sweep.runs_dir
     if dry_run:

@@ -11,8 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiment.errors import ExperimentError
-from experiment.files import write_whole
+from experiment.checkpoints import BEST, PREVIOUS
+from experiment.errors import ExperimentError, InUseError
+from experiment.files import remove_parts, write_whole
+from experiment.record import Run, is_result
 
 CONFIG, IDENTITY, DATA = "config.yaml", "identity.json", "data_fingerprint"
 
@@ -34,6 +36,7 @@ class RunFolder:
         result: name of the file that a finished run leaves.
         data_fingerprint: of the data that the run would read; None if that is not there or not to be compared.
         last: name of the file that is there once the run can be resumed.
+        run: whose record the result has to be, if it is one.
     """
 
     def __init__(
@@ -43,7 +46,9 @@ class RunFolder:
         result: str,
         data_fingerprint: str | None = None,
         last: str = "checkpoints/last.ckpt",
+        run: Run | None = None,
     ) -> None:
+        self._run = run
         self.path, self.result, self._last = path, path / result, path / last
         self.data_fingerprint = data_fingerprint
         self.identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
@@ -57,7 +62,8 @@ class RunFolder:
     @property
     def last_checkpoint(self) -> Path | None:
         """The checkpoint to resume from, or the file that names it, if there is one."""
-        return self._last if self._last.exists() else None
+        others = (self.checkpoints / PREVIOUS, self.checkpoints / BEST)  # there without the last after some crashes
+        return next((path for path in (self._last, *others) if path.exists()), None)
 
     def status(self) -> Status:
         """What the folder holds of this very run.
@@ -77,7 +83,7 @@ class RunFolder:
                 f"{self.path} holds a run with other settings ({_difference(stored, self.identity)}); delete that "
                 f"folder or give another --runs_dir"
             )
-        if self.result.exists():
+        if is_result(self.result, self.identity_hash, self._run):
             return Status.DONE
         return Status.INTERRUPTED if self.last_checkpoint is not None else Status.NEW
 
@@ -87,7 +93,7 @@ class RunFolder:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ExperimentError(f"{path} cannot be read ({error}); delete {self.path}") from None
         return content if isinstance(content, dict) else {}
 
@@ -99,9 +105,12 @@ class RunFolder:
             config: the resolved config as YAML, from which the run can be started again.
 
         Raises:
-            ExperimentError: the folder cannot be written, or another process is at work in it.
+            ExperimentError: the folder cannot be written.
+            InUseError: another process is at work in it.
         """
         try:
+            if self.result.is_dir():
+                raise IsADirectoryError(0, f"{self.result.name} is a folder")
             self._last.parent.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
         except OSError as error:
@@ -112,7 +121,8 @@ class RunFolder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise ExperimentError(f"another process is at work in {self.path}; wait for it or stop it") from None
+                raise InUseError(f"another process is at work in {self.path}; wait for it or stop it") from None
+            remove_parts(self.path)
             write_whole(self.path / CONFIG, config)
             identity = self.identity | ({DATA: self.data_fingerprint} if self.data_fingerprint else {})
             write_whole(self.path / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import sys
 import time
 import traceback
@@ -9,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.errors import ExperimentError
+from experiment.errors import ExperimentError, InUseError
 from experiment.plan import add_planned
-from experiment.record import RESULT, Run
+from experiment.record import RESULT, Run, is_result
+from experiment.signals import Stopped, stopped_by
 
 FAILURE = "failure.log"  # in a run's folder
 
@@ -36,11 +39,24 @@ class Job:
 
     def done(self, root: Path) -> bool:
         """Whether the run is finished, below the folder of all runs."""
-        return (self.run.folder(root) / self.result).exists()
+        return is_result(self.run.folder(root) / self.result, run=self.run)
 
     def log(self, root: Path) -> Path:
         """The file that says why the run failed."""
         return self.run.folder(root) / FAILURE
+
+    def needs(self, other: Job, root: Path) -> bool:
+        """Whether its arguments name what another job makes."""
+        folder = str(other.run.folder(root))
+        return any(word == folder or word.startswith(f"{folder}/") for word in self.arguments)
+
+
+class Outcome(enum.Enum):
+    """How a job ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+    ELSEWHERE = "in work elsewhere"  # or it needs what is
 
 
 @dataclass(frozen=True)
@@ -67,10 +83,11 @@ def list_jobs(jobs: Sequence[Job], program: str) -> None:
 def run_jobs(jobs: Sequence[Job], program: Program, root: Path) -> int:
     """Run jobs in their order below the folder `root`, with what is left at each; note before what is planned.
 
-    A failure is written, with its traceback, into the run's folder.
+    A failure is written, with its traceback, into the run's folder. A run that another process is doing is left to it,
+    with what needs it, and come back to once, at the end.
 
     Returns:
-        0; 1 after a list of what failed; 2 if nothing could be begun.
+        0; 1 after a list of what is not done; 2 if nothing could be begun.
     """
     try:
         add_planned(root, (job.run for job in jobs if job.result == RESULT))
@@ -78,45 +95,71 @@ def run_jobs(jobs: Sequence[Job], program: Program, root: Path) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     start = time.perf_counter()
-    failed = _run(jobs, program, root)
-    print(f"{len(jobs) - len(failed)} of {len(jobs)} runs done, {_duration(time.perf_counter() - start)}")
+    outcomes = _run(jobs, program, root)
+    outcomes |= _run([job for job in jobs if outcomes[job] is Outcome.ELSEWHERE], program, root)
+    failed, elsewhere = ([job for job in jobs if outcomes[job] is how] for how in (Outcome.FAILED, Outcome.ELSEWHERE))
+    done = len(jobs) - len(failed) - len(elsewhere)
+    print(f"{done} of {len(jobs)} runs done, {_duration(time.perf_counter() - start)}")
     print(f"tables, plots and a page of them: python -m report {root}")
     if failed:
         logs = (f"  {job.title}: {job.log(root)}" for job in failed)
         print(f"failed ({len(failed)}), each with its log:", *logs, sep="\n", file=sys.stderr)
-    return 1 if failed else 0
+    if elsewhere:
+        told = (f"  {job.title}" for job in elsewhere)
+        print(f"in work elsewhere ({len(elsewhere)}); come back later for them:", *told, sep="\n", file=sys.stderr)
+    return 1 if failed or elsewhere else 0
 
 
-def _run(jobs: Sequence[Job], program: Program, root: Path) -> list[Job]:
-    failed: list[Job] = []
+def _run(jobs: Sequence[Job], program: Program, root: Path) -> dict[Job, Outcome]:
+    outcomes: dict[Job, Outcome] = {}
     seconds: list[float] = []
     for number, job in enumerate(jobs, start=1):
-        waiting = [later for later in jobs[number - 1 :] if not later.done(root)]
+        waiting = [later for later in jobs[number - 1 :] if not later.done(root)] if seconds else []
         left = f"  (about {_duration(len(waiting) * sum(seconds) / len(seconds))} left)" if seconds else ""
         print(f"[{number}/{len(jobs)}] {job.title}{left}", flush=True)
         new, start = not job.done(root), time.perf_counter()
-        if not _succeeds(job, program, root):
-            failed.append(job)
-        elif new:
+        if any(job.needs(other, root) for other, how in outcomes.items() if how is Outcome.ELSEWHERE):
+            outcomes[job] = Outcome.ELSEWHERE
+            print("  it needs what is in work elsewhere", flush=True)
+            continue
+        outcomes[job] = _outcome(job, program, root)
+        if new and outcomes[job] is Outcome.DONE:
             seconds.append(time.perf_counter() - start)
-    return failed
+    return outcomes
 
 
-def _succeeds(job: Job, program: Program, root: Path) -> bool:
-    log = job.log(root)
+def _outcome(job: Job, program: Program, root: Path) -> Outcome:
     try:
         program.command(job.arguments)
+    except Stopped as stopped:
+        stopped.during = job.title
+        raise
     except (KeyboardInterrupt, SystemExit):
         print(f"\nstopped during {job.title}; the same command goes on where it was saved last", file=sys.stderr)
         raise
+    except InUseError:
+        print("  in work elsewhere", flush=True)
+        return Outcome.ELSEWHERE
     except Exception as error:
+        if (stop := stopped_by(error)) is not None:
+            stop.during = job.title
+            raise stop from None
         cause = str(error) if program.mendable(error) else traceback.format_exc()
-        print(f"  failed: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"  failed: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        _write_log(job, root, f"{job.title}\n{program.name} {' '.join(job.arguments)}\n{cause}\n")
+        return Outcome.FAILED
+    with contextlib.suppress(OSError):
+        job.log(root).unlink(missing_ok=True)
+    return Outcome.DONE
+
+
+def _write_log(job: Job, root: Path, text: str) -> None:
+    log = job.log(root)
+    try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(f"{job.title}\n{program.name} {' '.join(job.arguments)}\n{cause}\n", encoding="utf-8")
-        return False
-    log.unlink(missing_ok=True)
-    return True
+        log.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        print(f"  its log {log} cannot be written ({error.strerror})", file=sys.stderr)
 
 
 def _duration(seconds: float) -> str:

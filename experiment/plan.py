@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from experiment.errors import ExperimentError
-from experiment.files import write_whole
+from experiment.files import locked, write_whole
 from experiment.record import Run
 
 PLANNED = "planned.json"
@@ -26,17 +26,23 @@ def add_planned(root: Path, runs: Iterable[Run]) -> None:
     for run in runs:
         plans[run.folder(root).parents[2] / PLANNED].add(run)
     for path, asked in plans.items():
-        known = set(_load(path)) if path.exists() else set()
-        if asked <= known:
-            continue
-        entries = sorted(([getattr(run, key) for key in _OWN] for run in asked | known), key=str)
-        shared = {key: getattr(next(iter(asked)), key) for key in _SHARED}
-        text = ",\n  ".join(json.dumps(entry) for entry in entries)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, f'{{"run": {json.dumps(shared)},\n "{"/".join(_OWN)}": [\n  {text}]}}\n')
+            with locked(path.with_name(f".{PLANNED}.lock")):
+                _add(path, asked)
         except OSError as error:
             raise ExperimentError(f"{path} cannot be written ({error.strerror}); give another --runs_dir") from None
+
+
+def _add(path: Path, asked: set[Run]) -> None:
+    """Add runs of one task, setup, model and data set to their plan, whose lock is held."""
+    known = set(_load(path)) if path.exists() else set()
+    if asked <= known:
+        return
+    entries = sorted(([getattr(run, key) for key in _OWN] for run in asked | known), key=str)
+    shared = {key: getattr(next(iter(asked)), key) for key in _SHARED}
+    text = ",\n  ".join(json.dumps(entry) for entry in entries)
+    write_whole(path, f'{{"run": {json.dumps(shared)},\n "{"/".join(_OWN)}": [\n  {text}]}}\n')
 
 
 def find_planned(root: Path) -> list[Run]:
@@ -55,5 +61,5 @@ def _load(path: Path) -> list[Run]:
         return [Run(**shared, **dict(zip(_OWN, entry, strict=True))) for entry in content["/".join(_OWN)]]
     except OSError as error:
         raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ExperimentError(f"{path} is not a plan ({error}); delete it, the next sweep writes it anew") from None

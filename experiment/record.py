@@ -80,6 +80,8 @@ class Record:
         flops: of one training step of the trained layers, "paper" and "corrected" (see `lowrank.costs`).
         time_s: "step_median" and "total", seconds.
         provenance: see `experiment.provenance`.
+        recipe: how it was trained: "epochs", "steps" (of the optimizer, in all), "learning_rate" (the largest),
+            "batch_size", "image_size" (None of texts), "precision". Empty in records of before it was noted.
     """
 
     run: Run
@@ -88,6 +90,7 @@ class Record:
     flops: dict[str, int]
     time_s: dict[str, float]
     provenance: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> Path:
         """Write `result.json`, whole or not at all."""
@@ -107,13 +110,40 @@ class Record:
             if content["schema"] != SCHEMA or content["status"] != "done":
                 raise ValueError(f"schema {content['schema']} and status {content['status']!r}")
             parts = {key: _finite(content[key], key) for key in ("accuracy", "memory_bytes", "flops", "time_s")}
-            if not isinstance(content["provenance"], dict):
-                raise ValueError(f"provenance is {content['provenance']!r}")
-            return cls(run=Run(**content["run"]), provenance=content["provenance"], **parts)
+            told = {"provenance": content["provenance"], "recipe": content.get("recipe", {})}
+            for key, value in told.items():
+                if not isinstance(value, dict):
+                    raise ValueError(f"{key} is {value!r}")
+            return cls(run=Run(**content["run"]), **told, **parts)
         except OSError as error:
             raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise ExperimentError(f"{path} is not a run's record ({error}); delete it and run again") from None
+
+
+def is_result(path: Path, identity_hash: str | None = None, run: Run | None = None) -> bool:
+    """Whether a file is what a finished run leaves: a whole record, or of another name a whole JSON object.
+
+    Args:
+        path: the file; need not exist.
+        identity_hash: of the run that a record has to be of, if it is known.
+        run: that run itself, if it is known.
+    """
+    if path.name != RESULT:
+        return _is_json_object(path)
+    try:
+        record = Record.load(path)
+    except ExperimentError:
+        return False
+    same = identity_hash is None or record.provenance.get("config_hash", identity_hash) == identity_hash
+    return same and run in (None, record.run)
+
+
+def _is_json_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _finite(values: Any, key: str) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiment import ExperimentError, Record, Run, find_planned
+from experiment import ExperimentError, Record, Run
 from report.output import make_folder, write_all
 from report.page import page, section
 from report.plots import pareto_figure, published_figure
 from report.published import Point, load_curves, load_published
 from report.setups import setup_tables
-from report.summary import BASELINE, Group, group_of, group_records, read_records, summarise
+from report.summary import BASELINE, Group, group_of, group_records, read_planned, read_records, summarise
 from report.tables import to_csv, to_latex, to_markdown, to_terminal
 
 PAGE = "index.html"
@@ -30,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
         description="Read every result.json below a folder; for each task, setup, model and data set write one table "
         "(Markdown, CSV, LaTeX) and Pareto figures (PNG, SVG), for each setup one table of all its models and data "
         "sets, and one HTML page of everything; print the tables in short. Runs that a sweep planned and that are not "
-        "finished are shown as missing.",
+        "finished are shown as missing; a file that is no whole record is left out with a word; runs of different "
+        "recipes are told apart.",
     )
     command.add_argument(
         "runs",
@@ -69,7 +70,8 @@ def report(runs: Path, output: Path, baseline: str, published: Path) -> None:
     """Write the tables, figures and page of all runs, and print the tables in short and where everything is.
 
     Raises:
-        ExperimentError: nothing to report, a damaged file, an unknown baseline, or an output that cannot be written.
+        ExperimentError: nothing to report, damaged published numbers, an unknown baseline, or an output that
+            cannot be written.
     """
     groups, planned = group_records(read_records(runs)), _planned(runs)
     _check_baseline(groups, baseline)
@@ -109,7 +111,7 @@ def report(runs: Path, output: Path, baseline: str, published: Path) -> None:
 
 def _planned(runs: Path) -> dict[Group, list[Run]]:
     planned = defaultdict(list)
-    for run in find_planned(runs):
+    for run in read_planned(runs):
         planned[group_of(run)].append(run)
     return planned
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from report.setups import NOTES, SetupTable
+from report.setups import SetupTable
 from report.summary import BASELINE, Group
 from report.tables import LEFT, Column, Row, columns, footnotes
 
@@ -83,5 +83,5 @@ def page(setups: Sequence[tuple[SetupTable, Sequence[Section]]], baseline: str =
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    parts = [(setup.title, _cells(setup.rows, setup.columns, baseline), part) for setup, part in setups]
-    return environment.get_template(TEMPLATE.name).render(setups=parts, notes=NOTES)
+    parts = [(setup.title, _cells(setup.rows, setup.columns, baseline), setup.notes, part) for setup, part in setups]
+    return environment.get_template(TEMPLATE.name).render(setups=parts)

@@ -24,7 +24,7 @@ from report.metrics import metrics_in
 from report.pareto import dominated
 from report.published import UNKNOWN, Point
 from report.summary import Group
-from report.tables import engineering, same_seeds, seed_list
+from report.tables import engineering, recipes_differ, same_seeds, seed_list
 
 # Okabe and Ito's palette, told apart by people of every colour vision; shapes tell the families apart in grey.
 LOOKS = {
@@ -152,7 +152,8 @@ def _draw(table: pd.DataFrame, group: Group, view: View | None = None, points: S
         if points:
             labels[axes] += _draw_published(axes, panel, points, looks)
     panels[0][0].set_ylabel(f"{view.title} (%)")
-    figure.suptitle(f"{group}, {_seeds(table)}", fontsize=11)
+    recipes = ", different recipes" if recipes_differ(table) else ""
+    figure.suptitle(f"{group}, {_seeds(table)}{recipes}", fontsize=11)
     _legend(figure, looks, bool(points))
     # Labels are placed in the final layout, so it must not move afterwards.
     figure.draw_without_rendering()

@@ -12,7 +12,18 @@ import pandas as pd
 from report.methods import method_order
 from report.metrics import METRICS
 from report.summary import Group
-from report.tables import ABSENT, MISSING, Column, Row, every_column, latex_body, markdown_body, notes
+from report.tables import (
+    ABSENT,
+    MISSING,
+    RECIPE_NOTE,
+    Column,
+    Row,
+    every_column,
+    latex_body,
+    markdown_body,
+    notes,
+    recipes_differ,
+)
 
 SHOWN = {
     **{"Reported (%)": "reported", "Δ reported (points)": "Δ"},
@@ -47,8 +58,19 @@ class SetupTable:
     def columns(self) -> tuple[Column, ...]:
         """What tells rows apart, then for each data set what the papers show, and what was measured."""
         datasets = list(dict.fromkeys(group.dataset for group in self.tables))
-        keys = [Column(name.capitalize(), "", name.capitalize(), _key(name)) for name in ("model", "layers", "method")]
+        names = ("model", "layers", "method", *(["recipe"] if self.recipes_differ else []))
+        keys = [Column(name.capitalize(), "", name.capitalize(), _key(name)) for name in names]
         return (*keys, *(column for dataset in datasets for column in self._block(dataset)))
+
+    @property
+    def recipes_differ(self) -> bool:
+        """Whether one of the tables has runs that were trained in different ways."""
+        return any(map(recipes_differ, self.tables.values()))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the numbers are."""
+        return (*NOTES, RECIPE_NOTE) if self.recipes_differ else NOTES
 
     def _block(self, dataset: str) -> list[Column]:
         shown = [column for column in every_column(METRICS[self.task]) if column.title in SHOWN]
@@ -63,19 +85,21 @@ class SetupTable:
     @property
     def rows(self) -> list[Row]:
         """By model, then by layers ("all" last), then by method; per data set its row of the summary."""
-        rows: dict[tuple[str, int | str, str], dict[str, Any]] = {}
+        rows: dict[tuple[str, int | str, str, str], dict[str, Any]] = {}
         for group, table in self.tables.items():
             for row in table.to_dict("records"):
-                key = (group.model, row["layers"], row["method"])
+                key = (group.model, row["layers"], row["method"], row["recipe"])
                 rows.setdefault(key, {})[group.dataset] = row
-        order = sorted(rows, key=lambda key: (key[0], key[1] == "all", str(key[1]).zfill(4), method_order(key[2])))
-        names = ("model", "layers", "method")
+        order = sorted(
+            rows, key=lambda key: (key[0], key[1] == "all", str(key[1]).zfill(4), method_order(key[2]), key[3])
+        )
+        names = ("model", "layers", "method", "recipe")
         counts = {key: sum(row["n"] for row in rows[key].values()) for key in order}
         return [{**dict(zip(names, key, strict=True)), "n": counts[key], "datasets": rows[key]} for key in order]
 
     def to_markdown(self) -> str:
         """A heading, the table and what its numbers are."""
-        return f"# {self.title}\n\n{markdown_body(self.rows, self.columns)}\n\n{notes(NOTES)}\n"
+        return f"# {self.title}\n\n{markdown_body(self.rows, self.columns)}\n\n{notes(self.notes)}\n"
 
     def to_latex(self) -> str:
         """A `tabular`, a rule after each model and depth."""
@@ -104,7 +128,7 @@ NOTES = (
 
 
 def _key(name: str) -> Any:
-    return lambda row: str(row[name])
+    return lambda row: str(row[name]) or MISSING
 
 
 def _cell(dataset: str, column: Column) -> Any:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
-from experiment import ExperimentError, Record, Run, find_records
+from experiment import ExperimentError, Record, Run, find_planned
+from experiment.plan import PLANNED
+from experiment.record import RESULT
 from report.methods import method_order
 from report.metrics import METRICS, Metrics
 
 BASELINE = "vanilla"
+LARGEST = 10**24  # bytes, FLOPs, seconds; more is an error in a file
+T = TypeVar("T")
 MEANS = {
     "activation_formula_bytes": ("memory_bytes", "activation_formula"),
     "saved_measured_bytes": ("memory_bytes", "saved_measured"),
@@ -77,14 +82,17 @@ class Group:
 
 
 def read_records(root: Path) -> list[Record]:
-    """Every record below a folder.
+    """Every whole record below a folder; a line of warning for each file that is none.
 
     Raises:
-        ExperimentError: there is none, or one is damaged, or two are of one run.
+        ExperimentError: there is none, and why if there are files of that name; or two are of one run.
     """
     if not root.is_dir():
         raise ExperimentError(f"{root} is not a folder; give the folder that holds the runs")
-    records = list(find_records(root))
+    records, problems = _whole(sorted(root.rglob(RESULT)), _record)
+    if problems and not records:
+        raise ExperimentError(problems[0] + (f"; {len(problems) - 1} more are not read either" if problems[1:] else ""))
+    _warn(problems)
     if not records:
         raise ExperimentError(f"no finished run below {root}; finish one first, or give another runs folder")
     seen = set()
@@ -93,6 +101,42 @@ def read_records(root: Path) -> list[Record]:
             raise ExperimentError(f"two records of one run ({run}) below {root}; give a folder that holds it once")
         seen.add(run)
     return records
+
+
+def read_planned(root: Path) -> list[Run]:
+    """Every run that is planned below a folder; a line of warning for each plan that is none."""
+    plans, problems = _whole(sorted(root.rglob(PLANNED)), lambda path: find_planned(path.parent))
+    _warn(problems)
+    return [run for plan in plans for run in plan if run.task in METRICS]
+
+
+def _whole(paths: Iterable[Path], read: Callable[[Path], T]) -> tuple[list[T], list[str]]:
+    """What can be read of files, and what is wrong with the others: one that is damaged hides no other."""
+    found, problems = [], []
+    for path in paths:
+        try:
+            found.append(read(path))
+        except Exception as error:  # a file from anywhere may be anything
+            why = str(error) if isinstance(error, ExperimentError) else f"{path}: {type(error).__name__}: {error}"
+            problems.append(" ".join(why.split())[:400])
+    return found, problems
+
+
+def _warn(problems: Iterable[str]) -> None:
+    for problem in problems:
+        print(f"report: warning: left out: {problem}", file=sys.stderr)
+
+
+def _record(path: Path) -> Record:
+    record = Record.load(path)
+    if record.run.task not in METRICS:
+        raise ExperimentError(f"{path} is of the task {record.run.task!r}; known are {', '.join(METRICS)}")
+    parts = {name: getattr(record, name) for name in ("accuracy", "memory_bytes", "flops", "time_s")}
+    for part, values in parts.items():
+        for name, value in values.items():
+            if not 0 <= value <= LARGEST:
+                raise ExperimentError(f"{path} has {value:.3g} as {part}.{name}, which no run can have")
+    return record
 
 
 def group_of(run: Run) -> Group:
@@ -116,6 +160,9 @@ def summarise(
 ) -> pd.DataFrame:
     """One row per number of layers and method, by layers ("all" last), then by method; also for those not yet run.
 
+    Runs of one layers and method that were trained by different recipes have a row each, and a row is compared with
+    rows of its own recipe alone.
+
     A mean is over all seeds of its row; where one seed lacks the number it is NaN. "times_less" is the baseline's value
     at the same number of layers over the row's. `equal_accuracy_times_less` is the least formula memory among the
     baseline's rows whose mean main accuracy is at least that of the row, over the row's memory, and
@@ -128,23 +175,28 @@ def summarise(
         planned: runs that there should be; those of them that are not among the records are missing.
 
     Returns:
-        Columns with their units in their names. `seeds` is a tuple; the standard deviations are of the sample, NaN for
+        Columns with their units in their names. `recipe` says in what a row's recipe differs from others of the table,
+        "" where all are the same. `seeds` is a tuple; the standard deviations are of the sample, NaN for
         one seed. `missing` is the number of planned runs that are not there. `reported_difference_points` is the
         accuracy on the validation split less the reported one, which is of a validation split as well.
     """
     planned = list(planned)
     metrics = METRICS[[*(record.run for record in records), *planned][0].task]
-    rows: dict[tuple[int | str, str], list[Record]] = defaultdict(list)
+    label = recipe_labels(records)
+    rows: dict[tuple[int | str, str, str], list[Record]] = defaultdict(list)
     for record in records:
-        rows[record.run.layers, record.run.method].append(record)
+        rows[record.run.layers, record.run.method, label(record)].append(record)
     absent = set(planned) - {record.run for record in records}
-    missing = Counter((run.layers, run.method) for run in absent)
+    missing: Counter[tuple[int | str, str, str]] = Counter()
+    for run in absent:
+        own = sorted(key[2] for key in rows if key[:2] == (run.layers, run.method))
+        missing[run.layers, run.method, own[0] if own else ""] += 1
     keys = sorted(
         rows.keys() | missing.keys(),
-        key=lambda key: (key[0] == "all", 0 if key[0] == "all" else key[0], method_order(key[1])),
+        key=lambda key: (key[0] == "all", 0 if key[0] == "all" else key[0], method_order(key[1]), key[2]),
     )
     table = pd.DataFrame([_row(*key, rows[key], missing[key], metrics) for key in keys])
-    published = [(reported or {}).get(key, Reported(math.nan)) for key in keys]
+    published = [(reported or {}).get(key[:2], Reported(math.nan)) for key in keys]
     table["reported_accuracy_percent"] = [row.accuracy for row in published]
     table["reported_other_percent"] = [row.other for row in published]
     table["reported_memory_bytes"] = [row.memory_bytes for row in published]
@@ -154,9 +206,34 @@ def summarise(
     return _with_ratios(table, baseline, metrics)
 
 
-def _row(layers: int | str, method: str, records: Sequence[Record], missing: int, metrics: Metrics) -> dict[str, Any]:
+def recipe_labels(records: Sequence[Record]) -> Callable[[Record], str]:
+    """What to call a record's recipe among these: what differs of it, such as "epochs 2"; "" where none differs."""
+    every = [record.recipe for record in records]
+    names = list(dict.fromkeys(name for recipe in every for name in recipe))
+    odd = [name for name in names if len({str(recipe.get(name)) for recipe in every if recipe}) > 1]
+    noted = all(every) or not any(every)
+
+    def label(record: Record) -> str:
+        if not record.recipe:
+            return "" if noted else "not recorded"
+        told = ", ".join(f"{name.replace('_', ' ')} {_told(record.recipe.get(name))}" for name in odd)
+        return told or ("" if noted else "recorded")
+
+    return label
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " x ".join(map(_told, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)[:40]
+
+
+def _row(
+    layers: int | str, method: str, recipe: str, records: Sequence[Record], missing: int, metrics: Metrics
+) -> dict[str, Any]:
     seeds = tuple(sorted(record.run.seed for record in records))
-    row: dict[str, Any] = {"layers": layers, "method": method, "n": len(seeds), "missing": missing, "seeds": seeds}
+    row: dict[str, Any] = {"layers": layers, "method": method, "recipe": recipe}
+    row |= {"n": len(seeds), "missing": missing, "seeds": seeds}
     for name in (metrics.main, metrics.other):
         percents = [100 * record.accuracy.get(name, math.nan) for record in records]
         row[f"{name}_mean_percent"], row[f"{name}_std_percent"] = _mean(percents), _std(percents)
@@ -177,13 +254,21 @@ def _std(values: Sequence[float]) -> float:
 
 def _with_ratios(table: pd.DataFrame, baseline: str, metrics: Metrics) -> pd.DataFrame:
     reference = table[table["method"] == baseline]
-    at_depth = reference.set_index("layers")
+    at_depth = reference.set_index(["layers", "recipe"])
+    own = list(zip(table["layers"], table["recipe"], strict=True))
+
+    def of_baseline(column: str) -> pd.Series:
+        return pd.Series([at_depth[column].get(key, math.nan) for key in own], table.index, dtype=float)
+
     for ratio, column in RATIOS.items():
-        table[ratio] = _divide(table["layers"].map(at_depth[column]), table[column])
+        table[ratio] = _divide(of_baseline(column), table[column])
     accuracy = table[metrics.mean]
-    table[metrics.difference] = (accuracy - table["layers"].map(at_depth[metrics.mean]).astype(float)).round(10)
+    table[metrics.difference] = (accuracy - of_baseline(metrics.mean)).round(10)
     for ratio, column in EQUAL_ACCURACY_RATIOS.items():
-        least = [float(reference.loc[reference[metrics.mean] >= value, column].min()) for value in accuracy]
+        least = [
+            float(reference.loc[(reference[metrics.mean] >= value) & (reference["recipe"] == key[1]), column].min())
+            for value, key in zip(accuracy, own, strict=True)
+        ]
         table[ratio] = _divide(pd.Series(least), table[column])
     return table
 

@@ -108,6 +108,7 @@ def _times(key: str) -> Callable[[Row], str]:
 
 
 MEMORY, ACCURACY, STEP = "Memory (MiB)", "Accuracy (%)", "Step"
+RECIPE = Column("Recipe", "", "Recipe", lambda row: row["recipe"] or MISSING)
 SEEDS = Column("Seeds", "", "Seeds", lambda row: seed_list(row["seeds"]))
 ROW_COLUMNS = (
     Column("Layers", "", "Layers", lambda row: str(row["layers"])),
@@ -172,16 +173,24 @@ def _lower(title: str) -> str:
 
 
 def columns(table: pd.DataFrame) -> tuple[Column, ...]:
-    """The columns for people; the seeds are one of them only where they differ between rows."""
+    """The columns for people; seeds and recipe are among them only where they differ between rows."""
     chosen = every_column(metrics_in(table))
+    if recipes_differ(table):
+        chosen = (*chosen[:2], RECIPE, *chosen[2:])
     if not same_seeds(table):
-        chosen = (*chosen[: len(ROW_COLUMNS)], SEEDS, *chosen[len(ROW_COLUMNS) :])
+        place = chosen.index(ROW_COLUMNS[-1]) + 1
+        chosen = (*chosen[:place], SEEDS, *chosen[place:])
     return tuple(column for column in chosen if not column.if_any or table[column.if_any].notna().any())
 
 
 def every_column(metrics: Metrics) -> tuple[Column, ...]:
     """All columns for people, whether a table has numbers for them or not."""
     return (*ROW_COLUMNS, *_accuracy_columns(metrics), *COST_COLUMNS)
+
+
+def recipes_differ(table: pd.DataFrame) -> bool:
+    """Whether the rows are of runs that were trained in different ways."""
+    return bool((table["recipe"] != "").any())
 
 
 def same_seeds(table: pd.DataFrame) -> bool:
@@ -214,14 +223,18 @@ def markdown_body(rows: Sequence[Row], shown: Sequence[Column]) -> str:
     return tabulate(cells, titles, tablefmt="pipe", disable_numparse=True, colalign=alignment)
 
 
+RECIPE_NOTE = (
+    "Recipe: the runs were trained by different recipes, and this is what differs in them. Ratios and Δ are between "
+    "rows of one recipe alone; accuracies of different ones do not compare the methods."
+)
 WEIGHTS_NOTE = (
     "Weights in training: the weights of the trained layers, their gradients and the optimizer's state, as measured. "
     "Weights, emulated: the same, by formula, of an emulation that keeps and trains the dense weights and derives the "
     "factors from them, as the public code of WASI does."
 )
-LEFT = ("Model", "Method", "Seeds")
+LEFT = ("Model", "Method", "Recipe", "Seeds")
 TERMINAL = (
-    *("Layers", "Method", "n", "Test (%)", "Δ test (points)", "mIoU (%)", "Δ mIoU (points)", "mAcc (%)"),
+    *("Layers", "Method", "Recipe", "n", "Test (%)", "Δ test (points)", "mIoU (%)", "Δ mIoU (points)", "mAcc (%)"),
     *("Formula (MiB)", "Formula, × less", "Kept (MiB)", "Peak (MiB)", "Step (ms)"),
 )
 
@@ -238,13 +251,15 @@ def to_terminal(table: pd.DataFrame, group: Group) -> str:
         disable_numparse=True,
         colalign=["left" if column.title in LEFT else "right" for column in shown],
     )
-    return f"{group} ({group.task})\n\n{body}\n"
+    note = f"\n{RECIPE_NOTE}\n" if recipes_differ(table) else ""
+    return f"{group} ({group.task})\n\n{body}\n{note}"
 
 
 def footnotes(table: pd.DataFrame, baseline: str = BASELINE) -> list[str]:
     """What the numbers of a table are."""
     return [
         metrics_in(table).note,
+        *([RECIPE_NOTE] if recipes_differ(table) else []),
         f"{_seeds_note(table)} ± is the sample standard deviation of the accuracy over them; the other numbers "
         "are means.",
         "Reported: as published, on the split that the publication used, which is a validation split. "

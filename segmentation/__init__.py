@@ -9,7 +9,11 @@ In a config of your own:
     ]
 """
 
-from segmentation.data.draws import PlacedDataset, PlacedSampler
-from segmentation.hook import LowRankHook
+import warnings
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Fail to import")  # a part of MMCV that is not used here
+    from segmentation.data.draws import PlacedDataset, PlacedSampler
+    from segmentation.hook import LowRankHook
 
 __all__ = ["LowRankHook", "PlacedDataset", "PlacedSampler"]

@@ -16,9 +16,11 @@ import torch
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
-from lowrank import LayerCost, Method, Vanilla
+from lowrank import LayerCost, Method, Vanilla, converted_layers
+from lowrank.conversion.convert import adopt
 from lowrank.exact.bits import CHUNK, pack, spread
-from lowrank.layers.layer import FAMILIES, adopt
+from lowrank.layers.layer import LAYERS, LowRankLayer
+from lowrank.layers.swap import stock_class
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,13 @@ def keep_nonzero(model: nn.Module) -> None:
 
     A classifier that a method was chosen for stays with that method. `lowrank.revert` takes it back.
     """
+    chosen = set(converted_layers(model))
     for name, head in model.named_modules():
         if isinstance(head, BaseDecodeHead):
             layer = head.conv_seg
-            if type(layer) in FAMILIES and layer.weight.requires_grad:
-                adopt(layer, Nonzero(), f"{name}.conv_seg" if name else "conv_seg", chosen=False)
+            if layer in chosen or stock_class(layer) not in LAYERS or not layer.weight.requires_grad:
+                continue
+            if isinstance(layer, LowRankLayer):
+                layer._lowrank.method = Nonzero()
+            else:
+                adopt(layer, Nonzero(), f"{name}.conv_seg" if name else "conv_seg")

@@ -31,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m segmentation",
         description="Train a segmentor of MMSegmentation in little memory, or measure the perplexity of its layers. "
         "Several configs are merged in their order: a network, a data set, a stage and a method of "
-        "configs/segmentation; or one config of your own.",
+        "configs/segmentation; or one config of your own. A config is a program that is run as you: take none from "
+        "people you do not trust. Checkpoints and weights are only read.",
     )
     commands = command.add_subparsers(dest="command", required=True)
     for name, text in (("train", "train and write result.json"), ("measure", "write the perplexity table")):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mmengine.config import Config, ConfigDict
 
 from experiment import ExperimentError
@@ -23,7 +24,11 @@ def load_config(files: Sequence[str | Path], options: Mapping[str, Any] | None =
     config = Config()
     for path in files:
         try:
+            if Path(path).suffix in (".yaml", ".yml"):  # MMEngine's reader would run what some tags ask for
+                read_run_config(Path(path))
             loaded = Config.fromfile(str(path))
+        except ExperimentError:
+            raise
         except Exception as error:  # a config is code, which may fail in any way
             raise ExperimentError(f"config {path} cannot be read: {type(error).__name__}: {error}") from None
         config.merge_from_dict(loaded.to_dict(), allow_list_keys=False)
@@ -31,6 +36,30 @@ def load_config(files: Sequence[str | Path], options: Mapping[str, Any] | None =
     if options:
         config.merge_from_dict(dict(options))
     return config
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML of plain values and tuples; what would call a function of Python is an error."""
+
+
+_Plain.add_constructor(
+    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
+)
+
+
+def read_run_config(path: Path) -> Config:
+    """The config that a run wrote into its folder; nothing in it is run.
+
+    Raises:
+        ExperimentError: it is missing, or is no such config.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ExperimentError(f"config {path} cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise ExperimentError(f"config {path} holds no settings")
+    return Config(content)
 
 
 def choose_depth(config: Config, layers: int | str | None) -> None:

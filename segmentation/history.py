@@ -14,11 +14,11 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
-from experiment.files import write_whole
 from lowrank import converted_layers
 from segmentation.hook import unwrapped
+from segmentation.saving import write_or_say
 
-PENDING = "lowrank_history"
+PENDING, ROWS = "lowrank_history", "lowrank_rows"  # keys of a checkpoint
 Row = dict[str, float]
 
 
@@ -35,15 +35,20 @@ class History(Hook):
     def __init__(self, folder: Path, show: bool = True) -> None:
         self.path, self.show = folder / "metrics.csv", show
         self.rows: list[Row] = []
+        self._carried: list[Row] = []
         self._seconds: list[float] = []
         self._kept: list[int] = []
         self._losses: list[float] = []
         self._start = 0.0
 
     def before_train(self, runner: Any) -> None:
-        """After a resume, take the rows up to there."""
-        if runner.iter > 0:
-            self.rows = [row for row in _read(self.path) if row["iteration"] <= runner.iter]
+        """After a resume, take the rows up to there; what they have counted is not counted again."""
+        if runner.iter == 0:
+            return
+        last = self._carried[-1]["iteration"] if self._carried else 0
+        self.rows = [*self._carried, *(row for row in _read(self.path) if last < row["iteration"] <= runner.iter)]
+        if self.rows and self.rows[-1]["iteration"] == runner.iter:
+            self._seconds, self._kept, self._losses = [], [], []
 
     def before_train_epoch(self, runner: Any) -> None:
         """Make up for a validation that an interruption prevented."""
@@ -61,7 +66,7 @@ class History(Hook):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._seconds.append(time.perf_counter() - self._start)
-        self._kept.append(sum(layer.formula_bytes for layer in converted_layers(unwrapped(runner.model))))
+        self._kept.append(sum(layer._lowrank.formula_bytes for layer in converted_layers(unwrapped(runner.model))))
         loss = (outputs or {}).get("loss", math.nan)
         self._losses.append(loss.item() if isinstance(loss, torch.Tensor) else loss)
 
@@ -86,7 +91,7 @@ class History(Hook):
         writer = csv.DictWriter(text, list(row))
         writer.writeheader()
         writer.writerows(self.rows)
-        write_whole(self.path, text.getvalue())
+        write_or_say(self.path, text.getvalue())
         if self.show:
             left = (runner.max_iters - runner.iter) * row["step_seconds"]
             print(
@@ -95,11 +100,13 @@ class History(Hook):
             )
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Carry what no row has yet."""
+        """Carry the rows, and what no row has yet."""
+        checkpoint[ROWS] = [dict(row) for row in self.rows]
         checkpoint[PENDING] = [self._seconds, self._kept, self._losses]
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Take up what no row had."""
+        """Take up the rows, and what no row had."""
+        self._carried = [dict(row) for row in checkpoint.pop(ROWS, [])]
         pending = checkpoint.pop(PENDING, None)
         if pending is not None:
             self._seconds, self._kept, self._losses = map(list, pending)
@@ -111,7 +118,9 @@ class History(Hook):
 
 
 def _read(path: Path) -> list[Row]:
-    if not path.exists():
+    """Rows of a file; none where it is missing or damaged: a checkpoint has those that it knew."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, csv.Error):
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,19 +10,19 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import lowrank
 from experiment import ExperimentError
+from experiment.checkpoints import TRAINING_STATE, refuse_earlier
 from lowrank import ASI, HOSVD, SVD, GradientFilter, Method, NonFiniteError, Vanilla
-from lowrank.layers.layer import STATE_PREFIX
 from segmentation.classifier import keep_nonzero
 from segmentation.freezing import apply_freeze_list, freeze_statistics, switch_off_dropout
 from segmentation.loss import recompute_loss
 from segmentation.planning import Budget
 
 METHODS: dict[str, type[Method]] = {method.__name__: method for method in (Vanilla, GradientFilter, SVD, HOSVD, ASI)}
-STATE = "lowrank_state"
 
 
 def build_method(config: Mapping[str, Any]) -> Method:
@@ -44,8 +45,9 @@ def build_method(config: Mapping[str, Any]) -> Method:
 class LowRankHook(Hook):
     """Converts the model once its weights are there, and keeps it trained as the papers train it.
 
-    Checkpoints hold the weights under their stock names, so that MMSegmentation loads them without this package; a
-    method's state lies beside them, so that a resumed run goes on exactly.
+    Checkpoints hold the stock model's weights, so that MMSegmentation loads them without this package; what a method
+    carries from step to step lies beside them, so that a resumed run goes on exactly. In a distributed run the model is
+    wrapped anew, since what `DistributedDataParallel` waits for is fixed when it is made.
 
     Args:
         method: such as dict(type="HOSVD", energy=0.8); the types are the methods of `lowrank`.
@@ -77,15 +79,26 @@ class LowRankHook(Hook):
         self.fuse = not isinstance(self.method, Vanilla) if fuse is None else fuse
         self.recompute_loss = self.fuse if recompute_loss is None else recompute_loss
         self.freeze_statistics, self.dropout = freeze_statistics, dropout
-        self._state: dict[str, Any] = {}
+        self._carried: dict[str, Tensor] = {}
 
     def before_train(self, runner: Any) -> None:
-        """Freeze and convert; after a resume, set the method's state."""
+        """Freeze and convert; after a resume, set what the method carries.
+
+        Raises:
+            ExperimentError: the model is distributed in a way that takes its parameters apart.
+        """
         model = unwrapped(runner.model)
+        if runner.model is not model and not isinstance(runner.model, DistributedDataParallel):
+            raise ExperimentError(
+                f"the model is wrapped in {type(runner.model).__name__}; low-rank training of segmentation works in "
+                f"MMDistributedDataParallel, or in one process"
+            )
         self.prepare(model)
-        if self._state and runner.iter > 0:
-            model.load_state_dict({**model.state_dict(), **self._state})
-        self._state = {}
+        if runner.iter > 0:
+            lowrank.load_training_state(model, self._carried)
+        self._carried = {}
+        if runner.model is not model:
+            _wrap_again(runner, model)
 
     def prepare(self, model: nn.Module) -> list[str]:
         """Freeze and convert a model, in place.
@@ -132,18 +145,26 @@ class LowRankHook(Hook):
             )
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Put the method's state apart from the weights."""
-        stock = lowrank.stock_state_dict(checkpoint["state_dict"])
-        state = {key: value for key, value in checkpoint["state_dict"].items() if key not in stock}
-        checkpoint["state_dict"] = stock
-        if state:
-            checkpoint[STATE] = state
+        """Put what the method carries beside the weights."""
+        state = lowrank.training_state(unwrapped(runner.model))
+        checkpoint[TRAINING_STATE] = {key: tensor.cpu() for key, tensor in state.items()}
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the method's state until the model is converted."""
-        weights = checkpoint.get("state_dict", {})
-        inside = {key: weights.pop(key) for key in list(weights) if key.rpartition(".")[2].startswith(STATE_PREFIX)}
-        self._state = {**inside, **checkpoint.pop(STATE, {})}
+        """Keep what the method carries until the model is converted.
+
+        Raises:
+            ExperimentError: an earlier version of the suite saved the checkpoint.
+        """
+        refuse_earlier([*checkpoint, *checkpoint.get("state_dict", {})], runner._load_from)
+        self._carried = checkpoint.pop(TRAINING_STATE, {})
+
+
+def _wrap_again(runner: Any, model: nn.Module) -> None:
+    """Wrap a model for the parameters that it trains now; what MMEngine does with a wrapped model is done again."""
+    runner.model = model
+    gc.collect()  # the old wrapper's hooks on the parameters end with it
+    runner.model = runner.wrap_model(runner.cfg.get("model_wrapper_cfg"), model)
+    runner._maybe_compile("train_step")
 
 
 def unwrapped(model: Any) -> nn.Module:

@@ -8,6 +8,7 @@ logits and the labels as bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from lowrank.layers.swap import Changed, become, restore
 
 Losses = dict[str, Tensor]
 LossFunction = Callable[[Tensor, Tensor], Losses]
@@ -52,8 +55,8 @@ def _is_trained(name: str) -> bool:
     return "loss" in name  # as MMEngine tells losses from values that are only shown
 
 
-class RecomputedLoss(BaseDecodeHead):
-    """Mixed into the class of a head whose loss is computed again in the backward pass."""
+class RecomputedLoss(Changed, BaseDecodeHead):
+    """Mixed into the class of a head whose loss is computed again in the backward pass; see `recomputing_class`."""
 
     def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: Any) -> Losses:
         """The stock head's losses; keeps the small logits and the labels."""
@@ -67,26 +70,19 @@ class RecomputedLoss(BaseDecodeHead):
             names[:] = losses
             return losses
 
-        labels = self._stack_batch_gt(batch_data_samples)
-        if self.num_classes <= 255 and self.ignore_index in range(256):
+        head: Any = self
+        labels = head._stack_batch_gt(batch_data_samples)
+        if head.num_classes <= 255 and head.ignore_index in range(256):
             labels = labels.to(torch.uint8)  # what an indexed image holds
         values = _Recomputed.apply(seg_logits, labels, function)
         return dict(zip(names, values, strict=True))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        stock = type(self).__mro__[2]
-        return _rebuild, (stock,), self.__dict__
 
-
-def _rebuild(stock: type[BaseDecodeHead]) -> BaseDecodeHead:
-    head = object.__new__(stock)
-    _mix_in(head)
-    return head
-
-
-def _mix_in(head: BaseDecodeHead) -> None:
-    stock = type(head)
-    head.__class__ = type(stock.__name__, (RecomputedLoss, stock), {"__module__": stock.__module__})
+@lru_cache
+def recomputing_class(stock: type[nn.Module]) -> type[RecomputedLoss]:
+    """A head's class with `RecomputedLoss` mixed in."""
+    own = {"stock_class": stock, "_place": (__name__, "recomputing_class"), "__module__": stock.__module__}
+    return type(stock.__name__, (RecomputedLoss, stock), own)
 
 
 def _supported_heads(model: nn.Module) -> Iterator[BaseDecodeHead]:
@@ -103,13 +99,15 @@ def recompute_loss(model: nn.Module) -> None:
     """Make every head whose loss is the plain one of MMSegmentation compute it again in the backward pass, in place.
 
     Heads with a loss of their own, a pixel sampler, or a loss that has trained parameters stay as they are.
+    `lowrank.revert` takes it back, as `keep_loss` does alone.
     """
     for head in list(_supported_heads(model)):
-        _mix_in(head)
+        stock: Any = type(head)
+        become(head, recomputing_class(stock))
 
 
 def keep_loss(model: nn.Module) -> None:
     """Take back what `recompute_loss` did, in place."""
     for head in model.modules():
         if isinstance(head, RecomputedLoss):
-            head.__class__ = type(head).__mro__[2]
+            restore(head)

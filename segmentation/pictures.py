@@ -11,9 +11,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.runner import load_checkpoint
 from mmseg.registry import DATASETS, MODELS
 from mmseg.utils import register_all_modules
 from numpy.typing import NDArray
@@ -22,7 +20,9 @@ from experiment import ExperimentError, Record
 from experiment.files import write_whole
 from experiment.folder import CONFIG
 from experiment.record import RESULT
-from segmentation.training import FINAL
+from segmentation.checkpoints import load_weights, read_safely_everywhere
+from segmentation.compose import read_run_config
+from segmentation.training import FINAL, quietly
 
 Classes = NDArray[np.int64]
 IGNORED, IGNORED_COLOUR = 255, (224, 224, 192)
@@ -38,8 +38,10 @@ def picture(runs: Sequence[Path], output: Path, count: int = 4) -> None:
     records = {run: Record.load(run / RESULT) for run in runs}
     if len({record.run.dataset for record in records.values()}) != 1:
         raise ExperimentError("the runs are of different data sets; give runs of one")
-    register_all_modules(init_default_scope=True)
-    config = Config.fromfile(str(runs[0] / CONFIG))
+    with quietly():
+        register_all_modules(init_default_scope=True)
+    read_safely_everywhere()
+    config = read_run_config(runs[0] / CONFIG)
     dataset = DATASETS.build(config.val_dataloader.dataset)
     samples = [dataset[index] for index in range(min(count, len(dataset)))]
     columns: dict[str, list[Any]] = {
@@ -58,9 +60,9 @@ def picture(runs: Sequence[Path], output: Path, count: int = 4) -> None:
 @torch.no_grad()
 def _predictions(run: Path, samples: Sequence[Any]) -> list[Classes]:
     """Classes (H, W) of every sample, by a stock segmentor with the run's last weights."""
-    config = Config.fromfile(str(run / CONFIG))
+    config = read_run_config(run / CONFIG)
     model = MODELS.build(config.model).eval()
-    load_checkpoint(model, str(run / FINAL), map_location="cpu", strict=True, logger="silent")
+    load_weights(model, str(run / FINAL), whole=True)
     results = model.test_step(pseudo_collate(list(samples)))
     return [result.pred_sem_seg.data[0].numpy() for result in results]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import statistics
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,7 @@ from typing import Any
 import torch
 import yaml
 from mmengine.config import Config
-from mmengine.runner import Runner, load_checkpoint
-from mmengine.runner import find_latest_checkpoint as latest_checkpoint
+from mmengine.runner import CheckpointLoader, Runner
 from mmseg.registry import DATASETS, MODELS
 from mmseg.utils import register_all_modules
 
@@ -22,17 +23,18 @@ from experiment import ExperimentError, Record, RunFolder, Status, provenance
 from experiment import Run as RunName
 from experiment.allocator import keep_freed_memory
 from experiment.record import RESULT
-from lowrank import account, converted_layers, measure_perplexity, peak_bytes, saved_bytes, stock_state_dict
+from lowrank import account, converted_layers, measure_perplexity, peak_bytes, saved_bytes
 from segmentation.batches import first_batch, logits, segmentation_loss, training_mode
+from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
 from segmentation.compose import hook_settings
 from segmentation.data.registry import data_fingerprint, require_data
 from segmentation.history import History
 from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, run_of
+from segmentation.saving import write_or_say
 
 TABLE = "perplexity.json"
 FINAL = "final.pth"  # the last weights alone, as MMSegmentation loads them
-LAST = "last_checkpoint"  # MMEngine's file that names the newest checkpoint
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ def train(task: Task) -> Record | None:
     if not task.pending(name, folder):
         return None
     require_data(task.config)
+    read_safely_everywhere()
+    if not folder.last_checkpoint:
+        require_weights(task.config)
     if not _is_first_process(task.config):
         _trained(task, folder)
         return None
@@ -97,7 +102,7 @@ def train(task: Task) -> Record | None:
         start = time.perf_counter()
         runner, history = _trained(task, folder)
         record = _record(task, name, runner, history, allocator, folder, time.perf_counter() - start)
-        torch.save({"meta": {"dataset_meta": _metainfo(runner)}, "state_dict": _weights(runner)}, folder.path / FINAL)
+        write_or_say(folder.path / FINAL, _final(runner))
         record.save(folder.path)
     print(f"  best mIoU {100 * record.accuracy['miou_best']:.1f} %, record in {folder.result}", flush=True)
     return record
@@ -117,15 +122,39 @@ def _trained(task: Task, folder: RunFolder) -> tuple[Runner, History]:
 
 
 def _runner(config: Config) -> Runner:
-    # The log goes to its file, the terminal shows the run's own lines: a logger keeps the stream that it is made with.
-    nowhere = Path(os.devnull).open("w")  # noqa: SIM115 - open as long as the logger lives
-    with redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with quietly():
         return Runner.from_cfg(config)
 
 
-def _weights(runner: Runner) -> dict[str, Any]:
-    state = stock_state_dict(unwrapped(runner.model).state_dict())
-    return {name: tensor.cpu() for name, tensor in state.items()}
+@contextmanager
+def quietly() -> Iterator[None]:
+    """The log goes to its file, the terminal shows the run's own lines: a logger keeps the stream it is made with."""
+    nowhere = Path(os.devnull).open("w")  # noqa: SIM115 - open as long as the logger lives
+    with redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def require_weights(config: Config) -> None:
+    """Refuse weights that cannot be read, or are of another network, before anything is written.
+
+    Raises:
+        ExperimentError: see `segmentation.checkpoints.check_fit`.
+    """
+    source = config.get("load_from")
+    if source:
+        content = CheckpointLoader.load_checkpoint(source, "cpu", logger="silent")
+        with quietly():
+            register_all_modules(init_default_scope=True)
+            model = MODELS.build(config.model)
+        check_fit(model, content, source)
+
+
+def _final(runner: Runner) -> bytes:
+    """The last weights as a file."""
+    weights = {name: tensor.cpu() for name, tensor in unwrapped(runner.model).state_dict().items()}
+    file = io.BytesIO()
+    torch.save({"meta": {"dataset_meta": _metainfo(runner)}, "state_dict": weights}, file)
+    return file.getvalue()
 
 
 def _metainfo(runner: Runner) -> dict[str, Any]:
@@ -143,9 +172,12 @@ def _for_runner(config: Config, folder: RunFolder) -> Config:
     config.work_dir = str(folder.path)
     # MMEngine's logger and message hub are found by this name; two runs in one process must not share them.
     config.experiment_name = f"{folder.identity_hash}_{time.time_ns()}"
-    newest = latest_checkpoint(str(folder.path)) if folder.last_checkpoint else None
-    if newest:
-        config.load_from, config.resume = newest, True
+    config.setdefault("default_hooks", {})
+    saving = dict(config.default_hooks.get("checkpoint") or {"type": "CheckpointHook", "interval": 1})
+    if saving["type"] == "CheckpointHook":
+        config.default_hooks["checkpoint"] = {**saving, "type": "WholeCheckpoints", "identity": folder.identity_hash}
+    if folder.last_checkpoint:
+        config.load_from, config.resume = str(newest(folder.path, folder.identity_hash)), True
     return config
 
 
@@ -157,7 +189,7 @@ def _record(
     settings = hook_settings(config) or {}
     frozen = settings.get("freeze_statistics", True)
     training_mode(model) if frozen else model.train()
-    layers = [layer.layer_name for layer in converted_layers(model)]
+    layers = [layer._lowrank.name for layer in converted_layers(model)]
     kept = saved_bytes(model, segmentation_loss, batch)
     peak = peak_bytes(model, segmentation_loss, batch)
     total = account(model, layers, batch, forward=segmentation_loss).total if layers else None
@@ -185,7 +217,21 @@ def _record(
             "total": max(seconds, sum(row["seconds"] for row in rows)),
         },
         provenance=provenance(folder.identity_hash, data_fingerprint(config), allocator),
+        recipe=recipe_of(config),
     )
+
+
+def recipe_of(config: Config) -> dict[str, Any]:
+    """How a run is trained, as a record says it; see `experiment.Record`."""
+    wrapper = config.optim_wrapper
+    return {
+        "epochs": config.train_cfg.get("max_epochs"),
+        "steps": config.train_cfg.get("max_iters"),
+        "learning_rate": wrapper.get("optimizer", {}).get("lr"),
+        "batch_size": config.train_dataloader.batch_size,
+        "image_size": list(config.crop_size) if config.get("crop_size") else None,
+        "precision": "16-mixed" if wrapper.get("type") == "AmpOptimWrapper" else "32-true",
+    }
 
 
 def measure(task: Task) -> Path | None:
@@ -202,6 +248,8 @@ def measure(task: Task) -> Path | None:
     if not task.pending(name, folder):
         return None
     require_data(task.config)
+    read_safely_everywhere()
+    require_weights(task.config)
     with folder.locked(as_yaml(task.config)):
         model, layers = prepared_model(task.config)
         dataset = DATASETS.build(task.config.train_dataloader.dataset)
@@ -217,16 +265,18 @@ def prepared_model(config: Config) -> tuple[Any, list[str]]:
     """The config's model with its weights, frozen as for training but not converted, and the layers it trains.
 
     Raises:
-        ExperimentError: the config has no `LowRankHook` with layers.
+        ExperimentError: the config has no `LowRankHook` with layers, or an earlier version saved the weights.
     """
     settings = hook_settings(config)
     if settings is None or not settings["layers"]:
         raise ExperimentError("the config names no layers; give --layers, or a LowRankHook in custom_hooks")
-    register_all_modules(init_default_scope=True)
-    model = MODELS.build(config.model)
-    model.init_weights()
+    read_safely_everywhere()
+    with quietly():
+        register_all_modules(init_default_scope=True)
+        model = MODELS.build(config.model)
+        model.init_weights()
     if config.get("load_from"):
-        load_checkpoint(model, config.load_from, map_location="cpu", logger="silent")
+        load_weights(model, config.load_from)
     exact = {**settings, "method": {"type": "Vanilla"}, "budget": None, "fuse": False, "recompute_loss": False}
     hook = LowRankHook(**exact)
     layers = hook.prepare(model)

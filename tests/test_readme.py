@@ -26,6 +26,7 @@ from classification.backbones import registry as backbone_registry
 from classification.cli import main
 from classification.data import load_splits
 from classification.data import registry as data_registry
+from lowrank import HOSVD, Vanilla
 from segmentation.hook import LowRankHook
 
 ROOT = Path(__file__).parent.parent
@@ -49,13 +50,13 @@ def commands(blocks: Sequence[str] | None = None) -> list[list[str]]:
 
 
 def test_every_python_block_is_a_snippet_that_is_run() -> None:
-    assert README.count("```python") == len(SNIPPETS) == 8
+    assert README.count("```python") == len(SNIPPETS) == 10
 
 
 def test_own_model_in_three_lines_and_ranks_by_perplexity(capsys: pytest.CaptureFixture[str]) -> None:
     model = build_model("mobilenet_v2", num_classes=4)
     names = run("three lines", model=model)
-    assert [layer.layer_name for layer in lowrank.converted_layers(model)] == names["names"]
+    assert [layer._lowrank.name for layer in lowrank.converted_layers(model)] == names["names"]
     assert not model.features[0][0].weight.requires_grad
 
     batch = (torch.randn(8, 3, 64, 64), torch.randint(0, 4, (8,)))
@@ -68,7 +69,29 @@ def test_own_model_in_three_lines_and_ranks_by_perplexity(capsys: pytest.Capture
     plan = names["plan"]
     assert isinstance(plan, lowrank.RankPlan)
     assert plan.nbytes <= 200_000
-    assert printed == [str(names["kept"]), str(names["peak"]), str(plan.nbytes), printed[3]]
+    kept, peak, formula, _ = map(int, printed)
+    assert (kept, peak) == (names["kept"], names["peak"])
+    assert 0 < formula <= plan.nbytes  # a rank above what the other modes allow is cut
+
+
+def test_what_speaks_against_a_conversion_is_listed_and_each_layer_has_its_own_method(capsys) -> None:
+    model = build_model("mobilenet_v2", num_classes=4)
+    names = lowrank.trailing_layers(model, 2)
+    run("check", lowrank=lowrank, model=model, names=names)
+    assert not capsys.readouterr().out
+    assert [layer._lowrank.method for layer in lowrank.converted_layers(model)] == [Vanilla(), HOSVD(0.8)]
+
+
+def test_training_goes_on_from_a_saved_state(tmp_path: Path) -> None:
+    model = lowrank.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), ["0"], lowrank.ASI(2))
+    x = torch.randn(4, 3, 8, 8)
+    model(x).sum().backward()
+    before = lowrank.training_state(model)
+    run("training state", lowrank=lowrank, torch=torch, model=model, path=tmp_path / "state.pt")
+    after = lowrank.training_state(model)
+    assert before.keys() == after.keys()
+    assert len(before) == 4
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_weights_as_factors_are_trained() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from experiment import ExperimentError, fingerprint
-from lowrank import stock_state_dict
+from experiment.checkpoints import refuse_earlier
 
 MODULE_PREFIX = "backbone."  # where the Lightning module of this suite holds the network
 
@@ -61,7 +61,7 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
     A folder is read as a model of `transformers` in safetensors; the head of a language model in it is left out.
 
     Raises:
-        ExperimentError: the file is missing, damaged, or holds something else.
+        ExperimentError: the file is missing, damaged, of an earlier version of the suite, or holds something else.
     """
     if any(Path(path).glob("*.safetensors")):
         return _read_folder(Path(path))
@@ -70,7 +70,9 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
     if isinstance(state, dict):
         own = {key: value for key, value in state.items() if str(key).startswith(MODULE_PREFIX)}
         content = {key.removeprefix(MODULE_PREFIX): value for key, value in own.items()} or state
-    return stock_state_dict(tensors_of(content, path))
+    state = tensors_of(content, path)
+    refuse_earlier(state, path)
+    return state
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:

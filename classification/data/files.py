@@ -2,18 +2,65 @@
 
 from __future__ import annotations
 
+import errno
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image as pillow
 from PIL.Image import Image
 from sklearn.model_selection import train_test_split
-from torchvision.datasets.folder import default_loader
 
 from classification.data.registry import ImageSet
 from experiment import ExperimentError, fingerprint
 
 VAL_SHARE, SPLIT_SEED = 0.2, 233
+
+
+def as_rgb(image: Image) -> Image:
+    """An image with 8 bits a channel; 16 bits are scaled, where PIL would cut off all above 255.
+
+    Raises:
+        ValueError: its values have no known range, as those of 32 bits have none.
+    """
+    image.load()
+    # Pillow reads some 16-bit images as 32-bit ones; these two formats have no more.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return pillow.fromarray(np.rint(np.asarray(image) / 257.0).astype(np.uint8)).convert("RGB")
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I", "F"):
+        kind = "whole numbers of 32 bits" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(f"its values are {kind}, of which the range is not known: save it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def check_pixels(image: np.ndarray, where: str) -> None:
+    """Raise `ExperimentError` unless an array is an image of 8 bits, (H, W) or (H, W, 3)."""
+    fits = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))
+    if image.dtype != np.uint8 or not fits:
+        raise ExperimentError(
+            f"{where} is an array of kind {image.dtype} and shape {image.shape}; allowed are uint8 (0 to 255) and "
+            f"shapes (height, width) and (height, width, 3)"
+        )
+
+
+def open_rgb(path: str) -> Image:
+    """The image in a file.
+
+    Raises:
+        ExperimentError: it is missing or damaged, no file, too large, or of values that cannot be scaled.
+    """
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # a pipe would be waited for
+            raise OSError("it is no file")
+        with pillow.open(path) as image:
+            return as_rgb(image)
+    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:  # what PIL raises
+        raise ExperimentError(
+            f"image {path} cannot be read ({error}); replace it, or delete the data set and prepare it again"
+        ) from None
 
 
 class ImageFiles(Sequence[Image]):
@@ -26,13 +73,7 @@ class ImageFiles(Sequence[Image]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Image:  # type: ignore[override]
-        path = self.paths[index]
-        try:
-            return default_loader(path)
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on a damaged file
-            raise ExperimentError(
-                f"image {path} cannot be read ({error}); replace it, or delete the data set and prepare it again"
-            ) from None
+        return open_rgb(self.paths[index])
 
 
 def hold_out(part: ImageSet, stratified: bool = False) -> tuple[ImageSet, ImageSet]:
@@ -53,8 +94,10 @@ def hold_out(part: ImageSet, stratified: bool = False) -> tuple[ImageSet, ImageS
 
 
 def image_set(paths: Iterable[Path | str], labels: Sequence[int] | np.ndarray) -> ImageSet:
-    """Image files with their class numbers."""
-    return ImageSet(ImageFiles([str(path) for path in paths]), np.asarray(labels, np.int64))
+    """Image files with their class numbers, which are whole."""
+    numbers = np.asarray(labels)
+    whole = np.issubdtype(numbers.dtype, np.integer) or not len(numbers)
+    return ImageSet(ImageFiles([str(path) for path in paths]), numbers.astype(np.int64) if whole else numbers)
 
 
 def files_fingerprint(folder: Path, parts: Iterable[ImageSet], lists: Iterable[str] = ()) -> str:
@@ -64,11 +107,21 @@ def files_fingerprint(folder: Path, parts: Iterable[ImageSet], lists: Iterable[s
         folder: of the data set; names are relative to it.
         parts: image sets of `ImageFiles`.
         lists: files in the folder that are hashed by content.
+
+    Raises:
+        OSError: an image is missing, or is no file.
     """
     stated = [(folder / name).read_bytes() for name in lists]
     for part in parts:
         assert isinstance(part.images, ImageFiles)
         paths = part.images.paths
         stated.append(part.labels.tobytes())
-        stated += [f"{Path(path).relative_to(folder)} {Path(path).stat().st_size}".encode() for path in paths]
+        stated += [f"{Path(path).relative_to(folder)} {_size(path)}".encode() for path in paths]
     return fingerprint(stated)
+
+
+def _size(path: str) -> int:
+    found = Path(path).stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "No file", path)
+    return found.st_size

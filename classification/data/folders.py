@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from classification.data.files import files_fingerprint, hold_out, image_set
 from classification.data.registry import ImageSet, Splits
@@ -13,6 +15,13 @@ from experiment import ExperimentError
 
 PARTS = ("train", "val", "test")
 LEAST = 5  # images of a class, so that each part gets one
+# How else people name the parts, each with the name that is read here.
+_OTHER_NAMES = {
+    "train": r"(tr|trn|train|training)",
+    "val": r"(val|valid|validation|validate|dev|eval)",
+    "test": r"(te|tst|test|testing|holdout)",
+}
+_AFTER = r"([ _.-]?(set|data|dataset|images|imgs|split|part))?"
 
 
 def image_folder(folder: Path, stratified: bool = True) -> Splits:
@@ -26,18 +35,71 @@ def image_folder(folder: Path, stratified: bool = True) -> Splits:
         stratified: validate on 20 % of each class, and not of all images as the papers do.
 
     Raises:
-        ExperimentError: no such folders, or not the same classes in all of them.
+        ExperimentError: no such folders, parts by other names, not the same classes in all of them, or links to images
+            elsewhere.
     """
-    divided = (folder / "train").is_dir()
-    found = {name: _read(folder / name) for name in PARTS if (folder / name).is_dir()} if divided else {}
-    (train, classes), *others = found.values() if divided else [_read(folder)]
+    parts = _parts(folder)
+    found = {name: _read(folder / name, folder) for name in parts} if parts else {"": _read(folder, folder)}
+    (train, classes), *others = found.values()
     for name, (_, other) in zip(list(found)[1:], others, strict=True):
         if other != classes:
             odd = sorted(set(classes) ^ set(other))[0]
             raise ExperimentError(f"{folder} has other classes in train/ and in {name}/, such as {odd!r}")
-    whole = [part for part, _ in ((train, classes), *others)]
-    parts = _divide(folder, train, [part for part, _ in others], classes, stratified)
-    return Splits(*parts, classes=tuple(classes), fingerprint=files_fingerprint(folder, whole))
+    whole = [part for part, _ in found.values()]
+    divided = _divide(folder, train, [part for part, _ in others], classes, stratified)
+    try:
+        return Splits(*divided, classes=tuple(classes), fingerprint=files_fingerprint(folder, whole))
+    except OSError as error:
+        raise ExperimentError(f"image {error.filename} cannot be read ({error.strerror}); replace it") from None
+
+
+def _parts(folder: Path) -> list[str]:
+    """Which of the parts there are; none where there are classes alone.
+
+    Raises:
+        ExperimentError: there are parts by other names, or no part to train on.
+    """
+    there = _folders(folder)
+    named = {path.name: part for path in there if (part := _part_of(path.name))}
+    classes = [path for path in there if path.name not in named]
+    if classes and not any(_folders(folder / name) for name in named):
+        named = {}  # they hold images: classes of these names, such as trains among cars and buses
+    wrong = [name for name, part in named.items() if name != part]
+    if wrong or (named and "train" not in named):
+        listed = ", ".join(f"{name}/" for name in named)
+        advice = ", ".join(f"{name}/ to {named[name]}/" for name in wrong)
+        raise ExperimentError(
+            f"{folder} has {listed}, which look like parts of a data set and not like its classes; parts are named "
+            f"train/, val/ and test/, and there is one to train on: {f'rename {advice}' if wrong else 'add train/'}"
+        )
+    if not named:
+        _refuse_unnamed_parts(folder, classes)
+    return [part for part in PARTS if part in named]
+
+
+def _part_of(name: str) -> str | None:
+    """The part that a folder of this name is likely to be."""
+    return next((part for part, words in _OTHER_NAMES.items() if re.fullmatch(words + _AFTER, name.lower())), None)
+
+
+def _refuse_unnamed_parts(folder: Path, classes: list[Path]) -> None:
+    """Refuse folders that all hold the same folders, and nothing else: they are parts, whatever they are called."""
+    if len(classes) < 2:
+        return
+    inner = [{path.name for path in _folders(one)} for one in classes]
+    alike = len(inner[0]) > 1 and all(names == inner[0] for names in inner)
+    if alike and not any(entry.is_file() for one in classes for entry in os.scandir(one)):
+        raise ExperimentError(
+            f"{folder} has {classes[0].name}/ and {classes[1].name}/ with the same folders in them, so they are parts "
+            f"of a data set and not its classes; name them train/, val/ and test/"
+        )
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise ExperimentError(f"{folder} cannot be read ({error.strerror}), so there is no data set in it") from None
 
 
 def _divide(
@@ -55,9 +117,57 @@ def _divide(
     return *hold_out(rest, stratified), test
 
 
-def _read(folder: Path) -> tuple[ImageSet, list[str]]:
-    try:
-        found = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise ExperimentError(f"{folder} is to hold one folder of images per class ({error})") from None
-    return image_set((path for path, _ in found.samples), found.targets), found.classes
+def _read(folder: Path, root: Path) -> tuple[ImageSet, list[str]]:
+    """Images and names of the classes in a folder of a data set, both in alphabetical order."""
+    if folder != root:
+        _refuse_link(folder)
+    paths: list[Path] = []
+    labels: list[int] = []
+    classes = [path.name for path in _folders(folder)]
+    for label, name in enumerate(classes):
+        images = [path for path in _files(folder / name) if path.name.lower().endswith(IMG_EXTENSIONS)]
+        if not images:
+            raise ExperimentError(f"{folder} is to hold one folder of images per class, and {name}/ holds no image")
+        paths += images
+        labels += [label] * len(images)
+    if not classes:
+        raise ExperimentError(f"{folder} is to hold one folder of images per class; there is none")
+    _refuse_links(paths, root)
+    return image_set(paths, labels), classes
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files in a folder and in those inside of it, one of these folders after the other.
+
+    Raises:
+        ExperimentError: one of the folders is a link.
+    """
+    found = []
+    for place, inner, names in sorted(os.walk(folder)):
+        found += [Path(place, name) for name in sorted(names)]
+        for name in ("", *inner):
+            _refuse_link(Path(place, name))
+    return found
+
+
+def _refuse_link(folder: Path) -> None:
+    if folder.is_symlink():
+        raise ExperimentError(
+            f"{folder} is a link to another folder; its images would be read twice, or from elsewhere: copy them"
+        )
+
+
+def _refuse_links(paths: list[Path], root: Path) -> None:
+    """Refuse links to images outside of the data set, which nobody can check, and to images that are in it anyway."""
+    links = [path for path in paths if path.is_symlink()]
+    if not links:
+        return
+    top, plain = root.resolve(), {path.resolve() for path in paths if not path.is_symlink()}
+    for path in links:
+        try:
+            target = path.resolve(strict=True)
+        except (OSError, RuntimeError):
+            raise ExperimentError(f"{path} is a link to nothing; replace it by the image") from None
+        if not target.is_relative_to(top) or target in plain:
+            what = "an image that is there anyway" if target in plain else f"a file outside of {root}"
+            raise ExperimentError(f"{path} is a link to {what}; put a copy in its place, or remove it")

@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
+from classification.data.files import as_rgb, check_pixels
 from classification.data.partition import Users, deal, halved, read_users, save_users
 from classification.data.prepared import load_splits
 from classification.data.registry import ImageSet, TextSet
@@ -66,13 +69,25 @@ class TransformedSet(Dataset[tuple[Tensor, int]]):
             index, seed = key
             assert self.augmentation is not None
             with drawing_from(seed):
-                return self.augmentation(self.part.images[index]), int(self.part.labels[index])
+                return self.augmentation(self._image(index)), int(self.part.labels[index])
         image = self.cached.get(key)
         if image is None:
-            image = self.transform(self.part.images[key])
+            image = self.transform(self._image(key))
             if self.cache:
                 self.cached[key] = image
         return image, int(self.part.labels[key])
+
+    def _image(self, index: int) -> Any:
+        """An image whose values are from 0 to 255, whatever the data set gives."""
+        image = self.part.images[index]
+        if isinstance(image, np.ndarray):
+            check_pixels(image, f"image {index} of the data set")
+        elif isinstance(image, Image):
+            try:
+                return as_rgb(image)
+            except (OSError, ValueError) as error:
+                raise ExperimentError(f"image {index} of the data set cannot be read ({error})") from None
+        return image
 
 
 class TokenSet(Dataset[tuple[Tensor, int]]):

@@ -8,10 +8,12 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from scipy.io.matlab import MatReadError
 
+from classification.data.files import check_pixels
 from classification.data.folders import image_folder
-from classification.data.registry import MissingDataError, Splits, dataset, names, source
+from classification.data.registry import MissingDataError, Splits, TextSet, dataset, names, source
 from experiment import ExperimentError
 from experiment.files import write_whole
 
@@ -67,6 +69,45 @@ def load_splits(name: str, root: Path) -> Splits:
         MissingDataError: the data set is to be prepared first.
         ExperimentError: unknown name, or the data set is damaged.
     """
+    splits = _load(name, root)
+    check_splits(name, splits)
+    return splits
+
+
+def check_splits(name: str, splits: Splits) -> None:
+    """Refuse what no network can be trained on.
+
+    Raises:
+        ExperimentError: fewer than two classes, a part with other numbers of samples and labels, labels that are no
+            class numbers, or images in memory that are no 8-bit images.
+    """
+    count = len(splits.classes)
+    if count < 2:
+        raise ExperimentError(f"data set {name} has {count} class{'es' * (count != 1)}; needed are two or more")
+    for part in ("train", "val", "test"):
+        found = getattr(splits, part)
+        labels = np.asarray(found.labels)
+        samples = found.texts if isinstance(found, TextSet) else found.images
+        where = f"part {part} of data set {name}"
+        if labels.ndim != 1 or len(samples) != len(labels):
+            raise ExperimentError(f"{where} has {len(samples)} samples and labels of shape {labels.shape}")
+        if not len(labels):
+            raise ExperimentError(f"{where} has no samples")
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise ExperimentError(f"{where} has labels of kind {labels.dtype}; allowed are whole numbers")
+        wrong = np.flatnonzero((labels < 0) | (labels >= count))
+        if len(wrong):
+            raise ExperimentError(
+                f"{where} has the label {labels[wrong[0]]} at sample {wrong[0]}; allowed are 0 to {count - 1}, for its "
+                f"{count} classes"
+            )
+        if isinstance(samples, np.ndarray):
+            check_pixels(samples[0], f"{where}, image 0,")
+        if not isinstance(found, TextSet) and part == "train" and len(np.unique(labels)) < 2:
+            raise ExperimentError(f"{where} has images of one class alone")
+
+
+def _load(name: str, root: Path) -> Splits:
     known = names()
     if name not in known:
         if (root / name).is_dir():

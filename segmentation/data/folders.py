@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-import tarfile
 import tempfile
-import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from experiment import ExperimentError
+from experiment import ExperimentError, archives
+
+MOST_BYTES = 64 * 2**30  # of an archive when unpacked; the largest, Cityscapes' images, has 11 GB
 
 
 @contextlib.contextmanager
@@ -37,30 +37,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a tar or zip archive into a folder; a member that would leave the folder is refused.
+    """Unpack an archive of a data set into a folder; see `experiment.archives.unpack`.
 
     Raises:
-        ExperimentError: the archive is missing, damaged, or not safe.
+        ExperimentError: the archive is missing or damaged, or holds what it must not hold.
     """
     if not archive.is_file():
         raise ExperimentError(f"there is no archive {archive}; see python -m segmentation prepare --help")
-    try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as file:
-                _refuse_outside(file.namelist(), folder)
-                file.extractall(folder)
-        else:
-            with tarfile.open(archive) as file:
-                file.extractall(folder, filter="data")
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
-        raise ExperimentError(f"{archive} cannot be unpacked ({error}); fetch it again") from None
-
-
-def _refuse_outside(names: Iterable[str], folder: Path) -> None:
-    root = folder.resolve()
-    for name in names:
-        if not (root / name).resolve().is_relative_to(root):
-            raise ValueError(f"its member {name!r} lies outside of the folder")
+    archives.unpack(archive, folder, MOST_BYTES)
 
 
 def expect_count(found: int, expected: int, what: str) -> None:

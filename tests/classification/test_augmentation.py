@@ -7,7 +7,7 @@ import pytest
 import torch
 from commands import Interruption, arguments, only_file
 
-from classification.cli import main
+from classification.cli import main, run
 from classification.data import ImageDataModule
 from classification.data.sampler import AugmentingShuffle, EpochShuffle, drawing_from
 from experiment import ExperimentError
@@ -121,7 +121,7 @@ def test_it_cannot_go_with_images_that_are_kept(tmp_path, capsys):
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, whole, augment, workers):
     words = command(tmp_path, augment, "--data.workers", workers)
     with pytest.raises(Interruption):
-        main([*words, "--trainer.callbacks+", "commands.CrashInEpoch", "--trainer.callbacks.epoch", "1"])
+        run([*words, "--trainer.callbacks+", "commands.CrashInEpoch", "--trainer.callbacks.epoch", "1"])
     assert not list(tmp_path.rglob("result.json"))
     assert main(words) == 0
     again = torch.load(only_file(tmp_path, "last.ckpt"), weights_only=True)["state_dict"]

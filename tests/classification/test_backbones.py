@@ -117,9 +117,9 @@ def network():
 def suite_checkpoint(state):
     """What a run with ASI leaves, reduced to what matters here."""
     held = {f"backbone.{key}": value for key, value in state.items()}
-    held["backbone.blocks.13.layers.6.lowrank_state_0"] = torch.randn(8, 2)
     held["accuracy.val_accuracy.tp"] = torch.zeros(1)
-    return {"state_dict": held, "epoch": 3, "optimizer_states": [{"param_groups": [{"lr": 0.1}]}]}
+    bases = {"blocks.13.layers.6.bases.0": torch.randn(8, 2)}
+    return {"state_dict": held, "lowrank": bases, "epoch": 3, "optimizer_states": [{"param_groups": [{"lr": 0.1}]}]}
 
 
 FORMS = {
@@ -174,6 +174,14 @@ def test_every_network_takes_weights_of_another_number_of_classes(tmp_path, name
 def test_a_file_of_something_else_is_refused_in_one_line(tmp_path, content):
     torch.save(content(), tmp_path / "file.pt")
     with pytest.raises(ExperimentError, match=r"weights file .*file\.pt") as raised:
+        build_model("mcunet", num_classes=10, weights=str(tmp_path / "file.pt"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["blocks.13.layers.6.lowrank_state_0", "blocks.13.layers.6.lowrank_left"])
+def test_what_an_earlier_version_saved_is_refused_in_one_line(tmp_path, network, key):
+    torch.save({"state_dict": network.state_dict() | {key: torch.ones(8, 2)}}, tmp_path / "file.pt")
+    with pytest.raises(ExperimentError, match=r"file\.pt is of an earlier version .*start afresh") as raised:
         build_model("mcunet", num_classes=10, weights=str(tmp_path / "file.pt"))
     assert "\n" not in str(raised.value)
 

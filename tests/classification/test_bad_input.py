@@ -171,7 +171,7 @@ def test_validate_and_test_want_a_checkpoint(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "of an earlier version"])
 def test_a_damaged_checkpoint_to_resume_from_is_one_line(tmp_path, capsys, weights, damage):
     command = arguments("fit", tmp_path, "--model.layers", 2, "--model.weights", weights)
     assert main(command) == 0
@@ -179,10 +179,19 @@ def test_a_damaged_checkpoint_to_resume_from_is_one_line(tmp_path, capsys, weigh
     last = only_file(tmp_path, "last.ckpt")
     if damage == "truncated":
         last.write_bytes(last.read_bytes()[:1000])
-    else:
+    elif damage == "foreign":
         torch.save({"state_dict": {}}, last)
-    refused(command, capsys, r"last\.ckpt")
+    else:
+        checkpoint = torch.load(last, weights_only=True)
+        checkpoint["state_dict"]["backbone.blocks.13.layers.3.lowrank_state_0"] = torch.ones(8, 2)
+        torch.save(checkpoint, last)
+    only_file(tmp_path, "best.ckpt").unlink()  # from which the run would go on
+    message = r"last\.ckpt is of an earlier version .*start afresh" if "version" in damage else r"last\.ckpt"
+    before = last.read_bytes()
+    refused(command, capsys, message)
     assert half_written(tmp_path) == []
+    assert last.read_bytes() == before
+    refused([*arguments("test", tmp_path, "--model.layers", 2), "--ckpt_path", str(last)], capsys, message)
 
 
 def test_a_loss_that_is_not_finite_is_one_line(tmp_path, capsys, weights):

@@ -10,7 +10,7 @@ from miniatures import CLASSES, TEST, TRAIN, WRITERS, write_image_folder, write_
 from torch import nn
 
 from classification.backbones.registry import backbone
-from classification.cli import main
+from classification.cli import main, run
 
 WHOLE = ("--trainer.limit_val_batches", "1.0", "--trainer.limit_test_batches", "1.0")
 
@@ -121,7 +121,7 @@ def test_an_interrupted_run_is_not_resumed(tmp_path, capsys):
     write_image_folder(tmp_path / "data" / "fish")
     words = command(tmp_path / "data", tmp_path / "runs", "fish", "--trainer.max_epochs", 2)
     with pytest.raises(Interruption):
-        main([*words, "--trainer.callbacks+", "commands.CrashInEpoch", "--trainer.callbacks.epoch", "1"])
+        run([*words, "--trainer.callbacks+", "commands.CrashInEpoch", "--trainer.callbacks.epoch", "1"])
     change(tmp_path / "data" / "fish")
     refused(words, capsys, "holds a run on other data")
 

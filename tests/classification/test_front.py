@@ -88,6 +88,30 @@ def test_a_network_with_another_path_in_training_is_refused():
         split(Own(nn.Identity()), torch.randn(2, 3, 4, 4))
 
 
+class Remembering(nn.Module):
+    """Notes what passes, in an attribute, a list and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.seen, self.last = nn.Conv2d(3, 2, 1), [], None
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.last = x
+        self.seen.append(x)
+        self.calls += 1
+        return self.conv(x)
+
+
+def test_tracing_leaves_no_mark():
+    network, images = Remembering(), torch.randn(2, 3, 4, 4)
+    split(network, images)
+    assert network.last is images, "from the check of the parts"
+    assert network.seen == [images]
+    assert network.calls == 1
+    assert all(type(value) is not torch.fx.Proxy for value in vars(network).values())
+
+
 class Untraceable(nn.Module):
     def __init__(self):
         super().__init__()

@@ -74,7 +74,7 @@ def test_padding_takes_nothing_of_the_rank():
     assert error(masked=True) < error(masked=False)
     model = lowrank.convert(copy.deepcopy(stock), [name], HOSVD(0.9))
     loss_of(model, (tokens, labels)).backward()
-    kept = model.get_submodule(name).formula_bytes
+    kept = model.get_submodule(name)._lowrank.formula_bytes
     assert lowrank.account(model, [name], tokens)[name].activation_bytes == kept
     lowrank.convert(stock, [name], ASI([4, real, 999]))
     assert torch.allclose(gradients_of(stock, (tokens, labels), name), exact, rtol=1e-9, atol=1e-10)

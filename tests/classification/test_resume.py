@@ -9,16 +9,21 @@ import pytest
 import torch
 from commands import ROOT, Interruption, arguments, finish, metrics, only_file
 
-from classification.cli import main
+from classification.backbones import build_model
+from classification.cli import main, run
 from experiment import Record
 
 EPOCHS = ("--trainer.max_epochs", 4)
-METHODS = {"vanilla": [], "asi": ["--model.method.init_args.ranks", 3]}
+RANKS = ["--model.method.init_args.ranks", 3]
+METHODS = {"vanilla": ("mcunet", []), "asi": ("mcunet", RANKS), "wasi_0.9": ("vit_mini", RANKS)}
 
 
 def command(runs, weights, method, *options):
-    settings = (*EPOCHS, *METHODS[method], "--model.layers", 2, "--model.weights", weights, "--model.momentum", 0.9)
-    return arguments("fit", runs, *settings, "--model.warmup_epochs", 2, *options, method=method)
+    model, settings = METHODS[method]
+    settings = (*EPOCHS, *settings, "--model.layers", 2, "--model.momentum", 0.9, "--model.warmup_epochs", 2)
+    if model == "mcunet":
+        settings = (*settings, "--model.weights", weights)
+    return arguments("fit", runs, *settings, *options, model=model, method=method)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,7 @@ def uninterrupted(tmp_path_factory, weights):
 
 def crash(words, kind, *options):
     with pytest.raises(Interruption):
-        main([*words, "--trainer.callbacks+", f"commands.{kind}", *options])
+        run([*words, "--trainer.callbacks+", f"commands.{kind}", *options])
 
 
 def kill(words, epoch):
@@ -67,6 +72,7 @@ INTERRUPTED = [
     ("asi", "crashed in the third epoch"),
     ("asi", "killed in the third epoch"),
     ("asi", "crashed before the test"),
+    ("wasi_0.9", "crashed in the third epoch"),
 ]
 
 
@@ -110,7 +116,7 @@ def differences(first, second, where=""):
 
 
 @pytest.mark.parametrize("name", ["last", "best"])
-@pytest.mark.parametrize("part", ["state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"])
+@pytest.mark.parametrize("part", ["state_dict", "lowrank", "optimizer_states", "lr_schedulers", "epoch", "global_step"])
 def test_its_checkpoints_are_those_of_an_uninterrupted_run(uninterrupted, resumed, name, part):
     method, _, _, folder = resumed
     whole, again = (
@@ -119,9 +125,14 @@ def test_its_checkpoints_are_those_of_an_uninterrupted_run(uninterrupted, resume
     )
     assert differences(whole, again) == []
     if part == "state_dict":
-        assert any("lowrank_state_" in key for key in whole) == (method == "asi")
+        own = {key.removeprefix("backbone.") for key in whole if key.startswith("backbone.")}
+        assert own == build_model(METHODS[method][0], num_classes=10).state_dict().keys()
+    if part == "lowrank":
+        assert bool(whole) == (method != "vanilla")
     if part == "optimizer_states":
-        assert all(state["momentum_buffer"].any() for state in whole[0]["state"].values())
+        momenta = [[state[key] for key in state if "momentum" in key] for state in whole[0]["state"].values()]
+        assert momenta
+        assert all(held and all(momentum.any() for momentum in held) for held in momenta)
 
 
 def without_seconds(folder):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from experiment import ExperimentError, RunFolder, Status
+from experiment import ExperimentError, Record, Run, RunFolder, Status
+from experiment.errors import InUseError
 
 IDENTITY = {"model": {"name": "mcunet", "layers": 2}, "seed": 1, "mean": (0.5, 0.5)}
 HOLDER = """
@@ -20,6 +21,15 @@ with RunFolder(Path(sys.argv[1]), {}, "result.json").locked(""):
 
 def folder(path, result="result.json", **changes):
     return RunFolder(path / "run", IDENTITY | changes, result)
+
+
+def write_result(run):
+    """What the run leaves when it is done."""
+    if run.result.name == "result.json":
+        of = Run("classification", "A", "mcunet", "pets", "vanilla", 2, 1)
+        Record(of, {}, {}, {}, {}, {"config_hash": run.identity_hash}).save(run.path)
+    else:
+        run.result.write_text("{}")
 
 
 def started(path):
@@ -48,7 +58,7 @@ def test_a_folder_with_its_result_is_done(tmp_path, result):
     started(tmp_path)
     (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
     run = folder(tmp_path, result)
-    (run.path / result).touch()
+    write_result(run)
     assert run.status() is Status.DONE
     assert folder(tmp_path, "other.json").status() is Status.INTERRUPTED
 
@@ -67,7 +77,7 @@ def test_a_folder_with_its_result_is_done(tmp_path, result):
 def test_a_run_of_another_identity_is_refused_with_the_difference(tmp_path, changes, difference, done):
     run = started(tmp_path)
     if done:
-        run.result.touch()
+        write_result(run)
     with pytest.raises(ExperimentError, match=difference) as raised:
         folder(tmp_path, **changes).status()
     assert str(run.path) in str(raised.value)
@@ -115,7 +125,10 @@ def on_data(path, fingerprint):
 def test_a_run_on_other_data_is_refused(tmp_path, done):
     with on_data(tmp_path, "first").locked(""):
         pass
-    (tmp_path / "run" / ("result.json" if done else "checkpoints/last.ckpt")).touch()
+    if done:
+        write_result(on_data(tmp_path, "first"))
+    else:
+        (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
     expected = Status.DONE if done else Status.INTERRUPTED
     assert on_data(tmp_path, "first").status() is expected
     assert on_data(tmp_path, None).status() is expected  # the data is not there to be compared
@@ -167,3 +180,32 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
         pass
     assert "\n" not in str(raised.value)
     assert (tmp_path / "run").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"schema": 1}', b"\xff", b"[" * 100_000, "cut", "foreign"])
+def test_a_result_that_is_not_whole_or_of_another_run_is_none(tmp_path, content):
+    run = started(tmp_path)
+    write_result(run)
+    whole = run.result.read_bytes()
+    foreign = whole.replace(run.identity_hash.encode(), b"another")
+    run.result.write_bytes({"cut": whole[:-20], "foreign": foreign}.get(content, content))
+    assert run.status() is Status.NEW
+    run.result.write_bytes(whole)
+    assert run.status() is Status.DONE
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    run = started(tmp_path)
+    left = [run.path / ".metrics.csv.x.part", run.checkpoints / ".last.ckpt.y.part"]
+    for path in left:
+        path.touch()
+    with pytest.raises(InUseError), run.locked(""), folder(tmp_path).locked(""):
+        pass
+    assert not any(path.exists() for path in left)
+
+
+def test_a_folder_in_place_of_the_result_is_refused(tmp_path):
+    run = started(tmp_path)
+    run.result.mkdir()
+    with pytest.raises(ExperimentError, match=r"result\.json is a folder"), run.locked(""):
+        pass

@@ -1,7 +1,10 @@
 """Plans of runs: what is written is what is read, and plans only grow."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +56,15 @@ def test_a_plan_with_an_impossible_run_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"asi", 2', '"asi", 0'))
     with pytest.raises(ExperimentError, match="layers is 0"):
         find_planned(tmp_path)
+
+
+def test_simultaneous_writers_lose_nothing(tmp_path):
+    script = "import sys; from pathlib import Path; from experiment import Run, add_planned\n"
+    script += "for seed in range(30): add_planned(Path(sys.argv[1]), [Run('c', 'A', 'm', 'd', sys.argv[2], 2, seed)])"
+    root = Path(__file__).parents[2]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path), f"method{number}"], cwd=root)
+        for number in range(4)
+    ]
+    assert [writer.wait() for writer in writers] == [0] * 4
+    assert len(find_planned(tmp_path)) == 4 * 30

@@ -37,6 +37,7 @@ def test_the_file_has_the_keys_of_the_design(tmp_path):
     content = json.loads(a_record().save(tmp_path).read_text())
     assert list(content) == [
         *("schema", "status", "run", "accuracy", "memory_bytes", "flops", "time_s", "provenance"),
+        "recipe",
     ]
     assert (content["schema"], content["status"], content["run"]) == (1, "done", RUN)
     assert (tmp_path / "result.json").is_file()
@@ -168,3 +169,21 @@ def test_records_are_found_in_the_order_of_their_paths(tmp_path):
 
 def test_a_folder_that_does_not_exist_has_no_records(tmp_path):
     assert list(find_records(tmp_path / "nowhere")) == []
+
+
+def test_a_record_of_before_the_recipe_was_noted_is_read(tmp_path):
+    path = a_record().save(tmp_path)
+    content = json.loads(path.read_text())
+    del content["recipe"]
+    path.write_text(json.dumps(content))
+    assert Record.load(path).recipe == {}
+    path.write_text(json.dumps(content | {"recipe": [1]}))
+    with pytest.raises(ExperimentError, match="recipe is"):
+        Record.load(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"schema": ' + "9" * 5000 + "}", '{"schema": 1e400}'])
+def test_what_breaks_a_parser_is_no_record(tmp_path, text):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ExperimentError, match="is not a run's record"):
+        Record.load(tmp_path / "result.json")

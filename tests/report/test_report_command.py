@@ -141,13 +141,59 @@ def test_no_folder(tmp_path, capsys):
     assert not (tmp_path / "nowhere").exists()
 
 
-@pytest.mark.parametrize("text", ["{", '{"schema": 1}', '{"schema": 2}', ""])
-def test_damaged_record(write, runs, capsys, text):
+def nested(depth):
+    return '{"schema": 1, "x": ' + "[" * depth + "]" * depth + "}"
+
+
+DAMAGED = {
+    "half": lambda path, whole: path.write_text(whole[: len(whole) // 2]),
+    "empty": lambda path, whole: path.write_text(""),
+    "null": lambda path, whole: path.write_text("null"),
+    "a list": lambda path, whole: path.write_text("[]"),
+    "no UTF-8": lambda path, whole: path.write_bytes(b"\xff\xfe"),
+    "lacking": lambda path, whole: path.write_text('{"schema": 1}'),
+    "another schema": lambda path, whole: path.write_text(whole.replace('"schema": 1', '"schema": 2')),
+    "another task": lambda path, whole: path.write_text(whole.replace('"classification"', '"detection"')),
+    "nested": lambda path, whole: path.write_text(nested(100_000)),
+    "many digits": lambda path, whole: path.write_text(whole.replace("1000000000", "9" * 5000)),
+    "a huge number": lambda path, whole: path.write_text(whole.replace("1000000000", "1" + "0" * 400)),
+    "a large number": lambda path, whole: path.write_text(whole.replace("1000000000", "1e300")),
+    "a negative number": lambda path, whole: path.write_text(whole.replace("1000000000", "-5")),
+    "a folder": lambda path, whole: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_record_is_left_out_with_one_line_and_hides_no_other(write, runs, capsys, damage):
     write("vanilla", 2)
     path = write("asi", 2).run.folder(runs) / "result.json"
-    path.write_text(text)
-    assert str(path) in refused(capsys, runs)
+    DAMAGED[damage](path, path.read_text())
+    assert main([str(runs), "--published", str(runs)]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(f"report: warning: left out: {path}")
+    assert said.err.count("\n") == 1
+    assert "vanilla" in said.out
+    assert "asi" not in (runs / "report/classification/A/mcunet/pets/table.md").read_text()
+
+
+def test_damaged_records_alone_are_an_error_that_names_one(write, runs, capsys):
+    for method in ("vanilla", "asi"):
+        path = write(method, 2).run.folder(runs) / "result.json"
+        path.write_text("{")
+    assert "asi/layers2/seed0/result.json" in refused(capsys, runs)
     assert not (runs / "report").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[[[[", "null", "[" * 100_000])
+def test_a_damaged_plan_is_left_out_with_one_line(write, runs, capsys, text):
+    finished = write("vanilla", 2).run
+    add_planned(runs, [replace(finished, dataset="cub")])
+    (path,) = runs.rglob("planned.json")
+    path.write_text(text)
+    assert main([str(runs), "--published", str(runs)]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(f"report: warning: left out: {path}")
+    assert said.err.count("\n") == 1
 
 
 def test_unknown_baseline(write, runs, capsys):

@@ -42,7 +42,7 @@ def test_gradients_and_bytes(shape, share, channels_last):
     for found, exact in zip(gradients(layer, x, grad), expected, strict=True):
         torch.testing.assert_close(found, exact)
     least = -(-x.numel() // 8) + 8 * int((x != 0).sum())
-    assert layer.kept_bytes == min(least, x.nbytes)
+    assert layer._lowrank.kept_bytes == min(least, x.nbytes)
 
 
 def test_what_is_not_a_number_stays_so():
@@ -60,12 +60,12 @@ def test_the_classifier_keeps_half_unless_a_method_was_chosen_for_it(build, batc
     segmentation_loss(training_mode(model), batch)
     layer = model.decode_head.conv_seg
     features = batch[0][:, 0].numel() // 16 * layer.in_channels * 8
-    assert isinstance(layer.method, Nonzero)
-    assert not layer.chosen
-    assert 0.2 * features < layer.kept_bytes < 0.7 * features
+    assert isinstance(layer._lowrank.method, Nonzero)
+    assert not layer._lowrank.chosen
+    assert 0.2 * features < layer._lowrank.kept_bytes < 0.7 * features
     chosen = build(config)
     LowRankHook(**{**settings, "layers": [*settings["layers"], "decode_head.conv_seg"]}).prepare(chosen)
-    assert chosen.decode_head.conv_seg.method.tag.startswith("asi")
+    assert chosen.decode_head.conv_seg._lowrank.method.tag.startswith("asi")
     ordinary = build(config)
     LowRankHook(**hook_settings(config)).prepare(ordinary)
     assert not isinstance(ordinary.decode_head.conv_seg, LowRankLayer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mmengine.registry import MODEL_WRAPPERS
 from segmentors import narrow_config
 from torch import nn
 
@@ -99,19 +100,55 @@ def test_a_checkpoint_has_the_stock_names_and_the_state_beside_them(build, batch
     stock, model, hook = build(config), build(config), LowRankHook(**settings)
     hook.prepare(model)
     segmentation_loss(training_mode(model), batch).backward()
+    runner = Runner(model)
     checkpoint = {"state_dict": model.state_dict()}
-    hook.before_save_checkpoint(None, checkpoint)
+    hook.before_save_checkpoint(runner, checkpoint)
     stock.load_state_dict(checkpoint["state_dict"], strict=True)
-    state = dict(checkpoint["lowrank_state"])
+    state = dict(checkpoint["lowrank"])
     assert len(state) > len(settings["layers"])
-
-    class Runner:
-        pass
-
-    other = LowRankHook(**settings)
-    other.after_load_checkpoint(None, checkpoint)
-    assert "lowrank_state" not in checkpoint
-    Runner.model, Runner.iter = build(config), 5
-    other.before_train(Runner)
-    loaded = Runner.model.state_dict()
+    other, runner = LowRankHook(**settings), Runner(build(config))
+    other.after_load_checkpoint(runner, checkpoint)
+    assert "lowrank" not in checkpoint
+    other.before_train(runner)
+    loaded = lowrank.training_state(runner.model)
+    assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+class Runner:
+    """What the hook sees of MMEngine's."""
+
+    iter, _load_from = 5, "iter_4.pth"
+
+    def __init__(self, model):
+        self.model = model
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        {"state_dict": {}, "lowrank_state": {"conv.lowrank_state_0": torch.ones(1)}},
+        {"state_dict": {"conv.lowrank_state_0": torch.ones(1)}},
+        {"mlp.lowrank_left": torch.ones(1)},
+    ],
+)
+def test_what_an_earlier_version_saved_is_refused(checkpoint):
+    hook = LowRankHook(method={"type": "Vanilla"}, layers=[])
+    with pytest.raises(
+        ExperimentError, match=r"^checkpoint iter_4\.pth is of an earlier version .*start afresh[^\n]*$"
+    ):
+        hook.after_load_checkpoint(Runner(None), checkpoint)
+
+
+def test_a_model_whose_parameters_are_taken_apart_is_refused():
+    class Sharded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = network()
+
+    MODEL_WRAPPERS.register_module(module=Sharded)
+    try:
+        with pytest.raises(ExperimentError, match=r"wrapped in Sharded; .* works in MMDistributedDataParallel"):
+            LowRankHook(method={"type": "Vanilla"}, layers=["0"]).before_train(Runner(Sharded()))
+    finally:
+        MODEL_WRAPPERS.module_dict.pop("Sharded")

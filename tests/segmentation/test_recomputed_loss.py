@@ -10,6 +10,7 @@ import torch
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from segmentors import CLASSES, narrow_config
 
+import lowrank
 from lowrank import saved_bytes
 from segmentation.batches import segmentation_loss, training_mode
 from segmentation.loss import RecomputedLoss, keep_loss, recompute_loss
@@ -72,6 +73,9 @@ def test_a_head_goes_back_and_is_copied_and_pickled(model, batch):
         assert type(head).__mro__.count(RecomputedLoss) == 1
         keep_loss(head)
         assert type(head) is stock
+    recompute_loss(model)
+    lowrank.revert(model)
+    assert type(model.decode_head) is stock
 
 
 def test_mixed_precision_is_the_same_the_second_time(build, batch):

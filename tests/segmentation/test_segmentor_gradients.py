@@ -10,7 +10,7 @@ from mmengine.config import Config
 from segmentors import NETWORKS, narrow_config
 
 import lowrank
-from lowrank.layers.layer import LeanBatchNorm2d
+from lowrank.layers.swap import Changed
 from segmentation.batches import segmentation_loss, training_mode
 from segmentation.compose import hook_settings
 from segmentation.freezing import apply_freeze_list
@@ -59,12 +59,14 @@ def test_every_method_at_full_rank_has_the_stock_gradients(network, build, batch
 def test_the_gradient_filter_has_the_networks_patches_and_every_normalisation_is_fused(network, build, batch):
     config = narrow_config(network, "gradient_filter")
     model, names = prepared(config, build(config))
-    patches = {layer.layer_name: layer.method.patch for layer in lowrank.converted_layers(model)}
+    patches = {layer._lowrank.name: layer._lowrank.method.patch for layer in lowrank.converted_layers(model)}
     assert patches == hook_settings(config)["method"]["patch"]
     assert set(patches) == set(names)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert norms
-    assert all(isinstance(norm, LeanBatchNorm2d) and norm.included for norm in norms)
+    assert all(isinstance(norm, Changed) for norm in norms)
+    assert any(norm.weight.requires_grad for norm in norms)
+    assert not [row for row in lowrank.explain(model, segmentation_loss, batch) if row.kind == "BatchNorm2d"]
     _, found = gradients(model, batch)
     assert all(gradient is not None and gradient.isfinite().all() for gradient in found.values())
 
@@ -73,10 +75,11 @@ def test_the_four_branches_of_aspp_keep_their_input_once(build, batch):
     config = narrow_config("deeplabv3", "vanilla")
     model, _ = prepared(config, build(config), method={"type": "ASI", "ranks": [2, 4, 3, 3]})
     gradients(model, batch)
-    branches = [layer for layer in lowrank.converted_layers(model) if "aspp_modules" in layer.layer_name]
+    branches = [layer for layer in lowrank.converted_layers(model) if "aspp_modules" in layer._lowrank.name]
     assert len(branches) == 4
-    assert sum(layer.kept_bytes > 0 for layer in branches) == 1
-    assert len({layer.formula_bytes for layer in branches}) == 1  # by formula, each is charged, as in the papers
+    assert sum(layer._lowrank.kept_bytes > 0 for layer in branches) == 1
+    formula = {layer._lowrank.formula_bytes for layer in branches}
+    assert len(formula) == 1  # each is charged, as in the papers
 
 
 @pytest.mark.parametrize("network", ["deeplabv3", "upernet"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,8 +99,8 @@ def test_stock_mmsegmentation_loads_every_checkpoint(finished):
     assert {FINAL, "iter_4.pth"} <= {path.name for path in checkpoints}
     for path in checkpoints:
         load_checkpoint(model, str(path), strict=True, logger="silent")
-    states = torch.load(run / "iter_4.pth", weights_only=False)["lowrank_state"]
-    assert {name.rpartition(".")[0] for name in states} >= {"decode_head.bottleneck.conv"}
+    states = torch.load(run / "iter_4.pth", weights_only=False)["lowrank"]
+    assert {name.partition(".bases.")[0] for name in states} >= {"decode_head.bottleneck.conv"}
 
 
 def test_the_picture_has_a_column_for_each_run(finished, tmp_path, capsys):
@@ -136,7 +137,8 @@ def test_a_killed_run_is_resumed_to_the_same_weights(finished, data_dir, tmp_pat
     assert main([*again[:1], "--resume", *again[1:]]) == 0
     assert "resuming" in capsys.readouterr().out
     one, two = (torch.load(path / "iter_4.pth", weights_only=False) for path in (folder(finished, "asi"), run))
-    for part in ("state_dict", "lowrank_state"):
+    for part in ("state_dict", "lowrank"):
+        assert one[part]
         assert one[part].keys() == two[part].keys()
         assert all(torch.equal(one[part][name], two[part][name]) for name in one[part]), part
     momentum = [list(checkpoint["optimizer"]["state"].values()) for checkpoint in (one, two)]
@@ -148,6 +150,25 @@ def test_a_killed_run_is_resumed_to_the_same_weights(finished, data_dir, tmp_pat
                 [[row[key] for key in ("iteration", "train_loss", "miou", "macc")] for row in csv.DictReader(file)]
             )
     assert rows[0] == rows[1]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_before_anything_is_trained(finished, data_dir, tmp_path, capsys):
+    run, own = folder(finished, "hosvd_0.8"), folder(tmp_path, "hosvd_0.8")
+    shutil.copytree(run, own)
+    (own / "result.json").unlink()
+    checkpoint = torch.load(own / "iter_4.pth", weights_only=False)
+    checkpoint["lowrank_state"] = {"decode_head.bottleneck.conv.lowrank_state_0": torch.ones(2, 2)}
+    torch.save(checkpoint, own / "iter_4.pth")
+    (own / "last_checkpoint").write_text(str(own / "iter_4.pth"))
+    again = arguments("train", "hosvd_0.8", data_dir, tmp_path)
+    measured = arguments("measure", "vanilla", data_dir, tmp_path / "other")
+    for words in ([*again[:1], "--resume", *again[1:]], [*measured, "--load-from", str(own / "iter_4.pth")]):
+        assert main(words) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"error: checkpoint {own}/iter_4.pth is of an earlier version")
+        assert line.endswith("start afresh, or give other weights")
+    assert not (own / "result.json").exists()
+    assert (own / "metrics.csv").read_bytes() == (run / "metrics.csv").read_bytes()
 
 
 @pytest.mark.parametrize(

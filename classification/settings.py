@@ -1,0 +1,103 @@
+"""Settings that cannot work, refused in one line before anything is built or written."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+
+from experiment import ExperimentError
+
+PRECISIONS = {"32", "32-true", "16-mixed", "bf16-mixed", "16", "bf16"}  # what is measured is in single precision
+LEAST = {  # per number that has one
+    "seed_everything": 0,
+    "trainer.max_epochs": 1,
+    "trainer.min_epochs": 0,
+    "trainer.accumulate_grad_batches": 1,
+    "trainer.log_every_n_steps": 0,
+    "trainer.reload_dataloaders_every_n_epochs": 0,
+    "trainer.gradient_clip_val": 0,
+    "trainer.num_nodes": 1,
+    "model.learning_rate": 0,
+    "model.momentum": 0,
+    "model.weight_decay": 0,
+    "model.warmup_epochs": 0,
+    "model.warmup_start": 0,
+    "model.final_learning_rate": 0,
+    "data.workers": 0,
+}
+_WHOLE_EPOCHS = "a run is made of whole epochs"
+ONLY = {  # settings of a training run that have one value alone
+    "trainer.check_val_every_n_epoch": (1, "each epoch has a row in metrics.csv"),
+    "trainer.val_check_interval": (None, "each epoch is validated once, at its end"),
+    "trainer.max_steps": (-1, f"{_WHOLE_EPOCHS}; give --trainer.max_epochs"),
+    "trainer.fast_dev_run": (False, "it leaves no record; give --trainer.max_epochs 1"),
+    "trainer.enable_checkpointing": (None, "without checkpoints a run cannot be resumed, nor its best epoch be tested"),
+    "trainer.barebones": (False, "it does without all that a record is made of"),
+    "trainer.num_nodes": (1, "a run is of one machine"),
+}
+_AS_GOOD = {"trainer.val_check_interval": (1.0,), "trainer.enable_checkpointing": (True,)}
+
+
+def check_settings(config: Mapping[str, Any], trains: bool) -> None:
+    """Check a resolved config.
+
+    Args:
+        config: of a command.
+        trains: whether the command trains.
+
+    Raises:
+        ExperimentError: a setting that cannot work; names it and what is allowed.
+    """
+    if not config["runs_dir"]:
+        raise ExperimentError("--runs_dir is empty; give a folder, such as runs")
+    for key, least in LEAST.items():
+        value = _at(config, key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not value >= least:
+            raise ExperimentError(f"--{key} is {value}; allowed are numbers from {least}")
+    if any(not value > 0 for value in _at(config, "data.std") or ()):
+        raise ExperimentError(f"--data.std is {_at(config, 'data.std')}; allowed are numbers above 0")
+    precision = _at(config, "trainer.precision")
+    if precision is not None and str(precision) not in PRECISIONS:
+        raise ExperimentError(f"--trainer.precision is {precision}; allowed: {', '.join(sorted(PRECISIONS))}")
+    if trains:
+        _check_training(config)
+    _check_device(config["trainer"])
+
+
+def _check_training(config: Mapping[str, Any]) -> None:
+    for key, (only, reason) in ONLY.items():
+        value = _at(config, key)
+        if value != only and value not in _AS_GOOD.get(key, ()):
+            raise ExperimentError(f"--{key} is {value}; allowed is {_AS_GOOD.get(key, (only,))[0]} alone: {reason}")
+    if config.get("ckpt_path") is not None:
+        raise ExperimentError(
+            "--ckpt_path is not for fit: an interrupted run goes on by itself, and --model.weights gives what to "
+            "start from"
+        )
+
+
+def _check_device(trainer: Mapping[str, Any]) -> None:
+    """Let Lightning say whether it finds the device, before data is read and a network built."""
+    every = {key: trainer[key] for key in ("accelerator", "devices", "strategy", "precision")}
+    asked: dict[str, Any] = {key: value for key, value in every.items() if not isinstance(value, dict)}
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    before = dict(os.environ)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            pl.Trainer(**asked, **quiet, max_epochs=1)
+    except Exception as error:  # Lightning and torch have no base of their own for these
+        reason = " ".join(str(error).split())[:300]
+        told = ", ".join(f"--trainer.{key} {value}" for key, value in asked.items() if value not in (None, "auto"))
+        raise ExperimentError(f"{told} is not to be had on this machine ({reason})") from None
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    part, _, name = key.rpartition(".")
+    return config[part].get(name) if part else config.get(name)

@@ -1,0 +1,109 @@
+"""How commands end: exit codes, one line, a log, signals."""
+
+import contextlib
+import os
+import signal
+
+import pytest
+
+from experiment import ExperimentError
+from experiment.command import finish, underscored
+from experiment.files import write_whole
+from experiment.signals import Stopped, check, held
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_command_in_one_line(capsys, number, code):
+    before = signal.getsignal(number)
+
+    def command(work):
+        work.title = "a run"
+        signal.raise_signal(number)
+        pytest.fail("it went on")
+
+    assert finish(command) == code
+    assert capsys.readouterr().err == "interrupted during a run; the same command goes on\n"
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("disguise", [RuntimeError("worker exited"), KeyboardInterrupt(), SystemExit(1)])
+def test_what_a_signal_raised_may_be_disguised(capsys, disguise):
+    def command(work):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Stopped:
+            raise disguise from None
+
+    assert finish(command) == 143
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_swallowed_signal_is_found_by_the_next_check():
+    def command(work):
+        with contextlib.suppress(Stopped):
+            signal.raise_signal(signal.SIGINT)
+        check()
+        pytest.fail("it went on")
+
+    assert finish(command) == 130
+
+
+def test_a_file_being_saved_is_finished_first(tmp_path, monkeypatch):
+    def command(work):
+        fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda handle: (signal.raise_signal(signal.SIGTERM), fsync(handle)))
+        write_whole(tmp_path / "file", "whole")
+
+    # The second of its two flushes gives a second signal, which would not wait: the file has its name by then.
+    assert finish(command) == 143
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "whole")]
+
+
+def test_a_held_signal_takes_effect_at_the_end_of_the_block():
+    reached = []
+
+    def command(work):
+        with held():
+            signal.raise_signal(signal.SIGTERM)
+            reached.append("end")
+        reached.append("after")
+
+    assert (finish(command), reached) == (143, ["end"])
+
+
+def raising(error, title="a run", folder=None):
+    def command(work):
+        work.title, work.folder = title, folder
+        raise error
+
+    return command
+
+
+def test_an_error_of_no_known_kind_is_one_line_and_a_log(tmp_path, capsys):
+    assert finish(raising(KeyError("val\nloss"), folder=tmp_path)) == 1
+    said = capsys.readouterr().err
+    log = tmp_path / "failure.log"
+    assert said.startswith("error: a run: KeyError: ")
+    assert said.endswith(f"(traceback in {log})\n")
+    assert said.count("\n") == 1
+    assert "Traceback" in log.read_text()
+
+
+def test_without_a_folder_the_log_is_among_the_temporary_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert finish(raising(ValueError("x"), folder=tmp_path / "nowhere")) == 1
+    (log,) = tmp_path.iterdir()
+    assert "ValueError: x" in log.read_text()
+    assert f"traceback in {log}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ExperimentError("do\nthis"), OSError(28, "No space left on device")])
+def test_what_a_user_can_mend_is_one_line(capsys, error):
+    assert finish(raising(error)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_options_may_be_spelled_with_a_dash():
+    words = ["--dry-run", "--data.batch-size=3", "--wandb", "my-project", "--runs-dir=a-b", "-c", "x-y.yaml"]
+    told = ["--dry_run", "--data.batch_size=3", "--wandb", "my-project", "--runs_dir=a-b", "-c", "x-y.yaml"]
+    assert underscored(words) == told

@@ -1,0 +1,72 @@
+"""Jobs: none stops another, and one that is done elsewhere has not failed."""
+
+import pytest
+
+from experiment import ExperimentError, Run
+from experiment.errors import InUseError
+from experiment.jobs import Job, Program, run_jobs
+
+
+def job(layers, *arguments):
+    return Job(f"layers {layers}", Run("classification", "A", "mcunet", "pets", "asi", layers, 1), arguments)
+
+
+def program(**raised):
+    """A program whose command raises, by its first argument."""
+    tried = []
+
+    def command(arguments):
+        tried.append(arguments[0])
+        if arguments[0] in raised:
+            raise raised[arguments[0]]
+
+    return Program("python -m x", command, lambda error: isinstance(error, ExperimentError)), tried
+
+
+@pytest.mark.parametrize("error", [ExperimentError("no data"), RuntimeError("out of memory")])
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, capsys, error):
+    jobs = [job(1, "first"), job(2, "second")]
+    folder = jobs[0].run.folder(tmp_path)
+    folder.parent.parent.mkdir(parents=True)
+    folder.parent.write_text("in the way")
+    how, tried = program(first=error)
+    assert run_jobs(jobs, how, tmp_path) == 1
+    assert tried == ["first", "second"]
+    said = capsys.readouterr().err
+    assert "cannot be written" in said
+    assert "Traceback" not in said
+
+
+def test_what_is_in_work_elsewhere_and_what_needs_it_is_come_back_to(tmp_path, capsys):
+    first = job(1, "first")
+    jobs = [first, job(2, "second", str(first.run.folder(tmp_path))), job(3, "third")]
+    how, tried = program(first=InUseError("another process"))
+    assert run_jobs(jobs, how, tmp_path) == 1
+    assert tried == ["first", "third", "first"]
+    said = capsys.readouterr().err
+    assert said == "in work elsewhere (2); come back later for them:\n  layers 1\n  layers 2\n"
+    assert list(tmp_path.rglob("failure.log")) == []
+
+
+def test_what_was_in_work_elsewhere_may_be_done_at_the_end(tmp_path, capsys):
+    errors = [InUseError("another process")]
+    tried = []
+
+    def command(arguments):
+        tried.append(arguments[0])
+        if arguments[0] == "first" and errors:
+            raise errors.pop()
+
+    how = Program("python -m x", command, lambda error: True)
+    assert run_jobs([job(1, "first"), job(2, "second")], how, tmp_path) == 0
+    assert tried == ["first", "second", "first"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_job_is_done_only_with_a_whole_record_of_its_run(tmp_path):
+    one = job(1)
+    folder = one.run.folder(tmp_path)
+    folder.mkdir(parents=True)
+    for content in ("", "{}", '{"schema": 1, "status": "done"}'):
+        (folder / "result.json").write_text(content)
+        assert not one.done(tmp_path)
