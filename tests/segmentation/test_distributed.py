@@ -33,6 +33,7 @@ def one_process(monkeypatch):
         monkeypatch.setenv(variable, value)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
+    dist.barrier()  # its threads are done with every gradient then, and can be joined
     dist.destroy_process_group()
 
 

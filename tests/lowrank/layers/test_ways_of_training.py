@@ -122,15 +122,19 @@ def test_distributed_data_parallel_in_one_process(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        model = conv_model(ASI(2))
-        twin, parallel = copy.deepcopy(model), nn.parallel.DistributedDataParallel(model)
-        for seed in range(3):
-            x = random_tensor(5, 4, 7, 6, seed=seed)
-            expected = step(twin, x)
-            result = step(parallel, x)
-            torch.testing.assert_close(list(result.values()), list(expected.values()), **TOLERANCE)
+        _compare_with_data_parallel(conv_model(ASI(2)))
     finally:
+        torch.distributed.barrier()  # its threads are done with every gradient then, and can be joined
         torch.distributed.destroy_process_group()
+
+
+def _compare_with_data_parallel(model):
+    twin, parallel = copy.deepcopy(model), nn.parallel.DistributedDataParallel(model)
+    for seed in range(3):
+        x = random_tensor(5, 4, 7, 6, seed=seed)
+        expected = step(twin, x)
+        result = step(parallel, x)
+        torch.testing.assert_close(list(result.values()), list(expected.values()), **TOLERANCE)
 
 
 def test_a_layer_used_twice_in_a_pass_sums_its_gradients():
