@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import fcntl
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -51,8 +52,14 @@ class RunFolder:
         self._run = run
         self.path, self.result, self._last = path, path / result, path / last
         self.data_fingerprint = data_fingerprint
-        self.identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
+        self._asked = _as_json(identity)
         self.checkpoints = path / "checkpoints"
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """The run's identity; as the folder has it where that is equal, so that its hash stays what it was."""
+        stored = {key: value for key, value in (self._stored_identity() or {}).items() if key != DATA}
+        return stored if stored == self._asked else self._asked
 
     @property
     def identity_hash(self) -> str:
@@ -127,6 +134,21 @@ class RunFolder:
             identity = self.identity | ({DATA: self.data_fingerprint} if self.data_fingerprint else {})
             write_whole(self.path / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n")
             yield
+
+
+def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity as JSON gives it back, with 2.0 as 2.
+
+    A command line reads an option of type `int | float` as 2 in one process and as 2.0 in another, as typing's cache of
+    unions has it; both are one run, and their hash has to be one.
+    """
+    text = json.dumps(identity, sort_keys=True, default=str)
+    return json.loads(text, parse_float=_number)
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

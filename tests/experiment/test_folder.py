@@ -110,6 +110,17 @@ def test_the_identity_hash_depends_on_values_and_not_on_the_order_of_keys(tmp_pa
     assert same != folder(tmp_path, model={"name": "mcunet", "layers": "2"}).identity_hash
 
 
+def test_a_number_that_another_process_read_as_a_float_is_of_the_same_run(tmp_path):
+    first = folder(tmp_path, batches=2, clip=1.0)
+    with first.locked(""):
+        write_result(first)
+    second = folder(tmp_path, batches=2.0, clip=1)
+    assert (second.status(), second.identity_hash) == (Status.DONE, first.identity_hash)
+    with second.locked(""):
+        assert folder(tmp_path, batches=2).identity_hash != first.identity_hash  # without the clip another run
+    assert folder(tmp_path, batches=2, clip=1).identity_hash == first.identity_hash
+
+
 def test_the_lock_writes_the_config_beside_the_identity(tmp_path):
     run = folder(tmp_path)
     with run.locked("a: 1\n"):
