@@ -104,10 +104,10 @@ def _keep_less(model: nn.Module) -> None:
     calls = {name: found for name, found in calls.items() if found}
     kinds = {stock_class(module) for module in modules.values()}
     recomputes = bool(kinds & set(RECOMPUTED)) or any(isinstance(m, OpenAttention) for m in modules.values())
-    norms = _norms_behind(modules)
+    read_behind = _may_be_read_behind(modules)
     for name, module in modules.items():
         watched = any(found.reach(_child(owner, name)) for owner, found in calls.items() if _is_in(owner, name))
-        lazy = isinstance(module, nn.Conv2d) and norms.get(name, False)
+        lazy = name in read_behind
         if type(module) in LAYERS:
             frozen = not getattr(module.weight, "requires_grad", True)
             if frozen or lazy or watched or (recomputes and type(module) is nn.Linear):
@@ -129,20 +129,22 @@ def _child(owner: str, name: str) -> str:
     return name[len(owner) and len(owner) + 1 :].partition(".")[0]
 
 
-def _norms_behind(modules: dict[str, nn.Module]) -> dict[str, bool]:
-    """Per convolution, whether a normalisation of its width is behind or beside it: only there a lazy output pays.
-
-    What it is in the end decides itself when the model runs.
+def _may_be_read_behind(modules: dict[str, nn.Module]) -> set[str]:
+    """The convolutions whose output pays as a lazy one: where a normalisation of their width is behind or beside them,
+    or, of frozen ones, an activation beside them. What it is in the end decides itself when the model runs.
     """
-    beside = {(name.rpartition(".")[0], m.num_features) for name, m in modules.items() if isinstance(m, nn.BatchNorm2d)}
+    owners = {name: name.rpartition(".")[0] for name in modules}
+    beside = {(owners[name], m.num_features) for name, m in modules.items() if isinstance(m, nn.BatchNorm2d)}
+    activated = {owners[name] for name, module in modules.items() if isinstance(module, nn.ReLU | nn.Hardtanh)}
     behind: set[int] = set()
-    found = {}
+    found = set()
     for name, module in reversed(modules.items()):
         if isinstance(module, nn.BatchNorm2d):
             behind.add(module.num_features)
         elif isinstance(module, nn.Conv2d):
-            width = module.out_channels
-            found[name] = width in behind or (name.rpartition(".")[0], width) in beside
+            normalised = module.out_channels in behind or (owners[name], module.out_channels) in beside
+            if normalised or (owners[name] in activated and not getattr(module.weight, "requires_grad", True)):
+                found.add(name)
     return found
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from lowrank.exact.functions import LEAN_FUNCTIONS
@@ -60,14 +59,6 @@ def unwatched(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for tensor in tensors:
             watch(tensor)
-
-
-class LeanFunctions(TorchFunctionMode):
-    """Within it, in this thread, functions give way to those that keep less."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            return LEAN_FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
 
 
 def is_watched_for(func: Any) -> bool:

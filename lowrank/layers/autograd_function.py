@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -98,9 +98,16 @@ def per_output(vector: Tensor, ndim: int, axis: int = 1) -> Tensor:
 def lazy_output(call: Call, watched: bool) -> Lazy:
     """A convolution's output, to be computed when it is read."""
     x, weight, settings = call.x, call.weight, call.settings
-    shape = settings.geometry.output_shape(tuple(x.shape), weight.shape[0])
-    strides = dense_strides(shape, suggests_channels_last(x) or suggests_channels_last(weight))
+    last = suggests_channels_last(x) or suggests_channels_last(weight)
+    shape, strides = _planned(settings.geometry, x.shape, weight.shape[0], last)
     return Lazy(shape, x, settings.dtype, strides, call.output, call, watched)
+
+
+@lru_cache(maxsize=1024)
+def _planned(geometry: Geometry, shape: Shape, out_channels: int, channels_last: bool) -> tuple[Shape, Shape]:
+    """Shape and strides of an output."""
+    shape = geometry.output_shape(tuple(shape), out_channels)
+    return shape, dense_strides(shape, channels_last)
 
 
 @dataclass
@@ -222,7 +229,7 @@ class MergedNormFunction(torch.autograd.Function):
         wants_gamma = ctx.needs_input_grad[1]
         own = (call.weight.detach(), _detached(call.bias)) if wants_gamma else (None, None)
         ctx.save_for_backward(gamma, mean, variance, *own, *kept)
-        return merged_output(y, call, gamma, beta, mean, variance, eps)
+        return merged_output(y, call, *scale_and_shift(call, gamma, beta, mean, variance, eps))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -255,22 +262,32 @@ class MergedNormFunction(torch.autograd.Function):
         return grad_y, grad_gamma, grad_beta if wants_beta else None, *[None] * (5 + len(kept))
 
 
-def merged_output(
-    y: Tensor, call: Call, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
-) -> Tensor:
-    """What a normalisation makes of a convolution's output `y`, in one pass, in the memory layout that it gives."""
-    call.require_unchanged()
-    x, weight, bias, settings = call.x, call.weight, call.bias, call.settings
+def scale_and_shift(
+    call: Call, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """What a normalisation by running statistics makes of W x + b, as `scale` W x + `shift`, each (O,)."""
     deviation = torch.rsqrt(variance + eps)
     scale = deviation if gamma is None else gamma * deviation
-    shift = (-mean if bias is None else bias - mean) * scale
-    shift = shift if beta is None else shift + beta
-    if prod(settings.geometry.output_shape(tuple(x.shape), weight.shape[0])) < weight.numel():
+    if call.bias is not None:
+        mean = mean - call.bias
+    return scale, -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
+
+
+def merged_output(y: Tensor, call: Call, scale: Tensor, shift: Tensor) -> Tensor:
+    """What a normalisation makes of a convolution's output `y`, in one pass, in the memory layout that it gives."""
+    call.require_unchanged()
+    x, weight, settings = call.x, call.weight, call.settings
+    if y.numel() < weight.numel():
         z = settings.forward(x, weight, None)  # scaling the output takes less than scaling the weight
         z = z.mul_(per_output(scale.to(z.dtype), 4)).add_(per_output(shift.to(z.dtype), 4))
     else:
         z = settings.forward(x, weight * per_output(scale, 4, 0), shift)
-    return laid_out(z, dense_strides(tuple(z.shape)) if y.is_contiguous() else y.stride())
+    return laid_out(z, normalised_strides(y))
+
+
+def normalised_strides(y: Tensor) -> tuple[int, ...]:
+    """Strides of what PyTorch's batch normalisation makes of `y`."""
+    return dense_strides(tuple(y.shape)) if y.is_contiguous() else y.stride()
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

@@ -9,10 +9,10 @@ on its value. In the backward pass the normalisation hands its convolution a laz
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_iter, tree_map_only
 
@@ -78,10 +78,7 @@ class Lazy(Tensor):
             if not any(isinstance(leaf, Lazy) for leaf in tree_iter((args, kwargs))):
                 return func(*args, **(kwargs or {}))
         watched = any(isinstance(leaf, Lazy) and leaf._watched for leaf in args)
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in LEAN_FUNCTIONS and func is not F.batch_norm:  # which can do more than read the value
-                args, kwargs = tree_map_only(Lazy, real, (args, kwargs))
-            y = LEAN_FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
+        y = read(func, args, kwargs or {})
         return watch(y) if watched and is_watched_for(func) else y
 
     @classmethod
@@ -123,6 +120,9 @@ class Lazy(Tensor):
         return real(self).__repr__(**options)
 
 
+# What can do more with a lazy tensor than read it, given as its first argument; None: it cannot with this one.
+READERS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {}
+
 ORDINARY.add(Lazy)
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
@@ -133,6 +133,18 @@ def real(x: Tensor) -> Tensor:
         return x
     with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
         return x.view_as(x)
+
+
+def read(func: Any, args: Any, kwargs: Any = MappingProxyType({})) -> Any:
+    """What a function makes of arguments among which there are lazy tensors."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if func in READERS and args and type(args[0]) is Lazy:
+            y = READERS[func](*args, **kwargs)
+            if y is not None:
+                return y
+        if func in LEAN_FUNCTIONS:
+            args, kwargs = tree_map_only(Lazy, real, (args, dict(kwargs)))
+        return LEAN_FUNCTIONS.get(func, func)(*args, **kwargs)
 
 
 def unread(x: Tensor, kind: type[Any]) -> Any:

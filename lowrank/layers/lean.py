@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.exact.watched import LeanFunctions, Watched, watch
+from lowrank.exact.functions import LEAN_FUNCTIONS
+from lowrank.exact.watched import Watched, watch
 from lowrank.layers import normalisation  # noqa: F401 - its function is among those that keep less
 from lowrank.layers.held import Held, let_go
-from lowrank.layers.lazy import Lazy
+from lowrank.layers.lazy import Lazy, read
 from lowrank.layers.swap import Changed
 from lowrank.tensors.eager import trains_plainly
 
 
 class LeanModule(Changed):
-    """The stock forward pass, in which the functions that it calls on its input give way to those that keep less."""
+    """The stock forward pass, with the function that keeps less in the place of the one that it calls."""
 
     _lowrank_watched = False  # whether the code around it calls activations and the like as functions
 
     def forward(self, input: Tensor) -> Any:
-        if type(input) not in (Tensor, Watched, Held, Lazy) or not trains_plainly(input):
+        kind = type(input)
+        called = CALLS[self.stock_class](self)
+        if called is None or (kind is not Lazy and (kind not in _OWN or not trains_plainly(input))):
             return super().forward(input)
-        if getattr(self, "inplace", False):
-            let_go(input)
-        watched = self._lowrank_watched or type(input) is Watched
-        with nullcontext() if type(input) is Lazy else LeanFunctions():  # a lazy tensor does so itself
-            y = super().forward(input)
-        return watch(y) if watched else y
+        function, *arguments = called
+        if kind is Lazy:
+            y = read(function, (input, *arguments))
+        else:
+            if kind is Held and getattr(self, "inplace", False):
+                let_go(input)
+            with torch._C.DisableTorchFunctionSubclass():
+                y = LEAN_FUNCTIONS[function](input, *arguments)
+        return watch(y) if self._lowrank_watched or kind is Watched else y
 
 
 def lean_class(stock: type[nn.Module]) -> type[LeanModule]:
@@ -40,11 +48,42 @@ def _own(stock: type[nn.Module]) -> dict[str, Any]:
     return {"stock_class": stock, "_place": (__name__, "lean_class"), "__module__": stock.__module__}
 
 
+def _batch_norm(m: Any) -> tuple[Any, ...] | None:
+    if m.training or m.running_mean is None or m.running_var is None:
+        return None  # batch statistics
+    return F.batch_norm, m.running_mean, m.running_var, m.weight, m.bias, False, 0.0, m.eps
+
+
+def _hardtanh(m: Any) -> tuple[Any, ...]:
+    return F.hardtanh, m.min_val, m.max_val, m.inplace
+
+
+def _max_pool(m: Any) -> tuple[Any, ...]:
+    return F.max_pool2d, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
+
+
+def _average_pool(m: Any) -> tuple[Any, ...]:
+    return F.avg_pool2d, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
+
+
+_OWN = (Tensor, Watched, Held)
 RECOMPUTED = (nn.LayerNorm, nn.GELU, nn.SiLU)  # behind or in front of which tensors are computed again
+# The function that the stock module calls, and with what behind its input; None: as it stands it keeps nothing less.
+CALLS: dict[type[nn.Module], Callable[[Any], tuple[Any, ...] | None]] = {
+    nn.ReLU: lambda m: (F.relu, m.inplace),
+    nn.ReLU6: _hardtanh,
+    nn.Hardtanh: _hardtanh,
+    nn.Hardsigmoid: lambda m: (F.hardsigmoid, m.inplace),
+    nn.LeakyReLU: lambda m: (F.leaky_relu, m.negative_slope, m.inplace),
+    nn.Dropout: lambda m: (F.dropout, m.p, m.training, m.inplace),
+    nn.MaxPool2d: _max_pool,
+    nn.AvgPool2d: _average_pool,
+    nn.AdaptiveAvgPool2d: lambda m: (F.adaptive_avg_pool2d, m.output_size),
+    nn.BatchNorm2d: _batch_norm,
+    nn.LayerNorm: lambda m: (F.layer_norm, m.normalized_shape, m.weight, m.bias, m.eps),
+    nn.GELU: lambda m: (F.gelu, m.approximate),
+    nn.SiLU: lambda m: (F.silu, m.inplace),
+}
 LEAN_MODULES: dict[type[nn.Module], type[LeanModule]] = {
-    stock: type(f"Lean{stock.__name__}", (LeanModule, stock), _own(stock))
-    for stock in (
-        *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid, nn.LeakyReLU, nn.Dropout),
-        *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.BatchNorm2d, *RECOMPUTED),
-    )
+    stock: type(f"Lean{stock.__name__}", (LeanModule, stock), _own(stock)) for stock in CALLS
 }

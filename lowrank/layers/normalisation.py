@@ -9,8 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.exact.functions import LEAN_FUNCTIONS
-from lowrank.layers.autograd_function import Call, MergedNormFunction, merged_output, per_output
-from lowrank.layers.lazy import real, unread
+from lowrank.layers.activated import is_activatable
+from lowrank.layers.autograd_function import (
+    Call,
+    MergedNormFunction,
+    merged_output,
+    normalised_strides,
+    per_output,
+    scale_and_shift,
+)
+from lowrank.layers.held import hold
+from lowrank.layers.lazy import READERS, Lazy, real, unread
 from lowrank.methods.base import Tensors
 from lowrank.tensors.eager import trains_plainly, without_autocast
 
@@ -42,7 +51,7 @@ def batch_norm(
     )
 
 
-LEAN_FUNCTIONS[F.batch_norm] = batch_norm
+LEAN_FUNCTIONS[F.batch_norm] = READERS[F.batch_norm] = batch_norm
 
 
 def _with_less(
@@ -50,6 +59,7 @@ def _with_less(
 ) -> Tensor | None:
     call = unread(input, Call)
     if call is not None:
+        assert isinstance(input, Lazy)
         return _merged(input, call, gamma, beta, mean, variance, eps)
     if input.requires_grad and input.ndim == 4 and (gamma is None or not gamma.requires_grad):
         return _scaled(real(input), gamma, beta, mean, variance, eps)
@@ -57,11 +67,11 @@ def _with_less(
 
 
 def _merged(
-    y: Tensor, call: Call, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+    y: Lazy, call: Call, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> Tensor | None:
     """Convolution and normalisation in one; None where keeping the convolution's output takes less."""
     if not any(tensor is not None and tensor.requires_grad for tensor in (y, gamma, beta)):
-        return merged_output(y, call, gamma, beta, mean, variance, eps)
+        return _frozen(y, call, *scale_and_shift(call, gamma, beta, mean, variance, eps))
     settings = call.settings
     kept: Tensors = ()
     if gamma is not None and gamma.requires_grad:
@@ -71,6 +81,17 @@ def _merged(
         method, kept = call.keep()
         settings = replace(settings, method=method)
     return MergedNormFunction.apply(y, gamma, beta, mean, variance, eps, call, settings, *kept)
+
+
+def _frozen(y: Lazy, call: Call, scale: Tensor, shift: Tensor) -> Tensor:
+    """A convolution with other parameters; unread, where the activation behind can be computed with it as well."""
+    if not is_activatable(call) or y.numel() < call.weight.numel():
+        return merged_output(y, call, scale, shift)
+    call.require_unchanged()
+    merged = Call(call.settings, call.x, call.weight * per_output(scale, 4, 0), shift, call.keep)
+    z = Lazy(tuple(y.shape), call.x, y.dtype, normalised_strides(y), merged.output, merged, y._watched)
+    hold(call.x, z)
+    return z
 
 
 def _scaled(

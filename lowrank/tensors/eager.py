@@ -33,7 +33,10 @@ def trains_plainly(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() and any(torch._C._get_dispatch_mode(key) for key in _TRACERS):
         return False
-    return all(tensor is None or _is_ordinary(tensor) for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110 - run for every layer, so no generator
+        if tensor is not None and not _is_ordinary(tensor):
+            return False
+    return True
 
 
 def in_compiled_graph() -> bool:
@@ -47,7 +50,10 @@ def wants_gradient(x: Tensor) -> bool:
 
 
 def _is_ordinary(tensor: Tensor) -> bool:
-    if type(tensor) not in ORDINARY:
+    kind = type(tensor)
+    if kind is Tensor or kind is nn.Parameter:
+        return tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_meta
+    if kind not in ORDINARY:
         return False
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta

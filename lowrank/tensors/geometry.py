@@ -6,6 +6,7 @@ A geometry is the layer without its parameters: hashable, so that plans can be r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any, Literal
 
@@ -47,16 +48,10 @@ class ConvGeometry:
 
         `padding="same"` and `"valid"` are resolved as PyTorch resolves them.
         """
-        kernel, dilation = _pair(layer.weight.shape[2:]), _pair(layer.dilation)
-        if layer.padding_mode != "zeros":
-            left, right, top, bottom = layer._reversed_padding_repeated_twice
-        elif layer.padding == "same":
-            reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-            (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in reach)
-        else:
-            rows, columns = (0, 0) if layer.padding == "valid" else _pair(layer.padding)
-            top, bottom, left, right = rows, rows, columns, columns
-        return cls(kernel, _pair(layer.stride), dilation, layer.groups, (top, bottom, left, right), layer.padding_mode)
+        uneven = tuple(layer._reversed_padding_repeated_twice) if layer.padding_mode != "zeros" else None
+        padding = layer.padding if isinstance(layer.padding, str) else _pair(layer.padding)
+        sizes = (layer.weight.shape[2:], _pair(layer.stride), padding, _pair(layer.dilation))
+        return _conv_geometry(*sizes, layer.groups, layer.padding_mode, uneven)
 
     @property
     def native(self) -> bool:
@@ -177,3 +172,25 @@ Geometry = ConvGeometry | LinearGeometry
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+
+
+@lru_cache(maxsize=1024)
+def _conv_geometry(
+    kernel: Shape,
+    stride: Shape,
+    padding: Shape | str,
+    dilation: Shape,
+    groups: int,
+    mode: PaddingMode,
+    uneven: Shape | None,
+) -> ConvGeometry:
+    """Of a layer's settings, `uneven` being (left, right, top, bottom) where padding is not zeros."""
+    if uneven is not None:
+        left, right, top, bottom = uneven
+    elif padding == "same":
+        reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in reach)
+    else:
+        rows, columns = (0, 0) if isinstance(padding, str) else _pair(padding)
+        top, bottom, left, right = rows, rows, columns, columns
+    return ConvGeometry(_pair(kernel), _pair(stride), _pair(dilation), groups, (top, bottom, left, right), mode)

@@ -140,3 +140,79 @@ def test_an_unfrozen_layer_trains_again():
         y.backward(random_tensor(*y.shape, seed=1))
     for (_, found), (_, expected) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad)
+
+
+def operators(run):
+    """The convolution operators that a run calls, by name."""
+    with torch.profiler.profile() as profile:
+        run()
+    names = (
+        "mkldnn::_convolution_pointwise",
+        "aten::convolution",
+        "aten::clamp_min_",
+        "aten::hardtanh_",
+        "aten::relu_",
+    )
+    return [event.name for event in profile.events() if event.name in names]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(6), nn.Identity()])
+@pytest.mark.parametrize("curve", CURVES)
+def test_convolution_normalisation_and_activation_are_one_operator(norm, curve):
+    stock = nn.Sequential(nn.Conv2d(3, 6, 3), copy.deepcopy(norm), copy.deepcopy(CURVES[curve]), nn.Conv2d(6, 4, 1))
+    stock = frozen_statistics(with_statistics(stock))
+    model, x = frozen_ahead(stock), images()
+    assert operators(lambda: model(x)) == ["mkldnn::_convolution_pointwise", "aten::convolution"]
+    torch.testing.assert_close(model(x), stock(x), rtol=1e-5, atol=1e-5)
+
+
+class Between(nn.Module):
+    """Something happens between normalisation and activation."""
+
+    def __init__(self, what, inplace):
+        super().__init__()
+        self.conv, self.norm, self.what = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), what
+        self.relu, self.head = nn.ReLU6(inplace), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        x = x.clone()
+        y = self.norm(self.conv(x))
+        z = self.what(self, x, y)
+        return self.head(self.relu(y)) + z
+
+
+def _nan(tensor):
+    tensor[0, 0, 0, 0] = math.nan
+    return tensor.sum()
+
+
+BETWEEN = {
+    "the image changes": lambda m, x, y: x.mul_(2).sum(),
+    "the image becomes NaN": lambda m, x, y: _nan(x) * 0,
+    "the output changes": lambda m, x, y: y.add_(1).sum(),
+    "the output is read": lambda m, x, y: y.mean(),
+    "a view of it is read later": lambda m, x, y: y[:, :1] * 1,
+    "the normalisation changes": lambda m, x, y: m.norm.weight.data.mul_(2).sum() * 0,
+    "its statistics change": lambda m, x, y: m.norm.running_mean.add_(1).sum() * 0,
+    "the activation runs twice": lambda m, x, y: m.relu(m.relu(y)).sum(),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("what", BETWEEN)
+def test_what_happens_between_normalisation_and_activation(what, inplace):
+    stock = frozen_statistics(with_statistics(Between(BETWEEN[what], inplace)))
+    model = frozen_ahead(stock, "head")
+    found, expected = model(images()), stock(images())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_an_activated_output_that_becomes_nan_is_not_taken_for_bounded():
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU6(), nn.Identity()]
+    stock = frozen_statistics(with_statistics(nn.Sequential(*layers, *copy.deepcopy(layers[:3]), nn.Conv2d(6, 2, 1))))
+    stock[4] = nn.Conv2d(6, 6, 3)
+    stock[3].register_forward_hook(lambda _, args, y: (y[0, 0].fill_(math.nan), None)[1])
+    model = frozen_ahead(stock, "7")
+    expected = stock(images())
+    assert expected[0].isnan().any()
+    torch.testing.assert_close(model(images()), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
