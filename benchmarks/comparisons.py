@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import ClassVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from benchmarks.pairs import Work, seconds
 from benchmarks.peers import RANKS
 from benchmarks.processes import run_python
 from experiment.allocator import keep_freed_memory
+from lowrank.layers import activated
 from lowrank.methods.base import Method, Tensors
 from lowrank.ranks.perplexity import ENERGIES
 from lowrank.tensors.decompose import hosvd, subspace_iteration
@@ -247,6 +249,23 @@ def _inference(network: str, setting: Setting) -> Work:
     return forward
 
 
+def operator(setting: Setting) -> Iterator[Comparison]:
+    """A step with convolution and activation of the frozen layers as one operator of oneDNN, against one without it."""
+    for network in setting.networks:
+        pair = partial(_with_and_without_operator, network, setting)
+        yield Comparison("operator", f"{network}, last 2", "asi", "asi without the operator", pair)
+
+
+def _with_and_without_operator(network: str, setting: Setting) -> tuple[Work, Work]:
+    own, other = (_trained(network, "2", METHODS["asi"], setting) for _ in range(2))
+
+    def without() -> None:
+        with patch.object(activated, "_operator", lambda: None):
+            other()
+
+    return own, without
+
+
 def growth(setting: Setting) -> Iterator[Comparison]:
     """Time of compression against its time at the smallest size, as one size grows; and of a step against its depth."""
     base = {"batch": 16, "channels": 64, "side": 14, "rank": 4}
@@ -333,6 +352,7 @@ SECTIONS = {
     "compression": compression,
     "layer": layer_steps,
     "model": model_steps,
+    "operator": operator,
     "growth": growth,
     "perplexity": perplexity,
     "allocator": allocator,
