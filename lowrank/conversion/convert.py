@@ -131,11 +131,11 @@ def _child(owner: str, name: str) -> str:
 
 def _may_be_read_behind(modules: dict[str, nn.Module]) -> set[str]:
     """The convolutions whose output pays as a lazy one: where a normalisation of their width is behind or beside them,
-    or, of frozen ones, an activation beside them. What it is in the end decides itself when the model runs.
+    or, of frozen ones, a Hardtanh (ReLU6 is one) beside them. What it is in the end decides itself when the model runs.
     """
     owners = {name: name.rpartition(".")[0] for name in modules}
     beside = {(owners[name], m.num_features) for name, m in modules.items() if isinstance(m, nn.BatchNorm2d)}
-    activated = {owners[name] for name, module in modules.items() if isinstance(module, nn.ReLU | nn.Hardtanh)}
+    activated = {owners[name] for name, module in modules.items() if isinstance(module, nn.Hardtanh)}
     behind: set[int] = set()
     found = set()
     for name, module in reversed(modules.items()):

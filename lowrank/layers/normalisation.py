@@ -85,7 +85,7 @@ def _merged(
 
 def _frozen(y: Lazy, call: Call, scale: Tensor, shift: Tensor) -> Tensor:
     """A convolution with other parameters; unread, where the activation behind can be computed with it as well."""
-    if not is_activatable(call) or y.numel() < call.weight.numel():
+    if not is_activatable(call, y):
         return merged_output(y, call, scale, shift)
     call.require_unchanged()
     merged = Call(call.settings, call.x, call.weight * per_output(scale, 4, 0), shift, call.keep)
