@@ -17,10 +17,11 @@ import lowrank
 from classification.backbones import build_model
 from classification.data.module import Activations
 from classification.front import Split, split
-from classification.planning import Budget, RankChoice
 from experiment import ExperimentError
 from experiment.checkpoints import TRAINING_STATE, refuse_earlier
-from lowrank import ASI, Method, NonFiniteError, Vanilla
+from experiment.method import fuses, with_ranks
+from experiment.ranks import Budget, RankChoice
+from lowrank import Method, NonFiniteError, Vanilla
 from lowrank.ranks.perplexity import ENERGIES
 
 Batch = tuple[Tensor | Activations, Tensor]
@@ -54,7 +55,7 @@ class FineTune(pl.LightningModule):
         layers: how many trailing layers are trained, or "all".
         kind: of those layers: "conv" for convolutions, "linear" for linear layers.
         part: of a transformer, which of its linear layers: "mlp", "attention" (its projections) or "all".
-        budget: where ASI's ranks come from, if its own `ranks` are not given.
+        budget: where ranks come from, of a method that has none of its own, such as ASI.
         energies: at which perplexity is measured; by default the papers' six. More of them let the chosen ranks come
             closer to the budget, and cost time in measuring alone.
         mode_energies: for each mode apart, at which perplexity is measured as well; see lowrank.measure_perplexity. By
@@ -118,7 +119,7 @@ class FineTune(pl.LightningModule):
         lowrank.freeze_before(self.backbone, self.names)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.backbone.to(memory_format=self.memory_format)
-        self.method = _with_ranks(method or Vanilla(), budget, self.names, rank_choice, rank_seed)
+        self.method = with_ranks(method or Vanilla(), budget, self.names, rank_choice, rank_seed)
         lowrank.convert(self.backbone, self.names, self.method, fuses(self.method, fuse))
         self.energies, self.mode_energies = tuple(energies), tuple(mode_energies)
         self.freeze_statistics, self.cache_front = freeze_statistics, cache_front
@@ -227,20 +228,5 @@ class FineTune(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 
 
-def fuses(method: Method, fuse: bool | None) -> bool:
-    """Whether a run keeps less in the rest of the network, for the setting `fuse` of `FineTune`."""
-    return type(method) is not Vanilla if fuse is None else fuse
-
-
 def _accuracy(num_classes: int) -> MulticlassAccuracy:
     return MulticlassAccuracy(num_classes, average="micro")
-
-
-def _with_ranks(method: Method, budget: Budget | None, names: list[str], choice: RankChoice, seed: int) -> Method:
-    if not isinstance(method, ASI) or method.ranks is not None:
-        return method
-    if budget is None:
-        raise ExperimentError(
-            f"{type(method).__name__} needs ranks: give --model.budget.table and --model.budget.mib or .run"
-        )
-    return budget.ranks_for(method, names, choice, seed)

@@ -53,7 +53,7 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> None:
         ExperimentError: a setting that cannot work; names it and what is allowed.
     """
     if not config["runs_dir"]:
-        raise ExperimentError("--runs_dir is empty; give a folder, such as runs")
+        raise ExperimentError("--runs-dir is empty; give a folder, such as runs")
     for key, least in LEAST.items():
         value = _at(config, key)
         if isinstance(value, int | float) and not isinstance(value, bool) and not value >= least:

@@ -99,7 +99,7 @@ def run_jobs(jobs: Sequence[Job], program: Program, root: Path) -> int:
     outcomes |= _run([job for job in jobs if outcomes[job] is Outcome.ELSEWHERE], program, root)
     failed, elsewhere = ([job for job in jobs if outcomes[job] is how] for how in (Outcome.FAILED, Outcome.ELSEWHERE))
     done = len(jobs) - len(failed) - len(elsewhere)
-    print(f"{done} of {len(jobs)} runs done, {_duration(time.perf_counter() - start)}")
+    print(f"{done} of {len(jobs)} runs done, {duration(time.perf_counter() - start)}")
     print(f"tables, plots and a page of them: python -m report {root}")
     if failed:
         logs = (f"  {job.title}: {job.log(root)}" for job in failed)
@@ -115,7 +115,7 @@ def _run(jobs: Sequence[Job], program: Program, root: Path) -> dict[Job, Outcome
     seconds: list[float] = []
     for number, job in enumerate(jobs, start=1):
         waiting = [later for later in jobs[number - 1 :] if not later.done(root)] if seconds else []
-        left = f"  (about {_duration(len(waiting) * sum(seconds) / len(seconds))} left)" if seconds else ""
+        left = f"  (about {duration(len(waiting) * sum(seconds) / len(seconds))} left)" if seconds else ""
         print(f"[{number}/{len(jobs)}] {job.title}{left}", flush=True)
         new, start = not job.done(root), time.perf_counter()
         if any(job.needs(other, root) for other, how in outcomes.items() if how is Outcome.ELSEWHERE):
@@ -162,7 +162,8 @@ def _write_log(job: Job, root: Path, text: str) -> None:
         print(f"  its log {log} cannot be written ({error.strerror})", file=sys.stderr)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in seconds, such as "2 h 05 min", "3 min 20 s" or "7 s"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -249,7 +249,7 @@ def test_asi_keeps_at_most_the_memory_of_the_run_that_is_its_budget(measured, ca
     (hosvd,) = runs.rglob("hosvd_0.8/**/result.json")
     budget = ("--model.budget.table", only_file(runs, "perplexity.json"), "--model.budget.run", hosvd.parent)
     execute(arguments("fit", runs, *options, *budget, method="asi"), capsys)
-    (asi,) = runs.rglob("asi/**/result.json")
+    (asi,) = runs.rglob("asi_hosvd_0.8/**/result.json")
     kept, allowed = (Record.load(path).memory_bytes["activation_formula"] for path in (asi, hosvd))
     assert 0 < kept <= allowed
 
