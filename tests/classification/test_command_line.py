@@ -79,7 +79,7 @@ def test_the_record_holds_the_recipe(best_first):
 def test_the_time_of_a_step_is_the_median_over_all_steps(best_first):
     (history,) = (state for key, state in best_first.checkpoint("last")["callbacks"].items() if "History" in key)
     assert len(history["step_seconds"]) == 3 * 2
-    assert best_first.record["time_s"]["step_median"] == sorted(history["step_seconds"])[3]
+    assert best_first.record["time_s"]["step_median"] == statistics.median(history["step_seconds"])
 
 
 def test_the_history_holds_the_learning_rate_that_the_epoch_had(best_first):
@@ -164,7 +164,7 @@ def test_a_finished_run_is_not_run_again(best_first, capsys, monkeypatch, way):
 @pytest.mark.parametrize(
     ("option", "value", "difference"),
     [
-        ("--model.learning_rate", "0.125", r"model\.learning_rate is 25\.0 there and 0\.125 here"),
+        ("--model.learning_rate", "0.125", r"model\.learning_rate is 25 there and 0\.125 here"),
         ("--model.momentum", "0.5", r"model\.momentum is 0\.9 there and 0\.5 here"),
         ("--trainer.max_epochs", "4", r"trainer\.max_epochs is 3 there and 4 here"),
         ("--data.batch_size", "4", r"data\.batch_size is 8 there and 4 here"),
