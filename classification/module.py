@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -66,8 +67,9 @@ class FineTune(pl.LightningModule):
         rank_seed: of the random choice; the run's seed.
         channels_last: hold images and weights with the channels fastest in memory; on a CPU often faster, the same
             result up to rounding.
-        cache_front: compute the frozen layers ahead of the trained ones once per image and keep the result in memory;
-            for data sets whose activations fit there. The same training, up to rounding, in shorter steps.
+        cache_front: compute the frozen layers ahead of the trained ones once per image and keep the result in a file,
+            which all runs with these layers, weights and images read; for data sets whose activations fit on the disk,
+            and in memory while they are computed. The same training, up to rounding, in shorter steps.
         freeze_statistics: batch normalisation uses its stored statistics and does not update them.
         learning_rate: of SGD.
         momentum: of SGD.
@@ -124,6 +126,7 @@ class FineTune(pl.LightningModule):
         self.energies, self.mode_energies = tuple(energies), tuple(mode_energies)
         self.freeze_statistics, self.cache_front = freeze_statistics, cache_front
         self._split: list[Split] = []  # not an attribute of its own, which would register its layers twice
+        self.front_folder: Path | None = None  # of files that runs share; None keeps the front's output in memory
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.warmup_epochs, self.warmup_start = warmup_epochs, warmup_start
         self.final_learning_rate = final_learning_rate
@@ -149,9 +152,13 @@ class FineTune(pl.LightningModule):
         if data is None:
             raise ExperimentError("--model.cache_front needs the data module; give the trainer that, not loaders")
         images, _ = data.first_batch(seed=0)
-        self._split = [split(self.backbone, self.prepare(images))]
-        front = self._split[0].front
-        data.precompute(lambda images: front(self.prepare(images)))
+        parts = split(self.backbone, self.prepare(images))
+        self._split, folder = [parts], self.front_folder
+        key = f"{parts.fingerprint()}-{str(self.memory_format).rpartition('.')[2]}"
+        file = None if folder is None else lambda images: folder / f"{images}-{key}.pt"
+        nbytes = data.precompute(lambda images: parts.front(self.prepare(images)), file)
+        if self.trainer.is_global_zero:
+            print(f"  frozen front: {parts}; {nbytes / 2**20:.1f} MiB of activations", flush=True)
 
     def train(self, mode: bool = True) -> FineTune:
         """As usual, but frozen statistics stay frozen."""
