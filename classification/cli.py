@@ -145,6 +145,7 @@ class SuiteCLI(LightningCLI):
         """Train, test the best epoch, measure, and write the record."""
         with self.folder.locked(self._config_text()):
             self.datamodule.save_split(self.folder.path / SPLIT)
+            self.model.front_folder = Path(self.settings["runs_dir"]) / "fronts"
             resume = resumable(self.folder.checkpoints, self.folder.identity_hash, self.best.first_epoch)
             word = "training" if resume is None else "resuming" if resume.name == LAST else f"from {resume.name}"
             print(f"{word}: {self.identity}", flush=True)
@@ -173,6 +174,7 @@ class SuiteCLI(LightningCLI):
             "batch_size": data["batch_size"],
             "image_size": None if data["dataset"] in TEXTS else data["image_size"],
             "precision": str(self.trainer.precision),
+            **({"limit": data["limit"]} if data["limit"] is not None else {}),
         }
 
     def _record(self, optimizer: Optimizer, recipe: dict[str, Any]) -> Record:

@@ -49,6 +49,8 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     if not model["mode_energies"]:
         del model["mode_energies"]  # records of before that setting stay valid
     data = identity["data"]
+    if data["limit"] is None:
+        del data["limit"], data["limit_seed"]  # records of before these settings stay valid
     data["split_file"] = data["split_file"] and split_fingerprint(Path(data["split_file"]))
     return identity
 

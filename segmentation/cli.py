@@ -16,6 +16,7 @@ from experiment.ranks import Budget
 from lowrank import LowRankError
 from segmentation import sweep
 from segmentation.compose import choose_depth, load_config, move_data, rescale
+from segmentation.data.draws import PlacedDataset
 from segmentation.data.prepare import DATASETS, prepare
 from segmentation.pictures import picture
 from segmentation.training import Task, measure, train
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = command.add_subparsers(dest="command", required=True)
     for name, text in (("train", "train and write result.json"), ("measure", "write the perplexity table")):
-        sub = commands.add_parser(name, help=text, description=text)
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.add_argument("configs", nargs="+", metavar="CONFIG", help="configs, merged in their order")
         sub.add_argument("--layers", type=_layers, help="depth: 5, 10 or all, for the suite's own configs")
         sub.add_argument("--seed", type=int, help="seed of the run (default: the config's)")
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--load-from", metavar="FILE", help="weights to start from: a file or an address")
         sub.add_argument("--iterations", type=int, help="length of the run; schedule and validations in proportion")
         sub.add_argument("--resume", action="store_true", help="as without it: an interrupted run goes on by itself")
+        sub.add_argument("--limit", type=float, metavar="N", help="train on so many images, or up to 1 on that share")
         sub.add_argument("--amp", action="store_true", help="mixed precision, on an accelerator")
         sub.add_argument("--budget-table", metavar="FILE", help="perplexity table that ranks are chosen by")
         sub.add_argument("--budget-mib", type=float, metavar="MIB", help="memory that they are chosen for")
@@ -56,11 +58,15 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
         sub.add_argument("--local-rank", type=int, default=0, help=argparse.SUPPRESS)
         sub.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
-    drawn = commands.add_parser("picture", help="draw input, truth and predictions", description=PICTURE)
+    drawn = commands.add_parser(
+        "picture", help="draw input, truth and predictions", description=PICTURE, allow_abbrev=False
+    )
     drawn.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs of one data set")
     drawn.add_argument("--output", type=Path, required=True, metavar="FILE", help="the PNG to write")
     drawn.add_argument("--count", type=int, default=4, help="number of validation images (default: %(default)s)")
-    prepared = commands.add_parser("prepare", help="write a data set in the layout that is read", description=PREPARE)
+    prepared = commands.add_parser(
+        "prepare", help="write a data set in the layout that is read", description=PREPARE, allow_abbrev=False
+    )
     prepared.add_argument("dataset", choices=DATASETS)
     prepared.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
     prepared.add_argument("--archives", type=Path, help="folder with the archives as published (default: --data-dir)")
@@ -84,6 +90,8 @@ def task_of(options: argparse.Namespace) -> Task:
         rescale(config, options.iterations)
     if options.data_dir is not None:
         move_data(config, options.data_dir)
+    if options.limit is not None:
+        _limit(config, options.limit)
     if options.load_from is not None:
         config.load_from = options.load_from
     seed = options.seed if options.seed is not None else config.get("randomness", {}).get("seed", 233)
@@ -101,6 +109,13 @@ def task_of(options: argparse.Namespace) -> Task:
     config.launcher = options.launcher
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     return Task(config, options.runs_dir, options.work_dir, options.dry_run)
+
+
+def _limit(config: Config, limit: float) -> None:
+    """Train on a part of the data set, which the validation images do not belong to."""
+    if config.train_dataloader.dataset.type != PlacedDataset.__name__:
+        raise ExperimentError(f"--limit is for a train_dataloader with a data set of type {PlacedDataset.__name__}")
+    config.train_dataloader.dataset.limit = limit
 
 
 def _need_accelerator(option: str) -> None:

@@ -192,7 +192,7 @@ def _record(task: Task, name: RunName, runner: Runner, forwarding: History, fold
 
 def recipe_of(config: Config) -> dict[str, Any]:
     """How a run is trained, as a record says it; see `experiment.Record`."""
-    wrapper = config.optim_wrapper
+    wrapper, limit = config.optim_wrapper, config.train_dataloader.dataset.get("limit")
     return {
         "epochs": config.train_cfg.get("max_epochs"),
         "steps": config.train_cfg.get("max_iters"),
@@ -200,6 +200,7 @@ def recipe_of(config: Config) -> dict[str, Any]:
         "batch_size": config.train_dataloader.batch_size,
         "image_size": list(config.crop_size) if config.get("crop_size") else None,
         "precision": "16-mixed" if wrapper.get("type") == "AmpOptimWrapper" else "32-true",
+        **({"limit": limit} if limit is not None else {}),
     }
 
 
