@@ -86,6 +86,8 @@ class SuiteCLI(LightningCLI):
         parser.add_argument("--runs_dir", type=str, default="runs", help="folder that holds all runs")
         parser.add_argument("--dry_run", action="store_true", help="say what would be done, and stop")
         parser.add_argument("--tensorboard", type=bool, default=True, help="log to TensorBoard, in the run's folder")
+        averaged = "number of training batches that measure takes the mean over"
+        parser.add_argument("--batches", type=int, default=1, metavar="N", help=averaged)
         wandb = "project of Weights & Biases to log to as well"
         parser.add_argument("--wandb", type=str | None, default=None, metavar="PROJECT", help=wandb)
         parser.link_arguments("seed_everything", "data.shuffle_seed")
@@ -111,7 +113,7 @@ class SuiteCLI(LightningCLI):
         self.identity = run_of(self.settings, method)
         path = self.identity.folder(Path(self.settings["runs_dir"]))
         result = TABLE if measuring else RESULT
-        told = (identity_of(self.settings), result, data_fingerprint(self.settings))
+        told = (identity_of(self.settings, measuring), result, data_fingerprint(self.settings))
         self.folder = RunFolder(path, *told, run=self.identity)
         self.work.title, self.work.folder = str(self.identity), path
         if self.subcommand in ("fit", "measure"):
@@ -185,21 +187,21 @@ class SuiteCLI(LightningCLI):
             "test": float(self.trainer.callback_metrics["test_accuracy"]),
         }
         network, loss = self.model.train().backbone, classification_loss
-        trained = Trained(network, self.model.names, loss, loss, self._first_batch(), optimizer)
+        trained = Trained(network, self.model.names, loss, loss, self._batches()[0], optimizer)
         found = (self.history, accuracy, recipe, self.datamodule.fingerprint)
         return record_of(self.identity, self.folder, trained, *found)
 
-    def _first_batch(self) -> Batch:
-        """The batch that measurements are made on, as the network gets it."""
-        images, labels = self.datamodule.first_batch(self.identity.seed)
-        return self.model.prepare(images), labels.to(self.model.device)
+    def _batches(self) -> list[Batch]:
+        """The batches that measurements are made on, as the network gets them."""
+        found = self.datamodule.first_batches(self.identity.seed, self.settings["batches"])
+        return [(self.model.prepare(images), labels.to(self.model.device)) for images, labels in found]
 
     def measure(self, **options: Any) -> None:
         """Measure perplexity and write the table."""
         with self.folder.locked(self._config_text()):
             model = self.model.train()
             settings = {"energies": model.energies, "mode_energies": model.mode_energies}
-            told = (model.backbone, model.names, classification_loss, self._first_batch(), settings)
+            told = (model.backbone, model.names, classification_loss, self._batches(), settings)
             write_table(self.identity, self.folder, *told)
 
     def validate(self, ckpt_path: str | None = None, verbose: bool = True, **options: Any) -> None:

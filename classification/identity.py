@@ -37,8 +37,13 @@ def method_tag(config: Mapping[str, Any]) -> str:
     )
 
 
-def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything in a resolved config that has an influence on the result, files by their content."""
+def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, Any]:
+    """Everything in a resolved config that has an influence on the result, files by their content.
+
+    Args:
+        config: of a training run, or of one that measures perplexity.
+        measures: whether it is the latter.
+    """
     identity: dict[str, Any] = {"setup": config["setup"], "seed": config["seed_everything"]}
     for part, without in NO_INFLUENCE.items():
         identity[part] = {key: value for key, value in config[part].items() if key not in without}
@@ -46,8 +51,10 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     model["weights"] = model["weights"] and weights_fingerprint(model["weights"])
     model["budget"] = model["budget"] and _budget(config)
     identity["trainer"]["max_time"] = None  # a run that it ends has no result
-    if not model["mode_energies"]:
-        del model["mode_energies"]  # records of before that setting stay valid
+    if not (measures and model["mode_energies"]):
+        del model["mode_energies"]  # it has no influence, or is not used, as before it was there
+    if measures and config["batches"] > 1:
+        identity["batches"] = config["batches"]
     data = identity["data"]
     if data["limit"] is None:
         del data["limit"], data["limit_seed"]  # records of before these settings stay valid

@@ -22,7 +22,7 @@ from experiment import ExperimentError
 from experiment.checkpoints import TRAINING_STATE, refuse_earlier
 from experiment.method import fuses, with_ranks
 from experiment.ranks import Budget, RankChoice
-from lowrank import Method, NonFiniteError, Vanilla
+from lowrank import MODE_ENERGIES, Method, NonFiniteError, Vanilla
 from lowrank.ranks.perplexity import ENERGIES
 
 Batch = tuple[Tensor | Activations, Tensor]
@@ -59,8 +59,8 @@ class FineTune(pl.LightningModule):
         budget: where ranks come from, of a method that has none of its own, such as ASI.
         energies: at which perplexity is measured; by default the papers' six. More of them let the chosen ranks come
             closer to the budget, and cost time in measuring alone.
-        mode_energies: for each mode apart, at which perplexity is measured as well; see lowrank.measure_perplexity. By
-            default none, as in the papers.
+        mode_energies: for each mode apart, at which perplexity is measured as well; see lowrank.measure_perplexity. An
+            empty list for the papers' way, one energy for all modes of a layer.
         rank_choice: how ranks are chosen within the budget: by "perplexity", of all that was measured; by perplexity
             with one energy for all modes of a layer ("per_layer"); as the highest energy that fits when it is the same
             for all layers ("one_energy"); or without looking, at "random".
@@ -94,7 +94,7 @@ class FineTune(pl.LightningModule):
         part: Literal["all", "mlp", "attention"] = "all",
         budget: Budget | None = None,
         energies: tuple[float, ...] = ENERGIES,
-        mode_energies: tuple[float, ...] = (),
+        mode_energies: tuple[float, ...] = MODE_ENERGIES,
         rank_choice: RankChoice = "perplexity",
         rank_seed: int = 0,
         freeze_statistics: bool = True,

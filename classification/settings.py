@@ -14,6 +14,7 @@ from experiment import ExperimentError
 PRECISIONS = {"32", "32-true", "16-mixed", "bf16-mixed", "16", "bf16"}  # what is measured is in single precision
 LEAST = {  # per number that has one
     "seed_everything": 0,
+    "batches": 1,
     "trainer.max_epochs": 1,
     "trainer.min_epochs": 0,
     "trainer.accumulate_grad_batches": 1,

@@ -90,7 +90,7 @@ def write_table(
     network: nn.Module,
     names: Sequence[str],
     loss_fn: Loss,
-    batch: Any,
+    batches: Sequence[Any],
     settings: Mapping[str, Any],
 ) -> Path:
     """Measure the perplexity of layers and write the table, where the run's folder has its result.
@@ -98,10 +98,11 @@ def write_table(
     Args:
         run: names the network in the table.
         folder: of the run, locked.
-        network, names, loss_fn, batch: see `lowrank.measure_perplexity`.
-        settings: its further arguments, such as energies.
+        network, names, loss_fn: see `lowrank.measure_perplexity`.
+        batches: one or more of training; the table has their mean.
+        settings: further arguments of `lowrank.measure_perplexity`, such as energies.
     """
-    table = measure_perplexity(network, names, loss_fn, batch, **settings)
+    table = measure_perplexity(network, names, loss_fn, batches[0], further=batches[1:], **settings)
     replace(table, model=run.model).save(folder.result)
     print(f"perplexity of {len(table.layers)} layers in {folder.result}", flush=True)
     return folder.result

@@ -13,6 +13,7 @@ from experiment import ExperimentError, Run
 from experiment.method import build_method
 from experiment.method import method_tag as tag_of
 from experiment.ranks import Budget
+from lowrank import MODE_ENERGIES
 from segmentation.compose import hook_settings
 
 # What has an influence on a perplexity table, and what besides on a trained network.
@@ -62,11 +63,24 @@ def run_of(config: Config, method: str) -> Run:
 def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]:
     """Everything in a config that has an influence on the result, files by their content."""
     identity = {key: _without(config.get(key)) for key in keys if config.get(key) is not None}
+    if "perplexity" in keys:
+        identity["perplexity"] = {key: _without(value) for key, value in perplexity_settings(config).items() if value}
+        identity = {key: value for key, value in identity.items() if key != "perplexity" or value}
     identity["load_from"] = _weights(config.get("load_from"))
     for hook in identity.get("custom_hooks", []):
         if hook.get("budget"):
             hook["budget"] = _budget(config, hook["budget"])
     return identity
+
+
+def perplexity_settings(config: Config) -> dict[str, Any]:
+    """How perplexity is measured: arguments of `lowrank.measure_perplexity`, and "batches", their number.
+
+    In a config `perplexity` has those that differ from the usual: an energy for each mode, on one batch. With
+    `mode_energies=[]` there is one energy for all modes of a layer, as in the papers.
+    """
+    settings = {"mode_energies": list(MODE_ENERGIES), **config.get("perplexity", {})}
+    return {key: value for key, value in settings.items() if (key, value) != ("batches", 1)}
 
 
 def _without(value: Any) -> Any:

@@ -26,13 +26,13 @@ from experiment.execute import nothing_to_do
 from experiment.measure import Trained, record_of, write_table
 from experiment.record import RESULT, TABLE
 from lowrank import converted_layers
-from segmentation.batches import first_batch, logits, segmentation_loss, training_mode
+from segmentation.batches import first_batch, first_batches, logits, segmentation_loss, training_mode
 from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
 from segmentation.compose import hook_settings
 from segmentation.data.registry import data_fingerprint, require_data
 from segmentation.history import History
 from segmentation.hook import LowRankHook, unwrapped
-from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, run_of
+from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, perplexity_settings, run_of
 from segmentation.saving import write_or_say
 
 FINAL = "final.pth"  # the last weights alone, as MMSegmentation loads them
@@ -205,9 +205,7 @@ def recipe_of(config: Config) -> dict[str, Any]:
 
 
 def measure(task: Task, work: Work | None = None) -> Path | None:
-    """Measure the perplexity of the chosen layers on one training batch and write the table; None if it was there.
-
-    `perplexity` in the config holds further arguments of `lowrank.measure_perplexity`, such as its energies.
+    """Measure the perplexity of the chosen layers on training batches and write the table; None if it was there.
 
     Raises:
         ExperimentError, LowRankError: something that the user can mend.
@@ -219,9 +217,10 @@ def measure(task: Task, work: Work | None = None) -> Path | None:
     with folder.locked(as_yaml(task.config)):
         model, layers = prepared_model(task.config)
         dataset = DATASETS.build(task.config.train_dataloader.dataset)
-        batch = first_batch(model, dataset, task.config.train_dataloader.batch_size, name.seed)
-        settings = task.config.get("perplexity", {})
-        return write_table(name, folder, training_mode(model), layers, segmentation_loss, batch, settings)
+        settings = perplexity_settings(task.config)
+        shape = (task.config.train_dataloader.batch_size, name.seed, settings.pop("batches", 1))
+        batches = first_batches(model, dataset, *shape)
+        return write_table(name, folder, training_mode(model), layers, segmentation_loss, batches, settings)
 
 
 def prepared_model(config: Config) -> tuple[Any, list[str]]:

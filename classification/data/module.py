@@ -294,9 +294,22 @@ class ImageDataModule(pl.LightningDataModule):
 
     def first_batch(self, seed: int) -> tuple[Tensor, Tensor]:
         """One training batch, (B, 3, H, W) or (B, N), and (B,), that depends on the seed alone; for measurements."""
-        order = list(EpochShuffle(len(self.train), seed))[: self.batch_size]
-        images, labels = default_collate([self.train[index] for index in order])
-        return images, labels
+        return self.first_batches(seed, 1)[0]
+
+    def first_batches(self, seed: int, count: int) -> list[tuple[Tensor, Tensor]]:
+        """The first training batches, with no sample in two of them; see `first_batch`.
+
+        Raises:
+            ExperimentError: the samples do not fill so many batches.
+        """
+        order, size = list(EpochShuffle(len(self.train), seed)), self.batch_size
+        if count > 1 and count * size > len(order):
+            raise ExperimentError(
+                f"{len(order)} training samples do not fill {count} batches of {size}; lower --batches to "
+                f"{max(1, len(order) // size)}"
+            )
+        chosen = (order[place * size : (place + 1) * size] for place in range(count))
+        return [tuple(default_collate([self.train[index] for index in indices])) for indices in chosen]
 
     def save_split(self, path: Path) -> None:
         """Write who has which image, if this is one of setup B's halves; `split_file` reads it."""

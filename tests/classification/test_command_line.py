@@ -244,6 +244,21 @@ def test_measure_writes_the_table_of_the_trained_layers_once(measured, capsys):
     assert path.read_bytes() == before
 
 
+def test_perplexity_is_the_mean_over_batches(measured, tmp_path, capsys):
+    runs, options = measured
+    one = PerplexityTable.load(only_file(runs, "perplexity.json"))
+    execute(arguments("measure", tmp_path, *options, "--batches", 3), capsys)
+    three = PerplexityTable.load(only_file(tmp_path, "perplexity.json"))
+    assert (one.batches, three.batches) == (1, 3)
+    assert [row.ranks for row in one.layers] == [row.ranks for row in three.layers]
+    assert [row.perplexity for row in one.layers] != [row.perplexity for row in three.layers]
+    assert all(row.gradient_norm > 0 and row.mixed for row in three.layers)
+    assert main(arguments("measure", tmp_path, *options)) == 2
+    assert "batches is 3 there" in capsys.readouterr().err
+    assert main(arguments("measure", tmp_path / "other", *options, "--batches", 100)) == 2
+    assert "do not fill 100 batches of 8; lower --batches to " in capsys.readouterr().err
+
+
 def test_asi_keeps_at_most_the_memory_of_the_run_that_is_its_budget(measured, capsys):
     runs, options = measured
     (hosvd,) = runs.rglob("hosvd_0.8/**/result.json")

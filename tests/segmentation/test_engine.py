@@ -11,14 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 from mmseg.registry import DATASETS
 from segmentors import TINY, files
 
 from experiment import ExperimentError, Record, Run
 from experiment.sweep import SEED
-from lowrank import PerplexityTable
+from lowrank import MODE_ENERGIES, PerplexityTable
 from segmentation import sweep, training
 from segmentation.cli import main
+from segmentation.compose import load_config
+from segmentation.identity import MEASURED, identity_of, perplexity_settings
 
 ROOT = Path(__file__).parents[2]
 OWN = ROOT / "tests" / "experiment" / "own_methods.py"
@@ -179,3 +182,23 @@ def test_a_part_of_a_data_set_is_drawn_by_its_seed_and_is_another_run(data_dir, 
     assert Record.load(folder(tmp_path, "vanilla") / "result.json").recipe["limit"] == 6
     assert main(arguments("train", "vanilla", data_dir, tmp_path)) == 2
     assert "limit is 6" in capsys.readouterr().err
+
+
+def test_perplexity_is_the_mean_over_batches_and_the_papers_way_is_asked_for(table, data_dir, tmp_path, capsys):
+    one = PerplexityTable.load(table)
+    words = [*arguments("measure", "vanilla", data_dir, tmp_path), "perplexity.energies=[0.5,0.8,0.9]"]
+    assert main([*words[:1], "--batches", "3", *words[1:]]) == 0
+    three = PerplexityTable.load(folder(tmp_path, "perplexity") / "perplexity.json")
+    assert (one.batches, three.batches) == (1, 3)
+    assert [row.ranks for row in one.layers] == [row.ranks for row in three.layers]
+    assert [row.perplexity for row in one.layers] != [row.perplexity for row in three.layers]
+    assert all(row.gradient_norm > 0 and row.mixed for row in three.layers)
+    assert main(words) == 2, "another table"
+    assert "perplexity.batches" in capsys.readouterr().err
+    other = [*arguments("measure", "vanilla", data_dir, tmp_path / "other"), "perplexity.mode_energies=[]"]
+    assert main([*other[:1], "--batches", "7", *other[1:]]) == 2
+    assert "--batches is 7; of 2 of 12 images there are from 1 to 6" in capsys.readouterr().err
+    published = load_config(files("pspnet", "voc12aug", "finetune", "vanilla"))
+    assert perplexity_settings(published)["mode_energies"] == []
+    assert "perplexity" not in identity_of(published, MEASURED), "as before there was a choice"
+    assert perplexity_settings(Config())["mode_energies"] == list(MODE_ENERGIES)
