@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from experiment.command import Work, finish, underscored
+from experiment.command import Work, dashed, finish
 
 
 def main(arguments: list[str]) -> int:
@@ -23,11 +23,11 @@ def _command(arguments: list[str], work: Work) -> int:
     if command == "prepare":
         from classification import prepare
 
-        return prepare.main(underscored(rest))
+        return prepare.main(dashed(rest))
     if command == "weights":
         from classification import convert_weights
 
-        return convert_weights.main(underscored(rest))
+        return convert_weights.main(dashed(rest))
     from classification import cli
 
     return cli.main(arguments)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import random
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,77 +15,50 @@ from torch import Tensor
 from classification.loggers import log_resources
 from experiment import ExperimentError
 from experiment.checkpoints import BEST, LAST
-from experiment.files import write_whole
+from experiment.history import History as RunHistory
 from experiment.signals import check
-from lowrank import converted_layers
 
 
 class History(pl.Callback):
-    """One row per epoch, in `metrics.csv` and in every checkpoint; a resumed run goes on where the rows end.
+    """Forwards the events of an epoch to the run's history, and carries that through checkpoints.
 
     Args:
         folder: where `metrics.csv` is written, whole after each epoch.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.rows: list[dict[str, float]] = []
-        self.step_seconds: list[float] = []
-        self._kept: list[int] = []
-        self._steps_before = 0
-        self._epoch_start = self._step_start = 0.0
+        self.history = RunHistory(folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Rows and step times so far."""
-        return {"rows": self.rows, "step_seconds": self.step_seconds}
+        return self.history.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after these rows. Testing an earlier checkpoint of the same run changes nothing."""
-        if len(state_dict["rows"]) > len(self.rows):
-            self.rows, self.step_seconds = list(state_dict["rows"]), list(state_dict["step_seconds"])
+        self.history.load_state_dict(state_dict)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock, and note the epoch's learning rate."""
         self._learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self._kept, self._steps_before, self._epoch_start = [], len(self.step_seconds), time.perf_counter()
+        self.history.drop_pending()
+        self.history.start()
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Start the clock of a step."""
-        self._step_start = time.perf_counter()
+        self.history.step_start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Note the step's time and the bytes that its layers kept."""
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-        self.step_seconds.append(time.perf_counter() - self._step_start)
-        self._kept.append(sum(layer._lowrank.formula_bytes for layer in converted_layers(pl_module)))
+        self.history.step_end(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch's row, and log what the epoch used."""
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        row = {
-            "epoch": trainer.current_epoch,
-            "learning_rate": self._learning_rate,
-            "train_loss": metrics["train_loss"],
-            "val_loss": metrics["val_loss"],
-            "val_accuracy": metrics["val_accuracy"],
-            "activation_bytes": statistics.fmean(self._kept),
-            "step_seconds": statistics.median(self.step_seconds[self._steps_before :]),
-            "seconds": time.perf_counter() - self._epoch_start,
-        }
-        self.rows.append(row)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(row))
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_whole(self.folder / "metrics.csv", text.getvalue())
-        used = {key: row[key] for key in ("activation_bytes", "step_seconds", "seconds")}
-        log_resources(trainer.loggers, {**used, "learning_rate": row["learning_rate"]}, trainer.global_step)
-
-    @property
-    def activation_bytes(self) -> int:
-        """Largest of the epochs' mean formula bytes: the papers' "peak" memory."""
-        return round(max(row["activation_bytes"] for row in self.rows))
+        metrics = {key: float(trainer.callback_metrics[key]) for key in ("train_loss", "val_loss", "val_accuracy")}
+        row = self.history.add({"epoch": trainer.current_epoch, "learning_rate": self._learning_rate, **metrics})
+        used = {key: row[key] for key in ("activation_bytes", "step_seconds", "seconds", "learning_rate")}
+        log_resources(trainer.loggers, used, trainer.global_step)
 
 
 class LastCheckpoint(ModelCheckpoint):

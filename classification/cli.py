@@ -8,7 +8,6 @@ import math
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,21 +27,14 @@ from classification.loggers import log_record, loggers
 from classification.module import Batch, FineTune, classification_loss
 from classification.progress import Progress
 from classification.settings import check_settings
-from experiment import ExperimentError, Record, RunFolder, Status, provenance
+from experiment import ExperimentError, Record, RunFolder
 from experiment.allocator import keep_freed_memory
 from experiment.checkpoints import BEST, LAST, resumable
 from experiment.command import Work, finish, underscored
+from experiment.execute import nothing_to_do
+from experiment.measure import Trained, record_of, write_table
 from experiment.record import RESULT, TABLE
-from lowrank import (
-    LowRankError,
-    PerplexityTable,
-    TableError,
-    account,
-    measure_perplexity,
-    peak_bytes,
-    saved_bytes,
-    weight_memory,
-)
+from lowrank import LowRankError
 
 SPLIT = "split.npz"
 # What a user can mend, in one line.
@@ -94,6 +86,8 @@ class SuiteCLI(LightningCLI):
         parser.add_argument("--runs_dir", type=str, default="runs", help="folder that holds all runs")
         parser.add_argument("--dry_run", action="store_true", help="say what would be done, and stop")
         parser.add_argument("--tensorboard", type=bool, default=True, help="log to TensorBoard, in the run's folder")
+        averaged = "number of training batches that measure takes the mean over"
+        parser.add_argument("--batches", type=int, default=1, metavar="N", help=averaged)
         wandb = "project of Weights & Biases to log to as well"
         parser.add_argument("--wandb", type=str | None, default=None, metavar="PROJECT", help=wandb)
         parser.link_arguments("seed_everything", "data.shuffle_seed")
@@ -119,34 +113,29 @@ class SuiteCLI(LightningCLI):
         self.identity = run_of(self.settings, method)
         path = self.identity.folder(Path(self.settings["runs_dir"]))
         result = TABLE if measuring else RESULT
-        told = (identity_of(self.settings), result, data_fingerprint(self.settings))
+        told = (identity_of(self.settings, measuring), result, data_fingerprint(self.settings))
         self.folder = RunFolder(path, *told, run=self.identity)
         self.work.title, self.work.folder = str(self.identity), path
-        if self.subcommand not in ("fit", "measure"):
-            return
-        status = self.folder.status()
-        if measuring and status is Status.DONE and not _is_table(self.folder.result):
-            status = Status.NEW
-        if self.settings["dry_run"]:
-            todo = {Status.NEW: "would run", Status.INTERRUPTED: "would resume", Status.DONE: "is done, would skip"}
-            raise _NothingToDo(f"{todo[status]}: {self.identity}\n  folder: {path}")
-        if status is Status.DONE:
-            raise _NothingToDo(f"done already: {self.identity}\n  result: {self.folder.result}")
+        if self.subcommand in ("fit", "measure"):
+            said = nothing_to_do(self.identity, self.folder, self.settings["dry_run"])
+            if said is not None:
+                raise _NothingToDo(said)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = self.settings["trainer"]
         if self.subcommand == "fit" and trainer["max_epochs"] is None:
             raise ExperimentError("--trainer.max_epochs is not given; a run needs a number of epochs")
-        self.history = History(self.folder.path)
+        forwarding = History(self.folder.path)
+        self.history = forwarding.history
         # At the end of the training epoch, when the history has its row.
         after_each_epoch: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
         first = math.floor(self.settings["model"]["select_from"] * (trainer["max_epochs"] or 0))
         self.best = BestCheckpoint(self.folder.checkpoints, first, **after_each_epoch)
         last = LastCheckpoint(self.folder.checkpoints, **after_each_epoch)
         configured = self._get(self.config_init, "trainer").get("callbacks") or []
-        callbacks = [*configured, WholeEpochs(), self.history, RandomState(), self.best, last]
+        callbacks = [*configured, WholeEpochs(), forwarding, RandomState(), self.best, last]
         if trainer["enable_progress_bar"] is not False:
-            callbacks.append(Progress())
+            callbacks.append(Progress(self.history))
         if self.subcommand == "fit" and trainer["logger"] is False:
             told = (self.settings["tensorboard"], self.settings["wandb"])
             kwargs["logger"] = loggers(self.folder.path, self.identity, *told)
@@ -158,6 +147,7 @@ class SuiteCLI(LightningCLI):
         """Train, test the best epoch, measure, and write the record."""
         with self.folder.locked(self._config_text()):
             self.datamodule.save_split(self.folder.path / SPLIT)
+            self.model.front_folder = Path(self.settings["runs_dir"]) / "fronts"
             resume = resumable(self.folder.checkpoints, self.folder.identity_hash, self.best.first_epoch)
             word = "training" if resume is None else "resuming" if resume.name == LAST else f"from {resume.name}"
             print(f"{word}: {self.identity}", flush=True)
@@ -186,58 +176,33 @@ class SuiteCLI(LightningCLI):
             "batch_size": data["batch_size"],
             "image_size": None if data["dataset"] in TEXTS else data["image_size"],
             "precision": str(self.trainer.precision),
+            **({"limit": data["limit"]} if data["limit"] is not None else {}),
         }
 
     def _record(self, optimizer: Optimizer, recipe: dict[str, Any]) -> Record:
-        model, history = self.model, self.history
-        batch = self._first_batch()
-        network = model.train().backbone
-        kept, peak = saved_bytes(network, classification_loss, batch), peak_bytes(network, classification_loss, batch)
-        total = account(network, model.names, batch).total
-        weights = weight_memory(network, model.names, classification_loss, batch, optimizer)
-        inference = peak_bytes(model.eval().backbone, classification_loss, batch, backward=False)
-        accuracies = [row["val_accuracy"] for row in history.rows]
-        return Record(
-            run=self.identity,
-            accuracy={
-                "val_best": max(accuracies[self.best.first_epoch :]),
-                "val_last": accuracies[-1],
-                "test": float(self.trainer.callback_metrics["test_accuracy"]),
-            },
-            memory_bytes={
-                "activation_formula": history.activation_bytes,
-                "saved_measured": kept,
-                "peak_measured": peak,
-                "peak_inference": inference,
-                "weight_measured": weights.weight,
-                "weight_gradient_measured": weights.gradient,
-                "weight_optimizer_measured": weights.optimizer,
-                **({"weight_emulated_formula": weights.emulated} if weights.emulated else {}),
-            },
-            flops={"paper": total.flops_paper, "corrected": total.flops},
-            time_s={
-                "step_median": sorted(history.step_seconds)[len(history.step_seconds) // 2],
-                "total": sum(row["seconds"] for row in history.rows),
-            },
-            provenance=provenance(self.folder.identity_hash, self.datamodule.fingerprint, keep_freed_memory()),
-            recipe=recipe,
-        )
+        accuracies = [row["val_accuracy"] for row in self.history.rows]
+        accuracy = {
+            "val_best": max(accuracies[self.best.first_epoch :]),
+            "val_last": accuracies[-1],
+            "test": float(self.trainer.callback_metrics["test_accuracy"]),
+        }
+        network, loss = self.model.train().backbone, classification_loss
+        trained = Trained(network, self.model.names, loss, loss, self._batches()[0], optimizer)
+        found = (self.history, accuracy, recipe, self.datamodule.fingerprint)
+        return record_of(self.identity, self.folder, trained, *found)
 
-    def _first_batch(self) -> Batch:
-        """The batch that measurements are made on, as the network gets it."""
-        images, labels = self.datamodule.first_batch(self.identity.seed)
-        return self.model.prepare(images), labels.to(self.model.device)
+    def _batches(self) -> list[Batch]:
+        """The batches that measurements are made on, as the network gets them."""
+        found = self.datamodule.first_batches(self.identity.seed, self.settings["batches"])
+        return [(self.model.prepare(images), labels.to(self.model.device)) for images, labels in found]
 
     def measure(self, **options: Any) -> None:
         """Measure perplexity and write the table."""
         with self.folder.locked(self._config_text()):
             model = self.model.train()
-            table = measure_perplexity(
-                *(model.backbone, model.names, classification_loss, self._first_batch()),
-                *(model.energies, model.mode_energies),
-            )
-            replace(table, model=self.identity.model).save(self.folder.result)
-        print(f"perplexity of {len(table.layers)} layers in {self.folder.result}", flush=True)
+            settings = {"energies": model.energies, "mode_energies": model.mode_energies}
+            told = (model.backbone, model.names, classification_loss, self._batches(), settings)
+            write_table(self.identity, self.folder, *told)
 
     def validate(self, ckpt_path: str | None = None, verbose: bool = True, **options: Any) -> None:
         """Validation accuracy of a checkpoint, by default the run's best."""
@@ -257,14 +222,6 @@ class SuiteCLI(LightningCLI):
             raise ExperimentError(f"there is no checkpoint {path}; train this run first, or give --ckpt_path")
         _require_checkpoint_of(self.model, path)
         return str(path)
-
-
-def _is_table(path: Path) -> bool:
-    try:
-        PerplexityTable.load(path)
-    except TableError:
-        return False
-    return True
 
 
 def _require_checkpoint_of(model: FineTune, path: Path) -> None:

@@ -8,22 +8,39 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from classification.data.module import Activations
-from experiment import ExperimentError
+from experiment import ExperimentError, fingerprint
 from lowrank.layers.swap import stock_class
 
 # Layers that compute the same in training as in evaluation; any other layer has to be in evaluation mode.
-_SAME_IN_TRAINING = (
-    *(nn.Conv2d, nn.Linear, nn.LayerNorm, nn.Identity, nn.Flatten),
-    *(nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.GELU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+_ROOMS = (
+    "activation",
+    "channelshuffle",
+    "conv",
+    "flatten",
+    "linear",
+    "padding",
+    "pixelshuffle",
+    "pooling",
+    "upsampling",
 )
+_DRAWING = (nn.RReLU, nn.MultiheadAttention, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+_SAME_IN_TRAINING = {
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, nn.CrossMapLRN2d, nn.Embedding),
+    *(
+        kind
+        for room in _ROOMS
+        for kind in vars(getattr(nn.modules, room)).values()
+        if isinstance(kind, type) and issubclass(kind, nn.Module) and not issubclass(kind, LazyModuleMixin)
+    ),
+} - set(_DRAWING)
 
 
 @dataclass(frozen=True)
@@ -33,10 +50,32 @@ class Split:
     Attributes:
         front: images (B, 3, H, W) -> the activations that the tail reads, each (B, ...).
         tail: those activations -> the output of the network.
+        layers: how many layers are called in the front, and in the network.
+        stops: the layers that the front ends at, each with the reason.
     """
 
-    front: Callable[[Tensor], Activations]
-    tail: Callable[..., Tensor]
+    front: fx.GraphModule
+    tail: fx.GraphModule
+    layers: tuple[int, int]
+    stops: tuple[str, ...]
+
+    def __str__(self) -> str:
+        most = 3
+        more = f" and {len(self.stops) - most} more" if len(self.stops) > most else ""
+        ends = f", up to {'; '.join(self.stops[:most])}{more}" if self.stops else ""
+        return f"{self.layers[0]} of {self.layers[1]} layers{ends}"
+
+    def fingerprint(self) -> str:
+        """A short hash of all that the front's output depends on but for the images: its code and its tensors."""
+        parts = [self.front.code.encode(), torch.__version__.encode()]
+        for name, tensor in sorted(self.front.state_dict().items()):
+            parts += [f"{name} {tensor.dtype} {tensor.device.type}".encode(), _bytes(tensor)]
+        return fingerprint(parts)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    content: bytes = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return content
 
 
 def split(network: nn.Module, images: Tensor) -> Split:
@@ -50,7 +89,7 @@ def split(network: nn.Module, images: Tensor) -> Split:
         ExperimentError: the network cannot be split.
     """
     graph = _graph_of(network)
-    constant = _constant_nodes(graph, network)
+    constant, stops = _constant_nodes(graph, network)
     crossing = [node for node in graph.nodes if node in constant and not constant.issuperset(node.users)]
     front, tail = fx.Graph(), fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
@@ -62,7 +101,9 @@ def split(network: nn.Module, images: Tensor) -> Split:
     for node in graph.nodes:
         if node not in constant:
             values[node] = tail.node_copy(node, values.__getitem__)
-    parts = Split(fx.GraphModule(network, front), fx.GraphModule(network, tail))
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    layers = (sum(node in constant for node in calls), len(calls))
+    parts = Split(fx.GraphModule(network, front), fx.GraphModule(network, tail), layers, tuple(stops))
     with _evaluating(network), torch.no_grad():
         whole, in_parts = network(images), parts.tail(*parts.front(images))
     if not torch.allclose(whole, in_parts, rtol=1e-4, atol=1e-4 * float(whole.abs().max())):
@@ -106,21 +147,30 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _constant_nodes(graph: fx.Graph, network: nn.Module) -> set[fx.Node]:
+def _constant_nodes(graph: fx.Graph, network: nn.Module) -> tuple[set[fx.Node], list[str]]:
+    """What no training step changes, and the layers that depend on nothing else and change nevertheless, with why."""
     constant: set[fx.Node] = set()
+    stops: dict[str, None] = {}
     for node in graph.nodes:
-        if node.op != "output" and constant.issuperset(node.all_input_nodes) and _is_fixed(node, network):
+        if node.op == "output" or not constant.issuperset(node.all_input_nodes):
+            continue
+        reason = _reason_against(node, network)
+        if reason is None:
             constant.add(node)
-    return constant
+        else:
+            stops[f"{node.target} ({reason})"] = None
+    return constant, list(stops)
 
 
-def _is_fixed(node: fx.Node, network: nn.Module) -> bool:
+def _reason_against(node: fx.Node, network: nn.Module) -> str | None:
+    """Why a node's value may change from step to step though its inputs do not; None if it does not."""
     if node.op == "get_attr":
         owner, _, attribute = str(node.target).rpartition(".")
-        return not getattr(network.get_submodule(owner), attribute).requires_grad
+        return "is trained" if getattr(network.get_submodule(owner), attribute).requires_grad else None
     if node.op != "call_module":
-        return True
+        return None
     layer = network.get_submodule(str(node.target))
     if any(parameter.requires_grad for parameter in layer.parameters()):
-        return False
-    return not layer.training or stock_class(layer) in _SAME_IN_TRAINING
+        return "is trained"
+    kind = stock_class(layer)
+    return f"{kind.__name__} differs in training" if layer.training and kind not in _SAME_IN_TRAINING else None

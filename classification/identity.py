@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from pytorch_lightning.cli import instantiate_class
 
 from classification.backbones.weights import weights_fingerprint
 from classification.data import load_splits
@@ -15,10 +12,10 @@ from classification.data.module import FRONT_OF_AUGMENTED
 from classification.data.partition import split_fingerprint
 from classification.data.registry import MissingDataError
 from classification.data.text import TEXTS, is_there
-from classification.module import fuses
-from classification.planning import Budget
-from experiment import ExperimentError, Run, fingerprint
-from lowrank import ASI, Method, PerplexityTable, Vanilla
+from experiment import ExperimentError, Run
+from experiment.method import build_method
+from experiment.method import method_tag as tag_of
+from experiment.ranks import Budget
 
 # Settings that have no influence on a run's result, so that they may change between two tries.
 NO_INFLUENCE = {
@@ -32,25 +29,21 @@ NO_INFLUENCE = {
 }
 
 
-def configured_method(config: Mapping[str, Any]) -> Method:
-    """The method of a resolved `model` config."""
-    method = config.get("method")
-    return Vanilla() if method is None else instantiate_class((), dict(method))
-
-
 def method_tag(config: Mapping[str, Any]) -> str:
-    """The method's name in records and folders; says so where ranks or `fuse` are not chosen as usual."""
-    method = configured_method(config)
-    fused = fuses(method, config["fuse"])
-    chosen = isinstance(method, ASI) and method.ranks is None and config["rank_choice"] != "perplexity"
-    tag = f"{method.tag}_{config['rank_choice']}" if chosen else method.tag
-    if fused == fuses(method, None):
-        return tag
-    return f"{tag}_{'fused' if fused else 'unfused'}"
+    """The method's name in records and folders, of a resolved `model` config; see `experiment.method.method_tag`."""
+    budget = config.get("budget")
+    return tag_of(
+        build_method(config.get("method")), config["fuse"], config["rank_choice"], Budget(**budget) if budget else None
+    )
 
 
-def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything in a resolved config that has an influence on the result, files by their content."""
+def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, Any]:
+    """Everything in a resolved config that has an influence on the result, files by their content.
+
+    Args:
+        config: of a training run, or of one that measures perplexity.
+        measures: whether it is the latter.
+    """
     identity: dict[str, Any] = {"setup": config["setup"], "seed": config["seed_everything"]}
     for part, without in NO_INFLUENCE.items():
         identity[part] = {key: value for key, value in config[part].items() if key not in without}
@@ -58,9 +51,13 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     model["weights"] = model["weights"] and weights_fingerprint(model["weights"])
     model["budget"] = model["budget"] and _budget(config)
     identity["trainer"]["max_time"] = None  # a run that it ends has no result
-    if not model["mode_energies"]:
-        del model["mode_energies"]  # records of before that setting stay valid
+    if not (measures and model["mode_energies"]):
+        del model["mode_energies"]  # it has no influence, or is not used, as before it was there
+    if measures and config["batches"] > 1:
+        identity["batches"] = config["batches"]
     data = identity["data"]
+    if data["limit"] is None:
+        del data["limit"], data["limit_seed"]  # records of before these settings stay valid
     data["split_file"] = data["split_file"] and split_fingerprint(Path(data["split_file"]))
     return identity
 
@@ -77,21 +74,11 @@ def data_fingerprint(config: Mapping[str, Any]) -> str | None:
 
 
 def _budget(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The budget by its content, after a check that the table was measured for this very run."""
-    budget, data = Budget(**config["model"]["budget"]), config["data"]
-    table = PerplexityTable.load(budget.table)
-    measured = (table.model, table.batch_shape)
+    """The budget by its content."""
+    model, data = config["model"], config["data"]
     sample = (data["max_length"],) if data["dataset"] in TEXTS else (3, data["image_size"], data["image_size"])
-    asked = (config["model"]["backbone"], (data["batch_size"], *sample))
-    if measured != asked:
-        raise ExperimentError(
-            f"the perplexity table {budget.table} is of {measured[0]} on batches {measured[1]}, this run of {asked[0]} "
-            f"on batches {asked[1]}; measure it again"
-        )
-    content = json.dumps(json.loads(Path(budget.table).read_text()), sort_keys=True)
-    choice = config["model"]["rank_choice"]
-    ways = {} if choice == "perplexity" else {"choice": choice, "seed": config["seed_everything"]}
-    return {"table": fingerprint([content.encode()]), "bytes": budget.nbytes, **ways}
+    told = (model["backbone"], (data["batch_size"], *sample), model["rank_choice"], config["seed_everything"])
+    return Budget(**model["budget"]).identity(*told)
 
 
 def run_of(config: Mapping[str, Any], method: str) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -17,10 +18,11 @@ import lowrank
 from classification.backbones import build_model
 from classification.data.module import Activations
 from classification.front import Split, split
-from classification.planning import Budget, RankChoice
 from experiment import ExperimentError
 from experiment.checkpoints import TRAINING_STATE, refuse_earlier
-from lowrank import ASI, Method, NonFiniteError, Vanilla
+from experiment.method import fuses, with_ranks
+from experiment.ranks import Budget, RankChoice
+from lowrank import MODE_ENERGIES, Method, NonFiniteError, Vanilla
 from lowrank.ranks.perplexity import ENERGIES
 
 Batch = tuple[Tensor | Activations, Tensor]
@@ -54,19 +56,20 @@ class FineTune(pl.LightningModule):
         layers: how many trailing layers are trained, or "all".
         kind: of those layers: "conv" for convolutions, "linear" for linear layers.
         part: of a transformer, which of its linear layers: "mlp", "attention" (its projections) or "all".
-        budget: where ASI's ranks come from, if its own `ranks` are not given.
+        budget: where ranks come from, of a method that has none of its own, such as ASI.
         energies: at which perplexity is measured; by default the papers' six. More of them let the chosen ranks come
             closer to the budget, and cost time in measuring alone.
-        mode_energies: for each mode apart, at which perplexity is measured as well; see lowrank.measure_perplexity. By
-            default none, as in the papers.
+        mode_energies: for each mode apart, at which perplexity is measured as well; see lowrank.measure_perplexity. An
+            empty list for the papers' way, one energy for all modes of a layer.
         rank_choice: how ranks are chosen within the budget: by "perplexity", of all that was measured; by perplexity
             with one energy for all modes of a layer ("per_layer"); as the highest energy that fits when it is the same
             for all layers ("one_energy"); or without looking, at "random".
         rank_seed: of the random choice; the run's seed.
         channels_last: hold images and weights with the channels fastest in memory; on a CPU often faster, the same
             result up to rounding.
-        cache_front: compute the frozen layers ahead of the trained ones once per image and keep the result in memory;
-            for data sets whose activations fit there. The same training, up to rounding, in shorter steps.
+        cache_front: compute the frozen layers ahead of the trained ones once per image and keep the result in a file,
+            which all runs with these layers, weights and images read; for data sets whose activations fit on the disk,
+            and in memory while they are computed. The same training, up to rounding, in shorter steps.
         freeze_statistics: batch normalisation uses its stored statistics and does not update them.
         learning_rate: of SGD.
         momentum: of SGD.
@@ -91,7 +94,7 @@ class FineTune(pl.LightningModule):
         part: Literal["all", "mlp", "attention"] = "all",
         budget: Budget | None = None,
         energies: tuple[float, ...] = ENERGIES,
-        mode_energies: tuple[float, ...] = (),
+        mode_energies: tuple[float, ...] = MODE_ENERGIES,
         rank_choice: RankChoice = "perplexity",
         rank_seed: int = 0,
         freeze_statistics: bool = True,
@@ -118,11 +121,12 @@ class FineTune(pl.LightningModule):
         lowrank.freeze_before(self.backbone, self.names)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.backbone.to(memory_format=self.memory_format)
-        self.method = _with_ranks(method or Vanilla(), budget, self.names, rank_choice, rank_seed)
+        self.method = with_ranks(method or Vanilla(), budget, self.names, rank_choice, rank_seed)
         lowrank.convert(self.backbone, self.names, self.method, fuses(self.method, fuse))
         self.energies, self.mode_energies = tuple(energies), tuple(mode_energies)
         self.freeze_statistics, self.cache_front = freeze_statistics, cache_front
         self._split: list[Split] = []  # not an attribute of its own, which would register its layers twice
+        self.front_folder: Path | None = None  # of files that runs share; None keeps the front's output in memory
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.warmup_epochs, self.warmup_start = warmup_epochs, warmup_start
         self.final_learning_rate = final_learning_rate
@@ -148,9 +152,13 @@ class FineTune(pl.LightningModule):
         if data is None:
             raise ExperimentError("--model.cache_front needs the data module; give the trainer that, not loaders")
         images, _ = data.first_batch(seed=0)
-        self._split = [split(self.backbone, self.prepare(images))]
-        front = self._split[0].front
-        data.precompute(lambda images: front(self.prepare(images)))
+        parts = split(self.backbone, self.prepare(images))
+        self._split, folder = [parts], self.front_folder
+        key = f"{parts.fingerprint()}-{str(self.memory_format).rpartition('.')[2]}"
+        file = None if folder is None else lambda images: folder / f"{images}-{key}.pt"
+        nbytes = data.precompute(lambda images: parts.front(self.prepare(images)), file)
+        if self.trainer.is_global_zero:
+            print(f"  frozen front: {parts}; {nbytes / 2**20:.1f} MiB of activations", flush=True)
 
     def train(self, mode: bool = True) -> FineTune:
         """As usual, but frozen statistics stay frozen."""
@@ -227,20 +235,5 @@ class FineTune(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 
 
-def fuses(method: Method, fuse: bool | None) -> bool:
-    """Whether a run keeps less in the rest of the network, for the setting `fuse` of `FineTune`."""
-    return type(method) is not Vanilla if fuse is None else fuse
-
-
 def _accuracy(num_classes: int) -> MulticlassAccuracy:
     return MulticlassAccuracy(num_classes, average="micro")
-
-
-def _with_ranks(method: Method, budget: Budget | None, names: list[str], choice: RankChoice, seed: int) -> Method:
-    if not isinstance(method, ASI) or method.ranks is not None:
-        return method
-    if budget is None:
-        raise ExperimentError(
-            f"{type(method).__name__} needs ranks: give --model.budget.table and --model.budget.mib or .run"
-        )
-    return budget.ranks_for(method, names, choice, seed)

@@ -189,7 +189,7 @@ def main(arguments: Sequence[str]) -> int:
     """Prepare data sets. Returns 0, or 2 after one line that says what was wrong."""
     parser = argparse.ArgumentParser(prog="python -m classification prepare", description=__doc__)
     parser.add_argument("name", metavar="NAME", help=f"one of: {', '.join(source.names())}")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder that holds all data sets")
+    parser.add_argument("--root", "--data-dir", type=Path, default=Path("data"), help="folder that holds all data sets")
     parser.add_argument("--from", dest="given", nargs="+", type=Path, default=[], metavar="PATH", help=_FROM)
     options = parser.parse_args(arguments)
     try:

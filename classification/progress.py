@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from tqdm import tqdm
 
+from experiment.history import History
+from experiment.jobs import duration
+
+BAR = "{desc}: {percentage:3.0f} %|{bar}| {n_fmt}/{total_fmt} steps, {elapsed}{postfix}"
 LINES = 4  # in a whole run, where there is no terminal
 
 
 class Progress(ProgressBar):
-    """One bar for the whole run, with the time left and the latest validation accuracy."""
+    """One bar for the whole run, with the time left and the latest validation accuracy.
 
-    def __init__(self) -> None:
+    Args:
+        history: of the run; has each epoch's row when this is told of the epoch's end.
+    """
+
+    def __init__(self, history: History) -> None:
         super().__init__()
-        self._enabled = True
+        self._enabled, self._history = True, history
         self._bar: tqdm | None = None
 
     def disable(self) -> None:
@@ -31,10 +38,9 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar where an earlier try of this run has come to."""
-        self._start, self._first_epoch = time.perf_counter(), trainer.current_epoch
         if self._enabled and sys.stdout.isatty():
             total = (trainer.max_epochs or 0) * int(trainer.num_training_batches)
-            options = {"file": sys.stdout, "unit": "step", "dynamic_ncols": True}
+            options = {"file": sys.stdout, "unit": "step", "dynamic_ncols": True, "bar_format": BAR}
             self._bar = tqdm(desc="  training", total=total, initial=trainer.global_step, **options)
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -46,12 +52,11 @@ class Progress(ProgressBar):
         """Show the accuracy that the epoch has reached."""
         accuracy = f"{100 * float(trainer.callback_metrics['val_accuracy']):.1f} %"
         done, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
+        left = duration(self._history.seconds_left(epochs - done))
         if self._bar is not None:
-            self._bar.set_postfix_str(f"epoch {done}/{epochs}, val accuracy {accuracy}")
+            self._bar.set_postfix_str(f"epoch {done}/{epochs}, val accuracy {accuracy}, {left} left")
         elif self._enabled and (done == epochs or done % max(1, epochs // LINES) == 0):
-            each = (time.perf_counter() - self._start) / (done - self._first_epoch)
-            left = each * (epochs - done)
-            print(f"  epoch {done}/{epochs}  val accuracy {accuracy}  {left:.0f} s left", flush=True)
+            print(f"  epoch {done}/{epochs}  val accuracy {accuracy}  {left} left", flush=True)
 
     def on_train_end(self, *_: Any) -> None:
         """Close the bar."""

@@ -14,6 +14,7 @@ from experiment import ExperimentError
 PRECISIONS = {"32", "32-true", "16-mixed", "bf16-mixed", "16", "bf16"}  # what is measured is in single precision
 LEAST = {  # per number that has one
     "seed_everything": 0,
+    "batches": 1,
     "trainer.max_epochs": 1,
     "trainer.min_epochs": 0,
     "trainer.accumulate_grad_batches": 1,
@@ -53,7 +54,7 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> None:
         ExperimentError: a setting that cannot work; names it and what is allowed.
     """
     if not config["runs_dir"]:
-        raise ExperimentError("--runs_dir is empty; give a folder, such as runs")
+        raise ExperimentError("--runs-dir is empty; give a folder, such as runs")
     for key, least in LEAST.items():
         value = _at(config, key)
         if isinstance(value, int | float) and not isinstance(value, bool) and not value >= least:

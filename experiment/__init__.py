@@ -1,6 +1,5 @@
 """What every run shares, whatever its task: its folder, its record, and where its numbers come from."""
 
-from experiment.budget import budget_bytes
 from experiment.errors import ExperimentError
 from experiment.folder import RunFolder, Status
 from experiment.plan import add_planned, find_planned
@@ -14,7 +13,6 @@ __all__ = [
     "RunFolder",
     "Status",
     "add_planned",
-    "budget_bytes",
     "find_planned",
     "find_records",
     "fingerprint",

@@ -43,13 +43,13 @@ def save_checkpoint(content: dict[str, Any], path: Path, identity: str) -> None:
                 torch.save(content | {IDENTITY: identity}, file)
                 file.flush()
                 os.fsync(file.fileno())  # before the one before the last goes
-                damage = _damage(file)
+                damage = damage_of(file)
                 if damage is not None:
                     raise OSError(f"it was read back damaged: {damage}")
                 if path.name == LAST and path.exists():
                     _keep(path, path.with_name(PREVIOUS))
     except Exception as error:
-        cause = _disk_error(error)
+        cause = disk_error(error)
         if cause is None:
             raise
         raise CheckpointError(
@@ -69,7 +69,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     damage: str | None
     try:
         with path.open("rb") as file:
-            damage = _damage(file)
+            damage = damage_of(file)
         content = torch.load(path, map_location="cpu", weights_only=True) if damage is None else None
     except Exception as error:  # a damaged pickle can raise anything
         damage = (str(error).splitlines() or [""])[0] if isinstance(error, OSError) else type(error).__name__
@@ -127,7 +127,7 @@ def _require_best(folder: Path, identity: str, expected: bool) -> None:
         raise CheckpointError(f"the checkpoint of the best epoch, {folder / BEST}, is gone")
 
 
-def _damage(file: Any) -> str | None:
+def damage_of(file: Any) -> str | None:
     """What is wrong with a zip file; None if every checksum in it is right."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -152,7 +152,7 @@ def _keep(path: Path, other: Path) -> None:
         link.unlink(missing_ok=True)
 
 
-def _disk_error(error: BaseException | None) -> OSError | None:
+def disk_error(error: BaseException | None) -> OSError | None:
     """The error of the disk behind another one, as torch's writer raises its own after it."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__

@@ -60,12 +60,21 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).rpartition(f"{type(error).__name__}: ")[2].split())
 
 
+def dashed(arguments: Sequence[str]) -> list[str]:
+    """Arguments with the names of options spelled with dashes; underscores in their place are as good."""
+    return _spelled(arguments, "_", "-")
+
+
 def underscored(arguments: Sequence[str]) -> list[str]:
-    """Arguments with the names of options spelled with underscores; a dash in their place is as good."""
+    """Arguments with the names of options spelled with underscores, as a config file has them."""
+    return _spelled(arguments, "-", "_")
+
+
+def _spelled(arguments: Sequence[str], other: str, wanted: str) -> list[str]:
     words = []
     for word in arguments:
         name, equals, value = word.partition("=")
-        words.append(f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word)
+        words.append(f"--{name[2:].replace(other, wanted)}{equals}{value}" if word.startswith("--") else word)
     return words
 
 

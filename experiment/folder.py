@@ -83,12 +83,12 @@ class RunFolder:
         if data is not None and self.data_fingerprint not in (None, data):
             raise ExperimentError(
                 f"{self.path} holds a run on other data (fingerprint {data} there, {self.data_fingerprint} here); "
-                f"restore the data set, or delete that folder or give another --runs_dir"
+                f"restore the data set, or delete that folder or give another --runs-dir"
             )
         if stored is not None and stored != self.identity:
             raise ExperimentError(
                 f"{self.path} holds a run with other settings ({_difference(stored, self.identity)}); delete that "
-                f"folder or give another --runs_dir"
+                f"folder or give another --runs-dir"
             )
         if is_result(self.result, self.identity_hash, self._run):
             return Status.DONE
@@ -122,7 +122,7 @@ class RunFolder:
             lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise ExperimentError(
-                f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs_dir"
+                f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs-dir"
             ) from None
         with lock:
             try:

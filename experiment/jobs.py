@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +101,7 @@ def run_jobs(jobs: Sequence[Job], program: Program, root: Path) -> int:
     outcomes |= _run([job for job in jobs if outcomes[job] is Outcome.ELSEWHERE], program, root)
     failed, elsewhere = ([job for job in jobs if outcomes[job] is how] for how in (Outcome.FAILED, Outcome.ELSEWHERE))
     done = len(jobs) - len(failed) - len(elsewhere)
-    print(f"{done} of {len(jobs)} runs done, {_duration(time.perf_counter() - start)}")
+    print(f"{done} of {len(jobs)} runs done, {duration(time.perf_counter() - start)}")
     print(f"tables, plots and a page of them: python -m report {root}")
     if failed:
         logs = (f"  {job.title}: {job.log(root)}" for job in failed)
@@ -112,20 +114,32 @@ def run_jobs(jobs: Sequence[Job], program: Program, root: Path) -> int:
 
 def _run(jobs: Sequence[Job], program: Program, root: Path) -> dict[Job, Outcome]:
     outcomes: dict[Job, Outcome] = {}
-    seconds: list[float] = []
+    seconds: dict[str, list[float]] = defaultdict(list)
+    new = {job for job in jobs if not job.done(root)}
     for number, job in enumerate(jobs, start=1):
-        waiting = [later for later in jobs[number - 1 :] if not later.done(root)] if seconds else []
-        left = f"  (about {_duration(len(waiting) * sum(seconds) / len(seconds))} left)" if seconds else ""
+        waiting = [later for later in jobs[number - 1 :] if seconds and later in new]
+        left = f"  (about {duration(_left(waiting, seconds))} left)" if waiting else ""
         print(f"[{number}/{len(jobs)}] {job.title}{left}", flush=True)
-        new, start = not job.done(root), time.perf_counter()
+        start = time.perf_counter()
         if any(job.needs(other, root) for other, how in outcomes.items() if how is Outcome.ELSEWHERE):
             outcomes[job] = Outcome.ELSEWHERE
             print("  it needs what is in work elsewhere", flush=True)
             continue
         outcomes[job] = _outcome(job, program, root)
-        if new and outcomes[job] is Outcome.DONE:
-            seconds.append(time.perf_counter() - start)
+        if job in new and outcomes[job] is Outcome.DONE:
+            seconds[_kind(job)].append(time.perf_counter() - start)
     return outcomes
+
+
+def _kind(job: Job) -> str:
+    """Jobs of one kind take about as long as each other: runs of one setup, or measurements of perplexity."""
+    return f"{job.run.setup} {job.result}"
+
+
+def _left(waiting: Sequence[Job], seconds: Mapping[str, list[float]]) -> float:
+    """How long jobs will take, each as the median of its kind so far, or of all where none of its kind is done."""
+    every = statistics.median(value for values in seconds.values() for value in values)
+    return sum(statistics.median(seconds.get(_kind(job)) or [every]) for job in waiting)
 
 
 def _outcome(job: Job, program: Program, root: Path) -> Outcome:
@@ -162,7 +176,8 @@ def _write_log(job: Job, root: Path, text: str) -> None:
         print(f"  its log {log} cannot be written ({error.strerror})", file=sys.stderr)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in seconds, such as "2 h 05 min", "3 min 20 s" or "7 s"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

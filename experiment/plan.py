@@ -31,7 +31,7 @@ def add_planned(root: Path, runs: Iterable[Run]) -> None:
             with locked(path.with_name(f".{PLANNED}.lock")):
                 _add(path, asked)
         except OSError as error:
-            raise ExperimentError(f"{path} cannot be written ({error.strerror}); give another --runs_dir") from None
+            raise ExperimentError(f"{path} cannot be written ({error.strerror}); give another --runs-dir") from None
 
 
 def _add(path: Path, asked: set[Run]) -> None:

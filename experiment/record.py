@@ -26,7 +26,7 @@ class Run:
         setup: "A" (all data, pretrained weights) or "B" (pretrained on one half, fine-tuned on the other).
         model: name of the network.
         dataset: name of the data set.
-        method: the method's tag, such as "hosvd_0.8".
+        method: the method's tag, such as "hosvd_0.8", or with its budget "asi_1of20".
         layers: how many trailing layers are trained with the method, or "all".
         seed: the run's seed.
     """
@@ -81,7 +81,8 @@ class Record:
         time_s: "step_median" and "total", seconds.
         provenance: see `experiment.provenance`.
         recipe: how it was trained: "epochs", "steps" (of the optimizer, in all), "learning_rate" (the largest),
-            "batch_size", "image_size" (None of texts), "precision". Empty in records of before it was noted.
+            "batch_size", "image_size" (None of texts), "precision"; and "limit", where it was trained on a part of its
+            data set. Empty in records of before it was noted.
     """
 
     run: Run

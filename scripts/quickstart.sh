@@ -16,7 +16,7 @@ case "${1:-}" in
         exit 0
         ;;
     --dry-run)
-        dry_run=(--dry_run)
+        dry_run=(--dry-run)
         shift
         ;;
 esac
@@ -26,5 +26,5 @@ python="${VENV:-.venv}/bin/python"
 runs="${RUNS_DIR:-runs}"
 [[ $# -gt 0 ]] || set -- 233
 "$python" -m classification sweep --setup b --model mcunet --dataset digits --layers 2 4 --seeds "$@" \
-    --methods vanilla gradient_filter_r2 svd_0.8 hosvd_0.8 asi --runs_dir "$runs" "${dry_run[@]}"
+    --methods vanilla gradient_filter_r2 svd_0.8 hosvd_0.8 asi --runs-dir "$runs" "${dry_run[@]}"
 [[ ${#dry_run[@]} -gt 0 ]] || "$python" -m report "$runs"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +11,14 @@ import torch
 from mmengine.config import Config, DictAction
 
 from experiment import ExperimentError
+from experiment.command import Work, dashed, finish
+from experiment.ranks import Budget
 from lowrank import LowRankError
+from segmentation import sweep
 from segmentation.compose import choose_depth, load_config, move_data, rescale
+from segmentation.data.draws import PlacedDataset
 from segmentation.data.prepare import DATASETS, prepare
 from segmentation.pictures import picture
-from segmentation.planning import Budget
-from segmentation.sweep import sweep
 from segmentation.training import Task, measure, train
 
 MENDABLE = (ExperimentError, LowRankError)  # what a user can mend, in one line
@@ -36,30 +37,38 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = command.add_subparsers(dest="command", required=True)
     for name, text in (("train", "train and write result.json"), ("measure", "write the perplexity table")):
-        sub = commands.add_parser(name, help=text, description=text)
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.add_argument("configs", nargs="+", metavar="CONFIG", help="configs, merged in their order")
         sub.add_argument("--layers", type=_layers, help="depth: 5, 10 or all, for the suite's own configs")
         sub.add_argument("--seed", type=int, help="seed of the run (default: the config's)")
-        sub.add_argument("--runs-dir", "--runs_dir", type=Path, default=Path("runs"), help="folder that holds all runs")
+        sub.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder that holds all runs")
         sub.add_argument("--work-dir", type=Path, help="the run's own folder (default: one below --runs-dir)")
         sub.add_argument("--data-dir", type=Path, help="folder that holds the data sets (default: the config's)")
         sub.add_argument("--load-from", metavar="FILE", help="weights to start from: a file or an address")
         sub.add_argument("--iterations", type=int, help="length of the run; schedule and validations in proportion")
-        sub.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+        sub.add_argument("--resume", action="store_true", help="as without it: an interrupted run goes on by itself")
+        sub.add_argument("--limit", type=float, metavar="N", help="train on so many images, or up to 1 on that share")
+        if name == "measure":
+            sub.add_argument("--batches", type=int, metavar="N", help="take the mean over so many batches (default: 1)")
         sub.add_argument("--amp", action="store_true", help="mixed precision, on an accelerator")
-        sub.add_argument("--budget-table", metavar="FILE", help="perplexity table that ASI takes its ranks from")
-        sub.add_argument("--budget-mib", type=float, metavar="MIB", help="memory budget of ASI")
-        sub.add_argument("--budget-run", metavar="DIR", help="finished run whose formula memory is ASI's budget")
-        sub.add_argument("--budget-divisor", type=int, metavar="N", help="ASI's budget is one N-th of that memory")
+        sub.add_argument("--budget-table", metavar="FILE", help="perplexity table that ranks are chosen by")
+        sub.add_argument("--budget-mib", type=float, metavar="MIB", help="memory that they are chosen for")
+        sub.add_argument("--budget-run", metavar="DIR", help="finished run whose formula memory is the budget")
+        sub.add_argument("--budget-divisor", type=int, metavar="N", help="the budget is one N-th of that memory")
+        sub.add_argument("--budget-name", metavar="NAME", help="what the run's name says of the budget")
         sub.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override the config")
         sub.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
-        sub.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+        sub.add_argument("--local-rank", type=int, default=0, help=argparse.SUPPRESS)
         sub.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
-    drawn = commands.add_parser("picture", help="draw input, truth and predictions", description=PICTURE)
+    drawn = commands.add_parser(
+        "picture", help="draw input, truth and predictions", description=PICTURE, allow_abbrev=False
+    )
     drawn.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs of one data set")
     drawn.add_argument("--output", type=Path, required=True, metavar="FILE", help="the PNG to write")
     drawn.add_argument("--count", type=int, default=4, help="number of validation images (default: %(default)s)")
-    prepared = commands.add_parser("prepare", help="write a data set in the layout that is read", description=PREPARE)
+    prepared = commands.add_parser(
+        "prepare", help="write a data set in the layout that is read", description=PREPARE, allow_abbrev=False
+    )
     prepared.add_argument("dataset", choices=DATASETS)
     prepared.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
     prepared.add_argument("--archives", type=Path, help="folder with the archives as published (default: --data-dir)")
@@ -83,6 +92,10 @@ def task_of(options: argparse.Namespace) -> Task:
         rescale(config, options.iterations)
     if options.data_dir is not None:
         move_data(config, options.data_dir)
+    if options.limit is not None:
+        _limit(config, options.limit)
+    if vars(options).get("batches") is not None:
+        config.perplexity = {**config.get("perplexity", {}), "batches": options.batches}
     if options.load_from is not None:
         config.load_from = options.load_from
     seed = options.seed if options.seed is not None else config.get("randomness", {}).get("seed", 233)
@@ -99,7 +112,14 @@ def task_of(options: argparse.Namespace) -> Task:
     )
     config.launcher = options.launcher
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    return Task(config, options.runs_dir, options.work_dir, options.resume, options.dry_run)
+    return Task(config, options.runs_dir, options.work_dir, options.dry_run)
+
+
+def _limit(config: Config, limit: float) -> None:
+    """Train on a part of the data set, which the validation images do not belong to."""
+    if config.train_dataloader.dataset.type != PlacedDataset.__name__:
+        raise ExperimentError(f"--limit is for a train_dataloader with a data set of type {PlacedDataset.__name__}")
+    config.train_dataloader.dataset.limit = limit
 
 
 def _need_accelerator(option: str) -> None:
@@ -108,12 +128,12 @@ def _need_accelerator(option: str) -> None:
 
 
 def _set_budget(config: Config, options: argparse.Namespace) -> None:
-    names = ("table", "mib", "run", "divisor")
+    names = ("table", "mib", "run", "divisor", "name")
     given = {name: getattr(options, f"budget_{name}") for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
         return
-    if set(given) not in ({"table", "mib"}, {"table", "run"}, {"table", "run", "divisor"}):
+    if set(given) - {"name"} not in ({"table", "mib"}, {"table", "run"}, {"table", "run", "divisor"}):
         raise ExperimentError(
             "a budget is --budget-table with either --budget-mib or --budget-run; --budget-divisor goes with the latter"
         )
@@ -123,28 +143,33 @@ def _set_budget(config: Config, options: argparse.Namespace) -> None:
             hook["budget"] = given
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str], work: Work | None = None) -> None:
     """Run one command but `sweep`.
+
+    Args:
+        arguments: of the command.
+        work: where the run that it is about is noted, and its folder.
 
     Raises:
         ExperimentError, LowRankError: something that the user can mend.
     """
-    options = parser().parse_args(arguments)
+    options = parser().parse_args(dashed(arguments))
     if options.command == "picture":
         picture(options.runs, options.output, options.count)
     elif options.command == "prepare":
         prepare(options.dataset, options.data_dir, options.archives or options.data_dir)
     else:
-        (train if options.command == "train" else measure)(task_of(options))
+        (train if options.command == "train" else measure)(task_of(options), work)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one command. Returns 0, 1 if a run of a sweep failed, or 2 after one line that says what was wrong."""
-    try:
-        if arguments[:1] == ["sweep"]:
-            return sweep(arguments[1:], run, MENDABLE)
-        run(arguments)
-    except MENDABLE as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    """Run one command. Returns its exit code; see `experiment.command.finish`."""
+    return finish(lambda work: _command(arguments, work), MENDABLE)
+
+
+def _command(arguments: Sequence[str], work: Work) -> int:
+    work.title = arguments[0] if arguments else ""
+    if work.title == "sweep":
+        return sweep.main(arguments[1:], run, MENDABLE)
+    run(arguments, work)
     return 0

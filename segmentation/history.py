@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,113 +10,81 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
-from lowrank import converted_layers
+from experiment.history import History as RunHistory
+from experiment.history import read_rows
+from experiment.jobs import duration
+from experiment.signals import check
 from segmentation.hook import unwrapped
 from segmentation.saving import write_or_say
 
-PENDING, ROWS = "lowrank_history", "lowrank_rows"  # keys of a checkpoint
-Row = dict[str, float]
+KEY = "lowrank_run_history"  # of a checkpoint
 
 
 class History(Hook):
-    """One row per validation; a resumed run goes on where the rows end.
+    """Forwards MMEngine's events to the run's history, and carries that through checkpoints.
 
     Args:
         folder: where `metrics.csv` is written, whole after each validation.
-        show: print a line per validation.
     """
 
     priority = "LOW"
 
-    def __init__(self, folder: Path, show: bool = True) -> None:
-        self.path, self.show = folder / "metrics.csv", show
-        self.rows: list[Row] = []
-        self._carried: list[Row] = []
-        self._seconds: list[float] = []
-        self._kept: list[int] = []
-        self._losses: list[float] = []
-        self._start = 0.0
+    def __init__(self, folder: Path) -> None:
+        self.history = RunHistory(folder, write_or_say)
 
     def before_train(self, runner: Any) -> None:
         """After a resume, take the rows up to there; what they have counted is not counted again."""
-        if runner.iter == 0:
-            return
-        last = self._carried[-1]["iteration"] if self._carried else 0
-        self.rows = [*self._carried, *(row for row in _read(self.path) if last < row["iteration"] <= runner.iter)]
-        if self.rows and self.rows[-1]["iteration"] == runner.iter:
-            self._seconds, self._kept, self._losses = [], [], []
+        rows = self.history.rows
+        last = rows[-1]["iteration"] if rows else 0
+        rows += [row for row in read_rows(self.history.path) if last < row["iteration"] <= runner.iter]
+        if rows and rows[-1]["iteration"] == runner.iter:
+            self.history.drop_pending()
+        self.history.start()
 
     def before_train_epoch(self, runner: Any) -> None:
         """Make up for a validation that an interruption prevented."""
-        last = self.rows[-1]["iteration"] if self.rows else 0
+        last = self.history.rows[-1]["iteration"] if self.history.rows else 0
         due = runner.iter % runner.train_loop.val_interval == 0 or runner.iter == runner.max_iters
         if runner.val_loop is not None and last < runner.iter and due:
             runner.val_loop.run()
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Start the clock of a step."""
-        self._start = time.perf_counter()
+        self.history.step_start()
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Note the step's time, loss and the bytes that its layers kept."""
+        """Note the step's time, loss and the bytes that its layers kept; end at a signal that was swallowed."""
+        check()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._seconds.append(time.perf_counter() - self._start)
-        self._kept.append(sum(layer._lowrank.formula_bytes for layer in converted_layers(unwrapped(runner.model))))
         loss = (outputs or {}).get("loss", math.nan)
-        self._losses.append(loss.item() if isinstance(loss, torch.Tensor) else loss)
+        self.history.step_end(unwrapped(runner.model), loss.item() if isinstance(loss, torch.Tensor) else loss)
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         """Write the validation's row."""
-        if not metrics or not self._seconds:
+        if not metrics or not self.history.has_steps:
             return
-        row = {
-            "iteration": float(runner.iter),
-            "train_loss": statistics.fmean(self._losses),
-            "miou": round(float(metrics["mIoU"]) / 100, 6),
-            "macc": round(float(metrics["mAcc"]) / 100, 6),
-            "activation_bytes": statistics.fmean(self._kept),
-            "step_seconds": statistics.median(self._seconds),
-            "seconds": sum(self._seconds),
-        }
-        self.rows.append(row)
-        self._seconds, self._kept, self._losses = [], [], []
-        if not is_main_process():
-            return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(row))
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_or_say(self.path, text.getvalue())
-        if self.show:
-            left = (runner.max_iters - runner.iter) * row["step_seconds"]
-            print(
-                f"  iteration {runner.iter}/{runner.max_iters}  mIoU {100 * row['miou']:.1f} %  {left:.0f} s left",
-                flush=True,
-            )
+        row = self.history.add(
+            {
+                "iteration": float(runner.iter),
+                "train_loss": self.history.mean_loss,
+                "miou": round(float(metrics["mIoU"]) / 100, 6),
+                "macc": round(float(metrics["mAcc"]) / 100, 6),
+            },
+            write=is_main_process(),
+        )
+        if is_main_process():
+            rows_left = (runner.max_iters - runner.iter) / runner.train_loop.val_interval
+            left = duration(self.history.seconds_left(rows_left))
+            done = f"  iteration {runner.iter}/{runner.max_iters}"
+            print(f"{done}  mIoU {100 * row['miou']:.1f} %  {left} left", flush=True)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Carry the rows, and what no row has yet."""
-        checkpoint[ROWS] = [dict(row) for row in self.rows]
-        checkpoint[PENDING] = [self._seconds, self._kept, self._losses]
+        checkpoint[KEY] = self.history.state_dict()
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Take up the rows, and what no row had."""
-        self._carried = [dict(row) for row in checkpoint.pop(ROWS, [])]
-        pending = checkpoint.pop(PENDING, None)
-        if pending is not None:
-            self._seconds, self._kept, self._losses = map(list, pending)
-
-    @property
-    def activation_bytes(self) -> int:
-        """Largest of the rows' mean formula bytes: the papers' "peak" memory."""
-        return round(max(row["activation_bytes"] for row in self.rows))
-
-
-def _read(path: Path) -> list[Row]:
-    """Rows of a file; none where it is missing or damaged: a checkpoint has those that it knew."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError, csv.Error):
-        return []
+        state = checkpoint.pop(KEY, None)
+        if state is not None:
+            self.history.load_state_dict(state)

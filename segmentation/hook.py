@@ -16,29 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 import lowrank
 from experiment import ExperimentError
 from experiment.checkpoints import TRAINING_STATE, refuse_earlier
-from lowrank import ASI, HOSVD, SVD, GradientFilter, Method, NonFiniteError, Vanilla
+from experiment.method import build_method, fuses, with_ranks
+from experiment.ranks import Budget
+from lowrank import NonFiniteError
 from segmentation.classifier import keep_nonzero
 from segmentation.freezing import apply_freeze_list, freeze_statistics, switch_off_dropout
 from segmentation.loss import recompute_loss
-from segmentation.planning import Budget
-
-METHODS: dict[str, type[Method]] = {method.__name__: method for method in (Vanilla, GradientFilter, SVD, HOSVD, ASI)}
-
-
-def build_method(config: Mapping[str, Any]) -> Method:
-    """A method from its config, such as dict(type="HOSVD", energy=0.8).
-
-    Raises:
-        ExperimentError: unknown type or settings.
-    """
-    settings = dict(config)
-    name = settings.pop("type", None)
-    if name not in METHODS:
-        raise ExperimentError(f"method type is {name!r}; allowed: {', '.join(METHODS)}")
-    try:
-        return METHODS[name](**settings)
-    except TypeError as error:
-        raise ExperimentError(f"method {name}: {error}") from None
 
 
 @HOOKS.register_module()
@@ -50,11 +33,12 @@ class LowRankHook(Hook):
     wrapped anew, since what `DistributedDataParallel` waits for is fixed when it is made.
 
     Args:
-        method: such as dict(type="HOSVD", energy=0.8); the types are the methods of `lowrank`.
+        method: such as dict(type="HOSVD", energy=0.8): a method of `lowrank`, or a class of your own by its path; see
+            `experiment.method.build_method`.
         layers: names of the convolutions and linear layers that the method is for, or "all" for every convolution.
         freeze: module paths whose parameters are frozen, in order; `~` ahead of a path trains it again.
-        budget: for ASI, where its ranks come from: dict(table="perplexity.json", mib=1.0), or in place of mib a
-            finished run's memory or a part of it; see `segmentation.planning.Budget`.
+        budget: where ranks come from, of a method that has none of its own, such as ASI: dict(table="perplexity.json",
+            mib=1.0), or in place of mib a finished run's memory or a part of it; see `experiment.ranks.Budget`.
         fuse: the rest of the network keeps less as well, with the same gradients; see `lowrank.convert` and
             `segmentation.classifier`. By default yes, except that vanilla is ordinary training.
         recompute_loss: the loss on full-size logits is computed again in the backward pass; exact. By default as
@@ -76,7 +60,7 @@ class LowRankHook(Hook):
     ) -> None:
         self.method, self.layers, self.freeze = build_method(method), layers, list(freeze)
         self.budget = None if budget is None else Budget(**budget)
-        self.fuse = not isinstance(self.method, Vanilla) if fuse is None else fuse
+        self.fuse = fuses(self.method, fuse)
         self.recompute_loss = self.fuse if recompute_loss is None else recompute_loss
         self.freeze_statistics, self.dropout = freeze_statistics, dropout
         self._carried: dict[str, Tensor] = {}
@@ -115,20 +99,12 @@ class LowRankHook(Hook):
             switch_off_dropout(model)
         names = lowrank.trailing_layers(model, "all") if self.layers == "all" else list(self.layers)
         if names:
-            lowrank.convert(model, names, self.method_for(names), self.fuse)
+            lowrank.convert(model, names, with_ranks(self.method, self.budget, names), self.fuse)
         if self.fuse:
             keep_nonzero(model)
         if self.recompute_loss:
             recompute_loss(model)
         return names
-
-    def method_for(self, names: Sequence[str]) -> Method:
-        """The method, with ranks from the budget where it needs some."""
-        if not isinstance(self.method, ASI) or self.method.ranks is not None:
-            return self.method
-        if self.budget is None:
-            raise ExperimentError("ASI needs ranks: give its own, or a budget with a perplexity table")
-        return self.budget.ranks_for(self.method, names)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Frozen statistics stay frozen, though the training loop puts the model in training mode at every step."""

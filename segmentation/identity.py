@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
-from experiment import ExperimentError, Run, fingerprint
-from lowrank import PerplexityTable
+from experiment import ExperimentError, Run
+from experiment.method import build_method
+from experiment.method import method_tag as tag_of
+from experiment.ranks import Budget
+from lowrank import MODE_ENERGIES
 from segmentation.compose import hook_settings
-from segmentation.hook import LowRankHook
-from segmentation.planning import Budget
 
 # What has an influence on a perplexity table, and what besides on a trained network.
 _BOTH = ("model", "train_dataloader", "custom_hooks", "randomness")
@@ -32,13 +32,11 @@ NO_INFLUENCE = {"data_root", "num_workers", "persistent_workers", "pin_memory", 
 
 
 def method_tag(config: Config) -> str:
-    """The method's name in records and folders; says so where `fuse` is not the method's default."""
-    settings = hook_settings(config)
-    if settings is None:
-        return "vanilla"
-    hook = LowRankHook(**settings)
-    usual = LowRankHook(**{**settings, "fuse": None})
-    return hook.method.tag if hook.fuse == usual.fuse else f"{hook.method.tag}_{'fused' if hook.fuse else 'unfused'}"
+    """The method's name in records and folders; see `experiment.method.method_tag`."""
+    settings = hook_settings(config) or {"method": None}
+    budget = settings.get("budget")
+    method = build_method(settings["method"])
+    return tag_of(method, settings.get("fuse"), budget=Budget(**budget) if budget else None)
 
 
 def run_of(config: Config, method: str) -> Run:
@@ -65,11 +63,24 @@ def run_of(config: Config, method: str) -> Run:
 def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]:
     """Everything in a config that has an influence on the result, files by their content."""
     identity = {key: _without(config.get(key)) for key in keys if config.get(key) is not None}
+    if "perplexity" in keys:
+        identity["perplexity"] = {key: _without(value) for key, value in perplexity_settings(config).items() if value}
+        identity = {key: value for key, value in identity.items() if key != "perplexity" or value}
     identity["load_from"] = _weights(config.get("load_from"))
     for hook in identity.get("custom_hooks", []):
         if hook.get("budget"):
             hook["budget"] = _budget(config, hook["budget"])
     return identity
+
+
+def perplexity_settings(config: Config) -> dict[str, Any]:
+    """How perplexity is measured: arguments of `lowrank.measure_perplexity`, and "batches", their number.
+
+    In a config `perplexity` has those that differ from the usual: an energy for each mode, on one batch. With
+    `mode_energies=[]` there is one energy for all modes of a layer, as in the papers.
+    """
+    settings = {"mode_energies": list(MODE_ENERGIES), **config.get("perplexity", {})}
+    return {key: value for key, value in settings.items() if (key, value) != ("batches", 1)}
 
 
 def _without(value: Any) -> Any:
@@ -91,14 +102,6 @@ def _weights(source: str | None) -> str | None:
 
 
 def _budget(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
-    """The budget by its content, after a check that the table was measured for this very run."""
-    budget = Budget(**settings)
-    table = PerplexityTable.load(budget.table)
-    asked = (config.get("network"), (config.train_dataloader.batch_size, 3, *config.crop_size))
-    if (table.model, table.batch_shape) != asked:
-        raise ExperimentError(
-            f"the perplexity table {budget.table} is of {table.model} on batches {table.batch_shape}, this run of "
-            f"{asked[0]} on batches {asked[1]}; measure it again"
-        )
-    content = json.dumps(json.loads(Path(budget.table).read_text()), sort_keys=True)
-    return {"table": fingerprint([content.encode()]), "bytes": budget.nbytes}
+    """The budget by its content."""
+    batch_shape = (config.train_dataloader.batch_size, 3, *config.crop_size)
+    return Budget(**settings).identity(config.get("network"), batch_shape)

@@ -31,7 +31,7 @@ def write_or_say(path: Path, content: str | bytes) -> None:
     except OSError as error:
         raise ExperimentError(
             f"{path} cannot be written ({error.strerror or error}); all that was saved before is kept: make room, or "
-            f"give another --runs-dir, and go on with --resume"
+            f"give another --runs-dir; the same command goes on"
         ) from None
 
 

@@ -1,139 +1,108 @@
 """Many runs by one command: pretrain (digit scenes), calibrate, measure perplexity, train every method, depth and seed.
 
 Each run goes through the ordinary command line, so a run of a sweep and a run by hand are the same run: what is done is
-skipped, what was interrupted is resumed. A run that fails does not stop the others.
+skipped, what was interrupted is resumed. A run that fails does not stop the others. Arguments that are not of this
+command, such as --amp, go to every run.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, ClassVar
 
 import yaml
 
 from experiment import ExperimentError, Run
-from experiment.budget import BUDGET_HELP, budget_source, budget_word
-from experiment.jobs import Command, Job, Program, list_jobs, run_jobs
-from experiment.record import RESULT
+from experiment.jobs import Command, Job, Program
+from experiment.sweep import SEED, do_sweep, parsed, shared_settings, sweep_parser
+from experiment.sweep import Sweep as AnySweep
 from segmentation.compose import CONFIGS, load_config
-from segmentation.training import FINAL, TABLE
+from segmentation.training import FINAL
 
 PUBLISHED_ON = "voc12aug"
 BUDGETS = CONFIGS.parent / "published" / "segmentation_budgets.yaml"
 PRETRAINED_ON = {"digit_scenes": "digit_scenes_pretrain"}
 PROGRAM = "python -m segmentation"
-SEED = 233  # the papers' seed, and that of what all seeds start from
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """What to run.
+@dataclass(frozen=True, kw_only=True)
+class Sweep(AnySweep):
+    """A sweep over configs in configs/segmentation: depths are "5", "10" and, of vanilla alone, "all".
 
-    Attributes:
-        network, dataset: names of configs in configs/segmentation.
-        methods: names of configs in configs/segmentation/methods.
-        layers: depths, "5", "10" or "all"; with "all" only vanilla training.
-        seeds: the seeds of the fine-tuning runs; they start from the same calibrated weights.
-        runs_dir, data_dir: folders that hold all runs and all data sets.
-        weights: what to calibrate: a file or an address. None: the network's own, for digit scenes a pretraining run.
-        iterations: length of the fine-tuning runs; None: the recipe's.
-        budget: ASI's memory: "published", "hosvd" for that of the HOSVD run, or such as "1/22" for that part of the
-            vanilla run's. None: the published one where there is one, else "hosvd".
-        extra: further arguments for every fine-tuning run.
+    All runs start from the same calibrated weights: the network's own, for digit scenes those of a pretraining run, or
+    `weights`, fitted to the classes of the data set. Ranks are chosen by one perplexity table for all seeds.
     """
 
-    network: str
-    dataset: str
-    methods: tuple[str, ...]
     layers: tuple[str, ...]
-    seeds: tuple[int, ...]
-    runs_dir: Path
-    data_dir: Path
-    weights: str | None = None
-    iterations: int | None = None
-    budget: str | None = None
-    extra: tuple[str, ...] = ()
 
-    def jobs(self) -> Iterator[Job]:
-        """Every run, in an order in which each finds what it needs.
+    task: ClassVar[str] = "segmentation"
+    budget_option: ClassVar[str] = "--budget-"
+    setup: ClassVar[str] = "finetune"
 
-        Raises:
-            ExperimentError: there are no weights to start from.
-        """
-        source = PRETRAINED_ON.get(self.dataset)
-        weights = self.weights or (None if source else self._published_weights())
+    def stages(self, dataset: str, seed: int) -> Iterator[Job]:
+        """Pretraining where there are no weights, and calibration: the same for every seed."""
+        source = PRETRAINED_ON.get(dataset)
+        weights = self.weights or (None if source else self._published_weights(dataset))
         if weights is None:
             assert source is not None
-            yield self._job("train", "pretrain", "pretrain", source, "vanilla", "all", SEED, [])
-            weights = str(self._folder("pretrain", source, "vanilla", "all", SEED) / FINAL)
-        start = ["--load-from", weights]
-        yield self._job("train", "calibrate", "calibrate", self.dataset, "vanilla", None, SEED, start)
-        start = ["--load-from", str(self._folder("calibrate", self.dataset, "vanilla", "all", SEED) / FINAL)]
-        depths = [layers for layers in self.layers if layers != "all"]
-        for layers in depths if "asi" in self.methods else []:
-            title = f"perplexity, last {layers}"
-            yield self._job("measure", title, "finetune", self.dataset, "vanilla", layers, SEED, start)
-        if self.iterations is not None:
-            start += ["--iterations", str(self.iterations)]
-        for seed in self.seeds:
-            for layers in self.layers:
-                for method in sorted(self.methods, key=lambda name: name == "asi"):  # ASI needs the budget's run
-                    if layers == "all" and method != "vanilla":
-                        continue
-                    options = start + (self._budget(layers, seed) if method == "asi" else []) + list(self.extra)
-                    title = f"{method}, {'all layers' if layers == 'all' else f'last {layers}'}"
-                    yield self._job("train", title, "finetune", self.dataset, method, layers, seed, options)
+            pretraining = self.run(source, "vanilla", "all", SEED, "pretrain")
+            yield self.job("fit", pretraining, "vanilla", [])
+            weights = str(pretraining.folder(self.runs_dir) / FINAL)
+        yield self.job("fit", self._calibration(dataset), "vanilla", ["--load-from", weights])
 
-    def _job(
-        self,
-        command: str,
-        title: str,
-        stage: str,
-        dataset: str,
-        method: str,
-        layers: str | None,
-        seed: int,
-        options: Sequence[str],
-    ) -> Job:
-        files = [CONFIGS / "networks" / f"{self.network}.py", CONFIGS / "data" / f"{dataset}.py"]
-        stages = [
-            CONFIGS / "stages" / f"{name}.py" for name in (stage, f"{stage}_{self.network}", f"{stage}_{dataset}")
-        ]
-        files += [path for path in stages if path.exists()] + [CONFIGS / "methods" / f"{method}.py"]
-        arguments = [command, *map(str, files), *(["--layers", layers] if layers else []), "--seed", str(seed)]
-        arguments += ["--runs-dir", str(self.runs_dir), "--data-dir", str(self.data_dir), "--resume", *options]
-        measuring = command == "measure"
-        run = self._run(stage, dataset, "perplexity" if measuring else method, layers or "all", seed)
-        return Job(f"{title}, seed {seed}", run, tuple(arguments), TABLE if measuring else RESULT)
+    def start(self, dataset: str, seed: int) -> list[str]:
+        """The calibrated weights."""
+        return ["--load-from", str(self._calibration(dataset).folder(self.runs_dir) / FINAL)]
 
-    def _run(self, stage: str, dataset: str, method: str, layers: str, seed: int) -> Run:
-        count: int | str = layers if layers == "all" else int(layers)
-        return Run("segmentation", stage, self.network, dataset, method, count, seed)
+    def _calibration(self, dataset: str) -> Run:
+        return self.run(dataset, "vanilla", "all", SEED, "calibrate")
 
-    def _folder(self, stage: str, dataset: str, method: str, layers: str, seed: int) -> Path:
-        return self._run(stage, dataset, method, layers, seed).folder(self.runs_dir)
-
-    def _published_weights(self) -> str:
-        weights: str | None = load_config([CONFIGS / "networks" / f"{self.network}.py"]).get("weights")
-        if weights is None or self.dataset == "cityscapes":
-            raise ExperimentError(f"{self.network} on {self.dataset} needs weights to start from; give --weights FILE")
+    def _published_weights(self, dataset: str) -> str:
+        weights: str | None = load_config([CONFIGS / "networks" / f"{self.model}.py"]).get("weights")
+        if weights is None or dataset == "cityscapes":
+            raise ExperimentError(f"{self.model} on {dataset} needs weights to start from; give --weights FILE")
         return weights
 
-    def _budget(self, layers: str, seed: int) -> list[str]:
-        table = ["--budget-table", str(self._folder("finetune", self.dataset, "perplexity", layers, SEED) / TABLE)]
-        method, divisor = self.budget_source
-        if method is None:
-            return [*table, "--budget-mib", str(published_budget(self.network, int(layers)))]
-        run = ["--budget-run", str(self._folder("finetune", self.dataset, method, layers, seed))]
-        return [*table, *run, *(["--budget-divisor", str(divisor)] if divisor > 1 else [])]
+    def table_seed(self, seed: int) -> int:
+        """One table for all seeds, as they start from the same weights."""
+        return SEED
 
-    @property
-    def budget_source(self) -> tuple[str | None, int]:
-        """The method whose runs give ASI its budget, None if it is the published one; and what it is divided by."""
-        return budget_source(self.budget, self.dataset == PUBLISHED_ON and self.network in _published())
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Depths and methods of the runs, those that need another run's memory after it."""
+        for layers in self.layers:
+            for method in sorted(self.methods, key=self.leaves_ranks):
+                if layers != "all" or method == "vanilla":
+                    yield layers, method
+
+    def method_config(self, method: str) -> Mapping[str, Any]:
+        """The method in a config of this name."""
+        config: Mapping[str, Any] = _config(method).lowrank.method
+        return config
+
+    def published(self, dataset: str, layers: str) -> float | None:
+        """The published budget in MiB, if there is one."""
+        return published_budget(self.model, dataset, layers)
+
+    def arguments(self, command: str, run: Run, method: str) -> list[str]:
+        """The command of a run but for where it starts and its budget."""
+        files = [CONFIGS / "networks" / f"{self.model}.py", CONFIGS / "data" / f"{run.dataset}.py"]
+        places = (run.setup, f"{run.setup}_{self.model}", f"{run.setup}_{run.dataset}")
+        files += [path for name in places if (path := CONFIGS / "stages" / f"{name}.py").exists()]
+        words = [*map(str, files), str(CONFIGS / "methods" / f"{method}.py")]
+        words += [] if run.setup == "calibrate" else ["--layers", str(run.layers)]
+        words += ["--seed", str(run.seed), "--runs-dir", str(self.runs_dir)]
+        words += ["--data-dir", self.data_dir] if self.data_dir is not None else []
+        if command == "fit" and run.setup == self.setup and self.length is not None:
+            words += ["--iterations", str(self.length)]
+        return ["train" if command == "fit" else command, *words]
+
+
+@functools.cache
+def _config(method: str) -> Any:
+    return load_config([CONFIGS / "methods" / f"{method}.py"])
 
 
 @functools.cache
@@ -142,64 +111,51 @@ def _published() -> dict[str, dict[int, float]]:
     return budgets
 
 
-def published_budget(network: str, layers: int) -> float:
-    """ASI's memory budget as published, in MiB.
-
-    Raises:
-        ExperimentError: there is none for this network and depth.
-    """
-    try:
-        return _published()[network][layers]
-    except KeyError:
-        raise ExperimentError(f"no published budget for {network} at {layers} layers in {BUDGETS}") from None
+def published_budget(network: str, dataset: str, layers: str) -> float | None:
+    """ASI's memory budget as published, in MiB; None where none is."""
+    depths = _published().get(network, {}) if dataset == PUBLISHED_ON and layers != "all" else {}
+    return depths.get(int(layers)) if depths else None
 
 
 def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     """The sweep that the arguments describe, and whether only to list it."""
-    parser = argparse.ArgumentParser(prog=f"{PROGRAM} sweep", description=__doc__)
     names: Callable[[str], list[str]] = lambda kind: sorted(path.stem for path in (CONFIGS / kind).glob("*.py"))  # noqa: E731
     methods = names("methods")
-    parser.add_argument("--network", choices=names("networks"), required=True)
+    parser = sweep_parser(PROGRAM, __doc__, methods, "all of them")
+    parser.add_argument("--model", "--network", choices=names("networks"), required=True, help="name of a network")
     parser.add_argument("--dataset", choices=names("data"), required=True)
-    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD")
-    parser.add_argument("--layers", nargs="+", choices=("5", "10", "all"), default=["5", "10"], metavar="N")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[SEED], metavar="SEED")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    depths = ("5", "10", "all")
+    parser.add_argument("--layers", nargs="+", choices=depths, default=depths[:2], metavar="N", help="(default: 5 10)")
     parser.add_argument("--weights", metavar="FILE", help="what to calibrate (default: published or pretrained here)")
     parser.add_argument("--iterations", type=int, help="length of the fine-tuning runs (default: the recipe's)")
-    parser.add_argument("--budget", type=budget_word, help=BUDGET_HELP)
-    parser.add_argument("--dry-run", action="store_true", help="list the runs, and stop")
-    options, extra = parser.parse_known_args(arguments)
-    sweep = Sweep(
-        network=options.network,
-        dataset=options.dataset,
-        methods=tuple(options.methods),
-        layers=tuple(options.layers),
-        seeds=tuple(options.seeds),
-        runs_dir=options.runs_dir,
-        data_dir=options.data_dir,
-        weights=options.weights,
-        iterations=options.iterations,
-        budget=options.budget,
-        extra=tuple(extra),
-    )
-    needed, _ = sweep.budget_source
-    if "asi" in sweep.methods and needed is not None and needed not in sweep.methods:
-        parser.error(f"asi takes its budget from {needed}; add it to --methods, or give another --budget")
-    return sweep, options.dry_run
+
+    def sweep_of(options: argparse.Namespace, extra: list[str]) -> Sweep:
+        options.methods = options.methods or methods
+        return Sweep(
+            datasets=(options.dataset,),
+            layers=tuple(dict.fromkeys(options.layers)),
+            length=options.iterations,
+            **shared_settings(options, extra),
+        )
+
+    return parsed(parser, arguments, sweep_of, _problem)
 
 
-def sweep(arguments: Sequence[str], command: Command, mendable: tuple[type[Exception], ...]) -> int:
-    """Run a sweep. Returns 0, or 1 after a list of what failed.
+def _problem(arguments: Sequence[str]) -> str | None:
+    """What is wrong with the options of a run."""
+    from segmentation.cli import parser
+
+    try:
+        parser().parse_args(arguments)
+    except argparse.ArgumentError as error:
+        return str(error)
+    return None
+
+
+def main(arguments: Sequence[str], command: Command, mendable: tuple[type[Exception], ...]) -> int:
+    """Run a sweep. Returns 0, or 1 after a list of what is not done, or 2 if nothing could be begun.
 
     Raises:
-        ExperimentError: there are no weights to start from, or no published budget.
+        ExperimentError: the folder of the runs cannot be written.
     """
-    plan, dry_run = parse(arguments)
-    jobs = list(plan.jobs())
-    if dry_run:
-        list_jobs(jobs, PROGRAM)
-        return 0
-    program = Program(PROGRAM, command, lambda error: isinstance(error, mendable))
-    return run_jobs(jobs, program, plan.runs_dir)
+    return do_sweep(*parse(arguments), Program(PROGRAM, command, lambda error: isinstance(error, mendable)))

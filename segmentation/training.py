@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import os
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,23 @@ from mmengine.runner import CheckpointLoader, Runner
 from mmseg.registry import DATASETS, MODELS
 from mmseg.utils import register_all_modules
 
-from experiment import ExperimentError, Record, RunFolder, Status, provenance
+from experiment import ExperimentError, Record, RunFolder
 from experiment import Run as RunName
 from experiment.allocator import keep_freed_memory
-from experiment.record import RESULT
-from lowrank import account, converted_layers, measure_perplexity, peak_bytes, saved_bytes
-from segmentation.batches import first_batch, logits, segmentation_loss, training_mode
+from experiment.command import Work
+from experiment.execute import nothing_to_do
+from experiment.measure import Trained, record_of, write_table
+from experiment.record import RESULT, TABLE
+from lowrank import converted_layers
+from segmentation.batches import first_batch, first_batches, logits, segmentation_loss, training_mode
 from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
 from segmentation.compose import hook_settings
 from segmentation.data.registry import data_fingerprint, require_data
 from segmentation.history import History
 from segmentation.hook import LowRankHook, unwrapped
-from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, run_of
+from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, perplexity_settings, run_of
 from segmentation.saving import write_or_say
 
-TABLE = "perplexity.json"
 FINAL = "final.pth"  # the last weights alone, as MMSegmentation loads them
 
 
@@ -45,63 +46,55 @@ class Task:
         config: see `segmentation.compose`.
         runs_dir: folder that holds all runs.
         work_dir: the run's own folder; by default one below `runs_dir` by what the run is.
-        resume: go on with an interrupted run.
         dry_run: say what would be done, and stop.
     """
 
     config: Config
     runs_dir: Path
     work_dir: Path | None = None
-    resume: bool = False
     dry_run: bool = False
 
-    def folder(self, name: RunName, result: str) -> RunFolder:
-        """The run's folder."""
-        identity = identity_of(self.config, MEASURED if result == TABLE else TRAINED)
-        return RunFolder(self.work_dir or name.folder(self.runs_dir), identity, result, last=LAST)
-
-    def pending(self, name: RunName, folder: RunFolder) -> bool:
-        """Whether there is something to do; says so if there is not.
+    def begin(self, name: RunName, result: str, work: Work | None) -> RunFolder | None:
+        """The run's folder, once its data are there and its weights are right; None where there is nothing to do.
 
         Raises:
-            ExperimentError: the run was interrupted, and `resume` is not asked for.
+            ExperimentError: the folder holds another run, there are no data, or the weights are of another network.
         """
-        status = folder.status()
-        if self.dry_run:
-            todo = {Status.NEW: "would run", Status.INTERRUPTED: "would resume", Status.DONE: "is done, would skip"}
-            print(f"{todo[status]}: {name}\n  folder: {folder.path}")
-            return False
-        if status is Status.DONE:
-            print(f"done already: {name}\n  result: {folder.result}")
-            return False
-        if status is Status.INTERRUPTED and not self.resume:
-            raise ExperimentError(f"{folder.path} holds an interrupted run; add --resume, or delete that folder")
-        return True
+        keep_freed_memory()
+        identity = identity_of(self.config, MEASURED if result == TABLE else TRAINED)
+        path = self.work_dir or name.folder(self.runs_dir)
+        folder = RunFolder(path, identity, result, data_fingerprint(self.config), LAST, name)
+        if work is not None:
+            work.title, work.folder = str(name), path
+        said = nothing_to_do(name, folder, self.dry_run)
+        if said is not None:
+            print(said)
+            return None
+        require_data(self.config)
+        folder.data_fingerprint = folder.data_fingerprint or data_fingerprint(self.config)
+        read_safely_everywhere()
+        if not folder.last_checkpoint:
+            require_weights(self.config)
+        return folder
 
 
-def train(task: Task) -> Record | None:
+def train(task: Task, work: Work | None = None) -> Record | None:
     """Train, measure and write the record; None if there was nothing to do.
 
     Raises:
         ExperimentError, LowRankError: something that the user can mend.
     """
-    allocator = keep_freed_memory()
     name = run_of(task.config, method_tag(task.config))
-    folder = task.folder(name, RESULT)
-    if not task.pending(name, folder):
+    folder = task.begin(name, RESULT, work)
+    if folder is None:
         return None
-    require_data(task.config)
-    read_safely_everywhere()
-    if not folder.last_checkpoint:
-        require_weights(task.config)
     if not _is_first_process(task.config):
         _trained(task, folder)
         return None
     with folder.locked(as_yaml(task.config)):
         print(f"{'resuming' if folder.last_checkpoint else 'training'}: {name}", flush=True)
-        start = time.perf_counter()
         runner, history = _trained(task, folder)
-        record = _record(task, name, runner, history, allocator, folder, time.perf_counter() - start)
+        record = _record(task, name, runner, history, folder)
         write_or_say(folder.path / FINAL, _final(runner))
         record.save(folder.path)
     print(f"  best mIoU {100 * record.accuracy['miou_best']:.1f} %, record in {folder.result}", flush=True)
@@ -181,49 +174,25 @@ def _for_runner(config: Config, folder: RunFolder) -> Config:
     return config
 
 
-def _record(
-    task: Task, name: RunName, runner: Runner, history: History, allocator: str, folder: RunFolder, seconds: float
-) -> Record:
-    model, config = unwrapped(runner.model), task.config
-    batch = first_batch(model, runner.train_dataloader.dataset, config.train_dataloader.batch_size, name.seed)
-    settings = hook_settings(config) or {}
-    frozen = settings.get("freeze_statistics", True)
-    training_mode(model) if frozen else model.train()
-    layers = [layer._lowrank.name for layer in converted_layers(model)]
-    kept = saved_bytes(model, segmentation_loss, batch)
-    peak = peak_bytes(model, segmentation_loss, batch)
-    total = account(model, layers, batch, forward=segmentation_loss).total if layers else None
-    inference = peak_bytes(model.eval(), logits, batch, backward=False)
+def _record(task: Task, name: RunName, runner: Runner, forwarding: History, folder: RunFolder) -> Record:
+    model, config, history = unwrapped(runner.model), task.config, forwarding.history
     rows = history.rows
     if not rows:
         raise ExperimentError("the run ended without a validation; set train_cfg.val_interval to at most max_iters")
-    return Record(
-        run=name,
-        accuracy={
-            "miou_best": max(row["miou"] for row in rows),
-            "miou_last": rows[-1]["miou"],
-            "macc_best": max(row["macc"] for row in rows),
-            "macc_last": rows[-1]["macc"],
-        },
-        memory_bytes={
-            "activation_formula": history.activation_bytes,
-            "saved_measured": kept,
-            "peak_measured": peak,
-            "peak_inference": inference,
-        },
-        flops={"paper": total.flops_paper, "corrected": total.flops} if total else {},
-        time_s={
-            "step_median": statistics.median(row["step_seconds"] for row in rows),
-            "total": max(seconds, sum(row["seconds"] for row in rows)),
-        },
-        provenance=provenance(folder.identity_hash, data_fingerprint(config), allocator),
-        recipe=recipe_of(config),
-    )
+    accuracy = {f"{key}_best": max(row[key] for row in rows) for key in ("miou", "macc")}
+    accuracy |= {f"{key}_last": rows[-1][key] for key in ("miou", "macc")}
+    batch = first_batch(model, runner.train_dataloader.dataset, config.train_dataloader.batch_size, name.seed)
+    training_mode(model) if (hook_settings(config) or {}).get("freeze_statistics", True) else model.train()
+    layers = [layer._lowrank.name for layer in converted_layers(model)]
+    trained = Trained(model, layers, segmentation_loss, logits, batch, runner.optim_wrapper.optimizer)
+    data = folder.data_fingerprint
+    assert data is not None
+    return record_of(name, folder, trained, history, accuracy, recipe_of(config), data)
 
 
 def recipe_of(config: Config) -> dict[str, Any]:
     """How a run is trained, as a record says it; see `experiment.Record`."""
-    wrapper = config.optim_wrapper
+    wrapper, limit = config.optim_wrapper, config.train_dataloader.dataset.get("limit")
     return {
         "epochs": config.train_cfg.get("max_epochs"),
         "steps": config.train_cfg.get("max_iters"),
@@ -231,34 +200,27 @@ def recipe_of(config: Config) -> dict[str, Any]:
         "batch_size": config.train_dataloader.batch_size,
         "image_size": list(config.crop_size) if config.get("crop_size") else None,
         "precision": "16-mixed" if wrapper.get("type") == "AmpOptimWrapper" else "32-true",
+        **({"limit": limit} if limit is not None else {}),
     }
 
 
-def measure(task: Task) -> Path | None:
-    """Measure the perplexity of the chosen layers on one training batch and write the table; None if it was there.
-
-    `perplexity` in the config holds further arguments of `lowrank.measure_perplexity`, such as its energies.
+def measure(task: Task, work: Work | None = None) -> Path | None:
+    """Measure the perplexity of the chosen layers on training batches and write the table; None if it was there.
 
     Raises:
         ExperimentError, LowRankError: something that the user can mend.
     """
-    keep_freed_memory()
     name = run_of(task.config, "perplexity")
-    folder = task.folder(name, TABLE)
-    if not task.pending(name, folder):
+    folder = task.begin(name, TABLE, work)
+    if folder is None:
         return None
-    require_data(task.config)
-    read_safely_everywhere()
-    require_weights(task.config)
     with folder.locked(as_yaml(task.config)):
         model, layers = prepared_model(task.config)
         dataset = DATASETS.build(task.config.train_dataloader.dataset)
-        batch = first_batch(model, dataset, task.config.train_dataloader.batch_size, name.seed)
-        settings = task.config.get("perplexity", {})
-        table = measure_perplexity(training_mode(model), layers, segmentation_loss, batch, **settings)
-        replace(table, model=name.model).save(folder.result)
-    print(f"perplexity of {len(table.layers)} layers in {folder.result}", flush=True)
-    return folder.result
+        settings = perplexity_settings(task.config)
+        shape = (task.config.train_dataloader.batch_size, name.seed, settings.pop("batches", 1))
+        batches = first_batches(model, dataset, *shape)
+        return write_table(name, folder, training_mode(model), layers, segmentation_loss, batches, settings)
 
 
 def prepared_model(config: Config) -> tuple[Any, list[str]]:

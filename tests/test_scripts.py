@@ -33,7 +33,7 @@ def dry_run(script: str, environment: dict[str, str], *arguments: str) -> list[s
 
 
 def test_quickstart_dry_run_lists_every_run(script_environment: dict[str, str]) -> None:
-    methods = ["vanilla", "gradient_filter_r2", "svd_0.8", "hosvd_0.8", "asi"]
+    methods = ["vanilla", "gradient_filter_r2", "svd_0.8", "hosvd_0.8", "asi_hosvd_0.8"]
     rows = [(method, layers) for layers in (2, 4) for method in methods]
     rows = [("perplexity", 2), ("perplexity", 4), *rows]
     trained = [f"digits: {method}, last {layers}, seed 7" for method, layers in rows]
@@ -41,27 +41,34 @@ def test_quickstart_dry_run_lists_every_run(script_environment: dict[str, str]) 
 
 
 def test_segmentation_quickstart_dry_run_lists_every_run(script_environment: dict[str, str]) -> None:
-    methods = ["vanilla", "gradient_filter", "hosvd_0.8", "asi"]
-    assert dry_run("segmentation/quickstart.sh", script_environment) == [
-        *("pretrain, seed 233", "calibrate, seed 233", "perplexity, last 10, seed 233"),
-        *(f"{method}, last 10, seed 233" for method in methods),
-    ]
+    runs = ["calibrate", "perplexity, last 10"]
+    runs += [f"{method}, last 10" for method in ("vanilla", "gradient_filter", "hosvd_0.8", "asi_1of20")]
+    expected = ["digit_scenes_pretrain: pretrain, seed 233", *(f"digit_scenes: {run}, seed 233" for run in runs)]
+    assert dry_run("segmentation/quickstart.sh", script_environment) == expected
+
+
+def test_several_budgets_are_runs_of_their_own(script_environment: dict[str, str]) -> None:
+    chosen = {**script_environment, "METHODS": "vanilla hosvd_0.8 asi", "BUDGET": "1/20 hosvd 0.5mib", "LAYERS": "5"}
+    for script, words in (("segmentation/fcn.sh", ["voc12aug"]), ("classification/setup_a/mcunet.sh", ["digits"])):
+        titles = dry_run(script, chosen, *words)
+        methods = [title.partition(": ")[2].partition(",")[0] for title in titles]
+        assert methods[-5:] == ["vanilla", "hosvd_0.8", "asi_1of20", "asi_hosvd_0.8", "asi_0.5mib"]
 
 
 def test_a_segmentation_script_takes_its_settings_from_the_environment(script_environment: dict[str, str]) -> None:
     chosen = {"METHODS": "vanilla hosvd_0.8", "LAYERS": "5 all", "SEEDS": "1 2", "ITERATIONS": "7", "WEIGHTS": "w.pth"}
     titles = dry_run("segmentation/fcn.sh", {**script_environment, **chosen}, "cityscapes")
-    trained = [("vanilla", "last 5"), ("hosvd_0.8", "last 5"), ("vanilla", "all layers")]
+    trained = [("vanilla", 5), ("hosvd_0.8", 5), ("vanilla", "all")]
     assert titles == [
-        "calibrate, seed 233",
-        *(f"{method}, {depth}, seed {seed}" for seed in (1, 2) for method, depth in trained),
+        "cityscapes: calibrate, seed 233",
+        *(f"cityscapes: {method}, last {depth}, seed {seed}" for seed in (1, 2) for method, depth in trained),
     ]
 
 
 @pytest.mark.parametrize("model", ["swin_t", "vit_b_32"])
 def test_scripts_of_vision_transformers_list_their_runs(script_environment: dict[str, str], model: str) -> None:
     titles = dry_run(f"classification/transformers/{model}.sh", script_environment | {"SEEDS": "5"}, "digits")
-    methods = ["vanilla", "hosvd_0.8", "wsi_0.9", "asi", "wasi_0.9"]
+    methods = ["vanilla", "hosvd_0.8", "wsi_0.9", "asi_hosvd_0.8", "wasi_0.9_hosvd_0.8"]
     rows = [("perplexity", 2), ("perplexity", 4), *((method, layers) for layers in (2, 4) for method in methods)]
     assert titles == [f"digits: {method}, last {layers}, seed 5" for method, layers in rows]
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("lowrank", "experiment", "classification", "segmentation", "report", "benchmarks")
 MAY_IMPORT = {
     "lowrank": {"lowrank"},
-    "experiment": {"experiment"},
+    "experiment": {"experiment", "lowrank"},
     "classification": {"classification", "experiment", "lowrank"},
     "segmentation": {"segmentation", "experiment", "lowrank"},
     "report": {"report", "experiment", "lowrank"},

@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from classification.data.files import as_rgb, check_pixels
+from classification.data.limit import limited
 from classification.data.partition import Users, deal, halved, read_users, save_users
 from classification.data.prepared import load_splits
 from classification.data.registry import ImageSet, TextSet
 from classification.data.sampler import AugmentingShuffle, EpochLoader, EpochShuffle, drawing_from
-from experiment import ExperimentError
+from experiment import ExperimentError, fingerprint
+from experiment.shared_tensors import Content, shared_tensors
 
 Partition = Literal["all", "pretrain", "finetune"]
 Activations = tuple[Tensor, ...]
@@ -30,19 +32,23 @@ FRONT_OF_AUGMENTED = (
 
 
 class ActivationSet(Dataset[tuple[Activations, int]]):
-    """What a network's front makes of each image, computed once, with the labels."""
+    """What a network's front made of each image, (N, ...) each, and labels (N,)."""
 
-    def __init__(self, images: DataLoader, front: Callable[[Tensor], Activations]) -> None:
-        with torch.no_grad():
-            batches = [(front(batch), labels) for batch, labels in images]
-        self.activations = [torch.cat(parts).cpu() for parts in zip(*(batch for batch, _ in batches), strict=True)]
-        self.labels = torch.cat([labels for _, labels in batches])
+    def __init__(self, activations: Sequence[Tensor], labels: Tensor) -> None:
+        self.activations, self.labels = activations, labels
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Activations, int]:
         return tuple(part[index] for part in self.activations), int(self.labels[index])
+
+
+def _activations(images: DataLoader, front: Callable[[Tensor], Activations]) -> list[Tensor]:
+    """What a front makes of all images, and behind that the labels."""
+    with torch.no_grad():
+        batches = [(*(part.cpu() for part in front(batch)), labels) for batch, labels in images]
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
 
 class TransformedSet(Dataset[tuple[Tensor, int]]):
@@ -147,6 +153,9 @@ class ImageDataModule(pl.LightningDataModule):
         partition: "all", or one of setup B's halves: "pretrain" or "finetune".
         partition_seed: deals the halves.
         split_file: deals them in its place: a published `usr_group_*.npy`, or the `split.npz` of another run.
+        limit: train on this many samples, or up to 1 on this share of them, and validate on as large a share, with
+            each class in proportion. The test samples stay whole, so that accuracies compare.
+        limit_seed: draws them.
         shuffle_seed: order of the training images; the run's seed if not given.
         workers: processes that load images; no influence on results.
         cache: keep transformed images in memory; for small data sets.
@@ -168,6 +177,8 @@ class ImageDataModule(pl.LightningDataModule):
         partition: Partition = "all",
         partition_seed: int = 233,
         split_file: str | None = None,
+        limit: float | None = None,
+        limit_seed: int = 233,
         shuffle_seed: int | None = None,
         workers: int = 0,
         cache: bool = False,
@@ -196,12 +207,28 @@ class ImageDataModule(pl.LightningDataModule):
         if partition != "all":
             self.users = read_users(Path(split_file), splits) if split_file else deal(splits, partition_seed)
             splits = halved(splits, self.users, 0 if partition == "pretrain" else 1)
+        if limit is not None:
+            splits = limited(splits, limit, limit_seed)
         if drop_last and len(splits.train.labels) < batch_size:
             raise ExperimentError(
                 f"{len(splits.train.labels)} training samples do not fill one batch of {batch_size}; "
                 f"lower --data.batch_size"
             )
         self.num_classes, self.fingerprint = len(splits.classes), splits.fingerprint
+        dealt = [users.tobytes() for _, users in sorted((self.users or {}).items())]
+        told = (
+            splits.fingerprint,
+            partition,
+            limit,
+            limit_seed,
+            image_size,
+            mean,
+            std,
+            eval_batch_size,
+            tokenizer,
+            max_length,
+        )
+        self._images = fingerprint([repr(told).encode(), *dealt])
         opened, normalised = [v2.ToImage(), v2.RGB()], v2.Normalize(mean, std)
         scaled = v2.ToDtype(torch.float32, scale=True)
         square = (image_size, image_size)
@@ -217,17 +244,29 @@ class ImageDataModule(pl.LightningDataModule):
         self.train, self.val, self.test = (prepared(part) for part in (splits.train, splits.val, splits.test))
         self._activations: dict[TransformedSet | TokenSet, ActivationSet] = {}
 
-    def precompute(self, front: Callable[[Tensor], Activations]) -> None:
+    def precompute(self, front: Callable[[Tensor], Activations], file: Callable[[str], Path] | None = None) -> int:
         """From now on, batches hold what `front` makes of the images, computed once, in place of the images.
+
+        Args:
+            front: images (B, 3, H, W) -> activations, each (B, ...), on any device.
+            file: gives, for a hash of the images, the file that all runs with this front read; None for memory alone.
+
+        Returns:
+            bytes of the activations.
 
         Raises:
             ExperimentError: the images are drawn anew in each epoch.
         """
         if self.augment:
             raise ExperimentError(FRONT_OF_AUGMENTED)
-        self._activations = {
-            part: ActivationSet(self._eval_loader(part), front) for part in (self.train, self.val, self.test)
-        }
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+
+        def make() -> Content:
+            return {name: _activations(self._eval_loader(part), front) for name, part in parts.items()}
+
+        content = make() if file is None else shared_tensors(file(self._images), make)
+        self._activations = {part: ActivationSet(content[name][:-1], content[name][-1]) for name, part in parts.items()}
+        return sum(tensor.nbytes for tensors in content.values() for tensor in tensors[:-1])
 
     def train_dataloader(self) -> DataLoader:
         """Training batches, shuffled anew for each epoch."""
@@ -255,9 +294,22 @@ class ImageDataModule(pl.LightningDataModule):
 
     def first_batch(self, seed: int) -> tuple[Tensor, Tensor]:
         """One training batch, (B, 3, H, W) or (B, N), and (B,), that depends on the seed alone; for measurements."""
-        order = list(EpochShuffle(len(self.train), seed))[: self.batch_size]
-        images, labels = default_collate([self.train[index] for index in order])
-        return images, labels
+        return self.first_batches(seed, 1)[0]
+
+    def first_batches(self, seed: int, count: int) -> list[tuple[Tensor, Tensor]]:
+        """The first training batches, with no sample in two of them; see `first_batch`.
+
+        Raises:
+            ExperimentError: the samples do not fill so many batches.
+        """
+        order, size = list(EpochShuffle(len(self.train), seed)), self.batch_size
+        if count > 1 and count * size > len(order):
+            raise ExperimentError(
+                f"{len(order)} training samples do not fill {count} batches of {size}; lower --batches to "
+                f"{max(1, len(order) // size)}"
+            )
+        chosen = (order[place * size : (place + 1) * size] for place in range(count))
+        return [tuple(default_collate([self.train[index] for index in indices])) for indices in chosen]
 
     def save_split(self, path: Path) -> None:
         """Write who has which image, if this is one of setup B's halves; `split_file` reads it."""

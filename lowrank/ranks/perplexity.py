@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,8 +39,9 @@ def measure_perplexity(
     batch: Any,
     energies: Sequence[float] = ENERGIES,
     mode_energies: Sequence[float] = (),
+    further: Iterable[Any] = (),
 ) -> PerplexityTable:
-    """Perplexity of each layer at each energy, from one forward and one backward pass.
+    """Perplexity of each layer at each energy, from one forward and one backward pass a batch.
 
     Each layer's input is decomposed once; the core at a lower energy is a corner of the core at the highest. The model
     is left as it was: parameters, gradients, buffers, flags and the random state.
@@ -57,6 +60,8 @@ def measure_perplexity(
         batch: whatever `loss_fn` takes.
         energies: shares of the squared singular values that each mode keeps.
         mode_energies: shares to choose from for each mode apart, such as `lowrank.MODE_ENERGIES`; none by default.
+        further: more batches, whose inputs have the same shapes. Energies are turned into ranks on the first batch;
+            perplexity at these ranks, and the norm of the exact gradient, is the mean over all batches.
 
     Raises:
         ConversionError: a layer that is unknown, not supported, not called, or called more than once.
@@ -69,37 +74,65 @@ def measure_perplexity(
     for name, layer in layers.items():
         if stock_class(layer) not in LAYERS:
             raise ConversionError(f"layer {name!r} ({stock_class(layer).__name__}) has no perplexity here")
-    rows: dict[str, LayerPerplexity] = {}
+    rows: dict[str, list[LayerPerplexity]] = {name: [] for name in layers}
+    batches = [batch, *further]
     with preserved(model):
         for layer in layers.values():
             layer.requires_grad_(True)
-        probes = {name: _Probe(name, energies, mode_energies, rows) for name in layers}
-        handles = [layer.register_forward_hook(probes[name]) for name, layer in layers.items()]
-        try:
-            with torch.enable_grad():
-                loss = loss_fn(model, batch)
-                if not torch.isfinite(loss).all():
-                    raise NonFiniteError("the loss of the perplexity batch is not finite; look for NaN in the batch")
-                loss.backward()
-        finally:
-            for handle in handles:
-                handle.remove()
-    missing = [name for name in layers if name not in rows]
-    if missing:
-        raise ConversionError(f"the loss does not depend on {', '.join(map(repr, missing))}")
+        for number, each in enumerate(batches, start=1):
+            probes = {name: _Probe(name, energies, mode_energies, rows[name]) for name in layers}
+            _backward(model, layers, probes, loss_fn, each)
+            missing = [name for name in layers if len(rows[name]) < number]
+            if missing:
+                raise ConversionError(f"the loss does not depend on {', '.join(map(repr, missing))}")
     shape = next((tuple(tensor.shape) for tensor in tensors_in(batch)), ())
-    return PerplexityTable(type(model).__name__, shape, energies, tuple(rows[name] for name in layers))
+    means = tuple(_mean(found) for found in rows.values())
+    return PerplexityTable(type(model).__name__, shape, energies, means, len(batches))
+
+
+def _backward(
+    model: nn.Module, layers: dict[str, nn.Module], probes: dict[str, _Probe], loss_fn: LossFunction, batch: Any
+) -> None:
+    """One forward and one backward pass, in which every layer has its probe."""
+    handles = [layer.register_forward_hook(probes[name]) for name, layer in layers.items()]
+    try:
+        with torch.enable_grad():
+            loss = loss_fn(model, batch)
+            if not torch.isfinite(loss).all():
+                raise NonFiniteError("the loss of the perplexity batch is not finite; look for NaN in the batch")
+            loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mean(rows: Sequence[LayerPerplexity]) -> LayerPerplexity:
+    """One layer's mean over batches, at the ranks of the first."""
+    first, mixed = rows[0], [row.mixed for row in rows if row.mixed is not None]
+    if len(rows) == 1:
+        return first
+    return replace(
+        first,
+        perplexity=tuple(map(fmean, zip(*(row.perplexity for row in rows), strict=True))),
+        mixed=replace(mixed[0], perplexity=tuple(map(fmean, zip(*(row.perplexity for row in mixed), strict=True))))
+        if mixed
+        else None,
+        gradient_norm=fmean(row.gradient_norm for row in rows if row.gradient_norm is not None),
+    )
 
 
 class _Probe:
-    """Forward hook of one layer; measures when the gradient of the layer's output arrives."""
+    """Forward hook of one layer; measures when the gradient of the layer's output arrives, and adds a row.
+
+    The first row's ranks are those of the energies; further rows are at its ranks.
+    """
 
     def __init__(
         self,
         name: str,
         energies: tuple[float, ...],
         mode_energies: tuple[float, ...],
-        rows: dict[str, LayerPerplexity],
+        rows: list[LayerPerplexity],
     ) -> None:
         self.name, self.energies, self.mode_energies, self.rows = name, energies, mode_energies, rows
         self.called = False
@@ -118,27 +151,56 @@ class _Probe:
     def measure(self, x: Tensor, grad: Tensor, geometry: Geometry) -> None:
         element_size = x.element_size()
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        gradients = _Gradients(x.to(dtype), grad.to(dtype), geometry, max(self.energies + self.mode_energies))
+        x, grad = x.to(dtype), grad.to(dtype)
+        row = self._again(x, grad, geometry) if self.rows else self._first(x, grad, geometry, element_size)
+        if not all(map(math.isfinite, (*row.perplexity, *(row.mixed.perplexity if row.mixed else ())))):
+            raise NonFiniteError(f"the weight gradient of layer {self.name!r} is not finite on the perplexity batch")
+        self.rows.append(row)
+
+    def _first(self, x: Tensor, grad: Tensor, geometry: Geometry, element_size: int) -> LayerPerplexity:
+        gradients = _Gradients(x, grad, geometry, max(self.energies + self.mode_energies))
         shape, modes = tuple(x.shape), gradients.modes
         ranks = tuple(tuple(mode.rank(energy) for mode in modes) for energy in self.energies)
         measured = _entries(shape, element_size, [(entry, gradients.perplexity(entry)) for entry in ranks])
         notches = [_notches(mode, self.mode_energies) for mode in modes]
         mixed = _climb(shape, notches, gradients.perplexity) if self.mode_energies else {}
-        if not all(map(math.isfinite, (*measured[2], *mixed.values()))):
-            raise NonFiniteError(f"the weight gradient of layer {self.name!r} is not finite on the perplexity batch")
         chosen = (tuple(notch[rank] for notch, rank in zip(notches, entry, strict=True)) for entry in mixed)
         further = Candidates(tuple(chosen), *_entries(shape, element_size, list(mixed.items()))) if mixed else None
-        self.rows[self.name] = LayerPerplexity(self.name, shape, *measured, further)
+        return LayerPerplexity(self.name, shape, *measured, further, gradients.norm)
+
+    def _again(self, x: Tensor, grad: Tensor, geometry: Geometry) -> LayerPerplexity:
+        first = self.rows[0]
+        if tuple(x.shape) != first.input_shape:
+            raise ConversionError(
+                f"layer {self.name!r} has an input of shape {tuple(x.shape)} on a further batch and of "
+                f"{first.input_shape} on the first; perplexity is measured on batches of one shape"
+            )
+        every = first.ranks + (first.mixed.ranks if first.mixed else ())
+        energy = max(self.energies + self.mode_energies)
+        gradients = _Gradients(x, grad, geometry, energy, tuple(map(max, zip(*every, strict=True))))
+        mixed = first.mixed and replace(first.mixed, perplexity=tuple(map(gradients.perplexity, first.mixed.ranks)))
+        measured = tuple(map(gradients.perplexity, first.ranks))
+        return replace(first, perplexity=measured, mixed=mixed, gradient_norm=gradients.norm)
 
 
 class _Gradients:
-    """Weight gradients of one layer from its input truncated at various ranks, decomposed once."""
+    """Weight gradients of one layer from its input truncated at various ranks, decomposed once.
 
-    def __init__(self, x: Tensor, grad: Tensor, geometry: Geometry, energy: float) -> None:
+    Args:
+        x, grad, geometry: the layer's input, the gradient of its output, and the layer.
+        energy: the highest that is asked for.
+        largest: the highest ranks that are asked for; by default those of that energy.
+    """
+
+    def __init__(
+        self, x: Tensor, grad: Tensor, geometry: Geometry, energy: float, largest: Ranks | None = None
+    ) -> None:
         self.grad, self.geometry = grad, geometry
         self.exact = geometry.weight_gradient(x, grad)
+        self.norm = float(torch.linalg.vector_norm(self.exact))
         self.modes = spectra(x, exact=energy >= 1)
-        self.largest = project(x, [mode.basis(mode.rank(energy)) for mode in self.modes])
+        ranks = largest or tuple(mode.rank(energy) for mode in self.modes)
+        self.largest = project(x, [mode.basis(rank) for mode, rank in zip(self.modes, ranks, strict=True)])
 
     def perplexity(self, ranks: Ranks) -> float:
         """Frobenius norm of what the gradient at these ranks lacks."""

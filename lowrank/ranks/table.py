@@ -45,6 +45,7 @@ class LayerPerplexity:
         nbytes: per energy, bytes of the Tucker form.
         perplexity: per energy, the Frobenius norm of the difference between the two weight gradients.
         mixed: further candidates, with an energy of its own for each mode; None if they were not measured.
+        gradient_norm: Frobenius norm of the exact weight gradient; None in tables of before it was stored.
     """
 
     name: str
@@ -53,23 +54,26 @@ class LayerPerplexity:
     nbytes: tuple[int, ...]
     perplexity: tuple[float, ...]
     mixed: Candidates | None = None
+    gradient_norm: float | None = None
 
 
 @dataclass(frozen=True)
 class PerplexityTable:
-    """Perplexity of layers at several energies, measured on one batch.
+    """Perplexity of layers at several energies, measured on one batch, or as the mean over several.
 
     Attributes:
         model: name of the model's class.
         batch_shape: shape of the batch's first tensor.
         energies: ascending.
         layers: one row each, in the model's order.
+        batches: number of batches.
     """
 
     model: str
     batch_shape: tuple[int, ...]
     energies: tuple[float, ...]
     layers: tuple[LayerPerplexity, ...]
+    batches: int = 1
 
     @property
     def names(self) -> list[str]:
@@ -90,7 +94,7 @@ class PerplexityTable:
                 f"the perplexity table has no layer {', '.join(map(repr, missing))}; "
                 f"it has {', '.join(rows)}. Measure it again for the layers that are trained"
             )
-        return PerplexityTable(self.model, self.batch_shape, self.energies, tuple(rows[name] for name in names))
+        return replace(self, layers=tuple(rows[name] for name in names))
 
     def without_mixed(self) -> PerplexityTable:
         """The table with one energy for all modes of a layer, as published (ASI, sec. 3.3)."""
@@ -112,8 +116,11 @@ class PerplexityTable:
         part = target.with_name(f"{target.name}.part")
         content = {"schema": SCHEMA, **asdict(self)}
         for row in content["layers"]:
-            if row["mixed"] is None:
-                del row["mixed"]
+            for key in ("mixed", "gradient_norm"):
+                if row[key] is None:
+                    del row[key]
+        if self.batches == 1:
+            del content["batches"]
         part.write_text(json.dumps(content, indent=1) + "\n")
         part.replace(target)
 
@@ -150,17 +157,21 @@ def _parse(content: Any) -> PerplexityTable:
     model, batch_shape = content.get("model"), content.get("batch_shape")
     if not isinstance(model, str):
         raise TableError("'model' must be a text")
-    return PerplexityTable(model, () if batch_shape == [] else _whole(content, "batch_shape"), energies, layers)
+    shape = () if batch_shape == [] else _whole(content, "batch_shape")
+    (batches,) = _whole({"batches": [content.get("batches", 1)]}, "batches")
+    return PerplexityTable(model, shape, energies, layers, batches)
 
 
 def _parse_layer(row: Any, count: int) -> LayerPerplexity:
     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
         raise TableError("an entry of 'layers' has no name")
-    name, mixed = row["name"], row.get("mixed")
+    name, mixed, norm = row["name"], row.get("mixed"), row.get("gradient_norm")
     try:
         shape = _whole(row, "input_shape")
         measured = _parse_entries(row, shape, count)
-        return LayerPerplexity(name, shape, *measured, None if mixed is None else _parse_mixed(mixed, shape))
+        if norm is not None and _numbers({"gradient_norm": [norm]}, "gradient_norm") < (0,):
+            raise TableError("'gradient_norm' is negative")
+        return LayerPerplexity(name, shape, *measured, None if mixed is None else _parse_mixed(mixed, shape), norm)
     except TableError as error:
         raise TableError(f"layer {name!r}: {error}") from None
 

@@ -19,8 +19,9 @@
 #   LAYERS     numbers of trailing layers, ranges such as 1-14, or all (default: 2 4, and vanilla on all as well)
 #   SEEDS      (default: 233)
 #   EPOCHS     of every training run (default: the setup's)
-#   BUDGET     ASI's memory: published, hosvd for that of the HOSVD run, or such as 1/22 for that part of the vanilla
-#              run's (default: published where it is known, else hosvd)
+#   BUDGET     memory of ASI and other methods that take ranks, each of several trained: published, hosvd for that of the
+#              HOSVD run, such as 1/22 for that part of the vanilla run's, or such as 0.5mib (default: published where it
+#              is known, else hosvd)
 #   WEIGHTS    file to start from, in place of pretraining (setup B) or of a download (setup A)
 #   DATA_DIR   folder that holds all data sets (default: data)
 #   RUNS_DIR   folder that holds all runs (default: runs)
@@ -42,14 +43,14 @@ if [[ $# -lt 2 ]]; then
     exit 2
 fi
 
-options=(--setup "$1" --model "$2" --runs_dir "${RUNS_DIR:-runs}")
+options=(--setup "$1" --model "$2" --runs-dir "${RUNS_DIR:-runs}")
 setup="$1"
 shift 2
 datasets=()
 report=
 while [[ $# -gt 0 && "$1" != -- ]]; do
     case "$1" in
-        --dry-run) options+=(--dry_run) ;;
+        --dry-run) options+=(--dry-run) ;;
         --report) report=yes ;;
         *) datasets+=("$1") ;;
     esac
@@ -64,17 +65,18 @@ options+=(--dataset "${datasets[@]}")
 for name in METHODS LAYERS SEEDS EPOCHS BUDGET WEIGHTS DATA_DIR; do
     # Lists are words with blanks between them; a path may hold blanks.
     case "$name" in
-        METHODS | LAYERS | SEEDS) read -ra words <<< "${!name:-}" ;;
+        METHODS | LAYERS | SEEDS | BUDGET) read -ra words <<< "${!name:-}" ;;
         *) words=(${!name:+"${!name}"}) ;;
     esac
-    [[ ${#words[@]} -eq 0 ]] || options+=("--${name,,}" "${words[@]}")
+    option="${name,,}"
+    [[ ${#words[@]} -eq 0 ]] || options+=("--${option/_/-}" "${words[@]}")
 done
 
 bash scripts/setup.sh
 python="${VENV:-.venv}/bin/python"
 sweep=("$python" -m classification sweep "${options[@]}" "$@")
 # Whoever stops or kills the script must reach the run: it takes the place of this shell, or is told by it.
-if [[ -z "$report" || " ${options[*]} " == *" --dry_run "* ]]; then
+if [[ -z "$report" || " ${options[*]} " == *" --dry-run "* ]]; then
     exec "${sweep[@]}"
 fi
 "${sweep[@]}" &

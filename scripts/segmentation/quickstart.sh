@@ -9,7 +9,7 @@
 #   NETWORK                  pspnet_small (default) or deeplabv3_mbv2_small
 #   METHODS, LAYERS, SEEDS   what to train (default: vanilla gradient_filter hosvd_0.8 asi; 10; 233)
 #   DATA_DIR, RUNS_DIR       folders of data sets, and of runs and report (default: data, runs)
-#   BUDGET                   ASI's memory (default: 1/20 of vanilla's; see sweep.sh)
+#   BUDGET                   ASI's memory (default: 1/20, of vanilla's; see sweep.sh)
 #   ITERATIONS               length of the fine-tuning runs (default: 200)
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
@@ -27,8 +27,14 @@ bash scripts/segmentation/sweep.sh "$network" "$@" digit_scenes
 runs="${RUNS_DIR:-runs}"
 read -ra methods <<< "$METHODS"
 finished=()
+# A method that takes ranks has its budget in its name, such as asi_1of20 or asi_hosvd_0.8.
+budget="${BUDGET%% *}"
+budget="${budget/\//of}"
 for method in "${methods[@]}"; do
-    finished+=("$runs/segmentation/finetune/$network/digit_scenes/$method/layers${LAYERS%% *}/seed${SEEDS%% *}")
+    for name in "$method" "${method}_${budget/#hosvd/hosvd_0.8}"; do
+        folder="$runs/segmentation/finetune/$network/digit_scenes/$name/layers${LAYERS%% *}/seed${SEEDS%% *}"
+        [[ ! -e "$folder/result.json" ]] || finished+=("$folder")
+    done
 done
 picture="$runs/report/segmentation/finetune/$network/digit_scenes/predictions.png"
 "${VENV:-.venv}/bin/python" -m segmentation picture "${finished[@]}" --output "$picture"

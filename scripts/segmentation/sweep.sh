@@ -11,8 +11,9 @@
 #   DATA_DIR     folder of the data sets (default: data)
 #   RUNS_DIR     folder for runs and report (default: runs)
 #   ITERATIONS   length of the fine-tuning runs (default: the papers' 20000; of digit scenes 200)
-#   BUDGET       ASI's memory: published, hosvd for that of the HOSVD run, or such as 1/22 for that part of the vanilla
-#                run's (default: published where it is known, else hosvd)
+#   BUDGET       memory of ASI and other methods that take ranks, each of several trained: published, hosvd for that of
+#                the HOSVD run, such as 1/22 for that part of the vanilla run's, or such as 0.5mib (default: published
+#                where it is known, else hosvd)
 #   WEIGHTS      weights to start from, a file or an address (default: those published for Cityscapes; of digit scenes
 #                a pretraining run; with cityscapes they must be given)
 #   VENV, PYTHON   see scripts/setup.sh
@@ -37,11 +38,12 @@ runs="${RUNS_DIR:-runs}"
 read -ra methods <<< "${METHODS:-}"
 read -ra layers <<< "${LAYERS:-5 10}"
 read -ra seeds <<< "${SEEDS:-233}"
-options=(--network "$network" --dataset "${1:-voc12aug}" --layers "${layers[@]}" --seeds "${seeds[@]}")
+read -ra budgets <<< "${BUDGET:-}"
+options=(--model "$network" --dataset "${1:-voc12aug}" --layers "${layers[@]}" --seeds "${seeds[@]}")
 options+=(--runs-dir "$runs" --data-dir "${DATA_DIR:-data}" "${dry_run[@]}")
 [[ ${#methods[@]} -eq 0 ]] || options+=(--methods "${methods[@]}")
 [[ -z "${ITERATIONS:-}" ]] || options+=(--iterations "$ITERATIONS")
-[[ -z "${BUDGET:-}" ]] || options+=(--budget "$BUDGET")
+[[ ${#budgets[@]} -eq 0 ]] || options+=(--budget "${budgets[@]}")
 [[ -z "${WEIGHTS:-}" ]] || options+=(--weights "$WEIGHTS")
 "$python" -m segmentation sweep "${options[@]}"
 [[ ${#dry_run[@]} -gt 0 ]] || "$python" -m report "$runs"

@@ -16,6 +16,8 @@ import numpy as np
 from mmengine.dataset import InfiniteSampler
 from mmengine.registry import DATA_SAMPLERS, DATASETS
 
+from experiment import ExperimentError
+
 
 class Place(int):
     """An index that knows which draw of the run it is."""
@@ -54,10 +56,26 @@ class PlacedDataset:
 
     Args:
         dataset: config of the data set.
+        limit: take this many of its samples, or up to 1 this share of them, at random.
+        limit_seed: draws them. The samples of a smaller limit are among those of a larger one.
+
+    Raises:
+        ExperimentError: the data set has fewer samples, or the limit is no such number.
     """
 
-    def __init__(self, dataset: dict[str, Any]) -> None:
+    def __init__(self, dataset: dict[str, Any], limit: float | None = None, limit_seed: int = 233) -> None:
         self.dataset = DATASETS.build(dataset)
+        if limit is None:
+            return
+        there = len(self.dataset)
+        count = round(limit * there) if 0 < limit <= 1 else limit
+        if not (1 <= count <= there and float(count).is_integer()):
+            raise ExperimentError(
+                f"the limit of {limit:g} is {count:g} of {there} training samples; allowed are whole numbers up to "
+                f"{there}, or a share of them, up to 1"
+            )
+        chosen = np.random.default_rng(limit_seed).permutation(there)[: int(count)]
+        self.dataset.get_subset_(sorted(map(int, chosen)))
 
     @property
     def metainfo(self) -> dict[str, Any]:

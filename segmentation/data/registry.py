@@ -29,10 +29,15 @@ def require_data(config: Config) -> None:
     write_scenes(root, SETS[name])
 
 
-def data_fingerprint(config: Config) -> str:
-    """A short hash of the names and sizes of all images and label maps that the config trains and validates on."""
+def data_fingerprint(config: Config) -> str | None:
+    """A short hash of the names and sizes of all images and label maps that the config trains and validates on.
+
+    None if they are not there.
+    """
     files: set[Path] = set()
     roots = {Path(part["data_root"]) for part in datasets(config)}
+    if not all(root.is_dir() for root in roots):
+        return None
     for part in datasets(config):
         root = Path(part["data_root"])
         prefixes = [root / prefix for prefix in part.get("data_prefix", {}).values()]

@@ -99,7 +99,7 @@ MISTAKES = {
     "setup that is a path": (["--setup", "../x"], r"\.\./x"),
     "setup above the folder": (["--setup", ".."], r"'\.\.'"),
     "seed": (["--seed_everything", "x"], "seed"),
-    "runs below a file": (["--runs_dir", "FILES/in_the_way"], r"in_the_way.* cannot be written .*--runs_dir"),
+    "runs below a file": (["--runs_dir", "FILES/in_the_way"], r"in_the_way.* cannot be written .*--runs-dir"),
     "runs in a system folder": (["--runs_dir", "/proc/nowhere"], "cannot be written"),
 }
 

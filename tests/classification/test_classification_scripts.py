@@ -65,13 +65,13 @@ def test_variables_reach_the_runs(script_environment):
     settings = {"METHODS": "vanilla asi hosvd_0.8", "LAYERS": "1-2 all", "SEEDS": "4 5", "BUDGET": "hosvd"}
     settings |= {"EPOCHS": "3", "DATA_DIR": "a folder", "WEIGHTS": "some file.pt"}
     printed = run("setup_b/mcunet.sh", script_environment, "digits", "--dry-run", **settings)
-    rows = [(name, depth) for depth in ("1", "2", "all") for name in ("vanilla", "hosvd_0.8", "asi")]
+    rows = [(name, depth) for depth in ("1", "2", "all") for name in ("vanilla", "hosvd_0.8", "asi_hosvd_0.8")]
     rows = [("perplexity", depth) for depth in ("1", "2", "all")] + rows
     assert listed(printed) == [f"digits: {name}, last {depth}, seed {seed}" for seed in (4, 5) for name, depth in rows]
     settings = {"SETUP": "b", "LAYERS": "1-2 all", "METHODS": "asi hosvd_0.8"}
     curve = run("curve.sh", script_environment, "mcunet", "digits", "--dry-run", **settings)
     assert [title for title in listed(curve) if ": asi" in title] == [
-        f"digits: asi, last {depth}, seed 233" for depth in ("1", "2", "all")
+        f"digits: asi_hosvd_0.8, last {depth}, seed 233" for depth in ("1", "2", "all")
     ]
     lines = [line for line in printed.splitlines() if line.startswith("  python")]
     assert all("--data.root a folder" in line and "--model.weights some file.pt" in line for line in lines)
@@ -88,12 +88,13 @@ def test_a_script_without_a_model_explains_itself(script_environment):
 def test_methods_run_to_the_end_then_nothing_is_left_and_the_table_has_them(script_environment, tmp_path):
     runs = tmp_path / "runs"
     methods = ["asi", "asi_cold", "asi_one_energy", "asi_per_layer", "asi_published", "asi_random"]
-    methods += ["gradient_filter_r2", "hosvd_0.8", "vanilla"]
-    settings = {"METHODS": " ".join(methods), "LAYERS": "2", "EPOCHS": "1", "SEEDS": "233"}
+    others = ["gradient_filter_r2", "hosvd_0.8", "vanilla"]
+    settings = {"METHODS": " ".join(methods + others), "LAYERS": "2", "EPOCHS": "1", "SEEDS": "233"}
     run("setup_b/mcunet.sh", script_environment, "digits", "--", *SMALL, **settings)
     records = list(find_records(runs))
     assert {record.run for record in records} == set(find_planned(runs))
-    assert sorted(record.run.method for record in records if record.run.setup == "B") == methods
+    methods = [f"{method}_hosvd_0.8" for method in methods] + others
+    assert sorted(record.run.method for record in records if record.run.setup == "B") == sorted(methods)
 
     # The ablations are among them, so there is nothing to do but the tables.
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
@@ -118,7 +119,7 @@ def test_a_script_that_is_killed_and_run_again_ends_with_the_same_weights(script
         for line in process.stdout:
             method = line.split()[2].rstrip(",") if line.startswith("[") else method
             epochs = int(re.match(r"  epoch (\d)/3", line)[1]) if line.startswith("  epoch") else 0
-            if (method, epochs) == ("asi", 2):
+            if (method, epochs) == ("asi_hosvd_0.8", 2):
                 os.kill(process.pid, 9)  # the script's own process is the one that trains
     assert process.returncode == -9
     assert len(list(find_records(tmp_path / "runs"))) == 1
@@ -126,7 +127,7 @@ def test_a_script_that_is_killed_and_run_again_ends_with_the_same_weights(script
     # The curve of a single depth is these runs, and a figure of them.
     printed = run("curve.sh", script_environment, "mcunet", "digits", "--", *SMALL, **settings)
     assert (tmp_path / "runs/report/classification/A/mcunet/digits/pareto.svg").exists()
-    assert len(re.findall(r"^resuming: .* asi, layers 2", printed, re.MULTILINE)) == 1
+    assert len(re.findall(r"^resuming: .* asi_hosvd_0.8, layers 2", printed, re.MULTILINE)) == 1
     words = ["--setup", "a", "--model", "mcunet", "--dataset", "digits", "--runs_dir", str(tmp_path / "whole")]
     words += ["--methods", "hosvd_0.8", "asi", "--layers", "2", "--epochs", "3"]
     assert sweep.main([*words, *SMALL]) == 0

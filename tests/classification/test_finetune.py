@@ -1,6 +1,5 @@
 """The Lightning module: recipe, frozen statistics, what is trained and what is not."""
 
-import json
 import math
 
 import pytest
@@ -15,8 +14,8 @@ import lowrank
 from classification.backbones import build_model
 from classification.identity import method_tag
 from classification.module import FineTune, learning_rate_factor
-from classification.planning import Budget
 from experiment import ExperimentError
+from experiment.ranks import Budget
 from lowrank import ASI, HOSVD, SVD, GradientFilter, NonFiniteError, Vanilla
 
 METHODS = [Vanilla(), SVD(0.8), HOSVD(0.8), ASI(ranks=4), GradientFilter(2), GradientFilter(4), GradientFilter(7)]
@@ -159,33 +158,8 @@ def test_nan_in_a_later_epoch_is_named_with_its_epoch(weights, digits_32):
 
 
 def test_asi_without_ranks_and_budget_says_what_to_give(weights):
-    with pytest.raises(ExperimentError, match=r"--model\.budget\.table"):
+    with pytest.raises(ExperimentError, match="ASI needs ranks: give its own, or a budget"):
         module(weights, method=ASI())
-
-
-@pytest.mark.parametrize("given", [{}, {"mib": 1.0, "run": "runs/x"}])
-def test_a_budget_is_given_once(given):
-    with pytest.raises(ExperimentError, match=r"either --model\.budget\.mib or --model\.budget\.run"):
-        Budget("table.json", **given).nbytes  # noqa: B018 - reading it is what is tried
-
-
-def test_a_budget_is_mebibytes_or_the_formula_memory_of_a_run(tmp_path):
-    assert Budget("table.json", mib=1.5).nbytes == 1_572_864
-    record = {
-        "schema": 1,
-        "status": "done",
-        "run": {
-            **{"task": "classification", "setup": "A", "model": "m", "dataset": "d", "method": "hosvd_0.8"},
-            **{"layers": 2, "seed": 0},
-        },
-        "accuracy": {},
-        "memory_bytes": {"activation_formula": 4321, "saved_measured": 1},
-        "flops": {},
-        "time_s": {},
-        "provenance": {},
-    }
-    (tmp_path / "result.json").write_text(json.dumps(record))
-    assert Budget("table.json", run=str(tmp_path)).nbytes == 4321
 
 
 def test_the_budget_chooses_the_ranks_of_asi(weights, digits_32, tmp_path):
@@ -221,7 +195,7 @@ def test_the_budget_chooses_the_ranks_of_asi(weights, digits_32, tmp_path):
 def test_vanilla_is_ordinary_training_and_everything_else_is_fused(weights, method, fuse, tag, lean):
     settings = {"energy": 0.8} if method == "HOSVD" else {}
     config = method and {"class_path": f"lowrank.{method}", "init_args": settings}
-    assert method_tag({"method": config, "fuse": fuse}) == tag
+    assert method_tag({"method": config, "fuse": fuse, "rank_choice": "perplexity"}) == tag
     model = module(weights, method=method and getattr(lowrank, method)(**settings), fuse=fuse)
     assert any(type(layer) is not nn.ReLU6 for layer in model.modules() if isinstance(layer, nn.ReLU6)) == lean
 

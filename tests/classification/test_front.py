@@ -77,8 +77,9 @@ def test_what_changes_or_is_random_is_not_in_the_front(front, scale_is_trained):
     network = Own(front).train()
     network.scale.requires_grad_(scale_is_trained)
     images = torch.randn(4, 3, 5, 5)
-    (crossing,) = split(network, images).front(images)[-1:]
-    assert torch.equal(crossing, images) or torch.equal(crossing, network.scale)
+    crossing = split(network, images).front(images)[-1]
+    expected = images.tanh() if isinstance(front, nn.Tanh) else images
+    assert torch.equal(crossing, expected) or torch.equal(crossing, network.scale)
     if isinstance(front, nn.BatchNorm2d):
         assert front.num_batches_tracked == 0
 
@@ -126,11 +127,11 @@ def test_a_network_that_cannot_be_traced_is_refused_in_one_line():
         split(Untraceable(), torch.randn(2, 3, 4, 4))
 
 
-def train(weights, cache_front, epochs=2, **options):
+def train(weights, cache_front, epochs=2, folder=None, method=None, **options):
     torch.manual_seed(0)
-    module = FineTune(
-        "mcunet", 10, weights=str(weights), layers=2, method=lowrank.ASI(ranks=4), cache_front=cache_front
-    )
+    method = method or lowrank.ASI(ranks=4)
+    module = FineTune("mcunet", 10, weights=str(weights), layers=2, method=method, cache_front=cache_front)
+    module.front_folder = folder
     data = ImageDataModule(
         "digits", image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3, batch_size=64, partition="finetune", cache=True
     )
@@ -163,6 +164,64 @@ def test_a_cached_front_sees_every_image_once_however_many_epochs(weights):
     # Every image, and the batch of the check, which goes through the whole network and through the front.
     images = sum(len(part) for part in (data.train, data.val, data.test))
     assert counts == [images + 2 * 64] * 2
+
+
+CHECKED = 2 * 64  # images of the batch that goes through the whole network and through the front
+
+
+def test_runs_with_the_same_front_and_images_compute_it_once(weights, tmp_path, capsys):
+    alone = train(weights, cache_front=True)
+    assert capsys.readouterr().out.startswith(
+        "  frozen front: 107 of 113 layers, up to blocks.13.layers.3 (is trained); "
+    )
+    first = train(weights, cache_front=True, folder=tmp_path)
+    second = train(weights, cache_front=True, folder=tmp_path)
+    assert sum(first[2]) == sum(alone[2]) > sum(second[2]) == CHECKED
+    for state, metrics, *_ in (first, second):
+        assert metrics == alone[1]
+        assert all(torch.equal(state[key], value) for key, value in alone[0].items())
+    _, _, seen, _ = train(weights, cache_front=True, folder=tmp_path, method=lowrank.Vanilla())
+    assert sum(seen) == CHECKED, "another method, with the same layers ahead of it"
+    assert len(list(tmp_path.glob("*.pt"))) == 1
+
+
+def test_other_weights_or_images_are_another_file(weights, tmp_path):
+    def files(**options):
+        settings = {"image_size": 32, "batch_size": 8, **options}
+        module = FineTune("mcunet", 10, weights=str(weights), layers=settings.pop("layers", 2), cache_front=True)
+        with torch.no_grad():
+            module.backbone.stem[0].weight.mul_(settings.pop("scale", 1))
+        module.front_folder = tmp_path
+        limits = {"limit_train_batches": 1, "limit_val_batches": 1}
+        trainer(1, **limits).fit(module, datamodule=ImageDataModule("digits", **settings))
+        return len(list(tmp_path.glob("*.pt")))
+
+    others = [{}, {"layers": 3}, {"scale": 2}, {"image_size": 40}, {"partition": "finetune"}, {"std": (1.0, 1.0, 0.5)}]
+    assert [files(**options) for options in others] == list(range(1, 1 + len(others)))
+
+
+class Padded(nn.Module):
+    """A frozen front of layers without parameters among frozen ones."""
+
+    def __init__(self):
+        super().__init__()
+        pads = (nn.ZeroPad2d(1), nn.ReflectionPad2d(1), nn.ConstantPad2d(1, 0.5))
+        self.front = nn.Sequential(*pads, nn.Upsample(scale_factor=2), nn.Conv2d(3, 8, 1), nn.PixelShuffle(2))
+        self.drop, self.head = nn.Dropout(0.5), nn.Conv2d(2, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.drop(self.front(x)))
+
+
+def test_padding_and_upsampling_are_in_the_front_and_what_it_ends_at_is_said():
+    network = Padded().train()
+    network.front.requires_grad_(False)
+    parts = split(network, torch.randn(2, 3, 6, 6))
+    assert (parts.layers, parts.stops) == ((6, 8), ("drop (Dropout differs in training)",))
+    assert str(parts) == "6 of 8 layers, up to drop (Dropout differs in training)"
+    network.drop.eval()
+    parts = split(network, torch.randn(2, 3, 6, 6))
+    assert (parts.layers, parts.stops) == ((7, 8), ("head (is trained)",))
 
 
 def test_a_cached_front_needs_the_data_module(weights, digits_32):

@@ -12,6 +12,7 @@ from commands import TINY
 
 from classification import plans, sweep
 from experiment import ExperimentError, Record, Run, RunFolder, find_planned
+from experiment.command import dashed
 
 NEEDED = ["--setup", "b", "--model", "mcunet", "--dataset", "digits"]
 
@@ -85,7 +86,7 @@ def test_a_dry_run_lists_the_jobs_in_their_order_and_does_nothing(tmp_path, caps
 def test_further_arguments_go_to_every_job(tmp_path):
     commands = Commands()
     sweep.main(words(tmp_path, *TINY), commands)
-    assert all(call[-len(TINY) :] == list(TINY) for call in commands.calls)
+    assert all(call[-len(TINY) :] == dashed(TINY) for call in commands.calls)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_what_is_planned_is_written_down_and_grows(tmp_path):
     sweep.main(words(tmp_path, "--methods", "hosvd_0.8", "asi", "--seeds", "1"), Commands())
     planned = {(run.setup, run.method, run.layers, run.seed) for run in find_planned(tmp_path)}
     pretraining = {("B-pretrain", "vanilla", "all", seed) for seed in (1, 233)}
-    assert planned == pretraining | {("B", "vanilla", 2, 233), ("B", "hosvd_0.8", 2, 1), ("B", "asi", 2, 1)}
+    assert planned == pretraining | {("B", "vanilla", 2, 233), ("B", "hosvd_0.8", 2, 1), ("B", "asi_hosvd_0.8", 2, 1)}
 
 
 def titles(arguments):
@@ -130,7 +131,7 @@ def titles(arguments):
 
 def test_the_papers_depths_and_methods_are_the_default(tmp_path):
     found = titles(["--setup", "a", "--model", "resnet18", "--dataset", "digits"])
-    methods = ["vanilla", *(f"gradient_filter_r{patch}" for patch in (2, 4, 7)), "hosvd_0.8", "asi"]
+    methods = ["vanilla", *(f"gradient_filter_r{patch}" for patch in (2, 4, 7)), "hosvd_0.8", "asi_hosvd_0.8"]
     rows = [(method, layers) for layers in (2, 4) for method in methods]
     rows = [("perplexity", 2), ("perplexity", 4), *rows, ("vanilla", "all")]
     assert found == [f"digits: {method}, last {layers}, seed 233" for method, layers in rows]
@@ -165,7 +166,10 @@ def test_perplexity_of_setup_b_is_measured_on_the_half_that_its_configs_name(tmp
         files = [yaml.safe_load(Path(word).read_text()) for word in job.arguments if word.endswith(".yaml")]
         halves = [content["data"]["partition"] for content in files if "partition" in content.get("data", {})]
         assert halves[-1] == ("finetune" if name in with_own else "pretrain")
-        assert any("mode_energies" in content.get("model", {}) for content in files) == (name == "digits")
+        energies = [
+            content["model"]["mode_energies"] for content in files if "mode_energies" in content.get("model", {})
+        ]
+        assert bool(energies[-1]) == (name == "digits"), "the papers have one energy for all modes"
 
 
 def test_a_network_may_need_other_energies_than_its_data_set(tmp_path):
@@ -193,6 +197,7 @@ def pets(tmp_path, monkeypatch):
 def test_the_published_budget_is_taken_where_there_is_one(options):
     *_, job = sweep.parse(published_words(*options))[0].jobs()
     assert job.arguments[job.arguments.index("--model.budget.mib") + 1] == "0.249587357"
+    assert job.arguments[job.arguments.index("--model.budget.name") + 1] == "papers"
     assert "--model.budget.run" not in job.arguments
 
 
@@ -220,7 +225,10 @@ def test_a_user_who_stops_a_sweep_stops_it(tmp_path):
         (["--layers", "0"], "--layers has '0'"),
         (["--layers", "two"], "--layers has 'two'"),
         (["--methods", "nothing"], "nothing"),
-        (["--methods", "asi"], "asi takes its budget for mcunet on digits, setup B, last 2 from hosvd_0.8"),
+        (
+            ["--methods", "asi"],
+            "the budget for mcunet on digits, setup B, last 2 is taken from hosvd_0.8; add it to --methods",
+        ),
         (["--budget", "published"], "no budget is published for mcunet on digits, setup B, last 2"),
         (["--layers", "3-1"], "--layers has '3-1'"),
         (["--layers", "1-"], "--layers has '1-'"),
@@ -268,15 +276,15 @@ def test_a_sweep_does_what_it_can_then_what_is_missing_and_then_nothing(swept, c
     assert len(list(runs.rglob("result.json"))) == 2  # pretraining and vanilla
     assert list(runs.rglob("failure.log")) == []  # what is in work elsewhere, and what needs it, has not failed
     assert "failed" not in said
-    assert re.findall(r"^  digits: (\S+), last 2, seed 233$", said, re.MULTILINE) == ["hosvd_0.8", "asi"]
+    assert re.findall(r"^  digits: (\S+), last 2, seed 233$", said, re.MULTILINE) == ["hosvd_0.8", "asi_hosvd_0.8"]
 
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("result.json")}
     capsys.readouterr()
     assert sweep.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert re.findall(r"^training: .* setup B, (\S+), layers", printed, re.MULTILINE) == ["hosvd_0.8", "asi"]
+    assert re.findall(r"^training: .* setup B, (\S+), layers", printed, re.MULTILINE) == ["hosvd_0.8", "asi_hosvd_0.8"]
     assert printed.count("done already") == 3
-    assert done(runs) == set(METHODS)
+    assert done(runs) == {"vanilla", "hosvd_0.8", "asi_hosvd_0.8"}
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
     assert sweep.main(arguments) == 0
@@ -285,7 +293,7 @@ def test_a_sweep_does_what_it_can_then_what_is_missing_and_then_nothing(swept, c
     assert "training" not in printed
     assert "5 of 5 runs done" in printed
 
-    records = {method: next(runs.rglob(f"{method}/layers2/*/result.json")) for method in ("hosvd_0.8", "asi")}
+    records = {method: next(runs.rglob(f"{method}/layers2/*/result.json")) for method in ("hosvd_0.8", "asi_hosvd_0.8")}
     allowed, kept = (Record.load(path).memory_bytes["activation_formula"] for path in records.values())
     assert 0 < kept <= allowed
 
@@ -308,8 +316,8 @@ def test_wasi_takes_its_ranks_and_budget_as_asi_does_unless_they_are_given():
     arguments = ["--setup", "a", "--model", "vit_mini", "--dataset", "digits", "--layers", "2"]
     found, _ = sweep.parse([*arguments, "--methods", "wasi_0.9", "hosvd_0.8", "wasi_0.1_rank20"])
     jobs = {job.run.method: job.arguments for job in found.jobs()}
-    assert list(jobs) == ["perplexity", "hosvd_0.8", "wasi_0.1_rank20", "wasi_0.9"]
-    assert "--model.budget.run" in jobs["wasi_0.9"]
+    assert list(jobs) == ["perplexity", "hosvd_0.8", "wasi_0.1_rank20", "wasi_0.9_hosvd_0.8"]
+    assert "--model.budget.run" in jobs["wasi_0.9_hosvd_0.8"]
     assert "--model.budget.run" not in jobs["wasi_0.1_rank20"]
 
 
@@ -326,4 +334,4 @@ def test_a_typo_is_refused_before_any_job(tmp_path, capsys, option, way):
 def test_options_may_be_spelled_with_a_dash(tmp_path, capsys):
     dashed = [*NEEDED, "--layers", "2", "--runs-dir", str(tmp_path), "--data-dir=there", "--data.batch-size", "4"]
     (job, *_) = sweep.parse([*dashed, "--dry-run"])[0].jobs()
-    assert {"--data.root", "there", "--data.batch_size", str(tmp_path)} <= {*job.arguments}
+    assert {"--data.root", "there", "--data.batch-size", str(tmp_path)} <= {*job.arguments}

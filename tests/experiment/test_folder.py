@@ -187,7 +187,7 @@ def test_a_folder_in_use_by_another_process_is_refused_until_that_is_killed(tmp_
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     # A file where a folder must be: a folder without write permission would not stop root.
     (tmp_path / "run").write_text("in the way")
-    with pytest.raises(ExperimentError, match=r"cannot be written .*--runs_dir") as raised, folder(tmp_path).locked(""):
+    with pytest.raises(ExperimentError, match=r"cannot be written .*--runs-dir") as raised, folder(tmp_path).locked(""):
         pass
     assert "\n" not in str(raised.value)
     assert (tmp_path / "run").read_text() == "in the way"

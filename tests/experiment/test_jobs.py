@@ -1,10 +1,14 @@
 """Jobs: none stops another, and one that is done elsewhere has not failed."""
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from experiment import ExperimentError, Run
+from experiment import jobs as jobs_module
 from experiment.errors import InUseError
-from experiment.jobs import Job, Program, run_jobs
+from experiment.jobs import Job, Program, duration, run_jobs
 
 
 def job(layers, *arguments):
@@ -70,3 +74,22 @@ def test_a_job_is_done_only_with_a_whole_record_of_its_run(tmp_path):
     for content in ("", "{}", '{"schema": 1, "status": "done"}'):
         (folder / "result.json").write_text(content)
         assert not one.done(tmp_path)
+
+
+def test_the_time_left_is_of_the_median_run_of_each_kind(tmp_path, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(jobs_module.time, "perf_counter", lambda: now[0])
+    took = {"table": 4.0, "slow": 1000.0, "usual": 60.0}
+
+    def command(arguments):
+        now[0] += took[arguments[0]]
+
+    run = Run("classification", "A", "mcunet", "pets", "perplexity", 2, 1)
+    table = [Job("table", replace(run, layers=layers), ("table",), "perplexity.json") for layers in (1, 2)]
+    runs = [job(layers, kind) for layers, kind in enumerate(["usual", "slow", "usual", "usual"], start=1)]
+    order = [table[0], *runs, table[1]]
+    assert run_jobs(order, Program("python -m x", command, lambda error: True), tmp_path) == 0
+    said = re.findall(r"about (.*) left", capsys.readouterr().out)
+    # Of runs nothing is known at first, so the table's time stands for theirs; then their median does.
+    expected = [5 * 4, 3 * 60 + 4, 2 * 530 + 4, 60 + 4, 4]
+    assert said == [duration(seconds) for seconds in expected]

@@ -10,9 +10,10 @@ from torch import nn
 
 import lowrank
 from experiment import ExperimentError
+from experiment.method import build_method
 from segmentation.compose import hook_settings
 from segmentation.freezing import apply_freeze_list, freeze_statistics, switch_off_dropout
-from segmentation.hook import LowRankHook, build_method
+from segmentation.hook import LowRankHook
 from segmentation.loss import RecomputedLoss
 
 
@@ -50,7 +51,7 @@ def test_statistics_and_dropout():
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"type": "HOSV", "energy": 0.8}, "'HOSV'; allowed: Vanilla, GradientFilter, SVD, HOSVD, ASI"),
+        ({"type": "HOSV", "energy": 0.8}, "'HOSV'; allowed: ASI, WASI, Vanilla, GradientFilter, SVD, HOSVD, WSI, or"),
         ({"type": "HOSVD", "enrgy": 0.8}, "HOSVD: .*enrgy"),
         ({"type": "HOSVD", "energy": 2}, "energy"),
     ],

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from experiment import ExperimentError
-from segmentation.cli import main, parser, task_of
-from segmentation.sweep import SEED, parse, published_budget, sweep
+from experiment.sweep import SEED
+from segmentation import sweep
+from segmentation.cli import parser, task_of
+from segmentation.sweep import parse, published_budget
 
 
 def sweep_of(*arguments: str):
@@ -23,15 +25,17 @@ def test_each_run_starts_from_what_the_ones_before_leave():
     plan = sweep_of("--network", "pspnet_small", "--dataset", "digit_scenes", "--layers", "10", "--seeds", "1", "2")
     jobs = list(plan.jobs())
     titles = [job.title for job in jobs]
-    assert titles[:3] == ["pretrain, seed 233", "calibrate, seed 233", "perplexity, last 10, seed 233"]
-    assert titles.index("asi, last 10, seed 1") > titles.index("hosvd_0.8, last 10, seed 1")
-    assert len(titles) == 3 + 2 * 10
+    stages = ["digit_scenes_pretrain: pretrain", "digit_scenes: calibrate", "digit_scenes: perplexity, last 10"]
+    assert titles[:3] == [f"{stage}, seed 233" for stage in stages]
+    asi, hosvd = (f"digit_scenes: {method}, last 10, seed 1" for method in ("asi_hosvd_0.8", "hosvd_0.8"))
+    assert titles.index(asi) > titles.index(hosvd)
+    assert len(titles) == 3 + 2 * len(plan.methods)
     below = "r/segmentation"
     pretrained = f"{below}/pretrain/pspnet_small/digit_scenes_pretrain/vanilla/layersall/seed{SEED}/final.pth"
     calibrated = f"{below}/calibrate/pspnet_small/digit_scenes/vanilla/layersall/seed{SEED}/final.pth"
     assert option(jobs[1], "--load-from") == pretrained
     assert {option(job, "--load-from") for job in jobs[2:]} == {calibrated}
-    asi = jobs[titles.index("asi, last 10, seed 2")]
+    asi = jobs[titles.index("digit_scenes: asi_hosvd_0.8, last 10, seed 2")]
     finetune = f"{below}/finetune/pspnet_small/digit_scenes"
     assert option(asi, "--budget-run") == f"{finetune}/hosvd_0.8/layers10/seed2"
     assert option(asi, "--budget-table") == f"{finetune}/perplexity/layers10/seed{SEED}/perplexity.json"
@@ -42,17 +46,17 @@ def test_every_job_is_a_command_that_the_command_line_takes():
         plan = sweep_of("--network", network, "--dataset", dataset, "--layers", "5", "all", "--iterations", "20")
         for job in plan.jobs():
             task = task_of(parser().parse_args(job.arguments))
-            stage = job.title.partition(",")[0]
-            assert task.config.stage == (stage if stage in ("pretrain", "calibrate") else "finetune")
+            assert task.config.stage == job.run.setup
             assert task.config.network == network
-            if stage not in ("pretrain", "calibrate", "perplexity"):
+            if job.run.setup == "finetune" and job.run.method != "perplexity":
                 assert task.config.train_cfg.max_iters == 20
 
 
 def test_networks_have_their_own_recipe_where_the_papers_give_them_one():
     def settings(network: str, stage: str):
         plan = sweep_of("--network", network, "--dataset", "voc12aug", "--methods", "vanilla")
-        job = next(job for job in plan.jobs() if job.title.startswith(stage))
+        wanted = ("calibrate", "vanilla") if stage == "calibrate" else ("finetune", stage)
+        job = next(job for job in plan.jobs() if (job.run.setup, job.run.method) == wanted)
         return task_of(parser().parse_args(job.arguments)).config
 
     assert settings("fcn", "calibrate").train_cfg.max_iters == 1000
@@ -67,27 +71,29 @@ def test_networks_have_their_own_recipe_where_the_papers_give_them_one():
 def test_published_budgets_are_given_in_mib():
     for extra in ([], ["--budget", "published"]):
         plan = sweep_of(*("--network", "fcn", "--dataset", "voc12aug", "--methods", "asi", "--layers", "5"), *extra)
-        (asi,) = [job for job in plan.jobs() if job.title.startswith("asi")]
-        assert float(option(asi, "--budget-mib")) == published_budget("fcn", 5)
+        (asi,) = [job for job in plan.jobs() if job.run.method.startswith("asi")]
+        assert float(option(asi, "--budget-mib")) == published_budget("fcn", "voc12aug", "5")
+        assert asi.run.method == "asi_papers"
 
 
 def test_a_budget_is_the_memory_of_a_run_of_the_same_seed_or_a_part_of_it():
     chosen = ("--network", "fcn", "--dataset", "voc12aug", "--layers", "5", "--seeds", "7", "--methods", "asi")
     for budget, method, divisor in (("hosvd", "hosvd_0.8", 1), ("1/22", "vanilla", 22)):
-        (asi,) = [job for job in sweep_of(*chosen, method, "--budget", budget).jobs() if job.title.startswith("asi")]
+        (asi,) = [
+            job for job in sweep_of(*chosen, method, "--budget", budget).jobs() if job.run.method.startswith("asi")
+        ]
         settings = dict(task_of(parser().parse_args(asi.arguments)).config.custom_hooks[-1].budget)
         assert settings["run"] == f"r/segmentation/finetune/fcn/voc12aug/{method}/layers5/seed7"
         assert settings.get("divisor", 1) == divisor
 
 
 def test_what_cannot_be_run_is_refused(capsys):
-    assert main(["sweep", "--network", "pspnet", "--dataset", "cityscapes", "--dry-run"]) == 2
-    assert "pspnet on cityscapes needs weights to start from; give --weights FILE" in capsys.readouterr().err
     chosen = ["--network", "pspnet", "--methods", "asi", "--dataset"]
     for refused, message in (
-        (["digit_scenes"], "asi takes its budget from hosvd_0.8"),
-        (["voc12aug", "--budget", "1/22"], "asi takes its budget from vanilla"),
-        (["voc12aug", "--budget", "22"], "'22' is neither published nor hosvd nor such as 1/22"),
+        (["cityscapes"], "pspnet on cityscapes needs weights to start from; give --weights FILE"),
+        (["digit_scenes"], "is taken from hosvd_0.8; add it to --methods"),
+        (["voc12aug", "--budget", "1/22"], "is taken from vanilla; add it"),
+        (["voc12aug", "--budget", "22"], "'22' is neither published nor hosvd nor such as 1/22 or 0.5mib"),
     ):
         with pytest.raises(SystemExit):
             parse([*chosen, *refused])
@@ -103,9 +109,9 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, capsys):
         done.append(arguments)
 
     chosen = ["--network", "pspnet", "--dataset", "voc12aug", "--methods", "vanilla", "hosvd_0.8", "--layers", "5"]
-    assert sweep([*chosen, "--runs-dir", str(tmp_path)], command, (ExperimentError,)) == 1
+    assert sweep.main([*chosen, "--runs-dir", str(tmp_path)], command, (ExperimentError,)) == 1
     assert len(done) == 2
-    assert "hosvd_0.8, last 5, seed 233" in capsys.readouterr().err
+    assert "voc12aug: hosvd_0.8, last 5, seed 233" in capsys.readouterr().err
     (log,) = (path.read_text() for path in tmp_path.rglob("failure.log"))
     assert "python -m segmentation train" in log
     assert log.rstrip().endswith("no room")

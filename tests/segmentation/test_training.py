@@ -24,6 +24,7 @@ from segmentation.cli import main
 from segmentation.training import FINAL
 
 ROOT = Path(__file__).parents[2]
+ASI = "asi_hosvd_0.8"  # with that run's memory
 
 
 def arguments(command: str, method: str, data: Path, runs: Path, *extra: str) -> list[str]:
@@ -59,7 +60,7 @@ def finished(data_dir, tmp_path_factory):
 
 
 def test_the_record_has_accuracies_memory_flops_and_where_they_come_from(finished):
-    records = {method: Record.load(folder(finished, method) / "result.json") for method in ("hosvd_0.8", "asi")}
+    records = {method: Record.load(folder(finished, method) / "result.json") for method in ("hosvd_0.8", ASI)}
     for method, record in records.items():
         assert (record.run.task, record.run.method, record.run.layers) == ("segmentation", method, 10)
         assert set(record.accuracy) == {"miou_best", "miou_last", "macc_best", "macc_last"}
@@ -67,10 +68,16 @@ def test_the_record_has_accuracies_memory_flops_and_where_they_come_from(finishe
         assert 0 < record.memory_bytes["activation_formula"] < record.memory_bytes["saved_measured"]
         assert record.memory_bytes["saved_measured"] < record.memory_bytes["peak_measured"]
         assert min(record.flops.values()) > 0
+        assert record.memory_bytes["weight_measured"] == record.memory_bytes["weight_gradient_measured"] > 0
+        assert record.memory_bytes["weight_optimizer_measured"] == record.memory_bytes["weight_measured"], "momentum"
+        with (folder(finished, method) / "metrics.csv").open() as file:
+            seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+        assert record.time_s["total"] == pytest.approx(sum(seconds))
+        assert 0 < record.time_s["step_median"] < record.time_s["total"] / 4
         assert len(record.provenance["data_fingerprint"]) == 16
         assert record.provenance["packages"]["onedl-mmsegmentation"] == "1.4.2"
-    assert records["asi"].memory_bytes["activation_formula"] <= records["hosvd_0.8"].memory_bytes["activation_formula"]
-    with (folder(finished, "asi") / "metrics.csv").open() as file:
+    assert records[ASI].memory_bytes["activation_formula"] <= records["hosvd_0.8"].memory_bytes["activation_formula"]
+    with (folder(finished, ASI) / "metrics.csv").open() as file:
         assert [float(row["iteration"]) for row in csv.DictReader(file)] == [2, 4]
 
 
@@ -93,7 +100,7 @@ def test_a_finished_run_is_skipped_and_starts_again_from_its_own_config(finished
 
 
 def test_stock_mmsegmentation_loads_every_checkpoint(finished):
-    run = folder(finished, "asi")
+    run = folder(finished, ASI)
     model = MODELS.build(Config.fromfile(str(run / "config.yaml")).model)
     checkpoints = sorted(run.glob("*.pth"))
     assert {FINAL, "iter_4.pth"} <= {path.name for path in checkpoints}
@@ -105,7 +112,7 @@ def test_stock_mmsegmentation_loads_every_checkpoint(finished):
 
 def test_the_picture_has_a_column_for_each_run(finished, tmp_path, capsys):
     output = tmp_path / "picture.png"
-    runs = [str(folder(finished, method)) for method in ("hosvd_0.8", "asi")]
+    runs = [str(folder(finished, method)) for method in ("hosvd_0.8", ASI)]
     assert main(["picture", *runs, "--output", str(output), "--count", "2"]) == 0
     width, height = Image.open(output).size
     assert width / height == pytest.approx(4 * 1.6 / (2 * 1.6 + 0.5), rel=0.02)
@@ -130,13 +137,11 @@ def test_a_killed_run_is_resumed_to_the_same_weights(finished, data_dir, tmp_pat
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     killed = subprocess.run([sys.executable, "-c", KILL, *again], env=environment, cwd=ROOT, check=False)
     assert killed.returncode == -signal.SIGKILL
-    run = folder(tmp_path, "asi")
+    run = folder(tmp_path, ASI)
     assert not (run / "result.json").exists()
-    assert main(again) == 2
-    assert "holds an interrupted run; add --resume" in capsys.readouterr().err
-    assert main([*again[:1], "--resume", *again[1:]]) == 0
+    assert main(again) == 0
     assert "resuming" in capsys.readouterr().out
-    one, two = (torch.load(path / "iter_4.pth", weights_only=False) for path in (folder(finished, "asi"), run))
+    one, two = (torch.load(path / "iter_4.pth", weights_only=False) for path in (folder(finished, ASI), run))
     for part in ("state_dict", "lowrank"):
         assert one[part]
         assert one[part].keys() == two[part].keys()
@@ -144,7 +149,7 @@ def test_a_killed_run_is_resumed_to_the_same_weights(finished, data_dir, tmp_pat
     momentum = [list(checkpoint["optimizer"]["state"].values()) for checkpoint in (one, two)]
     assert all(torch.equal(a["momentum_buffer"], b["momentum_buffer"]) for a, b in zip(*momentum, strict=True))
     rows = []
-    for path in (folder(finished, "asi"), run):
+    for path in (folder(finished, ASI), run):
         with (path / "metrics.csv").open() as file:
             rows.append(
                 [[row[key] for key in ("iteration", "train_loss", "miou", "macc")] for row in csv.DictReader(file)]
@@ -162,7 +167,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_before_anything_is_traine
     (own / "last_checkpoint").write_text(str(own / "iter_4.pth"))
     again = arguments("train", "hosvd_0.8", data_dir, tmp_path)
     measured = arguments("measure", "vanilla", data_dir, tmp_path / "other")
-    for words in ([*again[:1], "--resume", *again[1:]], [*measured, "--load-from", str(own / "iter_4.pth")]):
+    for words in (again, [*measured, "--load-from", str(own / "iter_4.pth")]):
         assert main(words) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith(f"error: checkpoint {own}/iter_4.pth is of an earlier version")

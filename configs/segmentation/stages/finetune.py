@@ -11,3 +11,5 @@ param_scheduler = [
 ]
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=20000, val_interval=2000)
 default_hooks = dict(checkpoint=dict(interval=2000))
+# As published, one energy for all modes of a layer.
+perplexity = dict(mode_energies=[])

@@ -136,7 +136,8 @@ def test_the_table_comes_back_from_disk(measured, tmp_path):
     assert PerplexityTable.load(tmp_path / "table.json") == table
     table.without_mixed().save(tmp_path / "plain.json")
     rows = json.loads((tmp_path / "plain.json").read_text())["layers"]
-    assert all(set(row) == {"name", "input_shape", "ranks", "nbytes", "perplexity"} for row in rows)
+    keys = {"name", "input_shape", "ranks", "nbytes", "perplexity", "gradient_norm"}
+    assert all(set(row) == keys for row in rows)
     assert PerplexityTable.load(tmp_path / "plain.json") == table.without_mixed()
 
 

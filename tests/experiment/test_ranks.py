@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from classification.planning import Budget, one_energy, random_energies
+from experiment.ranks import Budget, one_energy, random_energies
 from lowrank import BudgetError, Candidates, PerplexityTable, select_ranks
 from lowrank.ranks.perplexity import LayerPerplexity
 from lowrank.tensors.costs import tucker_numel

@@ -1,16 +1,19 @@
-"""Where ASI's ranks come from in a run: a perplexity table, a memory budget and a way to choose within it."""
+"""Where a method's ranks come from in a run: a perplexity table, a memory budget and a way to choose within it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from experiment import budget_bytes
-from experiment.budget import check_divisor
-from lowrank import ASI, BudgetError, PerplexityTable, RankPlan, select_ranks
+from experiment.budget import budget_bytes, budget_tag, check_divisor
+from experiment.errors import ExperimentError
+from experiment.provenance import fingerprint
+from lowrank import BudgetError, PerplexityTable, RankPlan, select_ranks
 
 RankChoice = Literal["perplexity", "per_layer", "one_energy", "random"]
 
@@ -24,20 +27,27 @@ class Budget:
         mib: the budget in MiB (2^20 bytes).
         run: folder of a finished run whose formula memory is the budget, as the papers take HOSVD at energy 0.8.
         divisor: what that run's memory is divided by: 20 for a twentieth of it.
+        name: what the tag of the run says of the budget; by default it says how much it is.
     """
 
     table: str
     mib: float | None = None
     run: str | None = None
     divisor: int = 1
+    name: str | None = None
 
     def __post_init__(self) -> None:
-        check_divisor(self.divisor, self.run, "--model.budget")
+        check_divisor(self.divisor, self.run)
 
     @property
     def nbytes(self) -> float:
         """The budget in bytes."""
-        return budget_bytes(self.mib, self.run, "--model.budget", self.divisor)
+        return budget_bytes(self.mib, self.run, self.divisor)
+
+    @property
+    def tag(self) -> str:
+        """What the tag of a run with this budget ends in; see `experiment.budget.budget_tag`."""
+        return budget_tag(self.mib, self.run, self.divisor, self.name)
 
     def plan(self, names: Sequence[str], choice: RankChoice = "perplexity", seed: int = 0) -> RankPlan:
         """Ranks of these layers within the budget, chosen in one of four ways; `seed` is of the random one."""
@@ -48,9 +58,29 @@ class Budget:
             return select_ranks(table.without_mixed(), self.nbytes)
         return one_energy(table, self.nbytes) if choice == "one_energy" else random_energies(table, self.nbytes, seed)
 
-    def ranks_for(self, method: ASI, names: Sequence[str], choice: RankChoice, seed: int) -> ASI:
-        """The method with the ranks of `plan`."""
-        return replace(method, ranks=self.plan(names, choice, seed))
+    def identity(
+        self, model: str | None, batch_shape: tuple[int, ...], choice: RankChoice = "perplexity", seed: int = 0
+    ) -> dict[str, Any]:
+        """The budget by its content, as a part of a run's identity.
+
+        Args:
+            model: name of the run's network.
+            batch_shape: of the run's training batches.
+            choice, seed: as of `plan`.
+
+        Raises:
+            ExperimentError: the table was not measured for this very run.
+            TableError: there is no such table.
+        """
+        table = PerplexityTable.load(self.table)
+        if (table.model, table.batch_shape) != (model, batch_shape):
+            raise ExperimentError(
+                f"the perplexity table {self.table} is of {table.model} on batches {table.batch_shape}, this run of "
+                f"{model} on batches {batch_shape}; measure it again"
+            )
+        content = json.dumps(json.loads(Path(self.table).read_text(encoding="utf-8")), sort_keys=True)
+        ways = {} if choice == "perplexity" else {"choice": choice, "seed": seed}
+        return {"table": fingerprint([content.encode()]), "bytes": self.nbytes, **ways}
 
 
 def one_energy(table: PerplexityTable, budget_bytes: float) -> RankPlan:

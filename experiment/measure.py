@@ -1,0 +1,108 @@
+"""What a run takes, measured once it is trained, and how far its layers' low-rank gradients are from the exact ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from experiment.allocator import keep_freed_memory
+from experiment.folder import RunFolder
+from experiment.history import History
+from experiment.provenance import provenance
+from experiment.record import Record, Run
+from lowrank import account, measure_perplexity, peak_bytes, saved_bytes, weight_memory
+
+Loss = Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network and what measuring it needs.
+
+    Attributes:
+        network: in the mode in which it trains.
+        names: of the layers that are trained with the run's method.
+        loss_fn: `loss_fn(network, batch) -> scalar tensor`, as it is trained.
+        infer: `infer(network, batch)`, as it is used.
+        batch: one of training.
+        optimizer: the one that trained it.
+    """
+
+    network: nn.Module
+    names: Sequence[str]
+    loss_fn: Loss
+    infer: Loss
+    batch: Any
+    optimizer: Optimizer
+
+
+def record_of(
+    run: Run,
+    folder: RunFolder,
+    trained: Trained,
+    history: History,
+    accuracy: Mapping[str, float],
+    recipe: Mapping[str, Any],
+    data_fingerprint: str,
+) -> Record:
+    """The record of a finished run; the network is left in evaluation mode."""
+    network, loss_fn, batch = trained.network, trained.loss_fn, trained.batch
+    memory = {
+        "activation_formula": history.activation_bytes,
+        "saved_measured": saved_bytes(network, loss_fn, batch),
+        "peak_measured": peak_bytes(network, loss_fn, batch),
+    }
+    flops = {}
+    if trained.names:
+        total = account(network, trained.names, batch, forward=loss_fn).total
+        flops = {"paper": total.flops_paper, "corrected": total.flops}
+        memory |= _weights(trained)
+    memory["peak_inference"] = peak_bytes(network.eval(), trained.infer, batch, backward=False)
+    return Record(
+        run=run,
+        accuracy=dict(accuracy),
+        memory_bytes=memory,
+        flops=flops,
+        time_s=history.times,
+        provenance=provenance(folder.identity_hash, data_fingerprint, keep_freed_memory()),
+        recipe=dict(recipe),
+    )
+
+
+def _weights(trained: Trained) -> dict[str, int]:
+    found = weight_memory(trained.network, trained.names, trained.loss_fn, trained.batch, trained.optimizer)
+    held = {
+        "weight_measured": found.weight,
+        "weight_gradient_measured": found.gradient,
+        "weight_optimizer_measured": found.optimizer,
+    }
+    return held | ({"weight_emulated_formula": found.emulated} if found.emulated else {})
+
+
+def write_table(
+    run: Run,
+    folder: RunFolder,
+    network: nn.Module,
+    names: Sequence[str],
+    loss_fn: Loss,
+    batches: Sequence[Any],
+    settings: Mapping[str, Any],
+) -> Path:
+    """Measure the perplexity of layers and write the table, where the run's folder has its result.
+
+    Args:
+        run: names the network in the table.
+        folder: of the run, locked.
+        network, names, loss_fn: see `lowrank.measure_perplexity`.
+        batches: one or more of training; the table has their mean.
+        settings: further arguments of `lowrank.measure_perplexity`, such as energies.
+    """
+    table = measure_perplexity(network, names, loss_fn, batches[0], further=batches[1:], **settings)
+    replace(table, model=run.model).save(folder.result)
+    print(f"perplexity of {len(table.layers)} layers in {folder.result}", flush=True)
+    return folder.result

@@ -1,0 +1,136 @@
+"""A run's method: from its config, the tag that names it in records and folders, and the ranks that it may need."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from experiment.errors import ExperimentError
+
+if TYPE_CHECKING:
+    from experiment.ranks import Budget, RankChoice
+    from lowrank import Method
+
+# The methods of `lowrank` whose ranks may come from a budget: known here, as importing `lowrank` takes seconds.
+_RANKED = {"ASI": True, "WASI": True} | dict.fromkeys(("Vanilla", "GradientFilter", "SVD", "HOSVD", "WSI"), False)
+
+
+def build_method(config: Mapping[str, Any] | None) -> Method:
+    """A method from its config; vanilla if there is none.
+
+    Args:
+        config: `{"class_path": "lowrank.HOSVD", "init_args": {"energy": 0.8}}`, or the same as `{"type": "HOSVD",
+            "energy": 0.8}`. A class of one's own is named by its path, `my_package.methods.Mine`, or, once its module
+            is imported, by its name alone.
+
+    Raises:
+        ExperimentError: no such class, or not with these settings.
+    """
+    if config is None:
+        config = {"type": "Vanilla"}
+    name, settings = _parts(config)
+    found = _class(name)
+    try:
+        return found(**settings)
+    except TypeError as error:
+        raise ExperimentError(f"method {name}: {error}") from None
+
+
+def _parts(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Name and settings of a method, in either of the two ways to write them."""
+    if "class_path" in config:
+        return config["class_path"], dict(config.get("init_args") or {})
+    settings = dict(config)
+    return settings.pop("type", None), settings
+
+
+def _class(name: Any) -> type[Method]:
+    import lowrank
+    from lowrank import Method
+
+    found = getattr(lowrank, str(name).removeprefix("lowrank."), None)
+    if found is None:
+        paths = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in _subclasses(Method)}
+        own = {kind for path, kind in paths.items() if name in (kind.__name__, path)}
+        if len(own) > 1:
+            raise ExperimentError(f"there are {len(own)} methods {name!r}; give the path of its class")
+        found = own.pop() if own else _imported(str(name))
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ExperimentError(
+            f"method type is {name!r}; allowed: {', '.join(_RANKED)}, or the path of a class of your own, such as "
+            f"my_package.Mine"
+        )
+    return found
+
+
+def _subclasses(kind: type[Any]) -> Iterator[type[Any]]:
+    for inner in kind.__subclasses__():
+        yield inner
+        yield from _subclasses(inner)
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    if not module:
+        return None
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise ExperimentError(f"method type is {path!r}, and there is no module {error.name!r} to import") from None
+
+
+def needs_ranks(method: Method) -> bool:
+    """Whether a method leaves its ranks to a budget: it has a field `ranks`, which is None."""
+    return getattr(method, "ranks", ()) is None
+
+
+def leaves_ranks(config: Mapping[str, Any]) -> bool:
+    """Whether the method of a config leaves its ranks to a budget; imports it only if it is not of `lowrank`."""
+    name, settings = _parts(config)
+    known = _RANKED.get(str(name).removeprefix("lowrank."))
+    if known is None:
+        return needs_ranks(build_method(config))
+    return known and settings.get("ranks") is None
+
+
+def with_ranks(
+    method: Method, budget: Budget | None, names: Sequence[str], choice: RankChoice = "perplexity", seed: int = 0
+) -> Method:
+    """The method with the ranks that the budget gives these layers, if it needs any.
+
+    Raises:
+        ExperimentError: it needs ranks, and there is no budget.
+    """
+    if not needs_ranks(method):
+        return method
+    if budget is None:
+        raise ExperimentError(
+            f"{type(method).__name__} needs ranks: give its own, or a budget: a perplexity table with a memory in MiB "
+            f"or with a finished run"
+        )
+    plan = budget.plan(names, choice, seed)
+    return replace(method, ranks=plan)  # type: ignore[type-var]
+
+
+def fuses(method: Method, fuse: bool | None) -> bool:
+    """Whether a run keeps less in the rest of the network; by default (None) yes, but vanilla is ordinary training."""
+    from lowrank import Vanilla
+
+    return type(method) is not Vanilla if fuse is None else fuse
+
+
+def method_tag(
+    method: Method, fuse: bool | None = None, choice: RankChoice = "perplexity", budget: Budget | None = None
+) -> str:
+    """The method's name in records and folders; says where ranks or `fuse` are not chosen as usual, and the budget."""
+    fused, ranked = fuses(method, fuse), needs_ranks(method)
+    words = [method.tag]
+    if ranked and choice != "perplexity":
+        words.append(choice)
+    if fused != fuses(method, None):
+        words.append("fused" if fused else "unfused")
+    if ranked and budget is not None:
+        words.append(budget.tag)
+    return "_".join(words)

@@ -1,0 +1,254 @@
+"""Sweeps of every task: their options, and their runs in an order in which each finds what it needs.
+
+A task says what comes ahead of its runs, such as pretraining, and how its command line spells a run. What is shared:
+tables of perplexity where a method needs ranks, then every method at every depth, budget and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from experiment.budget import BUDGET_HELP, Source, budget_source, budget_word
+from experiment.command import dashed
+from experiment.errors import ExperimentError
+from experiment.jobs import Job, Program, list_jobs, run_jobs
+from experiment.method import leaves_ranks
+from experiment.record import RESULT, TABLE, Run
+
+PERPLEXITY = "perplexity"
+SEED = 233  # the papers' seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(ABC):
+    """What to run.
+
+    Attributes:
+        model: name of a network's config.
+        datasets: names of configs of data sets.
+        methods: names of configs of methods.
+        layers: numbers of trailing layers, or "all"; None for the task's usual ones.
+        seeds: the seeds.
+        runs_dir: folder that holds all runs.
+        data_dir: folder that holds all data sets; None for the task's usual one.
+        length: of every training run, in the unit of the task, in place of the recipe's.
+        budgets: words for the memory of methods that take ranks, see `experiment.budget.budget_source`; none for the
+            published one where there is one, else that of the HOSVD run.
+        weights: what to start from, in place of the task's usual way.
+        extra: further arguments for every run.
+    """
+
+    model: str
+    datasets: tuple[str, ...]
+    methods: tuple[str, ...]
+    layers: tuple[str, ...] | None
+    seeds: tuple[int, ...]
+    runs_dir: Path
+    data_dir: str | None = None
+    length: int | None = None
+    budgets: tuple[str, ...] = ()
+    weights: str | None = None
+    extra: tuple[str, ...] = ()
+
+    task: ClassVar[str]
+    budget_option: ClassVar[str]  # how options of a budget begin
+
+    @property
+    @abstractmethod
+    def setup(self) -> str:
+        """The setup of the runs, as records say it."""
+
+    @abstractmethod
+    def stages(self, dataset: str, seed: int) -> Iterator[Job]:
+        """What comes ahead of the runs on a data set with a seed; the same job may come for several seeds."""
+
+    @abstractmethod
+    def start(self, dataset: str, seed: int) -> list[str]:
+        """The arguments that say what weights the runs start from."""
+
+    @abstractmethod
+    def arguments(self, command: str, run: Run, method: str) -> list[str]:
+        """The command of a run but for where it starts and its budget; `method` is the name of a config."""
+
+    @abstractmethod
+    def method_config(self, method: str) -> Mapping[str, Any]:
+        """The method in a config of this name, as `experiment.method.build_method` takes it."""
+
+    @abstractmethod
+    def published(self, dataset: str, layers: str) -> float | None:
+        """The published budget in MiB, if there is one."""
+
+    @abstractmethod
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Depths and methods of the runs, those that need another run's memory after it."""
+
+    def table_seed(self, seed: int) -> int:
+        """The seed of the perplexity table that runs with a seed use."""
+        return seed
+
+    def jobs(self) -> list[Job]:
+        """Every run, in an order in which each finds what it needs.
+
+        Raises:
+            ExperimentError: a budget that nothing gives, or nothing to start from.
+        """
+        every = (job for dataset in self.datasets for seed in self.seeds for job in self._jobs(dataset, seed))
+        return list(dict.fromkeys(every))
+
+    def _jobs(self, dataset: str, seed: int) -> Iterator[Job]:
+        yield from self.stages(dataset, seed)
+        start, rows = self.start(dataset, seed), list(self.rows())
+        for layers in dict.fromkeys(layers for layers, method in rows if self.leaves_ranks(method)):
+            run = self.run(dataset, PERPLEXITY, layers, self.table_seed(seed))
+            yield self.job("measure", run, "vanilla", start)
+        for layers, method in rows:
+            for source in self._sources(dataset, layers) if self.leaves_ranks(method) else [None]:
+                tag = method if source is None else f"{method}_{source.tag}"
+                budget = [] if source is None else self._budget(source, dataset, layers, seed)
+                yield self.job("fit", self.run(dataset, tag, layers, seed), method, [*start, *budget])
+
+    def leaves_ranks(self, method: str) -> bool:
+        """Whether a method of this name takes its ranks from a budget."""
+        return leaves_ranks(self.method_config(method))
+
+    def job(self, command: str, run: Run, method: str, options: Sequence[str]) -> Job:
+        """One run by its command, "fit" or "measure", as the task spells it."""
+        words = (*self.arguments(command, run, method), *options, *self.extra)
+        return Job(_title(run), run, words, TABLE if command == "measure" else RESULT)
+
+    def run(self, dataset: str, method: str, layers: str, seed: int, setup: str | None = None) -> Run:
+        """A run of this sweep; `setup` is of the runs if it is not given."""
+        count: int | str = layers if layers == "all" else int(layers)
+        return Run(self.task, setup or self.setup, self.model, dataset, method, count, seed)
+
+    def _sources(self, dataset: str, layers: str) -> list[Source]:
+        where = f"{self.model} on {dataset}, setup {self.setup}, last {layers}"
+        words: Sequence[str | None] = self.budgets or (None,)
+        sources = [budget_source(word, self.published(dataset, layers), where) for word in words]
+        for source in sources:
+            if source.method is not None and source.method not in self.methods:
+                raise ExperimentError(
+                    f"the budget for {where} is taken from {source.method}; add it to --methods, or give another "
+                    f"--budget"
+                )
+        return sources
+
+    def _budget(self, source: Source, dataset: str, layers: str, seed: int) -> list[str]:
+        table = self.run(dataset, PERPLEXITY, layers, self.table_seed(seed)).folder(self.runs_dir) / TABLE
+        told = {"table": str(table)}
+        if source.method is None:
+            told |= {"mib": str(source.mib)} | ({"name": source.name} if source.name else {})
+        else:
+            told["run"] = str(self.run(dataset, source.method, layers, seed).folder(self.runs_dir))
+        if source.divisor > 1:
+            told["divisor"] = str(source.divisor)
+        return [word for name, value in told.items() for word in (f"{self.budget_option}{name}", value)]
+
+
+Kind = TypeVar("Kind", bound=Sweep)
+
+
+def _title(run: Run) -> str:
+    stage = run.setup.rpartition("-")[2]
+    what = stage if stage in ("pretrain", "calibrate") else f"{run.method}, last {run.layers}"
+    return f"{run.dataset}: {what}, seed {run.seed}"
+
+
+def sweep_parser(
+    program: str, description: str | None, methods: Sequence[str], defaults: str
+) -> argparse.ArgumentParser:
+    """The options that sweeps of every task have; a task adds its own.
+
+    Args:
+        program: what a user types ahead of `sweep`.
+        description: of the command.
+        methods: names of all configs of methods.
+        defaults: says which of them are the default.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"{program} sweep",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    listed = f"of {', '.join(methods)} (default: {defaults})"
+    parser.add_argument("--methods", nargs="+", choices=methods, metavar="METHOD", help=listed)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[SEED], metavar="SEED", help=f"(default: {SEED})")
+    parser.add_argument("--budget", nargs="+", type=budget_word, metavar="BUDGET", default=[], help=BUDGET_HELP)
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder that holds all data sets (default: data)")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs, and stop")
+    return parser
+
+
+def shared_settings(options: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any]:
+    """What the shared options say of a sweep."""
+    return {
+        "model": options.model,
+        "methods": tuple(dict.fromkeys(options.methods)),
+        "seeds": tuple(dict.fromkeys(options.seeds)),
+        "runs_dir": options.runs_dir,
+        "data_dir": options.data_dir,
+        "budgets": tuple(dict.fromkeys(options.budget)),
+        "weights": options.weights,
+        "extra": tuple(extra),
+    }
+
+
+def parsed(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str],
+    sweep_of: Callable[[argparse.Namespace, list[str]], Kind],
+    check: Callable[[Sequence[str]], str | None],
+) -> tuple[Kind, bool]:
+    """The sweep that arguments describe, and whether only to list it; exits where they cannot work.
+
+    Args:
+        parser: see `sweep_parser`.
+        arguments: of the command.
+        sweep_of: makes the sweep of the parsed options and of the arguments that are not of a sweep.
+        check: what is wrong with a run's arguments, so that a typo in what goes to every run is an error of the sweep.
+    """
+    options, extra = parser.parse_known_args([word for word in dashed(arguments) if word != "--"])
+    try:
+        sweep = sweep_of(options, extra)
+        jobs = sweep.jobs()
+    except ExperimentError as error:
+        parser.error(str(error))
+    if extra:
+        for job in {job.arguments[0]: job for job in reversed(jobs)}.values():
+            if (problem := check(job.arguments)) is not None:
+                parser.error(problem)
+    return sweep, options.dry_run
+
+
+def numbers(words: Sequence[str]) -> tuple[str, ...]:
+    """The numbers of layers that words stand for: "4", "all", or each of "1-14".
+
+    Raises:
+        ExperimentError: a word that stands for none.
+    """
+    return tuple(dict.fromkeys(number for word in words for number in _numbers(word)))
+
+
+def _numbers(word: str) -> list[str]:
+    low, dash, high = word.partition("-")
+    if word == "all":
+        return [word]
+    if not (low.isdecimal() and (high.isdecimal() if dash else True)) or int(low) < 1 or int(high or low) < int(low):
+        raise ExperimentError(f"--layers has {word!r}; allowed are whole numbers from 1, ranges such as 1-14, or 'all'")
+    return [str(number) for number in range(int(low), int(high or low) + 1)]
+
+
+def do_sweep(sweep: Sweep, dry_run: bool, program: Program) -> int:
+    """Run or list a sweep; the exit code as of `experiment.jobs.run_jobs`."""
+    jobs = sweep.jobs()
+    if dry_run:
+        list_jobs(jobs, program.name)
+        return 0
+    return run_jobs(jobs, program, sweep.runs_dir)
