@@ -7,20 +7,21 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from mmengine.config import Config, DictAction
 
 from experiment import ExperimentError
-from lowrank import LowRankError
+from segmentation import register
 from segmentation.compose import choose_depth, load_config, move_data, rescale
 from segmentation.data.prepare import DATASETS, prepare
-from segmentation.pictures import picture
-from segmentation.planning import Budget
+from segmentation.sweep import parse as parse_sweep
 from segmentation.sweep import sweep
-from segmentation.training import Task, measure, train
 
-MENDABLE = (ExperimentError, LowRankError)  # what a user can mend, in one line
+if TYPE_CHECKING:
+    from segmentation.training import Task
+
+HELP = ("--help", "-h")
 PICTURE = "Draw the first validation images: input, truth, and the prediction of each run's last weights."
 PREPARE = "Write a data set in the layout that is read, from its archives as published, or digit scenes from nothing."
 
@@ -77,6 +78,8 @@ def _layers(text: str) -> int | str:
 
 def task_of(options: argparse.Namespace) -> Task:
     """The run that the arguments describe."""
+    from segmentation.training import Task
+
     config = load_config(options.configs, options.cfg_options)
     choose_depth(config, options.layers)
     if options.iterations is not None:
@@ -103,6 +106,8 @@ def task_of(options: argparse.Namespace) -> Task:
 
 
 def _need_accelerator(option: str) -> None:
+    import torch
+
     if not torch.cuda.is_available():
         raise ExperimentError(f"{option} needs an accelerator, and there is none; leave it out")
 
@@ -117,6 +122,8 @@ def _set_budget(config: Config, options: argparse.Namespace) -> None:
         raise ExperimentError(
             "a budget is --budget-table with either --budget-mib or --budget-run; --budget-divisor goes with the latter"
         )
+    from segmentation.planning import Budget
+
     Budget(**given)
     for hook in config.get("custom_hooks", []):
         if hook["type"] == "LowRankHook":
@@ -124,27 +131,38 @@ def _set_budget(config: Config, options: argparse.Namespace) -> None:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run one command but `sweep`.
+    """Run one command but `sweep`; what trains is imported when there is something to do, as that takes seconds.
 
     Raises:
         ExperimentError, LowRankError: something that the user can mend.
     """
     options = parser().parse_args(arguments)
-    if options.command == "picture":
-        picture(options.runs, options.output, options.count)
-    elif options.command == "prepare":
+    if options.command == "prepare":
         prepare(options.dataset, options.data_dir, options.archives or options.data_dir)
-    else:
-        (train if options.command == "train" else measure)(task_of(options))
+        return
+    register()
+    if options.command == "picture":
+        from segmentation.pictures import picture
+
+        picture(options.runs, options.output, options.count)
+        return
+    from segmentation.training import measure, train
+
+    (train if options.command == "train" else measure)(task_of(options))
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command. Returns 0, 1 if a run of a sweep failed, or 2 after one line that says what was wrong."""
+    if any(word in HELP for word in arguments):  # ends here, before what takes seconds to import
+        parse_sweep(arguments[1:]) if arguments[0] == "sweep" else parser().parse_args(arguments)
+    from lowrank import LowRankError
+
+    mendable = (ExperimentError, LowRankError)  # what a user can mend, in one line
     try:
         if arguments[:1] == ["sweep"]:
-            return sweep(arguments[1:], run, MENDABLE)
+            return sweep(arguments[1:], run, mendable)
         run(arguments)
-    except MENDABLE as error:
+    except mendable as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -16,10 +16,10 @@ import yaml
 
 from experiment import ExperimentError, Run
 from experiment.budget import BUDGET_HELP, budget_source, budget_word
+from experiment.checkpoints import FINAL
 from experiment.jobs import Command, Job, Program, list_jobs, run_jobs
-from experiment.record import RESULT
+from experiment.record import RESULT, TABLE
 from segmentation.compose import CONFIGS, load_config
-from segmentation.training import FINAL, TABLE
 
 PUBLISHED_ON = "voc12aug"
 BUDGETS = CONFIGS.parent / "published" / "segmentation_budgets.yaml"

@@ -22,7 +22,8 @@ from mmseg.utils import register_all_modules
 from experiment import ExperimentError, Record, RunFolder, Status, provenance
 from experiment import Run as RunName
 from experiment.allocator import keep_freed_memory
-from experiment.record import RESULT
+from experiment.checkpoints import FINAL
+from experiment.record import RESULT, TABLE
 from lowrank import account, converted_layers, measure_perplexity, peak_bytes, saved_bytes
 from segmentation.batches import first_batch, logits, segmentation_loss, training_mode
 from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
@@ -32,9 +33,6 @@ from segmentation.history import History
 from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, run_of
 from segmentation.saving import write_or_say
-
-TABLE = "perplexity.json"
-FINAL = "final.pth"  # the last weights alone, as MMSegmentation loads them
 
 
 @dataclass(frozen=True)
