@@ -16,7 +16,7 @@ from classification.plans import METHODS, TRANSFORMER_METHODS, Sweep, is_transfo
 from experiment import ExperimentError
 from experiment.budget import BUDGET_HELP, budget_word
 from experiment.command import finish, one_line, underscored
-from experiment.jobs import Command, Job, Program, list_jobs, run_jobs
+from experiment.jobs import WAIT, WAIT_HELP, Command, Job, Program, list_jobs, run_jobs
 
 PROGRAM = "python -m classification"
 
@@ -47,6 +47,7 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     weights = "to start from, in place of pretraining (setup B) or of a download (setup A)"
     parser.add_argument("--weights", type=Path, metavar="FILE", help=weights)
     parser.add_argument("--dry_run", action="store_true", help="list the runs, and stop")
+    parser.add_argument(WAIT, action="store_true", help=WAIT_HELP)
     options, extra = parser.parse_known_args([word for word in underscored(arguments) if word != "--"])
     if options.epochs is not None and options.epochs < 1:
         parser.error(f"--epochs is {options.epochs}; allowed are whole numbers from 1")
@@ -72,7 +73,7 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
         jobs = sweep.jobs()
     except ExperimentError as error:
         parser.error(str(error))
-    if extra:
+    if extra and not all(job.known(sweep.runs_dir) for job in jobs):
         _check_extra(parser, jobs)
     return sweep, options.dry_run
 
@@ -122,4 +123,4 @@ def _sweep(arguments: Sequence[str], command: Command) -> int:
     if dry_run:
         list_jobs(jobs, PROGRAM)
         return 0
-    return run_jobs(jobs, Program(PROGRAM, command, _mendable), root)
+    return run_jobs(jobs, Program(PROGRAM, command, _mendable), root, WAIT in arguments)

@@ -17,7 +17,7 @@ import yaml
 from experiment import ExperimentError, Run
 from experiment.budget import BUDGET_HELP, budget_source, budget_word
 from experiment.checkpoints import FINAL
-from experiment.jobs import Command, Job, Program, list_jobs, run_jobs
+from experiment.jobs import WAIT, WAIT_HELP, Command, Job, Program, list_jobs, run_jobs
 from experiment.record import RESULT, TABLE
 from segmentation.compose import CONFIGS, load_config
 
@@ -170,6 +170,7 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     parser.add_argument("--iterations", type=int, help="length of the fine-tuning runs (default: the recipe's)")
     parser.add_argument("--budget", type=budget_word, help=BUDGET_HELP)
     parser.add_argument("--dry-run", action="store_true", help="list the runs, and stop")
+    parser.add_argument(WAIT, action="store_true", help=WAIT_HELP)
     options, extra = parser.parse_known_args(arguments)
     sweep = Sweep(
         network=options.network,
@@ -202,4 +203,4 @@ def sweep(arguments: Sequence[str], command: Command, mendable: tuple[type[Excep
         list_jobs(jobs, PROGRAM)
         return 0
     program = Program(PROGRAM, command, lambda error: isinstance(error, mendable))
-    return run_jobs(jobs, program, plan.runs_dir)
+    return run_jobs(jobs, program, plan.runs_dir, WAIT in arguments)
