@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmengine.config import Config, DictAction
 
@@ -15,6 +15,7 @@ from experiment import ExperimentError
 from segmentation import register
 from segmentation.compose import choose_depth, load_config, move_data, rescale
 from segmentation.data.prepare import DATASETS, prepare
+from segmentation.settings import check_options, check_settings
 from segmentation.sweep import parse as parse_sweep
 from segmentation.sweep import sweep
 
@@ -24,6 +25,17 @@ if TYPE_CHECKING:
 HELP = ("--help", "-h")
 PICTURE = "Draw the first validation images: input, truth, and the prediction of each run's last weights."
 PREPARE = "Write a data set in the layout that is read, from its archives as published, or digit scenes from nothing."
+
+
+class _Options(DictAction):
+    """MMEngine's options, where one that is no KEY=VALUE is an error of the command line."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except ValueError:
+            wrong = next((value for value in values if "=" not in value), " ".join(values))
+            parser.error(f"{option_string} has {wrong!r}; allowed is KEY=VALUE, several times")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--budget-mib", type=float, metavar="MIB", help="memory budget of ASI")
         sub.add_argument("--budget-run", metavar="DIR", help="finished run whose formula memory is ASI's budget")
         sub.add_argument("--budget-divisor", type=int, metavar="N", help="ASI's budget is one N-th of that memory")
-        sub.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override the config")
+        sub.add_argument("--cfg-options", nargs="+", action=_Options, metavar="KEY=VALUE", help="override the config")
         sub.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
         sub.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
         sub.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
@@ -80,7 +92,9 @@ def task_of(options: argparse.Namespace) -> Task:
     """The run that the arguments describe."""
     from segmentation.training import Task
 
-    config = load_config(options.configs, options.cfg_options)
+    config = load_config(options.configs)
+    check_options(options.cfg_options, config)
+    config.merge_from_dict(dict(options.cfg_options or {}))
     choose_depth(config, options.layers)
     if options.iterations is not None:
         rescale(config, options.iterations)
@@ -100,6 +114,7 @@ def task_of(options: argparse.Namespace) -> Task:
     config.merge_from_dict(
         {key: value for key, value in (options.cfg_options or {}).items() if key.split(".")[0] in config}
     )
+    check_settings(config.to_dict())
     config.launcher = options.launcher
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     return Task(config, options.runs_dir, options.work_dir, options.resume, options.dry_run)
