@@ -42,11 +42,15 @@ class History(Hook):
         self._start = 0.0
 
     def before_train(self, runner: Any) -> None:
-        """After a resume, take the rows up to there; what they have counted is not counted again."""
+        """After a resume, take the rows up to there; what they have counted is not counted again.
+
+        A validation of the checkpoint's own iteration counts only if the checkpoint has its row: else the run may have
+        been killed before its best weights were saved, so it is made again.
+        """
         if runner.iter == 0:
             return
         last = self._carried[-1]["iteration"] if self._carried else 0
-        self.rows = [*self._carried, *(row for row in _read(self.path) if last < row["iteration"] <= runner.iter)]
+        self.rows = [*self._carried, *(row for row in _read(self.path) if last < row["iteration"] < runner.iter)]
         if self.rows and self.rows[-1]["iteration"] == runner.iter:
             self._seconds, self._kept, self._losses = [], [], []
 
