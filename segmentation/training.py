@@ -28,7 +28,7 @@ from lowrank import account, converted_layers, measure_perplexity, peak_bytes, s
 from segmentation.batches import first_batch, logits, segmentation_loss, training_mode
 from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
 from segmentation.compose import hook_settings
-from segmentation.data.registry import data_fingerprint, require_data
+from segmentation.data.registry import data_fingerprint, fingerprint_if_there, require_data
 from segmentation.history import History
 from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, run_of
@@ -56,7 +56,8 @@ class Task:
     def folder(self, name: RunName, result: str) -> RunFolder:
         """The run's folder."""
         identity = identity_of(self.config, MEASURED if result == TABLE else TRAINED)
-        return RunFolder(self.work_dir or name.folder(self.runs_dir), identity, result, last=LAST)
+        path, data = self.work_dir or name.folder(self.runs_dir), fingerprint_if_there(self.config)
+        return RunFolder(path, identity, result, data, last=LAST)
 
     def pending(self, name: RunName, folder: RunFolder) -> bool:
         """Whether there is something to do; says so if there is not.
