@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from classification import help
 from experiment.command import Work, dashed, finish
 
 
@@ -14,7 +15,13 @@ def main(arguments: list[str]) -> int:
 
 def _command(arguments: list[str], work: Work) -> int:
     """Imports no more than the command needs."""
+    if help.wanted(arguments):
+        print(help.text_of(arguments))
+        return 0
     command, *rest = arguments or [""]
+    if command not in help.COMMANDS and not command.startswith("-"):
+        print(f"error: there is no command {command!r}; allowed: {', '.join(help.COMMANDS)}", file=sys.stderr)
+        return 2
     work.title = command
     if command == "sweep":
         from classification import sweep

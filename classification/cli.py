@@ -22,6 +22,7 @@ from classification.checkpoint_io import WholeCheckpointIO
 from classification.config_files import check_config_files
 from classification.data import ImageDataModule
 from classification.data.text import TEXTS
+from classification.help import RUN_OPTIONS, TRAINER_DEFAULTS
 from classification.identity import data_fingerprint, identity_of, method_tag, run_of
 from classification.loggers import log_record, loggers
 from classification.module import Batch, FineTune, classification_loss
@@ -82,14 +83,8 @@ class SuiteCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--setup", type=str, default="A", help="name of the setup, for the record")
-        parser.add_argument("--runs_dir", type=str, default="runs", help="folder that holds all runs")
-        parser.add_argument("--dry_run", action="store_true", help="say what would be done, and stop")
-        parser.add_argument("--tensorboard", type=bool, default=True, help="log to TensorBoard, in the run's folder")
-        averaged = "number of training batches that measure takes the mean over"
-        parser.add_argument("--batches", type=int, default=1, metavar="N", help=averaged)
-        wandb = "project of Weights & Biases to log to as well"
-        parser.add_argument("--wandb", type=str | None, default=None, metavar="PROJECT", help=wandb)
+        for name, settings in RUN_OPTIONS.items():
+            parser.add_argument(name, **settings)
         parser.link_arguments("seed_everything", "data.shuffle_seed")
         parser.link_arguments("seed_everything", "model.rank_seed")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
@@ -270,7 +265,7 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
             save_config_callback=None,
             seed_everything_default=SEED,
             trainer_class=Trainer,
-            trainer_defaults={"logger": False, "enable_model_summary": False, "num_sanity_val_steps": 0},
+            trainer_defaults=dict(TRAINER_DEFAULTS),
             auto_configure_optimizers=False,
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             args=words,

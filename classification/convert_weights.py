@@ -6,7 +6,6 @@ filter's authors published of networks pretrained on one half of a data set. Eve
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import tempfile
@@ -18,8 +17,9 @@ import gdown
 import torch
 
 from classification.backbones.mcunet import released_weights
-from classification.backbones.published import PUBLISHED, convert
+from classification.backbones.published import convert
 from classification.backbones.weights import read_checkpoint, tensors_of
+from classification.options import weights_parser
 from experiment import ExperimentError
 from experiment.archives import unpack
 from experiment.download import download
@@ -92,14 +92,7 @@ def convert_file(name: str, source: str, config: str | None, member: str | None,
 
 def main(arguments: Sequence[str]) -> int:
     """Convert weights. Returns 0, or 2 after one line that says what was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m classification weights", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", choices=PUBLISHED, help=f"one of: {', '.join(PUBLISHED)}")
-    parser.add_argument(
-        "--from", dest="source", metavar="FILE", help="checkpoint or archive: path, address, Drive link"
-    )
-    parser.add_argument("--config", metavar="FILE", help="JSON file of MCUNet's release: path or address")
-    parser.add_argument("--member", metavar="NAME", help="which checkpoint of an archive")
-    parser.add_argument("--to", type=Path, metavar="FILE", help="result; by default where --model.pretrained finds it")
+    parser = weights_parser()
     options = parser.parse_args(arguments)
     source, config, target = options.source, options.config, options.to
     if options.model == "mcunet" and source is None:

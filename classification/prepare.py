@@ -6,7 +6,6 @@ classes and images, and only then moved into place. An interrupted download goes
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import shutil
@@ -20,6 +19,7 @@ import numpy as np
 
 from classification.data.prepared import DAMAGED, Mark, load_splits, read
 from classification.data.registry import Archive, Source, Splits, source
+from classification.options import prepare_parser
 from experiment import ExperimentError
 from experiment.archives import unpack
 from experiment.download import download, verify
@@ -187,11 +187,7 @@ class Preparation:
 
 def main(arguments: Sequence[str]) -> int:
     """Prepare data sets. Returns 0, or 2 after one line that says what was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m classification prepare", description=__doc__)
-    parser.add_argument("name", metavar="NAME", help=f"one of: {', '.join(source.names())}")
-    parser.add_argument("--root", "--data-dir", type=Path, default=Path("data"), help="folder that holds all data sets")
-    parser.add_argument("--from", dest="given", nargs="+", type=Path, default=[], metavar="PATH", help=_FROM)
-    options = parser.parse_args(arguments)
+    options = prepare_parser().parse_args(arguments)
     try:
         splits = Preparation(options.name, options.root, tuple(options.given)).run()
     except (ExperimentError, OSError) as error:
@@ -200,6 +196,3 @@ def main(arguments: Sequence[str]) -> int:
     sizes = " + ".join(str(len(part.labels)) for part in (splits.train, splits.val, splits.test))
     print(f"{options.name} is ready: {len(splits.classes)} classes, {sizes} images to train, validate and test on")
     return 0
-
-
-_FROM = "archives on this machine in place of downloads, or folders that hold them or the data set itself"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ LEAST = {  # per number that has one
     "batches": 1,
     "trainer.max_epochs": 1,
     "trainer.min_epochs": 0,
+    "trainer.min_steps": 0,
     "trainer.accumulate_grad_batches": 1,
     "trainer.log_every_n_steps": 0,
     "trainer.reload_dataloaders_every_n_epochs": 0,
@@ -30,6 +32,7 @@ LEAST = {  # per number that has one
     "model.final_learning_rate": 0,
     "data.workers": 0,
 }
+MOST = {"seed_everything": 2**32 - 1}  # of numpy's generators
 _WHOLE_EPOCHS = "a run is made of whole epochs"
 ONLY = {  # settings of a training run that have one value alone
     "trainer.check_val_every_n_epoch": (1, "each epoch has a row in metrics.csv"),
@@ -57,8 +60,12 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> None:
         raise ExperimentError("--runs-dir is empty; give a folder, such as runs")
     for key, least in LEAST.items():
         value = _at(config, key)
-        if isinstance(value, int | float) and not isinstance(value, bool) and not value >= least:
-            raise ExperimentError(f"--{key} is {value}; allowed are numbers from {least}")
+        most = MOST.get(key, math.inf)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if not least <= value <= most or value == math.inf:
+            to = f" to {most}" if key in MOST else ""
+            raise ExperimentError(f"--{key} is {value}; allowed are finite numbers from {least}{to}")
     if any(not value > 0 for value in _at(config, "data.std") or ()):
         raise ExperimentError(f"--data.std is {_at(config, 'data.std')}; allowed are numbers above 0")
     precision = _at(config, "trainer.precision")

@@ -20,6 +20,7 @@ from experiment.signals import held
 TRAINING_STATE = "lowrank"  # key of what `lowrank.training_state` gave
 IDENTITY = "lowrank_run"  # key of the hash of the run's identity
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+FINAL = "final.pth"  # of segmentation: the last weights alone, as MMSegmentation loads them
 UNUSABLE = ".unusable"  # added to the name of a checkpoint that is not resumed
 _EARLIER = ("lowrank_state", "lowrank_left", "lowrank_right")
 

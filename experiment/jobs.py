@@ -15,10 +15,14 @@ from pathlib import Path
 
 from experiment.errors import ExperimentError, InUseError
 from experiment.plan import add_planned
+from experiment.receipt import has_receipt, write_receipt
 from experiment.record import RESULT, Run, is_result
 from experiment.signals import Stopped, stopped_by
 
 FAILURE = "failure.log"  # in a run's folder
+WAIT = "--wait"  # option of a sweep
+WAIT_HELP = "wait for runs that other processes are doing, and do then what is left"
+PAUSE = 30.0  # seconds between two looks at what is in work elsewhere
 
 Command = Callable[[Sequence[str]], None]
 
@@ -42,6 +46,10 @@ class Job:
     def done(self, root: Path) -> bool:
         """Whether the run is finished, below the folder of all runs."""
         return is_result(self.run.folder(root) / self.result, run=self.run)
+
+    def known(self, root: Path) -> bool:
+        """Whether it was done by this very command, which then has nothing to do."""
+        return has_receipt(self.run.folder(root) / self.result, self.arguments) and self.done(root)
 
     def log(self, root: Path) -> Path:
         """The file that says why the run failed."""
@@ -82,11 +90,12 @@ def list_jobs(jobs: Sequence[Job], program: str) -> None:
         print(f"[{number}/{len(jobs)}] {job.title}\n  {program} {' '.join(job.arguments)}")
 
 
-def run_jobs(jobs: Sequence[Job], program: Program, root: Path) -> int:
+def run_jobs(jobs: Sequence[Job], program: Program, root: Path, wait: bool = False) -> int:
     """Run jobs in their order below the folder `root`, with what is left at each; note before what is planned.
 
     A failure is written, with its traceback, into the run's folder. A run that another process is doing is left to it,
-    with what needs it, and come back to once, at the end.
+    with what needs it, and come back to once, at the end; with `wait`, until it is done or given up there. A run that
+    was done by the same command before is not loaded again.
 
     Returns:
         0; 1 after a list of what is not done; 2 if nothing could be begun.
@@ -99,6 +108,10 @@ def run_jobs(jobs: Sequence[Job], program: Program, root: Path) -> int:
     start = time.perf_counter()
     outcomes = _run(jobs, program, root)
     outcomes |= _run([job for job in jobs if outcomes[job] is Outcome.ELSEWHERE], program, root)
+    while wait and (held := [job for job in jobs if outcomes[job] is Outcome.ELSEWHERE]):
+        print(f"waiting for {len(held)} runs that are in work elsewhere", flush=True)
+        time.sleep(PAUSE)
+        outcomes |= _run(held, program, root)
     failed, elsewhere = ([job for job in jobs if outcomes[job] is how] for how in (Outcome.FAILED, Outcome.ELSEWHERE))
     done = len(jobs) - len(failed) - len(elsewhere)
     print(f"{done} of {len(jobs)} runs done, {duration(time.perf_counter() - start)}")
@@ -115,18 +128,19 @@ def run_jobs(jobs: Sequence[Job], program: Program, root: Path) -> int:
 def _run(jobs: Sequence[Job], program: Program, root: Path) -> dict[Job, Outcome]:
     outcomes: dict[Job, Outcome] = {}
     seconds: dict[str, list[float]] = defaultdict(list)
-    new = {job for job in jobs if not job.done(root)}
+    undone = {job for job in jobs if not job.done(root)}
     for number, job in enumerate(jobs, start=1):
-        waiting = [later for later in jobs[number - 1 :] if seconds and later in new]
+        waiting = [later for later in jobs[number - 1 :] if seconds and later in undone]
         left = f"  (about {duration(_left(waiting, seconds))} left)" if waiting else ""
         print(f"[{number}/{len(jobs)}] {job.title}{left}", flush=True)
-        start = time.perf_counter()
+        new, start = job in undone, time.perf_counter()
+        undone.discard(job)
         if any(job.needs(other, root) for other, how in outcomes.items() if how is Outcome.ELSEWHERE):
             outcomes[job] = Outcome.ELSEWHERE
             print("  it needs what is in work elsewhere", flush=True)
             continue
         outcomes[job] = _outcome(job, program, root)
-        if job in new and outcomes[job] is Outcome.DONE:
+        if new and outcomes[job] is Outcome.DONE:
             seconds[_kind(job)].append(time.perf_counter() - start)
     return outcomes
 
@@ -143,6 +157,9 @@ def _left(waiting: Sequence[Job], seconds: Mapping[str, list[float]]) -> float:
 
 
 def _outcome(job: Job, program: Program, root: Path) -> Outcome:
+    if job.known(root):
+        print("  done already, by this same command", flush=True)
+        return Outcome.DONE
     try:
         program.command(job.arguments)
     except Stopped as stopped:
@@ -164,6 +181,8 @@ def _outcome(job: Job, program: Program, root: Path) -> Outcome:
         return Outcome.FAILED
     with contextlib.suppress(OSError):
         job.log(root).unlink(missing_ok=True)
+    if job.done(root):
+        write_receipt(job.run.folder(root) / job.result, job.arguments)
     return Outcome.DONE
 
 

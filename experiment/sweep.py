@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 from experiment.budget import BUDGET_HELP, Source, budget_source, budget_word
 from experiment.command import dashed
 from experiment.errors import ExperimentError
-from experiment.jobs import Job, Program, list_jobs, run_jobs
+from experiment.jobs import WAIT, WAIT_HELP, Job, Program, list_jobs, run_jobs
 from experiment.method import leaves_ranks
 from experiment.record import RESULT, TABLE, Run
 
@@ -41,6 +41,7 @@ class Sweep(ABC):
             published one where there is one, else that of the HOSVD run.
         weights: what to start from, in place of the task's usual way.
         extra: further arguments for every run.
+        wait: whether to wait for runs that other processes are doing.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Sweep(ABC):
     budgets: tuple[str, ...] = ()
     weights: str | None = None
     extra: tuple[str, ...] = ()
+    wait: bool = False
 
     task: ClassVar[str]
     budget_option: ClassVar[str]  # how options of a budget begin
@@ -183,6 +185,7 @@ def sweep_parser(
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     parser.add_argument("--data-dir", metavar="DIR", help="folder that holds all data sets (default: data)")
     parser.add_argument("--dry-run", action="store_true", help="list the runs, and stop")
+    parser.add_argument(WAIT, action="store_true", help=WAIT_HELP)
     return parser
 
 
@@ -197,6 +200,7 @@ def shared_settings(options: argparse.Namespace, extra: Sequence[str]) -> dict[s
         "budgets": tuple(dict.fromkeys(options.budget)),
         "weights": options.weights,
         "extra": tuple(extra),
+        "wait": options.wait,
     }
 
 
@@ -220,7 +224,7 @@ def parsed(
         jobs = sweep.jobs()
     except ExperimentError as error:
         parser.error(str(error))
-    if extra:
+    if extra and not all(job.known(sweep.runs_dir) for job in jobs):
         for job in {job.arguments[0]: job for job in reversed(jobs)}.values():
             if (problem := check(job.arguments)) is not None:
                 parser.error(problem)
@@ -251,4 +255,4 @@ def do_sweep(sweep: Sweep, dry_run: bool, program: Program) -> int:
     if dry_run:
         list_jobs(jobs, program.name)
         return 0
-    return run_jobs(jobs, program, sweep.runs_dir)
+    return run_jobs(jobs, program, sweep.runs_dir, sweep.wait)

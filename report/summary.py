@@ -82,25 +82,28 @@ class Group:
 
 
 def read_records(root: Path) -> list[Record]:
-    """Every whole record below a folder; a line of warning for each file that is none.
+    """Every whole record below a folder, one a run; a line of warning for each file that is left out.
+
+    Of several records of one run, as a copied folder gives, the first in the order of paths is taken.
 
     Raises:
-        ExperimentError: there is none, and why if there are files of that name; or two are of one run.
+        ExperimentError: there is none, and why if there are files of that name.
     """
     if not root.is_dir():
         raise ExperimentError(f"{root} is not a folder; give the folder that holds the runs")
-    records, problems = _whole(sorted(root.rglob(RESULT)), _record)
-    if problems and not records:
+    found, problems = _whole(sorted(root.rglob(RESULT)), lambda path: (path, _record(path)))
+    if problems and not found:
         raise ExperimentError(problems[0] + (f"; {len(problems) - 1} more are not read either" if problems[1:] else ""))
-    _warn(problems)
-    if not records:
+    if not found:
         raise ExperimentError(f"no finished run below {root}; finish one first, or give another runs folder")
-    seen = set()
-    for run in (record.run for record in records):
-        if run in seen:
-            raise ExperimentError(f"two records of one run ({run}) below {root}; give a folder that holds it once")
-        seen.add(run)
-    return records
+    once: dict[Run, tuple[Path, Record]] = {}
+    for path, record in found:
+        first, taken = once.setdefault(record.run, (path, record))
+        if first != path:
+            same = "a copy of" if record == taken else "another record of the run in"
+            problems.append(f"{path} is {same} {first}, which is shown; keep one of them")
+    _warn(problems)
+    return [record for _, record in once.values()]
 
 
 def read_planned(root: Path) -> list[Run]:

@@ -9,11 +9,33 @@ In a config of your own:
     ]
 """
 
+import sys
 import warnings
+from typing import TYPE_CHECKING, Any
 
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "Fail to import")  # a part of MMCV that is not used here
+if TYPE_CHECKING:
     from segmentation.data.draws import PlacedDataset, PlacedSampler
     from segmentation.hook import LowRankHook
 
 __all__ = ["LowRankHook", "PlacedDataset", "PlacedSampler"]
+
+
+def register() -> dict[str, Any]:
+    """Import what registers itself with MMEngine, which takes seconds; gives it by name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Fail to import")  # a part of MMCV that is not used here
+        from segmentation.data.draws import PlacedDataset, PlacedSampler
+        from segmentation.hook import LowRankHook
+    return {one.__name__: one for one in (LowRankHook, PlacedDataset, PlacedSampler)}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return register()[name]
+
+
+# As `python -m segmentation` it is imported to find the command, which registers when there is something to run.
+_is_command = sys.argv[:1] == ["-m"] and f"-m {__name__} " in f"{' '.join(sys.orig_argv)} "
+if not _is_command:
+    register()

@@ -6,24 +6,35 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 from mmengine.config import Config, DictAction
 
 from experiment import ExperimentError
 from experiment.command import Work, dashed, finish
-from experiment.ranks import Budget
-from lowrank import LowRankError
-from segmentation import sweep
+from segmentation import register, sweep
 from segmentation.compose import choose_depth, load_config, move_data, rescale
 from segmentation.data.draws import PlacedDataset
 from segmentation.data.prepare import DATASETS, prepare
-from segmentation.pictures import picture
-from segmentation.training import Task, measure, train
+from segmentation.settings import check_options, check_settings
 
-MENDABLE = (ExperimentError, LowRankError)  # what a user can mend, in one line
+if TYPE_CHECKING:
+    from segmentation.training import Task
+
+HELP = ("--help", "-h")
 PICTURE = "Draw the first validation images: input, truth, and the prediction of each run's last weights."
 PREPARE = "Write a data set in the layout that is read, from its archives as published, or digit scenes from nothing."
+
+
+class _Options(DictAction):
+    """MMEngine's options, where one that is no KEY=VALUE is an error of the command line."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except ValueError:
+            wrong = next((value for value in values if "=" not in value), " ".join(values))
+            parser.error(f"{option_string} has {wrong!r}; allowed is KEY=VALUE, several times")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--budget-run", metavar="DIR", help="finished run whose formula memory is the budget")
         sub.add_argument("--budget-divisor", type=int, metavar="N", help="the budget is one N-th of that memory")
         sub.add_argument("--budget-name", metavar="NAME", help="what the run's name says of the budget")
-        sub.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override the config")
+        sub.add_argument("--cfg-options", nargs="+", action=_Options, metavar="KEY=VALUE", help="override the config")
         sub.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
         sub.add_argument("--local-rank", type=int, default=0, help=argparse.SUPPRESS)
         sub.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
@@ -86,7 +97,11 @@ def _layers(text: str) -> int | str:
 
 def task_of(options: argparse.Namespace) -> Task:
     """The run that the arguments describe."""
-    config = load_config(options.configs, options.cfg_options)
+    from segmentation.training import Task
+
+    config = load_config(options.configs)
+    check_options(options.cfg_options, config)
+    config.merge_from_dict(dict(options.cfg_options or {}))
     choose_depth(config, options.layers)
     if options.iterations is not None:
         rescale(config, options.iterations)
@@ -110,6 +125,7 @@ def task_of(options: argparse.Namespace) -> Task:
     config.merge_from_dict(
         {key: value for key, value in (options.cfg_options or {}).items() if key.split(".")[0] in config}
     )
+    check_settings(config.to_dict())
     config.launcher = options.launcher
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     return Task(config, options.runs_dir, options.work_dir, options.dry_run)
@@ -123,6 +139,8 @@ def _limit(config: Config, limit: float) -> None:
 
 
 def _need_accelerator(option: str) -> None:
+    import torch
+
     if not torch.cuda.is_available():
         raise ExperimentError(f"{option} needs an accelerator, and there is none; leave it out")
 
@@ -137,6 +155,8 @@ def _set_budget(config: Config, options: argparse.Namespace) -> None:
         raise ExperimentError(
             "a budget is --budget-table with either --budget-mib or --budget-run; --budget-divisor goes with the latter"
         )
+    from experiment.ranks import Budget
+
     Budget(**given)
     for hook in config.get("custom_hooks", []):
         if hook["type"] == "LowRankHook":
@@ -144,7 +164,7 @@ def _set_budget(config: Config, options: argparse.Namespace) -> None:
 
 
 def run(arguments: Sequence[str], work: Work | None = None) -> None:
-    """Run one command but `sweep`.
+    """Run one command but `sweep`; what trains is imported when there is something to do, as that takes seconds.
 
     Args:
         arguments: of the command.
@@ -154,22 +174,33 @@ def run(arguments: Sequence[str], work: Work | None = None) -> None:
         ExperimentError, LowRankError: something that the user can mend.
     """
     options = parser().parse_args(dashed(arguments))
-    if options.command == "picture":
-        picture(options.runs, options.output, options.count)
-    elif options.command == "prepare":
+    if options.command == "prepare":
         prepare(options.dataset, options.data_dir, options.archives or options.data_dir)
-    else:
-        (train if options.command == "train" else measure)(task_of(options), work)
+        return
+    register()
+    if options.command == "picture":
+        from segmentation.pictures import picture
+
+        picture(options.runs, options.output, options.count)
+        return
+    from segmentation.training import measure, train
+
+    (train if options.command == "train" else measure)(task_of(options), work)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command. Returns its exit code; see `experiment.command.finish`."""
-    return finish(lambda work: _command(arguments, work), MENDABLE)
+    if any(word in HELP for word in arguments):  # ends here, before what takes seconds to import
+        sweep.parse(arguments[1:]) if arguments[0] == "sweep" else parser().parse_args(arguments)
+    from lowrank import LowRankError
+
+    mendable = (ExperimentError, LowRankError)  # what a user can mend, in one line
+    return finish(lambda work: _command(arguments, work, mendable), mendable)
 
 
-def _command(arguments: Sequence[str], work: Work) -> int:
+def _command(arguments: Sequence[str], work: Work, mendable: tuple[type[Exception], ...]) -> int:
     work.title = arguments[0] if arguments else ""
     if work.title == "sweep":
-        return sweep.main(arguments[1:], run, MENDABLE)
+        return sweep.main(arguments[1:], run, mendable)
     run(arguments, work)
     return 0

@@ -10,6 +10,7 @@ import yaml
 from mmengine.config import Config, ConfigDict
 
 from experiment import ExperimentError
+from experiment.strict_yaml import check_yaml_file
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "segmentation"
 HOOK = "LowRankHook"
@@ -29,7 +30,7 @@ def load_config(files: Sequence[str | Path], options: Mapping[str, Any] | None =
             loaded = Config.fromfile(str(path))
         except ExperimentError:
             raise
-        except Exception as error:  # a config is code, which may fail in any way
+        except (Exception, SystemExit) as error:  # a config is code, which may fail in any way
             raise ExperimentError(f"config {path} cannot be read: {type(error).__name__}: {error}") from None
         config.merge_from_dict(loaded.to_dict(), allow_list_keys=False)
         config.merge_from_dict({"config_files": [*config.get("config_files", []), str(path)]}, allow_list_keys=False)
@@ -53,6 +54,7 @@ def read_run_config(path: Path) -> Config:
     Raises:
         ExperimentError: it is missing, or is no such config.
     """
+    check_yaml_file(path, aliases=True)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Plain)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

@@ -33,10 +33,14 @@ class History(Hook):
         self.history = RunHistory(folder, write_or_say)
 
     def before_train(self, runner: Any) -> None:
-        """After a resume, take the rows up to there; what they have counted is not counted again."""
+        """After a resume, take the rows up to there; what they have counted is not counted again.
+
+        A validation of the checkpoint's own iteration counts only if the checkpoint has its row: else the run may have
+        been killed before its best weights were saved, so it is made again.
+        """
         rows = self.history.rows
         last = rows[-1]["iteration"] if rows else 0
-        rows += [row for row in read_rows(self.history.path) if last < row["iteration"] <= runner.iter]
+        rows += [row for row in read_rows(self.history.path) if last < row["iteration"] < runner.iter]
         if rows and rows[-1]["iteration"] == runner.iter:
             self.history.drop_pending()
         self.history.start()

@@ -17,12 +17,13 @@ from mmseg.utils import register_all_modules
 from numpy.typing import NDArray
 
 from experiment import ExperimentError, Record
+from experiment.checkpoints import FINAL
 from experiment.files import write_whole
 from experiment.folder import CONFIG
 from experiment.record import RESULT
 from segmentation.checkpoints import load_weights, read_safely_everywhere
 from segmentation.compose import read_run_config
-from segmentation.training import FINAL, quietly
+from segmentation.training import quietly
 
 Classes = NDArray[np.int64]
 IGNORED, IGNORED_COLOUR = 255, (224, 224, 192)

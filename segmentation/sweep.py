@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import yaml
 
 from experiment import ExperimentError, Run
+from experiment.checkpoints import FINAL
 from experiment.jobs import Command, Job, Program
 from experiment.sweep import SEED, do_sweep, parsed, shared_settings, sweep_parser
 from experiment.sweep import Sweep as AnySweep
 from segmentation.compose import CONFIGS, load_config
-from segmentation.training import FINAL
 
 PUBLISHED_ON = "voc12aug"
 BUDGETS = CONFIGS.parent / "published" / "segmentation_budgets.yaml"

@@ -21,6 +21,7 @@ from mmseg.utils import register_all_modules
 from experiment import ExperimentError, Record, RunFolder
 from experiment import Run as RunName
 from experiment.allocator import keep_freed_memory
+from experiment.checkpoints import FINAL
 from experiment.command import Work
 from experiment.execute import nothing_to_do
 from experiment.measure import Trained, record_of, write_table
@@ -29,13 +30,11 @@ from lowrank import converted_layers
 from segmentation.batches import first_batch, first_batches, logits, segmentation_loss, training_mode
 from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
 from segmentation.compose import hook_settings
-from segmentation.data.registry import data_fingerprint, require_data
+from segmentation.data.registry import data_fingerprint, fingerprint_if_there, require_data
 from segmentation.history import History
 from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, perplexity_settings, run_of
 from segmentation.saving import write_or_say
-
-FINAL = "final.pth"  # the last weights alone, as MMSegmentation loads them
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Task:
         keep_freed_memory()
         identity = identity_of(self.config, MEASURED if result == TABLE else TRAINED)
         path = self.work_dir or name.folder(self.runs_dir)
-        folder = RunFolder(path, identity, result, data_fingerprint(self.config), LAST, name)
+        folder = RunFolder(path, identity, result, fingerprint_if_there(self.config), LAST, name)
         if work is not None:
             work.title, work.folder = str(name), path
         said = nothing_to_do(name, folder, self.dry_run)

@@ -20,7 +20,6 @@ from experiment import ExperimentError
 
 MCUNET_PARAMETERS = 636_232  # as published, with 1,000 classes
 MCUNET_EPSILON = 1e-5  # of batch normalisation here
-PUBLISHED = ("mcunet", "mobilenet_v2", "resnet18", "resnet34")  # networks that checkpoints of halves are published of
 HEADS = ("classifier.linear.weight", "classifier.weight")  # of the published networks; first dimension: classes
 
 Names = dict[str, str]  # from a published module's name to ours

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ from PIL import Image as pillow
 from PIL.Image import Image
 from sklearn.model_selection import train_test_split
 
-from classification.data.registry import ImageSet
+from classification.data.registry import ImageSet, Picked
 from experiment import ExperimentError, fingerprint
+from experiment.contents import content_hashes
 
 VAL_SHARE, SPLIT_SEED = 0.2, 233
+WIDE = ("PNG", "PPM")  # formats of which Pillow reads some 16-bit images as 32-bit ones; they have no more
 
 
 def as_rgb(image: Image) -> Image:
@@ -25,8 +28,7 @@ def as_rgb(image: Image) -> Image:
         ValueError: its values have no known range, as those of 32 bits have none.
     """
     image.load()
-    # Pillow reads some 16-bit images as 32-bit ones; these two formats have no more.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in WIDE):
         return pillow.fromarray(np.rint(np.asarray(image) / 257.0).astype(np.uint8)).convert("RGB")
     if image.mode == "RGB":
         return image
@@ -58,16 +60,19 @@ def open_rgb(path: str) -> Image:
         with pillow.open(path) as image:
             return as_rgb(image)
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:  # what PIL raises
-        raise ExperimentError(
-            f"image {path} cannot be read ({error}); replace it, or delete the data set and prepare it again"
-        ) from None
+        raise _unreadable(path, error) from None
 
 
 class ImageFiles(Sequence[Image]):
-    """Image files as RGB images, each read when asked for."""
+    """Image files as RGB images, each read when asked for.
+
+    Attributes:
+        hashes: of their bytes, once they are known.
+    """
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
+        self.hashes: list[bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -101,27 +106,79 @@ def image_set(paths: Iterable[Path | str], labels: Sequence[int] | np.ndarray) -
 
 
 def files_fingerprint(folder: Path, parts: Iterable[ImageSet], lists: Iterable[str] = ()) -> str:
-    """A short hash of names and sizes of image files, and of the content of the files that say what is in them.
+    """A short hash of names and bytes of image files, and of the content of the files that say what is in them.
+
+    Every image is read once, and its head is looked at; then it is known by its size and times. What is known is kept
+    beside the folder.
 
     Args:
         folder: of the data set; names are relative to it.
-        parts: image sets of `ImageFiles`.
+        parts: image sets of `ImageFiles`, which learn the hashes of their files.
         lists: files in the folder that are hashed by content.
 
     Raises:
         OSError: an image is missing, or is no file.
+        ExperimentError: an image is too large, or of values that cannot be scaled.
     """
     stated = [(folder / name).read_bytes() for name in lists]
-    for part in parts:
-        assert isinstance(part.images, ImageFiles)
-        paths = part.images.paths
+    store = folder.parent / f".{folder.name}.contents.npz"
+    parts = list(parts)
+    every = [part.images for part in parts if isinstance(part.images, ImageFiles)]
+    assert len(every) == len(parts)
+    for path in (path for images in every for path in images.paths):
+        _require_file(path)
+    hashes = iter(content_hashes([path for images in every for path in images.paths], store, _check_head))
+    for part, images in zip(parts, every, strict=True):
+        images.hashes = [next(hashes) for _ in images.paths]
         stated.append(part.labels.tobytes())
-        stated += [f"{Path(path).relative_to(folder)} {_size(path)}".encode() for path in paths]
+        names = (str(Path(path).relative_to(folder)) for path in images.paths)
+        stated += [f"{name} {digest.hex()}".encode() for name, digest in zip(names, images.hashes, strict=True)]
     return fingerprint(stated)
 
 
-def _size(path: str) -> int:
-    found = Path(path).stat()
-    if not stat.S_ISREG(found.st_mode):
+def _require_file(path: str) -> None:
+    if not stat.S_ISREG(Path(path).stat().st_mode):
         raise OSError(errno.EINVAL, "No file", path)
-    return found.st_size
+
+
+def _check_head(path: Path, content: bytes) -> None:
+    """Raise `ExperimentError` where the head of an image tells that it is too large, or of values without a range.
+
+    A damaged one is told when it is read.
+    """
+    try:
+        with pillow.open(io.BytesIO(content)) as image:
+            if image.mode == "F" or (image.mode == "I" and image.format not in WIDE):
+                as_rgb(image)
+    except (OSError, SyntaxError):
+        return
+    except (ValueError, pillow.DecompressionBombError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path | str, error: Exception) -> ExperimentError:
+    return ExperimentError(
+        f"image {path} cannot be read ({error}); replace it, or delete the data set and prepare it again"
+    )
+
+
+def in_both(train: ImageSet, test: ImageSet) -> list[int]:
+    """Which images of one part are in another as well, byte by byte; none where their bytes are not known."""
+    ours, theirs = _contents(train), _contents(test)
+    if ours is None or theirs is None:
+        return []
+    seen = set(ours)
+    return [index for index, content in enumerate(theirs) if content in seen]
+
+
+def _contents(part: ImageSet) -> list[bytes] | None:
+    images = part.images
+    if isinstance(images, np.ndarray):
+        return [image.tobytes() for image in images]
+    indices: np.ndarray | None = None
+    while isinstance(images, Picked):
+        indices = images.indices if indices is None else images.indices[indices]
+        images = images.images
+    if not isinstance(images, ImageFiles) or images.hashes is None:
+        return None
+    return images.hashes if indices is None else [images.hashes[int(index)] for index in indices]

@@ -17,6 +17,7 @@ from classification.data.registry import MissingDataError, Splits, TextSet, data
 from experiment import ExperimentError
 from experiment.files import write_whole
 
+SCHEMA = 2  # since fingerprints are of the images' bytes
 # What readers of lists, batches and .mat files raise when a file is missing or damaged.
 DAMAGED = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError),
@@ -42,15 +43,21 @@ class Mark:
     def write(self, splits: Splits) -> None:
         """Note that the data set is ready."""
         parts = {part: len(getattr(splits, part).labels) for part in ("train", "val", "test")}
-        content = {"schema": 1, "classes": len(splits.classes), **parts, "fingerprint": splits.fingerprint}
+        content = {"schema": SCHEMA, "classes": len(splits.classes), **parts, "fingerprint": splits.fingerprint}
         write_whole(self.path, json.dumps(content, indent=1) + "\n")
 
     def require(self, splits: Splits) -> None:
         """Raise unless the data set is the one that was prepared."""
         try:
-            noted = json.loads(self.path.read_text(encoding="utf-8"))["fingerprint"]
-        except (OSError, ValueError, LookupError, TypeError):
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            noted, schema = content["fingerprint"], content["schema"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             raise ExperimentError(f"{self.path} cannot be read; delete it and prepare the data set again") from None
+        if noted != splits.fingerprint and schema == 1:
+            raise ExperimentError(
+                f"{self.path} is of an earlier version, which did not look at what is in the images; delete it and "
+                f"prepare the data set again: what is there is checked, and nothing is downloaded"
+            )
         if noted != splits.fingerprint:
             raise ExperimentError(
                 f"the data set has changed since {self.path} was written (fingerprint {noted} then, "

@@ -34,11 +34,11 @@ class ImageSet:
 
     def pick(self, indices: np.ndarray) -> ImageSet:
         """Some of the images, in this order; those that are files are still read only when asked for."""
-        images = self.images[indices] if isinstance(self.images, np.ndarray) else _Picked(self.images, indices)
+        images = self.images[indices] if isinstance(self.images, np.ndarray) else Picked(self.images, indices)
         return ImageSet(images, self.labels[indices], None if self.positions is None else self.positions[indices])
 
 
-class _Picked(Sequence[Any]):
+class Picked(Sequence[Any]):
     """Some images of a sequence."""
 
     def __init__(self, images: Sequence[Any], indices: np.ndarray) -> None:

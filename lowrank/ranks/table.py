@@ -132,14 +132,13 @@ class PerplexityTable:
             TableError: the file is missing, damaged, or not a perplexity table; says where.
         """
         try:
-            content = json.loads(Path(path).read_text())
-            return _parse(content)
-        except (OSError, UnicodeDecodeError) as error:
-            raise TableError(f"perplexity table {path} cannot be read: {error}") from None
-        except json.JSONDecodeError as error:
-            raise TableError(f"perplexity table {path} is not whole JSON ({error}); measure it again") from None
+            return _parse(json.loads(Path(path).read_text()))
         except TableError as error:
             raise TableError(f"perplexity table {path}: {error}; measure it again") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise TableError(f"perplexity table {path} cannot be read: {error}") from None
+        except (ValueError, RecursionError) as error:  # of JSON that is cut, nested beyond reason, of endless numbers
+            raise TableError(f"perplexity table {path} is not whole JSON ({error}); measure it again") from None
 
 
 def _parse(content: Any) -> PerplexityTable:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from experiment import ExperimentError, archives
+from experiment.contents import content_hashes
 
 MOST_BYTES = 64 * 2**30  # of an archive when unpacked; the largest, Cityscapes' images, has 11 GB
 
@@ -66,6 +67,11 @@ def read_list(path: Path) -> list[str]:
 
 
 def files_fingerprint(root: Path, files: Iterable[Path]) -> str:
-    """A short hash of files' names, relative to `root`, and sizes, whatever their order."""
-    lines = sorted(f"{path.relative_to(root)} {path.stat().st_size}" for path in files)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    """A short hash of files' names, relative to `root`, and bytes, whatever their order.
+
+    Every file is read once, and then known by its size and times; see `experiment.contents`.
+    """
+    paths = sorted(files)
+    hashes = content_hashes(paths, root.parent / f".{root.name}.contents.npz")
+    lines = (f"{path.relative_to(root)} {digest.hex()}" for path, digest in zip(paths, hashes, strict=True))
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from segmentation.data.cityscapes import prepare_cityscapes
-from segmentation.data.scenes import SETS, write_scenes
-from segmentation.data.voc import prepare_voc12aug
-
-FROM_ARCHIVES = {"voc12aug": prepare_voc12aug, "cityscapes": prepare_cityscapes}
-DATASETS = (*SETS, *FROM_ARCHIVES)
+DATASETS = ("digit_scenes", "digit_scenes_pretrain", "voc12aug", "cityscapes")
 
 
 def prepare(dataset: str, data_dir: Path, archives: Path) -> None:
@@ -18,9 +13,14 @@ def prepare(dataset: str, data_dir: Path, archives: Path) -> None:
     Raises:
         ExperimentError: it is there already, or its archives are missing, damaged or not whole.
     """
+    from segmentation.data.cityscapes import prepare_cityscapes
+    from segmentation.data.scenes import SETS, write_scenes
+    from segmentation.data.voc import prepare_voc12aug
+
+    from_archives = {"voc12aug": prepare_voc12aug, "cityscapes": prepare_cityscapes}
     target = data_dir / dataset
     if dataset in SETS:
         write_scenes(target, SETS[dataset])
     else:
-        FROM_ARCHIVES[dataset](target, archives)
+        from_archives[dataset](target, archives)
     print(f"{dataset} is in {target}")

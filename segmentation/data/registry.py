@@ -29,15 +29,10 @@ def require_data(config: Config) -> None:
     write_scenes(root, SETS[name])
 
 
-def data_fingerprint(config: Config) -> str | None:
-    """A short hash of the names and sizes of all images and label maps that the config trains and validates on.
-
-    None if they are not there.
-    """
+def data_fingerprint(config: Config) -> str:
+    """A short hash of the names and bytes of all images and label maps that the config trains and validates on."""
     files: set[Path] = set()
     roots = {Path(part["data_root"]) for part in datasets(config)}
-    if not all(root.is_dir() for root in roots):
-        return None
     for part in datasets(config):
         root = Path(part["data_root"])
         prefixes = [root / prefix for prefix in part.get("data_prefix", {}).values()]
@@ -47,3 +42,13 @@ def data_fingerprint(config: Config) -> str | None:
         else:
             files |= {path for prefix in prefixes for path in prefix.rglob("*") if path.is_file()}
     return files_fingerprint(min(roots, key=str), files)
+
+
+def fingerprint_if_there(config: Config) -> str | None:
+    """The fingerprint of the data; None where it is not there, or not whole."""
+    if not all(Path(part["data_root"]).is_dir() for part in datasets(config)):
+        return None
+    try:
+        return data_fingerprint(config)
+    except (OSError, ExperimentError):
+        return None

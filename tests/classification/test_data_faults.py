@@ -222,3 +222,54 @@ def test_a_fault_is_one_line_and_exit_code_2_of_the_command(tmp_path, capsys):
     assert line.startswith("error: ")
     assert "rename Test/ to test/, Train/ to train/" in line
     assert not (tmp_path / "runs").exists()
+
+
+# What is noticed at the start.
+
+
+def test_values_of_unknown_range_are_refused_before_training(tmp_path):
+    write_image_folder(tmp_path / "fish", ())
+    folder = next(path for path in (tmp_path / "fish").iterdir() if path.is_dir())
+    Image.fromarray(RAMP.astype(np.float32)).save(folder / "odd.tif")
+    refused("fish", tmp_path, r"odd\.tif cannot be read .*range is not known")
+
+
+def test_a_giant_image_is_refused_before_training(tmp_path, monkeypatch):
+    write_image_folder(tmp_path / "fish", ())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    refused("fish", tmp_path, "cannot be read .*exceeds limit")
+
+
+def test_images_that_are_trained_and_tested_on_are_counted_and_told(tmp_path, capsys):
+    write_image_folder(tmp_path / "fish", ("train", "val", "test"))
+
+    def images(part):
+        return sorted((tmp_path / "fish" / part).rglob("*.jpg"))
+
+    ImageDataModule("fish", root=str(tmp_path), image_size=8, batch_size=2)
+    before = capsys.readouterr().err
+    assert before == ""
+    shutil.copy(images("train")[0], images("test")[1])
+    shutil.copy(images("val")[2], images("test")[4])
+    ImageDataModule("fish", root=str(tmp_path), image_size=8, batch_size=2)
+    count = len(images("test"))
+    assert capsys.readouterr().err == (
+        f"warning: 2 of {count} test images of fish are among those to train or validate on as well, such as test "
+        f"image 1; the test accuracy tells less\n"
+    )
+
+
+def test_a_run_goes_on_only_with_the_images_it_began_with(tmp_path, capsys):
+    """One byte of one image changes, and neither its size nor its time."""
+    write_image_folder(tmp_path / "data" / "fish", ("train", "test"))
+    where = ["--model.layers", 2, "--data.dataset", "fish", "--data.root", tmp_path / "data", "--data.partition", "all"]
+    words = arguments("fit", tmp_path / "runs", *where, "--data.batch_size", 2)
+    assert main(words) == 0
+    path = sorted((tmp_path / "data" / "fish").rglob("*.jpg"))[0]
+    times, content = path.stat(), bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "holds a run on other data" in capsys.readouterr().err

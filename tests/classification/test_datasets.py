@@ -1,5 +1,6 @@
 """The data sets of the papers, on miniatures in their real formats: beside torchvision's own readers, and damaged."""
 
+import json
 import os
 import shutil
 
@@ -120,12 +121,34 @@ def test_validation_has_the_published_size(official, train, val):
 def test_images_are_read_when_asked_for_and_a_damaged_one_is_named(tmp_path, name):
     folder = write_prepared(name, tmp_path)
     path = sorted(folder.rglob("*.[jJ]*[gG]"))[0]
-    path.write_bytes(b"x" * path.stat().st_size)  # of the same size, so only reading can tell
     splits = load_splits(name, tmp_path)
+    path.write_bytes(b"x" * path.stat().st_size)  # of the same size, after the data set was looked at
     (part,) = [part for part in PARTS if str(path) in files(getattr(splits, part))]
     images = getattr(splits, part).images
     with pytest.raises(ExperimentError, match=rf"image .*{path.name} cannot be read .*prepare it again"):
         images[files(getattr(splits, part)).index(str(path))]
+
+
+@pytest.mark.parametrize("name", OF_FILES)
+def test_one_changed_byte_of_an_image_is_noticed(tmp_path, name):
+    folder = write_prepared(name, tmp_path)
+    path = sorted(folder.rglob("*.[jJ]*[gG]"))[0]
+    times = path.stat()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # of the same size and time
+    with pytest.raises(ExperimentError, match="has changed since"):
+        load_splits(name, tmp_path)
+
+
+def test_what_an_earlier_version_prepared_is_to_be_prepared_again(tmp_path):
+    write_prepared("pets", tmp_path)
+    mark = tmp_path / "pets.prepared.json"
+    content = json.loads(mark.read_text())
+    mark.write_text(json.dumps(content | {"schema": 1, "fingerprint": "0" * 16}))
+    with pytest.raises(ExperimentError, match=r"of an earlier version.*nothing is downloaded"):
+        load_splits("pets", tmp_path)
 
 
 def test_a_truncated_image_is_refused(tmp_path):

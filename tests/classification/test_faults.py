@@ -221,6 +221,8 @@ REFUSED = [
     *(("--model.weight_decay", "-5"), ("--model.warmup_epochs", "-3"), ("--seed_everything", "-1")),
     *(("--data.workers", "-1"), ("--data.std", "[0,1,1]"), ("--trainer.gradient_clip_val", "-1"), ("--runs_dir", "")),
     *(("--trainer.max_epoch", "3"), ("--dry-runn",), ("--trainer.max_epochs", "-1")),
+    *(("--seed_everything", str(2**40)), ("--trainer.min_steps", "-5"), ("--model.learning_rate", ".inf")),
+    *(("--model.layers", "1:30"), ("--model", "{layers: 2, layers: 4}")),
 ]
 
 
@@ -239,6 +241,8 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, capsys
         (b"model:\n  layers: 2\xff\n", "no UTF-8"),
         (b"a: " + b"[" * 3000 + b"]" * 3000, "nested"),
         (b"a: &a [1]\nb: [*a, *a]\n", r"alias \*a"),
+        (b"model:\n  layers: 0100\n", "0100 in line 2, which YAML takes for a number to the base of 8"),
+        (b"model:\n  layers: 1:30\n", "base of 60"),
     ],
 )
 def test_a_config_that_no_one_means_is_refused(tmp_path, capsys, content, message):

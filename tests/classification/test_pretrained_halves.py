@@ -9,7 +9,7 @@ from released import Half, Released, refused, trained, weights
 from torch import nn
 
 from classification.backbones import build_model
-from classification.backbones.published import PUBLISHED
+from classification.options import PUBLISHED
 
 
 def half_of(name, network):

@@ -1,11 +1,12 @@
 """Jobs: none stops another, and one that is done elsewhere has not failed."""
 
 import re
+import time
 from dataclasses import replace
 
 import pytest
 
-from experiment import ExperimentError, Run
+from experiment import ExperimentError, Record, Run
 from experiment import jobs as jobs_module
 from experiment.errors import InUseError
 from experiment.jobs import Job, Program, duration, run_jobs
@@ -93,3 +94,77 @@ def test_the_time_left_is_of_the_median_run_of_each_kind(tmp_path, capsys, monke
     # Of runs nothing is known at first, so the table's time stands for theirs; then their median does.
     expected = [5 * 4, 3 * 60 + 4, 2 * 530 + 4, 60 + 4, 4]
     assert said == [duration(seconds) for seconds in expected]
+
+
+def test_a_sweep_that_waits_comes_back_until_nothing_is_in_work_elsewhere(tmp_path, monkeypatch):
+    errors = [InUseError("another process") for _ in range(4)]
+    tried, slept = [], []
+
+    def command(arguments):
+        tried.append(arguments[0])
+        if arguments[0] == "first" and errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(time, "sleep", slept.append)
+    how = Program("python -m x", command, lambda error: True)
+    assert run_jobs([job(1, "first"), job(2, "second")], how, tmp_path, wait=True) == 0
+    assert tried == ["first", "second", *["first"] * 4]
+    assert len(slept) == 3
+
+
+# A finished sweep that is run again.
+
+
+def recording(tmp_path):
+    """A program that writes the record that its one argument names, and a list of what it was asked for."""
+    asked = []
+
+    def command(arguments):
+        run = Run("classification", "A", "mcunet", "pets", "asi", int(arguments[0]), 1)
+        asked.append(run.layers)
+        run.folder(tmp_path).mkdir(parents=True, exist_ok=True)
+        Record(run, {"test": 0.5}, {}, {}, {}).save(run.folder(tmp_path))
+
+    return Program("python -m x", command, lambda error: True), asked
+
+
+def test_what_was_done_by_the_same_command_is_not_loaded_again(tmp_path, capsys):
+    how, asked = recording(tmp_path)
+    config = tmp_path / "config.yaml"
+    config.write_text("epochs: 1")
+    jobs = [job(number, str(number), f"--config={config}") for number in (1, 2, 3)]
+    assert run_jobs(jobs, how, tmp_path) == 0
+    assert run_jobs(jobs, how, tmp_path) == 0
+    assert asked == [1, 2, 3]
+    assert capsys.readouterr().out.count("done already, by this same command") == 3
+
+    result = jobs[1].run.folder(tmp_path) / "result.json"
+    result.write_text(result.read_text().replace("0.5", "0.6"))
+    assert run_jobs(jobs, how, tmp_path) == 0
+    assert asked[3:] == [2]  # not the result that the command left
+    config.write_text("epochs: 2")
+    assert run_jobs(jobs, how, tmp_path) == 0
+    assert asked[4:] == [1, 2, 3]
+    assert run_jobs([job(1, "1", "--other")], how, tmp_path) == 0
+    assert asked[7:] == [1]
+
+
+def test_what_a_command_takes_from_another_run_counts(tmp_path):
+    how, asked = recording(tmp_path)
+    first = job(1, "1")
+    jobs = [first, job(2, "2", "--budget.run", str(first.run.folder(tmp_path)))]
+    assert run_jobs(jobs, how, tmp_path) == 0
+    result = first.run.folder(tmp_path) / "result.json"
+    result.write_text(result.read_text().replace("0.5", "0.6"))
+    assert run_jobs(jobs[1:], how, tmp_path) == 0
+    assert asked == [1, 2, 2]
+
+
+def test_a_finished_sweep_of_500_runs_asks_for_none(tmp_path):
+    how, asked = recording(tmp_path)
+    jobs = [job(number, str(number)) for number in range(1, 501)]
+    assert run_jobs(jobs, how, tmp_path) == 0
+    start = time.process_time()
+    assert run_jobs(jobs, how, tmp_path) == 0
+    assert len(asked) == 500
+    print(f"{time.process_time() - start:.2f} s")

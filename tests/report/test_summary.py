@@ -251,13 +251,18 @@ def test_groups(write, runs):
     assert list(groups) == sorted(groups)
 
 
-def test_one_run_twice_is_refused(write, runs):
-    folder = write("asi", 2).run.folder(runs)
-    copy = runs / "copy"
-    copy.mkdir()
-    (copy / "result.json").write_bytes((folder / "result.json").read_bytes())
-    with pytest.raises(ExperimentError, match="two records of one run"):
-        read_records(runs)
+@pytest.mark.parametrize("edited", [False, True])
+def test_of_two_records_of_one_run_one_is_shown_and_the_other_named(write, runs, capsys, edited):
+    one, other = write("asi", 2, test=0.5), write("vanilla", 2)
+    path = one.run.folder(runs) / "result.json"
+    copy = runs / "copy" / "result.json"
+    copy.parent.mkdir()
+    copy.write_text(path.read_text().replace("0.5", "0.25") if edited else path.read_text())
+    assert read_records(runs) == [one, other]
+    what = "another record of the run in" if edited else "a copy of"
+    assert capsys.readouterr().err == (
+        f"report: warning: left out: {copy} is {what} {path}, which is shown; keep one of them\n"
+    )
 
 
 @pytest.mark.parametrize("layers", ["2", -1, 2.5, True, "every"])

@@ -1,0 +1,76 @@
+"""Files known by their bytes: each is read once, and found again by its name, size, times and place on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import time
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from experiment.files import write_whole
+
+Check = Callable[[Path, bytes], None]
+_DIGEST, _KEY = 16, 8  # bytes
+_SETTLED = 2.0  # seconds after which another change of a file has another time
+
+
+def content_hashes(paths: Iterable[Path | str], store: Path, check: Check | None = None) -> list[bytes]:
+    """A hash of the bytes of each file, (16 bytes) each.
+
+    Args:
+        paths: the files.
+        store: where hashes are kept, so that only files that are new or were touched are read; without effect where it
+            cannot be written.
+        check: is given each file that is read, with its content, and may refuse it.
+
+    Raises:
+        OSError: a file is missing, or is no file that can be read.
+    """
+    known, found, fresh = _load(store), [], {}
+    for path in map(Path, paths):
+        key = _key(path)
+        digest = known.get(key)
+        if digest is None:
+            started = time.time()
+            content = path.read_bytes()
+            if check is not None:
+                check(path, content)
+            digest = hashlib.blake2b(content, digest_size=_DIGEST).digest()
+            if path.stat().st_ctime < started - _SETTLED:
+                fresh[key] = digest
+        found.append(digest)
+    if fresh:
+        with contextlib.suppress(OSError):
+            _save(store, known | fresh)
+    return found
+
+
+def _key(path: Path) -> bytes:
+    at = path.stat()
+    stated = f"{path.absolute()}\0{at.st_size}\0{at.st_mtime_ns}\0{at.st_ctime_ns}\0{at.st_dev}\0{at.st_ino}"
+    return hashlib.blake2b(stated.encode(errors="surrogateescape"), digest_size=_KEY).digest()
+
+
+def _load(store: Path) -> dict[bytes, bytes]:
+    """Hashes by key; none where the file is missing or damaged, as everything is then read again."""
+    try:
+        with np.load(io.BytesIO(store.read_bytes()), allow_pickle=False) as content:
+            keys, digests = content["keys"], content["digests"]
+            if keys.dtype != np.uint8 or digests.dtype != np.uint8 or len(keys) != len(digests):
+                return {}
+            rows = (keys.reshape(-1, _KEY), digests.reshape(-1, _DIGEST))
+            return {key.tobytes(): digest.tobytes() for key, digest in zip(*rows, strict=True)}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError, TypeError):
+        return {}
+
+
+def _save(store: Path, known: dict[bytes, bytes]) -> None:
+    file = io.BytesIO()
+    keys, digests = (np.frombuffer(b"".join(rows), np.uint8) for rows in (list(known), list(known.values())))
+    np.savez(file, keys=keys.reshape(-1, _KEY), digests=digests.reshape(-1, _DIGEST))
+    write_whole(store, file.getvalue())

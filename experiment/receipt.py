@@ -1,0 +1,63 @@
+"""A note beside a run's result of the very command that led to it: a sweep that is run again need not load anything.
+
+It holds hashes of the command, of the files that this names, and of the result. What a command does not name, such as
+images, is not looked at; the command of the single run does that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from experiment.files import write_whole
+from experiment.record import RESULT
+
+RECEIPT = ".done_by"
+_LARGE = 2**22  # bytes, from which on a file counts by its size and time
+
+
+def write_receipt(result: Path, arguments: Sequence[str]) -> None:
+    """Note by which command a result was made, where the folder can be written."""
+    with contextlib.suppress(OSError):
+        write_whole(result.with_name(RECEIPT), _hash(result, arguments))
+
+
+def has_receipt(result: Path, arguments: Sequence[str]) -> bool:
+    """Whether a result was made by this very command, and nothing that it names has changed since."""
+    try:
+        return result.with_name(RECEIPT).read_text(encoding="utf-8") == _hash(result, arguments)
+    except (OSError, ValueError):
+        return False
+
+
+def _hash(result: Path, arguments: Sequence[str]) -> str:
+    stated = [_content(str(result)), *arguments, *_contents(arguments)]
+    return hashlib.sha256(json.dumps(stated).encode()).hexdigest()
+
+
+def _contents(arguments: Sequence[str]) -> Iterator[str]:
+    """Of each file that is named, and of the result in each folder of a run."""
+    for word in arguments:
+        name = word.partition("=")[2] if word.startswith("--") else word
+        if name:
+            yield _content(name)
+            yield _content(f"{name}/{RESULT}")
+
+
+def _content(name: str) -> str:
+    try:
+        found = Path(name).stat()
+    except (OSError, ValueError):
+        return ""
+    return _read(name, found.st_size, found.st_mtime_ns) if Path(name).is_file() else ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(name: str, size: int, changed: int) -> str:
+    if size >= _LARGE:
+        return f"{size} {changed}"
+    return hashlib.sha256(Path(name).read_bytes()).hexdigest()

@@ -1,0 +1,97 @@
+"""Settings that cannot work, refused in one line before anything is built or written."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiment import ExperimentError
+
+WHOLE = {  # settings that are whole numbers, with the least of each
+    "randomness.seed": 0,
+    "train_cfg.max_iters": 1,
+    "train_cfg.max_epochs": 1,
+    "train_cfg.val_interval": 1,
+    "train_dataloader.batch_size": 1,
+    "train_dataloader.num_workers": 0,
+    "val_dataloader.batch_size": 1,
+    "val_dataloader.num_workers": 0,
+    "model.decode_head.num_classes": 1,
+}
+AT_LEAST_0 = ("lr", "momentum", "weight_decay")  # of the optimizer
+MOST_SEED = 2**32 - 1  # of numpy's generators
+OWN = {"stage", "network", "dataset", "layers", "lowrank", "depths", "perplexity", "crop_size", "weights"}
+OTHERS = {
+    "_base_",
+    "custom_imports",
+    "find_unused_parameters",
+    "model_wrapper_cfg",
+    "sync_bn",
+    "activation_checkpointing",
+}
+
+
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Check a composed config.
+
+    Raises:
+        ExperimentError: a setting that cannot work; names it and what is allowed.
+    """
+    for key, least in WHOLE.items():
+        value = _at(config, key)
+        if value is not None and (type(value) is not int or value < least):
+            raise ExperimentError(f"{key} is {value!r}; allowed are whole numbers from {least}")
+    seed = _at(config, "randomness.seed")
+    if seed is not None and seed > MOST_SEED:
+        raise ExperimentError(f"randomness.seed is {seed}; allowed are whole numbers from 0 to {MOST_SEED}")
+    for name in AT_LEAST_0:
+        value = _at(config, f"optim_wrapper.optimizer.{name}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= value < math.inf):
+            raise ExperimentError(f"optim_wrapper.optimizer.{name} is {value!r}; allowed are finite numbers from 0")
+    size = config.get("crop_size")
+    if size is not None and not _is_size(size):
+        raise ExperimentError(f"crop_size is {size!r}; allowed are two whole numbers from 1")
+    if _at(config, "optim_wrapper.type") == "AmpOptimWrapper":
+        _need_accelerator()
+
+
+def check_options(options: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:
+    """Refuse an option of the command line that is of nothing in the config, nor of MMEngine: a typo.
+
+    Raises:
+        ExperimentError: there is one; names it.
+    """
+    from mmengine.runner import Runner
+
+    known = {*config, *inspect.signature(Runner.__init__).parameters, *OWN, *OTHERS}
+    for key in options or {}:
+        name = key.partition(".")[0]
+        if name not in known:
+            listed = ", ".join(sorted(str(one) for one in config))
+            raise ExperimentError(f"--cfg-options has {key!r}, and nothing is called {name!r}; the config has {listed}")
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, Sequence) and len(size) == 2 and all(type(one) is int and one > 0 for one in size)
+
+
+def _need_accelerator() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ExperimentError(
+            "optim_wrapper.type is AmpOptimWrapper, mixed precision, which needs an accelerator, and there is none; "
+            "leave --amp out, or set it to OptimWrapper"
+        )
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(name)
+    return value

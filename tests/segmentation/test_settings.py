@@ -1,0 +1,68 @@
+"""Settings of a segmentation run that cannot work are refused in one line before anything is written."""
+
+import re
+
+import pytest
+from segmentors import TINY, files
+
+from segmentation.cli import main
+
+OPTIONS = {
+    "seed": (["--seed", "-1"], [], r"randomness\.seed is -1"),
+    "seed too large": (["--seed", str(2**40)], [], "0 to 4294967295"),
+    "length": (["--iterations", "-3"], [], "--iterations is -3"),
+    "batch": ([], ["train_dataloader.batch_size=0"], r"train_dataloader\.batch_size is 0"),
+    "workers": ([], ["train_dataloader.num_workers=-1"], "num_workers is -1"),
+    "batch to validate": ([], ["val_dataloader.batch_size=1.5"], r"val_dataloader\.batch_size is 1\.5"),
+    "validations": ([], ["train_cfg.val_interval=-2"], "val_interval is -2"),
+    "no validation": ([], ["train_cfg.val_interval=0"], "val_interval is 0"),
+    "learning rate": ([], ["optim_wrapper.optimizer.lr=-1"], r"optimizer\.lr is -1; allowed are finite"),
+    "learning rate in words": ([], ["optim_wrapper.optimizer.lr=abc"], "lr is 'abc'"),
+    "infinite": ([], ["optim_wrapper.optimizer.lr=1e999"], "lr is"),
+    "weight decay": ([], ["optim_wrapper.optimizer.weight_decay=-1"], "weight_decay is -1"),
+    "crop": ([], ["crop_size=(0,32)"], r"crop_size is \(0, 32\)"),
+    "classes": ([], ["model.decode_head.num_classes=-1"], "num_classes is -1"),
+    "typo": ([], ["trian_cfg.val_interval=2"], "nothing is called 'trian_cfg'"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_cannot_work_is_refused(name, data_dir, tmp_path, capsys):
+    options, settings, message = OPTIONS[name]
+    composed = map(str, files("pspnet_small", "digit_scenes", "finetune", "vanilla"))
+    where = ["--layers", "10", "--data-dir", str(data_dir), "--runs-dir", str(tmp_path / "runs")]
+    length = [] if "--iterations" in options else ["--iterations", "2"]
+    assert main(["train", *composed, *where, *length, *options, *TINY, *settings]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "OneDL" not in line]
+    assert len(said) == 1
+    assert re.search(f"^error: .*{message}", said[0])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_option_that_is_no_pair_is_an_error_of_the_command_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "x.py", "--cfg-options", "a=1", "abc"])
+    assert "--cfg-options has 'abc'; allowed is KEY=VALUE" in capsys.readouterr().err
+
+
+CONFIGS = {
+    "twice.yaml": (b"stage: a\nstage: b\n", "'stage' twice"),
+    "latin.yaml": (b"stage: \xff\n", "no UTF-8"),
+    "deep.yaml": (b"a: " + b"[" * 3000 + b"]" * 3000, "nested"),
+    "sixty.yaml": (b"seed: 1:30\n", "base of 60"),
+    "list.yaml": (b"[1]\n", "no settings"),
+    "half.json": (b"{", "JSONDecodeError"),
+    "other.toml": (b"a = 1", "type"),
+    "exits.py": (b"raise SystemExit(0)", "SystemExit"),
+    "latin.py": (b"\xff\xfe", "UnicodeDecodeError"),
+    "twice.py": (b"a = dict(b=1, b=2)", "keyword argument repeated"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_that_no_one_means_is_refused(name, tmp_path, capsys):
+    content, message = CONFIGS[name]
+    (tmp_path / name).write_bytes(content)
+    assert main(["train", str(tmp_path / name), "--runs-dir", str(tmp_path / "runs")]) == 2
+    assert re.fullmatch(rf"error: config [^\n]*{message}[^\n]*\n", capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists()
