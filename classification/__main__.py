@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from experiment.command import Work, finish, underscored
+from experiment.processes import leave
 
 
 def main(arguments: list[str]) -> int:
@@ -34,4 +35,4 @@ def _command(arguments: list[str], work: Work) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(leave(main(sys.argv[1:])))

@@ -20,12 +20,15 @@ from classification.loggers import log_resources
 from experiment import ExperimentError
 from experiment.checkpoints import BEST, LAST
 from experiment.files import write_whole
+from experiment.processes import gather, is_first, own_part, with_others
 from experiment.signals import check
 from lowrank import converted_layers
 
 
 class History(pl.Callback):
     """One row per epoch, in `metrics.csv` and in every checkpoint; a resumed run goes on where the rows end.
+
+    Of several processes the rows have the largest bytes, and the times of the first.
 
     Args:
         folder: where `metrics.csv` is written, whole after each epoch.
@@ -73,7 +76,7 @@ class History(pl.Callback):
             "train_loss": metrics["train_loss"],
             "val_loss": metrics["val_loss"],
             "val_accuracy": metrics["val_accuracy"],
-            "activation_bytes": statistics.fmean(self._kept),
+            "activation_bytes": max(gather(statistics.fmean(self._kept))),
             "step_seconds": statistics.median(self.step_seconds[self._steps_before :]),
             "seconds": time.perf_counter() - self._epoch_start,
         }
@@ -82,7 +85,8 @@ class History(pl.Callback):
         writer = csv.DictWriter(text, list(row))
         writer.writeheader()
         writer.writerows(self.rows)
-        write_whole(self.folder / "metrics.csv", text.getvalue())
+        if is_first():
+            write_whole(self.folder / "metrics.csv", text.getvalue())
         used = {key: row[key] for key in ("activation_bytes", "step_seconds", "seconds")}
         log_resources(trainer.loggers, {**used, "learning_rate": row["learning_rate"]}, trainer.global_step)
 
@@ -191,19 +195,20 @@ class RandomState(pl.Callback):
     """Carry the random generators through checkpoints, so that a resumed run draws what it would have drawn."""
 
     def state_dict(self) -> dict[str, Any]:
-        """States of the generators of torch, numpy and Python."""
+        """States of the generators of torch, numpy and Python, in each process."""
         version, internal, gauss = random.getstate()
         kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is meant
-        return {
+        own = {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "python": [version, list(internal), gauss],
             "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
         }
+        return with_others(own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states until training starts."""
-        self._loaded = state_dict
+        self._loaded = own_part(state_dict)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the generators to the states of the checkpoint, if there was one."""

@@ -20,7 +20,8 @@ from classification.planning import Budget
 from experiment import ExperimentError, Run, fingerprint
 from lowrank import ASI, Method, PerplexityTable, Vanilla
 
-# Settings that have no influence on a run's result, so that they may change between two tries.
+# Settings that have no influence on a run's result, so that they may change between two tries. Which devices train has
+# none, but how many of them at once has: it is part of the identity by itself.
 NO_INFLUENCE = {
     "model": {"num_classes", "rank_choice", "rank_seed"},  # the ranks' own are of the budget
     "data": {"root", "eval_batch_size", "workers", "cache", "shuffle_seed"},
@@ -60,6 +61,8 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     identity["trainer"]["max_time"] = None  # a run that it ends has no result
     if not model["mode_energies"]:
         del model["mode_energies"]  # records of before that setting stay valid
+    if config.get("processes", 1) > 1:
+        identity["processes"] = config["processes"]
     data = identity["data"]
     data["split_file"] = data["split_file"] and split_fingerprint(Path(data["split_file"]))
     return identity

@@ -81,7 +81,8 @@ class Record:
         time_s: "step_median" and "total", seconds.
         provenance: see `experiment.provenance`.
         recipe: how it was trained: "epochs", "steps" (of the optimizer, in all), "learning_rate" (the largest),
-            "batch_size", "image_size" (None of texts), "precision". Empty in records of before it was noted.
+            "batch_size" (of each process), "processes" (that trained together), "joined_batch_size" (of all of them),
+            "image_size" (None of texts), "precision". Empty in records of before it was noted.
     """
 
     run: Run
@@ -111,6 +112,9 @@ class Record:
                 raise ValueError(f"schema {content['schema']} and status {content['status']!r}")
             parts = {key: _finite(content[key], key) for key in ("accuracy", "memory_bytes", "flops", "time_s")}
             told = {"provenance": content["provenance"], "recipe": content.get("recipe", {})}
+            if isinstance(told["recipe"], dict) and told["recipe"]:  # of before runs of several processes, one has trained
+                one = {"processes": 1, "joined_batch_size": told["recipe"].get("batch_size")}
+                told["recipe"] = one | told["recipe"]
             for key, value in told.items():
                 if not isinstance(value, dict):
                     raise ValueError(f"{key} is {value!r}")

@@ -17,9 +17,10 @@ from torchvision.transforms import v2
 from classification.data.files import as_rgb, check_pixels
 from classification.data.partition import Users, deal, halved, read_users, save_users
 from classification.data.prepared import load_splits
-from classification.data.registry import ImageSet, TextSet
-from classification.data.sampler import AugmentingShuffle, EpochLoader, EpochShuffle, drawing_from
+from classification.data.registry import ImageSet, Splits, TextSet
+from classification.data.sampler import AugmentingShuffle, EachOnce, EpochLoader, EpochShuffle, drawing_from
 from experiment import ExperimentError
+from experiment.processes import place
 
 Partition = Literal["all", "pretrain", "finetune"]
 Activations = tuple[Tensor, ...]
@@ -132,6 +133,21 @@ def _tokens(texts: Sequence[str], name: str, length: int) -> Tensor:
     return encoded["input_ids"]
 
 
+def _check_counts(splits: Splits, least: int) -> None:
+    """Refuse a data set that is too small: each process trains on at least so many, and tests on one."""
+    count = place().count
+    each = "" if count == 1 else f" in each of {count} processes"
+    if len(splits.train.labels) < least * count:
+        raise ExperimentError(
+            f"{len(splits.train.labels)} training samples do not fill one batch of {least}{each}; lower "
+            f"--data.batch_size"
+        )
+    for part in ("val", "test"):
+        found = len(getattr(splits, part).labels)
+        if found < count:
+            raise ExperimentError(f"{found} samples in part {part} are too few for {count} processes; start fewer")
+
+
 class ImageDataModule(pl.LightningDataModule):
     """Loaders of one data set.
 
@@ -141,9 +157,10 @@ class ImageDataModule(pl.LightningDataModule):
         image_size: images are resized to this many pixels square, without keeping the aspect, as in the papers.
         mean: subtracted per channel after scaling to [0, 1].
         std: divided by per channel.
-        batch_size: images in a training step.
-        eval_batch_size: images in a validation or test step; no influence on results.
-        drop_last: leave out the last, smaller training batch of an epoch, as in the papers.
+        batch_size: images in a training step of each process.
+        eval_batch_size: images in a validation or test step of each process; no influence on results.
+        drop_last: leave out the last, smaller training batch of an epoch, as in the papers. Without it, several
+            processes share that batch, as far as each has as many images of it as the others.
         partition: "all", or one of setup B's halves: "pretrain" or "finetune".
         partition_seed: deals the halves.
         split_file: deals them in its place: a published `usr_group_*.npy`, or the `split.npz` of another run.
@@ -196,11 +213,7 @@ class ImageDataModule(pl.LightningDataModule):
         if partition != "all":
             self.users = read_users(Path(split_file), splits) if split_file else deal(splits, partition_seed)
             splits = halved(splits, self.users, 0 if partition == "pretrain" else 1)
-        if drop_last and len(splits.train.labels) < batch_size:
-            raise ExperimentError(
-                f"{len(splits.train.labels)} training samples do not fill one batch of {batch_size}; "
-                f"lower --data.batch_size"
-            )
+        _check_counts(splits, batch_size if drop_last else 1)
         self.num_classes, self.fingerprint = len(splits.classes), splits.fingerprint
         opened, normalised = [v2.ToImage(), v2.RGB()], v2.Normalize(mean, std)
         scaled = v2.ToDtype(torch.float32, scale=True)
@@ -226,7 +239,7 @@ class ImageDataModule(pl.LightningDataModule):
         if self.augment:
             raise ExperimentError(FRONT_OF_AUGMENTED)
         self._activations = {
-            part: ActivationSet(self._eval_loader(part), front) for part in (self.train, self.val, self.test)
+            part: ActivationSet(self._whole_loader(part), front) for part in (self.train, self.val, self.test)
         }
 
     def train_dataloader(self) -> DataLoader:
@@ -236,22 +249,26 @@ class ImageDataModule(pl.LightningDataModule):
         return EpochLoader(
             self._activations.get(self.train, self.train),
             self.batch_size,
-            sampler=shuffle(len(self.train), seed),
+            sampler=shuffle(len(self.train), seed, place()),
             drop_last=self.drop_last,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
         )
 
-    def _eval_loader(self, part: Dataset[Any]) -> DataLoader:
+    def _whole_loader(self, part: Dataset[Any]) -> DataLoader:
         return DataLoader(part, self.eval_batch_size, num_workers=self.workers)
 
+    def _eval_loader(self, part: TransformedSet | TokenSet) -> DataLoader:
+        batches = EachOnce(len(part), self.eval_batch_size, place())
+        return DataLoader(self._activations.get(part, part), batch_sampler=batches, num_workers=self.workers)
+
     def val_dataloader(self) -> DataLoader:
-        """Validation batches: every image, none dropped."""
-        return self._eval_loader(self._activations.get(self.val, self.val))
+        """Validation batches: every image, none dropped; of several processes each has its share."""
+        return self._eval_loader(self.val)
 
     def test_dataloader(self) -> DataLoader:
-        """Test batches: every image, none dropped."""
-        return self._eval_loader(self._activations.get(self.test, self.test))
+        """Test batches: every image, none dropped; of several processes each has its share."""
+        return self._eval_loader(self.test)
 
     def first_batch(self, seed: int) -> tuple[Tensor, Tensor]:
         """One training batch, (B, 3, H, W) or (B, N), and (B,), that depends on the seed alone; for measurements."""
