@@ -63,6 +63,7 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
         del model["mode_energies"]  # records of before that setting stay valid
     if config.get("processes", 1) > 1:
         identity["processes"] = config["processes"]
+        identity["trainer"]["strategy"] = "ddp"  # all that are allowed give the same
     data = identity["data"]
     data["split_file"] = data["split_file"] and split_fingerprint(Path(data["split_file"]))
     return identity

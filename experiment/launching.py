@@ -7,6 +7,7 @@ itself, the others end too: each watches its standard input, which closes then.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -238,10 +239,8 @@ class _Group:
 
 
 def _kill(group: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing is left of it
         os.killpg(group, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # nothing is left of it
-        pass
 
 
 def _read(path: Path) -> dict[str, Any] | None:

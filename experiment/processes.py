@@ -84,14 +84,12 @@ def join(own: Place, device: torch.device | None = None) -> None:
             store.set(f"here/{own.rank}", "1")
             store.wait([f"here/{rank}" for rank in range(own.count)], MEETING)
             backend = distributed.get_default_backend_for_device(kind)
-            distributed.init_process_group(
-                backend, store=store, rank=own.rank, world_size=own.count, timeout=WORK
-            )
+            distributed.init_process_group(backend, store=store, rank=own.rank, world_size=own.count, timeout=WORK)
         except distributed.DistError as error:
             minutes = f"{MEETING.total_seconds() / 60:g} minutes"
             raise ExperimentError(
-                f"{own} has waited {minutes} for the others, and they did not come ({_first_line(error)}); start all of "
-                f"them by one command"
+                f"{own} has waited {minutes} for the others, and they did not come ({_first_line(error)}); start all "
+                f"of them by one command"
             ) from None
     _places[:] = [own]
 
@@ -125,7 +123,7 @@ def first_does(work: Callable[[], T], mendable: tuple[type[Exception], ...] = (E
         result, code = _told(None)
         if code:
             raise FirstFailed(code)
-        return result  # type: ignore[no-any-return]
+        return result
     try:
         result = work()
     except BaseException as error:

@@ -112,12 +112,12 @@ class Record:
                 raise ValueError(f"schema {content['schema']} and status {content['status']!r}")
             parts = {key: _finite(content[key], key) for key in ("accuracy", "memory_bytes", "flops", "time_s")}
             told = {"provenance": content["provenance"], "recipe": content.get("recipe", {})}
-            if isinstance(told["recipe"], dict) and told["recipe"]:  # of before runs of several processes, one has trained
-                one = {"processes": 1, "joined_batch_size": told["recipe"].get("batch_size")}
-                told["recipe"] = one | told["recipe"]
             for key, value in told.items():
                 if not isinstance(value, dict):
                     raise ValueError(f"{key} is {value!r}")
+            if told["recipe"]:  # where it says nothing of processes, one has trained
+                one = {"processes": 1, "joined_batch_size": told["recipe"].get("batch_size")}
+                told["recipe"] = one | told["recipe"]
             return cls(run=Run(**content["run"]), **told, **parts)
         except OSError as error:
             raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None
