@@ -34,7 +34,7 @@ from experiment.allocator import keep_freed_memory
 from experiment.checkpoints import BEST, LAST, resumable
 from experiment.command import Work, finish, underscored
 from experiment.launching import run_all
-from experiment.processes import first_does, first_holds, place, say
+from experiment.processes import first_does, first_holds, place, say, told
 from experiment.record import RESULT, TABLE
 from lowrank import (
     LowRankError,
@@ -254,7 +254,7 @@ class SuiteCLI(LightningCLI):
                 "step_median": sorted(history.step_seconds)[len(history.step_seconds) // 2],
                 "total": sum(row["seconds"] for row in history.rows),
             },
-            provenance=provenance(self.folder.identity_hash, self.datamodule.fingerprint, keep_freed_memory()),
+            provenance=provenance(self.folder.identity_hash, self.datamodule.fingerprint, keep_freed_memory()) | told(),
             recipe=recipe,
         )
 

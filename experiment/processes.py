@@ -120,7 +120,7 @@ def first_does(work: Callable[[], T], mendable: tuple[type[Exception], ...] = (E
     if place().count == 1:
         return work()
     if not is_first():
-        result, code = _told(None)
+        result, code = _broadcast(None)
         if code:
             raise FirstFailed(code)
         return result
@@ -128,9 +128,9 @@ def first_does(work: Callable[[], T], mendable: tuple[type[Exception], ...] = (E
         result = work()
     except BaseException as error:
         with contextlib.suppress(RuntimeError):  # the others are gone
-            _told((None, exit_code(error, mendable)))
+            _broadcast((None, exit_code(error, mendable)))
         raise
-    _told((result, 0))
+    _broadcast((result, 0))
     return result
 
 
@@ -148,7 +148,7 @@ def first_holds(
         yield
 
 
-def _told(outcome: Any) -> Any:
+def _broadcast(outcome: Any) -> Any:
     from torch import distributed
 
     content = [outcome]
@@ -189,6 +189,12 @@ def own_part(saved: Mapping[str, Any], differs: Callable[[str], bool] = lambda k
     if is_first() or len(others) < place().rank:
         return first
     return {key: value for key, value in first.items() if not differs(key)} | others[place().rank - 1]
+
+
+def told() -> dict[str, Any]:
+    """What a record says of the processes, where they were several."""
+    bases = "what a method carries from step to step, such as the bases of ASI, each has of its own images"
+    return {"processes": f"{place().count}; {bases}"} if place().count > 1 else {}
 
 
 def say(text: Any) -> None:

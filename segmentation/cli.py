@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,15 +10,17 @@ import torch
 from mmengine.config import Config, DictAction
 
 from experiment import ExperimentError
-from lowrank import LowRankError
+from experiment.command import Work, finish
+from experiment.launching import run_all
+from experiment.processes import place
 from segmentation.compose import choose_depth, load_config, move_data, rescale
 from segmentation.data.prepare import DATASETS, prepare
 from segmentation.pictures import picture
 from segmentation.planning import Budget
+from segmentation.start import join_others
 from segmentation.sweep import sweep
-from segmentation.training import Task, measure, train
+from segmentation.training import MENDABLE, Task, is_due, measure, train
 
-MENDABLE = (ExperimentError, LowRankError)  # what a user can mend, in one line
 PICTURE = "Draw the first validation images: input, truth, and the prediction of each run's last weights."
 PREPARE = "Write a data set in the layout that is read, from its archives as published, or digit scenes from nothing."
 
@@ -52,7 +52,10 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--budget-run", metavar="DIR", help="finished run whose formula memory is ASI's budget")
         sub.add_argument("--budget-divisor", type=int, metavar="N", help="ASI's budget is one N-th of that memory")
         sub.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override the config")
-        sub.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
+        several = "train in so many processes of this machine (default: %(default)s)"
+        sub.add_argument("--processes", type=int, default=1, metavar="N", help=several)
+        started = "what has started several processes, where --processes is not to"
+        sub.add_argument("--launcher", help=started, choices=("none", "pytorch", "slurm", "mpi"), default="none")
         sub.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
         sub.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     drawn = commands.add_parser("picture", help="draw input, truth and predictions", description=PICTURE)
@@ -90,15 +93,13 @@ def task_of(options: argparse.Namespace) -> Task:
     if options.amp:
         _need_accelerator("--amp")
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
-    if options.launcher != "none":
-        _need_accelerator(f"--launcher {options.launcher}")
     _set_budget(config, options)
     # Once more, over what the other arguments set.
     config.merge_from_dict(
         {key: value for key, value in (options.cfg_options or {}).items() if key.split(".")[0] in config}
     )
     config.launcher = options.launcher
-    os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    config.processes = max(options.processes, place().count)
     return Task(config, options.runs_dir, options.work_dir, options.resume, options.dry_run)
 
 
@@ -135,16 +136,24 @@ def run(arguments: Sequence[str]) -> None:
     elif options.command == "prepare":
         prepare(options.dataset, options.data_dir, options.archives or options.data_dir)
     else:
-        (train if options.command == "train" else measure)(task_of(options))
+        join_others(options)
+        task = task_of(options)
+        if options.command == "measure":
+            measure(task)
+        elif task.config.processes == place().count:
+            train(task)
+        elif is_due(task):
+            run_all("segmentation", arguments, options.processes)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one command. Returns 0, 1 if a run of a sweep failed, or 2 after one line that says what was wrong."""
-    try:
-        if arguments[:1] == ["sweep"]:
-            return sweep(arguments[1:], run, MENDABLE)
-        run(arguments)
-    except MENDABLE as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    """Run one command. Returns 1 if a run of a sweep failed; else see `experiment.command.finish`."""
+    return finish(lambda work: _command(arguments, work), MENDABLE)
+
+
+def _command(arguments: Sequence[str], work: Work) -> int | None:
+    work.title = " ".join(arguments[:1])
+    if arguments[:1] == ["sweep"]:
+        return sweep(arguments[1:], run, MENDABLE)
+    run(arguments)
+    return None

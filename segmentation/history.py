@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 
+from experiment.processes import gather, is_first, own_part, place, with_others
 from lowrank import converted_layers
 from segmentation.hook import unwrapped
 from segmentation.saving import write_or_say
@@ -24,6 +25,8 @@ Row = dict[str, float]
 
 class History(Hook):
     """One row per validation; a resumed run goes on where the rows end.
+
+    Of several processes the rows have the mean loss, the largest bytes, and the times of the first.
 
     Args:
         folder: where `metrics.csv` is written, whole after each validation.
@@ -40,6 +43,7 @@ class History(Hook):
         self._kept: list[int] = []
         self._losses: list[float] = []
         self._start = 0.0
+        self._pending: dict[str, Any] | None = None
 
     def before_train(self, runner: Any) -> None:
         """After a resume, take the rows up to there; what they have counted is not counted again."""
@@ -70,22 +74,28 @@ class History(Hook):
         loss = (outputs or {}).get("loss", math.nan)
         self._losses.append(loss.item() if isinstance(loss, torch.Tensor) else loss)
 
+    def before_val_epoch(self, runner: Any) -> None:
+        """Take the statistics of the first process, which are those that are saved."""
+        if place().count > 1:
+            for statistic in unwrapped(runner.model).buffers():
+                broadcast(statistic)
+
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         """Write the validation's row."""
         if not metrics or not self._seconds:
             return
         row = {
             "iteration": float(runner.iter),
-            "train_loss": statistics.fmean(self._losses),
+            "train_loss": statistics.fmean(gather(statistics.fmean(self._losses))),
             "miou": round(float(metrics["mIoU"]) / 100, 6),
             "macc": round(float(metrics["mAcc"]) / 100, 6),
-            "activation_bytes": statistics.fmean(self._kept),
+            "activation_bytes": max(gather(statistics.fmean(self._kept))),
             "step_seconds": statistics.median(self._seconds),
             "seconds": sum(self._seconds),
         }
         self.rows.append(row)
         self._seconds, self._kept, self._losses = [], [], []
-        if not is_main_process():
+        if not is_first():
             return
         text = io.StringIO()
         writer = csv.DictWriter(text, list(row))
@@ -99,17 +109,26 @@ class History(Hook):
                 flush=True,
             )
 
+    def collect(self, runner: Any) -> None:
+        """Take from all processes, before the first of them saves a checkpoint, what no row has yet."""
+        self._pending = with_others(self._open())
+
+    def _open(self) -> dict[str, Any]:
+        return {"seconds": list(self._seconds), "kept": list(self._kept), "losses": list(self._losses)}
+
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Carry the rows, and what no row has yet."""
         checkpoint[ROWS] = [dict(row) for row in self.rows]
-        checkpoint[PENDING] = [self._seconds, self._kept, self._losses]
+        checkpoint[PENDING] = self._open() if self._pending is None else self._pending
+        self._pending = None
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Take up the rows, and what no row had."""
         self._carried = [dict(row) for row in checkpoint.pop(ROWS, [])]
         pending = checkpoint.pop(PENDING, None)
         if pending is not None:
-            self._seconds, self._kept, self._losses = map(list, pending)
+            own = own_part(pending)
+            self._seconds, self._kept, self._losses = (list(own[key]) for key in ("seconds", "kept", "losses"))
 
     @property
     def activation_bytes(self) -> int:

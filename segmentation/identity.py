@@ -27,6 +27,7 @@ TRAINED = (
     "param_scheduler",
     "train_cfg",
     "auto_scale_lr",
+    "processes",
 )
 NO_INFLUENCE = {"data_root", "num_workers", "persistent_workers", "pin_memory", "prefetch_factor"}
 
@@ -65,6 +66,8 @@ def run_of(config: Config, method: str) -> Run:
 def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]:
     """Everything in a config that has an influence on the result, files by their content."""
     identity = {key: _without(config.get(key)) for key in keys if config.get(key) is not None}
+    if identity.get("processes") == 1:
+        del identity["processes"]  # as in runs of before there were several
     identity["load_from"] = _weights(config.get("load_from"))
     for hook in identity.get("custom_hooks", []):
         if hook.get("budget"):

@@ -22,8 +22,9 @@ from mmseg.utils import register_all_modules
 from experiment import ExperimentError, Record, RunFolder, Status, provenance
 from experiment import Run as RunName
 from experiment.allocator import keep_freed_memory
+from experiment.processes import first_does, first_holds, place, say, told
 from experiment.record import RESULT
-from lowrank import account, converted_layers, measure_perplexity, peak_bytes, saved_bytes
+from lowrank import LowRankError, account, converted_layers, measure_perplexity, peak_bytes, saved_bytes
 from segmentation.batches import first_batch, logits, segmentation_loss, training_mode
 from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
 from segmentation.compose import hook_settings
@@ -32,7 +33,9 @@ from segmentation.history import History
 from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, run_of
 from segmentation.saving import write_or_say
+from segmentation.start import share_out
 
+MENDABLE = (ExperimentError, LowRankError)  # what a user can mend, in one line
 TABLE = "perplexity.json"
 FINAL = "final.pth"  # the last weights alone, as MMSegmentation loads them
 
@@ -79,8 +82,18 @@ class Task:
         return True
 
 
+def is_due(task: Task) -> bool:
+    """Whether there is something to train; says so if there is not.
+
+    Raises:
+        ExperimentError: see `Task.pending`.
+    """
+    name = run_of(task.config, method_tag(task.config))
+    return task.pending(name, task.folder(name, RESULT))
+
+
 def train(task: Task) -> Record | None:
-    """Train, measure and write the record; None if there was nothing to do.
+    """Train, measure and write the record; None if there was nothing to do, or the first of several processes did it.
 
     Raises:
         ExperimentError, LowRankError: something that the user can mend.
@@ -88,34 +101,47 @@ def train(task: Task) -> Record | None:
     allocator = keep_freed_memory()
     name = run_of(task.config, method_tag(task.config))
     folder = task.folder(name, RESULT)
-    if not task.pending(name, folder):
+    if not first_does(lambda: _is_ready(task, name, folder), MENDABLE):
         return None
+    read_safely_everywhere()
+    records: list[Record] = []
+    with first_holds(folder.locked(as_yaml(task.config)), MENDABLE):
+        start = time.perf_counter()
+        checkpoint = first_does(lambda: _begin(task, name, folder), MENDABLE)
+        runner, history = _trained(task, folder, checkpoint)
+
+        def save() -> None:
+            record = _record(task, name, runner, history, allocator, folder, time.perf_counter() - start)
+            write_or_say(folder.path / FINAL, _final(runner))
+            record.save(folder.path)
+            records.append(record)
+
+        first_does(save, MENDABLE)
+    for record in records:
+        say(f"  best mIoU {100 * record.accuracy['miou_best']:.1f} %, record in {folder.result}")
+    return records[0] if records else None
+
+
+def _is_ready(task: Task, name: RunName, folder: RunFolder) -> bool:
+    """Whether there is something to do; refuses, before anything is written, what cannot work."""
+    if not task.pending(name, folder):
+        return False
     require_data(task.config)
     read_safely_everywhere()
-    if not folder.last_checkpoint:
+    if folder.last_checkpoint is None:
         require_weights(task.config)
-    if not _is_first_process(task.config):
-        _trained(task, folder)
-        return None
-    with folder.locked(as_yaml(task.config)):
-        print(f"{'resuming' if folder.last_checkpoint else 'training'}: {name}", flush=True)
-        start = time.perf_counter()
-        runner, history = _trained(task, folder)
-        record = _record(task, name, runner, history, allocator, folder, time.perf_counter() - start)
-        write_or_say(folder.path / FINAL, _final(runner))
-        record.save(folder.path)
-    print(f"  best mIoU {100 * record.accuracy['miou_best']:.1f} %, record in {folder.result}", flush=True)
-    return record
+    return True
 
 
-def _is_first_process(config: Config) -> bool:
-    """Whether this is the process that writes, of those that a launcher started."""
-    variable = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_RANK"}.get(config.get("launcher"))
-    return variable is None or os.environ.get(variable, "0") == "0"
+def _begin(task: Task, name: RunName, folder: RunFolder) -> Path | None:
+    """The checkpoint to go on from, if there is one; says that the run begins."""
+    resumes = folder.last_checkpoint is not None
+    say(f"{'resuming' if resumes else 'training'}: {name}")
+    return newest(folder.path, folder.identity_hash) if resumes else None
 
 
-def _trained(task: Task, folder: RunFolder) -> tuple[Runner, History]:
-    runner, history = _runner(_for_runner(task.config, folder)), History(folder.path)
+def _trained(task: Task, folder: RunFolder, checkpoint: Path | None) -> tuple[Runner, History]:
+    runner, history = _runner(_for_runner(task.config, folder, checkpoint)), History(folder.path)
     runner.register_hook(history)
     runner.train()
     return runner, history
@@ -167,7 +193,7 @@ def as_yaml(config: Config) -> str:
     return text
 
 
-def _for_runner(config: Config, folder: RunFolder) -> Config:
+def _for_runner(config: Config, folder: RunFolder, checkpoint: Path | None) -> Config:
     config = Config(config.to_dict())
     config.work_dir = str(folder.path)
     # MMEngine's logger and message hub are found by this name; two runs in one process must not share them.
@@ -176,8 +202,10 @@ def _for_runner(config: Config, folder: RunFolder) -> Config:
     saving = dict(config.default_hooks.get("checkpoint") or {"type": "CheckpointHook", "interval": 1})
     if saving["type"] == "CheckpointHook":
         config.default_hooks["checkpoint"] = {**saving, "type": "WholeCheckpoints", "identity": folder.identity_hash}
-    if folder.last_checkpoint:
-        config.load_from, config.resume = str(newest(folder.path, folder.identity_hash)), True
+    if checkpoint is not None:
+        config.load_from, config.resume = str(checkpoint), True
+    if place().count > 1:
+        share_out(config, place().count)
     return config
 
 
@@ -216,7 +244,7 @@ def _record(
             "step_median": statistics.median(row["step_seconds"] for row in rows),
             "total": max(seconds, sum(row["seconds"] for row in rows)),
         },
-        provenance=provenance(folder.identity_hash, data_fingerprint(config), allocator),
+        provenance=provenance(folder.identity_hash, data_fingerprint(config), allocator) | told(),
         recipe=recipe_of(config),
     )
 
@@ -229,6 +257,8 @@ def recipe_of(config: Config) -> dict[str, Any]:
         "steps": config.train_cfg.get("max_iters"),
         "learning_rate": wrapper.get("optimizer", {}).get("lr"),
         "batch_size": config.train_dataloader.batch_size,
+        "processes": place().count,
+        "joined_batch_size": config.train_dataloader.batch_size * place().count,
         "image_size": list(config.crop_size) if config.get("crop_size") else None,
         "precision": "16-mixed" if wrapper.get("type") == "AmpOptimWrapper" else "32-true",
     }
@@ -245,11 +275,13 @@ def measure(task: Task) -> Path | None:
     keep_freed_memory()
     name = run_of(task.config, "perplexity")
     folder = task.folder(name, TABLE)
-    if not task.pending(name, folder):
+    if not first_does(lambda: _is_ready(task, name, folder), MENDABLE):
         return None
-    require_data(task.config)
-    read_safely_everywhere()
-    require_weights(task.config)
+    first_does(lambda: _measure(task, name, folder), MENDABLE)
+    return folder.result
+
+
+def _measure(task: Task, name: RunName, folder: RunFolder) -> None:
     with folder.locked(as_yaml(task.config)):
         model, layers = prepared_model(task.config)
         dataset = DATASETS.build(task.config.train_dataloader.dataset)
@@ -257,8 +289,7 @@ def measure(task: Task) -> Path | None:
         settings = task.config.get("perplexity", {})
         table = measure_perplexity(training_mode(model), layers, segmentation_loss, batch, **settings)
         replace(table, model=name.model).save(folder.result)
-    print(f"perplexity of {len(table.layers)} layers in {folder.result}", flush=True)
-    return folder.result
+    say(f"perplexity of {len(table.layers)} layers in {folder.result}")
 
 
 def prepared_model(config: Config) -> tuple[Any, list[str]]:
