@@ -173,18 +173,16 @@ class _Group:
                 return []
             running.discard(number)
             if self.processes[number].returncode:
-                return self._settled(number)
+                return self._settled(number, len(running))
             first_done = first_done or number == 0
         return []
 
-    def _settled(self, number: int) -> list[int]:
+    def _settled(self, number: int, running: int) -> list[int]:
         failed = [number]
         end = time.monotonic() + SETTLE
-        while (left := end - time.monotonic()) > 0:
-            try:
-                failed.append(self._ended.get(timeout=left))
-            except queue.Empty:
-                break
+        with contextlib.suppress(queue.Empty):
+            for _ in range(running):
+                failed.append(self._ended.get(timeout=max(0.0, end - time.monotonic())))
         return [number for number in failed if self.processes[number].returncode]
 
     def ending(self, failed: Sequence[int]) -> BaseException:
