@@ -107,7 +107,8 @@ def test_vanilla_trains_as_one_process_on_the_joined_batch(vanilla, joined, weig
     assert moved
     for key in moved:
         change = expected[key] - before[key]
-        torch.testing.assert_close(found[key] - before[key], change, rtol=1e-3, atol=1e-4 * float(change.abs().max()))
+        assert change.abs().max() > 1e-4
+        torch.testing.assert_close(found[key] - before[key], change, rtol=1e-3, atol=5e-7)
 
 
 def test_its_metrics_are_those_of_one_process_and_count_each_image_once(vanilla, joined, digits_32):
@@ -125,7 +126,7 @@ def test_its_metrics_are_those_of_one_process_and_count_each_image_once(vanilla,
 
 
 def test_one_record_says_how_many_trained(vanilla, joined):
-    assert len(list(vanilla.parents[7].rglob("result.json"))) == 1
+    assert len(list(vanilla.parents[6].rglob("result.json"))) == 1
     record, expected = (Record.load(folder / "result.json") for folder in (vanilla, joined))
     sizes = ("processes", "batch_size", "joined_batch_size")
     assert [record.recipe[key] for key in sizes] == [2, BATCH, 2 * BATCH]
