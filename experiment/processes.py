@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 MEETING = timedelta(minutes=5)  # how long a process waits for the others to start
-WORK = timedelta(minutes=30)  # and how long for what another one does alone, such as the measurements of a record
+WORK = timedelta(hours=2)  # and how long for what another one does alone, such as the measurements of a record
 OTHERS = "lowrank_processes"  # key of the parts of all processes but the first, in what a checkpoint holds
 
 T = TypeVar("T")

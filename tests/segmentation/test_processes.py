@@ -56,6 +56,7 @@ def method(tmp_path_factory):
 
 
 def words(scenes, runs, *options, method="vanilla", batch=2):
+    """A short training; its loss is a plain mean, as one with class weights has a norm of its own in each process."""
     composed = list(map(str, files("pspnet_small", "digit_scenes", "finetune", "vanilla")))
     if method != "vanilla":
         composed[-1] = str(method)
@@ -64,6 +65,7 @@ def words(scenes, runs, *options, method="vanilla", batch=2):
         "train_cfg.val_interval=2",
         "default_hooks.checkpoint.interval=2",
         f"train_dataloader.batch_size={batch}",
+        "model.decode_head.loss_decode.class_weight=None",
     ]
     return ["train", *composed, *where, *options, *TINY, *settings]
 
@@ -100,7 +102,7 @@ def test_two_processes_train_as_one_on_the_joined_batch(vanilla):
     assert any("decode_head" in key for key in moved)
     assert max(float((expected[key] - start[key]).abs().max()) for key in moved) > 1e-4
     for key in expected:
-        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=2e-7)
     for one, two in zip(*map(rows, vanilla), strict=True):
         assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
         assert (two["miou"], two["macc"]) == pytest.approx((one["miou"], one["macc"]), abs=2e-3)
