@@ -34,7 +34,7 @@ from experiment.allocator import keep_freed_memory
 from experiment.checkpoints import BEST, LAST, resumable
 from experiment.command import Work, finish, underscored
 from experiment.launching import run_all
-from experiment.processes import first_does, first_holds, place, say, told
+from experiment.processes import first_does, first_holds, noted, place, say
 from experiment.record import RESULT, TABLE
 from lowrank import (
     LowRankError,
@@ -51,6 +51,8 @@ SPLIT = "split.npz"
 # What a user can mend, in one line.
 MENDABLE = (ExperimentError, LowRankError, ArgumentError, MisconfigurationException)
 SEED = 233  # the papers' seed
+# One device, also where there are several: on all of them, a run would have another batch size.
+TRAINER = {"logger": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "devices": 1}
 
 
 class _NothingToDo(Exception):
@@ -254,7 +256,8 @@ class SuiteCLI(LightningCLI):
                 "step_median": sorted(history.step_seconds)[len(history.step_seconds) // 2],
                 "total": sum(row["seconds"] for row in history.rows),
             },
-            provenance=provenance(self.folder.identity_hash, self.datamodule.fingerprint, keep_freed_memory()) | told(),
+            provenance=provenance(self.folder.identity_hash, self.datamodule.fingerprint, keep_freed_memory())
+            | noted(),
             recipe=recipe,
         )
 
@@ -352,7 +355,7 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
             save_config_callback=None,
             seed_everything_default=SEED,
             trainer_class=Trainer,
-            trainer_defaults={"logger": False, "enable_model_summary": False, "num_sanity_val_steps": 0},
+            trainer_defaults=TRAINER,
             auto_configure_optimizers=False,
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             args=words,

@@ -85,11 +85,10 @@ def join(own: Place, device: torch.device | None = None) -> None:
             store.wait([f"here/{rank}" for rank in range(own.count)], MEETING)
             backend = distributed.get_default_backend_for_device(kind)
             distributed.init_process_group(backend, store=store, rank=own.rank, world_size=own.count, timeout=WORK)
-        except distributed.DistError as error:
+        except RuntimeError as error:  # of torch's, some stores have errors of their own and some have not
             minutes = f"{MEETING.total_seconds() / 60:g} minutes"
             raise ExperimentError(
-                f"{own} has waited {minutes} for the others, and they did not come ({_first_line(error)}); start all "
-                f"of them by one command"
+                f"{own} has not met the others within {minutes} ({_first_line(error)}); start all of them by one command"
             ) from None
     _places[:] = [own]
 
@@ -191,7 +190,7 @@ def own_part(saved: Mapping[str, Any], differs: Callable[[str], bool] = lambda k
     return {key: value for key, value in first.items() if not differs(key)} | others[place().rank - 1]
 
 
-def told() -> dict[str, Any]:
+def noted() -> dict[str, Any]:
     """What a record says of the processes, where they were several."""
     bases = "what a method carries from step to step, such as the bases of ASI, each has of its own images"
     return {"processes": f"{place().count}; {bases}"} if place().count > 1 else {}

@@ -52,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--budget-run", metavar="DIR", help="finished run whose formula memory is ASI's budget")
         sub.add_argument("--budget-divisor", type=int, metavar="N", help="ASI's budget is one N-th of that memory")
         sub.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="override the config")
-        several = "train in so many processes of this machine (default: %(default)s)"
-        sub.add_argument("--processes", type=int, default=1, metavar="N", help=several)
+        several = "train in so many processes of this machine (default: the config's, or 1)"
+        sub.add_argument("--processes", type=int, metavar="N", help=several)
         started = "what has started several processes, where --processes is not to"
         sub.add_argument("--launcher", help=started, choices=("none", "pytorch", "slurm", "mpi"), default="none")
         sub.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -99,7 +99,8 @@ def task_of(options: argparse.Namespace) -> Task:
         {key: value for key, value in (options.cfg_options or {}).items() if key.split(".")[0] in config}
     )
     config.launcher = options.launcher
-    config.processes = max(options.processes, place().count)
+    started = options.launcher != "none"
+    config.processes = place().count if started else options.processes or config.get("processes", 1)
     return Task(config, options.runs_dir, options.work_dir, options.resume, options.dry_run)
 
 
@@ -143,7 +144,7 @@ def run(arguments: Sequence[str]) -> None:
         elif task.config.processes == place().count:
             train(task)
         elif is_due(task):
-            run_all("segmentation", arguments, options.processes)
+            run_all("segmentation", arguments, task.config.processes)
 
 
 def main(arguments: Sequence[str]) -> int:

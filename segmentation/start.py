@@ -23,9 +23,9 @@ def join_others(options: argparse.Namespace) -> None:
     Raises:
         ExperimentError: the launcher is not there, or needs an accelerator; or the others did not come.
     """
-    if options.processes < 1:
+    if options.processes is not None and options.processes < 1:
         raise ExperimentError(f"--processes is {options.processes}; allowed are whole numbers from 1")
-    if options.processes > 1 and options.launcher != "none":
+    if options.processes is not None and options.launcher != "none":
         raise ExperimentError(f"--processes starts processes as --launcher {options.launcher} does; give one of them")
     if is_started():
         options.launcher = "pytorch"

@@ -22,7 +22,7 @@ from mmseg.utils import register_all_modules
 from experiment import ExperimentError, Record, RunFolder, Status, provenance
 from experiment import Run as RunName
 from experiment.allocator import keep_freed_memory
-from experiment.processes import first_does, first_holds, place, say, told
+from experiment.processes import first_does, first_holds, noted, place, say
 from experiment.record import RESULT
 from lowrank import LowRankError, account, converted_layers, measure_perplexity, peak_bytes, saved_bytes
 from segmentation.batches import first_batch, logits, segmentation_loss, training_mode
@@ -244,7 +244,7 @@ def _record(
             "step_median": statistics.median(row["step_seconds"] for row in rows),
             "total": max(seconds, sum(row["seconds"] for row in rows)),
         },
-        provenance=provenance(folder.identity_hash, data_fingerprint(config), allocator) | told(),
+        provenance=provenance(folder.identity_hash, data_fingerprint(config), allocator) | noted(),
         recipe=recipe_of(config),
     )
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiment import processes
 from experiment.errors import ExperimentError
-from experiment.launching import run_all
-from experiment.processes import OTHERS, Place, first_does, gather, is_first, leave, own_part, place, with_others
+from experiment.launching import GROUP, run_all
+from experiment.processes import OTHERS, Place, first_does, gather, is_first, join, leave, own_part, place, with_others
 
 PATHS = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
 needs_gloo = pytest.mark.skipif(
@@ -52,13 +54,22 @@ def test_what_the_first_refuses_ends_all_with_its_code_and_one_line(tmp_path):
 def test_processes_of_another_launcher_say_who_they_are(tmp_path):
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "meeting", "refused", str(tmp_path)]
-    processes = [
+    started = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]
-    said = [process.communicate(timeout=100)[1].splitlines()[-1:] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2]
+    said = [process.communicate(timeout=100)[1].splitlines()[-1:] for process in started]
+    assert [process.returncode for process in started] == [2, 2]
     assert said == [["error: there is no more room"], []]
+
+
+def test_one_that_waits_for_the_others_in_vain_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=0.5))
+    monkeypatch.setenv(GROUP, str(tmp_path))
+    with pytest.raises(ExperimentError, match=r"^process 0 of 2 has not met the others within .* \(Wait timeout"):
+        join(Place(0, 2))
+    assert place() == Place(0, 1)
+    assert not torch.distributed.is_initialized()
 
 
 def free_port():
