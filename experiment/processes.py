@@ -88,7 +88,7 @@ def join(own: Place, device: torch.device | None = None) -> None:
         except RuntimeError as error:  # of torch's, some stores have errors of their own and some have not
             minutes = f"{MEETING.total_seconds() / 60:g} minutes"
             raise ExperimentError(
-                f"{own} has not met the others within {minutes} ({_first_line(error)}); start all of them by one command"
+                f"{own} has not met the others within {minutes} ({_first_line(error)}); start them by one command"
             ) from None
     _places[:] = [own]
 
