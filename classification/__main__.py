@@ -6,6 +6,7 @@ import sys
 
 from classification import help
 from experiment.command import Work, dashed, finish
+from experiment.processes import leave
 
 
 def main(arguments: list[str]) -> int:
@@ -41,4 +42,4 @@ def _command(arguments: list[str], work: Work) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(leave(main(sys.argv[1:])))

@@ -16,11 +16,14 @@ from classification.loggers import log_resources
 from experiment import ExperimentError
 from experiment.checkpoints import BEST, LAST
 from experiment.history import History as RunHistory
+from experiment.processes import own_part, with_others
 from experiment.signals import check
 
 
 class History(pl.Callback):
     """Forwards the events of an epoch to the run's history, and carries that through checkpoints.
+
+    Of several processes the rows have the largest bytes, and the times of the first.
 
     Args:
         folder: where `metrics.csv` is written, whole after each epoch.
@@ -160,19 +163,20 @@ class RandomState(pl.Callback):
     """Carry the random generators through checkpoints, so that a resumed run draws what it would have drawn."""
 
     def state_dict(self) -> dict[str, Any]:
-        """States of the generators of torch, numpy and Python."""
+        """States of the generators of torch, numpy and Python, in each process."""
         version, internal, gauss = random.getstate()
         kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is meant
-        return {
+        own = {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "python": [version, list(internal), gauss],
             "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
         }
+        return with_others(own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states until training starts."""
-        self._loaded = state_dict
+        self._loaded = own_part(state_dict)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the generators to the states of the checkpoint, if there was one."""

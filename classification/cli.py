@@ -28,12 +28,15 @@ from classification.loggers import log_record, loggers
 from classification.module import Batch, FineTune, classification_loss
 from classification.progress import Progress
 from classification.settings import check_settings
+from classification.start import join_others, start_of
 from experiment import ExperimentError, Record, RunFolder
 from experiment.allocator import keep_freed_memory
 from experiment.checkpoints import BEST, LAST, resumable
 from experiment.command import Work, finish, underscored
 from experiment.execute import nothing_to_do
+from experiment.launching import run_all
 from experiment.measure import Trained, record_of, write_table
+from experiment.processes import first_does, first_holds, place, say
 from experiment.record import RESULT, TABLE
 from lowrank import LowRankError
 
@@ -45,6 +48,14 @@ SEED = 233  # the papers' seed
 
 class _NothingToDo(Exception):
     """Ends a command that has no work, before anything is built."""
+
+
+class _SeveralProcesses(Exception):
+    """Ends a command that this process does not do itself: so many others do it."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.count = count
 
 
 class Trainer(pl.Trainer):
@@ -97,12 +108,16 @@ class SuiteCLI(LightningCLI):
         config = self.config[self.subcommand]
         plain = self._parser(self.subcommand).dump(config, format="json", skip_unset=False)
         self.settings = json.loads(plain)
-        check_settings(self.settings, trains=self.subcommand == "fit")
+        self.probe = check_settings(self.settings, trains=self.subcommand == "fit")
+        self.start = start_of(self.settings, self.probe)
+        # What is measured is measured by one process, whatever the number of those that train.
+        self.settings["processes"] = 1 if self.subcommand == "measure" else self.start.place.count
         super()._set_seed()
         self.settings["seed_everything"] = config["seed_everything"]
 
     def before_instantiate_classes(self) -> None:
         keep_freed_memory()
+        join_others(self.start, self.probe)
         measuring = self.subcommand == "measure"
         method = "perplexity" if measuring else method_tag(self.settings["model"])
         self.identity = run_of(self.settings, method)
@@ -112,9 +127,14 @@ class SuiteCLI(LightningCLI):
         self.folder = RunFolder(path, *told, run=self.identity)
         self.work.title, self.work.folder = str(self.identity), path
         if self.subcommand in ("fit", "measure"):
-            said = nothing_to_do(self.identity, self.folder, self.settings["dry_run"])
-            if said is not None:
-                raise _NothingToDo(said)
+            told_to_stop = first_does(self._nothing_to_do, MENDABLE)
+            if told_to_stop is not None:
+                raise _NothingToDo(told_to_stop)
+        if self.settings["processes"] > 1 and not self.start.started:
+            raise _SeveralProcesses(self.settings["processes"])
+
+    def _nothing_to_do(self) -> str | None:
+        return nothing_to_do(self.identity, self.folder, self.settings["dry_run"])
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = self.settings["trainer"]
@@ -134,18 +154,16 @@ class SuiteCLI(LightningCLI):
         if self.subcommand == "fit" and trainer["logger"] is False:
             told = (self.settings["tensorboard"], self.settings["wandb"])
             kwargs["logger"] = loggers(self.folder.path, self.identity, *told)
+        kwargs["use_distributed_sampler"] = False  # the data module shares out what each process gets
         made = super().instantiate_trainer(callbacks=callbacks, default_root_dir=str(self.folder.path), **kwargs)
         made.strategy.checkpoint_io = WholeCheckpointIO(self.folder.identity_hash)  # whatever plugins there are
         return made
 
     def fit(self, **options: Any) -> None:
         """Train, test the best epoch, measure, and write the record."""
-        with self.folder.locked(self._config_text()):
-            self.datamodule.save_split(self.folder.path / SPLIT)
-            self.model.front_folder = Path(self.settings["runs_dir"]) / "fronts"
-            resume = resumable(self.folder.checkpoints, self.folder.identity_hash, self.best.first_epoch)
-            word = "training" if resume is None else "resuming" if resume.name == LAST else f"from {resume.name}"
-            print(f"{word}: {self.identity}", flush=True)
+        self.model.front_folder = Path(self.settings["runs_dir"]) / "fronts"
+        with first_holds(self.folder.locked(self._config_text()), MENDABLE):
+            resume = first_does(self._begin, MENDABLE)
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume)
             if len(self.history.rows) < self.trainer.max_epochs:
                 raise ExperimentError(unfinished(len(self.history.rows), self.trainer.max_epochs))
@@ -154,10 +172,22 @@ class SuiteCLI(LightningCLI):
             self.trainer.test(
                 self.model, datamodule=self.datamodule, ckpt_path=self.best.best_model_path, verbose=False
             )
-            record = self._record(optimizer, recipe)
-            record.save(self.folder.path)
-            log_record(self.trainer.loggers, record, self.trainer.global_step)
-        print(f"  test accuracy {100 * record.accuracy['test']:.1f} %, record in {self.folder.result}", flush=True)
+            first_does(lambda: self._save_record(optimizer, recipe), MENDABLE)
+        accuracy = float(self.trainer.callback_metrics["test_accuracy"])
+        say(f"  test accuracy {100 * accuracy:.1f} %, record in {self.folder.result}")
+
+    def _begin(self) -> Path | None:
+        """The checkpoint to go on from, if there is one; what a run has to say and to write when it begins."""
+        self.datamodule.save_split(self.folder.path / SPLIT)
+        resume = resumable(self.folder.checkpoints, self.folder.identity_hash, self.best.first_epoch)
+        word = "training" if resume is None else "resuming" if resume.name == LAST else f"from {resume.name}"
+        print(f"{word}: {self.identity}", flush=True)
+        return resume
+
+    def _save_record(self, optimizer: Optimizer, recipe: dict[str, Any]) -> None:
+        record = self._record(optimizer, recipe)
+        record.save(self.folder.path)
+        log_record(self.trainer.loggers, record, self.trainer.global_step)
 
     def _config_text(self) -> str:
         return self._parser(self.subcommand).dump(self.config[self.subcommand])
@@ -169,6 +199,8 @@ class SuiteCLI(LightningCLI):
             "steps": steps,
             "learning_rate": self.settings["model"]["learning_rate"],
             "batch_size": data["batch_size"],
+            "processes": place().count,
+            "joined_batch_size": data["batch_size"] * place().count,
             "image_size": None if data["dataset"] in TEXTS else data["image_size"],
             "precision": str(self.trainer.precision),
             **({"limit": data["limit"]} if data["limit"] is not None else {}),
@@ -193,6 +225,9 @@ class SuiteCLI(LightningCLI):
 
     def measure(self, **options: Any) -> None:
         """Measure perplexity and write the table."""
+        first_does(self._measure, MENDABLE)
+
+    def _measure(self) -> None:
         with self.folder.locked(self._config_text()):
             model = self.model.train()
             settings = {"energies": model.energies, "mode_energies": model.mode_energies}
@@ -251,6 +286,7 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
         ".*isinstance.treespec.*",
         ".*is smaller than the logging interval.*",
         ".*exists and is not empty.*",
+        ".*Grad strides do not match.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     for name in ("pytorch_lightning", "lightning_fabric"):
@@ -272,7 +308,9 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
         )
     except _NothingToDo as done:
         if kind is SuiteCLI:
-            print(done)
+            say(done)
+    except _SeveralProcesses as several:
+        run_all("classification", arguments, several.count)
 
 
 def check(arguments: Sequence[str]) -> None:

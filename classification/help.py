@@ -48,7 +48,8 @@ RUN_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "project of Weights & Biases to log to as well",
     },
 }
-TRAINER_DEFAULTS = {"logger": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+# One device, also where there are several: on all of them, a run would have another batch size.
+TRAINER_DEFAULTS = {"logger": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "devices": 1}
 LINKED = ("data.shuffle_seed", "model.rank_seed", "model.num_classes")  # taken from other settings
 _HERE = Path(__file__).parent
 _SECTIONS = {

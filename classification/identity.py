@@ -17,7 +17,8 @@ from experiment.method import build_method
 from experiment.method import method_tag as tag_of
 from experiment.ranks import Budget
 
-# Settings that have no influence on a run's result, so that they may change between two tries.
+# Settings that have no influence on a run's result, so that they may change between two tries. Which devices train has
+# none, but how many of them at once has: it is part of the identity by itself.
 NO_INFLUENCE = {
     "model": {"num_classes", "rank_choice", "rank_seed"},  # the ranks' own are of the budget
     "data": {"root", "eval_batch_size", "workers", "cache", "shuffle_seed"},
@@ -55,6 +56,9 @@ def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, 
         del model["mode_energies"]  # it has no influence, or is not used, as before it was there
     if measures and config["batches"] > 1:
         identity["batches"] = config["batches"]
+    if config.get("processes", 1) > 1:
+        identity["processes"] = config["processes"]
+        identity["trainer"]["strategy"] = "ddp"  # all that are allowed give the same
     data = identity["data"]
     if data["limit"] is None:
         del data["limit"], data["limit_seed"]  # records of before these settings stay valid

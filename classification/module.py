@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 import lowrank
@@ -21,8 +22,10 @@ from classification.front import Split, split
 from experiment import ExperimentError
 from experiment.checkpoints import TRAINING_STATE, refuse_earlier
 from experiment.method import fuses, with_ranks
+from experiment.processes import own_part, with_others
 from experiment.ranks import Budget, RankChoice
 from lowrank import MODE_ENERGIES, Method, NonFiniteError, Vanilla
+from lowrank.layers.training_state import is_basis
 from lowrank.ranks.perplexity import ENERGIES
 
 Batch = tuple[Tensor | Activations, Tensor]
@@ -130,7 +133,9 @@ class FineTune(pl.LightningModule):
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.warmup_epochs, self.warmup_start = warmup_epochs, warmup_start
         self.final_learning_rate = final_learning_rate
+        # Of all processes together; what Lightning makes of a plain number is inexact where they have unequal counts.
         self.accuracy = nn.ModuleDict({f"{part}_accuracy": _accuracy(num_classes) for part in ("val", "test")})
+        self.loss = nn.ModuleDict({f"{part}_loss": MeanMetric() for part in ("val", "test")})
         self.train()  # the trainer keeps the mode in which it gets each layer
 
     def forward(self, images: Tensor | Activations) -> Tensor:
@@ -179,17 +184,20 @@ class FineTune(pl.LightningModule):
             raise NonFiniteError(f"{place}: {error}; {advice}") from None
         if not torch.isfinite(loss):
             raise NonFiniteError(f"the training loss is {loss.item()} {place}; {advice}")
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch[1]))
+        self.log(
+            *("train_loss", loss), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch[1]), sync_dist=True
+        )
         return loss
 
     def _evaluate(self, batch: Batch, part: str) -> None:
         images, labels = batch
         logits = self(images)
         size = len(labels)
-        self.log(f"{part}_loss", F.cross_entropy(logits, labels), batch_size=size)
-        metric = self.accuracy[f"{part}_accuracy"]
-        metric(logits, labels)
-        self.log(f"{part}_accuracy", metric, prog_bar=True, batch_size=size)
+        loss, accuracy = self.loss[f"{part}_loss"], self.accuracy[f"{part}_accuracy"]
+        loss.update(F.cross_entropy(logits, labels), size)
+        accuracy.update(logits, labels)
+        self.log(f"{part}_loss", loss, batch_size=size)
+        self.log(f"{part}_accuracy", accuracy, prog_bar=True, batch_size=size)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy of a validation batch."""
@@ -200,8 +208,9 @@ class FineTune(pl.LightningModule):
         self._evaluate(batch, "test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put what the method carries from step to step beside the weights."""
-        checkpoint[TRAINING_STATE] = lowrank.training_state(self.backbone)
+        """Put what the method carries from step to step beside the weights: in each process, of its own images."""
+        state = lowrank.training_state(self.backbone)
+        checkpoint[TRAINING_STATE] = with_others({key: tensor.cpu() for key, tensor in state.items()}, is_basis)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the method carries until the weights, which come next, are there.
@@ -210,7 +219,7 @@ class FineTune(pl.LightningModule):
             ExperimentError: an earlier version of the suite saved the checkpoint.
         """
         refuse_earlier(checkpoint["state_dict"])
-        self._carried = checkpoint.get(TRAINING_STATE, {})
+        self._carried = own_part(checkpoint.get(TRAINING_STATE, {}), is_basis)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """The weights, and then what `on_load_checkpoint` found beside them."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from classification.start import strategy_of
 from experiment import ExperimentError
 
 PRECISIONS = {"32", "32-true", "16-mixed", "bf16-mixed", "16", "bf16"}  # what is measured is in single precision
@@ -42,16 +43,20 @@ ONLY = {  # settings of a training run that have one value alone
     "trainer.enable_checkpointing": (None, "without checkpoints a run cannot be resumed, nor its best epoch be tested"),
     "trainer.barebones": (False, "it does without all that a record is made of"),
     "trainer.num_nodes": (1, "a run is of one machine"),
+    "trainer.sync_batchnorm": (False, "statistics are frozen, or of each process"),
 }
 _AS_GOOD = {"trainer.val_check_interval": (1.0,), "trainer.enable_checkpointing": (True,)}
 
 
-def check_settings(config: Mapping[str, Any], trains: bool) -> None:
+def check_settings(config: Mapping[str, Any], trains: bool) -> pl.Trainer:
     """Check a resolved config.
 
     Args:
         config: of a command.
         trains: whether the command trains.
+
+    Returns:
+        A trainer as Lightning makes it by these settings, of which nothing but its devices and processes is of use.
 
     Raises:
         ExperimentError: a setting that cannot work; names it and what is allowed.
@@ -73,7 +78,7 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> None:
         raise ExperimentError(f"--trainer.precision is {precision}; allowed: {', '.join(sorted(PRECISIONS))}")
     if trains:
         _check_training(config)
-    _check_device(config["trainer"])
+    return _check_device(config["trainer"])
 
 
 def _check_training(config: Mapping[str, Any]) -> None:
@@ -88,15 +93,15 @@ def _check_training(config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_device(trainer: Mapping[str, Any]) -> None:
+def _check_device(trainer: Mapping[str, Any]) -> pl.Trainer:
     """Let Lightning say whether it finds the device, before data is read and a network built."""
-    every = {key: trainer[key] for key in ("accelerator", "devices", "strategy", "precision")}
+    every = {key: trainer[key] for key in ("accelerator", "devices", "precision")} | {"strategy": strategy_of(trainer)}
     asked: dict[str, Any] = {key: value for key, value in every.items() if not isinstance(value, dict)}
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     before = dict(os.environ)
     try:
         with warnings.catch_warnings(action="ignore"):
-            pl.Trainer(**asked, **quiet, max_epochs=1)
+            return pl.Trainer(**asked, **quiet, max_epochs=1)
     except Exception as error:  # Lightning and torch have no base of their own for these
         reason = " ".join(str(error).split())[:300]
         told = ", ".join(f"--trainer.{key} {value}" for key, value in asked.items() if value not in (None, "auto"))

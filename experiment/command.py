@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import tempfile
 import traceback
@@ -10,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.errors import ExperimentError
+from experiment.errors import DISK, OTHER_CODE, ExperimentError, exit_code
 from experiment.jobs import FAILURE
+from experiment.launching import follow, report
+from experiment.processes import place
 from experiment.signals import Stopped, stoppable, stopped_by
-
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 
 
 @dataclass
@@ -43,6 +42,7 @@ def finish(command: Callable[[Work], int | None], mendable: tuple[type[Exception
     """
     work = Work()
     with stoppable():
+        follow()
         try:
             return command(work) or 0
         except Exception as error:
@@ -79,26 +79,36 @@ def _spelled(arguments: Sequence[str], other: str, wanted: str) -> list[str]:
 
 
 def _interrupted(stop: Stopped, work: Work) -> int:
-    place = stop.during or work.title
-    print(f"interrupted{f' during {place}' if place else ''}; the same command goes on", file=sys.stderr, flush=True)
-    return int(str(stop.code))
+    code = int(str(stop.code))
+    if not report(stop, code, "", mendable=True):
+        where = stop.during or work.title
+        _say(f"interrupted{f' during {where}' if where else ''}; the same command goes on")
+    return code
 
 
 def _said(error: Exception, work: Work, mendable: tuple[type[Exception], ...]) -> int:
+    code = exit_code(error, mendable)
     if isinstance(error, mendable):
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    if isinstance(error, OSError) and error.errno in _DISK:
-        print(
-            f"error: {error.filename or work.folder or 'a file'} cannot be written or read ({error.strerror}); what "
-            f"was saved before is whole, so the same command goes on once it can be",
-            file=sys.stderr,
+        text = one_line(error)
+    elif isinstance(error, OSError) and error.errno in DISK:
+        text = (
+            f"{error.filename or work.folder or 'a file'} cannot be written or read ({error.strerror}); what was saved "
+            f"before is whole, so the same command goes on once it can be"
         )
-        return 2
-    where = f"{work.title}: " if work.title else ""
-    cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    print(f"error: {where}{cause} (traceback in {_log(error, work)})", file=sys.stderr)
-    return 1
+    else:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if report(error, code, text, mendable=code != OTHER_CODE):
+        return code
+    if code == OTHER_CODE:
+        text = f"{f'{work.title}: ' if work.title else ''}{text} (traceback in {_log(error, work)})"
+    _say(f"error: {text}")
+    return code
+
+
+def _say(line: str) -> None:
+    """Write a line; of several processes that no other of the suite watches, all but the first name themselves."""
+    name = "" if place().rank == 0 else f"{place()}: "
+    print(f"{name}{line}", file=sys.stderr, flush=True)
 
 
 def _log(error: Exception, work: Work) -> str:

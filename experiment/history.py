@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from experiment.files import write_whole
+from experiment.processes import gather, is_first
 from lowrank import converted_layers
 
 METRICS = "metrics.csv"
@@ -66,31 +67,29 @@ class History:
 
     @property
     def mean_loss(self) -> float:
-        """Of the steps since the last row."""
-        return statistics.fmean(self._losses)
+        """Of the steps since the last row, in all processes; all have to ask for it."""
+        return statistics.fmean(gather(statistics.fmean(self._losses)))
 
     @property
     def seconds(self) -> float:
         """Since the last row, validation included, over all tries."""
         return self._carried_seconds + time.perf_counter() - self._start
 
-    def add(self, metrics: Row, write: bool = True) -> Row:
-        """Make a row of these metrics and of what was counted since the last one; returns it.
+    def add(self, metrics: Row) -> Row:
+        """Make a row of these metrics, the task's own columns, and of what was counted since the last one; returns it.
 
-        Args:
-            metrics: the task's own columns.
-            write: whether this process writes the file.
+        All processes have to: the row has the largest bytes of theirs and the times of the first, which writes it.
         """
         row = {
             **metrics,
-            "activation_bytes": statistics.fmean(self._kept),
+            "activation_bytes": max(gather(statistics.fmean(self._kept))),
             "step_seconds": statistics.median(self.step_seconds[self._before :]),
             "seconds": self.seconds,
         }
         self.rows.append(row)
         self._forget()
         self.start()
-        if write:
+        if is_first():
             text = io.StringIO()
             writer = csv.DictWriter(text, list(row))
             writer.writeheader()

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from experiment.allocator import keep_freed_memory
 from experiment.folder import RunFolder
 from experiment.history import History
+from experiment.processes import noted
 from experiment.provenance import provenance
 from experiment.record import Record, Run
 from lowrank import account, measure_perplexity, peak_bytes, saved_bytes, weight_memory
@@ -69,7 +70,7 @@ def record_of(
         memory_bytes=memory,
         flops=flops,
         time_s=history.times,
-        provenance=provenance(folder.identity_hash, data_fingerprint, keep_freed_memory()),
+        provenance=provenance(folder.identity_hash, data_fingerprint, keep_freed_memory()) | noted(),
         recipe=dict(recipe),
     )
 

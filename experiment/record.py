@@ -81,8 +81,9 @@ class Record:
         time_s: "step_median" and "total", seconds.
         provenance: see `experiment.provenance`.
         recipe: how it was trained: "epochs", "steps" (of the optimizer, in all), "learning_rate" (the largest),
-            "batch_size", "image_size" (None of texts), "precision"; and "limit", where it was trained on a part of its
-            data set. Empty in records of before it was noted.
+            "batch_size" (of each process), "processes" (that trained together), "joined_batch_size" (of all of them),
+            "image_size" (None of texts), "precision"; and "limit", where it was trained on a part of its data set.
+            Empty in records of before it was noted.
     """
 
     run: Run
@@ -115,6 +116,9 @@ class Record:
             for key, value in told.items():
                 if not isinstance(value, dict):
                     raise ValueError(f"{key} is {value!r}")
+            if told["recipe"]:  # where it says nothing of processes, one has trained
+                one = {"processes": 1, "joined_batch_size": told["recipe"].get("batch_size")}
+                told["recipe"] = one | told["recipe"]
             return cls(run=Run(**content["run"]), **told, **parts)
         except OSError as error:
             raise ExperimentError(f"{path} cannot be read: {error.strerror}") from None

@@ -5,6 +5,7 @@ import warnings
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", module="mm(cv|engine|seg)")  # of parts that are not used here
+    from experiment.processes import leave
     from segmentation.cli import main
 
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(leave(main(sys.argv[1:])))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,8 @@ from mmengine.config import Config, DictAction
 
 from experiment import ExperimentError
 from experiment.command import Work, dashed, finish
+from experiment.launching import run_all
+from experiment.processes import place
 from segmentation import register, sweep
 from segmentation.compose import choose_depth, load_config, move_data, rescale
 from segmentation.data.draws import PlacedDataset
@@ -68,7 +69,10 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--budget-divisor", type=int, metavar="N", help="the budget is one N-th of that memory")
         sub.add_argument("--budget-name", metavar="NAME", help="what the run's name says of the budget")
         sub.add_argument("--cfg-options", nargs="+", action=_Options, metavar="KEY=VALUE", help="override the config")
-        sub.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
+        several = "train in so many processes of this machine (default: the config's, or 1)"
+        sub.add_argument("--processes", type=int, metavar="N", help=several)
+        started = "what has started several processes, where --processes is not to"
+        sub.add_argument("--launcher", help=started, choices=("none", "pytorch", "slurm", "mpi"), default="none")
         sub.add_argument("--local-rank", type=int, default=0, help=argparse.SUPPRESS)
         sub.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     drawn = commands.add_parser(
@@ -118,8 +122,6 @@ def task_of(options: argparse.Namespace) -> Task:
     if options.amp:
         _need_accelerator("--amp")
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
-    if options.launcher != "none":
-        _need_accelerator(f"--launcher {options.launcher}")
     _set_budget(config, options)
     # Once more, over what the other arguments set.
     config.merge_from_dict(
@@ -127,7 +129,8 @@ def task_of(options: argparse.Namespace) -> Task:
     )
     check_settings(config.to_dict())
     config.launcher = options.launcher
-    os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    started = options.launcher != "none"
+    config.processes = place().count if started else options.processes or config.get("processes", 1)
     return Task(config, options.runs_dir, options.work_dir, options.dry_run)
 
 
@@ -183,9 +186,17 @@ def run(arguments: Sequence[str], work: Work | None = None) -> None:
 
         picture(options.runs, options.output, options.count)
         return
-    from segmentation.training import measure, train
+    from segmentation.start import join_others
+    from segmentation.training import is_due, measure, train
 
-    (train if options.command == "train" else measure)(task_of(options), work)
+    join_others(options)
+    task = task_of(options)
+    if options.command == "measure":
+        measure(task, work)
+    elif task.config.processes == place().count:
+        train(task, work)
+    elif is_due(task, work):
+        run_all("segmentation", arguments, task.config.processes)
 
 
 def main(arguments: Sequence[str]) -> int:

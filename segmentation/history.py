@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 
 from experiment.history import History as RunHistory
 from experiment.history import read_rows
 from experiment.jobs import duration
+from experiment.processes import is_first, own_part, place, with_others
 from experiment.signals import check
 from segmentation.hook import unwrapped
 from segmentation.saving import write_or_say
@@ -23,6 +24,8 @@ KEY = "lowrank_run_history"  # of a checkpoint
 class History(Hook):
     """Forwards MMEngine's events to the run's history, and carries that through checkpoints.
 
+    Of several processes the rows have the mean loss, the largest bytes, and the times of the first.
+
     Args:
         folder: where `metrics.csv` is written, whole after each validation.
     """
@@ -31,6 +34,7 @@ class History(Hook):
 
     def __init__(self, folder: Path) -> None:
         self.history = RunHistory(folder, write_or_say)
+        self._gathered: dict[str, Any] | None = None
 
     def before_train(self, runner: Any) -> None:
         """After a resume, take the rows up to there; what they have counted is not counted again.
@@ -64,6 +68,12 @@ class History(Hook):
         loss = (outputs or {}).get("loss", math.nan)
         self.history.step_end(unwrapped(runner.model), loss.item() if isinstance(loss, torch.Tensor) else loss)
 
+    def before_val_epoch(self, runner: Any) -> None:
+        """Take the statistics of the first process, which are those that are saved."""
+        if place().count > 1:
+            for statistic in unwrapped(runner.model).buffers():
+                broadcast(statistic)
+
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         """Write the validation's row."""
         if not metrics or not self.history.has_steps:
@@ -74,21 +84,29 @@ class History(Hook):
                 "train_loss": self.history.mean_loss,
                 "miou": round(float(metrics["mIoU"]) / 100, 6),
                 "macc": round(float(metrics["mAcc"]) / 100, 6),
-            },
-            write=is_main_process(),
+            }
         )
-        if is_main_process():
+        if is_first():
             rows_left = (runner.max_iters - runner.iter) / runner.train_loop.val_interval
             left = duration(self.history.seconds_left(rows_left))
             done = f"  iteration {runner.iter}/{runner.max_iters}"
             print(f"{done}  mIoU {100 * row['miou']:.1f} %  {left} left", flush=True)
 
+    def collect(self, runner: Any) -> None:
+        """Take from all processes, before the first of them saves a checkpoint, what no row has yet."""
+        self._gathered = with_others(self.history.state_dict(), _is_of_each)
+
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Carry the rows, and what no row has yet."""
-        checkpoint[KEY] = self.history.state_dict()
+        checkpoint[KEY] = self.history.state_dict() if self._gathered is None else self._gathered
+        self._gathered = None
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Take up the rows, and what no row had."""
         state = checkpoint.pop(KEY, None)
         if state is not None:
-            self.history.load_state_dict(state)
+            self.history.load_state_dict(own_part(state, _is_of_each))
+
+
+def _is_of_each(key: str) -> bool:
+    return key == "pending"

@@ -17,8 +17,10 @@ import lowrank
 from experiment import ExperimentError
 from experiment.checkpoints import TRAINING_STATE, refuse_earlier
 from experiment.method import build_method, fuses, with_ranks
+from experiment.processes import own_part, with_others
 from experiment.ranks import Budget
 from lowrank import NonFiniteError
+from lowrank.layers.training_state import is_basis
 from segmentation.classifier import keep_nonzero
 from segmentation.freezing import apply_freeze_list, freeze_statistics, switch_off_dropout
 from segmentation.loss import recompute_loss
@@ -64,6 +66,7 @@ class LowRankHook(Hook):
         self.recompute_loss = self.fuse if recompute_loss is None else recompute_loss
         self.freeze_statistics, self.dropout = freeze_statistics, dropout
         self._carried: dict[str, Tensor] = {}
+        self._collected: dict[str, Any] | None = None
 
     def before_train(self, runner: Any) -> None:
         """Freeze and convert; after a resume, set what the method carries.
@@ -120,10 +123,14 @@ class LowRankHook(Hook):
                 f"the learning rate"
             )
 
+    def collect(self, runner: Any) -> None:
+        """Take from all processes, before the first of them saves a checkpoint, what the method carries in each."""
+        self._collected = with_others(_state(runner), is_basis)
+
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Put what the method carries beside the weights."""
-        state = lowrank.training_state(unwrapped(runner.model))
-        checkpoint[TRAINING_STATE] = {key: tensor.cpu() for key, tensor in state.items()}
+        """Put what the method carries beside the weights; of weights that no run resumes, the first process's alone."""
+        checkpoint[TRAINING_STATE] = _state(runner) if self._collected is None else self._collected
+        self._collected = None
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Keep what the method carries until the model is converted.
@@ -132,7 +139,11 @@ class LowRankHook(Hook):
             ExperimentError: an earlier version of the suite saved the checkpoint.
         """
         refuse_earlier([*checkpoint, *checkpoint.get("state_dict", {})], runner._load_from)
-        self._carried = checkpoint.pop(TRAINING_STATE, {})
+        self._carried = own_part(checkpoint.pop(TRAINING_STATE, {}), is_basis)
+
+
+def _state(runner: Any) -> dict[str, Tensor]:
+    return {key: tensor.cpu() for key, tensor in lowrank.training_state(unwrapped(runner.model)).items()}
 
 
 def _wrap_again(runner: Any, model: nn.Module) -> None:

@@ -27,6 +27,7 @@ TRAINED = (
     "param_scheduler",
     "train_cfg",
     "auto_scale_lr",
+    "processes",
 )
 NO_INFLUENCE = {"data_root", "num_workers", "persistent_workers", "pin_memory", "prefetch_factor"}
 
@@ -66,6 +67,8 @@ def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]
     if "perplexity" in keys:
         identity["perplexity"] = {key: _without(value) for key, value in perplexity_settings(config).items() if value}
         identity = {key: value for key, value in identity.items() if key != "perplexity" or value}
+    if identity.get("processes") == 1:
+        del identity["processes"]  # as in runs of before there were several
     identity["load_from"] = _weights(config.get("load_from"))
     for hook in identity.get("custom_hooks", []):
         if hook.get("budget"):

@@ -82,6 +82,7 @@ class WholeCheckpoints(CheckpointHook):
             while len(self.keep_ckpt_ids) > self.max_keep_ckpts:
                 old.append(self.keep_ckpt_ids.popleft())
             runner.message_hub.update_info("keep_ckpt_ids", list(self.keep_ckpt_ids))
+        runner.call_hook("collect")  # all processes are here; what follows is done by the first alone
         name = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info("last_ckpt", self.last_ckpt)

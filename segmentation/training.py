@@ -25,8 +25,9 @@ from experiment.checkpoints import FINAL
 from experiment.command import Work
 from experiment.execute import nothing_to_do
 from experiment.measure import Trained, record_of, write_table
+from experiment.processes import first_does, first_holds, place, say
 from experiment.record import RESULT, TABLE
-from lowrank import converted_layers
+from lowrank import LowRankError, converted_layers
 from segmentation.batches import first_batch, first_batches, logits, segmentation_loss, training_mode
 from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
 from segmentation.compose import hook_settings
@@ -35,6 +36,9 @@ from segmentation.history import History
 from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, perplexity_settings, run_of
 from segmentation.saving import write_or_say
+from segmentation.start import share_out
+
+MENDABLE = (ExperimentError, LowRankError)  # what a user can mend, in one line
 
 
 @dataclass(frozen=True)
@@ -77,37 +81,59 @@ class Task:
         return folder
 
 
+def is_due(task: Task, work: Work | None = None) -> bool:
+    """Whether there is something to train; says so if there is not.
+
+    Raises:
+        ExperimentError: see `Task.begin`.
+    """
+    name = run_of(task.config, method_tag(task.config))
+    return task.begin(name, RESULT, work) is not None
+
+
 def train(task: Task, work: Work | None = None) -> Record | None:
-    """Train, measure and write the record; None if there was nothing to do.
+    """Train, measure and write the record; None if there was nothing to do, or the first of several processes did it.
 
     Raises:
         ExperimentError, LowRankError: something that the user can mend.
     """
     name = run_of(task.config, method_tag(task.config))
-    folder = task.begin(name, RESULT, work)
+    folder = _begun(task, name, RESULT, work)
     if folder is None:
         return None
-    if not _is_first_process(task.config):
-        _trained(task, folder)
-        return None
-    with folder.locked(as_yaml(task.config)):
-        print(f"{'resuming' if folder.last_checkpoint else 'training'}: {name}", flush=True)
-        runner, history = _trained(task, folder)
-        record = _record(task, name, runner, history, folder)
-        write_or_say(folder.path / FINAL, _final(runner))
-        record.save(folder.path)
-    print(f"  best mIoU {100 * record.accuracy['miou_best']:.1f} %, record in {folder.result}", flush=True)
-    return record
+    records: list[Record] = []
+    with first_holds(folder.locked(as_yaml(task.config)), MENDABLE):
+        checkpoint = first_does(lambda: _resumed(name, folder), MENDABLE)
+        runner, history = _trained(task, folder, checkpoint)
+
+        def save() -> None:
+            record = _record(task, name, runner, history, folder)
+            write_or_say(folder.path / FINAL, _final(runner))
+            record.save(folder.path)
+            records.append(record)
+
+        first_does(save, MENDABLE)
+    for record in records:
+        say(f"  best mIoU {100 * record.accuracy['miou_best']:.1f} %, record in {folder.result}")
+    return records[0] if records else None
 
 
-def _is_first_process(config: Config) -> bool:
-    """Whether this is the process that writes, of those that a launcher started."""
-    variable = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_RANK"}.get(config.get("launcher"))
-    return variable is None or os.environ.get(variable, "0") == "0"
+def _begun(task: Task, name: RunName, result: str, work: Work | None) -> RunFolder | None:
+    """The run's folder in every process, once the first has looked at it; None where there is nothing to do."""
+    folder = first_does(lambda: task.begin(name, result, work), MENDABLE)
+    read_safely_everywhere()
+    return folder
 
 
-def _trained(task: Task, folder: RunFolder) -> tuple[Runner, History]:
-    runner, history = _runner(_for_runner(task.config, folder)), History(folder.path)
+def _resumed(name: RunName, folder: RunFolder) -> Path | None:
+    """The checkpoint to go on from, if there is one; says that the run begins."""
+    resumes = folder.last_checkpoint is not None
+    say(f"{'resuming' if resumes else 'training'}: {name}")
+    return newest(folder.path, folder.identity_hash) if resumes else None
+
+
+def _trained(task: Task, folder: RunFolder, checkpoint: Path | None) -> tuple[Runner, History]:
+    runner, history = _runner(_for_runner(task.config, folder, checkpoint)), History(folder.path)
     runner.register_hook(history)
     runner.train()
     return runner, history
@@ -159,7 +185,7 @@ def as_yaml(config: Config) -> str:
     return text
 
 
-def _for_runner(config: Config, folder: RunFolder) -> Config:
+def _for_runner(config: Config, folder: RunFolder, checkpoint: Path | None) -> Config:
     config = Config(config.to_dict())
     config.work_dir = str(folder.path)
     # MMEngine's logger and message hub are found by this name; two runs in one process must not share them.
@@ -168,8 +194,10 @@ def _for_runner(config: Config, folder: RunFolder) -> Config:
     saving = dict(config.default_hooks.get("checkpoint") or {"type": "CheckpointHook", "interval": 1})
     if saving["type"] == "CheckpointHook":
         config.default_hooks["checkpoint"] = {**saving, "type": "WholeCheckpoints", "identity": folder.identity_hash}
-    if folder.last_checkpoint:
-        config.load_from, config.resume = str(newest(folder.path, folder.identity_hash)), True
+    if checkpoint is not None:
+        config.load_from, config.resume = str(checkpoint), True
+    if place().count > 1:
+        share_out(config, place().count)
     return config
 
 
@@ -197,6 +225,8 @@ def recipe_of(config: Config) -> dict[str, Any]:
         "steps": config.train_cfg.get("max_iters"),
         "learning_rate": wrapper.get("optimizer", {}).get("lr"),
         "batch_size": config.train_dataloader.batch_size,
+        "processes": place().count,
+        "joined_batch_size": config.train_dataloader.batch_size * place().count,
         "image_size": list(config.crop_size) if config.get("crop_size") else None,
         "precision": "16-mixed" if wrapper.get("type") == "AmpOptimWrapper" else "32-true",
         **({"limit": limit} if limit is not None else {}),
@@ -210,16 +240,21 @@ def measure(task: Task, work: Work | None = None) -> Path | None:
         ExperimentError, LowRankError: something that the user can mend.
     """
     name = run_of(task.config, "perplexity")
-    folder = task.begin(name, TABLE, work)
+    folder = _begun(task, name, TABLE, work)
     if folder is None:
         return None
+    first_does(lambda: _measure(task, name, folder), MENDABLE)
+    return folder.result
+
+
+def _measure(task: Task, name: RunName, folder: RunFolder) -> None:
     with folder.locked(as_yaml(task.config)):
         model, layers = prepared_model(task.config)
         dataset = DATASETS.build(task.config.train_dataloader.dataset)
         settings = perplexity_settings(task.config)
         shape = (task.config.train_dataloader.batch_size, name.seed, settings.pop("batches", 1))
         batches = first_batches(model, dataset, *shape)
-        return write_table(name, folder, training_mode(model), layers, segmentation_loss, batches, settings)
+        write_table(name, folder, training_mode(model), layers, segmentation_loss, batches, settings)
 
 
 def prepared_model(config: Config) -> tuple[Any, list[str]]:

@@ -20,8 +20,9 @@ from classification.data.limit import limited
 from classification.data.partition import Users, deal, halved, read_users, save_users
 from classification.data.prepared import load_splits
 from classification.data.registry import ImageSet, Splits, TextSet
-from classification.data.sampler import AugmentingShuffle, EpochLoader, EpochShuffle, drawing_from
+from classification.data.sampler import AugmentingShuffle, EachOnce, EpochLoader, EpochShuffle, drawing_from
 from experiment import ExperimentError, fingerprint
+from experiment.processes import place
 from experiment.shared_tensors import Content, shared_tensors
 
 Partition = Literal["all", "pretrain", "finetune"]
@@ -154,6 +155,21 @@ def tell_repeated(name: str, splits: Splits) -> int:
     return len(repeated)
 
 
+def _check_counts(splits: Splits, least: int) -> None:
+    """Refuse a data set that is too small: each process trains on at least so many, and tests on one."""
+    count = place().count
+    each = "" if count == 1 else f" in each of {count} processes"
+    if len(splits.train.labels) < least * count:
+        raise ExperimentError(
+            f"{len(splits.train.labels)} training samples do not fill one batch of {least}{each}; lower "
+            f"--data.batch_size"
+        )
+    for part in ("val", "test"):
+        found = len(getattr(splits, part).labels)
+        if found < count:
+            raise ExperimentError(f"{found} samples in part {part} are too few for {count} processes; start fewer")
+
+
 class ImageDataModule(pl.LightningDataModule):
     """Loaders of one data set.
 
@@ -163,9 +179,10 @@ class ImageDataModule(pl.LightningDataModule):
         image_size: images are resized to this many pixels square, without keeping the aspect, as in the papers.
         mean: subtracted per channel after scaling to [0, 1].
         std: divided by per channel.
-        batch_size: images in a training step.
-        eval_batch_size: images in a validation or test step; no influence on results.
-        drop_last: leave out the last, smaller training batch of an epoch, as in the papers.
+        batch_size: images in a training step of each process.
+        eval_batch_size: images in a validation or test step of each process; no influence on results.
+        drop_last: leave out the last, smaller training batch of an epoch, as in the papers. Without it, several
+            processes share that batch, as far as each has as many images of it as the others.
         partition: "all", or one of setup B's halves: "pretrain" or "finetune".
         partition_seed: deals the halves.
         split_file: deals them in its place: a published `usr_group_*.npy`, or the `split.npz` of another run.
@@ -226,11 +243,7 @@ class ImageDataModule(pl.LightningDataModule):
             splits = halved(splits, self.users, 0 if partition == "pretrain" else 1)
         if limit is not None:
             splits = limited(splits, limit, limit_seed)
-        if drop_last and len(splits.train.labels) < batch_size:
-            raise ExperimentError(
-                f"{len(splits.train.labels)} training samples do not fill one batch of {batch_size}; "
-                f"lower --data.batch_size"
-            )
+        _check_counts(splits, batch_size if drop_last else 1)
         self.num_classes, self.fingerprint = len(splits.classes), splits.fingerprint
         dealt = [users.tobytes() for _, users in sorted((self.users or {}).items())]
         told = (
@@ -279,7 +292,7 @@ class ImageDataModule(pl.LightningDataModule):
         parts = {"train": self.train, "val": self.val, "test": self.test}
 
         def make() -> Content:
-            return {name: _activations(self._eval_loader(part), front) for name, part in parts.items()}
+            return {name: _activations(self._whole_loader(part), front) for name, part in parts.items()}
 
         content = make() if file is None else shared_tensors(file(self._images), make)
         self._activations = {part: ActivationSet(content[name][:-1], content[name][-1]) for name, part in parts.items()}
@@ -292,22 +305,26 @@ class ImageDataModule(pl.LightningDataModule):
         return EpochLoader(
             self._activations.get(self.train, self.train),
             self.batch_size,
-            sampler=shuffle(len(self.train), seed),
+            sampler=shuffle(len(self.train), seed, place()),
             drop_last=self.drop_last,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
         )
 
-    def _eval_loader(self, part: Dataset[Any]) -> DataLoader:
+    def _whole_loader(self, part: Dataset[Any]) -> DataLoader:
         return DataLoader(part, self.eval_batch_size, num_workers=self.workers)
 
+    def _eval_loader(self, part: TransformedSet | TokenSet) -> DataLoader:
+        batches = EachOnce(len(part), self.eval_batch_size, place())
+        return DataLoader(self._activations.get(part, part), batch_sampler=batches, num_workers=self.workers)
+
     def val_dataloader(self) -> DataLoader:
-        """Validation batches: every image, none dropped."""
-        return self._eval_loader(self._activations.get(self.val, self.val))
+        """Validation batches: every image, none dropped; of several processes each has its share."""
+        return self._eval_loader(self.val)
 
     def test_dataloader(self) -> DataLoader:
-        """Test batches: every image, none dropped."""
-        return self._eval_loader(self._activations.get(self.test, self.test))
+        """Test batches: every image, none dropped; of several processes each has its share."""
+        return self._eval_loader(self.test)
 
     def first_batch(self, seed: int) -> tuple[Tensor, Tensor]:
         """One training batch, (B, 3, H, W) or (B, N), and (B,), that depends on the seed alone; for measurements."""

@@ -1,4 +1,7 @@
-"""Shuffling and augmentation by nothing but the seed and the epoch, so that a resumed run sees the same batches."""
+"""Shuffling and augmentation by nothing but the seed and the epoch, so that a resumed run sees the same batches.
+
+Several processes share each batch: what they take together is what one process would take with the joined batch size.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,33 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from experiment.processes import Place
+
 
 class EpochShuffle(Sampler[Any]):
-    """A random order of `length` indices per epoch; the trainer tells the epoch through `set_epoch`."""
+    """A random order of `length` indices per epoch; the trainer tells the epoch through `set_epoch`.
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
+    Args:
+        length: number of samples.
+        seed: of the order.
+        place: of the process that takes its share: every `count`-th index of the order that all processes have. Of the
+            order's last, less than `count`, none takes any, as each has to take as many as the others.
+    """
+
+    def __init__(self, length: int, seed: int, place: Place = Place()) -> None:  # noqa: B008 - it is frozen
+        self.length, self.seed, self.place, self.epoch = length, seed, place, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return self.length // self.place.count
 
     def __iter__(self) -> Iterator[Any]:
         generator = torch.Generator().manual_seed((self.seed * 100_003 + self.epoch) % 2**63)
-        yield from torch.randperm(self.length, generator=generator).tolist()
+        order = torch.randperm(self.length, generator=generator).tolist()
+        yield from order[self.place.rank :: self.place.count][: len(self)]
 
 
 class AugmentingShuffle(EpochShuffle):
@@ -39,6 +52,36 @@ class AugmentingShuffle(EpochShuffle):
         for index in super().__iter__():
             drawn = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1, np.uint64)
             yield index, int(drawn[0]) >> 1  # torch takes 63 bits
+
+
+class EachOnce(Sampler[list[int]]):
+    """Batches in which all processes together have every sample once; each has as many batches as the others.
+
+    A process that has one sample more than another takes it into its last batch.
+
+    Args:
+        length: number of samples.
+        size: of a batch.
+        place: of the process.
+
+    Raises:
+        ValueError: there are fewer samples than processes.
+    """
+
+    def __init__(self, length: int, size: int, place: Place) -> None:
+        self.length, self.size, self.place = length, size, place
+        self.least = length // place.count  # that a process has
+        if self.least < 1:
+            raise ValueError(f"{length} samples are too few for {place.count} processes")
+
+    def __len__(self) -> int:
+        return -(-self.least // self.size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        own = list(range(self.place.rank, self.length, self.place.count))
+        last = (len(self) - 1) * self.size
+        yield from (own[start : start + self.size] for start in range(0, last, self.size))
+        yield own[last:]
 
 
 @contextlib.contextmanager

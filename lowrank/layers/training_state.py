@@ -37,6 +37,14 @@ def training_state(model: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
 
 
+def is_basis(key: str) -> bool:
+    """Whether what `training_state` has under a key is a basis, which each process of several has of its own images.
+
+    The rest is the same in all of them, as parameters are.
+    """
+    return BASES in key
+
+
 def load_training_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Take over what `training_state` gave; layers that it does not name start afresh.
 

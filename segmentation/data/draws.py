@@ -22,7 +22,7 @@ from experiment import ExperimentError
 class Place(int):
     """An index that knows which draw of the run it is."""
 
-    draw: tuple[int, int, int]  # seed, process, number in the process's stream
+    draw: tuple[int, int, int]  # seed, 0, number in the stream of all processes
 
     def __reduce__(self) -> Any:  # on its way to a worker
         return _place, (int(self), self.draw)
@@ -36,7 +36,10 @@ def _place(index: int, draw: tuple[int, int, int]) -> Place:
 
 @DATA_SAMPLERS.register_module()
 class PlacedSampler(InfiniteSampler):
-    """MMEngine's endless sampler with a `Place` for every index."""
+    """MMEngine's endless sampler with a `Place` for every index.
+
+    Of several processes each takes its share of the samples that one would take, drawn as that one would draw them.
+    """
 
     first = 0
 
@@ -47,7 +50,7 @@ class PlacedSampler(InfiniteSampler):
 
     def __iter__(self) -> Iterator[Place]:
         for number, index in zip(itertools.count(self.first), super().__iter__(), strict=False):
-            yield _place(index, (self.seed, self.rank, number))
+            yield _place(index, (self.seed, 0, number * self.world_size + self.rank))
 
 
 @DATASETS.register_module()

@@ -56,7 +56,8 @@ def test_the_record_has_every_key_of_the_design(best_first):
         | {"weight_measured", "weight_gradient_measured", "weight_optimizer_measured"},
         "flops": {"paper", "corrected"},
         "time_s": {"step_median", "total"},
-        "recipe": {"epochs", "steps", "learning_rate", "batch_size", "image_size", "precision"},
+        "recipe": {"epochs", "steps", "learning_rate", "batch_size", "image_size", "precision"}
+        | {"processes", "joined_batch_size"},
         "provenance": set(record["provenance"]),
     }
     assert set(record["provenance"]) >= {"config_hash", "code_version", "data_fingerprint", "packages", "hardware"}
@@ -73,7 +74,7 @@ def test_the_record_says_what_the_history_says(best_first):
 
 def test_the_record_holds_the_recipe(best_first):
     told = {"epochs": 3, "steps": 6, "learning_rate": 25, "batch_size": 8, "image_size": 32, "precision": "32-true"}
-    assert best_first.record["recipe"] == told
+    assert best_first.record["recipe"] == told | {"processes": 1, "joined_batch_size": 8}
 
 
 def test_the_time_of_a_step_is_the_median_over_all_steps(best_first):

@@ -181,7 +181,10 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_before_anything_is_traine
     [
         (["--iterations", "0"], "--iterations is 0"),
         (["--amp"], "--amp needs an accelerator"),
-        (["--launcher", "pytorch"], "--launcher pytorch needs an accelerator"),
+        (["--launcher", "slurm"], "--launcher slurm needs an accelerator"),
+        (["--launcher", "pytorch"], "--launcher pytorch is for python -m torch.distributed.run"),
+        (["--launcher", "pytorch", "--processes", "2"], "give one of them"),
+        (["--processes", "0"], "--processes is 0"),
         (["--budget-mib", "1"], "a budget is --budget-table with either"),
         (
             ["--budget-table", "t", "--budget-mib", "1", "--budget-divisor", "2"],

@@ -226,7 +226,7 @@ def test_a_record_holds_the_recipe(finished):
     recipe = Record.load(finished / "result.json").recipe
     assert recipe == {
         **{"epochs": None, "steps": 4, "learning_rate": recipe["learning_rate"], "batch_size": 2},
-        **{"image_size": [32, 32], "precision": "32-true"},
+        **{"image_size": [32, 32], "precision": "32-true", "processes": 1, "joined_batch_size": 2},
     }
     assert 0 < recipe["learning_rate"] < 1
 
