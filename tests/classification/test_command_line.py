@@ -165,7 +165,7 @@ def test_a_finished_run_is_not_run_again(best_first, capsys, monkeypatch, way):
 @pytest.mark.parametrize(
     ("option", "value", "difference"),
     [
-        ("--model.learning_rate", "0.125", r"model\.learning_rate is 25\.0 there and 0\.125 here"),
+        ("--model.learning_rate", "0.125", r"model\.learning_rate is 25 there and 0\.125 here"),
         ("--model.momentum", "0.5", r"model\.momentum is 0\.9 there and 0\.5 here"),
         ("--trainer.max_epochs", "4", r"trainer\.max_epochs is 3 there and 4 here"),
         ("--data.batch_size", "4", r"data\.batch_size is 8 there and 4 here"),
