@@ -118,7 +118,10 @@ def test_the_record_says_how_many_trained(vanilla, capsys, scenes):
     assert not (Path.cwd() / ".dist_test").exists()
     assert main(words(scenes, vanilla[1], *TWO)) == 0
     assert "done already: " in capsys.readouterr().out
-    assert main(words(scenes, vanilla[1])) == 2
+    config = folder(vanilla[1]) / "config.yaml"
+    assert main(["train", str(config), "--runs-dir", str(vanilla[1])]) == 0
+    assert "done already: " in capsys.readouterr().out
+    assert main(words(scenes, vanilla[1], "--processes", "1")) == 2
     assert "holds a run with other settings (processes is 2 there and None here)" in capsys.readouterr().err
 
 

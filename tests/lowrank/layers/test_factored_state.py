@@ -12,6 +12,7 @@ from torch import nn
 import lowrank
 from lowrank import WASI, WSI
 from lowrank.layers.factor_pair import factor_pairs
+from lowrank.layers.training_state import is_basis
 
 LOW = WASI(energy=0.7, ranks=[2, 2, 3])
 
@@ -238,3 +239,11 @@ def test_a_layer_of_full_rank_in_a_model_of_one_layer():
     layer = lowrank.convert(nn.Sequential(nn.Linear(3, 3)), ["0"], WASI(energy=1, ranks=FULL))[0]
     layer.load_state_dict(nn.Linear(3, 3).state_dict())
     assert layer.rank == 3
+
+
+def test_what_differs_between_processes_is_what_is_no_parameter():
+    model = train(converted(), lowrank.SGD(converted().parameters(), 0.05), (4, 5, 6), 1)
+    state, parameters = lowrank.training_state(model), dict(model.named_parameters())
+    bases = {key for key in state if is_basis(key)}
+    assert bases
+    assert state.keys() - bases == {key for key in parameters if key.endswith(("left", "right"))}
