@@ -21,6 +21,7 @@ from classification.callbacks import BestCheckpoint, History, LastCheckpoint, Ra
 from classification.checkpoint_io import WholeCheckpointIO
 from classification.config_files import check_config_files
 from classification.data import ImageDataModule
+from classification.data.prepared import forget_ahead
 from classification.data.text import TEXTS
 from classification.identity import data_fingerprint, identity_of, method_tag, run_of
 from classification.loggers import log_record, loggers
@@ -278,6 +279,8 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
     except _NothingToDo as done:
         if kind is SuiteCLI:
             print(done)
+    finally:
+        forget_ahead()
 
 
 def check(arguments: Sequence[str]) -> None:

@@ -215,6 +215,7 @@ def measure(task: Task, work: Work | None = None) -> Path | None:
     if folder is None:
         return None
     with folder.locked(as_yaml(task.config)):
+        torch.manual_seed(name.seed)  # what has no weights to start from gets the same ones every time
         model, layers = prepared_model(task.config)
         dataset = DATASETS.build(task.config.train_dataloader.dataset)
         settings = perplexity_settings(task.config)
