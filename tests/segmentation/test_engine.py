@@ -203,3 +203,11 @@ def test_perplexity_is_the_mean_over_batches_and_the_papers_way_is_asked_for(tab
     assert perplexity_settings(published)["mode_energies"] == []
     assert "perplexity" not in identity_of(published, MEASURED), "as before there was a choice"
     assert perplexity_settings(Config())["mode_energies"] == list(MODE_ENERGIES)
+
+
+def test_a_data_set_that_lacks_a_folder_is_one_line(data_dir, tmp_path, capsys):
+    (tmp_path / "digit_scenes").mkdir()
+    assert main(arguments("train", "vanilla", tmp_path, tmp_path / "runs")) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.match(rf"error: (the data set in )?{tmp_path}/digit_scenes.* cannot be read", line)
+    assert not (tmp_path / "runs").exists()
