@@ -59,7 +59,8 @@ class History(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch's row, and log what the epoch used."""
         metrics = {key: float(trainer.callback_metrics[key]) for key in ("train_loss", "val_loss", "val_accuracy")}
-        row = self.history.add({"epoch": trainer.current_epoch, "learning_rate": self._learning_rate, **metrics})
+        metrics = {"epoch": trainer.current_epoch, "learning_rate": self._learning_rate, **metrics}
+        row = self.history.add(metrics, write=trainer.is_global_zero)
         used = {key: row[key] for key in ("activation_bytes", "step_seconds", "seconds", "learning_rate")}
         log_resources(trainer.loggers, used, trainer.global_step)
 

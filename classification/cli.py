@@ -21,6 +21,7 @@ from classification.callbacks import BestCheckpoint, History, LastCheckpoint, Ra
 from classification.checkpoint_io import WholeCheckpointIO
 from classification.config_files import check_config_files
 from classification.data import ImageDataModule
+from classification.data.prepared import forget_ahead
 from classification.data.text import TEXTS
 from classification.help import RUN_OPTIONS, TRAINER_DEFAULTS
 from classification.identity import data_fingerprint, identity_of, method_tag, run_of
@@ -311,6 +312,8 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
             say(done)
     except _SeveralProcesses as several:
         run_all("classification", arguments, several.count)
+    finally:
+        forget_ahead()
 
 
 def check(arguments: Sequence[str]) -> None:

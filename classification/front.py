@@ -66,8 +66,10 @@ class Split:
         return f"{self.layers[0]} of {self.layers[1]} layers{ends}"
 
     def fingerprint(self) -> str:
-        """A short hash of all that the front's output depends on but for the images: its code and its tensors."""
+        """A short hash of all that the front's output depends on but for the images: code, settings and tensors."""
         parts = [self.front.code.encode(), torch.__version__.encode()]
+        for name, layer in self.front.named_modules():
+            parts.append(f"{name} {stock_class(layer).__name__}({layer.extra_repr()})".encode())
         for name, tensor in sorted(self.front.state_dict().items()):
             parts += [f"{name} {tensor.dtype} {tensor.device.type}".encode(), _bytes(tensor)]
         return fingerprint(parts)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from classification.backbones.weights import weights_fingerprint
-from classification.data import load_splits
 from classification.data.module import FRONT_OF_AUGMENTED
 from classification.data.partition import split_fingerprint
+from classification.data.prepared import load_ahead
 from classification.data.registry import MissingDataError
 from classification.data.text import TEXTS, is_there
 from experiment import ExperimentError, Run
@@ -67,12 +67,15 @@ def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, 
 
 
 def data_fingerprint(config: Mapping[str, Any]) -> str | None:
-    """The fingerprint of a run's data set; None if that is not there, also if it is still to be downloaded."""
+    """The fingerprint of a run's data set; None if that is not there, also if it is still to be downloaded.
+
+    What is read for it is the run's; see `classification.data.prepared.load_ahead`.
+    """
     name, root = config["data"]["dataset"], Path(config["data"]["root"])
     if not is_there(name, root):
         return None
     try:
-        return load_splits(name, root).fingerprint
+        return load_ahead(name, root).fingerprint
     except MissingDataError:
         return None
 

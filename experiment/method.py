@@ -107,8 +107,8 @@ def with_ranks(
         return method
     if budget is None:
         raise ExperimentError(
-            f"{type(method).__name__} needs ranks: give its own, or a budget: a perplexity table with a memory in MiB "
-            f"or with a finished run"
+            f"{type(method).__name__} needs ranks: give its own, or a budget, which is a perplexity table and a "
+            f"memory: budget.table, and budget.mib or budget.run"
         )
     plan = budget.plan(names, choice, seed)
     return replace(method, ranks=plan)  # type: ignore[type-var]

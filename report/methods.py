@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 
+from experiment.budget import OF_PAPERS
+
 FAMILIES = ("vanilla", "gradient_filter", "svd", "hosvd", "asi")
 
 
 def family(method: str) -> str:
-    """The family of a method's tag: what stands before its settings.
+    """The family of a method's tag: what stands before its settings and its budget.
 
-    >>> family("hosvd_0.8"), family("asi"), family("wasi_0.9")
-    ('hosvd', 'asi', 'wasi')
+    >>> family("hosvd_0.8"), family("asi_1of20"), family("wasi_0.9"), family("mine_hosvd_0.8"), family("mine_papers")
+    ('hosvd', 'asi', 'wasi', 'mine', 'mine')
     """
     for name in FAMILIES:
         if re.match(rf"{name}(?![a-z])", method):
             return name
-    return re.split(r"_(?=\d)", method)[0]
+    return re.split(rf"_(?=\d|{OF_PAPERS}\b|hosvd_|vanilla\b)", method)[0]
 
 
 def method_order(method: str) -> tuple[int, str, list[tuple[float, str]]]:

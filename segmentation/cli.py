@@ -60,8 +60,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--iterations", type=int, help="length of the run; schedule and validations in proportion")
         sub.add_argument("--resume", action="store_true", help="as without it: an interrupted run goes on by itself")
         sub.add_argument("--limit", type=float, metavar="N", help="train on so many images, or up to 1 on that share")
-        if name == "measure":
-            sub.add_argument("--batches", type=int, metavar="N", help="take the mean over so many batches (default: 1)")
+        sub.add_argument("--batches", type=int, metavar="N", help="measure: take the mean over N batches (default: 1)")
         sub.add_argument("--amp", action="store_true", help="mixed precision, on an accelerator")
         sub.add_argument("--budget-table", metavar="FILE", help="perplexity table that ranks are chosen by")
         sub.add_argument("--budget-mib", type=float, metavar="MIB", help="memory that they are chosen for")
@@ -113,7 +112,7 @@ def task_of(options: argparse.Namespace) -> Task:
         move_data(config, options.data_dir)
     if options.limit is not None:
         _limit(config, options.limit)
-    if vars(options).get("batches") is not None:
+    if options.batches is not None:
         config.perplexity = {**config.get("perplexity", {}), "batches": options.batches}
     if options.load_from is not None:
         config.load_from = options.load_from

@@ -31,7 +31,7 @@ from lowrank import LowRankError, converted_layers
 from segmentation.batches import first_batch, first_batches, logits, segmentation_loss, training_mode
 from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
 from segmentation.compose import hook_settings
-from segmentation.data.registry import data_fingerprint, fingerprint_if_there, require_data
+from segmentation.data.registry import data_fingerprint, require_data
 from segmentation.history import History
 from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, perplexity_settings, run_of
@@ -66,7 +66,7 @@ class Task:
         keep_freed_memory()
         identity = identity_of(self.config, MEASURED if result == TABLE else TRAINED)
         path = self.work_dir or name.folder(self.runs_dir)
-        folder = RunFolder(path, identity, result, fingerprint_if_there(self.config), LAST, name)
+        folder = RunFolder(path, identity, result, data_fingerprint(self.config), LAST, name)
         if work is not None:
             work.title, work.folder = str(name), path
         said = nothing_to_do(name, folder, self.dry_run)
@@ -249,6 +249,7 @@ def measure(task: Task, work: Work | None = None) -> Path | None:
 
 def _measure(task: Task, name: RunName, folder: RunFolder) -> None:
     with folder.locked(as_yaml(task.config)):
+        torch.manual_seed(name.seed)  # what has no weights to start from gets the same ones every time
         model, layers = prepared_model(task.config)
         dataset = DATASETS.build(task.config.train_dataloader.dataset)
         settings = perplexity_settings(task.config)

@@ -160,7 +160,7 @@ def test_a_folder_of_images_becomes_rows_of_the_table(tmp_path: Path, monkeypatc
             subprocess.run(["bash", "-euc", line], check=True)
     (table,) = (tmp_path / "runs" / "report").rglob("fish/*.md")
     rows = [line.split("|")[2].strip() for line in table.read_text().splitlines() if line.startswith("|  ")]
-    assert rows[1:] == ["vanilla", "hosvd_0.8", "asi"]
+    assert rows[1:] == ["vanilla", "hosvd_0.8", "asi_hosvd_0.8"]
 
 
 def test_commands_of_the_readme_exist(

@@ -65,6 +65,9 @@ class Mark:
             )
 
 
+_ahead: dict[tuple[str, Path], Splits] = {}  # what was read for its fingerprint, until the run takes it
+
+
 def load_splits(name: str, root: Path) -> Splits:
     """Load a data set: one that is registered, or else a folder of images of this name.
 
@@ -76,9 +79,27 @@ def load_splits(name: str, root: Path) -> Splits:
         MissingDataError: the data set is to be prepared first.
         ExperimentError: unknown name, or the data set is damaged.
     """
+    ahead = _ahead.pop((name, root), None)
+    if ahead is not None:
+        return ahead
     splits = _load(name, root)
     check_splits(name, splits)
     return splits
+
+
+def load_ahead(name: str, root: Path) -> Splits:
+    """As `load_splits`, whose next call then gives what this one has read: a run reads its data set once.
+
+    `forget_ahead` is to be called when the run is over, or not to be begun.
+    """
+    forget_ahead()
+    _ahead[name, root] = splits = load_splits(name, root)
+    return splits
+
+
+def forget_ahead() -> None:
+    """Drop what no run has taken."""
+    _ahead.clear()
 
 
 def check_splits(name: str, splits: Splits) -> None:

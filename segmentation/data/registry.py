@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
@@ -29,26 +30,33 @@ def require_data(config: Config) -> None:
     write_scenes(root, SETS[name])
 
 
-def data_fingerprint(config: Config) -> str:
-    """A short hash of the names and bytes of all images and label maps that the config trains and validates on."""
+def data_fingerprint(config: Config) -> str | None:
+    """A short hash of the names and bytes of all images and label maps that the config trains and validates on.
+
+    None if they are not there.
+
+    Raises:
+        ExperimentError: a part of them is not there.
+    """
     files: set[Path] = set()
     roots = {Path(part["data_root"]) for part in datasets(config)}
-    for part in datasets(config):
-        root = Path(part["data_root"])
-        prefixes = [root / prefix for prefix in part.get("data_prefix", {}).values()]
-        if part.get("ann_file"):
-            names = set(read_list(root / part["ann_file"]))
-            files |= {path for prefix in prefixes for path in prefix.iterdir() if path.stem in names}
-        else:
-            files |= {path for prefix in prefixes for path in prefix.rglob("*") if path.is_file()}
-    return files_fingerprint(min(roots, key=str), files)
-
-
-def fingerprint_if_there(config: Config) -> str | None:
-    """The fingerprint of the data; None where it is not there, or not whole."""
-    if not all(Path(part["data_root"]).is_dir() for part in datasets(config)):
+    if not all(root.is_dir() for root in roots):
         return None
     try:
-        return data_fingerprint(config)
-    except (OSError, ExperimentError):
-        return None
+        for part in datasets(config):
+            files |= _files(part)
+        return files_fingerprint(min(roots, key=str), files)
+    except OSError as error:
+        raise ExperimentError(
+            f"the data set in {min(roots, key=str)} cannot be read ({error.filename}: {error.strerror})"
+        ) from None
+
+
+def _files(part: dict[str, Any]) -> set[Path]:
+    """The images and label maps of one data set's config."""
+    root = Path(part["data_root"])
+    prefixes = [root / prefix for prefix in part.get("data_prefix", {}).values()]
+    if not part.get("ann_file"):
+        return {path for prefix in prefixes for path in prefix.rglob("*") if path.is_file()}
+    names = set(read_list(root / part["ann_file"]))
+    return {path for prefix in prefixes for path in prefix.iterdir() if path.stem in names}

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from commands import ROOT, Finished, arguments, config, execute, finish, metrics, only_file
+from commands import CONFIGS, ROOT, Finished, arguments, config, execute, finish, metrics, only_file
 
 from classification.backbones import build_model
 from classification.cli import main
-from classification.data import load_splits
+from classification.data import load_splits, registry
 from experiment import Record
 from lowrank import PerplexityTable
 
@@ -75,6 +75,15 @@ def test_the_record_says_what_the_history_says(best_first):
 def test_the_record_holds_the_recipe(best_first):
     told = {"epochs": 3, "steps": 6, "learning_rate": 25, "batch_size": 8, "image_size": 32, "precision": "32-true"}
     assert best_first.record["recipe"] == told | {"processes": 1, "joined_batch_size": 8}
+
+
+def test_a_run_reads_its_data_set_once_and_every_run_anew(tmp_path, capsys, monkeypatch):
+    read = []
+    digits = registry.dataset.find("digits")
+    monkeypatch.setitem(registry.dataset.entries, "digits", lambda root: read.append(root) or digits(root))
+    for times, command in ((1, "fit"), (2, "fit"), (3, "measure"), (4, "measure")):  # each is done at the second time
+        execute(arguments(command, tmp_path, "--model.layers", 1), capsys)
+        assert len(read) == times
 
 
 def test_the_time_of_a_step_is_the_median_over_all_steps(best_first):
@@ -281,6 +290,26 @@ def test_a_budget_holds_for_the_batch_that_is_trained_or_is_refused(measured, tm
         assert record.memory_bytes["activation_formula"] <= least
     else:
         assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("method", "tag"),
+    [("own_methods.Halved", "halved_1"), ("own_methods.FirstChannels", "first_channels_hosvd_0.8")],
+)
+def test_a_method_of_ones_own_is_trained_by_its_path_and_may_have_a_budget(
+    measured, method, tag, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "experiment"))
+    runs, options = measured
+    (hosvd,) = runs.rglob("hosvd_0.8/**/result.json")
+    budget = ("--model.budget.table", only_file(runs, "perplexity.json"), "--model.budget.run", hosvd.parent)
+    path = tmp_path / "own.yaml"
+    path.write_text(f"model: {{method: {{class_path: {method}}}}}\n")
+    command = arguments("fit", tmp_path, *options, *budget)
+    place = command.index(str(CONFIGS / "methods" / "vanilla.yaml"))
+    command[place] = str(path)
+    execute(command, capsys)
+    assert Record.load(only_file(tmp_path, "result.json")).run.method == tag
 
 
 # The program itself.

@@ -200,6 +200,28 @@ def test_other_weights_or_images_are_another_file(weights, tmp_path):
     assert [files(**options) for options in others] == list(range(1, 1 + len(others)))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda front: front[0].bias.add_(1),
+        lambda front: setattr(front[0], "stride", (2, 2)),
+        lambda front: setattr(front[1], "eps", 0.1),
+        lambda front: front[1].running_mean.add_(1),
+        lambda front: front.append(nn.Identity()),
+    ],
+)
+@torch.no_grad()
+def test_whatever_changes_the_front_changes_its_fingerprint(change):
+    network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval(), nn.Conv2d(4, 2, 1))
+    network[0].requires_grad_(False)
+    images = torch.randn(2, 3, 8, 8)
+    before = split(network, images).fingerprint()
+    network[1].weight.add_(1)
+    assert split(network, images).fingerprint() == before, "what is behind it does not"
+    change(network[0])
+    assert split(network, images).fingerprint() != before
+
+
 class Padded(nn.Module):
     """A frozen front of layers without parameters among frozen ones."""
 

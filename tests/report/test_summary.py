@@ -286,3 +286,23 @@ def test_a_run_that_cannot_be_sorted_or_placed_is_refused(write, runs, key, valu
     path.write_text(json.dumps(content))
     with pytest.raises(ExperimentError, match=f"{key} is"):
         read_records(runs)
+
+
+def test_two_budgets_are_two_rows_beside_a_record_of_before_they_were_named(write):
+    methods = ["asi_1of20", "asi", "asi_hosvd_0.8", "asi_1of5", "vanilla", "asi_papers"]
+    table = summarise([write(method, 2, memory=memory) for memory, method in enumerate(methods, start=1)])
+    assert list(table["method"]) == ["vanilla", "asi", "asi_1of5", "asi_1of20", "asi_hosvd_0.8", "asi_papers"]
+    assert row(table, 2, "asi_1of20")["activation_formula_times_less"] == 5
+    assert row(table, 2, "asi_1of5")["activation_formula_times_less"] == 5 / 4
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        *((f"asi{rest}", "asi") for rest in ("", "_1of20", "_papers", "_hosvd_0.8", "_every10_0.5mib", "_random_1of2")),
+        *(("wasi_0.9_hosvd_0.8", "wasi"), ("mine_1of20", "mine"), ("mine_papers", "mine"), ("mine_vanilla", "mine")),
+        *(("mine_hosvd_0.8_1of2", "mine"), ("hosvd_0.8", "hosvd"), ("first_channels", "first_channels")),
+    ],
+)
+def test_a_budget_is_no_part_of_a_methods_family(method, expected):
+    assert family(method) == expected
