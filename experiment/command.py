@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -14,7 +16,7 @@ from experiment.errors import ExperimentError
 from experiment.jobs import FAILURE
 from experiment.signals import Stopped, stoppable, stopped_by
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
 @dataclass
@@ -76,6 +78,9 @@ def _interrupted(stop: Stopped, work: Work) -> int:
 
 
 def _said(error: Exception, work: Work, mendable: tuple[type[Exception], ...]) -> int:
+    if isinstance(error, BrokenPipeError):  # what reads the output has ended, as `head` does
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - what is left to be written goes there
+        return 128 + signal.SIGPIPE
     if isinstance(error, mendable):
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
