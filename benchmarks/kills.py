@@ -110,7 +110,7 @@ def parts(folder: Path) -> list[str]:
 
 
 def differences(folder: Path, other: Path) -> list[str]:
-    """In what two finished runs' folders differ; times do not count.
+    """In what two finished runs' folders differ; times and the version of the code do not count.
 
     Args:
         folder: of a run.
@@ -159,7 +159,9 @@ def _unequal(first: Any, second: Any, where: str = "") -> Iterator[str]:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    return {key: value for key, value in json.loads(path.read_text()).items() if key != "time_s"}
+    """A record without times, and without the version of the code, which is that of the last try."""
+    content = {key: value for key, value in json.loads(path.read_text()).items() if key != "time_s"}
+    return content | {"provenance": {**content["provenance"], "code_version": ""}}
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

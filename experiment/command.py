@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -87,6 +89,9 @@ def _interrupted(stop: Stopped, work: Work) -> int:
 
 
 def _said(error: Exception, work: Work, mendable: tuple[type[Exception], ...]) -> int:
+    if isinstance(error, BrokenPipeError):  # what reads the output has ended, as `head` does
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - what is left to be written goes there
+        return 128 + signal.SIGPIPE
     code = exit_code(error, mendable)
     if isinstance(error, mendable):
         text = one_line(error)

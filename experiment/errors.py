@@ -3,7 +3,7 @@
 import errno
 
 MENDABLE_CODE, OTHER_CODE = 2, 1
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
 class ExperimentError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,16 @@ class WholeCheckpoints(CheckpointHook):
         super().before_train(runner)
         if self.max_keep_ckpts > 0:
             self.keep_ckpt_ids: deque[int] = deque(self.keep_ckpt_ids)
+            if is_main_process():
+                self._remove_outdated(runner)
+
+    def _remove_outdated(self, runner: Any) -> None:
+        """Remove checkpoints that a killed process had replaced and not yet deleted."""
+        name = re.compile(re.escape(self.filename_tmpl).replace(r"\{\}", r"(\d+)"))
+        for path in Path(str(self.out_dir)).glob("*.pth") if self.keep_ckpt_ids else ():
+            found = name.fullmatch(path.name)
+            if found and int(found[1]) < runner.iter and int(found[1]) not in self.keep_ckpt_ids:
+                path.unlink()
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Say whose checkpoint it is."""

@@ -11,6 +11,8 @@ import numpy as np
 from lowrank.errors import BudgetError, TableError
 from lowrank.ranks.table import Candidates, Energy, PerplexityTable
 
+MOST_BYTES = 2**62  # of a budget; more is without limit
+
 
 @dataclass(frozen=True)
 class RankPlan:
@@ -69,15 +71,17 @@ def select_ranks(table: PerplexityTable, budget_bytes: float, names: Iterable[st
             raise TableError(f"the perplexity of layer {name!r} is not finite; measure it again")
     options = [_undominated(candidates) for _, candidates in layers]
     least = sum(int(nbytes[0]) for nbytes, _, _ in options)
+    unlimited = budget_bytes >= MOST_BYTES
+    budget_bytes = max(min(budget_bytes, MOST_BYTES), -MOST_BYTES)  # whole numbers may be beyond what floats can hold
     if not budget_bytes >= least:
         raise BudgetError(
             f"the budget of {budget_bytes:g} bytes ({budget_bytes / 2**20:.6g} MiB) is below the minimum for these "
             f"{len(layers)} layers: {least} bytes ({least / 2**20:.6g} MiB)"
         )
-    chosen = _solve(options, int(min(budget_bytes, 2**62)))
+    chosen = _solve(options, int(budget_bytes))
     plan = RankPlan.of(table, [int(index[choice]) for (_, _, index), choice in zip(options, chosen, strict=True)])
     best = sum(int(nbytes[-1]) for nbytes, _, _ in options)
-    if best == plan.nbytes < 0.9 * budget_bytes < float("inf"):
+    if best == plan.nbytes < 0.9 * budget_bytes and not unlimited:
         warnings.warn(
             f"the best candidates of all {len(layers)} layers take {best} of the {int(budget_bytes)} bytes of the "
             f"budget; to use the rest, measure perplexity at higher energies as well",

@@ -3,6 +3,9 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,8 @@ from experiment import ExperimentError
 from experiment.command import finish, underscored
 from experiment.files import write_whole
 from experiment.signals import Stopped, check, held
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -107,3 +112,11 @@ def test_options_may_be_spelled_with_a_dash():
     words = ["--dry-run", "--data.batch-size=3", "--wandb", "my-project", "--runs-dir=a-b", "-c", "x-y.yaml"]
     told = ["--dry_run", "--data.batch_size=3", "--wandb", "my-project", "--runs_dir=a-b", "-c", "x-y.yaml"]
     assert underscored(words) == told
+
+
+def test_a_reader_that_ends_early_is_no_error(tmp_path):
+    program = "from experiment.command import finish; import sys; sys.exit(finish(lambda work: print('x' * 10**6)))"
+    shell = f'{sys.executable} -c "{program}" 2>{tmp_path}/said | head -c 1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.stdout, done.returncode) == ("x", 141)
+    assert (tmp_path / "said").read_text() == ""

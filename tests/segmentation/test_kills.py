@@ -1,4 +1,4 @@
-"""A run that is killed where its best weights are about to be saved has the same best weights in the end."""
+"""A run that is killed where files replace each other has the same files, with the same content, in the end."""
 
 import os
 import signal
@@ -16,11 +16,13 @@ ROOT = Path(__file__).parents[2]
 # Killed after the row of a validation, and before or after the old best weights are gone.
 KILL = """
 import os, signal, sys
+from pathlib import Path
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from segmentation.cli import main
 owner, name = {"the best weights are saved": (CheckpointHook, "_save_best_checkpoint"),
-               "the old ones are removed": (LocalBackend, "remove")}[sys.argv[1]]
+               "the old ones are removed": (LocalBackend, "remove"),
+               "an old checkpoint is deleted": (Path, "unlink")}[sys.argv[1]]
 setattr(owner, name, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL))
 main(sys.argv[2:])
 """
@@ -41,7 +43,9 @@ def whole(data_dir, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before", ["the best weights are saved", "the old ones are removed"])
+@pytest.mark.parametrize(
+    "before", ["the best weights are saved", "the old ones are removed", "an old checkpoint is deleted"]
+)
 def test_the_best_weights_outlive_a_kill_before(before, whole, data_dir, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", KILL, before, *arguments(data_dir, tmp_path)]
