@@ -3,8 +3,8 @@
     python -m benchmarks.strangers [--help]
 
 The table is written anew after each row, and what it has already is not measured again. Errors: largest relative error
-of an output or a gradient in double precision, see `exactness`. Reductions: bytes kept by the stock model over bytes kept
-by the converted one, see `saving`.
+of an output or a gradient in double precision, see `exactness`. Reductions: bytes kept by the stock model over those
+kept by the converted one, see `saving`.
 """
 
 from __future__ import annotations

@@ -10,22 +10,20 @@ import torch
 
 from benchmarks.strangers.stranger import Stranger
 
+AS_THEY_ARE = (
+    "resnet10t resnet18d resnetv2_50d_gn resnext26ts seresnext26ts skresnet18 resnest14d res2net50_14w_8s "
+    "eca_resnext26ts gcresnext26ts mobilenetv3_small_050 mobilenetv2_050 mobilenetv4_conv_small_050 "
+    "efficientnet_lite0 tf_efficientnet_b0 efficientnet_b0_gn tf_mixnet_s mnasnet_small fbnetc_100 lcnet_035 "
+    "tinynet_e hardcorenas_a regnety_002 regnetx_002 regnetv_040 repvgg_a0 mobileone_s0 hrnet_w18_small dla34 "
+    "densenet121 ghostnet_050 ghostnetv2_100 rexnet_100 selecsls42 vovnet39a cspresnet50 convnext_atto "
+    "convnextv2_atto inception_next_atto hgnetv2_b0 nf_regnet_b0 eca_nfnet_l0 fastvit_t8 poolformer_s12 "
+    "caformer_s18 edgenext_xx_small efficientvit_b0 mobilevit_xxs mobilevitv2_050 pvt_v2_b0 starnet_s1 "
+    "repvit_m0_9 mambaout_femto"
+)
 # Name, and options that make it smaller; those with a fixed image size have it in the options.
 SMALL = {"depth": 3}
 MODELS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        (
-            "resnet10t resnet18d resnetv2_50d_gn resnext26ts seresnext26ts skresnet18 resnest14d res2net50_14w_8s "
-            "eca_resnext26ts gcresnext26ts mobilenetv3_small_050 mobilenetv2_050 mobilenetv4_conv_small_050 "
-            "efficientnet_lite0 tf_efficientnet_b0 efficientnet_b0_gn tf_mixnet_s mnasnet_small fbnetc_100 lcnet_035 "
-            "tinynet_e hardcorenas_a regnety_002 regnetx_002 regnetv_040 repvgg_a0 mobileone_s0 hrnet_w18_small "
-            "dla34 densenet121 ghostnet_050 ghostnetv2_100 rexnet_100 selecsls42 vovnet39a cspresnet50 "
-            "convnext_atto convnextv2_atto inception_next_atto hgnetv2_b0 nf_regnet_b0 eca_nfnet_l0 fastvit_t8 "
-            "poolformer_s12 caformer_s18 edgenext_xx_small efficientvit_b0 mobilevit_xxs "
-            "mobilevitv2_050 pvt_v2_b0 starnet_s1 repvit_m0_9 mambaout_femto"
-        ).split(),
-        {},
-    ),
+    **{name: {} for name in AS_THEY_ARE.split()},
     "vit_tiny_patch16_224": {**SMALL, "img_size": 64},
     "deit_tiny_patch16_224": {**SMALL, "img_size": 64},
     "beit_base_patch16_224": {**SMALL, "img_size": 64, "embed_dim": 96, "num_heads": 3},
@@ -37,7 +35,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "swin_tiny_patch4_window7_224": {"img_size": 56, "depths": (1, 1, 1, 1), "embed_dim": 48},
     "swinv2_cr_tiny_224": {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": 48, "window_size": 2},
     "levit_128s": {"img_size": 64},
-    "tiny_vit_5m_224": {"img_size": 64},
     "visformer_tiny": {"img_size": 64},
     "coat_lite_tiny": {"img_size": 64},
     "naflexvit_base_patch16_gap": {**SMALL, "embed_dim": 96, "num_heads": 3},

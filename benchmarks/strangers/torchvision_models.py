@@ -24,7 +24,7 @@ CLASSIFICATION = (
     "regnet_x_800mf regnet_x_1_6gf regnet_y_400mf regnet_y_800mf regnet_y_1_6gf resnet18 resnet34 resnet50 "
     "resnext50_32x4d shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x2_0 squeezenet1_0 squeezenet1_1 swin_t "
     "swin_v2_t"
-).split()
+)
 SEGMENTATION = ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "fcn_resnet50", "lraspp_mobilenet_v3_large")
 VIDEO = ("r3d_18", "mc3_18", "r2plus1d_18")
 SIDE = {"inception_v3": 96}
@@ -95,7 +95,7 @@ def _get(name: str, **options: Any) -> nn.Module:
 
 def torchvision_models() -> Iterator[Stranger]:
     """The table's rows."""
-    for name in CLASSIFICATION:
+    for name in CLASSIFICATION.split():
         yield Stranger(name, "torchvision", partial(_get, name), partial(_images, name))
     for name, make in SMALLER.items():
         yield Stranger(name, "torchvision", make, partial(_images, name))
