@@ -84,4 +84,7 @@ def watch(y: Any) -> Any:
     """The same tensor, watched; anything else as it is."""
     if type(y) is Tensor:
         y.__class__ = Watched
+    elif isinstance(y, tuple | list):
+        for one in y:
+            watch(one)
     return y

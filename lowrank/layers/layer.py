@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from lowrank.errors import LowRankError
-from lowrank.exact.recompute import Rebuild, known_origin, note_linear
+from lowrank.exact.origins import Rebuild, origin_of, reading
+from lowrank.exact.recompute import note_linear
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
 from lowrank.layers.held import Held, can_be_held, hold
@@ -214,10 +215,11 @@ def kept_of(layer: LowRankLayer, geometry: Geometry, input: Tensor, x: Tensor) -
     method, single = state.method, is_single(layer, x)
     batched = Tensor.detach(x).unsqueeze(0) if single else Tensor.detach(x)
     if method.keeps_input and x is input and not single:
-        origin = None if torch.compiler.is_compiling() else known_origin(input)
-        if origin is not None:
-            state.kept_bytes, state.formula_bytes = 0, batched.nbytes
-            return Rebuilt(origin.rebuild), origin.sources
+        origin = None if torch.compiler.is_compiling() else origin_of(input)
+        if origin is not None and origin.step.function is not None:
+            state.kept_bytes, state.formula_bytes = origin.nbytes, batched.nbytes
+            reader, sources = reading(origin)
+            return Rebuilt(reader.one), sources
     kept = find_kept(input, batched, method)
     shared = kept is not None
     if kept is None:

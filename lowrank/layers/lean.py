@@ -40,11 +40,13 @@ def _own(stock: type[nn.Module]) -> dict[str, Any]:
     return {"stock_class": stock, "_place": (__name__, "lean_class"), "__module__": stock.__module__}
 
 
-RECOMPUTED = (nn.LayerNorm, nn.GELU, nn.SiLU)  # behind or in front of which tensors are computed again
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+CURVES = (nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Softmax)
+RECOMPUTED = (*_NORMS, *CURVES)  # behind or in front of which tensors are computed again
 LEAN_MODULES: dict[type[nn.Module], type[LeanModule]] = {
     stock: type(f"Lean{stock.__name__}", (LeanModule, stock), _own(stock))
     for stock in (
         *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid, nn.LeakyReLU, nn.Dropout),
-        *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.BatchNorm2d, *RECOMPUTED),
+        *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, *RECOMPUTED),
     )
 }
