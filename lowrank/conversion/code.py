@@ -50,8 +50,8 @@ class FunctionCalls:
 
 
 def _is_named(step: dis.Instruction) -> bool:
-    if step.opname == "BINARY_OP":
-        return step.argrepr == "*"
+    if step.opname == "BINARY_OP":  # sums and products
+        return True
     return step.argval in _NAMES and step.opname.startswith("LOAD_")
 
 

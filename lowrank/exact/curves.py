@@ -45,7 +45,9 @@ class _Curved(torch.autograd.Function):
     """A curve whose input is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, curve: Curve, reader: Reader, inplace: bool, sources: tuple[Tensor, ...]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, curve: Curve, reader: Reader, inplace: bool, sources: tuple[Tensor, ...]
+    ) -> Tensor:
         ctx.curve, ctx.reader = curve, reader
         ctx.save_for_backward(*sources)
         if not inplace:

@@ -9,8 +9,10 @@ A step that several backward nodes read is computed once: who comes first leaves
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -74,11 +76,13 @@ class Origin:
     Attributes:
         parts: whether the tensor is put together of sources that others may keep too; then these are kept even where
             that takes as much as the tensor.
+        place: where it was noted, such as within a checkpoint, which keeps nothing after all.
     """
 
     step: Step
     sources: tuple[Source, ...]
     parts: bool = False
+    place: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +116,22 @@ def itself(x: Tensor, kept: bool = False) -> Origin:
 def find(x: Tensor) -> Origin | None:
     """How a tensor comes about, if that is known and its sources are as they were."""
     origin = _ORIGINS.find(x)
-    return origin if origin is not None and origin.holds() else None
+    return origin if origin is not None and origin.place == place_of_saving() and origin.holds() else None
+
+
+def place_of_saving() -> int:
+    """What becomes of what autograd saves: 0, or a number for whoever takes it instead, such as a checkpoint."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is None:
+        return 0
+    try:
+        return _PLACES.setdefault(hooks[0], next(_NUMBERS))
+    except TypeError:  # a callable that nothing can refer to weakly
+        return -id(hooks[0])
+
+
+_PLACES: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_NUMBERS = count(1)
 
 
 def origin_of(x: Tensor) -> Origin:
@@ -144,7 +163,7 @@ def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = F
     for origin in origins:  # of one that is kept for one input and not for another
         sources |= {source.step: source for source in origin.sources if source.kept}
     step = Step(function, [origin.step for origin in origins])
-    found = Origin(step, tuple(sources.values()), parts or any(origin.parts for origin in origins))
+    found = Origin(step, tuple(sources.values()), parts or any(o.parts for o in origins), place_of_saving())
     if step.depth <= DEEPEST and all(source.tensor is not y for source in found.sources):
         added, own = found.nbytes, y.untyped_storage().nbytes()
         if added < own or (found.parts and added <= own):

@@ -70,6 +70,24 @@ def group_norm(
     return keeps_its_input(lambda x, w, b: F.group_norm(x, num_groups, w, b, eps), input, weight, bias, y=y)
 
 
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.instance_norm`; notes its input, which it keeps, as the origin of its output."""
+    y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    if not use_input_stats:
+        return y
+    again = lambda x, w, b: F.instance_norm(x, None, None, w, b, True, 0.0, eps)  # noqa: E731
+    return keeps_its_input(again, input, weight, bias, y=y)
+
+
 def stock_batch_norm(
     input: Tensor,
     running_mean: Tensor | None,

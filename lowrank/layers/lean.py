@@ -21,6 +21,9 @@ class LeanModule(Changed):
     _lowrank_watched = False  # whether the code around it calls activations and the like as functions
 
     def forward(self, input: Tensor) -> Any:
+        if isinstance(self, nn.Embedding):  # of indices; what counts is that its output is watched
+            y = super().forward(input)
+            return watch(y) if self._lowrank_watched and trains_plainly(y) else y
         if type(input) not in (Tensor, Watched, Held, Lazy) or not trains_plainly(input):
             return super().forward(input)
         if getattr(self, "inplace", False):
@@ -40,13 +43,16 @@ def _own(stock: type[nn.Module]) -> dict[str, Any]:
     return {"stock_class": stock, "_place": (__name__, "lean_class"), "__module__": stock.__module__}
 
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 CURVES = (nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Softmax)
 RECOMPUTED = (*_NORMS, *CURVES)  # behind or in front of which tensors are computed again
 LEAN_MODULES: dict[type[nn.Module], type[LeanModule]] = {
     stock: type(f"Lean{stock.__name__}", (LeanModule, stock), _own(stock))
     for stock in (
         *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid, nn.LeakyReLU, nn.Dropout),
-        *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, *RECOMPUTED),
+        *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Embedding, *RECOMPUTED),
     )
 }
