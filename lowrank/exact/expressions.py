@@ -126,22 +126,20 @@ def note_of(y: Tensor, apply: Callable[..., Tensor], first: Origin, parameters: 
 
 
 _METHODS = (
-    "view reshape view_as reshape_as transpose permute flatten unflatten contiguous chunk split unbind __getitem__ neg to "
-    "float double half bfloat16 type_as expand expand_as unsqueeze squeeze repeat_interleave swapaxes movedim mT T "
+    "view reshape view_as reshape_as transpose permute flatten unflatten contiguous chunk split unbind __getitem__ neg "
+    "to float double half bfloat16 type_as expand expand_as unsqueeze squeeze repeat_interleave swapaxes movedim "
     "add sub rsub __rsub__ div true_divide tile repeat narrow select clone masked_fill"
-).split(" ")
+)
 _FUNCTIONS = (
     "reshape transpose permute flatten unflatten chunk split unbind neg unsqueeze squeeze repeat_interleave swapaxes "
     "movedim add sub rsub div true_divide tile narrow select clone cat concat concatenate stack roll tensor_split "
     "masked_fill"
-).split(" ")
+)
 EXPRESSIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **{function: noted(function) for name in _METHODS.split() if (function := getattr(Tensor, name, None)) is not None},
     **{
-        function: noted(function)
-        for name in _METHODS
-        if callable(function := getattr(Tensor, name, None)) and not isinstance(function, property)
+        function: noted(function) for name in _FUNCTIONS.split() if (function := getattr(torch, name, None)) is not None
     },
-    **{function: noted(function) for name in _FUNCTIONS if (function := getattr(torch, name, None)) is not None},
     F.pad: noted(F.pad),
     torch.mul: product,
     Tensor.mul: product,

@@ -167,15 +167,16 @@ def attend(function: Rebuild, *arguments: Tensor | None) -> Tensor:
 
     Args:
         function: without randomness; refers to no tensor itself.
-        arguments: queries, keys and values, in one tensor or several, and further tensors such as a mask: the origins of
-            all are kept.
+        arguments: queries, keys and values, in one tensor or several, and further tensors such as a mask: the
+            origins of all are kept.
     """
     if not any(lean_mode(argument) for argument in arguments):
         return function(*arguments)
     mixing = _Mixing(function, tuple(None if argument is None else argument.requires_grad for argument in arguments))
     origins = [origin_of(argument) for argument in arguments if argument is not None]
     reader, sources = reading(*origins)
-    y: Tensor = _Attend.apply(mixing, reader, sources, *arguments)
+    with torch._C.DisableTorchFunctionSubclass():  # what the function calls in turn is part of this one node
+        y: Tensor = _Attend.apply(mixing, reader, sources, *arguments)
     note(y, mixing.again, [origin.as_kept() for origin in origins])
     return y
 

@@ -1,4 +1,4 @@
-"""What comes about from what is kept anyway takes nothing: the same gradients in all ways that people write networks."""
+"""What comes about from what is kept anyway takes nothing, with the same gradients, in the ways people write networks."""
 
 import copy
 import gc
@@ -214,8 +214,8 @@ def test_a_factor_that_is_changed_in_place_is_an_error_as_in_the_stock_model():
 
 def test_a_gradient_of_a_product_that_is_computed_again_cannot_be_differentiated():
     model, x = converted(stack(Gated)), tokens().requires_grad_()
+    (grad,) = torch.autograd.grad(model(x * 1).square().sum(), x, create_graph=True)
     with pytest.raises(DoubleBackwardError):
-        (grad,) = torch.autograd.grad(model(x * 1).square().sum(), x, create_graph=True)
         grad.square().sum().backward()
 
 
