@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.exact.slots import is_kept
 from lowrank.tensors.eager import wants_gradient
 from lowrank.tensors.notes import Notes
 
@@ -208,6 +209,8 @@ class Reader:
 def reading(*origins: Origin) -> tuple[Reader, tuple[Tensor, ...]]:
     """A reader of these, and what autograd has to save for it."""
     sources = {source.step: source.tensor for origin in origins for source in origin.sources}
+    for tensor in sources.values():
+        is_kept(tensor)
     return Reader(origins), tuple(sources.values())
 
 

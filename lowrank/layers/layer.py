@@ -20,6 +20,7 @@ from torch.nn.modules import module as torch_module
 from lowrank.errors import ConversionError, LowRankError
 from lowrank.exact.origins import Rebuild, origin_of, reading
 from lowrank.exact.recompute import note_linear
+from lowrank.exact.slots import is_kept
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
 from lowrank.layers.held import Held, can_be_held, hold
@@ -255,6 +256,8 @@ def kept_of(layer: LowRankLayer, geometry: Geometry, input: Tensor, x: Tensor) -
         kept = tuple(map(_without_the_rest, kept))
         if kept and kept[0] is not batched:
             note_kept(input, batched, method, kept)
+        elif x is input:
+            is_kept(input)
     if not torch.compiler.is_compiling():
         state.kept_bytes = 0 if shared else sum(tensor.nbytes for tensor in kept if tensor is not None)
         state.formula_bytes = method.formula_bytes(kept, tuple(batched.shape)) if kept else 0

@@ -1,4 +1,4 @@
-"""What comes about from what is kept anyway takes nothing, with the same gradients, in the ways people write networks."""
+"""What comes about from what is kept anyway takes nothing, in the ways in which people write networks; exact."""
 
 import copy
 import gc
