@@ -165,6 +165,27 @@ softmax = _where_input_takes_nothing(F.softmax, F.softmax, _softmax_curve)
 _relu_curve = Curve("ReLU", F.relu, lambda grad, x: _aten.threshold_backward.default(grad, x, 0))
 _relu = _where_input_takes_nothing(F.relu, activations.relu, lambda: _relu_curve)
 _relu6 = _where_input_takes_nothing(F.relu6, activations.relu6, lambda: _hardtanh_curve("ReLU6", 0.0, 6.0))
+_hardtanh = _where_input_takes_nothing(
+    F.hardtanh, activations.hardtanh, lambda low=-1.0, high=1.0: _hardtanh_curve("Hardtanh", low, high)
+)
+_leaky_relu = _where_input_takes_nothing(F.leaky_relu, activations.leaky_relu, lambda slope=0.01: _leaky_curve(slope))
+
+
+def _leaky_curve(slope: float) -> Curve:
+    backward = _aten.leaky_relu_backward.default
+    return Curve("LeakyReLU", lambda x: F.leaky_relu(x, slope), lambda grad, x: backward(grad, x, slope, False))
+
+
+def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.hardtanh`; keeps nothing, or one bit per element."""
+    found: Tensor = _hardtanh(input, min_val, max_val, inplace=inplace)
+    return found
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.leaky_relu`; keeps nothing, or one bit per element."""
+    found: Tensor = _leaky_relu(input, negative_slope, inplace=inplace)
+    return found
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.exact import curves
-from lowrank.exact.activations import dropout, hardsigmoid, hardtanh, leaky_relu
-from lowrank.exact.curves import relu, relu6
+from lowrank.exact.activations import dropout, hardsigmoid
+from lowrank.exact.curves import hardtanh, leaky_relu, relu, relu6
 from lowrank.exact.expressions import EXPRESSIONS
 from lowrank.exact.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from lowrank.exact.recompute import group_norm, instance_norm, layer_norm, rms_norm, scaled_dot_product_attention

@@ -50,7 +50,7 @@ class Slot:
         (found,) = self._node.saved_tensors
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             self._node = None
-        return found  # type: ignore[no-any-return]
+        return found
 
 
 def _saved(tensor: Tensor) -> Any:

@@ -246,7 +246,7 @@ def test_what_is_put_together_of_parts_is_no_second_copy_of_them(training):
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)], ids=str)
 @pytest.mark.parametrize(
-    "activation", [nn.ReLU(), nn.ReLU(True), nn.SiLU(True), nn.Hardswish(), nn.Mish(True)], ids=str
+    "activation", [nn.ReLU(), nn.ReLU6(True), nn.LeakyReLU(0.1), nn.SiLU(True), nn.Hardswish(), nn.Mish(True)], ids=str
 )
 def test_behind_a_normalisation_that_needs_its_input_an_activation_takes_nothing(norm, activation):
     torch.manual_seed(0)
