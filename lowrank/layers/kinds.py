@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,13 +43,16 @@ def _linear(_: Any) -> LinearGeometry:
     return LinearGeometry()
 
 
-_OWN: Callable[[Any], Tensor] = attrgetter("weight")
+def _own(layer: Any) -> Any:
+    return layer.weight
+
+
 KINDS: dict[type[nn.Module], Kind] = {
     **{
-        stock: Kind(stock, ConvGeometry.of, _OWN, dimensions)
+        stock: Kind(stock, ConvGeometry.of, _own, dimensions)
         for stock, dimensions in ((nn.Conv1d, 3), (nn.Conv2d, 4), (nn.Conv3d, 5))
     },
-    nn.Linear: Kind(nn.Linear, _linear, _OWN, 0),
+    nn.Linear: Kind(nn.Linear, _linear, _own, 0),
 }
 # Layers of other packages, known by name so that nothing has to be imported.
 _BY_NAME: dict[tuple[str, str], Callable[[Any], Tensor]] = {
@@ -94,4 +96,4 @@ def register_layer(
     dimensions = 0
     if geometry is not None:
         dimensions = next((kind.dimensions for base, kind in KINDS.items() if issubclass(stock, base)), 4)
-    KINDS[stock] = Kind(stock, geometry or _linear, weight or _OWN, dimensions)
+    KINDS[stock] = Kind(stock, geometry or _linear, weight or _own, dimensions)
