@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowrank.exact.origins import Origin, Reader, find, itself, lean_mode, note, origin_of, reading
+from lowrank.exact.slots import is_kept
 from lowrank.tensors.eager import refuse_double_backward, saved
 
 _PARTS = (torch.cat, torch.concat, torch.concatenate)
@@ -94,6 +95,9 @@ def product(input: Any, other: Any, **options: Any) -> Any:
     needed = [origin_of(factor) if want else None for factor, want in ((other, own[0]), (input, own[1]))]
     plain = all(origin is None or origin.step.function is None for origin in needed)
     if plain:
+        for factor, want in ((other, own[0]), (input, own[1])):
+            if want:
+                is_kept(factor)
         y = torch.mul(input, other)
     else:
         reader, sources = reading(*(origin for origin in needed if origin is not None))
@@ -110,6 +114,7 @@ _scaled = noted(torch.mul)
 def keeps_its_input(stock: Callable[..., Tensor], input: Tensor, *parameters: Tensor | None, y: Tensor) -> Tensor:
     """Note that `y` is `stock(input, *parameters)`, of which autograd keeps the input anyway."""
     if lean_mode(y):
+        is_kept(input)
         note_of(y, stock, itself(input, kept=True), parameters)
     return y
 

@@ -56,6 +56,32 @@ def test_gradients_are_stock_and_no_more_is_kept(activation, method):
         )
 
 
+READERS = {
+    "normalisation": lambda y: torch.nn.functional.layer_norm(y, (40,)),
+    "product": lambda y: y * y,
+    "gate": lambda y: y * torch.sigmoid(y),
+}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_other_functions_that_keep_the_output_serve_as_well(reader):
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 40), nn.Linear(40, 3)
+
+        def forward(self, x):
+            return self.last(reader(torch.relu(self.first(x))))
+
+    torch.manual_seed(0)
+    stock = Reading().double()
+    model = lowrank.convert(copy.deepcopy(stock), ["first", "last"], Vanilla())
+    for one, other in zip(results(model, inputs()), results(stock, inputs()), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    kept, before = (lowrank.saved_bytes(network, loss, inputs()) for network in (model, stock))
+    assert kept <= before
+
+
 def test_a_graph_that_was_freed_says_so_as_stock_does():
     model = lowrank.convert(model_of(nn.ReLU()), ["2"], Vanilla())
     y = model(inputs()).sum()
