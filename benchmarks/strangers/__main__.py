@@ -64,7 +64,7 @@ def medians(table: pd.DataFrame) -> pd.DataFrame:
 def as_text(table: pd.DataFrame) -> str:
     """Markdown, with as many digits as mean something."""
     shown = table.copy()
-    shown["largest error"] = shown["largest error"].map("{:.0e}".format)
+    shown["largest error"] = shown["largest error"].map(lambda error: "-" if error != error else f"{error:.0e}")
     for name in RATIOS:
         shown[name] = shown[name].map("{:.2f}".format)
     return str(shown.to_markdown(index=False))
@@ -92,9 +92,9 @@ def main() -> None:
     known = pd.read_csv(arguments.table) if arguments.table.exists() else pd.DataFrame({"model": []})
     order = list(all_strangers())
     for key, stranger in strangers.items():
-        if key in set(known["model"]):
+        if key in set(known.dropna()["model"]):
             continue
-        known = pd.concat([known, pd.DataFrame([row_of(key, stranger)])], ignore_index=True)
+        known = pd.concat([known[known["model"] != key], pd.DataFrame([row_of(key, stranger)])], ignore_index=True)
         known = known.sort_values("model", key=lambda names: names.map(order.index), ignore_index=True)
         write_whole(arguments.table, known.to_csv(index=False, float_format="%.6g").encode())
         print(known[known["model"] == key].to_string(index=False, header=False), flush=True)
