@@ -21,6 +21,7 @@ from lowrank.errors import (
     StateError,
     TableError,
 )
+from lowrank.layers.kinds import register_layer
 from lowrank.layers.layer import converted_layers
 from lowrank.layers.token_mask import token_mask
 from lowrank.layers.training_state import load_training_state, training_state
@@ -38,6 +39,7 @@ from lowrank.ranks.perplexity import MODE_ENERGIES, measure_perplexity
 from lowrank.ranks.select import RankPlan, select_ranks
 from lowrank.ranks.table import Candidates, LayerPerplexity, PerplexityTable
 from lowrank.tensors.costs import LayerCost
+from lowrank.tensors.geometry import ConvGeometry, LinearGeometry
 from lowrank.tensors.tucker import Tucker
 
 __version__ = "0.1.0"
@@ -54,12 +56,14 @@ __all__ = [
     "BudgetError",
     "Candidates",
     "ChangedError",
+    "ConvGeometry",
     "ConversionError",
     "DoubleBackwardError",
     "Explanation",
     "GradientFilter",
     "LayerCost",
     "LayerPerplexity",
+    "LinearGeometry",
     "LowRankError",
     "Method",
     "NonFiniteError",
@@ -81,6 +85,7 @@ __all__ = [
     "measure_perplexity",
     "open_attention",
     "peak_bytes",
+    "register_layer",
     "revert",
     "saved_bytes",
     "select_ranks",

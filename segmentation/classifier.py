@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from lowrank import LayerCost, Method, Vanilla, converted_layers
 from lowrank.conversion.convert import adopt
 from lowrank.exact.bits import CHUNK, pack, spread
-from lowrank.layers.layer import LAYERS, LowRankLayer
-from lowrank.layers.swap import stock_class
+from lowrank.layers.layer import LowRankLayer, can_be_converted, weight_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def keep_nonzero(model: nn.Module) -> None:
     for name, head in model.named_modules():
         if isinstance(head, BaseDecodeHead):
             layer = head.conv_seg
-            if layer in chosen or stock_class(layer) not in LAYERS or not layer.weight.requires_grad:
+            if layer in chosen or not can_be_converted(layer) or not weight_of(layer).requires_grad:
                 continue
             if isinstance(layer, LowRankLayer):
                 layer._lowrank.method = Nonzero()

@@ -13,7 +13,8 @@ from lowrank.conversion.code import only_hands_on
 from lowrank.conversion.select import find_layers
 from lowrank.errors import LowRankError
 from lowrank.layers.factored import factorise_layer
-from lowrank.layers.layer import LAYERS
+from lowrank.layers.kinds import KINDS
+from lowrank.layers.layer import can_be_converted, weight_of
 from lowrank.layers.swap import has_own_forward, stock_class
 from lowrank.methods.base import Method
 
@@ -94,15 +95,17 @@ def _plan_layer(
 
 
 def _reason_against(layer: nn.Module) -> str | None:
-    kind, supported = stock_class(layer), ", ".join(f"nn.{family.__name__}" for family in LAYERS)
-    if kind not in LAYERS:
-        base = next((family.__name__ for family in LAYERS if isinstance(layer, family)), None)
+    if not can_be_converted(layer):
+        supported = ", ".join(f"nn.{kind.__name__}" for kind in KINDS if kind.__module__.startswith("torch.nn."))
+        base = next((kind.__name__ for kind in KINDS if isinstance(layer, kind)), None)
         if base is not None:
             return f"is a subclass of nn.{base} that may compute something else; supported are {supported} themselves"
-        return f"this kind of layer is not supported; supported are {supported}"
+        return (
+            f"this kind of layer is not supported; supported are {supported}, and what lowrank.register_layer is told"
+        )
     if has_own_forward(layer):
         return "it has a forward of its own, set on this one module, which a conversion would not reach"
-    weight = layer.weight
+    weight = weight_of(layer)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.layout != torch.strided:
         return f"its weight is {getattr(weight, 'dtype', type(weight).__name__)}; supported are real, dense weights"
     return None

@@ -28,10 +28,10 @@ class FunctionCalls:
         self._everywhere = any(value is function for value in held for function in LEAN_FUNCTIONS)
         own = not type(module).__module__.startswith("torch.nn.")  # the layers themselves
         self._steps = [list(dis.get_instructions(code)) for code in _codes(type(module))] if own else []
-        self._steps = [steps for steps in self._steps if any(_is_named(step) for step in steps)]
+        self._named = any(_is_named(step) for steps in self._steps for step in steps)
 
     def __bool__(self) -> bool:
-        return self._everywhere or bool(self._steps)
+        return self._everywhere or self._named
 
     def reach(self, child: str) -> bool:
         """Whether such a function may be called with what a child gives: it is named behind the child, or in its line.
@@ -50,6 +50,8 @@ class FunctionCalls:
 
 
 def _is_named(step: dis.Instruction) -> bool:
+    if step.opname == "BINARY_OP":  # sums and products
+        return True
     return step.argval in _NAMES and step.opname.startswith("LOAD_")
 
 

@@ -13,7 +13,7 @@ from lowrank.errors import ConversionError
 from lowrank.layers import factored
 from lowrank.layers.attention import OpenAttention
 from lowrank.layers.factored import FactoredLinear
-from lowrank.layers.layer import LAYERS, LayerState, LowRankLayer
+from lowrank.layers.layer import LayerState, LowRankLayer, can_be_converted, layer_class
 from lowrank.layers.lean import LEAN_MODULES, RECOMPUTED, LeanModule
 from lowrank.layers.swap import become, has_own_forward, restore, stock_class
 from lowrank.methods.base import Method, Vanilla
@@ -72,7 +72,7 @@ def convert(model: Model, names: Choice, method: Method | None = None, fuse: boo
 
 def adopt(layer: nn.Module, method: Method, name: str) -> None:
     """Turn one stock layer into a converted one that nobody named, in place."""
-    become(layer, LAYERS[type(layer)])
+    become(layer, layer_class(type(layer)))
     assert isinstance(layer, LowRankLayer)
     layer._lowrank = LayerState(method, name, chosen=False)
 
@@ -81,7 +81,7 @@ def _take(step: Step) -> None:
     layer = step.layer
     if isinstance(layer, LowRankLayer):
         _release(layer)
-    kind = LAYERS[type(layer)]
+    kind = layer_class(type(layer))
     layer._lowrank = LayerState(step.method, step.name)  # type: ignore[assignment]
     if step.factors is None:
         become(layer, kind)
@@ -108,7 +108,7 @@ def _keep_less(model: nn.Module) -> None:
     for name, module in modules.items():
         watched = any(found.reach(_child(owner, name)) for owner, found in calls.items() if _is_in(owner, name))
         lazy = name in read_behind
-        if type(module) in LAYERS:
+        if not isinstance(module, LowRankLayer) and can_be_converted(module):
             frozen = not getattr(module.weight, "requires_grad", True)
             if frozen or lazy or watched or (recomputes and type(module) is nn.Linear):
                 adopt(module, Vanilla(), name)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.exact.bits import Rule, masked, pack
+from lowrank.exact.slots import Slot, note_slot
 from lowrank.tensors.eager import wants_gradient
 
 SIXTH = torch.tensor(1 / 6).item()  # PyTorch's slope of Hardsigmoid, a single-precision number in every dtype
@@ -46,21 +47,23 @@ class Curve:
         function: of a tensor, and whether to work in place.
         gate: which elements have the inner slope, see `pack`.
         slope: the gradient by that, see `masked`.
+        by_output: whether the gate can be told from the output as well.
     """
 
     function: Callable[[Tensor, bool], Tensor]
     gate: Rule
     slope: Rule = _ABOVE_ZERO
+    by_output: bool = True
 
 
 class _TwoSlopes(torch.autograd.Function):
-    """A curve; keeps one bit per element."""
+    """A curve; keeps one bit per element, or the output, where another node keeps that."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, curve: Curve, inplace: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, curve: Curve, inplace: bool, slots: list[Slot]) -> Tensor:
         bits, ctx.place = pack(x, curve.gate)
-        ctx.save_for_backward(bits)
-        ctx.slope = curve.slope
+        ctx.slot, ctx.curve = Slot(bits), curve
+        slots.append(ctx.slot)
         if not inplace:
             return curve.function(x, False)
         ctx.mark_dirty(x)
@@ -68,9 +71,18 @@ class _TwoSlopes(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (bits,) = ctx.saved_tensors
-        return _gradient(grad, bits, ctx.place, ctx.slope), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        own, kept = ctx.slot.own, ctx.slot.tensor()
+        bits, place = (kept, ctx.place) if own else pack(kept, ctx.curve.gate)
+        return _gradient(grad, bits, place, ctx.curve.slope), None, None, None
+
+
+def _two_slopes(x: Tensor, curve: Curve, inplace: bool) -> Tensor:
+    slots: list[Slot] = []
+    y: Tensor = _TwoSlopes.apply(x, curve, inplace, slots)
+    if curve.by_output:
+        note_slot(y, slots[0])
+    return y
 
 
 class _Masked(torch.autograd.Function):
@@ -96,14 +108,14 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.relu`; keeps one bit per element."""
     if not wants_gradient(input):
         return F.relu(input, inplace)
-    return _TwoSlopes.apply(input, Curve(F.relu, _ABOVE_ZERO), inplace)
+    return _two_slopes(input, Curve(F.relu, _ABOVE_ZERO), inplace)
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.relu6`; keeps one bit per element."""
     if not wants_gradient(input):
         return F.relu6(input, inplace)
-    return _TwoSlopes.apply(input, Curve(F.relu6, _as_stock(_hardtanh_backward, 0, 6)), inplace)
+    return _two_slopes(input, Curve(F.relu6, _as_stock(_hardtanh_backward, 0, 6)), inplace)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
@@ -111,7 +123,7 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     if not wants_gradient(input):
         return F.hardtanh(input, min_val, max_val, inplace)
     gate = _as_stock(_hardtanh_backward, min_val, max_val)
-    return _TwoSlopes.apply(input, Curve(lambda x, i: F.hardtanh(x, min_val, max_val, i), gate), inplace)
+    return _two_slopes(input, Curve(lambda x, i: F.hardtanh(x, min_val, max_val, i), gate), inplace)
 
 
 def _sixth(grad: Tensor, mask: Tensor, out: Tensor) -> None:
@@ -123,7 +135,7 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.hardsigmoid`; keeps one bit per element."""
     if not wants_gradient(input):
         return F.hardsigmoid(input, inplace)
-    return _TwoSlopes.apply(input, Curve(F.hardsigmoid, _as_stock(_hardtanh_backward, -3, 3), _sixth), inplace)
+    return _two_slopes(input, Curve(F.hardsigmoid, _as_stock(_hardtanh_backward, -3, 3), _sixth, False), inplace)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
@@ -131,7 +143,9 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     if not wants_gradient(input):
         return F.leaky_relu(input, negative_slope, inplace)
     gate, slope = (_as_stock(_leaky_relu_backward, outer, False) for outer in (0.0, negative_slope))
-    return _TwoSlopes.apply(input, Curve(lambda x, i: F.leaky_relu(x, negative_slope, i), gate, slope), inplace)
+    return _two_slopes(
+        input, Curve(lambda x, i: F.leaky_relu(x, negative_slope, i), gate, slope, negative_slope > 0), inplace
+    )
 
 
 class _Dropout(torch.autograd.Function):

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.exact.activations import dropout, hardsigmoid, hardtanh, leaky_relu, relu, relu6
+from lowrank.exact import curves
+from lowrank.exact.activations import dropout, hardsigmoid
+from lowrank.exact.curves import hardtanh, leaky_relu, relu, relu6
+from lowrank.exact.expressions import EXPRESSIONS
 from lowrank.exact.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
-from lowrank.exact.recompute import gelu, layer_norm, silu
+from lowrank.exact.recompute import group_norm, instance_norm, layer_norm, rms_norm, scaled_dot_product_attention
 
 # What plain functional code calls, and what stands in for it.
 LEAN_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -29,7 +32,19 @@ LEAN_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.max_pool2d: max_pool2d,
     F.avg_pool2d: avg_pool2d,
     F.adaptive_avg_pool2d: adaptive_avg_pool2d,
-    F.gelu: gelu,
-    F.silu: silu,
+    F.gelu: curves.gelu,
+    F.silu: curves.silu,
+    F.hardswish: curves.hardswish,
+    F.mish: curves.mish,
+    F.softplus: curves.softplus,
+    **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), curves.power),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), curves.sigmoid),
+    **dict.fromkeys((torch.tanh, Tensor.tanh), curves.tanh),
+    F.softmax: curves.softmax,
     F.layer_norm: layer_norm,
+    F.rms_norm: rms_norm,
+    F.group_norm: group_norm,
+    F.instance_norm: instance_norm,
+    F.scaled_dot_product_attention: scaled_dot_product_attention,
+    **EXPRESSIONS,
 }

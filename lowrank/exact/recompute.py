@@ -1,15 +1,13 @@
-"""Computing tensors again in the backward pass from what another layer keeps anyway; exact.
+"""Normalisations, linear layers and attention whose results are computed again in the backward pass; exact.
 
-A layer normalisation has to keep its input. Its output, and what linear layers and smooth activations make of that, can
-be computed again from it by the same operations, bit for bit. So whoever needs such a tensor in the backward pass keeps
-its *origin* in place of the tensor: the sources, and how to rebuild it.
+A normalisation has to keep its input. Its output, and what linear layers, activations and products make of that, come
+about from it (see `origins`), so that they take nothing.
 
-| layer | kept in place of |
+| layer | kept |
 |---|---|
-| LayerNorm | its input, as in PyTorch; notes it as the origin of its output |
-| GELU, SiLU | the origin of its input, if that is less than the input |
+| LayerNorm, GroupNorm, InstanceNorm, RMSNorm, BatchNorm | its input, as in PyTorch: its output comes about from it |
 | Linear that keeps its input | the origin of its input |
-| attention (`attend`) | the origin of the joint projection, in place of all that follows from it, the output too |
+| attention | the origins of queries, keys, values and mask, in place of these, of probabilities and of the output |
 
 The price is that attention, and a linear layer in front of an activation or of it, run once more in the backward pass.
 """
@@ -22,67 +20,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lowrank.tensors.eager import refuse_double_backward, saved, wants_gradient
-from lowrank.tensors.notes import Notes
-
-Rebuild = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """How to compute a tensor again: `rebuild(*sources)` is the tensor.
-
-    Attributes:
-        sources: tensors that are to be kept for it, parameters among them.
-        rebuild: from the sources to the tensor; refers to no tensor itself.
-        kept: whether another layer keeps all sources in any case.
-    """
-
-    sources: tuple[Tensor, ...]
-    rebuild: Rebuild
-    kept: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that keeping it adds: none if all are kept in any case."""
-        own = [source for source in self.sources if not isinstance(source, nn.Parameter)]
-        return 0 if self.kept else sum(source.untyped_storage().nbytes() for source in own)
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
-
-
-# The sources live as long as the tensor that can be computed from them, whatever else keeps them: so what a layer keeps
-# is decided by what it is given, the same in a checkpoint's first pass as in its second.
-_ORIGINS: Notes[tuple[Origin, tuple[int, ...]]] = Notes()
-
-
-def _note(tensor: Tensor, origin: Origin) -> None:
-    _ORIGINS.note(tensor, (origin, tuple(source._version for source in origin.sources)))
-
-
-def _find(tensor: Tensor) -> Origin | None:
-    origin, versions = _ORIGINS.find(tensor) or (None, ())
-    if origin is None or versions != tuple(source._version for source in origin.sources):
-        return None
-    return origin
-
-
-def origin_of(x: Tensor) -> Origin:
-    """The way to have a tensor in the backward pass that keeps least: its origin, or the tensor itself."""
-    origin = _find(x)
-    if origin is None or origin.nbytes >= x.untyped_storage().nbytes():
-        return Origin((x,), _itself, False)
-    return origin
-
-
-def known_origin(x: Tensor) -> Origin | None:
-    """The origin of a tensor whose sources another layer keeps; None if there is none."""
-    origin = _find(x)
-    return origin if origin is not None and origin.kept else None
+from lowrank.exact.expressions import keeps_its_input, note_of
+from lowrank.exact.origins import Reader, Rebuild, lean_mode, note, origin_of, reading
+from lowrank.tensors.eager import refuse_double_backward, saved
 
 
 def note_linear(x: Tensor, y: Tensor, apply: Rebuild, parameters: tuple[Tensor | None, ...], keeps_x: bool) -> None:
@@ -93,85 +35,11 @@ def note_linear(x: Tensor, y: Tensor, apply: Rebuild, parameters: tuple[Tensor |
         y: its output.
         apply: the layer as a function of its input and parameters; refers to no tensor itself.
         parameters: of the layer.
-        keeps_x: whether the layer keeps `x` itself.
+        keeps_x: whether the layer keeps `x`, or its origin.
     """
-    if not lean_mode(y):
-        return
-    before = _find(x) or Origin((x,), _itself, keeps_x)
-    present = tuple(parameter is not None for parameter in parameters)
-    own = tuple(parameter for parameter in parameters if parameter is not None)
-    count, inner = len(before.sources), before.rebuild
-
-    def rebuild(*sources: Tensor) -> Tensor:
-        given = iter(sources[count:])
-        return apply(inner(*sources[:count]), *(next(given) if there else None for there in present))
-
-    _note(y, Origin((*before.sources, *own), rebuild, before.kept))
-
-
-def lean_mode(x: Tensor) -> bool:
-    """Whether what autograd keeps for `x` is this module's to decide: in plain eager training without autocast."""
-    if not wants_gradient(x):
-        return False
-    device = x.device.type
-    return not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
-
-
-class _Smooth(torch.autograd.Function):
-    """An activation whose derivative is computed from its input, which is computed again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, curve: _Curve, origin: Origin, shared: list[Tensor]) -> Tensor:
-        ctx.curve, ctx.rebuild, ctx.shared = curve, origin.rebuild, shared
-        ctx.save_for_backward(*origin.sources)
-        return curve.function(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        with torch.no_grad():
-            x = ctx.shared.pop() if ctx.shared else ctx.rebuild(*saved(ctx, ctx.curve.name))
-            grad_x = ctx.curve.derivative(grad, x)
-        if torch.is_grad_enabled():
-            grad_x = refuse_double_backward(ctx.curve.name, grad_x, grad)
-        return grad_x, None, None, None
-
-
-@dataclass(frozen=True)
-class _Curve:
-    name: str
-    function: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor, Tensor], Tensor]
-
-
-def _smooth(x: Tensor, curve: _Curve) -> Tensor:
-    origin = origin_of(x)
-    # The layer behind, if it needs the output, computes the input again just before this one needs it: it leaves it.
-    shared: list[Tensor] = []
-    y = _Smooth.apply(x, curve, origin, shared)
-    inner = origin.rebuild
-
-    def rebuild(*sources: Tensor) -> Tensor:
-        shared[:] = [inner(*sources)]
-        return curve.function(shared[0])
-
-    _note(y, Origin(origin.sources, rebuild, True))
-    return y
-
-
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """`torch.nn.functional.gelu`; keeps the origin of its input."""
-    if not lean_mode(input):
-        return F.gelu(input, approximate=approximate)
-    backward = torch.ops.aten.gelu_backward.default
-    forward = lambda x: F.gelu(x, approximate=approximate)  # noqa: E731
-    return _smooth(input, _Curve("GELU", forward, lambda grad, x: backward(grad, x, approximate=approximate)))
-
-
-def silu(input: Tensor, inplace: bool = False) -> Tensor:
-    """`torch.nn.functional.silu`; keeps the origin of its input."""
-    if not lean_mode(input) or inplace:
-        return F.silu(input, inplace)
-    return _smooth(input, _Curve("SiLU", F.silu, torch.ops.aten.silu_backward.default))
+    if lean_mode(y):
+        origin = origin_of(x)
+        note_of(y, apply, origin.as_kept() if keeps_x else origin, parameters)
 
 
 def layer_norm(
@@ -183,10 +51,60 @@ def layer_norm(
 ) -> Tensor:
     """`torch.nn.functional.layer_norm`; notes its input, which it keeps, as the origin of its output."""
     y = F.layer_norm(input, normalized_shape, weight, bias, eps)
-    if lean_mode(y):
-        shape = tuple(normalized_shape)
-        note_linear(input, y, lambda x, w, b: F.layer_norm(x, shape, w, b, eps), (weight, bias), keeps_x=True)
-    return y
+    shape = tuple(normalized_shape)
+    return keeps_its_input(lambda x, w, b: F.layer_norm(x, shape, w, b, eps), input, weight, bias, y=y)
+
+
+def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """`torch.nn.functional.rms_norm`; notes its input, which it keeps, as the origin of its output."""
+    y = F.rms_norm(input, normalized_shape, weight, eps)
+    shape = tuple(normalized_shape)
+    return keeps_its_input(lambda x, w: F.rms_norm(x, shape, w, eps), input, weight, y=y)
+
+
+def group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """`torch.nn.functional.group_norm`; notes its input, which it keeps, as the origin of its output."""
+    y = F.group_norm(input, num_groups, weight, bias, eps)
+    return keeps_its_input(lambda x, w, b: F.group_norm(x, num_groups, w, b, eps), input, weight, bias, y=y)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.instance_norm`; notes its input, which it keeps, as the origin of its output."""
+    y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    if not use_input_stats:
+        return y
+    again = lambda x, w, b: F.instance_norm(x, None, None, w, b, True, 0.0, eps)  # noqa: E731
+    return keeps_its_input(again, input, weight, bias, y=y)
+
+
+def stock_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`; notes its input, which it keeps, as the origin of its output."""
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if training or running_mean is None:
+        again = lambda x, w, b: F.batch_norm(x, None, None, w, b, True, 0.0, eps)  # noqa: E731
+        return keeps_its_input(again, input, weight, bias, y=y)
+    stored = lambda x, w, b, mean, var: F.batch_norm(x, mean, var, w, b, False, 0.0, eps)  # noqa: E731
+    return keeps_its_input(stored, input, weight, bias, running_mean, running_var, y=y)
 
 
 @dataclass(frozen=True)
@@ -197,32 +115,26 @@ class _Mixing:
     leaves what it made, so that attention is computed again once.
 
     Attributes:
-        function: of queries, keys and values in one tensor, and of further tensors or None.
-        rebuild: that one tensor from its sources.
-        count: how many sources it has.
+        function: of tensors or None, such as queries, keys, values and a mask.
         wanted: per argument of the function, whether it wants a gradient; None: it is None.
         made: arguments and output of the latest call, until the gradient is taken.
     """
 
     function: Rebuild
-    rebuild: Rebuild
-    count: int
     wanted: tuple[bool | None, ...]
     made: list[tuple[list[Tensor | None], Tensor]] = field(default_factory=list)
 
-    def again(self, *kept: Tensor) -> Tensor:
-        """The output, from the sources and the further tensors; leaves the graph for `gradients`."""
-        given = iter([self.rebuild(*kept[: self.count]), *kept[self.count :]])
+    def again(self, *values: Tensor) -> Tensor:
+        """The output, from the arguments that are not None; leaves the graph for `gradients`."""
+        given = iter(values)
         leaves = [None if want is None else next(given).detach().requires_grad_(want) for want in self.wanted]
         with torch.enable_grad():
             y = self.function(*leaves)
         self.made[:] = [(leaves, y)]
         return y.detach()
 
-    def gradients(self, grad: Tensor, *kept: Tensor) -> list[Tensor | None]:
+    def gradients(self, grad: Tensor) -> list[Tensor | None]:
         """One per argument; None where it is not wanted or the output does not depend on it."""
-        if not self.made:
-            self.again(*kept)
         leaves, y = self.made.pop()
         inputs = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         found = iter(torch.autograd.grad(y, inputs, grad, allow_unused=True))
@@ -233,32 +145,55 @@ class _Attend(torch.autograd.Function):
     """Attention that is computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, mixing: _Mixing, kept: tuple[Tensor, ...], projected: Tensor, *others: Any) -> Tensor:
-        ctx.mixing = mixing
-        ctx.save_for_backward(*kept)
-        return mixing.function(projected, *others)
+    def forward(ctx: Any, mixing: _Mixing, reader: Reader, sources: tuple[Tensor, ...], *arguments: Any) -> Tensor:
+        ctx.mixing, ctx.reader = mixing, reader
+        ctx.save_for_backward(*sources)
+        return mixing.function(*arguments)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         again = torch.is_grad_enabled()
-        found = ctx.mixing.gradients(grad.detach(), *saved(ctx, "attention"))
-        return None, None, *(refuse_double_backward("attention", one, grad) if again else one for one in found)
+        sources = saved(ctx, "attention")
+        if ctx.mixing.made:
+            ctx.reader.done()
+        else:
+            ctx.mixing.again(*ctx.reader(*sources))
+        found = ctx.mixing.gradients(grad.detach())
+        return None, None, None, *(refuse_double_backward("attention", one, grad) if again else one for one in found)
 
 
-def attend(function: Rebuild, projected: Tensor, *others: Tensor | None) -> Tensor:
-    """`function(projected, *others)`, without keeping what it computes inside, nor its output for the layer behind.
+def attend(function: Rebuild, *arguments: Tensor | None) -> Tensor:
+    """`function(*arguments)`, without keeping what it computes inside, nor its output for the layer behind.
 
     Args:
         function: without randomness; refers to no tensor itself.
-        projected: queries, keys and values, of which the origin is kept.
-        others: further tensors that it takes, such as a mask, kept as they are.
+        arguments: queries, keys and values, in one tensor or several, and further tensors such as a mask: the
+            origins of all are kept.
     """
-    if not lean_mode(projected):
-        return function(projected, *others)
-    wanted = tuple(None if argument is None else argument.requires_grad for argument in (projected, *others))
-    origin = origin_of(projected)
-    kept = (*origin.sources, *(other for other in others if other is not None))
-    mixing = _Mixing(function, origin.rebuild, len(origin.sources), wanted)
-    y = _Attend.apply(mixing, kept, projected, *others)
-    _note(y, Origin(kept, mixing.again, True))
+    if not any(lean_mode(argument) for argument in arguments):
+        return function(*arguments)
+    mixing = _Mixing(function, tuple(None if argument is None else argument.requires_grad for argument in arguments))
+    origins = [origin_of(argument) for argument in arguments if argument is not None]
+    reader, sources = reading(*origins)
+    with torch._C.DisableTorchFunctionSubclass():  # what the function calls in turn is part of this one node
+        y: Tensor = _Attend.apply(mixing, reader, sources, *arguments)
+    note(y, mixing.again, [origin.as_kept() for origin in origins])
     return y
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`; keeps the origins of its arguments."""
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    if dropout_p:  # which random numbers it drew is nowhere kept
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **options)
+    function: Callable[..., Tensor] = lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask, **options)  # noqa: E731
+    return attend(function, query, key, value, attn_mask)

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from lowrank.exact.functions import LEAN_FUNCTIONS
+from lowrank.exact.origins import place_of_saving
 from lowrank.tensors.eager import ORDINARY
 
 
@@ -25,9 +27,11 @@ class Watched(Tensor):
         if foreign(types):
             args, kwargs = tree_map_only(Watched, lambda x: x.as_subclass(Tensor), (args, kwargs or {}))
             return func(*args, **kwargs)
-        with unwatched([leaf for leaf in tree_iter((args, kwargs)) if type(leaf) is Watched]):
-            y = LEAN_FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
-        return watch(y) if is_watched_for(func) else y
+        watched = [leaf for leaf in tree_iter((args, kwargs)) if type(leaf) is Watched]
+        lean = is_watched_for(func) and _is_from_here(watched)
+        with unwatched(watched):
+            y = (LEAN_FUNCTIONS.get(func, func) if lean else func)(*args, **(kwargs or {}))
+        return watch(y) if lean else y
 
     def detach(self) -> Tensor:
         """As ever, and of the same class, which whoever makes a parameter of it asks for."""
@@ -58,7 +62,15 @@ def unwatched(tensors: Sequence[Tensor]) -> Iterator[None]:
         yield
     finally:
         for tensor in tensors:
-            watch(tensor)
+            tensor.__class__ = Watched
+
+
+class LeanFunctions(TorchFunctionMode):
+    """Within it, in this thread, functions give way to those that keep less."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return LEAN_FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
 
 
 def is_watched_for(func: Any) -> bool:
@@ -71,8 +83,21 @@ def foreign(types: Any) -> bool:
     return not all(kind in ORDINARY for kind in types)
 
 
+def _is_from_here(watched: Sequence[Tensor]) -> bool:
+    """Whether one of these was watched within the same checkpoint: what is given to one may be of any class when it is
+    run again."""
+    place = place_of_saving()
+    return any(vars(leaf).get("_lowrank_place", 0) == place for leaf in watched)
+
+
 def watch(y: Any) -> Any:
     """The same tensor, watched; anything else as it is."""
     if type(y) is Tensor:
         y.__class__ = Watched
+        place = place_of_saving()
+        if place:
+            y._lowrank_place = place  # type: ignore[attr-defined]
+    elif isinstance(y, tuple | list):
+        for one in y:
+            watch(one)
     return y

@@ -10,21 +10,24 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from lowrank.errors import LowRankError
-from lowrank.exact.recompute import Rebuild, known_origin, note_linear
+from lowrank.errors import ConversionError, LowRankError
+from lowrank.exact.origins import Rebuild, origin_of, reading
+from lowrank.exact.recompute import note_linear
+from lowrank.exact.slots import is_kept
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
 from lowrank.layers.held import Held, can_be_held, hold
+from lowrank.layers.kinds import KINDS, Kind, kind_of
 from lowrank.layers.lazy import Lazy, real
 from lowrank.layers.shared_inputs import find_kept, note_kept
-from lowrank.layers.swap import Changed
+from lowrank.layers.swap import Changed, stock_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.methods.base import Method, Tensors, Vanilla
 from lowrank.tensors.eager import in_compiled_graph, trains_plainly, without_autocast
@@ -62,6 +65,7 @@ class LayerState:
 class LowRankLayer(Changed):
     """What every converted layer has in common; its state is `_lowrank`."""
 
+    kind: ClassVar[Kind]
     weight: nn.Parameter
     bias: nn.Parameter | None
     _lowrank: LayerState
@@ -79,15 +83,17 @@ class LowRankLayer(Changed):
 
     def _compiled(self, input: Tensor) -> Tensor:
         """A compiler decides itself what to keep of a layer that keeps its input; other methods go into its graph."""
-        weight, bias = self.weight, self.bias
+        weight, bias = self.kind.weight(self), self.bias
         tracked = torch.is_grad_enabled() and weight.requires_grad and in_compiled_graph()
         if not tracked or self._lowrank.method.keeps_input or not weight.is_floating_point() or input.is_meta:
             return self._stock(input)
         return _tracked(self, input, weight, bias)
 
     def _run(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        if not _fits(self, input) or not trains_plainly(input, weight, bias):
+        if not self.kind.fits(input) or not trains_plainly(input):
+            return self._stock(input)
+        weight, bias = self.kind.weight(self), self.bias
+        if not trains_plainly(input, weight, bias):
             return self._stock(input)
         if any(tensor is not None and tensor.requires_grad for tensor in (input, weight, bias)):
             return _tracked(self, real(input), weight, bias)
@@ -106,31 +112,55 @@ class LowRankLayer(Changed):
 class LowRankConv2d(LowRankLayer, nn.Conv2d):  # type: ignore[misc]
     """A converted `nn.Conv2d`."""
 
-    stock_class = nn.Conv2d
+    stock_class, kind = nn.Conv2d, KINDS[nn.Conv2d]
 
 
 class LowRankLinear(LowRankLayer, nn.Linear):  # type: ignore[misc]
     """A converted `nn.Linear`."""
 
-    stock_class = nn.Linear
+    stock_class, kind = nn.Linear, KINDS[nn.Linear]
 
 
-LAYERS: dict[type[nn.Module], type[LowRankLayer]] = {nn.Conv2d: LowRankConv2d, nn.Linear: LowRankLinear}
+_LAYERS: dict[type[nn.Module], type[LowRankLayer]] = {nn.Conv2d: LowRankConv2d, nn.Linear: LowRankLinear}
 
 
-def geometry_of(layer: Any) -> Geometry:
+def layer_class(stock: type[nn.Module]) -> type[LowRankLayer]:
+    """The class that stands in for a stock one.
+
+    Raises:
+        ConversionError: for one that is not registered.
+    """
+    kind = kind_of(stock)
+    if kind is None:
+        raise ConversionError(f"{stock.__name__} is no layer that can be converted; see lowrank.register_layer")
+    if stock not in _LAYERS:
+        own = {"stock_class": stock, "_place": (__name__, "layer_class"), "__module__": stock.__module__}
+        _LAYERS[stock] = type(f"LowRank{stock.__name__}", (LowRankLayer, stock), {**own, "kind": kind})
+    return _LAYERS[stock]
+
+
+def can_be_converted(layer: nn.Module) -> bool:
+    """Whether a layer, converted or not, is of a kind that can be."""
+    return kind_of(stock_class(layer)) is not None
+
+
+def _kind(layer: nn.Module) -> Kind:
+    return layer.kind if isinstance(layer, LowRankLayer) else KINDS[stock_class(layer)]
+
+
+def geometry_of(layer: nn.Module) -> Geometry:
     """The geometry of a convolution or linear layer as it stands, of its weight's own kernel."""
-    return ConvGeometry.of(layer) if isinstance(layer, nn.Conv2d) else LinearGeometry()
+    return _kind(layer).geometry(layer)
 
 
-def _fits(layer: nn.Module, x: Any) -> bool:
-    """Whether this is an input of the stock layer at all, which says what is wrong with any other."""
-    return isinstance(x, Tensor) and (x.ndim in (3, 4) if isinstance(layer, nn.Conv2d) else x.ndim > 0)
+def weight_of(layer: nn.Module) -> Any:
+    """A layer's weight as (O, C/g, ...) or (O, I)."""
+    return _kind(layer).weight(layer)
 
 
 def is_single(layer: nn.Module, x: Tensor) -> bool:
     """Whether an input or output comes without its batch dimension."""
-    return x.ndim < (4 if isinstance(layer, nn.Conv2d) else 2)
+    return _kind(layer).is_single(x)
 
 
 def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -214,10 +244,11 @@ def kept_of(layer: LowRankLayer, geometry: Geometry, input: Tensor, x: Tensor) -
     method, single = state.method, is_single(layer, x)
     batched = Tensor.detach(x).unsqueeze(0) if single else Tensor.detach(x)
     if method.keeps_input and x is input and not single:
-        origin = None if torch.compiler.is_compiling() else known_origin(input)
-        if origin is not None:
-            state.kept_bytes, state.formula_bytes = 0, batched.nbytes
-            return Rebuilt(origin.rebuild), origin.sources
+        origin = None if torch.compiler.is_compiling() else origin_of(input)
+        if origin is not None and origin.step.function is not None:
+            state.kept_bytes, state.formula_bytes = origin.nbytes, batched.nbytes
+            reader, sources = reading(origin)
+            return Rebuilt(reader.one), sources
     kept = find_kept(input, batched, method)
     shared = kept is not None
     if kept is None:
@@ -225,6 +256,8 @@ def kept_of(layer: LowRankLayer, geometry: Geometry, input: Tensor, x: Tensor) -
         kept = tuple(map(_without_the_rest, kept))
         if kept and kept[0] is not batched:
             note_kept(input, batched, method, kept)
+        elif x is input:
+            is_kept(input)
     if not torch.compiler.is_compiling():
         state.kept_bytes = 0 if shared else sum(tensor.nbytes for tensor in kept if tensor is not None)
         state.formula_bytes = method.formula_bytes(kept, tuple(batched.shape)) if kept else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.exact.functions import LEAN_FUNCTIONS
-from lowrank.exact.watched import Watched, watch
+from lowrank.exact.watched import LeanFunctions, Watched, watch
 from lowrank.layers import normalisation  # noqa: F401 - its function is among those that keep less
 from lowrank.layers.held import Held, let_go
 from lowrank.layers.lazy import Lazy, read
@@ -19,23 +20,28 @@ from lowrank.tensors.eager import trains_plainly
 
 
 class LeanModule(Changed):
-    """The stock forward pass, with the function that keeps less in the place of the one that it calls."""
+    """The stock forward pass, in which the functions that it calls on its input give way to those that keep less."""
 
     _lowrank_watched = False  # whether the code around it calls activations and the like as functions
 
     def forward(self, input: Tensor) -> Any:
         kind = type(input)
-        called = CALLS[self.stock_class](self)
-        if called is None or (kind is not Lazy and (kind not in _OWN or not trains_plainly(input))):
+        if isinstance(self, nn.Embedding):  # of indices; what counts is that its output is watched
+            y = super().forward(input)
+            return watch(y) if self._lowrank_watched and trains_plainly(y) else y
+        if kind is not Lazy and (kind not in _OWN or not trains_plainly(input)):
             return super().forward(input)
-        function, *arguments = called
-        if kind is Lazy:
-            y = read(function, (input, *arguments))
+        if kind is Held and getattr(self, "inplace", False):
+            let_go(input)
+        called = CALLS[self.stock_class](self) if self.stock_class in CALLS else None
+        if called is None:
+            with nullcontext() if kind is Lazy else LeanFunctions():  # a lazy tensor does so itself
+                y = super().forward(input)
+        elif kind is Lazy:
+            y = read(called[0], (input, *called[1:]))
         else:
-            if kind is Held and getattr(self, "inplace", False):
-                let_go(input)
             with torch._C.DisableTorchFunctionSubclass():
-                y = LEAN_FUNCTIONS[function](input, *arguments)
+                y = LEAN_FUNCTIONS[called[0]](input, *called[1:])
         return watch(y) if self._lowrank_watched or kind is Watched else y
 
 
@@ -50,7 +56,7 @@ def _own(stock: type[nn.Module]) -> dict[str, Any]:
 
 def _batch_norm(m: Any) -> tuple[Any, ...] | None:
     if m.training or m.running_mean is None or m.running_var is None:
-        return None  # batch statistics
+        return None
     return F.batch_norm, m.running_mean, m.running_var, m.weight, m.bias, False, 0.0, m.eps
 
 
@@ -67,8 +73,7 @@ def _average_pool(m: Any) -> tuple[Any, ...]:
 
 
 _OWN = (Tensor, Watched, Held)
-RECOMPUTED = (nn.LayerNorm, nn.GELU, nn.SiLU)  # behind or in front of which tensors are computed again
-# The function that the stock module calls, and with what behind its input; None: as it stands it keeps nothing less.
+# The function that the stock module calls, and with what behind its input: a short way. Others take the stock forward.
 CALLS: dict[type[nn.Module], Callable[[Any], tuple[Any, ...] | None]] = {
     nn.ReLU: lambda m: (F.relu, m.inplace),
     nn.ReLU6: _hardtanh,
@@ -84,6 +89,16 @@ CALLS: dict[type[nn.Module], Callable[[Any], tuple[Any, ...] | None]] = {
     nn.GELU: lambda m: (F.gelu, m.approximate),
     nn.SiLU: lambda m: (F.silu, m.inplace),
 }
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+CURVES = (nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Softmax)
+RECOMPUTED = (*_NORMS, *CURVES)  # behind or in front of which tensors are computed again
 LEAN_MODULES: dict[type[nn.Module], type[LeanModule]] = {
-    stock: type(f"Lean{stock.__name__}", (LeanModule, stock), _own(stock)) for stock in CALLS
+    stock: type(f"Lean{stock.__name__}", (LeanModule, stock), _own(stock))
+    for stock in (
+        *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid, nn.LeakyReLU, nn.Dropout),
+        *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Embedding, *RECOMPUTED),
+    )
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError
 from lowrank.layers.factored import FactoredLinear
-from lowrank.layers.layer import LAYERS, LowRankLayer, geometry_of, is_single
+from lowrank.layers.layer import LowRankLayer, can_be_converted, geometry_of, is_single, weight_of
 from lowrank.layers.preserve import preserved
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
@@ -73,7 +73,7 @@ def account(
     """
     layers = named_layers(model, names)
     for name, layer in layers.items():
-        if stock_class(layer) not in LAYERS:
+        if not can_be_converted(layer):
             raise ConversionError(f"layer {name!r} ({stock_class(layer).__name__}) cannot be accounted for")
     found: dict[str, LayerCost] = {}
 
@@ -106,7 +106,7 @@ def _layer_cost(layer: nn.Module, x: Tensor) -> LayerCost:
     x = without_padding(x.detach().unsqueeze(0) if is_single(layer, x) else x.detach())
     if isinstance(layer, FactoredLinear):
         return layer.cost(x, needs_input_gradient)
-    weight = layer.weight
+    weight = weight_of(layer)
     assert isinstance(weight, Tensor)
     out_channels = weight.shape[0]
     if weight.requires_grad:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lowrank.layers.attention import OpenAttention
 from lowrank.layers.layer import LowRankLayer
-from lowrank.layers.lean import RECOMPUTED, LeanModule
+from lowrank.layers.lean import CURVES, RECOMPUTED, LeanModule
 from lowrank.layers.preserve import LossFunction
 from lowrank.layers.swap import stock_class
 from lowrank.meters.memory import saved_storages
@@ -133,7 +133,7 @@ def _reason(module: nn.Module) -> str:
             return "its input, for the gradient of its scale; what reached it is no convolution's unread output"
         return "its input, for the gradient of its scale; convert computes it with its convolution"
     if isinstance(module, LeanModule) and stock_class(module) in RECOMPUTED:
-        return _RECOMPUTING[stock_class(module)]
+        return _AHEAD if stock_class(module) in CURVES else _NORMALISED
     if isinstance(module, OpenAttention):
         return "position biases and masks; what is in it is computed again"
     for kind, reason in _REASONS.items():
@@ -143,11 +143,7 @@ def _reason(module: nn.Module) -> str:
 
 
 _AHEAD = "what its input is computed again from"
-_RECOMPUTING: dict[type[nn.Module], str] = {
-    nn.LayerNorm: "its input, which its statistics need; what follows is computed again from it",
-    nn.GELU: _AHEAD,
-    nn.SiLU: _AHEAD,
-}
+_NORMALISED = "its input, which its statistics need; what follows is computed again from it"
 _CAN_BE_CONVERTED = "its input, for the gradient of its weight; name it in convert to keep less"
 _SMOOTH = "its input: its derivative takes many values, so bits are not enough"
 _COMPUTED = "its input; convert makes it compute that again from what is kept ahead of it"

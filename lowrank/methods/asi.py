@@ -20,6 +20,7 @@ from lowrank.tensors.tucker import Tucker
 
 Bases = list[Tensor | None]
 Found = tuple[Tucker, Bases]
+_MODES = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
 _KEPT_SHARE = 0.99  # of the captured energy; less makes the bases due
 
 
@@ -85,8 +86,9 @@ class ASI(TuckerMethod):
         return replace(self, ranks=per_layer[name])
 
     def reason_against(self, layer: nn.Module) -> str | None:
-        if isinstance(layer, nn.Conv2d) and isinstance(self.ranks, Sequence) and len(self.ranks) != 4:
-            return f"{len(self.ranks)} ranks for a convolution, whose input has 4 modes; give one per mode"
+        modes = next((n for kind, n in _MODES.items() if isinstance(layer, kind)), None)
+        if modes is not None and isinstance(self.ranks, Sequence) and len(self.ranks) != modes:
+            return f"{len(self.ranks)} ranks for a convolution, whose input has {modes} modes; give one per mode"
         return None
 
     def ranks_for(self, shape: Sequence[int]) -> Shape:

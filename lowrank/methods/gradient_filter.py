@@ -54,7 +54,7 @@ class GradientFilter(Method):
     def reason_against(self, layer: nn.Module) -> str | None:
         if isinstance(layer, nn.Conv2d):
             return None
-        return "the gradient filter pools over space, which only a convolution has"
+        return "the gradient filter pools over the plane of an image, which a convolution of two dimensions alone has"
 
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
         assert isinstance(geometry, ConvGeometry)

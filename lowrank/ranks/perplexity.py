@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError, NonFiniteError
-from lowrank.layers.layer import LAYERS, geometry_of, is_single
+from lowrank.layers.layer import can_be_converted, geometry_of, is_single
 from lowrank.layers.lazy import real
 from lowrank.layers.preserve import LossFunction, preserved, tensors_in
 from lowrank.layers.swap import stock_class
@@ -72,7 +72,7 @@ def measure_perplexity(
         check_energy(energy)
     layers = named_layers(model, names)
     for name, layer in layers.items():
-        if stock_class(layer) not in LAYERS:
+        if not can_be_converted(layer):
             raise ConversionError(f"layer {name!r} ({stock_class(layer).__name__}) has no perplexity here")
     rows: dict[str, list[LayerPerplexity]] = {name: [] for name in layers}
     batches = [batch, *further]

@@ -73,15 +73,17 @@ def paper_tucker_gradient(geometry: Geometry, shape: Shape, ranks: Shape, out_ch
     The papers have no 2-D linear layer; its count follows the same scheme (project, contract, expand).
     """
     if isinstance(geometry, ConvGeometry):
-        batch, channels, height, width = shape
-        k0, k1, k2, k3 = ranks
-        kernel = prod(geometry.kernel)
-        _, _, rows, columns = geometry.output_shape(shape, out_channels)
+        batch, channels, *sizes = shape
+        k0, k1, *inner = ranks
+        kernel, positions = prod(geometry.kernel), prod(geometry.output_shape(shape, out_channels)[2:])
+        expanded, core = 0, prod(ranks)
+        for size, rank in zip(sizes, inner, strict=True):
+            expanded += core * size
+            core = core // rank * size
         return (
-            k0 * out_channels * rows * columns * batch
-            + height * k0 * k1 * k2 * k3
-            + height * width * k0 * k1 * k3
-            + out_channels * k0 * k1 * kernel * rows * columns
+            k0 * out_channels * positions * batch
+            + expanded
+            + out_channels * k0 * k1 * kernel * positions
             + out_channels * channels * kernel * k1
         )
     if len(shape) == 2:

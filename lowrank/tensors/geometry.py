@@ -6,13 +6,13 @@ A geometry is the layer without its parameters: hashable, so that plans can be r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 Shape = tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -27,68 +27,74 @@ def _placeholder(like: Tensor, shape: Shape) -> Tensor:
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """A 2-D convolution. Input (B, C, H, W), weight (O, C/g, K_h, K_w), output (B, O, H', W').
+    """A convolution of one, two or three dimensions: of two the input is (B, C, H, W), the weight (O, C/g, K_h, K_w)
+    and the output (B, O, H', W').
 
     Attributes:
-        padding: rows and columns added at (top, bottom, left, right).
+        padding: what is added ahead and behind in each dimension: (top, bottom, left, right).
     """
 
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
+    kernel: Shape
+    stride: Shape
+    dilation: Shape
     groups: int
-    padding: tuple[int, int, int, int]
+    padding: Shape
     padding_mode: PaddingMode
 
     channel_axis = 1
 
     @classmethod
-    def of(cls, layer: nn.Conv2d) -> ConvGeometry:
+    def of(cls, layer: Any) -> ConvGeometry:
         """The geometry of a layer as it stands: its present settings, and the kernel of its present weight.
 
         `padding="same"` and `"valid"` are resolved as PyTorch resolves them.
         """
+        kernel: Shape = tuple(layer.weight.shape[2:])
+        each = partial(_each, len(kernel))
         uneven = tuple(layer._reversed_padding_repeated_twice) if layer.padding_mode != "zeros" else None
-        padding = layer.padding if isinstance(layer.padding, str) else _pair(layer.padding)
-        sizes = (layer.weight.shape[2:], _pair(layer.stride), padding, _pair(layer.dilation))
+        padding = layer.padding if isinstance(layer.padding, str) else each(layer.padding)
+        sizes = (kernel, each(layer.stride), padding, each(layer.dilation))
         return _conv_geometry(*sizes, layer.groups, layer.padding_mode, uneven)
+
+    @property
+    def _pads(self) -> list[Shape]:
+        """Per dimension what is added ahead and behind."""
+        return [self.padding[at : at + 2] for at in range(0, len(self.padding), 2)]
 
     @property
     def native(self) -> bool:
         """Whether the convolution itself can do the padding."""
-        top, bottom, left, right = self.padding
-        return self.padding_mode == "zeros" and top == bottom and left == right
+        return self.padding_mode == "zeros" and all(ahead == behind for ahead, behind in self._pads)
 
     @property
     def pointwise(self) -> bool:
         """Whether each output position reads one input position: a 1x1 kernel and no padding."""
-        return self.kernel == (1, 1) and not any(self.padding)
+        return prod(self.kernel) == 1 and not any(self.padding)
 
     def _arguments(self) -> tuple[list[int], list[int], list[int]]:
-        own = [self.padding[0], self.padding[2]] if self.native else [0, 0]
+        own = [ahead if self.native else 0 for ahead, _ in self._pads]
         return list(self.stride), own, list(self.dilation)
 
     def _padded_shape(self, shape: Shape) -> Shape:
         if self.native:
             return shape
-        top, bottom, left, right = self.padding
-        return (*shape[:2], shape[2] + top + bottom, shape[3] + left + right)
+        return (*shape[:2], *(size + sum(pads) for size, pads in zip(shape[2:], self._pads, strict=True)))
 
     def _pad(self, x: Tensor) -> Tensor:
         if self.native:
             return x
-        top, bottom, left, right = self.padding
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, (left, right, top, bottom), mode=mode)
+        return F.pad(x, [one for pads in reversed(self._pads) for one in pads], mode=mode)
 
     def _unpad(self, grad: Tensor, shape: Shape) -> Tensor:
         """The transpose of `_pad`: every padded row and column is added to where it came from."""
-        top, _, left, _ = self.padding
         if self.native:
             return grad
         if self.padding_mode == "zeros":
-            return grad[:, :, top : top + shape[2], left : left + shape[3]].contiguous()
-        for axis, pads in ((2, self.padding[:2]), (3, self.padding[2:])):
+            for axis, (ahead, _) in enumerate(self._pads, 2):
+                grad = grad.narrow(axis, ahead, shape[axis])
+            return grad.contiguous()
+        for axis, pads in enumerate(self._pads, 2):
             source = torch.arange(shape[axis], dtype=torch.float64).view(1, 1, -1)
             source = F.pad(source, pads, mode=self.padding_mode).long().view(-1).to(grad.device)
             target = grad.new_zeros(*grad.shape[:axis], shape[axis], *grad.shape[axis + 1 :])
@@ -98,13 +104,13 @@ class ConvGeometry:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
         stride, padding, dilation = self._arguments()
-        return F.conv2d(self._pad(x), weight, bias, stride, padding, dilation, self.groups)
+        return _FORWARD[len(self.kernel)](self._pad(x), weight, bias, stride, padding, dilation, self.groups)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, shape: Shape) -> Tensor:
         """Gradient with respect to an input of shape `shape`, from the gradient `grad` of the output."""
         stride, padding, dilation = self._arguments()
         x = _placeholder(grad, self._padded_shape(shape))
-        options = (stride, padding, dilation, False, [0, 0], self.groups, [True, False, False])
+        options = (stride, padding, dilation, False, [0] * len(stride), self.groups, [True, False, False])
         return self._unpad(_convolution_backward(grad, x, weight, None, *options)[0], shape)
 
     def weight_gradient(self, x: Tensor, grad: Tensor, groups: int | None = None) -> Tensor:
@@ -112,20 +118,19 @@ class ConvGeometry:
         groups = self.groups if groups is None else groups
         stride, padding, dilation = self._arguments()
         weight = _placeholder(grad, (grad.shape[1], x.shape[1] // groups, *self.kernel))
-        options = (stride, padding, dilation, False, [0, 0], groups, [False, True, False])
+        options = (stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False])
         return _convolution_backward(grad, self._pad(x), weight, None, *options)[1]
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
         """Bias gradient, shape (O,)."""
-        return grad.sum((0, 2, 3))
+        return grad.sum((0, *range(2, grad.ndim)))
 
     def output_shape(self, shape: Shape, out_channels: int) -> Shape:
         """Shape of the output for an input of shape `shape`."""
-        top, bottom, left, right = self.padding
-        sizes = (shape[2] + top + bottom, shape[3] + left + right)
+        sizes = [size + sum(pads) for size, pads in zip(shape[2:], self._pads, strict=True)]
         spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
-        rows, columns = ((n - span) // s + 1 for n, span, s in zip(sizes, spans, self.stride, strict=True))
-        return (shape[0], out_channels, rows, columns)
+        found = [(n - span) // s + 1 for n, span, s in zip(sizes, spans, self.stride, strict=True)]
+        return (shape[0], out_channels, *found)
 
     def macs(self, shape: Shape, out_channels: int) -> int:
         """Multiplications of the forward pass; the input and the weight gradient take as many each."""
@@ -170,8 +175,14 @@ class LinearGeometry:
 Geometry = ConvGeometry | LinearGeometry
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+_FORWARD: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def _each(dimensions: int, value: Any) -> Shape:
+    """A setting per dimension, given as one number or as several, of which one stands for all."""
+    if isinstance(value, int):
+        return (value,) * dimensions
+    return tuple(int(one) for one in (value if len(value) == dimensions else [*value] * dimensions))
 
 
 @lru_cache(maxsize=1024)
@@ -184,13 +195,14 @@ def _conv_geometry(
     mode: PaddingMode,
     uneven: Shape | None,
 ) -> ConvGeometry:
-    """Of a layer's settings, `uneven` being (left, right, top, bottom) where padding is not zeros."""
+    """Of a layer's settings; where padding is not zeros, `uneven` has (ahead, behind) from the last dimension on."""
+    pads: list[tuple[int, ...]]
     if uneven is not None:
-        left, right, top, bottom = uneven
+        pads = [uneven[at : at + 2] for at in range(0, len(uneven), 2)][::-1]
     elif padding == "same":
         reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in reach)
+        pads = [(total // 2, total - total // 2) for total in reach]
     else:
-        rows, columns = (0, 0) if isinstance(padding, str) else _pair(padding)
-        top, bottom, left, right = rows, rows, columns, columns
-    return ConvGeometry(_pair(kernel), _pair(stride), _pair(dilation), groups, (top, bottom, left, right), mode)
+        pads = [(one, one) for one in (_each(len(kernel), 0) if isinstance(padding, str) else padding)]
+    joined = tuple(int(one) for pair in pads for one in pair)
+    return ConvGeometry(kernel, stride, dilation, groups, joined, mode)

@@ -67,7 +67,7 @@ def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry) -> Tensor:
     if plan.pointwise:
         dense = mode_correlation(grad, core, channel)  # (O, r_1) or (O, C)
         result = _apply_channels(dense, remaining, geometry.groups)
-        return result[:, :, None, None] if isinstance(geometry, ConvGeometry) else result
+        return result.view(*result.shape, *geometry.kernel) if isinstance(geometry, ConvGeometry) else result
     if remaining is None:
         return geometry.weight_gradient(core, grad)
     return _apply_channels(geometry.weight_gradient(core, grad, groups=1), remaining, geometry.groups)
@@ -131,7 +131,7 @@ def _matrix(factor: Tensor | None) -> Tensor:
 def _sample(core: Tensor, factors: list[Tensor | None], geometry: Geometry) -> tuple[Tensor, list[Tensor | None]]:
     """Keep the rows and columns that a strided 1x1 convolution reads."""
     factors = list(factors)
-    for mode, stride in zip((2, 3), geometry.stride, strict=True):
+    for mode, stride in enumerate(geometry.stride if isinstance(geometry, ConvGeometry) else (), 2):
         if stride == 1:
             continue
         factor = factors[mode]

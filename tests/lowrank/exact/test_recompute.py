@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lowrank
 from lowrank import ASI, WSI, ChangedError, Vanilla
-from lowrank.exact import recompute
+from lowrank.exact import curves, origins, recompute
 from lowrank.meters.memory import held_bytes
 
 TOKENS, SIZE = 30, 8
@@ -187,8 +187,8 @@ def test_under_autocast_checkpointing_and_without_gradients():
 def test_every_module_and_function_is_exact_on_its_own():
     x = random_tensor(4, 5, SIZE)
     calls = {
-        (F.gelu, recompute.gelu): ({}, {"approximate": "tanh"}),
-        (F.silu, recompute.silu): ({}, {"inplace": True}),
+        (F.gelu, curves.gelu): ({}, {"approximate": "tanh"}),
+        (F.silu, curves.silu): ({}, {"inplace": True}),
         (F.layer_norm, recompute.layer_norm): (
             {"normalized_shape": (5, SIZE)},
             {"normalized_shape": (SIZE,), "weight": x[0, 0], "eps": 0.1},
@@ -215,10 +215,10 @@ def test_nothing_is_kept_alive():
     _, model, x = pair()
     lowrank.convert(model, BOTH, Vanilla())
     loss_of(model, x).backward()
-    before, alive = len(recompute._ORIGINS), count_of_tensors()
+    before, alive = len(origins._ORIGINS), count_of_tensors()
     for _again in range(3):
         loss_of(model, x).backward()
-    assert (len(recompute._ORIGINS), count_of_tensors()) == (before, alive)
+    assert (len(origins._ORIGINS), count_of_tensors()) == (before, alive)
 
 
 CHANGED = pytest.mark.parametrize("name", ["first.weight", "first.bias", "input"])

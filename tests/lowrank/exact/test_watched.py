@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import lowrank
 from lowrank import ASI, HOSVD, Vanilla
+from lowrank.exact.expressions import EXPRESSIONS
 from lowrank.exact.functions import LEAN_FUNCTIONS
 from lowrank.meters.memory import held_bytes
 
@@ -171,6 +172,16 @@ CALLS = {
     F.gelu: [{}, {"approximate": "tanh"}],
     F.silu: [{}, {"inplace": True}],
     F.layer_norm: [{"normalized_shape": (7,)}, {"normalized_shape": (8, 7), "eps": 0.1}],
+    F.rms_norm: [{"normalized_shape": (7,)}, {"normalized_shape": (8, 7), "eps": 0.1}],
+    F.group_norm: [{"num_groups": 2}, {"num_groups": 4, "eps": 0.1}],
+    F.instance_norm: [{}, {"eps": 0.1}],
+    F.hardswish: [{}, {"inplace": True}],
+    F.mish: [{}, {"inplace": True}],
+    F.softplus: [{}, {"beta": 2, "threshold": 1}],
+    F.softmax: [{"dim": 1}, {"dim": -1, "dtype": torch.float64}],
+    **{function: [{}] for function in (torch.sigmoid, torch.Tensor.sigmoid, torch.tanh, torch.Tensor.tanh)},
+    **{function: [{"exponent": 3}, {"exponent": 2.0}] for function in (torch.pow, torch.Tensor.pow)},
+    torch.Tensor.__pow__: [{"exponent": 2.0}],
 }
 
 
@@ -198,7 +209,8 @@ def test_every_function_in_every_way_to_call_it(function):
 
 
 def test_every_lean_function_is_tried_here():
-    assert set(LEAN_FUNCTIONS) - set(CALLS) <= {F.batch_norm, torch.batch_norm}
+    elsewhere = {F.batch_norm, torch.batch_norm, F.scaled_dot_product_attention, *EXPRESSIONS}
+    assert set(LEAN_FUNCTIONS) - set(CALLS) <= elsewhere
 
 
 # Checkpoints within a model, each of which runs code of the model again

@@ -1,0 +1,200 @@
+"""Activations that take many slopes: they keep the origin of their input, and their output takes nothing; exact.
+
+| function | kept |
+|---|---|
+| GELU, SiLU, Hardswish, Mish, ELU, softplus, powers | the origin of the input: the input, if that is less |
+| sigmoid, tanh, softmax | nothing, where the input takes nothing; otherwise the output, as in PyTorch |
+| ReLU and its like | nothing, where the input takes nothing; otherwise one bit per element, see `activations` |
+
+The next layer, if it keeps its input as it is, keeps the origin of the activation's output: the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowrank.exact import activations
+from lowrank.exact.origins import Reader, itself, lean_mode, note, origin_of, reading, takes_nothing
+from lowrank.tensors.eager import refuse_double_backward, saved
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Curve:
+    """An elementwise function (softmax: along a dimension).
+
+    Attributes:
+        name: for messages.
+        function: of the input.
+        derivative: of the output gradient and the input, the input gradient.
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor, Tensor], Tensor]
+
+
+class _Curved(torch.autograd.Function):
+    """A curve whose input is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, curve: Curve, reader: Reader, inplace: bool, sources: tuple[Tensor, ...]
+    ) -> Tensor:
+        ctx.curve, ctx.reader = curve, reader
+        ctx.save_for_backward(*sources)
+        if not inplace:
+            return curve.function(x)
+        ctx.mark_dirty(x)
+        return x.copy_(curve.function(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            x = ctx.reader.one(*saved(ctx, ctx.curve.name))
+            grad_x: Tensor | None = ctx.curve.derivative(grad, x)
+        if torch.is_grad_enabled():
+            grad_x = refuse_double_backward(ctx.curve.name, grad_x, grad)
+        return grad_x, None, None, None, None
+
+
+def curved(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
+    """A curve of a tensor in lean mode."""
+    origin = origin_of(x)
+    if inplace and any(source.tensor is x for source in origin.sources):
+        origin = itself(x.detach().clone())
+    reader, sources = reading(origin)
+    y: Tensor = _Curved.apply(x, curve, reader, inplace, sources)
+    note(y, curve.function, [origin.as_kept()])
+    return y
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """`torch.nn.functional.gelu`; keeps the origin of its input."""
+    if not lean_mode(input):
+        return F.gelu(input, approximate=approximate)
+    backward = _aten.gelu_backward.default
+    forward = lambda x: F.gelu(x, approximate=approximate)  # noqa: E731
+    return curved(input, Curve("GELU", forward, lambda grad, x: backward(grad, x, approximate=approximate)))
+
+
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.silu`; keeps the origin of its input."""
+    if not lean_mode(input):
+        return F.silu(input, inplace)
+    return curved(input, Curve("SiLU", F.silu, _aten.silu_backward.default), inplace)
+
+
+def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.hardswish`; keeps the origin of its input."""
+    if not lean_mode(input):
+        return F.hardswish(input, inplace)
+    return curved(input, Curve("Hardswish", F.hardswish, _aten.hardswish_backward.default), inplace)
+
+
+def mish(input: Tensor, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.mish`; keeps the origin of its input."""
+    if not lean_mode(input):
+        return F.mish(input, inplace)
+    return curved(input, Curve("Mish", F.mish, _aten.mish_backward.default), inplace)
+
+
+def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    """`torch.nn.functional.softplus`; keeps the origin of its input."""
+    if not lean_mode(input):
+        return F.softplus(input, beta, threshold)
+    curve = Curve(
+        "Softplus",
+        lambda x: F.softplus(x, beta, threshold),
+        lambda grad, x: _aten.softplus_backward.default(grad, x, beta, threshold),
+    )
+    return curved(input, curve)
+
+
+def power(input: Any, exponent: Any) -> Any:
+    """`torch.pow`; with a number as exponent it keeps the origin of its input."""
+    if not lean_mode(input) or not isinstance(exponent, int | float) or exponent in (0, 1):
+        return torch.pow(input, exponent)
+    slope = lambda grad, x: grad * (exponent * x.pow(exponent - 1))  # noqa: E731
+    return curved(input, Curve("pow", lambda x: x.pow(exponent), slope))
+
+
+def _where_input_takes_nothing(stock: Callable[..., Tensor], otherwise: Callable[..., Tensor], curve: Any) -> Any:
+    """A function with the arguments of `stock`; `curve` makes a `Curve` of all but the first."""
+
+    def function(input: Tensor, *arguments: Any, inplace: bool = False, **options: Any) -> Tensor:
+        own = {**options, "inplace": True} if inplace else options
+        if not lean_mode(input) or not takes_nothing(input):
+            return otherwise(input, *arguments, **own)
+        return curved(input, curve(*arguments, **options), inplace)
+
+    function.__name__, function.__doc__ = stock.__name__, f"`{stock.__name__}`; see the table of this module."
+    return function
+
+
+def _by_output(name: str, forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> Callable[..., Curve]:
+    return lambda *_: Curve(name, forward, lambda grad, x: backward(grad, forward(x)))
+
+
+def _softmax_curve(dim: Any, _stacklevel: int = 3, dtype: Any = None) -> Curve:
+    def derivative(grad: Tensor, x: Tensor) -> Tensor:
+        y = F.softmax(x, dim, dtype=dtype)
+        found: Tensor = _aten._softmax_backward_data.default(grad, y, dim, x.dtype if dtype is None else y.dtype)
+        return found.to(x.dtype)
+
+    return Curve("softmax", lambda x: F.softmax(x, dim, dtype=dtype), derivative)
+
+
+def _hardtanh_curve(name: str, low: float, high: float) -> Curve:
+    backward = _aten.hardtanh_backward.default
+    return Curve(name, lambda x: F.hardtanh(x, low, high), lambda grad, x: backward(grad, x, low, high))
+
+
+sigmoid = _where_input_takes_nothing(
+    torch.sigmoid, torch.sigmoid, _by_output("sigmoid", torch.sigmoid, _aten.sigmoid_backward.default)
+)
+tanh = _where_input_takes_nothing(torch.tanh, torch.tanh, _by_output("tanh", torch.tanh, _aten.tanh_backward.default))
+softmax = _where_input_takes_nothing(F.softmax, F.softmax, _softmax_curve)
+_relu_curve = Curve("ReLU", F.relu, lambda grad, x: _aten.threshold_backward.default(grad, x, 0))
+_relu = _where_input_takes_nothing(F.relu, activations.relu, lambda: _relu_curve)
+_relu6 = _where_input_takes_nothing(F.relu6, activations.relu6, lambda: _hardtanh_curve("ReLU6", 0.0, 6.0))
+_hardtanh = _where_input_takes_nothing(
+    F.hardtanh, activations.hardtanh, lambda low=-1.0, high=1.0: _hardtanh_curve("Hardtanh", low, high)
+)
+_leaky_relu = _where_input_takes_nothing(F.leaky_relu, activations.leaky_relu, lambda slope=0.01: _leaky_curve(slope))
+
+
+def _leaky_curve(slope: float) -> Curve:
+    backward = _aten.leaky_relu_backward.default
+    return Curve("LeakyReLU", lambda x: F.leaky_relu(x, slope), lambda grad, x: backward(grad, x, slope, False))
+
+
+def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.hardtanh`; keeps nothing, or one bit per element."""
+    found: Tensor = _hardtanh(input, min_val, max_val, inplace=inplace)
+    return found
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.leaky_relu`; keeps nothing, or one bit per element."""
+    found: Tensor = _leaky_relu(input, negative_slope, inplace=inplace)
+    return found
+
+
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.relu`; keeps nothing, or one bit per element."""
+    found: Tensor = _relu(input, inplace=inplace)
+    return found
+
+
+def relu6(input: Tensor, inplace: bool = False) -> Tensor:
+    """`torch.nn.functional.relu6`; keeps nothing, or one bit per element."""
+    found: Tensor = _relu6(input, inplace=inplace)
+    return found

@@ -1,0 +1,153 @@
+"""Operations that keep nothing of their own, and products: how their results come about; exact.
+
+A change of shape, of dtype or of sign, a sum and a concatenation are stock, and are noted: whoever needs the result in
+the backward pass may have it from what is kept ahead of it. A product keeps the origins of its factors: of SiLU(x) * y,
+as in the gates of language models, x and y, and of the normalised input of an RMSNorm the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lowrank.exact.origins import Origin, Reader, find, itself, lean_mode, note, origin_of, reading
+from lowrank.exact.slots import is_kept
+from lowrank.tensors.eager import refuse_double_backward, saved
+
+_PARTS = (torch.cat, torch.concat, torch.concatenate)
+
+
+def noted(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, whose result is noted to come about by it."""
+
+    @wraps(stock)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        y = stock(*args, **kwargs)
+        first = y[0] if isinstance(y, tuple | list) and y else y
+        if lean_mode(first) and not kwargs.get("out"):
+            _note_call(stock, args, kwargs, y)
+        return y
+
+    return function
+
+
+def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> None:
+    leaves, layout = tree_flatten((args, kwargs))
+    places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors = [leaves[at] for at in places]
+    parts = stock in _PARTS
+    if not parts and all(find(tensor) is None for tensor in tensors):
+        return  # of nothing that is kept
+    others = [None if at in places else leaf for at, leaf in enumerate(leaves)]
+
+    def again(*values: Tensor) -> Any:
+        filled = list(others)
+        for at, value in zip(places, values, strict=True):
+            filled[at] = value
+        args, kwargs = tree_unflatten(filled, layout)
+        return stock(*args, **kwargs)
+
+    origins = [origin_of(tensor) for tensor in tensors]
+    if isinstance(y, tuple | list):
+        for at, one in enumerate(y):
+            if isinstance(one, Tensor):
+                note(one, lambda *values, at=at: again(*values)[at], origins)
+    elif y is not tensors[0]:
+        note(y, again, origins, parts)
+
+
+class _Product(torch.autograd.Function):
+    """A product of two tensors of which at least one is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, reader: Reader, sources: tuple[Tensor, ...]) -> Tensor:
+        ctx.reader, ctx.shapes, ctx.dtypes = reader, (a.shape, b.shape), (a.dtype, b.dtype)
+        ctx.save_for_backward(*sources)
+        return torch.mul(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[:2]
+        found = iter(ctx.reader(*saved(ctx, "product")))
+        others = [next(found) if want else None for want in wanted]  # the other factor
+        grads: list[Tensor | None] = []
+        with torch.no_grad():
+            for other, shape, dtype in zip(others, ctx.shapes, ctx.dtypes, strict=True):
+                grads.append(None if other is None else (grad * other).sum_to_size(shape).to(dtype))
+        if torch.is_grad_enabled():
+            grads = [refuse_double_backward("product", one, grad) for one in grads]
+        return *grads, None, None
+
+
+def product(input: Any, other: Any, **options: Any) -> Any:
+    """`torch.mul`; keeps the origins of the factors that its gradients need."""
+    if not isinstance(other, Tensor) or not isinstance(input, Tensor) or options:
+        return _scaled(input, other, **options)
+    if not (lean_mode(input) or lean_mode(other)) or input.is_complex() or other.is_complex():
+        return torch.mul(input, other)
+    own = (input.requires_grad, other.requires_grad)
+    needed = [origin_of(factor) if want else None for factor, want in ((other, own[0]), (input, own[1]))]
+    plain = all(origin is None or origin.step.function is None for origin in needed)
+    if plain:
+        for factor, want in ((other, own[0]), (input, own[1])):
+            if want:
+                is_kept(factor)
+        y = torch.mul(input, other)
+    else:
+        reader, sources = reading(*(origin for origin in needed if origin is not None))
+        y = _Product.apply(input, other, reader, sources)
+    first = origin_of(input) if needed[1] is None else needed[1].as_kept()
+    second = origin_of(other) if needed[0] is None else needed[0].as_kept()
+    note(y, torch.mul, [first, second])
+    return y
+
+
+_scaled = noted(torch.mul)
+
+
+def keeps_its_input(stock: Callable[..., Tensor], input: Tensor, *parameters: Tensor | None, y: Tensor) -> Tensor:
+    """Note that `y` is `stock(input, *parameters)`, of which autograd keeps the input anyway."""
+    if lean_mode(y):
+        is_kept(input)
+        note_of(y, stock, itself(input, kept=True), parameters)
+    return y
+
+
+def note_of(y: Tensor, apply: Callable[..., Tensor], first: Origin, parameters: tuple[Tensor | None, ...]) -> None:
+    """Note that `y` is `apply(x, *parameters)`, of an x that comes about so; parameters may be None."""
+    present = tuple(parameter is not None for parameter in parameters)
+
+    def again(x: Tensor, *values: Tensor) -> Tensor:
+        given = iter(values)
+        return apply(x, *(next(given) if there else None for there in present))
+
+    note(y, again, [first, *(itself(parameter, True) for parameter in parameters if parameter is not None)])
+
+
+_METHODS = (
+    "view reshape view_as reshape_as transpose permute flatten unflatten contiguous chunk split unbind __getitem__ neg "
+    "to float double half bfloat16 type_as expand expand_as unsqueeze squeeze repeat_interleave swapaxes movedim "
+    "add sub rsub __rsub__ div true_divide tile repeat narrow select clone masked_fill"
+)
+_FUNCTIONS = (
+    "reshape transpose permute flatten unflatten chunk split unbind neg unsqueeze squeeze repeat_interleave swapaxes "
+    "movedim add sub rsub div true_divide tile narrow select clone cat concat concatenate stack roll tensor_split "
+    "masked_fill"
+)
+EXPRESSIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **{function: noted(function) for name in _METHODS.split() if (function := getattr(Tensor, name, None)) is not None},
+    **{
+        function: noted(function) for name in _FUNCTIONS.split() if (function := getattr(torch, name, None)) is not None
+    },
+    F.pad: noted(F.pad),
+    torch.mul: product,
+    Tensor.mul: product,
+    torch.multiply: product,
+    Tensor.multiply: product,
+}

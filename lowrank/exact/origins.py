@@ -1,0 +1,222 @@
+"""How tensors come about: whoever needs one in the backward pass may keep what it is computed from in its place; exact.
+
+A tensor's *origin* is a few kept tensors, its sources, and the steps from them to it, which are the operations of the
+forward pass, bit for bit. A layer normalisation has to keep its input: its output then takes nothing, nor does what
+linear layers, activations, products and changes of shape make of it.
+
+A step that several backward nodes read is computed once: who comes first leaves what the others will ask for.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.exact.slots import is_kept
+from lowrank.tensors.eager import wants_gradient
+from lowrank.tensors.notes import Notes
+
+Rebuild = Callable[..., Tensor]
+DEEPEST = 48  # steps from a source to a tensor; what is further away is kept itself
+
+
+class Step:
+    """One operation on the way to a tensor. It refers to no tensor, but to one that a backward pass has just made.
+
+    Attributes:
+        function: of what the inputs give; None of a source.
+        inputs: the steps ahead of it.
+        readers: backward nodes that have still to read it.
+    """
+
+    __slots__ = ("depth", "function", "inputs", "made", "readers")
+
+    def __init__(self, function: Rebuild | None, inputs: Sequence[Step] = ()) -> None:
+        self.function, self.inputs, self.readers = function, tuple(inputs), 0
+        self.depth: int = 1 + max((step.depth for step in inputs), default=0)
+        self.made: Tensor | None = None
+
+    def value(self, known: dict[Step, Tensor]) -> Tensor:
+        """What it gives for these sources, which it is written to as well."""
+        found = known.get(self, self.made)
+        if found is None:
+            assert self.function is not None
+            found = self.function(*(step.value(known) for step in self.inputs))
+            if self.readers > 0:
+                self.made = found
+        known[self] = found
+        return found
+
+    def read(self) -> None:
+        """One reader less; the last one takes what was made."""
+        self.readers = max(0, self.readers - 1)
+        if not self.readers:
+            self.made = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor that others are computed from; `kept`: whether a backward node keeps it in any case."""
+
+    step: Step
+    tensor: Tensor
+    kept: bool
+    version: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The step that gives a tensor, and the sources of that.
+
+    Attributes:
+        parts: whether the tensor is put together of sources that others may keep too; then these are kept even where
+            that takes as much as the tensor.
+        place: where it was noted, such as within a checkpoint, which keeps nothing after all.
+    """
+
+    step: Step
+    sources: tuple[Source, ...]
+    parts: bool = False
+    place: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keeping it adds: none if all sources are kept in any case."""
+        added = {id(s.tensor.untyped_storage()._cdata): s.tensor for s in self.sources if not s.kept}
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in added.values()}
+        return sum(storages.values())
+
+    def as_kept(self) -> Origin:
+        """The same, now that its sources are kept."""
+        return replace(self, sources=tuple(replace(source, kept=True) for source in self.sources))
+
+    def holds(self) -> bool:
+        """Whether its sources are as they were."""
+        return all(source.version == version_of(source.tensor) for source in self.sources)
+
+
+_ORIGINS: Notes[Origin] = Notes()
+
+
+def version_of(x: Tensor) -> int:
+    return -1 if x.is_inference() else x._version
+
+
+def itself(x: Tensor, kept: bool = False) -> Origin:
+    """A tensor as its own origin; keeping a parameter takes nothing."""
+    step = Step(None)
+    return Origin(step, (Source(step, x, kept or isinstance(x, nn.Parameter), version_of(x)),))
+
+
+def find(x: Tensor) -> Origin | None:
+    """How a tensor comes about, if that is known and its sources are as they were."""
+    origin = _ORIGINS.find(x)
+    return origin if origin is not None and origin.place == place_of_saving() and origin.holds() else None
+
+
+def place_of_saving() -> int:
+    """What becomes of what autograd saves: 0, or a number for whoever takes it instead, such as a checkpoint."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is None:
+        return 0
+    try:
+        return _PLACES.setdefault(hooks[0], next(_NUMBERS))
+    except TypeError:  # a callable that nothing can refer to weakly
+        return -id(hooks[0])
+
+
+_PLACES: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_NUMBERS = count(1)
+
+
+def origin_of(x: Tensor) -> Origin:
+    """The way to have a tensor in the backward pass that keeps least: its origin, or the tensor itself."""
+    origin = find(x)
+    if origin is None:
+        return itself(x)
+    added, own = origin.nbytes, x.untyped_storage().nbytes()
+    return origin if added < own or (origin.parts and added <= own) else itself(x)
+
+
+def takes_nothing(x: Tensor) -> bool:
+    """Whether a tensor can be had from what is kept in any case."""
+    origin = find(x)
+    return origin is not None and origin.nbytes == 0
+
+
+def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = False) -> None:
+    """Note that `y` is `function` of these.
+
+    Args:
+        y: any tensor that autograd follows.
+        function: the operation; refers to no tensor itself.
+        inputs: origins of its arguments.
+        parts: see `Origin`.
+    """
+    origins = list(inputs)
+    sources = {source.step: source for origin in origins for source in origin.sources}
+    for origin in origins:  # of one that is kept for one input and not for another
+        sources |= {source.step: source for source in origin.sources if source.kept}
+    step = Step(function, [origin.step for origin in origins])
+    found = Origin(step, tuple(sources.values()), parts or any(o.parts for o in origins), place_of_saving())
+    if step.depth <= DEEPEST and all(source.tensor is not y for source in found.sources):
+        added, own = found.nbytes, y.untyped_storage().nbytes()
+        if added < own or (found.parts and added <= own):
+            _ORIGINS.note(y, found)
+
+
+class Reader:
+    """What one backward node computes again. Refers to no tensor; the sources are saved by autograd.
+
+    Called with the saved sources, it gives the tensors.
+    """
+
+    def __init__(self, origins: Sequence[Origin]) -> None:
+        self._steps = [origin.step for origin in origins]
+        self._sources = list({source.step: None for origin in origins for source in origin.sources})
+        self._waiting = True
+        for step in self._steps:
+            step.readers += 1
+
+    def __call__(self, *saved: Tensor) -> list[Tensor]:
+        known = dict(zip(self._sources, saved, strict=True))
+        with torch.no_grad():
+            found = [step.value(known) for step in self._steps]
+        self.done()
+        return found
+
+    def one(self, *saved: Tensor) -> Tensor:
+        """The tensor, of a reader of one."""
+        return self(*saved)[0]
+
+    def done(self) -> None:
+        """It has read; once is enough."""
+        if self._waiting:
+            self._waiting = False
+            for step in self._steps:
+                step.read()
+
+    def __del__(self) -> None:
+        self.done()
+
+
+def reading(*origins: Origin) -> tuple[Reader, tuple[Tensor, ...]]:
+    """A reader of these, and what autograd has to save for it."""
+    sources = {source.step: source.tensor for origin in origins for source in origin.sources}
+    for tensor in sources.values():
+        is_kept(tensor)
+    return Reader(origins), tuple(sources.values())
+
+
+def lean_mode(x: Any) -> bool:
+    """Whether what autograd keeps for `x` is this package's to decide: in plain eager training without autocast."""
+    if not isinstance(x, Tensor) or not wants_gradient(x):
+        return False
+    device = x.device.type
+    return not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))

@@ -1,0 +1,74 @@
+"""What a backward node keeps, until another node keeps something that serves as well.
+
+Whether the output of an activation is kept in full is known when the layer behind it is called. Then the activation
+needs no bits of its own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank.tensors.notes import Notes
+
+
+class _Keep(torch.autograd.Function):
+    """A node that is there to save tensors, as any other does, and to be let go of."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(kept)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class Slot:
+    """One tensor that autograd saves; `own`: it is what was put first."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.own = True
+        self._node: Any = _saved(tensor)
+
+    def replace(self, tensor: Tensor) -> None:
+        """Save another tensor, which some other node saves as well, in its place."""
+        if self._node is not None:
+            self.own, self._node = False, _saved(tensor)
+
+    def tensor(self) -> Tensor:
+        """The tensor, in a backward pass; after one that does not retain the graph it is gone."""
+        if self._node is None:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time: saved tensors were freed; specify "
+                "retain_graph=True if you need to"
+            )
+        (found,) = self._node.saved_tensors
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self._node = None
+        return found
+
+
+def _saved(tensor: Tensor) -> Any:
+    with torch.enable_grad():
+        return _Keep.apply(torch.empty(0, requires_grad=True), tensor.detach()).grad_fn
+
+
+_SLOTS: Notes[weakref.ref[Slot]] = Notes()
+
+
+def note_slot(output: Tensor, slot: Slot) -> None:
+    """Note that the node which gave a tensor could do with the tensor itself."""
+    _SLOTS.note(output, weakref.ref(slot))
+
+
+def is_kept(tensor: Tensor) -> None:
+    """A node keeps this tensor in full: so the one that gave it may let go of what it kept of its own."""
+    found = _SLOTS.find(tensor)
+    slot = None if found is None else found()
+    if slot is not None and slot.own:
+        slot.replace(tensor)

@@ -1,0 +1,99 @@
+"""The kinds of layers that can be converted, and how a layer of one's own joins them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowrank.errors import SettingError
+from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a class of layers computes: `geometry.forward(x, weight, bias)`.
+
+    Attributes:
+        stock: the class.
+        geometry: of a layer.
+        weight: of a layer, (O, C/g, ...) or (O, I); computed from the layer's parameters by operations that autograd
+            follows, it passes its gradient on to them.
+        dimensions: of an input with its batch dimension; 0: any number from 2.
+    """
+
+    stock: type[nn.Module]
+    geometry: Callable[[Any], Geometry]
+    weight: Callable[[Any], Tensor]
+    dimensions: int
+
+    def fits(self, x: Any) -> bool:
+        """Whether this is an input of such a layer at all, which says what is wrong with any other."""
+        allowed = (self.dimensions - 1, self.dimensions)
+        return isinstance(x, Tensor) and (x.ndim in allowed if self.dimensions else x.ndim > 0)
+
+    def is_single(self, x: Tensor) -> bool:
+        """Whether an input or output comes without its batch dimension."""
+        return x.ndim < (self.dimensions or 2)
+
+
+def _linear(_: Any) -> LinearGeometry:
+    return LinearGeometry()
+
+
+def _own(layer: Any) -> Any:
+    return layer.weight
+
+
+KINDS: dict[type[nn.Module], Kind] = {
+    **{
+        stock: Kind(stock, ConvGeometry.of, _own, dimensions)
+        for stock, dimensions in ((nn.Conv1d, 3), (nn.Conv2d, 4), (nn.Conv3d, 5))
+    },
+    nn.Linear: Kind(nn.Linear, _linear, _own, 0),
+}
+# Layers of other packages, known by name so that nothing has to be imported.
+_BY_NAME: dict[tuple[str, str], Callable[[Any], Tensor]] = {
+    ("transformers.pytorch_utils", "Conv1D"): lambda layer: layer.weight.mT,  # GPT-2's linear layer, weight (I, O)
+}
+
+
+def kind_of(stock: type[nn.Module]) -> Kind | None:
+    """The kind of a class of layers; None if it cannot be converted."""
+    weight = _BY_NAME.get((stock.__module__, stock.__qualname__))
+    if stock not in KINDS and weight is not None:
+        KINDS[stock] = Kind(stock, _linear, weight, 0)
+    return KINDS.get(stock)
+
+
+def register_layer(
+    stock: type[nn.Module],
+    geometry: Callable[[Any], Geometry] | None = None,
+    weight: Callable[[Any], Tensor] | None = None,
+) -> None:
+    """Make a class of layers one that `convert` takes.
+
+    Such a layer computes what a convolution or a linear layer does, of one input, with a weight and a `bias` that may
+    be None. Register it before a converted model is unpickled.
+
+    Args:
+        stock: the class itself; its subclasses are not meant.
+        geometry: of a layer, what it computes; None: a linear layer's. `ConvGeometry.of` reads it off a layer that has
+            the attributes of a convolution.
+        weight: of a layer, its weight as (O, I) or (O, C/g, ...), which may be computed from its parameters; None: its
+            attribute `weight`.
+
+    Raises:
+        SettingError: not a class of modules.
+
+    Example:
+        lowrank.register_layer(Scaled, weight=lambda layer: layer.weight * layer.scale[:, None])
+    """
+    if not (isinstance(stock, type) and issubclass(stock, nn.Module)):
+        raise SettingError(f"{stock!r} is no class of modules; register the class of the layer")
+    dimensions = 0
+    if geometry is not None:
+        dimensions = next((kind.dimensions for base, kind in KINDS.items() if issubclass(stock, base)), 4)
+    KINDS[stock] = Kind(stock, geometry or _linear, weight or _own, dimensions)

@@ -1,0 +1,131 @@
+"""Bits of an activation beside its output, which the layer behind keeps in full: kept only until that is known."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from references import random_tensor
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lowrank
+from lowrank import ASI, Vanilla
+from lowrank.meters.memory import held_bytes
+
+ACTIVATIONS = [nn.ReLU(), nn.ReLU(True), nn.ReLU6(), nn.Hardtanh(-0.5, 0.7), nn.LeakyReLU(0.1), nn.LeakyReLU(-0.2)]
+
+
+def model_of(activation):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 40), activation, nn.Linear(40, 3)).double().requires_grad_(True)
+
+
+def inputs():
+    return random_tensor(16, 6).requires_grad_()
+
+
+def loss(model, x):
+    return model(x).sum()
+
+
+def results(model, x):
+    model.zero_grad()
+    y = model(x)
+    y.backward(random_tensor(*y.shape, seed=1), retain_graph=True)
+    first = [p.grad.clone() for p in model.parameters()]
+    y.backward(random_tensor(*y.shape, seed=1))
+    return [y.detach(), *first, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("method", [Vanilla(), ASI(2), ASI(999)], ids=["vanilla", "compressed", "full ranks"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_gradients_are_stock_and_no_more_is_kept(activation, method):
+    stock = model_of(activation)
+    model = lowrank.convert(copy.deepcopy(stock), ["2"], method)
+    exact = copy.deepcopy(stock)[:2] if method == ASI(2) else None
+    found, wanted = results(model, inputs()), results(stock, inputs())
+    for place, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        if exact is None or place not in (3, 7):  # the weight whose input is compressed
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    if getattr(activation, "negative_slope", 1) > 0:
+        kept, before = (lowrank.saved_bytes(network, loss, inputs()) for network in (model, stock))
+        assert kept <= before
+        assert held_bytes(model, loss, inputs()) <= held_bytes(stock, loss, inputs()) + 16 * 40 // 8 * (
+            method == ASI(2)
+        )
+
+
+READERS = {
+    "normalisation": lambda y: torch.nn.functional.layer_norm(y, (40,)),
+    "product": lambda y: y * y,
+    "gate": lambda y: y * torch.sigmoid(y),
+}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_other_functions_that_keep_the_output_serve_as_well(reader):
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 40), nn.Linear(40, 3)
+
+        def forward(self, x):
+            return self.last(reader(torch.relu(self.first(x))))
+
+    torch.manual_seed(0)
+    stock = Reading().double()
+    model = lowrank.convert(copy.deepcopy(stock), ["first", "last"], Vanilla())
+    for one, other in zip(results(model, inputs()), results(stock, inputs()), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    kept, before = (lowrank.saved_bytes(network, loss, inputs()) for network in (model, stock))
+    assert kept <= before
+
+
+def test_a_graph_that_was_freed_says_so_as_stock_does():
+    model = lowrank.convert(model_of(nn.ReLU()), ["2"], Vanilla())
+    y = model(inputs()).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_in_a_checkpoint(reentrant):
+    stock = model_of(nn.ReLU())
+    model = lowrank.convert(copy.deepcopy(stock), ["0", "2"], Vanilla())
+    found = [
+        torch.autograd.grad(checkpoint(network, inputs(), use_reentrant=reentrant).square().sum(), network[0].weight)[0]
+        if not reentrant
+        else _by_backward(network)
+        for network in (model, stock)
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
+def _by_backward(network):
+    network.zero_grad()
+    checkpoint(network, inputs(), use_reentrant=True).square().sum().backward()
+    return network[0].weight.grad
+
+
+def test_an_output_that_was_changed_behind_the_layer_that_keeps_it_is_an_error_as_in_stock():
+    for convert in (False, True):
+        model = model_of(nn.ReLU())
+        model = lowrank.convert(model, ["2"], Vanilla()) if convert else model
+        hidden = model[1](model[0](inputs()))
+        y = model[2](hidden)
+        with torch.no_grad():
+            hidden.mul_(2)
+        with pytest.raises(RuntimeError, match=r"inplace operation|in place"):
+            y.sum().backward()
+
+
+def test_nothing_leaks():
+    model = lowrank.convert(model_of(nn.ReLU()), ["0", "2"], Vanilla())
+    counts = []
+    for _ in range(4):
+        loss(model, inputs()).backward()
+        gc.collect()
+        counts.append(sum(isinstance(found, torch.Tensor) for found in gc.get_objects()))
+    assert counts[1] == counts[-1]

@@ -1,0 +1,132 @@
+"""Convolutions of one and three dimensions, GPT-2's linear layer, and layers of one's own: exact, and as lean."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from references import random_tensor
+from torch import nn
+
+import lowrank
+from lowrank import ASI, HOSVD, ConversionError, ConvGeometry, SettingError, Tucker, Vanilla
+from lowrank.tensors import gradients
+
+LAYERS = {
+    "1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (3, 4, 9)),
+    "1d same": (lambda: nn.Conv1d(4, 4, 4, padding="same", dilation=2), (3, 4, 9)),
+    "1d circular": (lambda: nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular", bias=False), (3, 4, 9)),
+    "1d pointwise": (lambda: nn.Conv1d(4, 6, 1, stride=2), (3, 4, 9)),
+    "3d": (lambda: nn.Conv3d(4, 6, (1, 3, 2), stride=(1, 2, 1), padding=(0, 1, 1)), (2, 4, 3, 6, 5)),
+    "3d pointwise": (lambda: nn.Conv3d(4, 6, 1, stride=(1, 2, 2)), (2, 4, 3, 6, 5)),
+    "3d reflect": (lambda: nn.Conv3d(4, 8, 3, padding=(1, 1, 1), padding_mode="reflect", groups=4), (2, 4, 3, 6, 5)),
+}
+
+
+def results(layer, x):
+    layer.zero_grad()
+    leaf = x.clone().requires_grad_(True)
+    y = layer(leaf * 1)
+    y.backward(random_tensor(*y.shape, seed=3))
+    return [y.detach(), leaf.grad, *(p.grad for p in layer.parameters())]
+
+
+def assert_the_same(found, wanted):
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", [Vanilla(), HOSVD(1.0), ASI(99)], ids=lambda method: method.tag)
+@pytest.mark.parametrize("name", LAYERS)
+def test_exact_at_full_rank_with_and_without_a_batch_dimension(name, method):
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    stock = make().double()
+    layer = lowrank.convert(nn.Sequential(copy.deepcopy(stock)), ["0"], method)[0]
+    for x in (random_tensor(*shape), random_tensor(*shape)[0]):
+        assert_the_same(results(layer, x), results(stock, x))
+    assert type(pickle.loads(pickle.dumps(layer))) is type(layer)
+    assert type(lowrank.revert(layer)) is type(stock)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_gradient_from_factors_is_autograds_on_the_compressed_input(name):
+    make, shape = LAYERS[name]
+    stock = make().double()
+    geometry = ConvGeometry.of(stock)
+    ranks = [2, 3, *[2] * (len(shape) - 2)]
+    for factored in (range(len(shape)), (0,), (1,), range(2, len(shape))):
+        sizes = [rank if mode in factored else size for mode, (size, rank) in enumerate(zip(shape, ranks, strict=True))]
+        factors = [
+            random_tensor(n, r) if m in factored else None for m, (n, r) in enumerate(zip(shape, ranks, strict=True))
+        ]
+        tucker = Tucker(random_tensor(*sizes), tuple(factors))
+        y = stock(tucker.dense())
+        grad = random_tensor(*y.shape, seed=2)
+        (wanted,) = torch.autograd.grad(y, stock.weight, grad)
+        torch.testing.assert_close(gradients.weight_gradient(tucker, grad, geometry), wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_a_three_dimensional_convolution_keeps_five_factors():
+    model = lowrank.convert(nn.Sequential(nn.Conv3d(4, 6, 3)), ["0"], ASI([1, 2, 2, 2, 2]))
+    x = random_tensor(4, 4, 6, 6, 6).float().requires_grad_()
+    kept = lowrank.saved_bytes(model, lambda m, x: m(x * 1).sum(), x)
+    weight_of_input_gradient, numbers = 0, 16 + 4 * 1 + (4 + 6 + 6 + 6) * 2
+    assert kept <= 4 * numbers + weight_of_input_gradient
+    cost = lowrank.account(model, ["0"], x)["0"]
+    assert cost.activation_bytes == 4 * numbers
+
+
+def test_ranks_of_another_number_of_modes_are_refused_ahead():
+    with pytest.raises(ConversionError, match="3 modes"):
+        lowrank.convert(nn.Sequential(nn.Conv1d(4, 6, 3)), ["0"], ASI([1, 2, 2, 2]))
+
+
+class Transposed(nn.Module):
+    """As GPT-2's Conv1D: a linear layer whose weight is (I, O)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(5, 7)), nn.Parameter(torch.randn(7))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, 5), self.weight).view(*x.shape[:-1], 7)
+
+
+class Scaled(nn.Conv2d):
+    """A weight that is computed: standardised, and scaled per output."""
+
+    def __init__(self):
+        super().__init__(4, 6, 3, padding=1)
+        self.scale = nn.Parameter(torch.rand(6))
+
+    def standardised(self):
+        flat = self.weight.flatten(1)
+        flat = (flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True) * self.scale[:, None]
+        return flat.view_as(self.weight)
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.standardised(), self.bias, self.stride, self.padding)
+
+
+@pytest.mark.parametrize("method", [Vanilla(), HOSVD(1.0)], ids=lambda method: method.tag)
+def test_a_layer_of_ones_own_joins_by_registration(method):
+    lowrank.register_layer(Transposed, weight=lambda layer: layer.weight.mT)
+    lowrank.register_layer(Scaled, geometry=ConvGeometry.of, weight=Scaled.standardised)
+    for kind, shape in ((Transposed, (2, 3, 5)), (Scaled, (2, 4, 5, 6))):
+        torch.manual_seed(0)
+        stock = kind().double()
+        model = lowrank.convert(nn.Sequential(copy.deepcopy(stock)), ["0"], method)
+        assert_the_same(results(model, random_tensor(*shape)), results(stock, random_tensor(*shape)))
+        assert type(copy.deepcopy(model)[0]) is type(model[0])
+        assert type(lowrank.revert(model)[0]) is kind
+
+
+def test_what_is_not_registered_is_refused_with_a_word_of_how_to():
+    class Another(nn.Module):
+        pass
+
+    (problem,) = lowrank.check(nn.Sequential(Another()), ["0"], Vanilla())
+    assert "register_layer" in problem
+    with pytest.raises(SettingError, match="no class of modules"):
+        lowrank.register_layer(Another())
