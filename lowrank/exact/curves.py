@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowrank.exact import activations
 from lowrank.exact.origins import Reader, itself, lean_mode, note, origin_of, reading, takes_nothing
-from lowrank.tensors.eager import refuse_double_backward, saved
+from lowrank.tensors.eager import saved
 
 _aten = torch.ops.aten
 
@@ -57,19 +57,18 @@ class _Curved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            x = ctx.reader.one(*saved(ctx, ctx.curve.name))
-            grad_x: Tensor | None = ctx.curve.derivative(grad, x)
-        if torch.is_grad_enabled():
-            grad_x = refuse_double_backward(ctx.curve.name, grad_x, grad)
-        return grad_x, None, None, None, None
+        x = ctx.reader.one(*saved(ctx, ctx.curve.name))
+        if torch.is_grad_enabled():  # not every derivative of PyTorch has one of its own, but every function has two
+            found = torch.autograd.grad(ctx.curve.function(x), x, grad, create_graph=True)
+            return *found, None, None, None, None
+        return ctx.curve.derivative(grad, x), None, None, None, None
 
 
 def curved(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
     """A curve of a tensor in lean mode."""
     origin = origin_of(x)
     if inplace and any(source.tensor is x for source in origin.sources):
-        origin = itself(x.detach().clone())
+        origin = itself(x.clone())
     reader, sources = reading(origin)
     y: Tensor = _Curved.apply(x, curve, reader, inplace, sources)
     note(y, curve.function, [origin.as_kept()])

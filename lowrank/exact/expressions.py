@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowrank.exact.origins import Origin, Reader, find, itself, lean_mode, note, origin_of, reading
 from lowrank.exact.slots import is_kept
-from lowrank.tensors.eager import refuse_double_backward, saved
+from lowrank.tensors.eager import saved
 
 _PARTS = (torch.cat, torch.concat, torch.concatenate)
 
@@ -77,11 +77,8 @@ class _Product(torch.autograd.Function):
         found = iter(ctx.reader(*saved(ctx, "product")))
         others = [next(found) if want else None for want in wanted]  # the other factor
         grads: list[Tensor | None] = []
-        with torch.no_grad():
-            for other, shape, dtype in zip(others, ctx.shapes, ctx.dtypes, strict=True):
-                grads.append(None if other is None else (grad * other).sum_to_size(shape).to(dtype))
-        if torch.is_grad_enabled():
-            grads = [refuse_double_backward("product", one, grad) for one in grads]
+        for other, shape, dtype in zip(others, ctx.shapes, ctx.dtypes, strict=True):
+            grads.append(None if other is None else (grad * other).sum_to_size(shape).to(dtype))
         return *grads, None, None
 
 

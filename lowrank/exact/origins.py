@@ -53,6 +53,13 @@ class Step:
         known[self] = found
         return found
 
+    def followed(self, known: dict[Step, Tensor]) -> Tensor:
+        """The same with a graph, anew; what others made has none."""
+        if self not in known:
+            assert self.function is not None
+            known[self] = self.function(*(step.followed(known) for step in self.inputs))
+        return known[self]
+
     def read(self) -> None:
         """One reader less; the last one takes what was made."""
         self.readers = max(0, self.readers - 1)
@@ -184,16 +191,17 @@ class Reader:
         for step in self._steps:
             step.readers += 1
 
-    def __call__(self, *saved: Tensor) -> list[Tensor]:
-        known = dict(zip(self._sources, saved, strict=True))
-        with torch.no_grad():
-            found = [step.value(known) for step in self._steps]
-        self.done()
-        return found
-
     def one(self, *saved: Tensor) -> Tensor:
         """The tensor, of a reader of one."""
         return self(*saved)[0]
+
+    def __call__(self, *saved: Tensor) -> list[Tensor]:
+        known = dict(zip(self._sources, saved, strict=True))
+        if torch.is_grad_enabled():  # the backward pass is itself differentiated: with the graph to the sources
+            return [step.followed(known) for step in self._steps]
+        found = [step.value(known) for step in self._steps]
+        self.done()
+        return found
 
     def done(self) -> None:
         """It has read; once is enough."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowrank.exact.expressions import keeps_its_input, note_of
 from lowrank.exact.origins import Reader, Rebuild, lean_mode, note, origin_of, reading
-from lowrank.tensors.eager import refuse_double_backward, saved
+from lowrank.tensors.eager import saved
 
 
 def note_linear(x: Tensor, y: Tensor, apply: Rebuild, parameters: tuple[Tensor | None, ...], keeps_x: bool) -> None:
@@ -127,6 +127,8 @@ class _Mixing:
     def again(self, *values: Tensor) -> Tensor:
         """The output, from the arguments that are not None; leaves the graph for `gradients`."""
         given = iter(values)
+        if torch.is_grad_enabled():  # the backward pass is itself differentiated
+            return self.function(*(None if want is None else next(given) for want in self.wanted))
         leaves = [None if want is None else next(given).detach().requires_grad_(want) for want in self.wanted]
         with torch.enable_grad():
             y = self.function(*leaves)
@@ -138,6 +140,14 @@ class _Mixing:
         leaves, y = self.made.pop()
         inputs = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
         found = iter(torch.autograd.grad(y, inputs, grad, allow_unused=True))
+        return [next(found) if want else None for want in self.wanted]
+
+    def followed(self, grad: Tensor, *values: Tensor) -> list[Tensor | None]:
+        """The gradients for these arguments, with a graph to them and to `grad`."""
+        given = iter(values)
+        arguments = [None if want is None else next(given) for want in self.wanted]
+        inputs = [one for one, want in zip(arguments, self.wanted, strict=True) if one is not None and want]
+        found = iter(torch.autograd.grad(self.function(*arguments), inputs, grad, create_graph=True, allow_unused=True))
         return [next(found) if want else None for want in self.wanted]
 
 
@@ -152,14 +162,14 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        again = torch.is_grad_enabled()
         sources = saved(ctx, "attention")
+        if torch.is_grad_enabled():
+            return None, None, None, *ctx.mixing.followed(grad, *ctx.reader(*sources))
         if ctx.mixing.made:
             ctx.reader.done()
         else:
             ctx.mixing.again(*ctx.reader(*sources))
-        found = ctx.mixing.gradients(grad.detach())
-        return None, None, None, *(refuse_double_backward("attention", one, grad) if again else one for one in found)
+        return None, None, None, *ctx.mixing.gradients(grad)
 
 
 def attend(function: Rebuild, *arguments: Tensor | None) -> Tensor:

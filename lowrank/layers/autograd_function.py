@@ -224,7 +224,7 @@ class MergedNormFunction(torch.autograd.Function):
             settings: of the call, with the method that keeps the convolution's input.
             kept: what that method keeps of the convolution's input, for the gradient of `gamma`.
         """
-        ctx.settings, ctx.eps = settings, eps
+        ctx.settings, ctx.eps, ctx.anchor = settings, eps, call.weight
         ctx.shape, ctx.weight_shape = tuple(call.x.shape), tuple(call.weight.shape)
         wants_gamma = ctx.needs_input_grad[1]
         own = (call.weight.detach(), _detached(call.bias)) if wants_gamma else (None, None)
@@ -251,7 +251,7 @@ class MergedNormFunction(torch.autograd.Function):
                 grad_gamma = deviation * (_row_products(weight, grad_weight) - centre * grad_beta)
         if again:
             refuse = lambda found: refuse_double_backward(  # noqa: E731
-                f"the normalisation behind layer {settings.name!r}", found, grad
+                f"the normalisation behind layer {settings.name!r}", found, grad, ctx.anchor
             )
             grad_y = grad * per_output(scale.to(grad.dtype), 4) if wants_y else None
             grad_gamma, grad_beta = refuse(grad_gamma), refuse(grad_beta)

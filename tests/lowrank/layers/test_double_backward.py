@@ -176,27 +176,49 @@ SMOOTH = {
     "gelu": nn.GELU(),
     "silu": nn.SiLU(),
     "functional gelu": F.gelu,
+    "hardswish": nn.Hardswish(),
+    "mish": nn.Mish(),
+    "softplus": nn.Softplus(),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda x: F.softmax(x, -1),
+    "a power": lambda x: x**3,
+    "a gate": lambda x: F.silu(x[..., :4]) * x[..., 4:],
 }
 
 
+@pytest.mark.parametrize("last", ["the activation", "a layer"])
 @pytest.mark.parametrize("name", SMOOTH)
-def test_recomputed_activations_are_right_or_refused(name):
+def test_recomputed_activations_are_differentiated_again(name, last):
+    """Also where the gradient that reaches them is a constant, behind which there is no graph."""
+
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 8), nn.Linear(8, 1)
+            self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 8), nn.LazyLinear(1)
             self.act = copy.deepcopy(SMOOTH[name])
 
         def forward(self, x):
-            return self.down(self.act(self.up(self.norm(x))))
+            y = self.act(self.up(self.norm(x)))
+            return self.down(y) if last == "a layer" else y
 
     torch.manual_seed(0)
-    stock = Block().double()
-    model = lowrank.convert(copy.deepcopy(stock), ["up", "down"], Vanilla())
-    assert_right_or_refused(stock, model, random_tensor(3, 5, 4))
+    stock, x = Block(), random_tensor(3, 5, 4)
+    stock(x.float())
+    stock.double()
+    model = lowrank.convert(copy.deepcopy(stock), ["up", *(["down"] if last == "a layer" else [])], Vanilla())
+    assert_right_or_refused(stock, model, x, refused=False)
 
 
-def test_recomputed_attention_is_right_or_refused():
+def test_a_gamma_gradient_of_a_constant_gradient_is_not_missing_a_term():
+    _, critic = pair(HOSVD(1.0))
+    y = critic.norm(critic.conv(random_tensor(*X).requires_grad_()))
+    (gradient,) = torch.autograd.grad(y.sum(), critic.norm.weight, create_graph=True)
+    with pytest.raises(DoubleBackwardError, match="'conv'"):
+        gradient.sum().backward()
+
+
+def test_recomputed_attention_is_differentiated_again():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -212,10 +234,10 @@ def test_recomputed_attention_is_right_or_refused():
     lowrank.open_attention(model)
     lowrank.convert(model, ["attention.out_proj"], Vanilla())
     with sdpa_kernel(SDPBackend.MATH):  # the fast ones of PyTorch have no second derivative
-        assert_right_or_refused(stock, model, random_tensor(3, 5, 4))
+        assert_right_or_refused(stock, model, random_tensor(3, 5, 4), refused=False)
 
 
-def assert_right_or_refused(stock, model, x):
+def assert_right_or_refused(stock, model, x, refused=True):
     gradients = []
     for network in (stock, model):
         leaf = x.clone().requires_grad_()
@@ -223,7 +245,7 @@ def assert_right_or_refused(stock, model, x):
         try:
             slope.square().sum().backward()
         except DoubleBackwardError:
-            if network is stock:
+            if network is stock or not refused:
                 raise
             return
         gradients.append([leaf.grad, *(p.grad for p in network.parameters() if p.grad is not None)])
