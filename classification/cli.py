@@ -84,8 +84,8 @@ class SuiteCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--setup", type=str, default="A", help="name of the setup, for the record")
-        parser.add_argument("--runs_dir", type=str, default="runs", help="folder that holds all runs")
-        parser.add_argument("--dry_run", action="store_true", help="say what would be done, and stop")
+        parser.add_argument("--runs-dir", "--runs_dir", type=str, default="runs", help="folder that holds all runs")
+        parser.add_argument("--dry-run", "--dry_run", action="store_true", help="say what would be done, and stop")
         parser.add_argument("--tensorboard", type=bool, default=True, help="log to TensorBoard, in the run's folder")
         averaged = "number of training batches that measure takes the mean over"
         parser.add_argument("--batches", type=int, default=1, metavar="N", help=averaged)
