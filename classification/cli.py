@@ -96,7 +96,8 @@ class SuiteCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, settings in RUN_OPTIONS.items():
-            parser.add_argument(name, **settings)
+            spellings = dict.fromkeys((name, f"--{name[2:].replace('-', '_')}"))
+            parser.add_argument(*spellings, **settings)
         parser.link_arguments("seed_everything", "data.shuffle_seed")
         parser.link_arguments("seed_everything", "model.rank_seed")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")

@@ -32,8 +32,8 @@ HELP = ("--help", "-h")
 # Options of a run beside those of trainer, model and data: how they are parsed.
 RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "--setup": {"type": str, "default": "A", "help": "name of the setup, for the record"},
-    "--runs_dir": {"type": str, "default": "runs", "help": "folder that holds all runs"},
-    "--dry_run": {"action": "store_true", "help": "say what would be done, and stop"},
+    "--runs-dir": {"type": str, "default": "runs", "help": "folder that holds all runs"},
+    "--dry-run": {"action": "store_true", "help": "say what would be done, and stop"},
     "--tensorboard": {"type": bool, "default": True, "help": "log to TensorBoard, in the run's folder"},
     "--batches": {
         "type": int,

@@ -46,7 +46,7 @@ def test_a_script_is_of_its_model_and_setup(script_environment, tmp_path, setup,
     lines = [line for line in printed.splitlines() if line.startswith("  python")]
     # Six methods at two depths and vanilla on all, two perplexity tables, and in setup B pretraining.
     assert len(lines) == 2 * 6 + 1 + 2 + (setup == "b")
-    assert all(f"/models/{model}.yaml" in line and line.endswith("--data.batch_size 7") for line in lines)
+    assert all(f"/models/{model}.yaml" in line and line.endswith("--data.batch-size 7") for line in lines)
     assert sum(f"/setups/{setup}.yaml" in line for line in lines) == 15
     assert not (tmp_path / "runs").exists()
 

@@ -238,5 +238,5 @@ def test_a_run_on_sentences_with_ranks_by_perplexity(tmp_path, capsys):
     method = ["--config", str(c / "methods" / "wasi_0.9.yaml")]
     done = finish(["fit", *options, *method, *budget], tmp_path, capsys)
     assert done.record["run"]["dataset"] == "sentences"
-    assert done.record["run"]["method"] == "wasi_0.9"
+    assert done.record["run"]["method"] == "wasi_0.9_1mib"
     assert done.record["memory_bytes"]["activation_formula"] > 0
