@@ -105,7 +105,8 @@ def problems_as_a_model(stranger: Stranger) -> list[str]:
     problems: list[str] = []
     if list(converted.state_dict()) != list(stock.state_dict()):
         problems.append("the keys of the state dict, or their order, are not the stock ones")
-    moved = {name: (tensor * 1.5).to(tensor.dtype) for name, tensor in stock.state_dict().items()}
+    moved = stock.state_dict()  # with its versions
+    moved.update({name: (tensor * 1.5).to(tensor.dtype) for name, tensor in moved.items()})
     other = copy.deepcopy(stock)
     other.load_state_dict(moved)
     converted.load_state_dict(other.state_dict())

@@ -56,9 +56,30 @@ def _is_named(step: dis.Instruction) -> bool:
 
 
 def _is_behind(steps: list[dis.Instruction], at: int) -> bool:
-    line = _line(steps[at])
+    """Whether such a name comes behind the call of what is loaded here, or around it; not in its arguments."""
     loops = any(step.opname.startswith("FOR_ITER") for step in steps)
-    return loops or any(_is_named(step) and (place > at or _line(step) == line) for place, step in enumerate(steps))
+    call = next((step for step in steps[at:] if step.opname.startswith("CALL") and _starts_as(step, steps[at])), None)
+    return loops or any(
+        _is_named(step)
+        and (place > at or _line(step) == _line(steps[at]))
+        and not (call is not None and _is_within(step, call))
+        for place, step in enumerate(steps)
+    )
+
+
+def _starts_as(call: dis.Instruction, loaded: dis.Instruction) -> bool:
+    a, b = call.positions, loaded.positions
+    return a is not None and b is not None and (a.lineno, a.col_offset) == (b.lineno, b.col_offset)
+
+
+def _is_within(step: dis.Instruction, call: dis.Instruction) -> bool:
+    a, b = step.positions, call.positions
+    if a is None or b is None or None in (*a, *b):
+        return False
+    return (b.lineno, b.col_offset) <= (a.lineno, a.col_offset) and (a.end_lineno, a.end_col_offset) <= (
+        b.end_lineno,
+        b.end_col_offset,
+    )
 
 
 def _line(step: dis.Instruction) -> int | None:

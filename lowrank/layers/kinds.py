@@ -65,7 +65,20 @@ def kind_of(stock: type[nn.Module]) -> Kind | None:
     weight = _BY_NAME.get((stock.__module__, stock.__qualname__))
     if stock not in KINDS and weight is not None:
         KINDS[stock] = Kind(stock, _linear, weight, 0)
-    return KINDS.get(stock)
+    return KINDS.get(stock) or next(
+        (kind for kind in list(KINDS.values()) if _computes_the_same(stock, kind.stock)), None
+    )
+
+
+def _computes_the_same(stock: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether a class of somebody's code adds to a base what has no part in the forward pass, such as a constructor."""
+    if not issubclass(stock, base) or stock.__module__.startswith("torch."):
+        return False
+    added = stock.__mro__[: stock.__mro__.index(base)]
+    return all(issubclass(kind, base) and not _COMPUTING & set(vars(kind)) for kind in added)
+
+
+_COMPUTING = {"forward", "_conv_forward", "__call__", "_call_impl", "__getattr__", "__getattribute__", "weight", "bias"}
 
 
 def register_layer(

@@ -145,7 +145,9 @@ def can_be_converted(layer: nn.Module) -> bool:
 
 
 def _kind(layer: nn.Module) -> Kind:
-    return layer.kind if isinstance(layer, LowRankLayer) else KINDS[stock_class(layer)]
+    kind = layer.kind if isinstance(layer, LowRankLayer) else kind_of(stock_class(layer))
+    assert kind is not None, "checked by who asks"
+    return kind
 
 
 def geometry_of(layer: nn.Module) -> Geometry:

@@ -136,7 +136,12 @@ def test_every_problem_is_listed_in_one_go():
 
 
 def test_each_problem_names_layer_kind_reason_and_what_to_do():
-    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "odd": type("Odd", (nn.Linear,), {})(4, 4)})
+    model = nn.ModuleDict(
+        {
+            "attention": nn.MultiheadAttention(4, 2),
+            "odd": type("Odd", (nn.Linear,), {"forward": lambda layer, x: x})(4, 4),
+        }
+    )
     closed, odd = lowrank.check(model, ["attention.out_proj", "odd"], Vanilla())
     assert "'attention.out_proj'" in closed
     assert "lowrank.open_attention(model)" in closed

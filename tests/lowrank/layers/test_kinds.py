@@ -122,6 +122,25 @@ def test_a_layer_of_ones_own_joins_by_registration(method):
         assert type(lowrank.revert(model)[0]) is kind
 
 
+class Simple(nn.Conv3d):
+    """As in torchvision's networks for video: a constructor of its own, and nothing else."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, (3, 3, 3), padding=1, bias=False)
+
+
+def test_a_subclass_that_computes_the_same_is_converted_and_one_that_does_not_is_refused():
+    torch.manual_seed(0)
+    stock = Simple(4, 6).double()
+    model = lowrank.convert(nn.Sequential(copy.deepcopy(stock)), ["0"], Vanilla())
+    assert_the_same(results(model, random_tensor(2, 4, 3, 4, 5)), results(stock, random_tensor(2, 4, 3, 4, 5)))
+    assert type(pickle.loads(pickle.dumps(model))[0]) is type(model[0])
+    assert type(lowrank.revert(model)[0]) is Simple
+    doubled = type("Doubled", (Simple,), {"forward": lambda self, x: 2 * nn.Conv3d.forward(self, x)})
+    with pytest.raises(ConversionError, match=r"subclass of nn\.Conv3d that may compute something else"):
+        lowrank.convert(nn.Sequential(doubled(4, 6)), ["0"], Vanilla())
+
+
 def test_what_is_not_registered_is_refused_with_a_word_of_how_to():
     class Another(nn.Module):
         pass
