@@ -164,8 +164,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     there, here = _flat(stored), _flat(asked)
     keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    shown = [
-        f"{key if key.isprintable() else repr(key)} is {there.get(key)!r} there and {here.get(key)!r} here"
-        for key in keys[:3]
-    ]
+    named = {key: key if key.isprintable() else repr(key) for key in keys[:3]}
+    shown = [f"{name} is {there.get(key)!r} there and {here.get(key)!r} here" for key, name in named.items()]
     return "; ".join(shown) + (f"; and {len(keys) - 3} more" if len(keys) > 3 else "")
