@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import SettingError
-from lowrank.methods.base import Method, Tensors, TuckerMethod, exact_flops
+from lowrank.methods.base import Method, Tensors, TuckerMethod, exact_flops, storage_tag
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
-from lowrank.tensors.decompose import ALGORITHMS, Algorithm, allowed_ranks, kept_whole, subspace_iteration
+from lowrank.tensors.decompose import ALGORITHMS, Algorithm, allowed_ranks, subspace_iteration
 from lowrank.tensors.geometry import Geometry, Shape
+from lowrank.tensors.storage import columns, store, stored_bytes
 from lowrank.tensors.tucker import Tucker
 
 Bases = list[Tensor | None]
@@ -42,6 +43,8 @@ class ASI(TuckerMethod):
             latest iteration, which takes one more read of the input to know. In between, the input is only projected on
             them, but for the batch mode, whose samples change with every step: it is iterated on what the other
             modes left. Less often: faster, and a coarser gradient where the activations drift.
+        storage: see `TuckerMethod`; the bases that are carried from step to step are kept in it as well. A plan of
+            `select_ranks` that chose a storage for each layer brings its own.
     """
 
     ranks: Any = None
@@ -51,6 +54,7 @@ class ASI(TuckerMethod):
     refresh: int | Literal["energy"] = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_refresh()
         if self.algorithm not in ALGORITHMS:
             raise SettingError(f"ASI algorithm is {self.algorithm!r}; allowed: {', '.join(ALGORITHMS)}")
@@ -72,7 +76,7 @@ class ASI(TuckerMethod):
         variant = "" if self.algorithm == "sequential" else f"_{self.algorithm}"
         rank = f"_rank{self.ranks}" if isinstance(self.ranks, int) else ""
         held = "" if self.refresh == 1 else "_by_energy" if self.refresh == "energy" else f"_every{self.refresh}"
-        return f"asi{rank}{variant}{'' if self.warm_start else '_cold'}{held}"
+        return f"asi{self._storage_tag()}{rank}{variant}{'' if self.warm_start else '_cold'}{held}"
 
     def for_layer(self, name: str) -> ASI:
         per_layer = getattr(self.ranks, "ranks", self.ranks)
@@ -82,7 +86,14 @@ class ASI(TuckerMethod):
             return self
         if name not in per_layer:
             raise SettingError(f"the ranks name no layer {name!r}; they name {', '.join(per_layer) or 'none'}")
-        return replace(self, ranks=per_layer[name])
+        chosen = getattr(self.ranks, "storages", {}).get(name, self.storage)
+        if self.storage not in ("input", chosen):
+            raise SettingError(f"the ranks of {name!r} were chosen for storage {chosen!r}, not {self.storage!r}")
+        return replace(self, ranks=per_layer[name], storage=chosen)
+
+    def _storage_tag(self) -> str:
+        chosen = set(getattr(self.ranks, "storages", {}).values()) or {self.storage}
+        return "_mixed" if len(chosen) > 1 else storage_tag(chosen.pop())
 
     def reason_against(self, layer: nn.Module) -> str | None:
         if isinstance(layer, nn.Conv2d) and isinstance(self.ranks, Sequence) and len(self.ranks) != 4:
@@ -100,27 +111,32 @@ class ASI(TuckerMethod):
         return allowed_ranks(shape, self.ranks)
 
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
-        ranks = self.ranks_for(x.shape)
-        if kept_whole(x.shape, ranks):
-            return (x, *[None] * x.ndim), state
-        # The last entry says when the bases are due.
-        state = (*state, *[None] * (x.ndim + 1 - len(state)))
-        stored, due = state[: x.ndim], state[x.ndim]
-        starts = [self._start(x, mode, rank, stored[mode], name) for mode, rank in enumerate(ranks)]
+        shape = tuple(x.shape)
+        ranks = self.kept_ranks(shape, self.ranks_for(shape))
+        if ranks == shape:
+            return store(x, Tucker(x, (None,) * x.ndim), self.storage), state
+        # Per mode a basis, then when they are due, then per mode the scale of a basis in int8.
+        state = (*state, *[None] * (2 * x.ndim + 1 - len(state)))
+        stored, due, scales = state[: x.ndim], state[x.ndim], state[x.ndim + 1 :]
+        held = [_basis(*pair) for pair in zip(stored, scales, strict=True)]
+        starts = [self._start(x, mode, rank, held[mode], name) for mode, rank in enumerate(ranks)]
+        left = None
         if self.refresh == 1:
             tucker, bases = subspace_iteration(x, starts, self.algorithm)
-            when: Tensors = ()
         else:
-            known = all(start is old for start, old in zip(starts[1:], stored[1:], strict=True))
+            known = all(start is old for start, old in zip(starts[1:], held[1:], strict=True))
             tucker, bases, left = self._refreshed(x, starts, due if known else None)
-            when = (left,)
-        kept = (tucker.core, *tucker.factors)
+        kept = store(x, tucker, self.storage)
         if not self.warm_start:
             return kept, ()
+        scale: list[Tensor | None] = [None] * x.ndim
+        if self.storage != "input":  # where it is, bases of halves stay as they were computed
+            bases, scale = list(kept[1 : x.ndim + 1]), list(kept[x.ndim + 2 :]) or scale
         # A smaller batch, such as an epoch's last, leaves the batch basis of the full one in place.
         if stored[0] is not None and stored[0].shape[0] > x.shape[0]:
-            bases[0] = stored[0]
-        return kept, (*bases, *when)
+            bases[0], scale[0] = stored[0], scales[0]
+        further = (left, *scale)
+        return kept, (*bases, *(further if any(tensor is not None for tensor in further) else ()))
 
     def _refreshed(self, x: Tensor, starts: Bases, before: Tensor | None) -> tuple[Tucker, Bases, Tensor]:
         """Compress by bases that are iterated only when that is due.
@@ -167,7 +183,7 @@ class ASI(TuckerMethod):
     def can_use(self, other: Method, shape: Shape) -> bool:
         if type(other) is not type(self) or not isinstance(other, ASI):
             return False  # a subclass may keep something else
-        if (other.algorithm, other.refresh) != (self.algorithm, self.refresh):
+        if (other.algorithm, other.refresh, other.storage) != (self.algorithm, self.refresh, self.storage):
             return False
         return all(own <= found for own, found in zip(self.ranks_for(shape), other.ranks_for(shape), strict=True))
 
@@ -175,7 +191,8 @@ class ASI(TuckerMethod):
         """At its own ranks, also where another layer's larger ones are shared."""
         core = kept[0]
         assert core is not None
-        return costs.kept_numel(shape, self.ranks_for(shape)) * core.element_size()
+        dtype = core.dtype if core.is_floating_point() else torch.float32
+        return stored_bytes(shape, self.kept_ranks(shape, self.ranks_for(shape)), dtype, self.storage)
 
     def _start(self, x: Tensor, mode: int, rank: int, stored: Tensor | None, name: str) -> Tensor | None:
         size = x.shape[mode]
@@ -190,7 +207,7 @@ class ASI(TuckerMethod):
 
     def subspace_flops(self, shape: Shape, ranks: Shape) -> int:
         """Of the mean step; with "energy" of one that iterates, the most that it takes."""
-        if kept_whole(shape, ranks):
+        if self.kept_ranks(shape, ranks) == shape:
             return 0
         sequential = self.algorithm == "sequential"
         each = costs.subspace_flops(shape, ranks, sequential)
@@ -203,7 +220,7 @@ class ASI(TuckerMethod):
         shape = tuple(x.shape)
         ranks = self.ranks_for(shape)
         return LayerCost(
-            activation_bytes=costs.kept_numel(shape, ranks) * x.element_size(),
+            activation_bytes=self.form_bytes(x, ranks),
             flops_paper=costs.paper_forward(geometry, shape, out_channels)
             + costs.paper_subspace(shape, ranks)
             + costs.paper_tucker_gradient(geometry, shape, ranks, out_channels),
@@ -211,6 +228,13 @@ class ASI(TuckerMethod):
             + self.subspace_flops(shape, ranks)
             + self.gradient_flops(geometry, shape, ranks, out_channels),
         )
+
+
+def _basis(stored: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    """A basis as it is computed with; the stored tensor itself, where that is float32 or float64."""
+    if stored is None or stored.dtype == torch.float64:
+        return stored
+    return columns(stored, scale, torch.float32)
 
 
 def _either(due: Tensor, fresh: Callable[[], Found], held: Callable[[], Found], factored: list[bool]) -> Found:
