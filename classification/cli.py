@@ -234,7 +234,7 @@ class SuiteCLI(LightningCLI):
             model = self.model.train()
             table = measure_perplexity(
                 *(model.backbone, model.names, classification_loss, self._first_batch()),
-                *(model.energies, model.mode_energies),
+                *(model.energies, model.mode_energies, model.storages),
             )
             replace(table, model=self.identity.model).save(self.folder.result)
         print(f"perplexity of {len(table.layers)} layers in {self.folder.result}", flush=True)

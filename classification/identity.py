@@ -58,8 +58,9 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     model["weights"] = model["weights"] and weights_fingerprint(model["weights"])
     model["budget"] = model["budget"] and _budget(config)
     identity["trainer"]["max_time"] = None  # a run that it ends has no result
-    if not model["mode_energies"]:
-        del model["mode_energies"]  # records of before that setting stay valid
+    for setting, absent in (("mode_energies", []), ("storages", ["input"])):
+        if list(model[setting]) == absent:
+            del model[setting]  # records of before that setting stay valid
     data = identity["data"]
     data["split_file"] = data["split_file"] and split_fingerprint(Path(data["split_file"]))
     return identity

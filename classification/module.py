@@ -20,7 +20,7 @@ from classification.front import Split, split
 from classification.planning import Budget, RankChoice
 from experiment import ExperimentError
 from experiment.checkpoints import TRAINING_STATE, refuse_earlier
-from lowrank import ASI, Method, NonFiniteError, Vanilla
+from lowrank import ASI, Method, NonFiniteError, Storage, Vanilla
 from lowrank.ranks.perplexity import ENERGIES
 
 Batch = tuple[Tensor | Activations, Tensor]
@@ -59,6 +59,8 @@ class FineTune(pl.LightningModule):
             closer to the budget, and cost time in measuring alone.
         mode_energies: for each mode apart, at which perplexity is measured as well; see lowrank.measure_perplexity. By
             default none, as in the papers.
+        storages: in which forms perplexity is measured, see `lowrank.tensors.storage`; those of the methods that are to
+            take their ranks from the table.
         rank_choice: how ranks are chosen within the budget: by "perplexity", of all that was measured; by perplexity
             with one energy for all modes of a layer ("per_layer"); as the highest energy that fits when it is the same
             for all layers ("one_energy"); or without looking, at "random".
@@ -92,6 +94,7 @@ class FineTune(pl.LightningModule):
         budget: Budget | None = None,
         energies: tuple[float, ...] = ENERGIES,
         mode_energies: tuple[float, ...] = (),
+        storages: tuple[Storage, ...] = ("input",),
         rank_choice: RankChoice = "perplexity",
         rank_seed: int = 0,
         freeze_statistics: bool = True,
@@ -120,7 +123,7 @@ class FineTune(pl.LightningModule):
         self.backbone.to(memory_format=self.memory_format)
         self.method = _with_ranks(method or Vanilla(), budget, self.names, rank_choice, rank_seed)
         lowrank.convert(self.backbone, self.names, self.method, fuses(self.method, fuse))
-        self.energies, self.mode_energies = tuple(energies), tuple(mode_energies)
+        self.energies, self.mode_energies, self.storages = tuple(energies), tuple(mode_energies), tuple(storages)
         self.freeze_statistics, self.cache_front = freeze_statistics, cache_front
         self._split: list[Split] = []  # not an attribute of its own, which would register its layers twice
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from experiment import budget_bytes
+from experiment import ExperimentError, budget_bytes
 from experiment.budget import check_divisor
-from lowrank import ASI, BudgetError, PerplexityTable, RankPlan, select_ranks
+from lowrank import ASI, BudgetError, PerplexityTable, RankPlan, Storage, select_ranks
 
 RankChoice = Literal["perplexity", "per_layer", "one_energy", "random"]
 
@@ -39,18 +39,26 @@ class Budget:
         """The budget in bytes."""
         return budget_bytes(self.mib, self.run, "--model.budget", self.divisor)
 
-    def plan(self, names: Sequence[str], choice: RankChoice = "perplexity", seed: int = 0) -> RankPlan:
-        """Ranks of these layers within the budget, chosen in one of four ways; `seed` is of the random one."""
+    def plan(
+        self, names: Sequence[str], choice: RankChoice = "perplexity", seed: int = 0, storage: Storage = "input"
+    ) -> RankPlan:
+        """Ranks of these layers within the budget, chosen in one of four ways; `seed` is of the random one.
+
+        Raises:
+            ExperimentError: only by perplexity can ranks be chosen for another storage than the input's own.
+        """
         table = PerplexityTable.load(self.table).only(names)
         if choice == "perplexity":
-            return select_ranks(table, self.nbytes)
+            return select_ranks(table, self.nbytes, storages=(storage,))
+        if storage != "input":
+            raise ExperimentError(f"--model.rank_choice is {choice!r} with storage {storage!r}; allowed: 'perplexity'")
         if choice == "per_layer":
             return select_ranks(table.without_mixed(), self.nbytes)
         return one_energy(table, self.nbytes) if choice == "one_energy" else random_energies(table, self.nbytes, seed)
 
     def ranks_for(self, method: ASI, names: Sequence[str], choice: RankChoice, seed: int) -> ASI:
         """The method with the ranks of `plan`."""
-        return replace(method, ranks=self.plan(names, choice, seed))
+        return replace(method, ranks=self.plan(names, choice, seed, method.storage))
 
 
 def one_energy(table: PerplexityTable, budget_bytes: float) -> RankPlan:

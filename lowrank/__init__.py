@@ -38,6 +38,7 @@ from lowrank.ranks.perplexity import MODE_ENERGIES, measure_perplexity
 from lowrank.ranks.select import RankPlan, select_ranks
 from lowrank.ranks.table import Candidates, LayerPerplexity, PerplexityTable
 from lowrank.tensors.costs import LayerCost
+from lowrank.tensors.storage import STORAGES, Storage
 from lowrank.tensors.tucker import Tucker
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "HOSVD",
     "MODE_ENERGIES",
     "SGD",
+    "STORAGES",
     "SVD",
     "WASI",
     "WSI",
@@ -67,6 +69,7 @@ __all__ = [
     "RankPlan",
     "SettingError",
     "StateError",
+    "Storage",
     "TableError",
     "Tucker",
     "Vanilla",

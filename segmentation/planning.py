@@ -36,4 +36,5 @@ class Budget:
 
     def ranks_for(self, method: ASI, names: Sequence[str]) -> ASI:
         """The method with the ranks of least perplexity for these layers within the budget."""
-        return replace(method, ranks=select_ranks(PerplexityTable.load(self.table), self.nbytes, list(names)))
+        table = PerplexityTable.load(self.table)
+        return replace(method, ranks=select_ranks(table, self.nbytes, list(names), (method.storage,)))

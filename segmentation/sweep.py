@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -73,17 +74,19 @@ class Sweep:
         yield self._job("train", "calibrate", "calibrate", self.dataset, "vanilla", None, SEED, start)
         start = ["--load-from", str(self._folder("calibrate", self.dataset, "vanilla", "all", SEED) / FINAL)]
         depths = [layers for layers in self.layers if layers != "all"]
-        for layers in depths if "asi" in self.methods else []:
+        further = sorted({storage_of(method) for method in self.methods if needs_ranks(method)} - {"input"})
+        storages = ["--cfg-options", f"perplexity.storages=[{','.join(['input', *further])}]"] if further else []
+        for layers in depths if any(map(needs_ranks, self.methods)) else []:
             title = f"perplexity, last {layers}"
-            yield self._job("measure", title, "finetune", self.dataset, "vanilla", layers, SEED, start)
+            yield self._job("measure", title, "finetune", self.dataset, "vanilla", layers, SEED, [*start, *storages])
         if self.iterations is not None:
             start += ["--iterations", str(self.iterations)]
         for seed in self.seeds:
             for layers in self.layers:
-                for method in sorted(self.methods, key=lambda name: name == "asi"):  # ASI needs the budget's run
+                for method in sorted(self.methods, key=needs_ranks):  # ASI needs the budget's run
                     if layers == "all" and method != "vanilla":
                         continue
-                    options = start + (self._budget(layers, seed) if method == "asi" else []) + list(self.extra)
+                    options = start + (self._budget(layers, seed) if needs_ranks(method) else []) + list(self.extra)
                     title = f"{method}, {'all layers' if layers == 'all' else f'last {layers}'}"
                     yield self._job("train", title, "finetune", self.dataset, method, layers, seed, options)
 
@@ -137,6 +140,24 @@ class Sweep:
 
 
 @functools.cache
+def _method(name: str) -> dict[str, Any]:
+    settings: dict[str, Any] = load_config([CONFIGS / "methods" / f"{name}.py"])["lowrank"]["method"]
+    return settings
+
+
+def needs_ranks(method: str) -> bool:
+    """Whether a method's config leaves its ranks to a perplexity table and a budget."""
+    settings = _method(method)
+    return settings["type"] == "ASI" and "ranks" not in settings
+
+
+def storage_of(method: str) -> str:
+    """The form in which a method's config says that a Tucker form is kept."""
+    storage: str = _method(method).get("storage", "input")
+    return storage
+
+
+@functools.cache
 def _published() -> dict[str, dict[int, float]]:
     budgets: dict[str, dict[int, float]] = yaml.safe_load(BUDGETS.read_text(encoding="utf-8"))
     return budgets
@@ -185,7 +206,7 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
         extra=tuple(extra),
     )
     needed, _ = sweep.budget_source
-    if "asi" in sweep.methods and needed is not None and needed not in sweep.methods:
+    if any(map(needs_ranks, sweep.methods)) and needed is not None and needed not in sweep.methods:
         parser.error(f"asi takes its budget from {needed}; add it to --methods, or give another --budget")
     return sweep, options.dry_run
 

@@ -14,7 +14,7 @@ from lowrank.tensors.geometry import Geometry
 from lowrank.tensors.storage import store
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SVD(TuckerMethod):
     """Truncated SVD of the batch-mode unfolding, anew at every step (AMC, NeurIPS 2024, baseline SVD_eps).
 
@@ -52,7 +52,7 @@ class SVD(TuckerMethod):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HOSVD(TuckerMethod):
     """Truncated higher-order SVD, anew at every step (AMC, NeurIPS 2024).
 

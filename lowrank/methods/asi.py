@@ -24,7 +24,7 @@ Found = tuple[Tucker, Bases]
 _KEPT_SHARE = 0.99  # of the captured energy; less makes the bases due
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ASI(TuckerMethod):
     """Activation Subspace Iteration: fixed ranks, one warm-started subspace iteration per mode and step (ICML 2025).
 

@@ -6,7 +6,7 @@ To add a method, subclass `Method` here: `compress` and `weight_gradient` are al
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -136,6 +136,11 @@ class TuckerMethod(Method):
 
     def __post_init__(self) -> None:
         check_storage(self.storage)
+
+    def __repr__(self) -> str:
+        shown = [field.name for field in fields(self) if field.name != "storage"]
+        shown += [] if self.storage == "input" else ["storage"]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def can_use(self, other: Method, shape: Shape) -> bool:
         return self == other

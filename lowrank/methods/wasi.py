@@ -67,7 +67,7 @@ class WSI(Vanilla):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WASI(ASI):
     """Weight-Activation Subspace Iteration: the weight as two factors, the activation as in `ASI` (ICLR 2026).
 

@@ -149,7 +149,7 @@ class _Gradients:
     """Weight gradients of one layer from its input truncated at various ranks, decomposed once."""
 
     def __init__(self, x: Tensor, grad: Tensor, geometry: Geometry, energy: float, whole: bool) -> None:
-        self.grad, self.geometry, self.shape = grad, geometry, tuple(x.shape)
+        self.x, self.grad, self.geometry, self.shape = x, grad, geometry, tuple(x.shape)
         self.exact = geometry.weight_gradient(x, grad)
         self.modes = spectra(x, exact=energy >= 1)
         ranks = (len(mode.energies) if whole else mode.rank(energy) for mode in self.modes)
@@ -159,8 +159,7 @@ class _Gradients:
         """Frobenius norm of what the gradient lacks at these ranks and in this storage."""
         tucker = self._corner(ranks)
         if storage != "input":
-            x = tucker.core.new_empty(1).expand(self.shape)  # of which the shape is read
-            tucker = restore(store(x, tucker, storage), self.grad.dtype)
+            tucker = restore(store(self.x, tucker, storage), self.grad.dtype)
         low = weight_gradient(tucker, self.grad, self.geometry)
         return float(torch.linalg.vector_norm(low - self.exact))
 
