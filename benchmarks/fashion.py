@@ -49,10 +49,10 @@ class Run:
         return "int8" if self.method == "asi_int8" else "input"
 
 
-def pictures(images: np.ndarray) -> Tensor:
-    """Images (N, 28, 28), uint8, as the network takes them: (N, 3, 96, 96) in [-1, 1]."""
-    gray = torch.from_numpy(np.ascontiguousarray(images)).float().div_(127.5).sub_(1)[:, None]
-    return F.interpolate(gray, size=(SIZE, SIZE), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
+def pictures(images: np.ndarray, size: int = SIZE) -> Tensor:
+    """Images (N, 28, 28), uint8, as the network takes them: (N, 3, size, size) in [-1, 1]."""
+    gray = torch.from_numpy(images.astype(np.float32)).div_(127.5).sub_(1)[:, None]
+    return F.interpolate(gray, size=(size, size), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
 
 
 def network(name: str, weights: str, layers: int, seed: int) -> tuple[nn.Module, list[str]]:

@@ -58,7 +58,7 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     model["weights"] = model["weights"] and weights_fingerprint(model["weights"])
     model["budget"] = model["budget"] and _budget(config)
     identity["trainer"]["max_time"] = None  # a run that it ends has no result
-    for setting, absent in (("mode_energies", []), ("storages", ["input"])):
+    for setting, absent in (("mode_energies", []), ("storages", ["input", "int8"])):
         if list(model[setting]) == absent:
             del model[setting]  # records of before that setting stay valid
     data = identity["data"]

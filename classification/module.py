@@ -60,7 +60,7 @@ class FineTune(pl.LightningModule):
         mode_energies: for each mode apart, at which perplexity is measured as well; see lowrank.measure_perplexity. By
             default none, as in the papers.
         storages: in which forms perplexity is measured, see `lowrank.tensors.storage`; those of the methods that are to
-            take their ranks from the table.
+            take their ranks from the table, by default of every shipped one.
         rank_choice: how ranks are chosen within the budget: by "perplexity", of all that was measured; by perplexity
             with one energy for all modes of a layer ("per_layer"); as the highest energy that fits when it is the same
             for all layers ("one_energy"); or without looking, at "random".
@@ -94,7 +94,7 @@ class FineTune(pl.LightningModule):
         budget: Budget | None = None,
         energies: tuple[float, ...] = ENERGIES,
         mode_energies: tuple[float, ...] = (),
-        storages: tuple[Storage, ...] = ("input",),
+        storages: tuple[Storage, ...] = ("input", "int8"),
         rank_choice: RankChoice = "perplexity",
         rank_seed: int = 0,
         freeze_statistics: bool = True,

@@ -38,14 +38,6 @@ def needs_ranks(method: str) -> bool:
 
 
 @functools.cache
-def storage_of(method: str) -> str:
-    """The form in which a method's config says that a Tucker form is kept."""
-    content = yaml.safe_load((CONFIGS / "methods" / f"{method}.yaml").read_text(encoding="utf-8"))
-    storage: str = content["model"]["method"].get("init_args", {}).get("storage", "input")
-    return storage
-
-
-@functools.cache
 def is_transformer(model: str) -> bool:
     """Whether a network's linear layers are trained, not its convolutions."""
     content = yaml.safe_load((CONFIGS / "models" / f"{model}.yaml").read_text(encoding="utf-8"))
@@ -110,7 +102,7 @@ class Sweep:
         start = self._pretrained(dataset, seed) if pretrains else start
         if any(map(needs_ranks, self.methods)):
             for layers in self.layers or LAYERS:
-                options = ["--model.layers", layers, *start, *self._storages()]
+                options = ["--model.layers", layers, *start]
                 run = self._run(self.setup.upper(), dataset, PERPLEXITY, layers, seed)
                 yield self._job("measure", run, self.setup, options)
         for method, layers in self._rows():
@@ -118,11 +110,6 @@ class Sweep:
             options += self._budget(dataset, layers, seed) if needs_ranks(method) else []
             run = self._run(self.setup.upper(), dataset, method, layers, seed)
             yield self._job("fit", run, self.setup, options)
-
-    def _storages(self) -> list[str]:
-        """Says in which forms perplexity is to be measured, if not in the input's own alone."""
-        further = sorted({storage_of(method) for method in self.methods if needs_ranks(method)} - {"input"})
-        return ["--model.storages", f"[{','.join(['input', *further])}]"] if further else []
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         """Methods and layers, those that need another run's memory after it."""

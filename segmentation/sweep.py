@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -74,11 +73,9 @@ class Sweep:
         yield self._job("train", "calibrate", "calibrate", self.dataset, "vanilla", None, SEED, start)
         start = ["--load-from", str(self._folder("calibrate", self.dataset, "vanilla", "all", SEED) / FINAL)]
         depths = [layers for layers in self.layers if layers != "all"]
-        further = sorted({storage_of(method) for method in self.methods if needs_ranks(method)} - {"input"})
-        storages = ["--cfg-options", f"perplexity.storages=[{','.join(['input', *further])}]"] if further else []
         for layers in depths if any(map(needs_ranks, self.methods)) else []:
             title = f"perplexity, last {layers}"
-            yield self._job("measure", title, "finetune", self.dataset, "vanilla", layers, SEED, [*start, *storages])
+            yield self._job("measure", title, "finetune", self.dataset, "vanilla", layers, SEED, start)
         if self.iterations is not None:
             start += ["--iterations", str(self.iterations)]
         for seed in self.seeds:
@@ -140,21 +137,10 @@ class Sweep:
 
 
 @functools.cache
-def _method(name: str) -> dict[str, Any]:
-    settings: dict[str, Any] = load_config([CONFIGS / "methods" / f"{name}.py"])["lowrank"]["method"]
-    return settings
-
-
 def needs_ranks(method: str) -> bool:
     """Whether a method's config leaves its ranks to a perplexity table and a budget."""
-    settings = _method(method)
+    settings = load_config([CONFIGS / "methods" / f"{method}.py"])["lowrank"]["method"]
     return settings["type"] == "ASI" and "ranks" not in settings
-
-
-def storage_of(method: str) -> str:
-    """The form in which a method's config says that a Tucker form is kept."""
-    storage: str = _method(method).get("storage", "input")
-    return storage
 
 
 @functools.cache

@@ -254,7 +254,7 @@ def measure(task: Task) -> Path | None:
         model, layers = prepared_model(task.config)
         dataset = DATASETS.build(task.config.train_dataloader.dataset)
         batch = first_batch(model, dataset, task.config.train_dataloader.batch_size, name.seed)
-        settings = task.config.get("perplexity", {})
+        settings = {"storages": ("input", "int8"), **task.config.get("perplexity", {})}
         table = measure_perplexity(training_mode(model), layers, segmentation_loss, batch, **settings)
         replace(table, model=name.model).save(folder.result)
     print(f"perplexity of {len(table.layers)} layers in {folder.result}", flush=True)

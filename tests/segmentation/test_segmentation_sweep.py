@@ -25,7 +25,7 @@ def test_each_run_starts_from_what_the_ones_before_leave():
     titles = [job.title for job in jobs]
     assert titles[:3] == ["pretrain, seed 233", "calibrate, seed 233", "perplexity, last 10, seed 233"]
     assert titles.index("asi, last 10, seed 1") > titles.index("hosvd_0.8, last 10, seed 1")
-    assert len(titles) == 3 + 2 * 10
+    assert len(titles) == 3 + 2 * 11
     below = "r/segmentation"
     pretrained = f"{below}/pretrain/pspnet_small/digit_scenes_pretrain/vanilla/layersall/seed{SEED}/final.pth"
     calibrated = f"{below}/calibrate/pspnet_small/digit_scenes/vanilla/layersall/seed{SEED}/final.pth"
