@@ -30,7 +30,7 @@ from classification.backbones import build_model
 from classification.data import load_splits
 from classification.front import split
 from experiment.files import write_whole
-from lowrank import ASI, MODE_ENERGIES, RankPlan, Storage
+from lowrank import ASI, MODE_ENERGIES, Storage
 
 NETWORKS = {"efficientnet_lite0": 96, "mobilenet_v2": 64, "resnet18": 64}  # and the size of their images
 LAYERS, PARTS, EPOCHS = 8, (20, 50), 2
