@@ -31,6 +31,7 @@ from lowrank.meters.weight_memory import WeightMemory, weight_memory
 from lowrank.methods.amc import HOSVD, SVD
 from lowrank.methods.asi import ASI
 from lowrank.methods.base import Method, Vanilla
+from lowrank.methods.fixed_bases import FixedBases
 from lowrank.methods.gradient_filter import GradientFilter
 from lowrank.methods.wasi import WASI, WSI
 from lowrank.optim import SGD
@@ -59,6 +60,7 @@ __all__ = [
     "ConversionError",
     "DoubleBackwardError",
     "Explanation",
+    "FixedBases",
     "GradientFilter",
     "LayerCost",
     "LayerPerplexity",

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank.errors import SettingError
-from lowrank.methods.base import Method, Tensors, TuckerMethod, exact_flops, storage_tag
+from lowrank.methods.base import Method, Tensors, exact_flops
+from lowrank.methods.ranked import RankedMethod
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
-from lowrank.tensors.decompose import ALGORITHMS, Algorithm, allowed_ranks, subspace_iteration
+from lowrank.tensors.decompose import ALGORITHMS, Algorithm, subspace_iteration
 from lowrank.tensors.geometry import Geometry, Shape
-from lowrank.tensors.storage import columns, store, stored_bytes
+from lowrank.tensors.storage import columns, store
 from lowrank.tensors.tucker import Tucker
 
 Bases = list[Tensor | None]
@@ -25,14 +26,11 @@ _KEPT_SHARE = 0.99  # of the captured energy; less makes the bases due
 
 
 @dataclass(frozen=True, repr=False)
-class ASI(TuckerMethod):
+class ASI(RankedMethod):
     """Activation Subspace Iteration: fixed ranks, one warm-started subspace iteration per mode and step (ICML 2025).
 
     Args:
-        ranks: one rank per mode in the order of the input's shape, such as [8, 16, 3, 3] for (B, C, H, W); one number
-            for every mode; or, per layer name, one of these: a mapping, or the result of `select_ranks`. A rank above
-            its dimension is cut to it. Higher: a closer weight gradient, more memory and time. None: not chosen yet;
-            converting with it is refused.
+        ranks: see `RankedMethod`. Higher: a closer weight gradient, more memory and time.
         algorithm: "sequential" iterates each mode on the tensor already truncated in the modes before it (faster);
             "published" iterates each mode on the full tensor.
         warm_start: start each step from the basis of the step before; otherwise from the same random one every time.
@@ -43,11 +41,9 @@ class ASI(TuckerMethod):
             latest iteration, which takes one more read of the input to know. In between, the input is only projected on
             them, but for the batch mode, whose samples change with every step: it is iterated on what the other
             modes left. Less often: faster, and a coarser gradient where the activations drift.
-        storage: see `TuckerMethod`; the bases that are carried from step to step are kept in it as well. A plan of
-            `select_ranks` that chose a storage for each layer brings its own.
+        storage: see `TuckerMethod`; the bases that are carried from step to step are kept in it as well.
     """
 
-    ranks: Any = None
     algorithm: Algorithm = "sequential"
     warm_start: bool = True
     seed: int = 233
@@ -58,11 +54,6 @@ class ASI(TuckerMethod):
         self._check_refresh()
         if self.algorithm not in ALGORITHMS:
             raise SettingError(f"ASI algorithm is {self.algorithm!r}; allowed: {', '.join(ALGORITHMS)}")
-        per_layer = getattr(self.ranks, "ranks", self.ranks)
-        if per_layer is None:
-            return
-        for ranks in per_layer.values() if isinstance(per_layer, Mapping) else (per_layer,):
-            _check_ranks(ranks)
 
     def _check_refresh(self) -> None:
         counts = isinstance(self.refresh, int) and not isinstance(self.refresh, bool) and self.refresh >= 1
@@ -78,38 +69,6 @@ class ASI(TuckerMethod):
         held = "" if self.refresh == 1 else "_by_energy" if self.refresh == "energy" else f"_every{self.refresh}"
         return f"asi{self._storage_tag()}{rank}{variant}{'' if self.warm_start else '_cold'}{held}"
 
-    def for_layer(self, name: str) -> ASI:
-        per_layer = getattr(self.ranks, "ranks", self.ranks)
-        if per_layer is None:
-            raise SettingError("ASI has no ranks yet; give numbers or the result of select_ranks")
-        if not isinstance(per_layer, Mapping):
-            return self
-        if name not in per_layer:
-            raise SettingError(f"the ranks name no layer {name!r}; they name {', '.join(per_layer) or 'none'}")
-        chosen = getattr(self.ranks, "storages", {}).get(name, self.storage)
-        if self.storage not in ("input", chosen):
-            raise SettingError(f"the ranks of {name!r} were chosen for storage {chosen!r}, not {self.storage!r}")
-        return replace(self, ranks=per_layer[name], storage=chosen)
-
-    def _storage_tag(self) -> str:
-        chosen = set(getattr(self.ranks, "storages", {}).values()) or {self.storage}
-        return "_mixed" if len(chosen) > 1 else storage_tag(chosen.pop())
-
-    def reason_against(self, layer: nn.Module) -> str | None:
-        if isinstance(layer, nn.Conv2d) and isinstance(self.ranks, Sequence) and len(self.ranks) != 4:
-            return f"{len(self.ranks)} ranks for a convolution, whose input has 4 modes; give one per mode"
-        return None
-
-    def ranks_for(self, shape: Sequence[int]) -> Shape:
-        """The ranks for an input of this shape, each at most its dimension and what the other ranks allow."""
-        if isinstance(self.ranks, int):
-            return allowed_ranks(shape, [self.ranks] * len(shape))
-        if len(self.ranks) != len(shape):
-            raise SettingError(
-                f"{len(self.ranks)} ranks for an input with {len(shape)} modes {tuple(shape)}; give one per mode"
-            )
-        return allowed_ranks(shape, self.ranks)
-
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
         shape = tuple(x.shape)
         ranks = self.kept_ranks(shape, self.ranks_for(shape))
@@ -118,7 +77,7 @@ class ASI(TuckerMethod):
         # Per mode a basis, then when they are due, then per mode the scale of a basis in int8.
         state = (*state, *[None] * (2 * x.ndim + 1 - len(state)))
         stored, due, scales = state[: x.ndim], state[x.ndim], state[x.ndim + 1 :]
-        held = [_basis(*pair) for pair in zip(stored, scales, strict=True)]
+        held = [restored_basis(*pair) for pair in zip(stored, scales, strict=True)]
         starts = [self._start(x, mode, rank, held[mode], name) for mode, rank in enumerate(ranks)]
         left = None
         if self.refresh == 1:
@@ -187,13 +146,6 @@ class ASI(TuckerMethod):
             return False
         return all(own <= found for own, found in zip(self.ranks_for(shape), other.ranks_for(shape), strict=True))
 
-    def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
-        """At its own ranks, also where another layer's larger ones are shared."""
-        core = kept[0]
-        assert core is not None
-        dtype = core.dtype if core.is_floating_point() else torch.float32
-        return stored_bytes(shape, self.kept_ranks(shape, self.ranks_for(shape)), dtype, self.storage)
-
     def _start(self, x: Tensor, mode: int, rank: int, stored: Tensor | None, name: str) -> Tensor | None:
         size = x.shape[mode]
         if rank >= size:
@@ -230,7 +182,7 @@ class ASI(TuckerMethod):
         )
 
 
-def _basis(stored: Tensor | None, scale: Tensor | None) -> Tensor | None:
+def restored_basis(stored: Tensor | None, scale: Tensor | None) -> Tensor | None:
     """A basis as it is computed with; the stored tensor itself, where that is float32 or float64."""
     if stored is None or stored.dtype == torch.float64:
         return stored
@@ -272,10 +224,3 @@ def _(size: int, rank: int, seed: str, wide: bool) -> Tensor:
 
 def _basis_dtype(wide: bool) -> torch.dtype:
     return torch.float64 if wide else torch.float32
-
-
-def _check_ranks(ranks: Any) -> None:
-    sequence = [ranks] if isinstance(ranks, int) else ranks
-    valid = isinstance(sequence, Sequence) and not isinstance(sequence, str) and len(sequence) > 0
-    if not valid or not all(isinstance(rank, int) and rank >= 1 for rank in sequence):
-        raise SettingError(f"ranks are {ranks!r}; allowed are whole numbers from 1, one per mode or one for all")
