@@ -14,7 +14,8 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,23 +37,23 @@ NETWORKS = {"efficientnet_lite0": 96, "mobilenet_v2": 64, "resnet18": 64}  # and
 LAYERS, PARTS, EPOCHS = 8, (20, 50), 2
 COUNT, MEASURED = 14, 4  # batches: all; the last, that are measured once the bases have settled on the others
 STORAGES: tuple[Storage, ...] = ("input", "bfloat16", "int8")
+Batch = tuple[tuple[Tensor, ...], Tensor]  # what a network, or its tail, is called with, and labels
 KEY = ["network", "part", "method", "layer"]
 
 
-def loss_of(model: Callable[..., Tensor], batch: Part) -> Tensor:
+def loss_of(model: Callable[..., Tensor], batch: Batch) -> Tensor:
     """Mean cross-entropy."""
-    return F.cross_entropy(model(batch[0]), batch[1])
+    return F.cross_entropy(model(*batch[0]), batch[1])
 
 
-def descend(parameters: list[nn.Parameter], loss: Callable[[Part], Tensor], images: Part, epochs: int) -> None:
-    """SGD with momentum on the loss of each batch."""
+def descend(parameters: list[nn.Parameter], losses: Iterable[Callable[[], Tensor]]) -> None:
+    """SGD with momentum on one loss after the other."""
     optimizer = torch.optim.SGD(parameters, 0.05, MOMENTUM, weight_decay=1e-4)
-    for epoch in range(epochs):
-        for batch in batches(images, epoch):
-            optimizer.zero_grad()
-            loss(batch).backward()
-            nn.utils.clip_grad_norm_(parameters, 2.0)
-            optimizer.step()
+    for loss in losses:
+        optimizer.zero_grad()
+        loss().backward()
+        nn.utils.clip_grad_norm_(parameters, 2.0)
+        optimizer.step()
 
 
 def pretrained(name: str, images: Part, folder: Path) -> str:
@@ -61,7 +62,8 @@ def pretrained(name: str, images: Part, folder: Path) -> str:
     if not path.exists():
         torch.manual_seed(233)
         model = build_model(name, CLASSES).train()
-        descend(list(model.parameters()), lambda batch: loss_of(model, batch), images, EPOCHS)
+        shuffled = (batch for epoch in range(EPOCHS) for batch in batches(images, epoch))
+        descend(list(model.parameters()), (partial(loss_of, model, ((x,), y)) for x, y in shuffled))
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), path)
     return str(path)
@@ -81,15 +83,13 @@ class Subject:
         self.images = images
         front = split(self.model, images[0][:4]).front
         with torch.no_grad():
-            pieces = [front(part) for part in images[0].split(BATCH)]
-        assert all(len(piece) == 1 for piece in pieces)
-        ahead = (torch.cat([piece[0] for piece in pieces]), images[1])
-        self.batches = [(x, y) for x, y in zip(*(part.split(BATCH) for part in ahead), strict=True)]
+            ahead = [(front(x), y) for x, y in zip(*(part.split(BATCH) for part in images), strict=True)]
+        self.batches: list[Batch] = ahead
         # A new classifier's gradients say little of what a network is trained with.
         head, tail = list(self.model.children())[-1], self.tail(self.model)
-        descend(list(head.parameters()), lambda batch: loss_of(tail, batch), ahead, EPOCHS)
-        forward = lambda model, batch: self.tail(model)(batch[0])  # noqa: E731
-        self.input_bytes = lowrank.account(self.model, self.names, self.batches[0], forward).total.activation_bytes
+        descend(list(head.parameters()), (partial(loss_of, tail, batch) for batch in ahead * EPOCHS))
+        forward = lambda model, batch: self.tail(model)(*batch[0])  # noqa: E731
+        self.input_bytes = lowrank.account(self.model, self.names, ahead[0], forward).total.activation_bytes
 
     def tail(self, model: nn.Module) -> Callable[..., Tensor]:
         """The part of the network, or of a copy that is not converted yet, that is behind its frozen front."""
@@ -111,7 +111,7 @@ class Subject:
     def step_ratio(self, method: ASI, pairs: int) -> float:
         """Processor time of a step of the whole network over that of ordinary training."""
         low = lowrank.convert(copy.deepcopy(self.model), self.names, method)
-        batch = (self.images[0][:BATCH], self.images[1][:BATCH])
+        batch = ((self.images[0][:BATCH],), self.images[1][:BATCH])
 
         def step(model: nn.Module) -> Callable[[], float]:
             def run() -> float:
