@@ -175,10 +175,9 @@ def summary(rows: pd.DataFrame) -> str:
             lines.append(f"| {' | '.join(cells)} | {geometric(own.step):.2f} |")
     lines += [
         "",
-        "`python -m benchmarks.gradient_error`: batches of 64 of Fashion-MNIST, the last 8 convolutions; step: processor",
-    ]
-    lines += [
-        "time of the whole network over ordinary training's; networks without ImageNet weights were trained there."
+        "`python -m benchmarks.gradient_error`: batches of 64 of Fashion-MNIST, the last 8 convolutions.",
+        "Step: processor time of the whole network over ordinary training's; networks without ImageNet weights were",
+        "trained there.",
     ]
     return "\n".join(lines) + "\n"
 
