@@ -185,8 +185,8 @@ def summary(rows: pd.DataFrame) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "`python -m benchmarks.fashion`: EfficientNet-Lite0 with ImageNet weights, its last convolutions trained on 4,000",
-        "images of Fashion-MNIST at 96 pixels, tested on 10,000. Memory: of the trained layers' inputs.",
+        "`python -m benchmarks.fashion`: EfficientNet-Lite0 with ImageNet weights, its last convolutions trained on",
+        "4,000 images of Fashion-MNIST at 96 pixels, tested on 10,000. Memory: of the trained layers' inputs.",
     ]
     return "\n".join(lines) + "\n"
 
