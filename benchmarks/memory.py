@@ -4,8 +4,9 @@
 
 Each row is measured in a process of its own; the table is written anew after each row, and what it has already is not
 measured again. Kept: bytes that live between forward and backward pass because of it. Peak: most bytes of tensors in a
-step, where every operator can be followed. Resident: most memory of the process in a step, above what it held before,
-as the system counts it. Step: ratio of times, median of pairs of alternating steps.
+step, where every operator can be followed. Error: norm of the difference of the layers' weight gradients to those of
+ordinary training, over their norm, in the fourth step on one batch. Resident: most memory of the process in a step,
+above what it held before, as the system counts it. Step: ratio of times, median of pairs of alternating steps.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from lowrank.layers.preserve import LossFunction
 from lowrank.meters.memory import held_bytes
 
 OPAQUE = {"compile_budget_0.5"}  # operators inside a compiled graph cannot be followed one by one
+SETTLED = 4  # steps, before the gradients are compared
 KEY = ["network", "layers", "peer", "batch", "size"]
 
 
@@ -67,11 +69,30 @@ def _memory(row: Row) -> dict[str, Any]:
         loss_fn(model, batch).backward()  # compiles
         result["kept_bytes"] = saved_bytes(model, loss_fn, batch)
     else:
-        result["kept_bytes"] = held_bytes(model, loss_fn, batch)
+        # Of micro-batches the loss function leaves gradients, which are not kept for the backward pass.
+        kept = saved_bytes if "micro_batch" in row.peer else held_bytes
+        result["kept_bytes"] = kept(model, loss_fn, batch)
         result["peak_bytes"] = peak_bytes(model, loss_fn, batch)
         result["inference_bytes"] = peak_bytes(model, loss_fn, batch, backward=False)
     result["resident_bytes"] = _resident_growth(lambda: loss_fn(model, batch).backward())
-    return result
+    return result | {"gradient_error": _gradient_error(row)}
+
+
+def _gradient_error(row: Row) -> float | None:
+    """Of the trained layers' weights in all; None where a peer does not train them."""
+    found = []
+    for peer in (row.peer, BASELINE):
+        model, loss_fn, batch = _prepared(replace(row, peer=peer))
+        for _ in range(SETTLED if peer == row.peer else 1):
+            model.zero_grad()
+            loss_fn(model, batch).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    names = [f"{name}.weight" for name in trained_layers(row.network, model, row.layers)]
+    if not all(name in found[0] for name in names):
+        return None
+    apart = sum(float((found[0][name] - found[1][name]).square().sum()) for name in names)
+    whole = sum(float(found[1][name].square().sum()) for name in names)
+    return (apart / whole) ** 0.5
 
 
 def _prepared(row: Row) -> tuple[nn.Module, LossFunction, Batch]:

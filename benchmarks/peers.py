@@ -62,6 +62,38 @@ def checkpointing(model: nn.Module, names: list[str], batch: Batch) -> LossFunct
     return loss_of
 
 
+def micro_batches(size: int, model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
+    """Gradient accumulation over parts of the batch: exact with frozen statistics, at the memory of one part.
+
+    All parts but the last run their backward pass within the loss function.
+    """
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        whole = len(batch[1])
+        parts = list(zip(*(tensor.split(size) for tensor in batch), strict=True))
+        done = torch.zeros((), device=batch[0].device)
+        for images, labels in parts[:-1]:
+            part = loss_of(model, (images, labels)) * (len(labels) / whole)
+            if torch.is_grad_enabled():
+                part.backward()
+            done += part.detach()
+        return done + loss_of(model, parts[-1]) * (len(parts[-1][1]) / whole)
+
+    return loss
+
+
+def micro_batched_asi(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
+    """`asi` over micro-batches of 2."""
+    asi(model, names, batch)
+    return micro_batches(2, model, names, batch)
+
+
+def fixed_bases(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
+    """Bases of one HOSVD, with the ranks of `asi` but for the batch mode."""
+    ranks = RANKS if isinstance(model.get_submodule(names[0]), nn.Conv2d) else RANKS[:3]
+    return _converted(lowrank.FixedBases(ranks=ranks), model, names, batch)
+
+
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated parts of a network: the children of its sequences, where these have children themselves."""
     found: list[nn.Module] = []
@@ -148,6 +180,9 @@ PEERS: dict[str, Peer] = {
     "vanilla": vanilla,
     "vanilla_fused": partial(_converted, lowrank.Vanilla()),
     "checkpointing": checkpointing,
+    "micro_batch_1": partial(micro_batches, 1),
+    "micro_batch_2": partial(micro_batches, 2),
+    "micro_batch_4": partial(micro_batches, 4),
     "compile_budget_0.5": compiled,
     "autocast_bf16": autocast,
     "quantised_8_bit": partial(quantised, 8),
@@ -159,6 +194,8 @@ PEERS: dict[str, Peer] = {
     "hosvd_0.8": partial(_converted, lowrank.HOSVD(0.8)),
     "asi": asi,
     "asi_checkpointed": checkpointed_asi,
+    "asi_micro_batch_2": micro_batched_asi,
+    "fixed_bases": fixed_bases,
     "svd_llm_0.9": svd_llm,
     "wasi_0.9": wasi,
 }

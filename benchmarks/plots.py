@@ -45,7 +45,10 @@ def markdown(frame: pd.DataFrame) -> str:
             "resident (MiB)": (table.resident_bytes / 2**20).map("{:.0f}".format),
             "step / vanilla": table.step_over_vanilla.map("{:.2f}".format),
         }
-    ).replace("nan", "—")
+    )
+    if "gradient_error" in table:
+        shown["gradient error"] = table.gradient_error.map("{:.3f}".format)
+    shown = shown.replace("nan", "—")
     return shown.to_markdown(index=False, disable_numparse=True) + "\n"
 
 

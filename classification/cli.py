@@ -232,7 +232,11 @@ class SuiteCLI(LightningCLI):
     def _measure(self) -> None:
         with self.folder.locked(self._config_text()):
             model = self.model.train()
-            settings = {"energies": model.energies, "mode_energies": model.mode_energies}
+            settings = {
+                "energies": model.energies,
+                "mode_energies": model.mode_energies,
+                "storages": model.storages,
+            }
             told = (model.backbone, model.names, classification_loss, self._batches(), settings)
             write_table(self.identity, self.folder, *told)
 

@@ -54,6 +54,8 @@ def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, 
     identity["trainer"]["max_time"] = None  # a run that it ends has no result
     if not (measures and model["mode_energies"]):
         del model["mode_energies"]  # it has no influence, or is not used, as before it was there
+    if not measures or list(model["storages"]) == ["input", "int8"]:
+        del model["storages"]
     if measures and config["batches"] > 1:
         identity["batches"] = config["batches"]
     if config.get("processes", 1) > 1:

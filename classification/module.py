@@ -24,7 +24,7 @@ from experiment.checkpoints import TRAINING_STATE, refuse_earlier
 from experiment.method import fuses, with_ranks
 from experiment.processes import own_part, with_others
 from experiment.ranks import Budget, RankChoice
-from lowrank import MODE_ENERGIES, Method, NonFiniteError, Vanilla
+from lowrank import MODE_ENERGIES, Method, NonFiniteError, Storage, Vanilla
 from lowrank.layers.training_state import is_basis
 from lowrank.ranks.perplexity import ENERGIES
 
@@ -64,6 +64,8 @@ class FineTune(pl.LightningModule):
             closer to the budget, and cost time in measuring alone.
         mode_energies: for each mode apart, at which perplexity is measured as well; see lowrank.measure_perplexity. An
             empty list for the papers' way, one energy for all modes of a layer.
+        storages: in which forms perplexity is measured, see `lowrank.tensors.storage`; those of the methods that are to
+            take their ranks from the table, by default of every shipped one.
         rank_choice: how ranks are chosen within the budget: by "perplexity", of all that was measured; by perplexity
             with one energy for all modes of a layer ("per_layer"); as the highest energy that fits when it is the same
             for all layers ("one_energy"); or without looking, at "random".
@@ -98,6 +100,7 @@ class FineTune(pl.LightningModule):
         budget: Budget | None = None,
         energies: tuple[float, ...] = ENERGIES,
         mode_energies: tuple[float, ...] = MODE_ENERGIES,
+        storages: tuple[Storage, ...] = ("input", "int8"),
         rank_choice: RankChoice = "perplexity",
         rank_seed: int = 0,
         freeze_statistics: bool = True,
@@ -126,7 +129,7 @@ class FineTune(pl.LightningModule):
         self.backbone.to(memory_format=self.memory_format)
         self.method = with_ranks(method or Vanilla(), budget, self.names, rank_choice, rank_seed)
         lowrank.convert(self.backbone, self.names, self.method, fuses(self.method, fuse))
-        self.energies, self.mode_energies = tuple(energies), tuple(mode_energies)
+        self.energies, self.mode_energies, self.storages = tuple(energies), tuple(mode_energies), tuple(storages)
         self.freeze_statistics, self.cache_front = freeze_statistics, cache_front
         self._split: list[Split] = []  # not an attribute of its own, which would register its layers twice
         self.front_folder: Path | None = None  # of files that runs share; None keeps the front's output in memory

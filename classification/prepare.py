@@ -91,9 +91,10 @@ class Preparation:
                 raise ExperimentError(f"{existing} is there already, but: {error}") from None
         with self._beside() as temporary:
             link = temporary / self.source.folder
+            link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(existing.resolve())
             splits = self._checked(temporary)
-            link.rename(self.folder)
+            self._place(link)
         return splits
 
     def _unpack(self) -> Splits:
@@ -108,9 +109,14 @@ class Preparation:
                     target.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target / archive.name)
             splits = self._checked(temporary, unpacked=True)
-            (temporary / self.source.folder).rename(self.folder)
+            self._place(temporary / self.source.folder)
         shutil.rmtree(self._downloads, ignore_errors=True)
         return splits
+
+    def _place(self, ready: Path) -> None:
+        """Move what is ready to where it belongs, which may be below a folder that is not there yet."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        ready.rename(self.folder)
 
     @property
     def _downloads(self) -> Path:

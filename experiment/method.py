@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from lowrank import Method
 
 # The methods of `lowrank` whose ranks may come from a budget: known here, as importing `lowrank` takes seconds.
-_RANKED = {"ASI": True, "WASI": True} | dict.fromkeys(("Vanilla", "GradientFilter", "SVD", "HOSVD", "WSI"), False)
+_RANKED = {"ASI": True, "WASI": True, "FixedBases": True} | dict.fromkeys(
+    ("Vanilla", "GradientFilter", "SVD", "HOSVD", "WSI"), False
+)
 
 
 def build_method(config: Mapping[str, Any] | None) -> Method:
@@ -110,7 +112,7 @@ def with_ranks(
             f"{type(method).__name__} needs ranks: give its own, or a budget, which is a perplexity table and a "
             f"memory: budget.table, and budget.mib or budget.run"
         )
-    plan = budget.plan(names, choice, seed)
+    plan = budget.plan(names, choice, seed, getattr(method, "storage", "input"))
     return replace(method, ranks=plan)  # type: ignore[type-var]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from experiment.budget import budget_bytes, budget_tag, check_divisor
 from experiment.errors import ExperimentError
 from experiment.provenance import fingerprint
-from lowrank import BudgetError, PerplexityTable, RankPlan, select_ranks
+from lowrank import BudgetError, PerplexityTable, RankPlan, Storage, select_ranks
 
 RankChoice = Literal["perplexity", "per_layer", "one_energy", "random"]
 
@@ -49,11 +49,19 @@ class Budget:
         """What the tag of a run with this budget ends in; see `experiment.budget.budget_tag`."""
         return budget_tag(self.mib, self.run, self.divisor, self.name)
 
-    def plan(self, names: Sequence[str], choice: RankChoice = "perplexity", seed: int = 0) -> RankPlan:
-        """Ranks of these layers within the budget, chosen in one of four ways; `seed` is of the random one."""
+    def plan(
+        self, names: Sequence[str], choice: RankChoice = "perplexity", seed: int = 0, storage: Storage = "input"
+    ) -> RankPlan:
+        """Ranks of these layers within the budget, chosen in one of four ways; `seed` is of the random one.
+
+        Raises:
+            ExperimentError: only by perplexity can ranks be chosen for another storage than the input's own.
+        """
         table = PerplexityTable.load(self.table).only(names)
         if choice == "perplexity":
-            return select_ranks(table, self.nbytes)
+            return select_ranks(table, self.nbytes, storages=(storage,))
+        if storage != "input":
+            raise ExperimentError(f"--model.rank_choice is {choice!r} with storage {storage!r}; allowed: 'perplexity'")
         if choice == "per_layer":
             return select_ranks(table.without_mixed(), self.nbytes)
         return one_energy(table, self.nbytes) if choice == "one_energy" else random_energies(table, self.nbytes, seed)

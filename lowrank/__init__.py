@@ -32,6 +32,7 @@ from lowrank.meters.weight_memory import WeightMemory, weight_memory
 from lowrank.methods.amc import HOSVD, SVD
 from lowrank.methods.asi import ASI
 from lowrank.methods.base import Method, Vanilla
+from lowrank.methods.fixed_bases import FixedBases
 from lowrank.methods.gradient_filter import GradientFilter
 from lowrank.methods.wasi import WASI, WSI
 from lowrank.optim import SGD
@@ -40,6 +41,7 @@ from lowrank.ranks.select import RankPlan, select_ranks
 from lowrank.ranks.table import Candidates, LayerPerplexity, PerplexityTable
 from lowrank.tensors.costs import LayerCost
 from lowrank.tensors.geometry import ConvGeometry, LinearGeometry
+from lowrank.tensors.storage import STORAGES, Storage
 from lowrank.tensors.tucker import Tucker
 
 __version__ = "0.1.0"
@@ -49,6 +51,7 @@ __all__ = [
     "HOSVD",
     "MODE_ENERGIES",
     "SGD",
+    "STORAGES",
     "SVD",
     "WASI",
     "WSI",
@@ -60,6 +63,7 @@ __all__ = [
     "ConversionError",
     "DoubleBackwardError",
     "Explanation",
+    "FixedBases",
     "GradientFilter",
     "LayerCost",
     "LayerPerplexity",
@@ -71,6 +75,7 @@ __all__ = [
     "RankPlan",
     "SettingError",
     "StateError",
+    "Storage",
     "TableError",
     "Tucker",
     "Vanilla",

@@ -82,7 +82,7 @@ def perplexity_settings(config: Config) -> dict[str, Any]:
     In a config `perplexity` has those that differ from the usual: an energy for each mode, on one batch. With
     `mode_energies=[]` there is one energy for all modes of a layer, as in the papers.
     """
-    settings = {"mode_energies": list(MODE_ENERGIES), **config.get("perplexity", {})}
+    settings = {"mode_energies": list(MODE_ENERGIES), "storages": ["input", "int8"], **config.get("perplexity", {})}
     return {key: value for key, value in settings.items() if (key, value) != ("batches", 1)}
 
 

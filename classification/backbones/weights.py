@@ -88,10 +88,14 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, path: str) -> nn.Module:
     """Load a file into a network. A classifier of another size is left as it is; everything else must fit.
 
+    A network that is published under other names has `own_names`, which gives them its own.
+
     Raises:
         ExperimentError: see `read_state_dict`; or the weights are of another network.
     """
     state, own = read_state_dict(path), model.state_dict()
+    own_names: Any = getattr(model, "own_names", dict)
+    state = own_names(state)
     classifier = list(own)[-1].rpartition(".")[0]  # every backbone registers it last
     head = [key for key in own if key.rpartition(".")[0] == classifier]
     for key in head:

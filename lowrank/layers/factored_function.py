@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lowrank.tensors.eager import refuse_double_backward, saved
 from lowrank.tensors.geometry import LinearGeometry
 from lowrank.tensors.gradients import factor_gradients
+from lowrank.tensors.storage import restore
 from lowrank.tensors.tucker import Tucker
 
 
@@ -33,12 +34,11 @@ class FactoredSettings:
 
     def kept_input(self, kept: tuple[Tensor | None, ...], dtype: torch.dtype) -> Tucker:
         """The input as it was kept, (B, ..., I)."""
-        core, factors = kept[0], kept[1:]
-        if self.keeps_input:
-            core = kept[0] if self.rebuild is None else self.rebuild(*kept)
-            factors = (None,) * (0 if core is None else core.ndim)
-        assert core is not None
-        return Tucker(core, factors).to(dtype)
+        if not self.keeps_input:
+            return restore(kept, dtype)
+        x = kept[0] if self.rebuild is None else self.rebuild(*kept)
+        assert x is not None
+        return Tucker(x, (None,) * x.ndim).to(dtype)
 
 
 class FactoredFunction(torch.autograd.Function):

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank.errors import SettingError
-from lowrank.methods.base import Method, Tensors, TuckerMethod, exact_flops
+from lowrank.methods.base import Method, Tensors, exact_flops
+from lowrank.methods.ranked import RankedMethod
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
-from lowrank.tensors.decompose import ALGORITHMS, Algorithm, allowed_ranks, kept_whole, subspace_iteration
+from lowrank.tensors.decompose import ALGORITHMS, Algorithm, subspace_iteration
 from lowrank.tensors.geometry import Geometry, Shape
+from lowrank.tensors.storage import columns, store
 from lowrank.tensors.tucker import Tucker
 
 Bases = list[Tensor | None]
 Found = tuple[Tucker, Bases]
-_MODES = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
 _KEPT_SHARE = 0.99  # of the captured energy; less makes the bases due
 
 
-@dataclass(frozen=True)
-class ASI(TuckerMethod):
+@dataclass(frozen=True, repr=False)
+class ASI(RankedMethod):
     """Activation Subspace Iteration: fixed ranks, one warm-started subspace iteration per mode and step (ICML 2025).
 
     Args:
-        ranks: one rank per mode in the order of the input's shape, such as [8, 16, 3, 3] for (B, C, H, W); one number
-            for every mode; or, per layer name, one of these: a mapping, or the result of `select_ranks`. A rank above
-            its dimension is cut to it. Higher: a closer weight gradient, more memory and time. None: not chosen yet;
-            converting with it is refused.
+        ranks: see `RankedMethod`. Higher: a closer weight gradient, more memory and time.
         algorithm: "sequential" iterates each mode on the tensor already truncated in the modes before it (faster);
             "published" iterates each mode on the full tensor.
         warm_start: start each step from the basis of the step before; otherwise from the same random one every time.
@@ -43,23 +41,19 @@ class ASI(TuckerMethod):
             latest iteration, which takes one more read of the input to know. In between, the input is only projected on
             them, but for the batch mode, whose samples change with every step: it is iterated on what the other
             modes left. Less often: faster, and a coarser gradient where the activations drift.
+        storage: see `TuckerMethod`; the bases that are carried from step to step are kept in it as well.
     """
 
-    ranks: Any = None
     algorithm: Algorithm = "sequential"
     warm_start: bool = True
     seed: int = 233
     refresh: int | Literal["energy"] = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_refresh()
         if self.algorithm not in ALGORITHMS:
             raise SettingError(f"ASI algorithm is {self.algorithm!r}; allowed: {', '.join(ALGORITHMS)}")
-        per_layer = getattr(self.ranks, "ranks", self.ranks)
-        if per_layer is None:
-            return
-        for ranks in per_layer.values() if isinstance(per_layer, Mapping) else (per_layer,):
-            _check_ranks(ranks)
 
     def _check_refresh(self) -> None:
         counts = isinstance(self.refresh, int) and not isinstance(self.refresh, bool) and self.refresh >= 1
@@ -73,56 +67,35 @@ class ASI(TuckerMethod):
         variant = "" if self.algorithm == "sequential" else f"_{self.algorithm}"
         rank = f"_rank{self.ranks}" if isinstance(self.ranks, int) else ""
         held = "" if self.refresh == 1 else "_by_energy" if self.refresh == "energy" else f"_every{self.refresh}"
-        return f"asi{rank}{variant}{'' if self.warm_start else '_cold'}{held}"
-
-    def for_layer(self, name: str) -> ASI:
-        per_layer = getattr(self.ranks, "ranks", self.ranks)
-        if per_layer is None:
-            raise SettingError("ASI has no ranks yet; give numbers or the result of select_ranks")
-        if not isinstance(per_layer, Mapping):
-            return self
-        if name not in per_layer:
-            raise SettingError(f"the ranks name no layer {name!r}; they name {', '.join(per_layer) or 'none'}")
-        return replace(self, ranks=per_layer[name])
-
-    def reason_against(self, layer: nn.Module) -> str | None:
-        modes = next((n for kind, n in _MODES.items() if isinstance(layer, kind)), None)
-        if modes is not None and isinstance(self.ranks, Sequence) and len(self.ranks) != modes:
-            return f"{len(self.ranks)} ranks for a convolution, whose input has {modes} modes; give one per mode"
-        return None
-
-    def ranks_for(self, shape: Sequence[int]) -> Shape:
-        """The ranks for an input of this shape, each at most its dimension and what the other ranks allow."""
-        if isinstance(self.ranks, int):
-            return allowed_ranks(shape, [self.ranks] * len(shape))
-        if len(self.ranks) != len(shape):
-            raise SettingError(
-                f"{len(self.ranks)} ranks for an input with {len(shape)} modes {tuple(shape)}; give one per mode"
-            )
-        return allowed_ranks(shape, self.ranks)
+        return f"asi{self._storage_tag()}{rank}{variant}{'' if self.warm_start else '_cold'}{held}"
 
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
-        ranks = self.ranks_for(x.shape)
-        if kept_whole(x.shape, ranks):
-            return (x, *[None] * x.ndim), state
-        # The last entry says when the bases are due.
-        state = (*state, *[None] * (x.ndim + 1 - len(state)))
-        stored, due = state[: x.ndim], state[x.ndim]
-        starts = [self._start(x, mode, rank, stored[mode], name) for mode, rank in enumerate(ranks)]
+        shape = tuple(x.shape)
+        ranks = self.kept_ranks(shape, self.ranks_for(shape))
+        if ranks == shape:
+            return store(x, Tucker(x, (None,) * x.ndim), self.storage), state
+        # Per mode a basis, then when they are due, then per mode the scale of a basis in int8.
+        state = (*state, *[None] * (2 * x.ndim + 1 - len(state)))
+        stored, due, scales = state[: x.ndim], state[x.ndim], state[x.ndim + 1 :]
+        held = [restored_basis(*pair) for pair in zip(stored, scales, strict=True)]
+        starts = [self._start(x, mode, rank, held[mode], name) for mode, rank in enumerate(ranks)]
+        left = None
         if self.refresh == 1:
             tucker, bases = subspace_iteration(x, starts, self.algorithm)
-            when: Tensors = ()
         else:
-            known = all(start is old for start, old in zip(starts[1:], stored[1:], strict=True))
+            known = all(start is old for start, old in zip(starts[1:], held[1:], strict=True))
             tucker, bases, left = self._refreshed(x, starts, due if known else None)
-            when = (left,)
-        kept = (tucker.core, *tucker.factors)
+        kept = store(x, tucker, self.storage)
         if not self.warm_start:
             return kept, ()
+        scale: list[Tensor | None] = [None] * x.ndim
+        if self.storage != "input":  # where it is, bases of halves stay as they were computed
+            bases, scale = list(kept[1 : x.ndim + 1]), list(kept[x.ndim + 2 :]) or scale
         # A smaller batch, such as an epoch's last, leaves the batch basis of the full one in place.
         if stored[0] is not None and stored[0].shape[0] > x.shape[0]:
-            bases[0] = stored[0]
-        return kept, (*bases, *when)
+            bases[0], scale[0] = stored[0], scales[0]
+        further = (left, *scale)
+        return kept, (*bases, *(further if any(tensor is not None for tensor in further) else ()))
 
     def _refreshed(self, x: Tensor, starts: Bases, before: Tensor | None) -> tuple[Tucker, Bases, Tensor]:
         """Compress by bases that are iterated only when that is due.
@@ -169,15 +142,9 @@ class ASI(TuckerMethod):
     def can_use(self, other: Method, shape: Shape) -> bool:
         if type(other) is not type(self) or not isinstance(other, ASI):
             return False  # a subclass may keep something else
-        if (other.algorithm, other.refresh) != (self.algorithm, self.refresh):
+        if (other.algorithm, other.refresh, other.storage) != (self.algorithm, self.refresh, self.storage):
             return False
         return all(own <= found for own, found in zip(self.ranks_for(shape), other.ranks_for(shape), strict=True))
-
-    def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
-        """At its own ranks, also where another layer's larger ones are shared."""
-        core = kept[0]
-        assert core is not None
-        return costs.kept_numel(shape, self.ranks_for(shape)) * core.element_size()
 
     def _start(self, x: Tensor, mode: int, rank: int, stored: Tensor | None, name: str) -> Tensor | None:
         size = x.shape[mode]
@@ -192,7 +159,7 @@ class ASI(TuckerMethod):
 
     def subspace_flops(self, shape: Shape, ranks: Shape) -> int:
         """Of the mean step; with "energy" of one that iterates, the most that it takes."""
-        if kept_whole(shape, ranks):
+        if self.kept_ranks(shape, ranks) == shape:
             return 0
         sequential = self.algorithm == "sequential"
         each = costs.subspace_flops(shape, ranks, sequential)
@@ -205,7 +172,7 @@ class ASI(TuckerMethod):
         shape = tuple(x.shape)
         ranks = self.ranks_for(shape)
         return LayerCost(
-            activation_bytes=costs.kept_numel(shape, ranks) * x.element_size(),
+            activation_bytes=self.form_bytes(x, ranks),
             flops_paper=costs.paper_forward(geometry, shape, out_channels)
             + costs.paper_subspace(shape, ranks)
             + costs.paper_tucker_gradient(geometry, shape, ranks, out_channels),
@@ -213,6 +180,13 @@ class ASI(TuckerMethod):
             + self.subspace_flops(shape, ranks)
             + self.gradient_flops(geometry, shape, ranks, out_channels),
         )
+
+
+def restored_basis(stored: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    """A basis as it is computed with; the stored tensor itself, where that is float32 or float64."""
+    if stored is None or stored.dtype == torch.float64:
+        return stored
+    return columns(stored, scale, torch.float32)
 
 
 def _either(due: Tensor, fresh: Callable[[], Found], held: Callable[[], Found], factored: list[bool]) -> Found:
@@ -250,10 +224,3 @@ def _(size: int, rank: int, seed: str, wide: bool) -> Tensor:
 
 def _basis_dtype(wide: bool) -> torch.dtype:
     return torch.float64 if wide else torch.float32
-
-
-def _check_ranks(ranks: Any) -> None:
-    sequence = [ranks] if isinstance(ranks, int) else ranks
-    valid = isinstance(sequence, Sequence) and not isinstance(sequence, str) and len(sequence) > 0
-    if not valid or not all(isinstance(rank, int) and rank >= 1 for rank in sequence):
-        raise SettingError(f"ranks are {ranks!r}; allowed are whole numbers from 1, one per mode or one for all")

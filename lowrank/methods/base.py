@@ -6,17 +6,16 @@ To add a method, subclass `Method` here: `compress` and `weight_gradient` are al
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
-from lowrank.tensors.decompose import kept_whole
 from lowrank.tensors.geometry import Geometry, Shape
 from lowrank.tensors.gradients import plan_gradient, weight_gradient
-from lowrank.tensors.tucker import Tucker
+from lowrank.tensors.storage import Storage, check_storage, kept_ranks, restore, stored_bytes
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -90,11 +89,9 @@ def exact_flops(geometry: Geometry, shape: Shape, out_channels: int, input_gradi
     return 2 * geometry.macs(shape, out_channels) * (2 if input_gradient else 1)
 
 
-def kept_form(x: Tensor, tucker: Tucker) -> Tensors:
-    """What to keep of a tensor with this Tucker form: that, or the tensor itself where the form takes no less."""
-    if kept_whole(x.shape, tucker.ranks):
-        return (x, *[None] * x.ndim)
-    return (tucker.core, *tucker.factors)
+def storage_tag(storage: str) -> str:
+    """Ending of a tag where numbers are not kept in the input's dtype."""
+    return "" if storage == "input" else f"_{storage}"
 
 
 @dataclass(frozen=True)
@@ -125,25 +122,42 @@ class Vanilla(Method):
         )
 
 
+@dataclass(frozen=True)
 class TuckerMethod(Method):
-    """Shared by the methods that keep a Tucker form."""
+    """Shared by the methods that keep a Tucker form.
+
+    Args:
+        storage: the form in which its numbers are kept, see `lowrank.tensors.storage`: "input", in the input's own
+            dtype; "float32" or "bfloat16", where that is less; "int8", with scales: a quarter of the bytes of float32,
+            for half a percent of error.
+    """
+
+    storage: Storage = field(default="input", kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_storage(self.storage)
+
+    def __repr__(self) -> str:
+        shown = [field.name for field in fields(self) if field.name != "storage"]
+        shown += [] if self.storage == "input" else ["storage"]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def can_use(self, other: Method, shape: Shape) -> bool:
         return self == other
 
     def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
-        core, *factors = kept
-        assert core is not None
-        return weight_gradient(Tucker(core, tuple(factors)).to(grad.dtype), grad, geometry)
+        return weight_gradient(restore(kept, grad.dtype), grad, geometry)
 
-    def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
-        """As in the papers a factor counts for every mode, also where it is the identity and is not stored; at most the
-        input's own bytes."""
-        core = kept[0]
-        assert core is not None
-        return costs.kept_numel(shape, core.shape) * core.element_size()
+    def kept_ranks(self, shape: Shape, ranks: Shape) -> Shape:
+        """The ranks at which an input is kept; its shape, where it is kept as it is."""
+        return kept_ranks(shape, ranks, self.storage)
+
+    def form_bytes(self, x: Tensor, ranks: Shape) -> int:
+        """Bytes that are kept of an input at these ranks."""
+        shape = tuple(x.shape)
+        return stored_bytes(shape, self.kept_ranks(shape, ranks), x.dtype, self.storage)
 
     def gradient_flops(self, geometry: Geometry, shape: Shape, ranks: Shape, out_channels: int) -> int:
-        ranks = shape if kept_whole(shape, ranks) else ranks
+        ranks = self.kept_ranks(shape, ranks)
         factored = tuple(rank < size for rank, size in zip(ranks, shape, strict=True))
         return 2 * plan_gradient(geometry, shape, ranks, factored, out_channels).macs

@@ -17,7 +17,7 @@ from lowrank.methods.asi import ASI
 from lowrank.methods.base import Vanilla
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
-from lowrank.tensors.decompose import check_energy, kept_whole
+from lowrank.tensors.decompose import check_energy
 from lowrank.tensors.eager import ORDINARY
 from lowrank.tensors.geometry import LinearGeometry, Shape
 from lowrank.tensors.gradients import factor_gradient_macs
@@ -67,12 +67,12 @@ class WSI(Vanilla):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WASI(ASI):
     """Weight-Activation Subspace Iteration: the weight as two factors, the activation as in `ASI` (ICLR 2026).
 
     Args:
-        ranks, algorithm, warm_start, seed, refresh: of the activation, see `ASI`.
+        ranks, algorithm, warm_start, seed, refresh, storage: of the activation, see `ASI`.
         energy: share of the squared singular values of the weight that its factors keep at the start, above 0 and at
             most 1; the rank stays as it is then. The paper uses 0.4 to 0.9.
         update: "subspace", one subspace iteration a step; "svd", a truncated SVD of the moved weight a step. Both are
@@ -98,17 +98,18 @@ class WASI(ASI):
         """Cost of one training step for an input (B, ..., I) and a weight (O, I) of this rank, without its bytes."""
         shape = tuple(x.shape)
         ranks = self.ranks_for(shape)
+        kept = self.kept_ranks(shape, ranks)
         iterations = [costs.paper_iteration(size, prod(shape) // size, r) for size, r in zip(shape, ranks, strict=True)]
         return _factored_cost(
             self,
             shape,
-            shape if kept_whole(shape, ranks) else ranks,
+            kept,
             (outputs, rank),
             input_gradient,
             LayerCost(
-                activation_bytes=costs.kept_numel(shape, ranks) * x.element_size(),
+                activation_bytes=self.form_bytes(x, ranks),
                 flops_paper=sum(iterations) + costs.paper_tucker_gradient(LinearGeometry(), shape, ranks, outputs),
-                flops=0 if kept_whole(shape, ranks) else self.subspace_flops(shape, ranks),
+                flops=self.subspace_flops(shape, ranks),
             ),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
@@ -19,12 +19,12 @@ from lowrank.layers.lazy import real
 from lowrank.layers.preserve import LossFunction, preserved, tensors_in
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
-from lowrank.ranks.table import Candidates, LayerPerplexity, PerplexityTable
-from lowrank.tensors.costs import tucker_numel
+from lowrank.ranks.table import Candidates, Energy, LayerPerplexity, PerplexityTable, joined, kept_bytes
 from lowrank.tensors.decompose import Spectrum, check_energy, project, spectra
 from lowrank.tensors.geometry import Geometry
 from lowrank.tensors.gradients import weight_gradient
-from lowrank.tensors.tucker import Tucker
+from lowrank.tensors.storage import Storage, check_storage, restore, store
+from lowrank.tensors.tucker import Tucker, mode_product
 
 ENERGIES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MODE_ENERGIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
@@ -40,6 +40,7 @@ def measure_perplexity(
     energies: Sequence[float] = ENERGIES,
     mode_energies: Sequence[float] = (),
     further: Iterable[Any] = (),
+    storages: Sequence[Storage] = ("input",),
 ) -> PerplexityTable:
     """Perplexity of each layer at each energy, from one forward and one backward pass a batch.
 
@@ -49,9 +50,12 @@ def measure_perplexity(
     The papers cut all modes of a layer at one energy. But a rank costs one row of the mode's size, so that at the same
     bytes a small mode can often be cut less than a large one, and the gradient be closer. With `mode_energies`, further
     candidates are measured for each layer: from the lowest of these energies in every mode, one mode at a time goes to
-    its next one, always the mode that lowers the perplexity most for the bytes it adds, as long as the input is
-    compressed. Each trial on the way is a candidate; `select_ranks` chooses among all. A few dozen low-rank gradients a
-    layer more.
+    its next one and at last to being left whole, without a factor, always the mode that lowers the perplexity most for
+    the bytes it adds, as long as those are less than the input's. Each trial on the way is a candidate; `select_ranks`
+    chooses among all. A few dozen low-rank gradients a layer more, for each storage.
+
+    With other storages than "input" the candidates are measured as they come back from them, each beside those in the
+    input's own dtype.
 
     Args:
         model: any module, converted or not.
@@ -62,6 +66,7 @@ def measure_perplexity(
         mode_energies: shares to choose from for each mode apart, such as `lowrank.MODE_ENERGIES`; none by default.
         further: more batches, whose inputs have the same shapes. Energies are turned into ranks on the first batch;
             perplexity at these ranks, and the norm of the exact gradient, is the mean over all batches.
+        storages: of the Tucker form, see `lowrank.tensors.storage`.
 
     Raises:
         ConversionError: a layer that is unknown, not supported, not called, or called more than once.
@@ -70,6 +75,8 @@ def measure_perplexity(
     energies, mode_energies = (tuple(sorted(set(given))) for given in (energies, mode_energies))
     for energy in energies + mode_energies:
         check_energy(energy)
+    for storage in storages:
+        check_storage(storage)
     layers = named_layers(model, names)
     for name, layer in layers.items():
         if not can_be_converted(layer):
@@ -80,7 +87,7 @@ def measure_perplexity(
         for layer in layers.values():
             layer.requires_grad_(True)
         for number, each in enumerate(batches, start=1):
-            probes = {name: _Probe(name, energies, mode_energies, rows[name]) for name in layers}
+            probes = {name: _Probe(name, energies, mode_energies, tuple(storages), rows[name]) for name in layers}
             _backward(model, layers, probes, loss_fn, each)
             missing = [name for name in layers if len(rows[name]) < number]
             if missing:
@@ -132,10 +139,11 @@ class _Probe:
         name: str,
         energies: tuple[float, ...],
         mode_energies: tuple[float, ...],
+        storages: tuple[Storage, ...],
         rows: list[LayerPerplexity],
     ) -> None:
         self.name, self.energies, self.mode_energies, self.rows = name, energies, mode_energies, rows
-        self.called = False
+        self.storages, self.called = storages, False
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self.called:
@@ -149,104 +157,131 @@ class _Probe:
 
     @torch.no_grad()
     def measure(self, x: Tensor, grad: Tensor, geometry: Geometry) -> None:
-        element_size = x.element_size()
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, grad = x.to(dtype), grad.to(dtype)
-        row = self._again(x, grad, geometry) if self.rows else self._first(x, grad, geometry, element_size)
+        largest = max(self.energies + self.mode_energies)
+        # All of a mode, where candidates may be left whole, and on further batches, whatever their own energies.
+        whole = bool(self.mode_energies or self.rows)
+        gradients = _Gradients(x.to(dtype), grad.to(dtype), geometry, largest, whole)
+        row = self._again(gradients) if self.rows else self._first(x, gradients)
         if not all(map(math.isfinite, (*row.perplexity, *(row.mixed.perplexity if row.mixed else ())))):
             raise NonFiniteError(f"the weight gradient of layer {self.name!r} is not finite on the perplexity batch")
         self.rows.append(row)
 
-    def _first(self, x: Tensor, grad: Tensor, geometry: Geometry, element_size: int) -> LayerPerplexity:
-        gradients = _Gradients(x, grad, geometry, max(self.energies + self.mode_energies))
-        shape, modes = tuple(x.shape), gradients.modes
-        ranks = tuple(tuple(mode.rank(energy) for mode in modes) for energy in self.energies)
-        measured = _entries(shape, element_size, [(entry, gradients.perplexity(entry)) for entry in ranks])
-        notches = [_notches(mode, self.mode_energies) for mode in modes]
-        mixed = _climb(shape, notches, gradients.perplexity) if self.mode_energies else {}
-        chosen = (tuple(notch[rank] for notch, rank in zip(notches, entry, strict=True)) for entry in mixed)
-        further = Candidates(tuple(chosen), *_entries(shape, element_size, list(mixed.items()))) if mixed else None
-        return LayerPerplexity(self.name, shape, *measured, further, gradients.norm)
+    def _first(self, x: Tensor, gradients: _Gradients) -> LayerPerplexity:
+        uniform = [tuple(mode.rank(energy) for mode in gradients.modes) for energy in self.energies]
+        row = _Trials(gradients, x, "input").candidates(zip(self.energies, uniform, strict=True))
+        further = []
+        for storage in dict.fromkeys(self.storages):
+            trials = _Trials(gradients, x, storage)
+            if storage != "input":
+                each = [(energy,) * x.ndim for energy in self.energies]
+                further.append(trials.candidates(zip(each, uniform, strict=True)))
+            if self.mode_energies:
+                notches = [_notches(mode, self.mode_energies) for mode in gradients.modes]
+                named = [(tuple(n[r] for n, r in zip(notches, at, strict=True)), at) for at in _climb(notches, trials)]
+                further.append(trials.candidates(named))
+        mixed = joined(further) if further else None
+        measured = (row.ranks, row.nbytes, row.perplexity)
+        return LayerPerplexity(self.name, gradients.shape, *measured, mixed, gradients.norm)
 
-    def _again(self, x: Tensor, grad: Tensor, geometry: Geometry) -> LayerPerplexity:
+    def _again(self, gradients: _Gradients) -> LayerPerplexity:
         first = self.rows[0]
-        if tuple(x.shape) != first.input_shape:
+        if gradients.shape != first.input_shape:
             raise ConversionError(
-                f"layer {self.name!r} has an input of shape {tuple(x.shape)} on a further batch and of "
+                f"layer {self.name!r} has an input of shape {gradients.shape} on a further batch and of "
                 f"{first.input_shape} on the first; perplexity is measured on batches of one shape"
             )
-        every = first.ranks + (first.mixed.ranks if first.mixed else ())
-        energy = max(self.energies + self.mode_energies)
-        gradients = _Gradients(x, grad, geometry, energy, tuple(map(max, zip(*every, strict=True))))
-        mixed = first.mixed and replace(first.mixed, perplexity=tuple(map(gradients.perplexity, first.mixed.ranks)))
-        measured = tuple(map(gradients.perplexity, first.ranks))
+        mixed = first.mixed
+        if mixed is not None:
+            mixed = replace(mixed, perplexity=tuple(map(gradients.perplexity, mixed.ranks, mixed.storages)))
+        measured = tuple(gradients.perplexity(ranks, "input") for ranks in first.ranks)
         return replace(first, perplexity=measured, mixed=mixed, gradient_norm=gradients.norm)
 
 
 class _Gradients:
-    """Weight gradients of one layer from its input truncated at various ranks, decomposed once.
+    """Weight gradients of one layer from its input truncated at various ranks, decomposed once."""
 
-    Args:
-        x, grad, geometry: the layer's input, the gradient of its output, and the layer.
-        energy: the highest that is asked for.
-        largest: the highest ranks that are asked for; by default those of that energy.
-    """
-
-    def __init__(
-        self, x: Tensor, grad: Tensor, geometry: Geometry, energy: float, largest: Ranks | None = None
-    ) -> None:
-        self.grad, self.geometry = grad, geometry
+    def __init__(self, x: Tensor, grad: Tensor, geometry: Geometry, energy: float, whole: bool) -> None:
+        self.x, self.grad, self.geometry, self.shape = x, grad, geometry, tuple(x.shape)
         self.exact = geometry.weight_gradient(x, grad)
         self.norm = float(torch.linalg.vector_norm(self.exact))
         self.modes = spectra(x, exact=energy >= 1)
-        ranks = largest or tuple(mode.rank(energy) for mode in self.modes)
+        ranks = (len(mode.energies) if whole else mode.rank(energy) for mode in self.modes)
         self.largest = project(x, [mode.basis(rank) for mode, rank in zip(self.modes, ranks, strict=True)])
 
-    def perplexity(self, ranks: Ranks) -> float:
-        """Frobenius norm of what the gradient at these ranks lacks."""
-        low = weight_gradient(_corner(self.largest, ranks), self.grad, self.geometry)
+    def perplexity(self, ranks: Ranks, storage: Storage) -> float:
+        """Frobenius norm of what the gradient lacks at these ranks and in this storage."""
+        tucker = self._corner(ranks)
+        if storage != "input":
+            tucker = restore(store(self.x, tucker, storage), self.grad.dtype)
+        low = weight_gradient(tucker, self.grad, self.geometry)
         return float(torch.linalg.vector_norm(low - self.exact))
 
+    def _corner(self, ranks: Ranks) -> Tucker:
+        """The form at lower ranks; a mode of full rank is left whole."""
+        core = self.largest.core[tuple(slice(rank) for rank in ranks)].contiguous()
+        factors: list[Tensor | None] = []
+        for mode, (factor, rank) in enumerate(zip(self.largest.factors, ranks, strict=True)):
+            assert factor is not None
+            whole = rank == self.shape[mode]
+            core = mode_product(core, factor, mode) if whole else core
+            factors.append(None if whole else factor[:, :rank])
+        return Tucker(core, tuple(factors))
 
-def _corner(tucker: Tucker, ranks: Ranks) -> Tucker:
-    core = tucker.core[tuple(slice(rank) for rank in ranks)].contiguous()
-    factors = (factor[:, :rank] for factor, rank in zip(tucker.factors, ranks, strict=True) if factor is not None)
-    return Tucker(core, tuple(factors))
 
+class _Trials:
+    """Candidates of one layer in one storage, each measured once."""
 
-def _entries(
-    shape: tuple[int, ...], element_size: int, measured: list[tuple[Ranks, float]]
-) -> tuple[tuple[Ranks, ...], tuple[int, ...], tuple[float, ...]]:
-    """Ranks, bytes and perplexity, each as a tuple."""
-    nbytes = tuple(tucker_numel(shape, ranks) * element_size for ranks, _ in measured)
-    return tuple(ranks for ranks, _ in measured), nbytes, tuple(perplexity for _, perplexity in measured)
+    def __init__(self, gradients: _Gradients, x: Tensor, storage: Storage) -> None:
+        self.gradients, self.shape, self.dtype, self.storage = gradients, tuple(x.shape), x.dtype, storage
+        self._found: dict[Ranks, float] = {}
+
+    def perplexity(self, ranks: Ranks) -> float:
+        """At these ranks."""
+        if ranks not in self._found:
+            self._found[ranks] = self.gradients.perplexity(ranks, self.storage)
+        return self._found[ranks]
+
+    def nbytes(self, ranks: Ranks) -> int:
+        """Bytes that are kept at these ranks."""
+        return kept_bytes(self.shape, ranks, self.dtype, self.storage)
+
+    def candidates(self, named: Iterable[tuple[Energy, Ranks]]) -> Candidates:
+        """Those of some energies, each with its ranks."""
+        energies, ranks = zip(*named, strict=True)
+        nbytes, perplexity = tuple(map(self.nbytes, ranks)), tuple(map(self.perplexity, ranks))
+        return Candidates(energies, ranks, nbytes, perplexity, (self.storage,) * len(ranks))
 
 
 def _notches(mode: Spectrum, energies: tuple[float, ...]) -> dict[int, float]:
-    """The ranks that a mode can take, ascending, and the lowest of the energies that gives each."""
+    """The ranks that a mode can take, ascending, up to all of them, and the lowest of the energies that gives each."""
     ranks: dict[int, float] = {}
     for energy in energies:
         ranks.setdefault(mode.rank(energy), energy)
+    ranks.setdefault(len(mode.energies), 1.0)
     return ranks
 
 
-def _climb(
-    shape: tuple[int, ...], notches: Sequence[Iterable[int]], perplexity: Callable[[Ranks], float]
-) -> dict[Ranks, float]:
-    """Perplexity of ranks on and beside the steepest way up from the lowest; `measure_perplexity` describes it."""
+def _climb(notches: Sequence[Iterable[int]], trials: _Trials) -> list[Ranks]:
+    """Ranks on and beside the steepest way up from the lowest; `measure_perplexity` describes it."""
     ladder = [list(ranks) for ranks in notches]
     above = [dict(pairwise(ranks)) for ranks in ladder]
     at = tuple(ranks[0] for ranks in ladder)
-    found = {at: perplexity(at)}
+    found = {at: None}
+    most = trials.nbytes(trials.shape)
 
     def gain(step: Ranks) -> float:
-        return (found[at] - found[step]) / (tucker_numel(shape, step) - tucker_numel(shape, at))
+        # A mode that is left whole, or a rank that the other modes do not allow, may add nothing.
+        return (trials.perplexity(at) - trials.perplexity(step)) / max(trials.nbytes(step) - trials.nbytes(at), 1)
 
     while True:
         raised = [(mode, above[mode].get(rank)) for mode, rank in enumerate(at)]
         steps = [(*at[:mode], rank, *at[mode + 1 :]) for mode, rank in raised if rank is not None]
-        steps = [step for step in steps if tucker_numel(shape, step) < math.prod(shape)]
+        steps = [step for step in steps if trials.nbytes(step) < most]
         if not steps:
-            return found
-        found.update((step, perplexity(step)) for step in steps)
+            break
+        found.update(dict.fromkeys(steps))
         at = max(steps, key=gain)
+    if trials.storage != "input":  # rounded and not truncated
+        found[tuple(ranks[-1] for ranks in ladder)] = None
+    return list(found)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from lowrank.errors import BudgetError, TableError
 from lowrank.ranks.table import Candidates, Energy, PerplexityTable
+from lowrank.tensors.storage import STORAGES, Storage, check_storage
 
 MOST_BYTES = 2**62  # of a budget; more is without limit
 
@@ -23,30 +24,43 @@ class RankPlan:
         energies: per layer name, the energy that was chosen: a number for all modes, or one for each.
         nbytes: bytes that the plan keeps, at most the budget.
         perplexity: sum over the layers.
+        storages: per layer name, the storage that was chosen.
     """
 
     ranks: dict[str, tuple[int, ...]]
     energies: dict[str, Energy]
     nbytes: int
     perplexity: float
+    storages: dict[str, Storage] = field(default_factory=dict)
 
     @classmethod
     def of(cls, table: PerplexityTable, entries: Sequence[int]) -> RankPlan:
         """The plan that takes, for each layer of a table in its order, the candidate at this place."""
-        picks = [(layer.name, table.candidates(layer), at) for layer, at in zip(table.layers, entries, strict=True)]
+        return cls.from_candidates({layer.name: table.candidates(layer) for layer in table.layers}, entries)
+
+    @classmethod
+    def from_candidates(cls, layers: Mapping[str, Candidates], entries: Sequence[int]) -> RankPlan:
+        """The plan that takes, of each layer's candidates, the one at this place."""
+        picks = [(name, candidates, at) for (name, candidates), at in zip(layers.items(), entries, strict=True)]
         return cls(
             ranks={name: candidates.ranks[at] for name, candidates, at in picks},
             energies={name: candidates.energies[at] for name, candidates, at in picks},
             nbytes=sum(candidates.nbytes[at] for _, candidates, at in picks),
             perplexity=sum(candidates.perplexity[at] for _, candidates, at in picks),
+            storages={name: candidates.storages[at] for name, candidates, at in picks},
         )
 
 
-def select_ranks(table: PerplexityTable, budget_bytes: float, names: Iterable[str] | None = None) -> RankPlan:
-    """Choose one candidate per layer: least total perplexity, and never more than `budget_bytes`.
+def select_ranks(
+    table: PerplexityTable,
+    budget_bytes: float,
+    names: Iterable[str] | None = None,
+    storages: Iterable[Storage] = STORAGES,
+) -> RankPlan:
+    """Choose one candidate per layer, ranks and storage: least total perplexity, never more than `budget_bytes`.
 
-    The candidates of a layer are one for each energy of the table, and the mixed ones if they were measured;
-    `table.without_mixed()` gives the published choice, one energy per layer.
+    The candidates of a layer are one for each energy of the table, and the mixed ones and those in other storages if
+    they were measured; `table.without_mixed()` gives the published choice, one energy per layer.
 
     This is a multiple-choice knapsack, solved to optimality in whole bytes. Layer by layer, partial choices are
     extended; a partial choice is dropped when another is no larger and no worse, or when the linear relaxation of what
@@ -56,20 +70,26 @@ def select_ranks(table: PerplexityTable, budget_bytes: float, names: Iterable[st
         table: perplexity table.
         budget_bytes: the budget; a fraction of a byte is dropped.
         names: the layers to choose for; all of the table by default.
+        storages: to choose from.
 
     Raises:
         BudgetError: the budget is below the least that the layers need; states that least.
-        TableError: a name that the table does not have, or a perplexity that is not finite.
+        SettingError: a storage that does not exist.
+        TableError: a name that the table does not have, none of the storages for a layer, or a perplexity that is not
+            finite.
 
     Warns:
         UserWarning: more than a tenth of the budget is left though every layer has its best candidate.
     """
     table = table if names is None else table.only(names)
-    layers = [(layer.name, table.candidates(layer)) for layer in table.layers]
-    for name, candidates in layers:
+    storages = tuple(storages)
+    for storage in storages:
+        check_storage(storage)
+    layers = table.stored_as(storages)
+    for name, candidates in layers.items():
         if not np.isfinite(candidates.perplexity).all():
             raise TableError(f"the perplexity of layer {name!r} is not finite; measure it again")
-    options = [_undominated(candidates) for _, candidates in layers]
+    options = [_undominated(candidates) for candidates in layers.values()]
     least = sum(int(nbytes[0]) for nbytes, _, _ in options)
     unlimited = budget_bytes >= MOST_BYTES
     budget_bytes = max(min(budget_bytes, MOST_BYTES), -MOST_BYTES)  # whole numbers may be beyond what floats can hold
@@ -79,7 +99,8 @@ def select_ranks(table: PerplexityTable, budget_bytes: float, names: Iterable[st
             f"{len(layers)} layers: {least} bytes ({least / 2**20:.6g} MiB)"
         )
     chosen = _solve(options, int(budget_bytes))
-    plan = RankPlan.of(table, [int(index[choice]) for (_, _, index), choice in zip(options, chosen, strict=True)])
+    places = [int(index[choice]) for (_, _, index), choice in zip(options, chosen, strict=True)]
+    plan = RankPlan.from_candidates(layers, places)
     best = sum(int(nbytes[-1]) for nbytes, _, _ in options)
     if best == plan.nbytes < 0.9 * budget_bytes and not unlimited:
         warnings.warn(

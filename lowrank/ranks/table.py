@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowrank.errors import TableError
 from lowrank.tensors.costs import tucker_numel
+from lowrank.tensors.decompose import allowed_ranks
+from lowrank.tensors.storage import STORAGES, Storage, kept_ranks, stored_bytes
 
 SCHEMA = 1
 Energy = float | tuple[float, ...]
@@ -24,27 +29,46 @@ class Candidates:
     Attributes:
         energies: the share of squared singular values that is kept: a number for all modes, or one for each.
         ranks: one rank a mode.
-        nbytes: bytes of the Tucker form.
+        nbytes: bytes that are kept.
         perplexity: the Frobenius norm of the difference between the two weight gradients.
+        storages: the storage that was measured, see `lowrank.tensors.storage`; "input" by default.
     """
 
     energies: tuple[Energy, ...]
     ranks: tuple[tuple[int, ...], ...]
     nbytes: tuple[int, ...]
     perplexity: tuple[float, ...]
+    storages: tuple[Storage, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.storages:
+            object.__setattr__(self, "storages", ("input",) * len(self.ranks))
+
+    def where(self, kept: Iterable[bool]) -> Candidates:
+        """Some of them."""
+        places = [at for at, keep in enumerate(kept) if keep]
+        return Candidates(*(tuple(getattr(self, f.name)[at] for at in places) for f in fields(self)))
+
+
+def joined(parts: Sequence[Candidates]) -> Candidates:
+    """All of some candidates."""
+    return Candidates(
+        *(tuple(chain.from_iterable(getattr(part, f.name) for part in parts)) for f in fields(Candidates))
+    )
 
 
 @dataclass(frozen=True)
 class LayerPerplexity:
-    """One layer's row: for each energy of the table its ranks, bytes and perplexity.
+    """One layer's row: for each energy of the table its ranks, bytes and perplexity, in the input's own dtype.
 
     Attributes:
         name: the layer.
         input_shape: shape of its input in the batch that was measured.
         ranks: per energy, one rank per mode of the input.
-        nbytes: per energy, bytes of the Tucker form.
+        nbytes: per energy, bytes that are kept; tables of before count a factor of a mode left whole as well.
         perplexity: per energy, the Frobenius norm of the difference between the two weight gradients.
-        mixed: further candidates, with an energy of its own for each mode; None if they were not measured.
+        mixed: further candidates, with an energy of its own for each mode, or in another storage; None if they were not
+            measured.
         gradient_norm: Frobenius norm of the exact weight gradient; None in tables of before it was stored.
     """
 
@@ -97,18 +121,31 @@ class PerplexityTable:
         return replace(self, layers=tuple(rows[name] for name in names))
 
     def without_mixed(self) -> PerplexityTable:
-        """The table with one energy for all modes of a layer, as published (ASI, sec. 3.3)."""
+        """The table with one energy for all modes of a layer, as published (ASI, sec. 3.3), in the input's dtype."""
         return replace(self, layers=tuple(replace(layer, mixed=None) for layer in self.layers))
 
     def candidates(self, layer: LayerPerplexity) -> Candidates:
         """All candidates of one of the table's layers: one for each energy of the table, then the mixed ones."""
-        mixed = layer.mixed or Candidates((), (), (), ())
-        return Candidates(
-            energies=self.energies + mixed.energies,
-            ranks=layer.ranks + mixed.ranks,
-            nbytes=layer.nbytes + mixed.nbytes,
-            perplexity=layer.perplexity + mixed.perplexity,
-        )
+        own = Candidates(self.energies, layer.ranks, layer.nbytes, layer.perplexity)
+        return own if layer.mixed is None else joined([own, layer.mixed])
+
+    def stored_as(self, storages: Iterable[Storage]) -> dict[str, Candidates]:
+        """Per layer the candidates in one of these storages.
+
+        Raises:
+            TableError: a layer has none.
+        """
+        wanted, found = set(storages), {}
+        for layer in self.layers:
+            candidates = self.candidates(layer)
+            fits = [storage in wanted for storage in candidates.storages]
+            found[layer.name] = candidates if all(fits) else candidates.where(fits)
+            if not any(fits):
+                raise TableError(
+                    f"the perplexity table has no candidate in storage {', '.join(sorted(wanted))} for layer "
+                    f"{layer.name!r}; measure it again with storages={sorted(wanted)}"
+                )
+        return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, whole or not at all."""
@@ -119,6 +156,8 @@ class PerplexityTable:
             for key in ("mixed", "gradient_norm"):
                 if row[key] is None:
                     del row[key]
+            if "mixed" in row and set(row["mixed"]["storages"]) <= {"input"}:
+                del row["mixed"]["storages"]
         if self.batches == 1:
             del content["batches"]
         part.write_text(json.dumps(content, indent=1) + "\n")
@@ -182,26 +221,44 @@ def _parse_mixed(row: Any, shape: tuple[int, ...]) -> Candidates:
     for entry in energies:
         if len(entry) != len(shape) or not all(0 < energy <= 1 for energy in entry):
             raise TableError(f"mixed energies {entry} must be one a mode, above 0 and at most 1")
-    return Candidates(energies, *_parse_entries(row, shape, len(energies)))
+    storages = row.get("storages", ["input"] * len(energies))
+    if not isinstance(storages, list) or not all(storage in STORAGES for storage in storages):
+        raise TableError(f"'storages' must be a list; allowed in it: {', '.join(STORAGES)}")
+    return Candidates(energies, *_parse_entries(row, shape, len(energies), storages), tuple(storages))
 
 
 Entries = tuple[tuple[tuple[int, ...], ...], tuple[int, ...], tuple[float, ...]]
 
 
-def _parse_entries(row: dict[str, Any], shape: tuple[int, ...], count: int) -> Entries:
-    """Ranks, bytes and perplexity of `count` candidates."""
+def _parse_entries(
+    row: dict[str, Any], shape: tuple[int, ...], count: int, storages: Sequence[Storage] | None = None
+) -> Entries:
+    """Ranks, bytes and perplexity of `count` candidates, in the input's own dtype by default."""
+    storages = ["input"] * count if storages is None else storages
     ranks = tuple(_whole({"ranks": entry}, "ranks") for entry in _list(row, "ranks"))
     nbytes, perplexity = _whole(row, "nbytes"), _numbers(row, "perplexity")
-    if not len(ranks) == len(nbytes) == len(perplexity) == count:
+    if not len(ranks) == len(nbytes) == len(perplexity) == len(storages) == count:
         raise TableError("'ranks', 'nbytes' and 'perplexity' need one entry for each energy")
-    for entry, size in zip(ranks, nbytes, strict=True):
+    for entry, size, storage in zip(ranks, nbytes, storages, strict=True):
         if len(entry) != len(shape) or any(r > n for r, n in zip(entry, shape, strict=True)):
             raise TableError(f"ranks {entry} do not fit the input shape {shape}")
-        if size % tucker_numel(shape, entry):
+        if size not in _possible_bytes(shape, entry, storage):
             raise TableError(f"{size} bytes do not fit ranks {entry} of the input shape {shape}")
     if min(perplexity) < 0:
         raise TableError("a perplexity is negative")
     return ranks, nbytes, perplexity
+
+
+def kept_bytes(shape: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype, storage: Storage) -> int:
+    """Bytes that ASI keeps of an input at these ranks, which are cut to what a tensor can have."""
+    return stored_bytes(shape, kept_ranks(shape, allowed_ranks(shape, ranks), storage), dtype, storage)
+
+
+def _possible_bytes(shape: tuple[int, ...], ranks: tuple[int, ...], storage: Storage) -> set[int]:
+    """What a candidate may take, in any dtype of the input; also as tables of before count, with every factor."""
+    found = {kept_bytes(shape, ranks, dtype, storage) for dtype in (torch.float16, torch.float32, torch.float64)}
+    before = {tucker_numel(shape, ranks) * itemsize for itemsize in (2, 4, 8)} if storage == "input" else set()
+    return found | before
 
 
 def _list(row: dict[str, Any], key: str) -> list[Any]:

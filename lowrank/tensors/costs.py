@@ -44,13 +44,8 @@ class LayerCost:
 
 
 def tucker_numel(shape: Sequence[int], ranks: Sequence[int]) -> int:
-    """Numbers in a core and its factors: prod r_m + sum n_m r_m (AMC, sec. 3)."""
+    """Numbers in a core and its factors as the papers count them: prod r_m + sum n_m r_m (AMC, sec. 3)."""
     return prod(ranks) + sum(n * r for n, r in zip(shape, ranks, strict=True))
-
-
-def kept_numel(shape: Sequence[int], ranks: Sequence[int]) -> int:
-    """Numbers that are kept: those of the Tucker form, or the tensor itself where that is less."""
-    return min(tucker_numel(shape, ranks), prod(shape))
 
 
 def paper_forward(geometry: Geometry, shape: Shape, out_channels: int) -> int:

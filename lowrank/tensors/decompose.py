@@ -38,12 +38,6 @@ def allowed_ranks(shape: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]
     return tuple(cut)
 
 
-def kept_whole(shape: Sequence[int], ranks: Sequence[int]) -> bool:
-    """Whether a Tucker form of these ranks, without factors that are the identity, takes no less than the tensor."""
-    factors = sum(size * rank for size, rank in zip(shape, ranks, strict=True) if rank < size)
-    return prod(ranks) + factors >= prod(shape)
-
-
 @dataclass(frozen=True)
 class Spectrum:
     """One mode of a tensor: the energies of its singular vectors, and what the left ones are made of.

@@ -39,7 +39,7 @@ def test_every_peer_trains_every_network(peer, network):
     found = gradients(network, peer)
     assert found
     assert all(torch.isfinite(grad).all() for grad in found.values())
-    exact = peer in ("vanilla_fused", "checkpointing", "compile_budget_0.5")
+    exact = peer in ("vanilla_fused", "checkpointing", "compile_budget_0.5") or peer.startswith("micro_batch")
     if exact:
         for name, grad in gradients(network, "vanilla").items():
             torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-5, msg=name)
@@ -91,6 +91,22 @@ def test_a_row_of_numbers():
     )  # where nothing is trained, it is the stock network
     assert result["step_over_vanilla"] > 0
     assert "step_over_vanilla" not in stock
+
+
+def test_micro_batches_are_exact_at_the_memory_of_one():
+    rows = {
+        peer: measure(Row("mcunet", "2", peer, 8, 64), ["memory"], 0) for peer in ("vanilla", "micro_batch_2", "asi")
+    }
+    one = measure(Row("mcunet", "2", "vanilla", 2, 64), ["memory"], 0)
+    assert rows["micro_batch_2"]["kept_bytes"] == pytest.approx(one["kept_bytes"], rel=0.01)
+    assert rows["micro_batch_2"]["peak_bytes"] < rows["vanilla"]["peak_bytes"]
+    assert rows["micro_batch_2"]["gradient_error"] < 1e-5 < 0.05 < rows["asi"]["gradient_error"] < 1
+    assert rows["vanilla"]["gradient_error"] == 0
+
+
+def test_a_peer_that_trains_other_parameters_has_no_gradient_error():
+    result = measure(Row("resnet18", "2", "lora_8", 2, 32), ["memory"], 0)
+    assert result["gradient_error"] is None
 
 
 def test_a_compiled_graph_is_timed_as_well():

@@ -22,6 +22,8 @@ from lowrank import ASI, HOSVD, GradientFilter, Vanilla
         (ASI(2, algorithm="published"), False),
         (ASI(2, refresh=2), True),
         (ASI(2, refresh="energy"), True),
+        (ASI(2, storage="int8"), True),
+        (ASI(2, storage="int8", refresh=2), True),
         (GradientFilter(2), True),
     ],
 )

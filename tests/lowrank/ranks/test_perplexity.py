@@ -1,7 +1,6 @@
 """Measuring perplexity: against a slow one, on any layer, and with the model left as it was."""
 
 import copy
-import math
 import random
 
 import pytest
@@ -52,11 +51,18 @@ def inputs_and_output_gradients(model, names, batch):
     return found
 
 
+def measured_bytes(layer, x, ranks, storage="input"):
+    """What a layer keeps of an input at these ranks, as autograd saves it."""
+    model = nn.Sequential(copy.deepcopy(layer)).requires_grad_(True)
+    lowrank.convert(model, ["0"], ASI(list(ranks), storage=storage))
+    return lowrank.saved_bytes(model, lambda m, b: m(b).sum(), x)
+
+
 def slow_row(layer, x, grad, energies):
     """ranks, bytes and perplexity by a full HOSVD and two backward passes per energy (papers, A4)."""
     exact = autograd(layer, x, grad)[2]["weight"]
     ranks = [tuple(svd_rank(x, mode, energy) for mode in range(x.ndim)) for energy in energies]
-    nbytes = [8 * (math.prod(r) + sum(n * k for n, k in zip(x.shape, r, strict=True))) for r in ranks]
+    nbytes = [measured_bytes(layer, x, each) for each in ranks]
     low = [autograd(layer, hosvd_input(x, energy), grad)[2]["weight"] for energy in energies]
     return ranks, nbytes, [float((gradient - exact).norm()) for gradient in low]
 

@@ -1,0 +1,1 @@
+lowrank = dict(method=dict(type="ASI", storage="int8"))

@@ -1,0 +1,91 @@
+"""What the methods share that keep a Tucker form at ranks that are fixed before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from lowrank.errors import SettingError
+from lowrank.methods.base import Tensors, TuckerMethod, storage_tag
+from lowrank.tensors.decompose import allowed_ranks
+from lowrank.tensors.geometry import Shape
+from lowrank.tensors.storage import stored_bytes
+
+_MODES = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
+
+
+@dataclass(frozen=True, repr=False)
+class RankedMethod(TuckerMethod):
+    """A Tucker form at fixed ranks.
+
+    Args:
+        ranks: one rank per mode in the order of the input's shape, such as [8, 16, 3, 3] for (B, C, H, W); one number
+            for every mode; or, per layer name, one of these: a mapping, or the result of `select_ranks`. A rank above
+            its dimension is cut to it. None: not chosen yet; converting with it is refused.
+        storage: see `TuckerMethod`. A plan of `select_ranks` that chose a storage for each layer brings its own.
+    """
+
+    ranks: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        per_layer = getattr(self.ranks, "ranks", self.ranks)
+        if per_layer is None:
+            return
+        for ranks in per_layer.values() if isinstance(per_layer, Mapping) else (per_layer,):
+            _check_ranks(ranks)
+
+    def for_layer(self, name: str) -> Self:
+        per_layer = getattr(self.ranks, "ranks", self.ranks)
+        if per_layer is None:
+            raise SettingError(f"{type(self).__name__} has no ranks yet; give numbers or the result of select_ranks")
+        if not isinstance(per_layer, Mapping):
+            return self
+        if name not in per_layer:
+            raise SettingError(f"the ranks name no layer {name!r}; they name {', '.join(per_layer) or 'none'}")
+        chosen = getattr(self.ranks, "storages", {}).get(name, self.storage)
+        if self.storage not in ("input", chosen):
+            raise SettingError(f"the ranks of {name!r} were chosen for storage {chosen!r}, not {self.storage!r}")
+        return replace(self, ranks=per_layer[name], storage=chosen)
+
+    def _storage_tag(self) -> str:
+        chosen = set(getattr(self.ranks, "storages", {}).values()) or {self.storage}
+        return "_mixed" if len(chosen) > 1 else storage_tag(chosen.pop())
+
+    def reason_against(self, layer: nn.Module) -> str | None:
+        modes = next((n for kind, n in _MODES.items() if isinstance(layer, kind)), None)
+        if modes is not None and isinstance(self.ranks, Sequence) and len(self.ranks) != modes:
+            return f"{len(self.ranks)} ranks for a convolution, whose input has {modes} modes; give one per mode"
+        return None
+
+    def given_ranks(self, shape: Sequence[int]) -> list[int]:
+        """A rank for each mode of an input of this shape, as they were given."""
+        if isinstance(self.ranks, int):
+            return [self.ranks] * len(shape)
+        if len(self.ranks) != len(shape):
+            raise SettingError(
+                f"{len(self.ranks)} ranks for an input with {len(shape)} modes {tuple(shape)}; give one per mode"
+            )
+        return list(self.ranks)
+
+    def ranks_for(self, shape: Sequence[int]) -> Shape:
+        """The ranks for an input of this shape, each at most its dimension and what the other ranks allow."""
+        return allowed_ranks(shape, self.given_ranks(shape))
+
+    def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
+        """At its own ranks, also where another layer's larger ones are shared."""
+        core = kept[0]
+        assert core is not None
+        dtype = core.dtype if core.is_floating_point() else torch.float32
+        return stored_bytes(shape, self.kept_ranks(shape, self.ranks_for(shape)), dtype, self.storage)
+
+
+def _check_ranks(ranks: Any) -> None:
+    sequence = [ranks] if isinstance(ranks, int) else ranks
+    valid = isinstance(sequence, Sequence) and not isinstance(sequence, str) and len(sequence) > 0
+    if not valid or not all(isinstance(rank, int) and rank >= 1 for rank in sequence):
+        raise SettingError(f"ranks are {ranks!r}; allowed are whole numbers from 1, one per mode or one for all")

@@ -1,0 +1,102 @@
+"""Accuracy and gradient error at equal memory, on small Fashion-MNIST files: what is measured, and what is written."""
+
+import gzip
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import lowrank
+from benchmarks import fashion, gradient_error
+from classification.backbones import build_model
+from classification.data.fashion_mnist import FOLDER
+from classification.data.prepared import Mark, read
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with a small Fashion-MNIST, ready to be used, and random weights of the network."""
+    root = tmp_path_factory.mktemp("data")
+    (root / FOLDER).mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name, count in (("train", 300), ("t10k", 40)):
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        images = random.integers(0, 60, (count, 28, 28), np.uint8) + labels[:, None, None] * np.uint8(15)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            sizes = b"".join(int(size).to_bytes(4, "big") for size in array.shape)
+            content = bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+            (root / FOLDER / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(content))
+    Mark.of("fashion_mnist", root).write(read("fashion_mnist", root))
+    torch.manual_seed(0)
+    torch.save(build_model("efficientnet_lite0").state_dict(), root / "weights.pt")
+    return root
+
+
+def run(monkeypatch, module, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
+    module.main()
+
+
+@pytest.mark.slow
+def test_runs_are_written_as_they_end_and_not_run_again(small, tmp_path, monkeypatch, capsys):
+    for setting, value in (("PER_CLASS", 16), ("BATCH", 16), ("EPOCHS", 1), ("SIZE", 32)):
+        monkeypatch.setattr(fashion, setting, value)
+    out = tmp_path / "fashion.csv"
+    options = ["--root", small, "--weights", small / "weights.pt", "--parts", 4, "--out", out, "--seeds"]
+    run(monkeypatch, fashion, *options, 1)
+    rows = pd.read_csv(out)
+    assert sorted(rows.method) == ["asi", "asi_int8", "vanilla"]
+    whole, low = rows[rows.method == "vanilla"], rows[rows.method != "vanilla"]
+    assert (low.formula_bytes <= whole.formula_bytes.item() / 4).all()
+    assert (low.kept_bytes < whole.kept_bytes.item()).all()
+    assert rows.test_accuracy.between(0, 100).all()
+    assert np.isfinite(rows.train_loss).all()
+    capsys.readouterr()
+    run(monkeypatch, fashion, *options, 1)
+    assert capsys.readouterr().out == ""
+    text = out.with_suffix(".md").read_text()
+    gap = low.test_accuracy.iloc[0] - whole.test_accuracy.item()
+    assert f"{gap:+.2f}" in text
+
+
+@pytest.mark.slow
+def test_errors_are_those_of_the_gradients_and_int8_has_the_smaller_one(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion, "PER_CLASS", 16)
+    for setting, value in (("BATCH", 16), ("COUNT", 6), ("PARTS", (8,)), ("EPOCHS", 1)):
+        monkeypatch.setattr(gradient_error, setting, value)
+    monkeypatch.setitem(gradient_error.NETWORKS, "resnet18", 32)
+    options = ["--root", small, "--trained", tmp_path, "--out", tmp_path / "error.csv", "--pairs", 1]
+    monkeypatch.setattr(gradient_error, "pretrained", lambda *_: pretrained(tmp_path))
+    run(monkeypatch, gradient_error, *options, "--networks", "resnet18")
+    rows = pd.read_csv(tmp_path / "error.csv")
+    assert rows.groupby("method").size().to_dict() == {"asi": 8, "asi_bfloat16": 8, "asi_int8": 8}
+    assert (rows.plan_bytes <= rows.input_bytes / 8).all()
+    means = rows.groupby("method").error.mean()
+    assert 0 < means["asi_int8"] < means["asi"] < 1
+    assert f"{gradient_error.geometric(rows[rows.method == 'asi'].error):.3f}" in (tmp_path / "error.md").read_text()
+
+
+def pretrained(folder):
+    torch.manual_seed(0)
+    torch.save(build_model("resnet18", 10).state_dict(), folder / "weights.pt")
+    return str(folder / "weights.pt")
+
+
+def test_a_relative_error_is_of_the_difference_of_the_gradients():
+    exact = [{"a": torch.tensor([3.0, 4.0])}, {"a": torch.tensor([0.0, 1.0])}]
+    low = [{"a": torch.tensor([3.0, 3.0])}, {"a": torch.tensor([0.0, 1.0])}]
+    assert gradient_error.errors(low, exact) == {"a": pytest.approx(0.1)}
+
+
+def test_a_network_trained_here_is_kept_and_not_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(gradient_error, "EPOCHS", 1)
+    images = (torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 10)
+    path = gradient_error.pretrained("mcunet", images, tmp_path)
+    first = torch.load(path)
+    torch.manual_seed(233)
+    start = build_model("mcunet", 10).state_dict()
+    assert not torch.equal(first["classifier.weight"], start["classifier.weight"])
+    assert gradient_error.pretrained("mcunet", images, tmp_path) == path
+    assert lowrank.trailing_layers(build_model("mcunet", 10, weights=path), 1)
