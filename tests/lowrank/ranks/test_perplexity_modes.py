@@ -188,7 +188,7 @@ def stored():
     x, labels = labelled_batch(6, 8, torch.float64)
     model, batch = TwoConvolutions().double(), (low_rank_tensor(*x.shape, decay=0.7), labels)
     table = lowrank.measure_perplexity(
-        model, NAMES, cross_entropy, batch, ENERGIES, MODE_ENERGIES, ("input", "bfloat16", "int8")
+        model, NAMES, cross_entropy, batch, ENERGIES, MODE_ENERGIES, storages=("input", "bfloat16", "int8")
     )
     return model, batch, table
 

@@ -33,7 +33,7 @@ def test_a_table_comes_back_from_disk_as_it_was(table, tmp_path):
 def test_the_file_has_the_documented_layout(content):
     assert list(content) == ["schema", "model", "batch_shape", "energies", "layers"]
     assert content["schema"] == 1
-    assert list(content["layers"][0]) == ["name", "input_shape", "ranks", "nbytes", "perplexity"]
+    assert list(content["layers"][0]) == ["name", "input_shape", "ranks", "nbytes", "perplexity", "gradient_norm"]
 
 
 class Sample:
