@@ -60,7 +60,7 @@ class History(pl.Callback):
         """Write the epoch's row, and log what the epoch used."""
         metrics = {key: float(trainer.callback_metrics[key]) for key in ("train_loss", "val_loss", "val_accuracy")}
         metrics = {"epoch": trainer.current_epoch, "learning_rate": self._learning_rate, **metrics}
-        row = self.history.add(metrics, write=trainer.is_global_zero)
+        row = self.history.add(metrics)
         used = {key: row[key] for key in ("activation_bytes", "step_seconds", "seconds", "learning_rate")}
         log_resources(trainer.loggers, used, trainer.global_step)
 

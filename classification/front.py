@@ -69,7 +69,8 @@ class Split:
         """A short hash of all that the front's output depends on but for the images: code, settings and tensors."""
         parts = [self.front.code.encode(), torch.__version__.encode()]
         for name, layer in self.front.named_modules():
-            parts.append(f"{name} {stock_class(layer).__name__}({layer.extra_repr()})".encode())
+            kind = stock_class(layer)  # what a conversion adds has no influence
+            parts.append(f"{name} {kind.__name__}({kind.extra_repr(layer)})".encode())
         for name, tensor in sorted(self.front.state_dict().items()):
             parts += [f"{name} {tensor.dtype} {tensor.device.type}".encode(), _bytes(tensor)]
         return fingerprint(parts)

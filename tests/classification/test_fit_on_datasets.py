@@ -87,11 +87,20 @@ def test_a_data_set_that_is_not_there_says_what_to_run(tmp_path, capsys, subcomm
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_is_one_line(tmp_path, capsys, workers):
+    write_image_folder(tmp_path / "data" / "fish")
+    for path in (tmp_path / "data" / "fish" / "train").rglob("*.jpg"):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2] + b"x" * (len(content) - len(content) // 2))
+    words = command(tmp_path / "data", tmp_path / "runs", "fish", "--data.workers", workers)
+    refused(words, capsys, r"^error: image \S+\.jpg cannot be read .*")
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_prepared_images_that_changed_since_are_one_line(tmp_path, capsys):
     folder = write_prepared("pets", tmp_path / "data")
     for path in (folder / "images").iterdir():
         path.write_bytes(b"x" * path.stat().st_size)
-    words = command(tmp_path / "data", tmp_path / "runs", "pets", "--data.workers", workers)
-    refused(words, capsys, r"^error: image \S+\.jpg cannot be read .* prepare it again$")
+    refused(command(tmp_path / "data", tmp_path / "runs", "pets"), capsys, r"^error: the data set has changed since .*")
     assert not list(tmp_path.rglob("result.json"))
 
 

@@ -45,7 +45,7 @@ def test_every_option_of_a_run_is_told(command, capsys):
     for name, value in settings.items():
         names = [f"{name}.{inner}" for inner in value] if isinstance(value, dict) else [name]
         for one in names:
-            assert re.search(rf"^  --{re.escape(one)}\b", text, re.MULTILINE), one
+            assert re.search(rf"^  --{re.escape(one).replace('_', '[_-]')}\b", text, re.MULTILINE), one
 
 
 def test_the_data_sets_to_prepare_are_those_that_are_registered():
