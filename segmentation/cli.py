@@ -15,7 +15,6 @@ from experiment.launching import run_all
 from experiment.processes import place
 from segmentation import register, sweep
 from segmentation.compose import choose_depth, load_config, move_data, rescale
-from segmentation.data.draws import PlacedDataset
 from segmentation.data.prepare import DATASETS, prepare
 from segmentation.settings import check_options, check_settings
 
@@ -135,6 +134,8 @@ def task_of(options: argparse.Namespace) -> Task:
 
 def _limit(config: Config, limit: float) -> None:
     """Train on a part of the data set, which the validation images do not belong to."""
+    from segmentation.data.draws import PlacedDataset
+
     if config.train_dataloader.dataset.type != PlacedDataset.__name__:
         raise ExperimentError(f"--limit is for a train_dataloader with a data set of type {PlacedDataset.__name__}")
     config.train_dataloader.dataset.limit = limit

@@ -29,6 +29,7 @@ TRAINED = (
     "auto_scale_lr",
     "processes",
 )
+STORAGES = ["input", "int8"]  # in which perplexity is measured by default, so that one table serves every method
 NO_INFLUENCE = {"data_root", "num_workers", "persistent_workers", "pin_memory", "prefetch_factor"}
 
 
@@ -65,7 +66,8 @@ def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]
     """Everything in a config that has an influence on the result, files by their content."""
     identity = {key: _without(config.get(key)) for key in keys if config.get(key) is not None}
     if "perplexity" in keys:
-        identity["perplexity"] = {key: _without(value) for key, value in perplexity_settings(config).items() if value}
+        told = {key: value for key, value in perplexity_settings(config).items() if value and value != STORAGES}
+        identity["perplexity"] = _without(told)
         identity = {key: value for key, value in identity.items() if key != "perplexity" or value}
     if identity.get("processes") == 1:
         del identity["processes"]  # as in runs of before there were several
@@ -82,7 +84,7 @@ def perplexity_settings(config: Config) -> dict[str, Any]:
     In a config `perplexity` has those that differ from the usual: an energy for each mode, on one batch. With
     `mode_energies=[]` there is one energy for all modes of a layer, as in the papers.
     """
-    settings = {"mode_energies": list(MODE_ENERGIES), "storages": ["input", "int8"], **config.get("perplexity", {})}
+    settings = {"mode_energies": list(MODE_ENERGIES), "storages": STORAGES, **config.get("perplexity", {})}
     return {key: value for key, value in settings.items() if (key, value) != ("batches", 1)}
 
 

@@ -30,20 +30,20 @@ RUN = Run("segmentation", "finetune", "pspnet_small", "digit_scenes", "vanilla",
 @pytest.mark.parametrize("kind", ["JPEGImages", "SegmentationClass"])
 def test_one_changed_byte_is_noticed_though_size_and_time_are_as_before(task, kind):
     task, root = task
-    before = task.folder(RUN, RESULT).data_fingerprint
+    before = task.begin(RUN, RESULT, None).data_fingerprint
     assert before == data_fingerprint(task.config)
     path = sorted((root / kind).iterdir())[0]
     times, content = path.stat(), bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert task.folder(RUN, RESULT).data_fingerprint not in (None, before)
+    assert task.begin(RUN, RESULT, None).data_fingerprint not in (None, before)
 
 
 def test_data_that_is_elsewhere_is_the_same_and_none_has_no_fingerprint(task):
     task, root = task
-    before = task.folder(RUN, RESULT).data_fingerprint
+    before = task.begin(RUN, RESULT, None).data_fingerprint
     shutil.move(root, root.with_name("moved"))
-    assert task.folder(RUN, RESULT).data_fingerprint is None
+    assert data_fingerprint(task.config) is None
     shutil.copytree(root.with_name("moved"), root)
-    assert task.folder(RUN, RESULT).data_fingerprint == before
+    assert task.begin(RUN, RESULT, None).data_fingerprint == before

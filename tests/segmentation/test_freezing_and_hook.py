@@ -51,7 +51,10 @@ def test_statistics_and_dropout():
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"type": "HOSV", "energy": 0.8}, "'HOSV'; allowed: ASI, WASI, Vanilla, GradientFilter, SVD, HOSVD, WSI, or"),
+        (
+            {"type": "HOSV", "energy": 0.8},
+            "'HOSV'; allowed: ASI, WASI, FixedBases, Vanilla, GradientFilter, SVD, HOSVD, WSI, or",
+        ),
         ({"type": "HOSVD", "enrgy": 0.8}, "HOSVD: .*enrgy"),
         ({"type": "HOSVD", "energy": 2}, "energy"),
     ],

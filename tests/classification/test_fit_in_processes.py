@@ -214,7 +214,7 @@ def test_asi_with_full_ranks_is_vanilla(tmp_path, weights, vanilla):
 
 
 def test_a_killed_run_goes_on_bit_for_bit_and_its_death_is_one_line(asi, tmp_path, weights, capfd):
-    halt = ("--trainer.callbacks+", "test_processes.KillSecond", "--trainer.callbacks.epoch", 1)
+    halt = ("--trainer.callbacks+", "test_fit_in_processes.KillSecond", "--trainer.callbacks.epoch", 1)
     again = words(tmp_path, weights, "asi", *TWO, epochs=2)
     assert main([*again, *map(str, halt)]) == 128 + signal.SIGKILL
     said = capfd.readouterr()
