@@ -1,4 +1,4 @@
-"""Bases that are found once and fixed for good (LANCE, 2025): a step keeps a core, and iterates nothing."""
+"""Bases that are found once and fixed for good (LANCE, arXiv 2509.21617): a step keeps a core, and iterates nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lowrank.tensors.tucker import Tucker
 
 @dataclass(frozen=True, repr=False)
 class FixedBases(RankedMethod):
-    """The bases of the HOSVD of the first batch, fixed for good; a step keeps the core alone (LANCE, 2025).
+    """The bases of the HOSVD of the first batch, fixed for good; a step keeps the core alone (LANCE, arXiv 2509.21617).
 
     The batch mode is left whole, since its samples change with every step. The factors are the same tensors at every
     step; they count as kept, since training needs them. Inputs of other sizes find bases anew. Cheapest of all steps,

@@ -33,7 +33,7 @@ def test_every_peer_trains_every_network(peer, network):
             gradients(network, peer)
         return
     if (peer, network) in NOT_FOR_EVERYTHING:
-        with pytest.raises(lowrank.ConversionError, match="only a convolution has"):
+        with pytest.raises(lowrank.ConversionError, match="a convolution of two dimensions alone has"):
             gradients(network, peer)
         return
     found = gradients(network, peer)
@@ -165,4 +165,4 @@ def test_of_a_row_without_a_ratio_of_times_only_that_is_measured(tmp_path, fake)
 
 def test_a_row_that_cannot_be_measured_says_why():
     result = memory._in_a_process(Row("vit_small", "2", "gradient_filter_r2", 2, 32), ["memory"], 0)
-    assert "only a convolution has" in result["failed"]
+    assert "a convolution of two dimensions alone has" in result["failed"]
