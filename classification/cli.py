@@ -37,7 +37,7 @@ from experiment.command import Work, finish, underscored
 from experiment.execute import nothing_to_do
 from experiment.launching import run_all
 from experiment.measure import Trained, record_of, write_table
-from experiment.processes import first_does, first_holds, place, say
+from experiment.processes import alone, first_does, first_holds, place, say
 from experiment.record import RESULT, TABLE
 from lowrank import LowRankError
 
@@ -300,18 +300,19 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
     words = underscored(arguments)
     check_config_files(words)
     try:
-        kind(
-            FineTune,
-            ImageDataModule,
-            work=work or Work(),
-            save_config_callback=None,
-            seed_everything_default=SEED,
-            trainer_class=Trainer,
-            trainer_defaults=dict(TRAINER_DEFAULTS),
-            auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
-            args=words,
-        )
+        with alone():
+            kind(
+                FineTune,
+                ImageDataModule,
+                work=work or Work(),
+                save_config_callback=None,
+                seed_everything_default=SEED,
+                trainer_class=Trainer,
+                trainer_defaults=dict(TRAINER_DEFAULTS),
+                auto_configure_optimizers=False,
+                parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+                args=words,
+            )
     except _NothingToDo as done:
         if kind is SuiteCLI:
             say(done)

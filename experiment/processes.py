@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 MEETING = timedelta(minutes=5)  # how long a process waits for the others to start
 WORK = timedelta(hours=2)  # and how long for what another one does alone, such as the measurements of a record
+_BY_LAUNCHERS = (  # environment variables
+    *("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+)
 OTHERS = "lowrank_processes"  # key of the parts of all processes but the first, in what a checkpoint holds
 
 T = TypeVar("T")
@@ -91,6 +95,29 @@ def join(own: Place, device: torch.device | None = None) -> None:
                 f"{own} has not met the others within {minutes} ({_first_line(error)}); start them by one command"
             ) from None
     _places[:] = [own]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """What a trainer sets up for a run of this process alone goes with that run.
+
+    Left behind, the next command of the process would take it for the work of a launcher, and wait for others.
+    """
+    from torch import distributed
+
+    before = {name: os.environ.get(name) for name in _BY_LAUNCHERS}
+    joined = distributed.is_available() and distributed.is_initialized()
+    try:
+        yield
+    finally:
+        if place().count == 1:
+            if distributed.is_available() and distributed.is_initialized() and not joined:
+                distributed.destroy_process_group()
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 def _store(own: Place) -> Any:

@@ -95,6 +95,7 @@ def test_training_goes_on_from_a_saved_state(tmp_path: Path) -> None:
 
 
 def test_weights_as_factors_are_trained() -> None:
+    torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(12, 24), torch.nn.GELU(), torch.nn.Linear(24, 6))
     optimizer = run("factors", lowrank=lowrank, model=model, names=["0", "2"])["optimizer"]
     assert isinstance(optimizer, lowrank.SGD)

@@ -292,3 +292,13 @@ def test_checkpoints_of_two_processes_are_tested_by_two_and_by_one(vanilla, weig
         shown.append([word for word in capfd.readouterr().out.split() if word.startswith("0.")])
     for numbers in shown:
         assert any(math.isclose(float(number), expected, rel_tol=1e-5) for number in numbers)
+
+
+def test_a_run_of_one_process_leaves_nothing_of_several_behind(tmp_path, weights):
+    """Else the next command of this process would wait for others."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")
+    before = [os.environ.get(name) for name in names]
+    one = ("--trainer.devices", 1, "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu")
+    assert main(words(tmp_path, weights, "vanilla", *one)) == 0
+    assert [os.environ.get(name) for name in names] == before
+    assert not torch.distributed.is_initialized()

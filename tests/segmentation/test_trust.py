@@ -22,6 +22,7 @@ from segmentation import saving
 from segmentation.checkpoints import check_fit, newest, read, read_safely_everywhere
 from segmentation.cli import main
 from segmentation.compose import read_run_config
+from segmentation.history import KEY
 from segmentation.saving import WholeCheckpoints
 from segmentation.training import FINAL
 
@@ -273,9 +274,9 @@ def test_steps_before_a_resume_are_counted_once(stopped, finished, data_dir):
     """Killed after the first validation's row, whose checkpoint was saved before it: the validation is made again."""
     folder, runs = stopped
     content = torch.load(folder / "iter_2.pth", weights_only=False)
-    first = content["lowrank_rows"][0]
-    content["lowrank_history"] = [[9.0], [first["activation_bytes"]], [first["train_loss"]]]
-    content["lowrank_rows"] = []  # as of a checkpoint that no best one replaced
+    first = content[KEY]["rows"][0]
+    pending = [[first["activation_bytes"]] * 2, [first["train_loss"]] * 2, 9.0]
+    content[KEY] = {"rows": [], "step_seconds": [4.0, 5.0], "pending": pending}  # as no best one replaced it
     torch.save(content, folder / "iter_2.pth")
     (folder / "iter_4.pth").unlink()
     lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)
