@@ -12,7 +12,7 @@ from mmengine.config import Config, DictAction
 from experiment import ExperimentError
 from experiment.command import Work, dashed, finish
 from experiment.launching import run_all
-from experiment.processes import place
+from experiment.processes import alone, place
 from segmentation import register, sweep
 from segmentation.compose import choose_depth, load_config, move_data, rescale
 from segmentation.data.prepare import DATASETS, prepare
@@ -189,14 +189,15 @@ def run(arguments: Sequence[str], work: Work | None = None) -> None:
     from segmentation.start import join_others
     from segmentation.training import is_due, measure, train
 
-    join_others(options)
-    task = task_of(options)
-    if options.command == "measure":
-        measure(task, work)
-    elif task.config.processes == place().count:
-        train(task, work)
-    elif is_due(task, work):
-        run_all("segmentation", arguments, task.config.processes)
+    with alone():
+        join_others(options)
+        task = task_of(options)
+        if options.command == "measure":
+            measure(task, work)
+        elif task.config.processes == place().count:
+            train(task, work)
+        elif is_due(task, work):
+            run_all("segmentation", arguments, task.config.processes)
 
 
 def main(arguments: Sequence[str]) -> int:

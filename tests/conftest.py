@@ -1,5 +1,6 @@
 """What all tests share: one thread, and an environment in which scripts install nothing."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,17 @@ def script_environment(tmp_path: Path) -> dict[str, str]:
         **{"PATH": "/usr/bin:/bin", "VENV": str(venv), "RUNS_DIR": str(runs), "HOME": str(tmp_path)},
         **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     }
+
+
+LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher():
+    """What a test says of processes that train together is not there for the next one."""
+    before = {name: os.environ.get(name) for name in LAUNCHED}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
