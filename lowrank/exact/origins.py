@@ -138,6 +138,11 @@ def place_of_saving() -> int:
         return -id(hooks[0])
 
 
+def _in_checkpoint() -> bool:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+
+
 _PLACES: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _NUMBERS = count(1)
 
@@ -223,8 +228,11 @@ def reading(*origins: Origin) -> tuple[Reader, tuple[Tensor, ...]]:
 
 
 def lean_mode(x: Any) -> bool:
-    """Whether what autograd keeps for `x` is this package's to decide: in plain eager training without autocast."""
-    if not isinstance(x, Tensor) or not wants_gradient(x):
+    """Whether what autograd keeps for `x` is this package's to decide: in plain eager training without autocast.
+
+    Not within a checkpoint either: it keeps nothing of what is saved there, and counts it in both of its passes.
+    """
+    if not isinstance(x, Tensor) or not wants_gradient(x) or _in_checkpoint():
         return False
     device = x.device.type
     return not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))

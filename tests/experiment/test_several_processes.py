@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from datetime import timedelta
@@ -59,8 +60,11 @@ def test_processes_of_another_launcher_say_who_they_are(tmp_path):
         for rank in (0, 1)
     ]
     said = [process.communicate(timeout=100)[1].splitlines()[-1:] for process in started]
-    assert [process.returncode for process in started] == [2, 2]
-    assert said == [["error: there is no more room"], []]
+    first, second = (process.returncode for process in started)
+    assert first == 2
+    assert said[0] == ["error: there is no more room"]
+    # The store by which they met is the first process's: where that ends sooner, torch aborts the second.
+    assert second == -signal.SIGABRT or (second, said[1]) == (2, [])
 
 
 def test_one_that_waits_for_the_others_in_vain_says_so(tmp_path, monkeypatch):
