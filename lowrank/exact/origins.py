@@ -95,9 +95,8 @@ class Origin:
     @property
     def nbytes(self) -> int:
         """Bytes that keeping it adds: none if all sources are kept in any case."""
-        added = {id(s.tensor.untyped_storage()._cdata): s.tensor for s in self.sources if not s.kept}
-        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in added.values()}
-        return sum(storages.values())
+        storages = (source.tensor.untyped_storage() for source in self.sources if not source.kept)
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     def as_kept(self) -> Origin:
         """The same, now that its sources are kept."""
@@ -136,11 +135,6 @@ def place_of_saving() -> int:
         return _PLACES.setdefault(hooks[0], next(_NUMBERS))
     except TypeError:  # a callable that nothing can refer to weakly
         return -id(hooks[0])
-
-
-def _in_checkpoint() -> bool:
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
 _PLACES: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -228,11 +222,8 @@ def reading(*origins: Origin) -> tuple[Reader, tuple[Tensor, ...]]:
 
 
 def lean_mode(x: Any) -> bool:
-    """Whether what autograd keeps for `x` is this package's to decide: in plain eager training without autocast.
-
-    Not within a checkpoint either: it keeps nothing of what is saved there, and counts it in both of its passes.
-    """
-    if not isinstance(x, Tensor) or not wants_gradient(x) or _in_checkpoint():
+    """Whether what autograd keeps for `x` is this package's to decide: in plain eager training without autocast."""
+    if not isinstance(x, Tensor) or not wants_gradient(x):
         return False
     device = x.device.type
     return not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lowrank
 from lowrank import ASI, ChangedError, Vanilla
+from lowrank.exact import origins
 
 TOKENS, WIDTH = 12, 16
 UNIT = 2 * TOKENS * WIDTH * 8  # bytes of an activation (2, TOKENS, WIDTH) in double precision
@@ -275,3 +276,14 @@ def test_nothing_is_kept_alive_by_a_backward_pass_that_never_comes():
         del y
     gc.collect()
     assert sum(isinstance(found, torch.Tensor) for found in gc.get_objects()) == before
+
+
+def test_an_origin_adds_the_bytes_of_each_of_its_sources_once():
+    """Not by the identity of a number that is gone, which another one may have: then what is kept would be by chance."""
+    sources = [random_tensor(3 + at, 5) for at in range(6)]
+    first = sources[0]
+    parts = [origins.itself(x).sources[0] for x in (*sources, first.view(-1), first[1:])]
+    kept = origins.itself(random_tensor(100), kept=True).sources[0]
+    origin = origins.Origin(origins.Step(None), (*parts, kept))
+    for _ in range(20):
+        assert origin.nbytes == sum(x.nbytes for x in sources)
