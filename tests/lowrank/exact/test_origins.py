@@ -279,7 +279,7 @@ def test_nothing_is_kept_alive_by_a_backward_pass_that_never_comes():
 
 
 def test_an_origin_adds_the_bytes_of_each_of_its_sources_once():
-    """Not by the identity of a number that is gone, which another one may have: then what is kept would be by chance."""
+    """Not by the identity of a number that is gone, which another may have: then chance would say what is kept."""
     sources = [random_tensor(3 + at, 5) for at in range(6)]
     first = sources[0]
     parts = [origins.itself(x).sources[0] for x in (*sources, first.view(-1), first[1:])]
