@@ -247,7 +247,7 @@ def kept_of(layer: LowRankLayer, geometry: Geometry, input: Tensor, x: Tensor) -
     batched = Tensor.detach(x).unsqueeze(0) if single else Tensor.detach(x)
     if method.keeps_input and x is input and not single:
         origin = None if torch.compiler.is_compiling() else origin_of(input)
-        if origin is not None and origin.step.function is not None:
+        if origin is not None and origin.step.function is not None and not _is_less_alone(input, origin.nbytes):
             state.kept_bytes, state.formula_bytes = origin.nbytes, batched.nbytes
             reader, sources = reading(origin)
             return Rebuilt(reader.one), sources
@@ -280,9 +280,18 @@ def _compress(state: LayerState, x: Tensor, geometry: Geometry, training: bool) 
 
 def _without_the_rest(tensor: Tensor | None) -> Tensor | None:
     """Of an input that is a small part of a larger tensor, such as a class token, a copy, so that the rest is freed."""
-    if tensor is None or torch.compiler.is_compiling() or 2 * tensor.nbytes > tensor.untyped_storage().nbytes():
+    if tensor is None or torch.compiler.is_compiling() or not _is_small_part(tensor):
         return tensor
     return tensor.clone()
+
+
+def _is_small_part(tensor: Tensor) -> bool:
+    return 2 * tensor.nbytes <= tensor.untyped_storage().nbytes()
+
+
+def _is_less_alone(x: Tensor, others: int) -> bool:
+    """Whether a copy of a small part of a tensor takes no more than what it would be computed from."""
+    return _is_small_part(x) and x.nbytes <= others
 
 
 @dataclass(frozen=True)

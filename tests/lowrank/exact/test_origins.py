@@ -287,3 +287,24 @@ def test_an_origin_adds_the_bytes_of_each_of_its_sources_once():
     origin = origins.Origin(origins.Step(None), (*parts, kept))
     for _ in range(20):
         assert origin.nbytes == sum(x.nbytes for x in sources)
+
+
+class Shuffled(nn.Module):
+    """As in ShuffleNet: branches are put together, shuffled, and one half of that is convolved."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1)
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        y = torch.cat([self.relu(self.first(x)), self.relu(self.second(x))], 1)
+        y = y.view(len(x), 2, 8, *x.shape[2:]).transpose(1, 2).contiguous().flatten(1, 2)
+        return self.third(y.chunk(2, 1)[1])
+
+
+def test_half_of_a_tensor_is_not_computed_from_the_whole_where_a_copy_takes_less():
+    model, x = lowrank.convert(Shuffled().double(), ["first", "second", "third"], Vanilla()), random_tensor(2, 4, 6, 6)
+    kept = lowrank.saved_bytes(model, lambda m, b: m(b).sum(), x)
+    half, bits = 8 * 2 * 8 * 6 * 6, 2 * 2 * 8 * 6 * 6 // 8
+    assert kept == x.nbytes + half + bits
