@@ -206,10 +206,11 @@ def subspace_iteration(
     wide = core
     for mode, start in [pair for pair in pairs if pair[0] not in held]:
         if algorithm == "published":
-            bases[mode], _ = _iterate(wide, start, place[mode])
-            core = mode_product(core, bases[mode].mT, place[mode])
+            basis, _ = _iterate(wide, start, place[mode])
+            core = mode_product(core, basis.mT, place[mode])
         else:
-            bases[mode], core = _iterate(core, start, place[mode])
+            basis, core = _iterate(core, start, place[mode])
+        bases[mode] = basis
     return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
 
 
