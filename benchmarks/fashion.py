@@ -93,7 +93,14 @@ def activations(weights: str, layers: int, root: Path) -> tuple[Part, Part]:
 
 
 class Task:
-    """A network whose tail is trained on the activations ahead of it."""
+    """A network whose tail is trained on the activations ahead of it.
+
+    Attributes:
+        model, names: the network, and its trained layers.
+        method: how their inputs are kept; None: as ever.
+    """
+
+    method: ASI | None = None
 
     def __init__(self, run: Run, weights: str, sample: Tensor) -> None:
         self.model, self.names = network(NETWORK, weights, run.layers, run.seed)
@@ -119,15 +126,20 @@ class Task:
             return None
         budget = self.input_bytes(batch) / run.part
         plan = lowrank.select_ranks(self.measure(run, batch), budget, storages=run.storages)
-        lowrank.convert(self.model, self.names, ASI(plan))
+        self.method = self.method_of(plan)
+        lowrank.convert(self.model, self.names, self.method)
         return plan
+
+    def method_of(self, plan: RankPlan) -> ASI:
+        """At these ranks."""
+        return ASI(plan)
 
 
 class Way:
     """How the gradients of a step come about."""
 
-    def backward(self, task: Task, batch: Part, epoch: int, step: int) -> float:
-        """Put them into the parameters' `.grad`; the loss."""
+    def backward(self, run: Run, task: Task, batch: Part, at: tuple[int, int]) -> float:
+        """Put them into the parameters' `.grad`, at an epoch and a step of it; returns the loss."""
         loss = task.loss(task.model, batch)
         loss.backward()
         return float(loss)
@@ -141,16 +153,16 @@ def batches(part: Part, seed: int) -> Iterator[Part]:
         yield part[0][places], part[1][places]
 
 
-def train(run: Run, task: Task, learn: Part, test: Part, ways: Way | None = None) -> dict[str, object]:
+def train(run: Run, task: Task, learn: Part, test: Part, way: Way | None = None) -> dict[str, object]:
     """One run: test accuracy in percent, mean loss of the last epoch, and bytes kept of the trained layers' inputs.
 
     Args:
         run: what is trained.
         task: made for it.
         learn, test: activations ahead of the trained layers, and labels.
-        ways: what to do otherwise than ordinary training does.
+        way: how gradients come about; by default by one backward pass.
     """
-    ways = ways or Way()
+    way = way or Way()
     first = next(batches(learn, run.seed))
     plan = task.convert(run, first)
     trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
@@ -162,7 +174,7 @@ def train(run: Run, task: Task, learn: Part, test: Part, ways: Way | None = None
         losses = []
         for step, batch in enumerate(batches(learn, 1000 * run.seed + epoch)):
             optimizer.zero_grad()
-            losses.append(ways.backward(task, batch, epoch, step))
+            losses.append(way.backward(run, task, batch, (epoch, step)))
             nn.utils.clip_grad_norm_(trained, CLIP)
             optimizer.step()
             schedule.step()
