@@ -70,19 +70,22 @@ def network(name: str, weights: str, layers: int, seed: int) -> tuple[nn.Module,
     return model, names
 
 
-def balanced(labels: np.ndarray) -> np.ndarray:
-    """Places of the images to train on: the same number of each class, drawn once and for all."""
-    draw = np.random.default_rng(233)
-    places = [draw.permutation(np.flatnonzero(labels == label))[:PER_CLASS] for label in range(CLASSES)]
+def balanced(labels: np.ndarray, count: int | None = None) -> np.ndarray:
+    """Places of the images to train on: `count` of each class (`PER_CLASS` by default), drawn once and for all."""
+    draw, count = np.random.default_rng(233), count or PER_CLASS
+    places = [draw.permutation(np.flatnonzero(labels == label))[:count] for label in range(CLASSES)]
     return np.sort(np.concatenate(places))
 
 
-def activations(weights: str, layers: int, root: Path) -> tuple[Part, Part]:
-    """What reaches the first trained layer's block, of the images to train on and of those to test on."""
+def activations(
+    weights: str, layers: int, root: Path, per_class: int | None = None, tested: int | None = None
+) -> tuple[Part, Part]:
+    """What reaches the first trained layer's block, of the images to train on and of the first ones to test on."""
     splits = load_splits("fashion_mnist", root)
     model, _ = network(NETWORK, weights, layers, 0)
     found = []
-    for part in (splits.train.pick(balanced(splits.train.labels)), splits.test):
+    test = splits.test.pick(np.arange(len(splits.test.labels))[:tested])
+    for part in (splits.train.pick(balanced(splits.train.labels, per_class)), test):
         images = np.asarray(part.images)
         front = split(model, pictures(images[:4])).front
         with torch.no_grad():
@@ -153,7 +156,9 @@ def batches(part: Part, seed: int) -> Iterator[Part]:
         yield part[0][places], part[1][places]
 
 
-def train(run: Run, task: Task, learn: Part, test: Part, way: Way | None = None) -> dict[str, object]:
+def train(
+    run: Run, task: Task, learn: Part, test: Part, way: Way | None = None, epochs: int | None = None
+) -> dict[str, object]:
     """One run: test accuracy in percent, mean loss of the last epoch, and bytes kept of the trained layers' inputs.
 
     Args:
@@ -161,16 +166,17 @@ def train(run: Run, task: Task, learn: Part, test: Part, way: Way | None = None)
         task: made for it.
         learn, test: activations ahead of the trained layers, and labels.
         way: how gradients come about; by default by one backward pass.
+        epochs: `EPOCHS` by default.
     """
-    way = way or Way()
+    way, epochs = way or Way(), epochs or EPOCHS
     first = next(batches(learn, run.seed))
     plan = task.convert(run, first)
     trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, RATE, MOMENTUM, weight_decay=DECAY)
-    steps = EPOCHS * (len(learn[0]) // BATCH)
+    steps = epochs * (len(learn[0]) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 0.1 * RATE)
     losses: list[float] = []
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         losses = []
         for step, batch in enumerate(batches(learn, 1000 * run.seed + epoch)):
             optimizer.zero_grad()
