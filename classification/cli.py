@@ -39,6 +39,7 @@ from experiment.launching import run_all
 from experiment.measure import Trained, record_of, write_table
 from experiment.processes import alone, first_does, first_holds, place, say
 from experiment.record import RESULT, TABLE
+from experiment.signals import held
 from lowrank import LowRankError
 
 SPLIT = "split.npz"
@@ -166,9 +167,10 @@ class SuiteCLI(LightningCLI):
         self.model.front_folder = Path(self.settings["runs_dir"]) / "fronts"
         with first_holds(self.folder.locked(self._config_text()), MENDABLE):
             resume = first_does(self._begin, MENDABLE)
-            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume)
+            with held(later=True):
+                self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume)
             if len(self.history.rows) < self.trainer.max_epochs:
-                raise ExperimentError(unfinished(len(self.history.rows), self.trainer.max_epochs))
+                raise ExperimentError(unfinished(self.trainer))
             recipe = self._recipe(self.trainer.global_step)
             optimizer = self.trainer.optimizers[0]
             self.trainer.test(

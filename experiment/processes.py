@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from experiment.errors import ExperimentError, exit_code
 from experiment.launching import GROUP, STORE
+from experiment.signals import pending
 
 if TYPE_CHECKING:
     import torch
@@ -191,6 +192,11 @@ def gather(value: T) -> list[T]:
     found: list[Any] = [None] * place().count
     distributed.all_gather_object(found, value)
     return found
+
+
+def asked_to_stop() -> int:
+    """The signal by which one of the processes is to end, the same in all of them; 0 if none is. All have to call it."""
+    return max(gather(pending()))
 
 
 def with_others(own: Mapping[str, Any], differs: Callable[[str], bool] = lambda key: True) -> dict[str, Any]:

@@ -20,7 +20,14 @@ from classification.data.limit import limited
 from classification.data.partition import Users, deal, halved, read_users, save_users
 from classification.data.prepared import load_splits
 from classification.data.registry import ImageSet, Splits, TextSet
-from classification.data.sampler import AugmentingShuffle, EachOnce, EpochLoader, EpochShuffle, drawing_from
+from classification.data.sampler import (
+    AugmentingShuffle,
+    EachOnce,
+    EpochLoader,
+    EpochShuffle,
+    QuietLoader,
+    drawing_from,
+)
 from experiment import ExperimentError, fingerprint
 from experiment.processes import place
 from experiment.shared_tensors import Content, shared_tensors
@@ -312,11 +319,11 @@ class ImageDataModule(pl.LightningDataModule):
         )
 
     def _whole_loader(self, part: Dataset[Any]) -> DataLoader:
-        return DataLoader(part, self.eval_batch_size, num_workers=self.workers)
+        return QuietLoader(part, self.eval_batch_size, num_workers=self.workers)
 
     def _eval_loader(self, part: TransformedSet | TokenSet) -> DataLoader:
         batches = EachOnce(len(part), self.eval_batch_size, place())
-        return DataLoader(self._activations.get(part, part), batch_sampler=batches, num_workers=self.workers)
+        return QuietLoader(self._activations.get(part, part), batch_sampler=batches, num_workers=self.workers)
 
     def val_dataloader(self) -> DataLoader:
         """Validation batches: every image, none dropped; of several processes each has its share."""
