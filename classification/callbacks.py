@@ -135,7 +135,9 @@ class LastCheckpoint(EpochCheckpoint):
             raise Stopped(number)
         raise ExperimentError(unfinished(trainer))
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Within an epoch, name the last whole one; after its last step, have its validation done, not left out."""
         loop = checkpoint["loops"]["fit_loop"]
         epochs, batches = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]

@@ -6,14 +6,12 @@ import json
 import logging
 import math
 import warnings
-from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from classification.backbones.weights import read_state_dict
@@ -40,11 +38,8 @@ from experiment.measure import Trained, record_of, write_table
 from experiment.processes import alone, first_does, first_holds, place, say
 from experiment.record import RESULT, TABLE
 from experiment.signals import held
-from lowrank import LowRankError
 
 SPLIT = "split.npz"
-# What a user can mend, in one line.
-MENDABLE = (ExperimentError, LowRankError, ArgumentError, MisconfigurationException)
 SEED = 233  # the papers' seed
 
 
@@ -130,7 +125,7 @@ class SuiteCLI(LightningCLI):
         self.folder = RunFolder(path, *told, run=self.identity)
         self.work.title, self.work.folder = str(self.identity), path
         if self.subcommand in ("fit", "measure"):
-            told_to_stop = first_does(self._nothing_to_do, MENDABLE)
+            told_to_stop = first_does(self._nothing_to_do)
             if told_to_stop is not None:
                 raise _NothingToDo(told_to_stop)
         if self.settings["processes"] > 1 and not self.start.started:
@@ -165,8 +160,9 @@ class SuiteCLI(LightningCLI):
     def fit(self, **options: Any) -> None:
         """Train, test the best epoch, measure, and write the record."""
         self.model.front_folder = Path(self.settings["runs_dir"]) / "fronts"
-        with first_holds(self.folder.locked(self._config_text()), MENDABLE):
-            resume = first_does(self._begin, MENDABLE)
+        self.folder.data_fingerprint, self.folder.repeated = self.datamodule.fingerprint, self.datamodule.repeated
+        with first_holds(self.folder.locked(self._config_text())):
+            resume = first_does(self._begin)
             with held(later=True):
                 self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume)
             if len(self.history.rows) < self.trainer.max_epochs:
@@ -176,7 +172,7 @@ class SuiteCLI(LightningCLI):
             self.trainer.test(
                 self.model, datamodule=self.datamodule, ckpt_path=self.best.best_model_path, verbose=False
             )
-            first_does(lambda: self._save_record(optimizer, recipe), MENDABLE)
+            first_does(lambda: self._save_record(optimizer, recipe))
         accuracy = float(self.trainer.callback_metrics["test_accuracy"])
         say(f"  test accuracy {100 * accuracy:.1f} %, record in {self.folder.result}")
 
@@ -219,8 +215,7 @@ class SuiteCLI(LightningCLI):
         }
         network, loss = self.model.train().backbone, classification_loss
         trained = Trained(network, self.model.names, loss, loss, self._batches()[0], optimizer)
-        found = (self.history, accuracy, recipe, self.datamodule.fingerprint)
-        return record_of(self.identity, self.folder, trained, *found)
+        return record_of(self.identity, self.folder, trained, self.history, accuracy, recipe)
 
     def _batches(self) -> list[Batch]:
         """The batches that measurements are made on, as the network gets them."""
@@ -229,7 +224,7 @@ class SuiteCLI(LightningCLI):
 
     def measure(self, **options: Any) -> None:
         """Measure perplexity and write the table."""
-        first_does(self._measure, MENDABLE)
+        first_does(self._measure)
 
     def _measure(self) -> None:
         with self.folder.locked(self._config_text()):
@@ -331,4 +326,4 @@ def check(arguments: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command. Returns its exit code; see `experiment.command.finish`."""
-    return finish(lambda work: run(arguments, work), MENDABLE)
+    return finish(lambda work: run(arguments, work))

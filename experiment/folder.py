@@ -38,6 +38,9 @@ class RunFolder:
         data_fingerprint: of the data that the run would read; None if that is not there or not to be compared.
         last: name of the file that is there once the run can be resumed.
         run: whose record the result has to be, if it is one.
+
+    Attributes:
+        repeated: images that are tested as well as trained or validated on, once the data set was looked at.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class RunFolder:
     ) -> None:
         self._run = run
         self.path, self.result, self._last = path, path / result, path / last
-        self.data_fingerprint = data_fingerprint
+        self.data_fingerprint, self.repeated = data_fingerprint, 0
         self._asked = _as_json(identity)
         self.checkpoints = path / "checkpoints"
 

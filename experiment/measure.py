@@ -49,9 +49,9 @@ def record_of(
     history: History,
     accuracy: Mapping[str, float],
     recipe: Mapping[str, Any],
-    data_fingerprint: str,
 ) -> Record:
-    """The record of a finished run; the network is left in evaluation mode."""
+    """The record of a finished run, whose folder knows its data; the network is left in evaluation mode."""
+    assert folder.data_fingerprint is not None
     network, loss_fn, batch = trained.network, trained.loss_fn, trained.batch
     memory = {
         "activation_formula": history.activation_bytes,
@@ -70,7 +70,9 @@ def record_of(
         memory_bytes=memory,
         flops=flops,
         time_s=history.times,
-        provenance=provenance(folder.identity_hash, data_fingerprint, keep_freed_memory()) | noted(),
+        provenance=provenance(folder.identity_hash, folder.data_fingerprint, keep_freed_memory())
+        | {"repeated_test_images": folder.repeated}
+        | noted(),
         recipe=dict(recipe),
     )
 

@@ -204,15 +204,12 @@ def main(arguments: Sequence[str]) -> int:
     """Run one command. Returns its exit code; see `experiment.command.finish`."""
     if any(word in HELP for word in arguments):  # ends here, before what takes seconds to import
         sweep.parse(arguments[1:]) if arguments[0] == "sweep" else parser().parse_args(arguments)
-    from lowrank import LowRankError
-
-    mendable = (ExperimentError, LowRankError)  # what a user can mend, in one line
-    return finish(lambda work: _command(arguments, work, mendable), mendable)
+    return finish(lambda work: _command(arguments, work))
 
 
-def _command(arguments: Sequence[str], work: Work, mendable: tuple[type[Exception], ...]) -> int:
+def _command(arguments: Sequence[str], work: Work) -> int:
     work.title = arguments[0] if arguments else ""
     if work.title == "sweep":
-        return sweep.main(arguments[1:], run, mendable)
+        return sweep.main(arguments[1:], run)
     run(arguments, work)
     return 0

@@ -48,7 +48,7 @@ def whole(tmp_path_factory, weights):
 
 
 def changed(folder, whole):
-    """In what a run's files differ from the whole run's, but for the checkpoint before the last, which may be a step's."""
+    """In what a run's files differ from the whole run's; the checkpoint before the last may be of a step."""
     return [found for found in differences(folder, whole) if not found.startswith("checkpoints/previous.ckpt")]
 
 

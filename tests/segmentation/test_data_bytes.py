@@ -9,7 +9,7 @@ from segmentors import files
 from experiment import Run
 from experiment.record import RESULT
 from segmentation.compose import choose_depth, load_config, move_data
-from segmentation.data.registry import data_fingerprint
+from segmentation.data.registry import data_of
 from segmentation.training import Task
 
 
@@ -31,7 +31,7 @@ RUN = Run("segmentation", "finetune", "pspnet_small", "digit_scenes", "vanilla",
 def test_one_changed_byte_is_noticed_though_size_and_time_are_as_before(task, kind):
     task, root = task
     before = task.begin(RUN, RESULT, None).data_fingerprint
-    assert before == data_fingerprint(task.config)
+    assert before == data_of(task.config).fingerprint
     path = sorted((root / kind).iterdir())[0]
     times, content = path.stat(), bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -44,6 +44,6 @@ def test_data_that_is_elsewhere_is_the_same_and_none_has_no_fingerprint(task):
     task, root = task
     before = task.begin(RUN, RESULT, None).data_fingerprint
     shutil.move(root, root.with_name("moved"))
-    assert data_fingerprint(task.config) is None
+    assert data_of(task.config).fingerprint is None
     shutil.copytree(root.with_name("moved"), root)
     assert task.begin(RUN, RESULT, None).data_fingerprint == before
