@@ -85,6 +85,7 @@ class WholeCheckpoints(CheckpointHook):
         hub = runner.message_hub
         for key in [name for name in hub.runtime_info if name.startswith(("best_ckpt", "last_ckpt"))]:
             hub.update_info(key, str(Path(runner.work_dir) / Path(str(hub.get_info(key))).name))
+        self.last_ckpt = hub.get_info("last_ckpt") if "last_ckpt" in hub.runtime_info else None
         super().before_train(runner)
         if self.max_keep_ckpts > 0:
             self.keep_ckpt_ids: deque[int] = deque(self.keep_ckpt_ids)

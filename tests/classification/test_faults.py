@@ -147,8 +147,7 @@ def started(words, said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("command", ["fit", "sweep"])
+@pytest.mark.parametrize(("command", "number", "code"), [("fit", signal.SIGTERM, 143), ("sweep", signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_with_its_exit_code_and_nothing_is_lost(whole, tmp_path, number, code, command):
     halted = ["--trainer.callbacks+", "commands.HaltInEpoch", "--trainer.callbacks.epoch", "2"]
     words = arguments("fit", tmp_path, *whole[0])

@@ -14,7 +14,7 @@ from benchmarks.kills import differences
 from segmentation.cli import main
 from segmentation.history import History
 
-METHODS = {"vanilla": "type='Vanilla'", "asi": "type='ASI', ranks=3", "wasi": "type='WASI', energy=0.9, ranks=3"}
+METHODS = {"asi": "type='ASI', ranks=3", "wasi": "type='WASI', energy=0.9, ranks=3"}
 LENGTH, VALIDATED, SAVED = 8, 3, 4  # iterations in all, between validations, between checkpoints
 
 
@@ -58,26 +58,24 @@ def signal_at(monkeypatch):
     return at
 
 
-def moments(method):
-    """A random step of training and one of validation for each method, one at a checkpoint, and the last step."""
-    source = random.Random(method)
-    yield source.choice([0, 1, 4, 5]), False
-    yield source.choice([VALIDATED, 2 * VALIDATED, LENGTH]), True
-    if method == "asi":
-        yield from ((SAVED - 1, False), (2 * VALIDATED - 1, False), (LENGTH - 1, False))
+# Where signals come, in the order in which a run comes there: its step, whether of validation, and the signal's number.
+RANDOM = random.Random(16)
+MOMENTS = {
+    "asi": ((RANDOM.choice([0, 1]), False, signal.SIGINT), (2 * VALIDATED, True, signal.SIGTERM)),
+    "wasi": ((RANDOM.choice([SAVED - 1, SAVED]), False, signal.SIGTERM),),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "step", "validating"), [(method, *moment) for method in METHODS for moment in moments(method)]
-)
-def test_a_run_goes_on_from_the_very_step(whole, signal_at, data_dir, tmp_path, capsys, method, step, validating):
+@pytest.mark.parametrize("method", MOMENTS)
+def test_a_run_goes_on_from_the_very_step(whole, signal_at, data_dir, tmp_path, capsys, method):
     words = arguments(data_dir, tmp_path, method)
-    signal_at(step, validating)
-    assert main(words) == 143
-    assert re.fullmatch(r"interrupted during .*digit_scenes.*; the same command goes on\n", capsys.readouterr().err)
-    saved = tmp_path.glob("**/iter_*.pth")
-    assert max(int(path.stem[5:]) for path in saved) == step + (not validating)
+    for step, validating, number in MOMENTS[method]:
+        signal_at(step, validating, number)
+        assert main(words) == 128 + number
+        assert re.fullmatch(r"interrupted during .*digit_scenes.*; the same command goes on\n", capsys.readouterr().err)
+        saved = tmp_path.glob("**/iter_*.pth")
+        assert max(int(path.stem[5:]) for path in saved) == step + (not validating)
     assert main(words) == 0
     assert "resuming: " in capsys.readouterr().out
     folder = next(tmp_path.rglob("result.json")).parent
@@ -85,13 +83,3 @@ def test_a_run_goes_on_from_the_very_step(whole, signal_at, data_dir, tmp_path, 
     last = f"iter_{LENGTH}.pth"
     ours, theirs = (torch.load(path / last, weights_only=False)["lowrank_random"] for path in (folder, whole(method)))
     assert torch.equal(ours["torch"], theirs["torch"]), "the same numbers would be drawn from here on"
-
-
-@pytest.mark.slow
-def test_it_does_not_matter_how_often_a_run_is_stopped(whole, signal_at, data_dir, tmp_path):
-    words = arguments(data_dir, tmp_path, "asi")
-    for step, number, code in ((0, signal.SIGINT, 130), (1, signal.SIGTERM, 143), (5, signal.SIGINT, 130)):
-        signal_at(step, False, number)
-        assert main(words) == code
-    assert main(words) == 0
-    assert differences(next(tmp_path.rglob("result.json")).parent, whole("asi")) == []
