@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from classification.cli import main
+from experiment.signals import pending
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "classification"
@@ -104,11 +106,12 @@ class CrashInEpoch(pl.Callback):
 
 
 class HaltInEpoch(CrashInEpoch):
-    """Says so in the middle of an epoch and waits there to be killed."""
+    """Says so in the middle of an epoch and waits there to be killed, or for another signal."""
 
     def interrupt(self):
         print("halted", flush=True)
-        signal.pause()
+        while not pending():
+            time.sleep(0.01)
 
 
 class SignalIn(pl.Callback):

@@ -14,7 +14,7 @@ from benchmarks.kills import differences
 from segmentation.cli import main
 from segmentation.history import History
 
-METHODS = {"asi": "type='ASI', ranks=3", "wasi": "type='WASI', energy=0.9, ranks=3"}
+METHODS = {"asi": "type='ASI', ranks=3", "vanilla": "type='Vanilla'"}
 LENGTH, VALIDATED, SAVED = 8, 3, 4  # iterations in all, between validations, between checkpoints
 
 
@@ -62,7 +62,7 @@ def signal_at(monkeypatch):
 RANDOM = random.Random(16)
 MOMENTS = {
     "asi": ((RANDOM.choice([0, 1]), False, signal.SIGINT), (2 * VALIDATED, True, signal.SIGTERM)),
-    "wasi": ((RANDOM.choice([SAVED - 1, SAVED]), False, signal.SIGTERM),),
+    "vanilla": ((RANDOM.choice([SAVED - 1, SAVED]), False, signal.SIGTERM),),
 }
 
 
