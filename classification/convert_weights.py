@@ -21,7 +21,7 @@ from classification.backbones.weights import read_checkpoint, tensors_of
 from classification.options import weights_parser
 from experiment import ExperimentError
 from experiment.archives import unpack
-from experiment.command import finish
+from experiment.command import Work, finish
 from experiment.download import download
 from experiment.files import write_whole
 
@@ -92,10 +92,11 @@ def convert_file(name: str, source: str, config: str | None, member: str | None,
 
 def main(arguments: Sequence[str]) -> int:
     """Convert weights. Returns the exit code; see `experiment.command.finish`."""
-    return finish(lambda work: _convert(arguments))
+    return finish(lambda work: _convert(arguments, work))
 
 
-def _convert(arguments: Sequence[str]) -> None:
+def _convert(arguments: Sequence[str], work: Work) -> None:
+    work.title = "weights"
     parser = weights_parser()
     options = parser.parse_args(arguments)
     source, config, target = options.source, options.config, options.to

@@ -21,7 +21,7 @@ from classification.data.registry import Archive, Source, Splits, source
 from classification.options import prepare_parser
 from experiment import ExperimentError
 from experiment.archives import unpack
-from experiment.command import finish
+from experiment.command import Work, finish
 from experiment.download import download, verify
 
 
@@ -193,10 +193,11 @@ class Preparation:
 
 def main(arguments: Sequence[str]) -> int:
     """Prepare a data set. Returns the exit code; see `experiment.command.finish`."""
-    return finish(lambda work: _prepare(arguments))
+    return finish(lambda work: _prepare(arguments, work))
 
 
-def _prepare(arguments: Sequence[str]) -> None:
+def _prepare(arguments: Sequence[str], work: Work) -> None:
+    work.title = "prepare"
     options = prepare_parser().parse_args(arguments)
     splits = Preparation(options.name, options.root, tuple(options.given)).run()
     sizes = " + ".join(str(len(part.labels)) for part in (splits.train, splits.val, splits.test))
