@@ -34,8 +34,8 @@ from experiment.checkpoints import BEST, LAST, resumable
 from experiment.command import Work, finish, underscored
 from experiment.execute import nothing_to_do
 from experiment.launching import run_all
-from experiment.measure import Trained, record_of, write_table
-from experiment.processes import alone, first_does, first_holds, place, say
+from experiment.measure import Trained, recipe_of, record_of, write_table
+from experiment.processes import alone, first_does, first_holds, say
 from experiment.record import RESULT, TABLE
 from experiment.signals import held
 
@@ -194,17 +194,15 @@ class SuiteCLI(LightningCLI):
 
     def _recipe(self, steps: int) -> dict[str, Any]:
         data = self.settings["data"]
-        return {
-            "epochs": self.trainer.max_epochs,
-            "steps": steps,
-            "learning_rate": self.settings["model"]["learning_rate"],
-            "batch_size": data["batch_size"],
-            "processes": place().count,
-            "joined_batch_size": data["batch_size"] * place().count,
-            "image_size": None if data["dataset"] in TEXTS else data["image_size"],
-            "precision": str(self.trainer.precision),
-            **({"limit": data["limit"]} if data["limit"] is not None else {}),
-        }
+        return recipe_of(
+            data["batch_size"],
+            data["limit"],
+            epochs=self.trainer.max_epochs,
+            steps=steps,
+            learning_rate=self.settings["model"]["learning_rate"],
+            image_size=None if data["dataset"] in TEXTS else data["image_size"],
+            precision=str(self.trainer.precision),
+        )
 
     def _record(self, optimizer: Optimizer, recipe: dict[str, Any]) -> Record:
         accuracies = [row["val_accuracy"] for row in self.history.rows]

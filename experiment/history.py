@@ -7,7 +7,6 @@ import io
 import math
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,10 @@ class History:
 
     Args:
         folder: where `metrics.csv` is written, whole after each row.
-        write: how a file is written.
     """
 
-    def __init__(self, folder: Path, write: Callable[[Path, str], None] = write_whole) -> None:
-        self.path, self._write = folder / METRICS, write
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / METRICS
         self.rows: list[Row] = []
         self.step_seconds: list[float] = []
         self._forget()
@@ -96,7 +94,7 @@ class History:
             writer = csv.DictWriter(text, list(row))
             writer.writeheader()
             writer.writerows(self.rows)
-            self._write(self.path, text.getvalue())
+            write_whole(self.path, text.getvalue())
         return row
 
     def drop_pending(self) -> None:

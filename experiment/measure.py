@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from experiment.allocator import keep_freed_memory
 from experiment.folder import RunFolder
 from experiment.history import History
-from experiment.processes import noted
+from experiment.processes import noted, place
 from experiment.provenance import provenance
 from experiment.record import Record, Run
 from lowrank import account, measure_perplexity, peak_bytes, saved_bytes, weight_memory
@@ -40,6 +40,18 @@ class Trained:
     infer: Loss
     batch: Any
     optimizer: Optimizer
+
+
+def recipe_of(batch_size: int, limit: float | None, **told: Any) -> dict[str, Any]:
+    """How a run is trained, as its record says it; see `experiment.Record`.
+
+    Args:
+        batch_size: of each process.
+        limit: of the training samples, if there is one.
+        told: epochs, steps, learning_rate, image_size and precision.
+    """
+    sizes = {"batch_size": batch_size, "processes": place().count, "joined_batch_size": batch_size * place().count}
+    return {**told, **sizes, **({"limit": limit} if limit is not None else {})}
 
 
 def record_of(

@@ -15,7 +15,6 @@ from experiment.history import read_rows
 from experiment.jobs import duration
 from experiment.processes import is_first, place
 from segmentation.hook import unwrapped
-from segmentation.saving import write_or_say
 
 KEY = "lowrank_run_history"  # of a checkpoint
 
@@ -32,7 +31,7 @@ class History(Hook):
     priority = "LOW"
 
     def __init__(self, folder: Path) -> None:
-        self.history = RunHistory(folder, write_or_say)
+        self.history = RunHistory(folder)
         self._gathered: dict[str, Any] | None = None
 
     def before_train(self, runner: Any) -> None:

@@ -13,7 +13,6 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 
-from experiment import ExperimentError
 from experiment.checkpoints import IDENTITY
 from experiment.files import write_whole
 from experiment.processes import asked_to_stop, own_part, place, with_others
@@ -26,21 +25,6 @@ BACKEND = "whole"
 RANDOM = "lowrank_random"  # of a checkpoint: the states of the random generators of each process
 
 
-def write_or_say(path: Path, content: str | bytes) -> None:
-    """Write a file of a run, whole or not at all.
-
-    Raises:
-        ExperimentError: it cannot be written; what was there is there still.
-    """
-    try:
-        write_whole(path, content)
-    except OSError as error:
-        raise ExperimentError(
-            f"{path} cannot be written ({error.strerror or error}); all that was saved before is kept: make room, or "
-            f"give another --runs-dir; the same command goes on"
-        ) from None
-
-
 @register_backend(BACKEND, force=True)
 class WholeFiles(LocalBackend):
     """Local files that are whole or not there."""
@@ -48,7 +32,7 @@ class WholeFiles(LocalBackend):
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write bytes."""
         Path(filepath).parent.mkdir(parents=True, exist_ok=True)
-        write_or_say(Path(filepath), obj)
+        write_whole(Path(filepath), obj)
 
 
 @HOOKS.register_module()
@@ -180,5 +164,5 @@ class WholeCheckpoints(CheckpointHook):
             **self.args,
         )
         if is_main_process():
-            write_or_say(Path(runner.work_dir) / LAST, self.file_backend.join_path(self.out_dir, name))
+            write_whole(Path(runner.work_dir) / LAST, self.file_backend.join_path(self.out_dir, name))
         self._saved, self._random = step, None

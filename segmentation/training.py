@@ -25,7 +25,8 @@ from experiment.checkpoints import FINAL
 from experiment.command import Work
 from experiment.contents import tell_repeated
 from experiment.execute import nothing_to_do
-from experiment.measure import Trained, record_of, write_table
+from experiment.files import write_whole
+from experiment.measure import Trained, recipe_of, record_of, write_table
 from experiment.processes import first_does, first_holds, place, say
 from experiment.record import RESULT, TABLE
 from experiment.signals import held
@@ -37,7 +38,6 @@ from segmentation.data.registry import data_of, require_data
 from segmentation.history import History
 from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, perplexity_settings, run_of
-from segmentation.saving import write_or_say
 from segmentation.start import share_out
 
 
@@ -111,7 +111,7 @@ def train(task: Task, work: Work | None = None) -> Record | None:
 
         def save() -> None:
             record = _record(task, name, runner, history, folder)
-            write_or_say(folder.path / FINAL, _final(runner))
+            write_whole(folder.path / FINAL, _final(runner))
             record.save(folder.path)
             records.append(record)
 
@@ -219,23 +219,20 @@ def _record(task: Task, name: RunName, runner: Runner, forwarding: History, fold
     training_mode(model) if (hook_settings(config) or {}).get("freeze_statistics", True) else model.train()
     layers = [layer._lowrank.name for layer in converted_layers(model)]
     trained = Trained(model, layers, segmentation_loss, logits, batch, runner.optim_wrapper.optimizer)
-    return record_of(name, folder, trained, history, accuracy, recipe_of(config))
+    return record_of(name, folder, trained, history, accuracy, _recipe(config))
 
 
-def recipe_of(config: Config) -> dict[str, Any]:
-    """How a run is trained, as a record says it; see `experiment.Record`."""
+def _recipe(config: Config) -> dict[str, Any]:
     wrapper, limit = config.optim_wrapper, config.train_dataloader.dataset.get("limit")
-    return {
-        "epochs": config.train_cfg.get("max_epochs"),
-        "steps": config.train_cfg.get("max_iters"),
-        "learning_rate": wrapper.get("optimizer", {}).get("lr"),
-        "batch_size": config.train_dataloader.batch_size,
-        "processes": place().count,
-        "joined_batch_size": config.train_dataloader.batch_size * place().count,
-        "image_size": list(config.crop_size) if config.get("crop_size") else None,
-        "precision": "16-mixed" if wrapper.get("type") == "AmpOptimWrapper" else "32-true",
-        **({"limit": limit} if limit is not None else {}),
-    }
+    return recipe_of(
+        config.train_dataloader.batch_size,
+        limit,
+        epochs=config.train_cfg.get("max_epochs"),
+        steps=config.train_cfg.get("max_iters"),
+        learning_rate=wrapper.get("optimizer", {}).get("lr"),
+        image_size=list(config.crop_size) if config.get("crop_size") else None,
+        precision="16-mixed" if wrapper.get("type") == "AmpOptimWrapper" else "32-true",
+    )
 
 
 def measure(task: Task, work: Work | None = None) -> Path | None:
