@@ -288,6 +288,7 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
         ".*is smaller than the logging interval.*",
         ".*exists and is not empty.*",
         ".*Grad strides do not match.*",
+        ".*srun. command is available.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     for name in ("pytorch_lightning", "lightning_fabric"):

@@ -38,6 +38,7 @@ from segmentation.data.registry import data_of, require_data
 from segmentation.history import History
 from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, perplexity_settings, run_of
+from segmentation.saving import WholeCheckpoints
 from segmentation.start import share_out
 
 
@@ -197,7 +198,11 @@ def _for_runner(config: Config, folder: RunFolder, checkpoint: Path | None) -> C
     config.setdefault("default_hooks", {})
     saving = dict(config.default_hooks.get("checkpoint") or {"type": "CheckpointHook", "interval": 1})
     if saving["type"] == "CheckpointHook":
-        config.default_hooks["checkpoint"] = {**saving, "type": "WholeCheckpoints", "identity": folder.identity_hash}
+        config.default_hooks["checkpoint"] = {
+            **saving,
+            "type": WholeCheckpoints.__name__,
+            "identity": folder.identity_hash,
+        }
     for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if config.get(key):
             config[key].setdefault("worker_init_fn", {"type": "worker_of_run", "seed": config.randomness.seed})
