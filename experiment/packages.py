@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import importlib.util
 from pathlib import Path
 
 
@@ -12,6 +12,6 @@ def in_package(path: str) -> Path | None:
     Nothing is imported.
     """
     package, _, rest = path.partition("/")
-    found = find_spec(package) if package.isidentifier() else None
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
     folders = (found and found.submodule_search_locations) or ()
     return next((place for folder in folders if (place := Path(folder) / rest).exists()), None)

@@ -55,8 +55,9 @@ class SentenceClassifier(nn.Module):
         mask = tokens != config.pad_token_id
         with lowrank.token_mask(mask):
             hidden: Tensor = self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
-            shares = mask / mask.sum(1, keepdim=True).clamp_min(1)
-            return self.classifier(torch.einsum("bn,bnc->bc", shares.to(hidden.dtype), hidden))
+            real = mask.to(hidden.dtype)
+            shares = real / real.sum(1, keepdim=True).clamp_min(1)
+            return self.classifier(torch.einsum("bn,bnc->bc", shares, hidden))
 
     def own_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A published state dict without what has no place here."""
