@@ -26,7 +26,7 @@ class Rows:
 
     def has(self, *run: Any) -> bool:
         """Whether there is a row of these values of the key."""
-        return bool((self.frame[self.key].astype(str) == [str(value) for value in run]).all(1).any())
+        return bool((self.frame[self.key].astype(str) == [str(value) for value in run]).all(axis=1).any())
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Take a row, write both files, and print it."""
