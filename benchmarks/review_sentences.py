@@ -221,8 +221,8 @@ def summary(rows: pd.DataFrame) -> str:
         "",
         "`python -m benchmarks.review_sentences`: MiniLM with pretrained weights, its last linear layers trained on",
         f"{TRAIN:,} sentences of film reviews, positive against negative, tested on 2,014. Inputs of ASI and WASI at",
-        f"1/{PART}. The gap is to vanilla of the same depth and seed. Kept: all that a step holds for its backward pass,",
-        "without weights. step / vanilla's: processor time, in pairs that alternate.",
+        f"1/{PART}. The gap is to vanilla of the same depth and seed. Kept: all that a step holds for its backward",
+        "pass, without weights. The steps of both alternate in pairs, and their processor time is compared.",
     ]
     return "\n".join(lines) + "\n"
 
