@@ -2,7 +2,7 @@
 
     python -m benchmarks.review_sentences --root data --weights FOLDER [--help]
 
-3,200 sentences of at most 40 tokens in batches of 32, one epoch, AdamW (weight decay 0.01), a tenth of the steps to
+3,200 sentences of at most 40 tokens in batches of 32, AdamW (weight decay 0.01), a tenth of the steps to
 warm up and then a cosine, gradients clipped at 1; 2,014 sentences test. Trained are the last linear layers, the
 classifier counted in, with the normalisations among and behind them; the embeddings are frozen at every depth. ASI's
 and WASI's ranks are those of the least perplexity on one batch at a twentieth of what the inputs of the trained
@@ -38,10 +38,10 @@ from classification.data.module import TokenSet
 from lowrank import ASI, MODE_ENERGIES, WASI, WSI, Method, RankPlan, Storage, Vanilla
 
 NETWORK, DATASET = "minilm", "review_sentences"
-TRAIN, LENGTH, BATCH, EPOCHS, PART = 3200, 40, 32, 1, 20
+TRAIN, LENGTH, BATCH, PART = 3200, 40, 32, 20
 RATE, DECAY, WARM_UP, CLIP = 2e-4, 0.01, 0.1, 1.0
 PAIRS = 3  # of steps whose times are compared
-KEY = ["layers", "method", "rate", "seed"]
+KEY = ["layers", "method", "epochs", "rate", "seed"]
 # What the trained layers' inputs are kept in, and the method at ranks chosen for that.
 RANKED: dict[str, tuple[Storage, Callable[[RankPlan], Method]]] = {
     "asi": ("input", lambda plan: ASI(plan)),
@@ -58,8 +58,9 @@ METHODS = ("vanilla", *PLAIN, *RANKED, "lora_8")
 class Run:
     """One training run of the last so many linear layers."""
 
-    layers: int | str
+    layers: str
     method: str
+    epochs: int
     rate: float
     seed: int
 
@@ -80,7 +81,7 @@ def texts(root: Path, tokenizer: str) -> Texts:
     return Texts(**{part: (found.tokens, torch.from_numpy(found.part.labels)) for part, found in sets.items()})
 
 
-def network(weights: str, layers: int | str, seed: int) -> tuple[nn.Module, list[str]]:
+def network(weights: str, layers: str, seed: int) -> tuple[nn.Module, list[str]]:
     """The network with a new classifier, and the names of its trained layers; all ahead of them is frozen."""
     torch.manual_seed(seed)
     model = build_model(NETWORK, 2, weights=weights).train()
@@ -96,7 +97,7 @@ class Plans:
         self.weights, self.batch = weights, batch
         self.plan = functools.cache(self._plan)
 
-    def _plan(self, layers: int | str, storage: Storage) -> RankPlan:
+    def _plan(self, layers: str, storage: Storage) -> RankPlan:
         model, names = network(self.weights, layers, 0)
         whole = lowrank.account(model, names, self.batch[0]).total.activation_bytes
         options = {"mode_energies": MODE_ENERGIES, "storages": (storage,)}
@@ -169,24 +170,21 @@ def accuracy(model: nn.Module, part: Batch) -> float:
 
 def step_ratio(run: Run, weights: str, plans: Plans, batch: Batch) -> float:
     """Processor time of the method's step over that of vanilla's: the median of pairs that alternate."""
-    vanilla = Run(run.layers, "vanilla", run.rate, run.seed)
+    vanilla = dataclasses.replace(run, method="vanilla")
     first, second = (Training(converted(way, weights, plans, batch), way.rate, 4 * PAIRS) for way in (run, vanilla))
     return ratio(lambda: first.seconds(batch), lambda: second.seconds(batch), PAIRS).median
 
 
 def train(run: Run, weights: str, plans: Plans, parts: Texts) -> dict[str, object]:
     """One run: accuracies in percent, mean loss of the last fifth of the steps, bytes, time of a step."""
-    epochs = [list(batches(parts.train, 1000 * run.seed + epoch)) for epoch in range(EPOCHS)]
+    epochs = [list(batches(parts.train, 1000 * run.seed + epoch)) for epoch in range(run.epochs)]
     steps = [batch for epoch in epochs for batch in epoch]
     training = Training(converted(run, weights, plans, steps[0]), run.rate, len(steps))
     losses = [training.step(batch) for batch in steps]
     last = losses[-(len(losses) // 5) :]
     model = training.model
     return {
-        "layers": run.layers,
-        "method": run.method,
-        "rate": run.rate,
-        "seed": run.seed,
+        **dataclasses.asdict(run),
         "val_accuracy": accuracy(model, parts.val),
         "test_accuracy": accuracy(model, parts.test),
         "train_loss": sum(last) / len(last),
@@ -200,14 +198,15 @@ def train(run: Run, weights: str, plans: Plans, parts: Texts) -> dict[str, objec
 def summary(rows: pd.DataFrame) -> str:
     """Per depth, method and rate: accuracy and its gap to vanilla, seed by seed, last training loss, bytes, time."""
     vanilla = rows[rows.method == "vanilla"]
-    best = vanilla.loc[vanilla.groupby(["layers", "seed"]).val_accuracy.idxmax()] if len(vanilla) else vanilla
-    rows = rows.join(best.set_index(["layers", "seed"]).test_accuracy.rename("exact"), on=["layers", "seed"])
-    heads = ("layers", "method", "rate", "seeds", "validation", "test accuracy", "gap", "last loss")
+    same = ["layers", "epochs", "seed"]
+    best = vanilla.loc[vanilla.groupby(same).val_accuracy.idxmax()] if len(vanilla) else vanilla
+    rows = rows.join(best.set_index(same).test_accuracy.rename("exact"), on=same)
+    heads = ("layers", "method", "epochs", "rate", "seeds", "validation", "test accuracy", "gap", "last loss")
     heads += ("kept, MiB", "peak, MiB", "step / vanilla's", "trained, M")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for (layers, method, rate), group in rows.groupby(["layers", "method", "rate"], sort=False):
+    for (layers, method, epochs, rate), group in rows.groupby(KEY[:-1], sort=False):
         cells = (
-            *(str(layers), method, f"{rate:g}", ", ".join(map(str, group.seed))),
+            *(str(layers), method, str(epochs), f"{rate:g}", ", ".join(map(str, group.seed))),
             ", ".join(f"{value:.2f}" for value in group.val_accuracy),
             ", ".join(f"{value:.2f}" for value in group.test_accuracy),
             f"{(group.test_accuracy - group.exact).mean():+.2f}",
@@ -221,8 +220,8 @@ def summary(rows: pd.DataFrame) -> str:
         "",
         "`python -m benchmarks.review_sentences`: MiniLM with pretrained weights, its last linear layers trained on",
         f"{TRAIN:,} sentences of film reviews, positive against negative, tested on 2,014. Inputs of ASI and WASI at",
-        f"1/{PART}. The gap is to vanilla of the same depth and seed. Kept: all that a step holds for its backward",
-        "pass, without weights. The steps of both alternate in pairs, and their processor time is compared.",
+        f"1/{PART}. The gap is to vanilla of the same depth, epochs and seed. Kept: all that a step holds for its",
+        "backward pass, without weights. The steps of both alternate in pairs, and their processor time is compared.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -235,15 +234,17 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="in place of that of the folder")
     parser.add_argument("--layers", nargs="+", default=["13", "all"])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1])
     parser.add_argument("--rates", type=float, nargs="+", default=[RATE])
     parser.add_argument("--seeds", type=int, nargs="+", default=[233, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("figures/review_sentences.csv"))
     options = parser.parse_args()
     parts = texts(options.root, options.tokenizer or options.weights)
     plans = Plans(options.weights, next(batches(parts.train, 0)))
-    rows = Rows(options.out, KEY, summary)
-    for seed, layers, method, rate in itertools.product(options.seeds, options.layers, options.methods, options.rates):
-        run = Run(layers, method, rate, seed)
+    rows = Rows(options.out, KEY, summary, text=["layers"])
+    ways = (options.seeds, options.layers, options.methods, options.epochs, options.rates)
+    for seed, layers, method, epochs, rate in itertools.product(*ways):
+        run = Run(layers, method, epochs, rate, seed)
         if not rows.has(*dataclasses.astuple(run)):
             rows.add(train(run, options.weights, plans, parts))
 

@@ -18,11 +18,15 @@ class Rows:
         out: the CSV file; what it has already is kept.
         key: columns that name a run.
         summary: of all rows, for the `.md` file.
+        text: columns that are text, also where a number stands in them.
     """
 
-    def __init__(self, out: Path, key: Sequence[str], summary: Callable[[pd.DataFrame], str]) -> None:
+    def __init__(
+        self, out: Path, key: Sequence[str], summary: Callable[[pd.DataFrame], str], text: Sequence[str] = ()
+    ) -> None:
         self.out, self.key, self.summary = out, list(key), summary
-        self.frame = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=self.key)
+        there = out.exists()
+        self.frame = pd.read_csv(out, dtype=dict.fromkeys(text, str)) if there else pd.DataFrame(columns=self.key)
 
     def has(self, *run: Any) -> bool:
         """Whether there is a row of these values of the key."""
@@ -30,9 +34,7 @@ class Rows:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Take a row, write both files, and print it."""
-        self.frame = pd.DataFrame([*self.frame.to_dict("records"), row]).sort_values(
-            self.key, key=lambda column: column.astype(str) if column.dtype == object else column
-        )
+        self.frame = pd.DataFrame([*self.frame.to_dict("records"), row]).sort_values(self.key)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.out, self.frame.to_csv(index=False))
         write_whole(self.out.with_suffix(".md"), self.summary(self.frame))

@@ -81,12 +81,18 @@ def test_the_accuracy_is_that_of_each_sentence_alone(options):
 
 
 def test_rows_are_sorted_and_written_as_they_come(tmp_path):
-    rows = Rows(tmp_path / "folder" / "rows.csv", ["layers", "seed"], lambda frame: f"{len(frame)} rows\n")
-    rows.add({"layers": "all", "seed": 2, "value": 1.5})
-    rows.add({"layers": 13, "seed": 10, "value": 2.5})
-    again = Rows(tmp_path / "folder" / "rows.csv", ["layers", "seed"], lambda frame: f"{len(frame)} rows\n")
-    assert list(again.frame.value) == [2.5, 1.5]
-    assert again.has("all", 2)
-    assert again.has(13, 10)
-    assert not again.has(13, 2)
-    assert (tmp_path / "folder" / "rows.md").read_text() == "2 rows\n"
+    def table():
+        return Rows(
+            tmp_path / "folder" / "rows.csv", ["layers", "seed"], lambda frame: f"{len(frame)} rows\n", ["layers"]
+        )
+
+    table().add({"layers": "13", "seed": 10, "value": 2.5})
+    table().add({"layers": "13", "seed": 2, "value": 1.5})
+    rows = table()
+    rows.add({"layers": "all", "seed": 1, "value": 0.5})
+    assert list(rows.frame.value) == list(table().frame.value) == [1.5, 2.5, 0.5]
+    assert len(table().frame.groupby("layers")) == 2
+    assert table().has("all", 1)
+    assert table().has("13", 10)
+    assert not table().has("13", 1)
+    assert (tmp_path / "folder" / "rows.md").read_text() == "3 rows\n"
