@@ -34,7 +34,7 @@ def part(count):
 def options(tmp_path, monkeypatch):
     """Arguments for a small encoder and a small data set."""
     monkeypatch.setattr(minilm, "SIZES", SMALL)
-    for setting, value in (("TRAIN", 32), ("LENGTH", 16), ("BATCH", 8), ("PAIRS", 1), ("PART", 4)):
+    for setting, value in (("TRAIN", 32), ("LENGTH", 16), ("BATCH", 8), ("PAIRS", 1), ("PART", 4), ("RATE", 0.01)):
         monkeypatch.setattr(review_sentences, setting, value)
     splits = Splits(part(40), part(10), part(30), ("negative", "positive"), "")
     monkeypatch.setattr(review_sentences, "load_splits", lambda name, root: splits)
@@ -49,7 +49,7 @@ def run(monkeypatch, *arguments):
 
 
 def test_every_method_has_its_row_and_no_run_is_made_again(options, tmp_path, monkeypatch, capsys):
-    options = [*options, "--layers", "all", "--seeds", 1, "--rates", 0.01]
+    options = [*options, "--layers", "all", "--seeds", 1]
     run(monkeypatch, *options)
     rows = pd.read_csv(tmp_path / "rows.csv").set_index("method")
     assert {*rows.index} == {*review_sentences.METHODS}
