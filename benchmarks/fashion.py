@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank
+from benchmarks.rows import Rows
 from classification.backbones import build_model
 from classification.data import load_splits
 from classification.front import split
-from experiment.files import write_whole
 from lowrank import ASI, MODE_ENERGIES, Storage
 
 CLASSES, PER_CLASS, SIZE, BATCH, EPOCHS = 10, 400, 96, 64, 6
@@ -201,20 +201,15 @@ def main() -> None:
     parser.add_argument("--parts", type=int, nargs="+", default=[20, 50], help="ASI keeps a 20th, a 50th")
     parser.add_argument("--out", type=Path, default=Path("figures/fashion_mnist.csv"))
     options = parser.parse_args()
-    rows = pd.read_csv(options.out) if options.out.exists() else pd.DataFrame(columns=KEY)
+    rows = Rows(options.out, KEY, summary)
     for layers in options.layers:
         learn, test = activations(options.weights, layers, options.root)
         sample = pictures(np.asarray(load_splits("fashion_mnist", options.root).test.images)[:4])
         for seed in options.seeds:
             ways = [("vanilla", 1), *[(name, part) for part in options.parts for name in ("asi", "asi_int8")]]
             for run in (Run(layers, *way, seed) for way in ways):
-                if (rows[KEY] == [run.layers, run.method, run.part, run.seed]).all(1).any():
-                    continue
-                result = train(run, options.weights, sample, learn, test)
-                rows = pd.DataFrame([*rows.to_dict("records"), result]).sort_values(KEY)
-                write_whole(options.out, rows.to_csv(index=False))
-                write_whole(options.out.with_suffix(".md"), summary(rows))
-                print(result, flush=True)
+                if not rows.has(run.layers, run.method, run.part, run.seed):
+                    rows.add(train(run, options.weights, sample, learn, test))
 
 
 if __name__ == "__main__":
