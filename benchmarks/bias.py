@@ -9,7 +9,7 @@ docs/negative-results.md says what came of them.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import astuple, replace
 
 import numpy as np
 import pandas as pd
@@ -127,16 +127,14 @@ def main() -> None:
     rows = Rows(options.out, ["trial", *KEY], summary)
     trials = [("vanilla", 1, "as it is"), *[("asi", 20, trial) for trial in TRIALS]]
     wanted = [(Run(4, name, part, seed), trial) for seed in options.seeds for name, part, trial in trials]
-    wanted = [(run, trial) for run, trial in wanted if not rows.has(**asdict(run), trial=trial)]
+    wanted = [(run, trial) for run, trial in wanted if not rows.has(trial, *astuple(run))]
     if not wanted:
         return
     learn, test = activations(options.weights, 4, options.root, PER_CLASS, TESTED)
     sample = pictures(np.asarray(load_splits("fashion_mnist", options.root).test.images)[:4])
     for run, trial in wanted:
         task, way = TRIALS[trial]
-        result = train(run, task(run, options.weights, sample), learn, test, way(), EPOCHS)
-        rows.add([{"trial": trial, **result}])
-        print({"trial": trial, **result}, flush=True)
+        rows.add({"trial": trial, **train(run, task(run, options.weights, sample), learn, test, way(), EPOCHS)})
 
 
 if __name__ == "__main__":

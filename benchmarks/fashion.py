@@ -10,7 +10,7 @@ inputs of the trained layers take. Each run's row is written as it ends, and wha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -252,14 +252,12 @@ def main() -> None:
     ways = [("vanilla", 1), *[(name, part) for part in options.parts for name in STORED]]
     for layers in options.layers:
         runs = [Run(layers, *way, seed) for seed in options.seeds for way in ways]
-        runs = [run for run in runs if not rows.has(**asdict(run))]
+        runs = [run for run in runs if not rows.has(*astuple(run))]
         if not runs:
             continue
         learn, test = activations(options.weights, layers, options.root)
         for run in runs:
-            result = train(run, Task(run, options.weights, sample), learn, test)
-            rows.add([result])
-            print(result, flush=True)
+            rows.add(train(run, Task(run, options.weights, sample), learn, test))
 
 
 if __name__ == "__main__":

@@ -225,13 +225,12 @@ def main() -> None:
     labels = torch.from_numpy(train.labels[order])
     rows = Rows(options.out, KEY, summary)
     for name in options.networks:
-        if rows.has(network=name):
+        if name in set(rows.frame.network):
             continue
         images = (pictures(np.asarray(train.images)[order], NETWORKS[name]).contiguous(), labels)
         weights = given.get(name) or pretrained(name, images, options.trained)
         few = (images[0][: COUNT * BATCH], labels[: COUNT * BATCH])
-        rows.add(measure(name, weights, few, options.pairs))
-        print(summary(rows.frame), flush=True)
+        rows.add(*measure(name, weights, few, options.pairs))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""A table of results that is written as each is known, as CSV and as Markdown; what it has is not measured again."""
+"""A table of runs, written anew as each ends; what it has is not run again."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -12,27 +13,34 @@ from experiment.files import write_whole
 
 
 class Rows:
-    """The rows of a file that may be there already.
+    """The table in a file, and beside it as text.
 
     Args:
-        path: the CSV file; the Markdown one is beside it.
-        key: columns that say what a row is of, and that rows are sorted by.
-        summary: makes the Markdown of all rows.
+        out: the CSV file; what it has already is kept.
+        key: columns that name a run.
+        summary: of all rows, for the `.md` file.
+        text: columns that are text, also where a number stands in them.
     """
 
-    def __init__(self, path: Path, key: list[str], summary: Callable[[pd.DataFrame], str]) -> None:
-        self.path, self.key, self.summary = path, key, summary
-        self.frame = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=key)
+    def __init__(
+        self, out: Path, key: Sequence[str], summary: Callable[[pd.DataFrame], str], text: Sequence[str] = ()
+    ) -> None:
+        self.out, self.key, self.summary = out, list(key), summary
+        there = out.exists()
+        self.frame = pd.read_csv(out, dtype=dict.fromkeys(text, str)) if there else pd.DataFrame(columns=self.key)
 
-    def has(self, **values: object) -> bool:
-        """Whether there is a row with these values."""
-        return bool((self.frame[list(values)] == list(values.values())).all(axis=1).any())
+    def has(self, *run: Any) -> bool:
+        """Whether there is a row of these values of the key."""
+        return bool((self.frame[self.key].astype(str) == [str(value) for value in run]).all(axis=1).any())
 
-    def add(self, results: Iterable[Mapping[str, object]]) -> None:
-        """Add rows, and write the files."""
-        self.frame = pd.DataFrame([*self.frame.to_dict("records"), *results]).sort_values(self.key, kind="stable")
-        write_whole(self.path, self.frame.to_csv(index=False))
-        write_whole(self.path.with_suffix(".md"), self.summary(self.frame))
+    def add(self, *rows: Mapping[str, Any]) -> None:
+        """Take rows, write both files, and print them."""
+        self.frame = pd.DataFrame([*self.frame.to_dict("records"), *rows]).sort_values(self.key)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.out, self.frame.to_csv(index=False))
+        write_whole(self.out.with_suffix(".md"), self.summary(self.frame))
+        for row in rows:
+            print(dict(row), flush=True)
 
 
 def parser_of(name: str, description: str | None, out: str) -> ArgumentParser:
