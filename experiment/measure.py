@@ -86,6 +86,7 @@ def record_of(
         | {"repeated_test_images": folder.repeated}
         | noted(),
         recipe=dict(recipe),
+        loss={"train_last": history.rows[-1]["train_loss"]},
     )
 
 
