@@ -18,6 +18,7 @@ from experiment.files import remove_parts, write_whole
 from experiment.record import Run, is_result
 
 CONFIG, IDENTITY, DATA = "config.yaml", "identity.json", "data_fingerprint"
+LOCK = ".lock"  # in a run's folder, held by the process at work in it
 
 
 class Status(enum.Enum):
@@ -119,7 +120,7 @@ class RunFolder:
             if self.result.is_dir():
                 raise IsADirectoryError(0, f"{self.result.name} is a folder")
             self._last.parent.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
+            lock = (self.path / LOCK).open("w")
         except OSError as error:
             raise ExperimentError(
                 f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs-dir"

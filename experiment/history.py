@@ -28,11 +28,11 @@ class History:
 
     Args:
         folder: where `metrics.csv` is written, whole after each row.
-        write: how a file is written.
+        write: how a file of the run is written, whole or not at all.
     """
 
-    def __init__(self, folder: Path, write: Callable[[Path, str], None] = write_whole) -> None:
-        self.path, self._write = folder / METRICS, write
+    def __init__(self, folder: Path, write: Callable[[Path, str | bytes], None] = write_whole) -> None:
+        self.path, self.write = folder / METRICS, write
         self.rows: list[Row] = []
         self.step_seconds: list[float] = []
         self._forget()
@@ -94,7 +94,7 @@ class History:
             writer = csv.DictWriter(text, list(row))
             writer.writeheader()
             writer.writerows(self.rows)
-            self._write(self.path, text.getvalue())
+            self.write(self.path, text.getvalue())
         return row
 
     def drop_pending(self) -> None:
