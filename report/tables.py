@@ -254,13 +254,13 @@ LEFT = ("Model", "Method", "Recipe", "Seeds")
 FEW = (
     *("Layers", "Method", "Recipe", "n", "Seeds", "Reported (%)", "Test (%)", "Δ test (points)", "mIoU (%)"),
     *("Δ mIoU (points)", "mAcc reported (%)", "mAcc (%)", "Formula (MiB)", "Formula, × less", "Kept (MiB)"),
-    *("Kept, × less", "Peak (MiB)", "Step (ms)"),
+    *("Kept, × less", "Peak (MiB)", "Step (ms)", "Training loss"),
 )
 
 
 def to_terminal(table: pd.DataFrame, group: Group) -> str:
     """A heading and few columns, as narrow as a terminal."""
-    shown = few_columns(table)
+    shown = [column for column in few_columns(table) if column.group != LOSS]
     titles = [column.title.replace(" (", "\n(").replace(", ", "\n") for column in shown]
     cells = [[column.cell(row) for column in shown] for row in table.to_dict("records")]
     body = tabulate(

@@ -11,7 +11,7 @@ import pytest
 from experiment import ExperimentError
 from report.methods import family, method_order
 from report.summary import Group, Reported, group_records, read_records, summarise
-from report.tables import to_markdown
+from report.tables import columns, to_markdown
 
 
 def row(table, layers, method):
@@ -55,10 +55,12 @@ def test_training_losses_are_compared_at_equal_depth(write):
     assert (row(found, 2, "asi")["train_loss"], row(found, 2, "asi")["train_loss_difference"]) == (0.375, 0.25)
     assert row(found, 2, "vanilla")["train_loss_difference"] == 0
     assert math.isnan(row(found, 4, "asi")["train_loss"])
-    text = to_markdown(found, Group("classification", "A", "mcunet", "pets"))
+    group = Group("classification", "A", "mcunet", "pets")
+    assert "| 0.375 |" in " ".join(to_markdown(found, group).split())
+    text = to_markdown(found, group, shown=columns(found))
     assert "Δ training loss" in text
     assert "+0.25" in text
-    assert "loss" not in to_markdown(summarise([without]), Group("classification", "A", "mcunet", "pets"))
+    assert "loss" not in to_markdown(summarise([without]), group)
 
 
 def test_one_seed_has_no_standard_deviation(write):
