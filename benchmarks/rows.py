@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,19 @@ class Rows:
         """Whether there is a row of these values of the key."""
         return bool((self.frame[self.key].astype(str) == [str(value) for value in run]).all(axis=1).any())
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Take a row, write both files, and print it."""
-        self.frame = pd.DataFrame([*self.frame.to_dict("records"), row]).sort_values(self.key)
+    def add(self, *rows: Mapping[str, Any]) -> None:
+        """Take rows, write both files, and print them."""
+        self.frame = pd.DataFrame([*self.frame.to_dict("records"), *rows]).sort_values(self.key)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.out, self.frame.to_csv(index=False))
         write_whole(self.out.with_suffix(".md"), self.summary(self.frame))
-        print(dict(row), flush=True)
+        for row in rows:
+            print(dict(row), flush=True)
+
+
+def parser_of(name: str, description: str | None, out: str) -> ArgumentParser:
+    """Arguments of a benchmark on a data set: where that is, and where results go."""
+    parser = ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder that holds all data sets")
+    parser.add_argument("--out", type=Path, default=Path(out), help="CSV file; a Markdown file is put beside it")
+    return parser

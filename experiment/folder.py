@@ -19,6 +19,7 @@ from experiment.files import remove_parts, write_whole
 from experiment.record import Record, Run, is_result
 
 CONFIG, IDENTITY, DATA = "config.yaml", "identity.json", "data_fingerprint"
+LOCK = ".lock"  # in a run's folder, held by the process at work in it
 
 
 class Status(enum.Enum):
@@ -169,7 +170,7 @@ class RunFolder:
 
 def _locked(path: Path) -> IO[str]:
     """The lock of a run's folder, held until it is closed."""
-    lock = (path / ".lock").open("w")
+    lock = (path / LOCK).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
