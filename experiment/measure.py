@@ -11,10 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from experiment.allocator import keep_freed_memory
+from experiment.files import write_whole
 from experiment.folder import RunFolder
 from experiment.history import History
 from experiment.leavings import CURVES, MEMORY, RANKS, as_text, curves, memory_of, ranks_of
-from experiment.processes import noted
+from experiment.processes import noted, place
 from experiment.provenance import provenance
 from experiment.record import Record, Run
 from lowrank import Method, account, explain, measure_perplexity, peak_bytes, weight_memory
@@ -45,6 +46,18 @@ class Trained:
     method: Method | None = None
 
 
+def recipe_of(batch_size: int, limit: float | None, **told: Any) -> dict[str, Any]:
+    """How a run is trained, as its record says it; see `experiment.Record`.
+
+    Args:
+        batch_size: of each process.
+        limit: of the training samples, if there is one.
+        told: epochs, steps, learning_rate, image_size and precision.
+    """
+    sizes = {"batch_size": batch_size, "processes": place().count, "joined_batch_size": batch_size * place().count}
+    return {**told, **sizes, **({"limit": limit} if limit is not None else {})}
+
+
 def record_of(
     run: Run,
     folder: RunFolder,
@@ -52,12 +65,12 @@ def record_of(
     history: History,
     accuracy: Mapping[str, float],
     recipe: Mapping[str, Any],
-    data_fingerprint: str,
 ) -> Record:
     """The record of a finished run, to be saved, and what it leaves for people to look at, which is written.
 
-    The network is left in evaluation mode. See `experiment.leavings` for the files.
+    The folder knows the run's data; the network is left in evaluation mode. See `experiment.leavings` for the files.
     """
+    assert folder.data_fingerprint is not None
     network, loss_fn, batch = trained.network, trained.loss_fn, trained.batch
     kept = explain(network, loss_fn, batch)
     left: dict[str, str | bytes] = {MEMORY: as_text(memory_of(kept)), CURVES: curves(history.rows, str(run))}
@@ -74,14 +87,16 @@ def record_of(
         memory |= _weights(trained)
     memory["peak_inference"] = peak_bytes(network.eval(), trained.infer, batch, backward=False)
     for name, content in left.items():
-        history.write(folder.path / name, content)
+        write_whole(folder.path / name, content)
     return Record(
         run=run,
         accuracy=dict(accuracy),
         memory_bytes=memory,
         flops=flops,
         time_s=history.times,
-        provenance=provenance(folder.identity_hash, data_fingerprint, keep_freed_memory()) | noted(),
+        provenance=provenance(folder.identity_hash, folder.data_fingerprint, keep_freed_memory())
+        | {"repeated_test_images": folder.repeated}
+        | noted(),
         recipe=dict(recipe),
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiment import ExperimentError, Record, Run
+from experiment.command import Work, finish
 from report.output import make_folder, write_all
 from report.page import page
 from report.payload import compose, listed_runs
@@ -67,15 +68,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, 2 for an error that the user can mend."""
+    """Run the command; returns its exit code; see `experiment.command.finish`."""
+    return finish(lambda work: _report(arguments, work))
+
+
+def _report(arguments: Sequence[str] | None, work: Work) -> None:
+    work.title = "report"
     options = parser().parse_args(arguments)
-    try:
-        output, every = options.output or options.runs / "report", options.columns == "all"
-        report(options.runs, output, options.baseline, options.published, options.compare, every)
-    except ExperimentError as error:
-        print(f"report: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    output, every = options.output or options.runs / "report", options.columns == "all"
+    report(options.runs, output, options.baseline, options.published, options.compare, every)
 
 
 def report(
