@@ -29,16 +29,16 @@ def test_ranks_and_energy_are_those_of_the_reference(method):
     network, x = _network()
     inputs = network[:2](x).detach()
     lowrank.convert(network, ["2"], method)
-    for _ in range(30):  # until the bases of ASI are the subspaces
+    for _ in range(400):  # until the bases of ASI are the subspaces
         _loss(network, x).backward()
     costs = lowrank.account(network, ["2"], x)
     (layer,) = ranks_of(network, _loss, x, costs, method)["layers"]
     assert layer["shape"] == list(inputs.shape)
     assert layer["energy"] == (0.8 if isinstance(method, lowrank.HOSVD) else None)
-    core, factors = tucker(inputs.double().numpy(), rank=layer["ranks"], init="svd", n_iter_max=1)
+    core, factors = tucker(inputs.double().numpy(), rank=layer["ranks"], init="svd", n_iter_max=0)
     rest = inputs.double().numpy() - tensorly.tucker_to_tensor((core, factors))
     best = 1 - (rest**2).sum() / inputs.double().square().sum().item()
-    assert layer["captured"] == pytest.approx(best, abs=0.02)
+    assert layer["captured"] == pytest.approx(best, abs=0.005)
     if isinstance(method, lowrank.ASI):
         assert layer["ranks"] == [2, 3, 4, 4]
     assert layer["activation_bytes"] == costs["2"].activation_bytes

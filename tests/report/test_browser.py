@@ -116,7 +116,7 @@ def test_the_switch_compares_at_equal_accuracy_and_columns_can_be_chosen(shown):
 
 def test_a_point_has_a_tooltip_and_a_click_on_it_opens_its_runs(shown):
     shown.run("document.getElementById('pareto').scrollIntoView()")
-    shown.until("document.getElementById('pareto').dataset.drawn", 30)
+    shown.until("document.getElementById('pareto').dataset.drawn")
     point = "document.querySelector('#pareto .trace.scatter .points path')"
     shown.point(point, click=False)
     shown.until("document.querySelector('#pareto .hoverlayer .hovertext')")
