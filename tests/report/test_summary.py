@@ -11,6 +11,7 @@ import pytest
 from experiment import ExperimentError
 from report.methods import family, method_order
 from report.summary import Group, Reported, group_records, read_records, summarise
+from report.tables import columns, to_markdown
 
 
 def row(table, layers, method):
@@ -40,6 +41,26 @@ def test_means_and_sample_standard_deviations(write):
     assert found["peak_inference_bytes"] == 2**19
     assert (found["flops_paper"], found["flops_corrected"]) == (3000, 6000)
     assert found["step_median_s"] == pytest.approx(0.3)
+
+
+def test_training_losses_are_compared_at_equal_depth(write):
+    found = summarise(
+        [
+            write("vanilla", 2, loss={"train_last": 0.125}),
+            write("asi", 2, loss={"train_last": 0.25}),
+            write("asi", 2, seed=1, loss={"train_last": 0.5}),
+            (without := write("asi", 4)),
+        ]
+    )
+    assert (row(found, 2, "asi")["train_loss"], row(found, 2, "asi")["train_loss_difference"]) == (0.375, 0.25)
+    assert row(found, 2, "vanilla")["train_loss_difference"] == 0
+    assert math.isnan(row(found, 4, "asi")["train_loss"])
+    group = Group("classification", "A", "mcunet", "pets")
+    assert "| 0.375 |" in " ".join(to_markdown(found, group).split())
+    text = to_markdown(found, group, shown=columns(found))
+    assert "Δ training loss" in text
+    assert "+0.25" in text
+    assert "loss" not in to_markdown(summarise([without]), group)
 
 
 def test_one_seed_has_no_standard_deviation(write):
