@@ -32,6 +32,9 @@ def main(name: str = "resnet10t", steps: int = 50, size: int = 64, batch: int = 
     data = digits(size, batch)
     model = timm.create_model(name, pretrained=False, num_classes=10)  # pretrained=True where there is a network
     model.train()
+    with torch.no_grad():  # random weights have no statistics yet; leave this out of pretrained ones
+        for images, _ in data[:20]:
+            model(images)
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.eval()  # frozen statistics; their memory goes to nothing
