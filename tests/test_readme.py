@@ -7,6 +7,8 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -188,6 +190,38 @@ def test_new_method_trains_and_is_accounted_for() -> None:
     assert lowrank.account(model, ["0"], x).total.activation_bytes == 4 * 6 * 2
 
 
+def follow(block: str, *options: str) -> None:
+    """Do a block's commands as they stand, but the sweep small."""
+    for line in block.splitlines():
+        (words,) = commands([line])
+        if words[:4] == ["python", "-m", "classification", "sweep"]:
+            assert classification.sweep.main([*words[4:], "--trainer.max_epochs", "1", *options]) == 0
+        elif words[:3] == ["python", "-m", "report"]:
+            assert report.__main__.main(words[3:]) == 0
+        else:
+            subprocess.run(["bash", "-euc", line], check=True)
+
+
+def test_a_new_data_set_model_and_method_become_rows_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = re.findall(r"<!-- commands: all three -->\n```bash\n(.+?)```", SHOWN, re.DOTALL)
+    shutil.copytree(ROOT / "configs" / "classification", tmp_path / "configs" / "classification")
+    monkeypatch.setattr(classification.plans, "CONFIGS", tmp_path / "configs" / "classification")
+    monkeypatch.setitem(data_registry.dataset.entries, "stripes", None)  # so that neither outlives this test
+    monkeypatch.setitem(backbone_registry.backbone.entries, "tiny", None)
+    run("data set")
+    run("model")
+    package = types.ModuleType("my_package")
+    monkeypatch.setitem(sys.modules, "my_package", package)
+    exec(SNIPPETS["method"], vars(package))
+    monkeypatch.chdir(tmp_path)
+    follow(block, "--data.batch_size", "16")
+    (table,) = (tmp_path / "runs" / "report").rglob("stripes/*.md")
+    rows = [line.split("|")[2].strip() for line in table.read_text().splitlines() if line.startswith("|  ")]
+    assert rows[1:] == ["vanilla", "half_precision"]
+
+
 def test_a_folder_of_images_becomes_rows_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = re.findall(r"<!-- commands: new data set -->\n```bash\n(.+?)```", SHOWN, re.DOTALL)
     assert len(block.splitlines()) < 10
@@ -202,16 +236,7 @@ def test_a_folder_of_images_becomes_rows_of_the_table(tmp_path: Path, monkeypatc
     monkeypatch.setattr(classification.plans, "CONFIGS", shipped)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
-    small = ["--trainer.max_epochs", "1", "--data.image_size", "64", "--data.batch_size", "8"]
-    for line in block.splitlines():
-        (words,) = commands([line])
-        if words[:4] == ["python", "-m", "classification", "sweep"]:
-            # As it stands but small, and without the download of weights.
-            assert classification.sweep.main([*words[4:], "--model.pretrained", "false", *small]) == 0
-        elif words[:3] == ["python", "-m", "report"]:
-            assert report.__main__.main(words[3:]) == 0
-        else:
-            subprocess.run(["bash", "-euc", line], check=True)
+    follow(block, "--model.pretrained", "false", "--data.image_size", "64", "--data.batch_size", "8")  # no download
     (table,) = (tmp_path / "runs" / "report").rglob("fish/*.md")
     rows = [line.split("|")[2].strip() for line in table.read_text().splitlines() if line.startswith("|  ")]
     assert rows[1:] == ["vanilla", "hosvd_0.8", "asi_hosvd_0.8"]
