@@ -1,6 +1,6 @@
 """MMSegmentation: a config of your own, with one hook more. Checkpoints load in stock MMSegmentation.
 
-Run: python examples/mmsegmentation_hook.py        (needs the suite's packages; draws its own scenes, no download)
+Run: PYTHONPATH=. python examples/mmsegmentation_hook.py (needs the suite, in whose folder it is started; no download)
 """
 
 from pathlib import Path

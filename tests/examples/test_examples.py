@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -40,7 +41,7 @@ def test_each_is_short_and_run_here() -> None:
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 80, path.name
         assert f'example("{path.stem}")' in text, path.name
-        assert f"Run: python examples/{path.name} " in path.read_text()
+        assert re.search(rf"^Run: (PYTHONPATH=\. )?python examples/{path.name} ", path.read_text(), re.MULTILINE)
 
 
 def test_a_plain_loop_resumes_to_the_same_weights(tmp_path: Path) -> None:
