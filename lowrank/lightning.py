@@ -23,6 +23,7 @@ from lowrank.layers.training_state import load_training_state, training_state
 from lowrank.methods.base import Method
 from lowrank.ranks.perplexity import MODE_ENERGIES, measure_perplexity
 from lowrank.ranks.select import select_ranks
+from lowrank.tensors.storage import Storage
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
@@ -116,7 +117,7 @@ class LowRankCallback(Callback):
         """
         if self.budget is None or _is_converted(pl_module):
             return
-        storage = getattr(self.method, "storage", "input")
+        storage: Storage = getattr(self.method, "storage", "input")
         with trainer.strategy.precision_plugin.forward_context():
             table = measure_perplexity(
                 pl_module, self.names, self.loss_fn, batch, mode_energies=MODE_ENERGIES, storages=(storage,)

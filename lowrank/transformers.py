@@ -64,4 +64,4 @@ class TrainingStateCallback(TrainerCallback):
 
 def _path(args: TrainingArguments, state: TrainerState) -> Path:
     name = "lowrank.pt" if args.world_size == 1 else f"lowrank_{args.process_index}.pt"
-    return Path(args.output_dir, f"checkpoint-{state.global_step}", name)
+    return Path(args.output_dir or "", f"checkpoint-{state.global_step}", name)

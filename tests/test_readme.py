@@ -40,7 +40,8 @@ PAGES = {
 }
 README, RESULTS = (PAGES[ROOT / name] for name in ("README.md", "RESULTS.md"))
 SHOWN = "\n".join(PAGES.values())
-OUTSIDE = (("true", []), (".", [".venv/bin/activate"]), ("pip", ["install", "."]))
+VADER = ["download", "--no-deps", "--no-binary", ":all:", "vaderSentiment==3.3.2"]
+OUTSIDE = (("true", []), (".", [".venv/bin/activate"]), ("pip", ["install", "."]), ("pip", VADER))
 OTHERS = {"prepare": classification.prepare.main, "weights": classification.convert_weights.main}
 SNIPPETS = dict(re.findall(r"<!-- snippet: (.+?) -->\n```python\n(.+?)```", SHOWN, re.DOTALL))
 
