@@ -24,6 +24,7 @@ METHODS: dict[str, Method] = {
     "hosvd": lowrank.HOSVD(0.9),
     "asi": lowrank.ASI(RANKS),
     "fixed_bases": lowrank.FixedBases(RANKS),
+    "rounded": lowrank.Rounded(),
     "wsi": lowrank.WSI(0.8),
     "wasi": lowrank.WASI(energy=0.8, ranks=[8, 24, 16]),
 }
