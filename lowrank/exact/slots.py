@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank.tensors.eager import depth_of_batches
 from lowrank.tensors.notes import Notes
 
 
@@ -48,7 +49,7 @@ class Slot:
                 "retain_graph=True if you need to"
             )
         (found,) = self._node.saved_tensors
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not torch._C._autograd._get_current_graph_task_keep_graph() and not depth_of_batches():
             self._node = None
         return found
 
