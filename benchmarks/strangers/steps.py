@@ -68,6 +68,7 @@ def checkpointed(_: Stranger, model: nn.Module) -> nn.Module:
 WAYS: dict[str, Callable[[Stranger, nn.Module], nn.Module]] = {
     "stock": lambda _, model: model,
     "exact": lambda _, model: vanilla(model),
+    "exact, recompute=False": lambda _, model: vanilla(model, recompute=False),
     "asi": lambda stranger, model: lowrank.convert(model, asi(stranger, model, all_layers(model))),
     "checkpoints": checkpointed,
 }

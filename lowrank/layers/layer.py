@@ -48,6 +48,7 @@ class LayerState:
         chosen: whether `convert` was given this layer's name; others are there to keep less than the stock layer.
         lazy: whether the output may be left to who reads it.
         watched: whether the code around it calls activations and the like as functions.
+        recompute: of a linear layer, whether its output may be computed again in the backward pass.
         bases: what the method carries from step to step.
         kept_bytes: bytes kept of the input in the latest training forward pass; 0 if another layer keeps them.
         formula_bytes: the same by the method's formula.
@@ -58,6 +59,7 @@ class LayerState:
     chosen: bool = True
     lazy: bool = False
     watched: bool = False
+    recompute: bool = True
     bases: Tensors = field(default=(), repr=False)
     kept_bytes: int = 0
     formula_bytes: int = 0
@@ -191,7 +193,7 @@ def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | 
         y = LowRankFunction.apply(x, weight, bias, settings, call, state.watched, *kept)
     if type(y) is Lazy and x is input:
         hold(x, y)
-    if x is input and not single and isinstance(geometry, LinearGeometry):
+    if x is input and not single and state.recompute and isinstance(geometry, LinearGeometry):
         note_linear(input, y, F.linear, (weight, bias), bool(kept) and state.method.keeps_input)
     return y
 

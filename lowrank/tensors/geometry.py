@@ -5,7 +5,7 @@ A geometry is the layer without its parameters: hashable, so that plans can be r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import prod
 from typing import Any, Literal
@@ -32,6 +32,7 @@ class ConvGeometry:
 
     Attributes:
         padding: what is added ahead and behind in each dimension: (top, bottom, left, right).
+        native: whether the convolution itself can do the padding.
     """
 
     kernel: Shape
@@ -40,6 +41,7 @@ class ConvGeometry:
     groups: int
     padding: Shape
     padding_mode: PaddingMode
+    native: bool = field(init=False, compare=False, repr=False)
 
     channel_axis = 1
 
@@ -56,15 +58,14 @@ class ConvGeometry:
         sizes = (kernel, each(layer.stride), padding, each(layer.dilation))
         return _conv_geometry(*sizes, layer.groups, layer.padding_mode, uneven)
 
+    def __post_init__(self) -> None:
+        even = self.padding[::2] == self.padding[1::2]
+        object.__setattr__(self, "native", self.padding_mode == "zeros" and even)
+
     @property
     def _pads(self) -> list[Shape]:
         """Per dimension what is added ahead and behind."""
         return [self.padding[at : at + 2] for at in range(0, len(self.padding), 2)]
-
-    @property
-    def native(self) -> bool:
-        """Whether the convolution itself can do the padding."""
-        return self.padding_mode == "zeros" and all(ahead == behind for ahead, behind in self._pads)
 
     @property
     def pointwise(self) -> bool:
