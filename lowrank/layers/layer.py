@@ -73,8 +73,12 @@ class LowRankLayer(Changed):
     bias: nn.Parameter | None
     _lowrank: LayerState
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Output of the stock layer; keeps what the method keeps."""
+    def forward(self, input: Tensor, *sizes: Any, **options: Any) -> Tensor:
+        """Output of the stock layer; keeps what the method keeps. With the size of a transposed convolution's output
+        given at the call it is the stock layer."""
+        if sizes or options:
+            y: Tensor = super().forward(real(input), *sizes, **options)
+            return y
         if "parametrizations" not in self._modules:
             return self._forward(input)
         with parametrize.cached():  # a weight is computed once per call: spectral norm takes a step each time
@@ -165,7 +169,7 @@ def geometry_of(layer: nn.Module) -> Geometry:
 
 
 def weight_of(layer: nn.Module) -> Any:
-    """A layer's weight as (O, C/g, ...) or (O, I)."""
+    """A layer's weight as its geometry takes it."""
     return _kind(layer).weight(layer)
 
 
@@ -220,7 +224,7 @@ def _may_be_lazy(layer: LowRankLayer, settings: Settings, input: Tensor, x: Tens
     geometry, weight, bias = settings.geometry, layer.weight, layer.bias
     if not layer._lowrank.lazy or torch.compiler.is_compiling():
         return False
-    if not isinstance(geometry, ConvGeometry) or geometry.padding_mode != "zeros":  # others may lay out a copy anew
+    if type(geometry) is not ConvGeometry or geometry.padding_mode != "zeros":  # others may lay out a copy anew
         return False
     assert isinstance(weight, Tensor)
     hooked = layer._forward_hooks or torch_module._global_forward_hooks
