@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 from lowrank.errors import ChangedError, DoubleBackwardError
 
 # Tensor classes that hold their own numbers and do nothing of their own when they are used.
-ORDINARY: set[type[Tensor]] = {Tensor, nn.Parameter, nn.Buffer}
+_STOCK = (Tensor, nn.Parameter, nn.Buffer)
+ORDINARY: set[type[Tensor]] = {*_STOCK}
 _TRACERS = [torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY]
 _TRACERS.append(torch._C._TorchDispatchModeKey.FUNCTIONAL)
 
@@ -69,7 +70,7 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 def saved(ctx: Any, name: str) -> tuple[Any, ...]:
-    """The saved tensors of an autograd function.
+    """The saved tensors of an autograd function, ordinary ones: in a backward pass no function keeps less.
 
     Args:
         ctx: of the function.
@@ -97,7 +98,12 @@ def saved(ctx: Any, name: str) -> tuple[Any, ...]:
                 f"convert with fuse=False, or keep parameters whole until the backward pass "
                 f"(reshard_after_forward=False)"
             )
-    return tensors
+    return tuple(map(ordinary, tensors))
+
+
+def ordinary(tensor: Tensor | None) -> Tensor | None:
+    """The same numbers and graph in a tensor of PyTorch's own class."""
+    return tensor if tensor is None or type(tensor) in _STOCK else tensor.as_subclass(Tensor)
 
 
 class Node(torch.autograd.Function):

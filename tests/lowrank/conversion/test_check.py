@@ -146,7 +146,7 @@ def test_each_problem_names_layer_kind_reason_and_what_to_do():
     assert "'attention.out_proj'" in closed
     assert "lowrank.open_attention(model)" in closed
     assert "'odd' (Odd)" in odd
-    assert "nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear" in odd
+    assert "nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d" in odd
 
 
 class HandsOn(nn.Module):
