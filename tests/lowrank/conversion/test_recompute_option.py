@@ -1,4 +1,4 @@
-"""How many matrix products a backward pass takes: one linear layer deep at most again, and none with recompute=False."""
+"""Matrix products of a backward pass: one linear layer deep at most again, and none with recompute=False."""
 
 import copy
 
