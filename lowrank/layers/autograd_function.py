@@ -311,5 +311,11 @@ def _scaled_rows(grad_weight: Tensor, scale: Tensor) -> Tensor:
 
 def _row_products(weight: Tensor, grad_weight: Tensor) -> Tensor:
     """Per output channel the inner product of weight and gradient, (O,); without a copy where both are contiguous."""
-    rows, columns = weight.flatten(1)[:, None], grad_weight.to(weight.dtype).flatten(1)[:, :, None]
-    return torch.bmm(rows, columns).view(-1)
+    a, b = weight.flatten(1), grad_weight.to(weight.dtype).flatten(1)
+    if weight.is_cuda:
+        return torch.bmm(a[:, None], b[:, :, None]).view(-1)
+    rows = max(1, _PIECE // a.shape[1])  # a batch of single products takes several times as long on a CPU
+    return torch.cat([torch.linalg.vecdot(*pair) for pair in zip(a.split(rows), b.split(rows), strict=True)])
+
+
+_PIECE = 2**14  # numbers that are multiplied at once
