@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import ChangedError
+from lowrank.kernels import passes
 from lowrank.layers.lazy import Lazy, real, unread
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.eager import refuse_double_backward, saved
@@ -310,6 +311,7 @@ def _scaled_rows(grad_weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _row_products(weight: Tensor, grad_weight: Tensor) -> Tensor:
-    """Per output channel the inner product of weight and gradient, (O,); without a copy where both are contiguous."""
-    rows, columns = weight.flatten(1)[:, None], grad_weight.to(weight.dtype).flatten(1)[:, :, None]
-    return torch.bmm(rows, columns).view(-1)
+    """Per output channel the inner product of weight and gradient, (O,)."""
+    rows, others = weight.flatten(1), grad_weight.to(weight.dtype).flatten(1)
+    found = passes.row_products(rows, others)
+    return (rows * others).sum(1) if found is None else found
