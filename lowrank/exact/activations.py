@@ -30,6 +30,7 @@ SIXTH = torch.tensor(1 / 6).item()  # PyTorch's slope of Hardsigmoid, a single-p
 
 
 _aten = torch.ops.aten
+_PLAIN = Slopes()
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Curve:
 
     function: Callable[[Tensor, bool], Tensor]
     gate: Gate
-    slopes: Slopes = Slopes()
+    slopes: Slopes = _PLAIN
     by_output: Callable[[Tensor, Tensor], Tensor] | None = None
 
 

@@ -59,7 +59,7 @@ def _compiler() -> list[str]:
 
 def _key(compiler: list[str]) -> str:
     """Of all that the library is made of. PyTorch is no part of it: it is handed bare memory."""
-    program = os.stat(Path(compiler[0]).resolve())
+    program = Path(compiler[0]).resolve().stat()
     parts = (*compiler, *OPTIONS, program.st_size, program.st_mtime_ns, sysconfig.get_platform(), *platform.libc_ver())
     return hashlib.sha256(SOURCE.read_bytes() + repr(parts).encode()).hexdigest()[:24]
 
@@ -72,7 +72,7 @@ def _build(compiler: list[str], path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
         if done.returncode:
             raise Unavailable(f"{compiler[0]} failed: {' '.join(done.stderr.split())[:300]}")
-        os.replace(name, path)
+        Path(name).replace(path)
     except subprocess.TimeoutExpired:
         raise Unavailable(f"{compiler[0]} took more than {SECONDS} s") from None
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank.kernels.library import library
 
@@ -15,7 +15,7 @@ _KINDS = {torch.float32: "float", torch.float64: "double"}
 
 
 def _plain_keys() -> frozenset[int]:
-    """What PyTorch dispatches a tensor by that is nothing but memory of the CPU: an ordinary one, one of inference mode."""
+    """What PyTorch dispatches a tensor by that is nothing but memory of the CPU, ordinary or of inference mode."""
     with torch.inference_mode(False):
         ordinary = torch.empty(0, device="cpu")
     with torch.inference_mode():
@@ -24,6 +24,7 @@ def _plain_keys() -> frozenset[int]:
 
 
 _KEYS = _plain_keys()
+_OWN = (Tensor, nn.Parameter)
 
 
 def _kernel(name: str, *tensors: Tensor) -> object | None:
@@ -36,8 +37,8 @@ def _kernel(name: str, *tensors: Tensor) -> object | None:
         return None
     kind = _KINDS.get(tensors[0].dtype)
     for tensor in tensors:
-        own = torch._C._dispatch_keys(tensor).raw_repr() in _KEYS and tensor.is_contiguous()
-        if not own or tensor.dtype not in (tensors[0].dtype, torch.uint8):
+        own = type(tensor) in _OWN and torch._C._dispatch_keys(tensor).raw_repr() in _KEYS
+        if not own or not tensor.is_contiguous() or tensor.dtype not in (tensors[0].dtype, torch.uint8):
             return None
     return getattr(found, f"{name}_{kind}", None)
 

@@ -5,7 +5,7 @@ A geometry is the layer without its parameters: hashable, so that plans can be r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import prod
 from typing import Any, Literal
@@ -32,6 +32,7 @@ class ConvGeometry:
 
     Attributes:
         padding: what is added ahead and behind in each dimension: (top, bottom, left, right).
+        native: whether the convolution itself can do the padding.
     """
 
     kernel: Shape
@@ -40,8 +41,13 @@ class ConvGeometry:
     groups: int
     padding: Shape
     padding_mode: PaddingMode
+    native: bool = field(init=False, repr=False, compare=False)
 
     channel_axis = 1
+
+    def __post_init__(self) -> None:
+        even = all(ahead == behind for ahead, behind in self._pads)
+        object.__setattr__(self, "native", self.padding_mode == "zeros" and even)
 
     @classmethod
     def of(cls, layer: Any) -> ConvGeometry:
@@ -62,17 +68,12 @@ class ConvGeometry:
         return [self.padding[at : at + 2] for at in range(0, len(self.padding), 2)]
 
     @property
-    def native(self) -> bool:
-        """Whether the convolution itself can do the padding."""
-        return self.padding_mode == "zeros" and all(ahead == behind for ahead, behind in self._pads)
-
-    @property
     def pointwise(self) -> bool:
         """Whether each output position reads one input position: a 1x1 kernel and no padding."""
         return prod(self.kernel) == 1 and not any(self.padding)
 
     def _arguments(self) -> tuple[list[int], list[int], list[int]]:
-        own = [ahead if self.native else 0 for ahead, _ in self._pads]
+        own = list(self.padding[::2]) if self.native else [0] * len(self.kernel)
         return list(self.stride), own, list(self.dilation)
 
     def _padded_shape(self, shape: Shape) -> Shape:
