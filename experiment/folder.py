@@ -9,15 +9,17 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from experiment.checkpoints import BEST, PREVIOUS
 from experiment.errors import ExperimentError, InUseError
 from experiment.files import remove_parts, write_whole
-from experiment.record import Run, is_result
+from experiment.record import Record, Run, is_result
 
 CONFIG, IDENTITY, DATA = "config.yaml", "identity.json", "data_fingerprint"
+LOCK = ".lock"  # in a run's folder, held by the process at work in it
 
 
 class Status(enum.Enum):
@@ -38,6 +40,9 @@ class RunFolder:
         data_fingerprint: of the data that the run would read; None if that is not there or not to be compared.
         last: name of the file that is there once the run can be resumed.
         run: whose record the result has to be, if it is one.
+
+    Attributes:
+        repeated: images that are tested as well as trained or validated on, once the data set was looked at.
     """
 
     def __init__(
@@ -49,9 +54,9 @@ class RunFolder:
         last: str = "checkpoints/last.ckpt",
         run: Run | None = None,
     ) -> None:
-        self._run = run
+        self._run, self._made = run, (identity, result, data_fingerprint, last, run)
         self.path, self.result, self._last = path, path / result, path / last
-        self.data_fingerprint = data_fingerprint
+        self.data_fingerprint, self.repeated = data_fingerprint, 0
         self._asked = _as_json(identity)
         self.checkpoints = path / "checkpoints"
 
@@ -94,6 +99,37 @@ class RunFolder:
             return Status.DONE
         return Status.INTERRUPTED if self.last_checkpoint is not None else Status.NEW
 
+    def at(self, path: Path) -> RunFolder:
+        """The same run in another folder."""
+        return RunFolder(path, *self._made)
+
+    @property
+    def known(self) -> bool:
+        """Whether the folder says which run it holds."""
+        return (self.path / IDENTITY).is_file()
+
+    @property
+    def difference(self) -> str | None:
+        """In which settings the run that it holds is another one; None if it is this one."""
+        stored = {key: value for key, value in (self._stored_identity() or {}).items() if key != DATA}
+        return None if stored == self.identity else _difference(stored, self.identity)
+
+    def take_over(self, other: RunFolder) -> None:
+        """Make another folder of this very run this one, which is not there; its record says which run it is now.
+
+        Raises:
+            ExperimentError: it cannot be moved.
+            InUseError: another process is at work in it.
+        """
+        try:
+            with _locked(other.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                other.path.rename(self.path)
+                if self._run is not None and is_result(self.result, self.identity_hash):
+                    replace(Record.load(self.result), run=self._run).save(self.path)
+        except OSError as error:
+            raise ExperimentError(f"{other.path} cannot be moved to {self.path} ({error.strerror})") from None
+
     def _stored_identity(self) -> dict[str, Any] | None:
         path = self.path / IDENTITY
         if not path.exists():
@@ -119,21 +155,28 @@ class RunFolder:
             if self.result.is_dir():
                 raise IsADirectoryError(0, f"{self.result.name} is a folder")
             self._last.parent.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
+            lock = _locked(self.path)
         except OSError as error:
             raise ExperimentError(
                 f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs-dir"
             ) from None
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InUseError(f"another process is at work in {self.path}; wait for it or stop it") from None
             remove_parts(self.path)
             write_whole(self.path / CONFIG, config)
             identity = self.identity | ({DATA: self.data_fingerprint} if self.data_fingerprint else {})
             write_whole(self.path / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n")
             yield
+
+
+def _locked(path: Path) -> IO[str]:
+    """The lock of a run's folder, held until it is closed."""
+    lock = (path / LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise InUseError(f"another process is at work in {path}; wait for it or stop it") from None
+    return lock
 
 
 def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.errors import ExperimentError, InUseError
+from experiment.errors import InUseError, is_mendable
 from experiment.plan import add_planned
 from experiment.receipt import has_receipt, write_receipt
 from experiment.record import RESULT, Run, is_result
@@ -76,12 +76,10 @@ class Program:
     Attributes:
         name: what a user types to do a job by hand, such as "python -m classification".
         command: does a job.
-        mendable: whether an error's message says all that its user needs, so that no traceback is written.
     """
 
     name: str
     command: Command
-    mendable: Callable[[Exception], bool]
 
 
 def list_jobs(jobs: Sequence[Job], program: str) -> None:
@@ -98,13 +96,12 @@ def run_jobs(jobs: Sequence[Job], program: Program, root: Path, wait: bool = Fal
     was done by the same command before is not loaded again.
 
     Returns:
-        0; 1 after a list of what is not done; 2 if nothing could be begun.
+        0; 1 after a list of what is not done.
+
+    Raises:
+        ExperimentError: the folder cannot be written.
     """
-    try:
-        add_planned(root, (job.run for job in jobs if job.result == RESULT))
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    add_planned(root, (job.run for job in jobs if job.result == RESULT))
     start = time.perf_counter()
     outcomes = _run(jobs, program, root)
     outcomes |= _run([job for job in jobs if outcomes[job] is Outcome.ELSEWHERE], program, root)
@@ -175,7 +172,7 @@ def _outcome(job: Job, program: Program, root: Path) -> Outcome:
         if (stop := stopped_by(error)) is not None:
             stop.during = job.title
             raise stop from None
-        cause = str(error) if program.mendable(error) else traceback.format_exc()
+        cause = str(error) if is_mendable(error) else traceback.format_exc()
         print(f"  failed: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         _write_log(job, root, f"{job.title}\n{program.name} {' '.join(job.arguments)}\n{cause}\n")
         return Outcome.FAILED
