@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import product
 from typing import ClassVar
 from unittest.mock import patch
 
@@ -264,12 +265,10 @@ def _inference(network: str, setting: Setting) -> Work:
 
 def batch_steps(setting: Setting) -> Iterator[Comparison]:
     """The same for small batches: lean layers alone and halves one after the other too, and vanilla over itself."""
-    for network in setting.networks:
-        for layers in ("4", "all"):
-            for name in WAYS:
-                for other in ("vanilla", "limit") if name == "asi" else ("vanilla",):
-                    pair = partial(_both_ways, network, layers, name, other, setting)
-                    yield Comparison("batch step", f"{network}, last {layers}", name, other, pair)
+    for network, layers, name in product(setting.networks, ("4", "all"), WAYS):
+        for other in ("vanilla", "limit") if name == "asi" else ("vanilla",):
+            pair = partial(_both_ways, network, layers, name, other, setting)
+            yield Comparison("batch step", f"{network}, last {layers}", name, other, pair)
 
 
 def _both_ways(network: str, layers: str, way: str, other: str, setting: Setting) -> tuple[Work, Work]:

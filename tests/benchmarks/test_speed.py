@@ -13,9 +13,9 @@ from benchmarks.comparisons import (
     Comparison,
     NoWeightGradient,
     Setting,
-    training_step,
     probe,
     random_basis,
+    training_step,
 )
 from benchmarks.networks import batch_of, build, loss_of, trained_layers
 from benchmarks.pairs import ratio
