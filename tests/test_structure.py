@@ -21,6 +21,7 @@ MAY_IMPORT = {
 # The rooms of the core, from the bottom: a room imports from itself and from those below it.
 ROOMS = (
     "errors",
+    "kernels",
     "tensors",
     "methods",
     "exact",

@@ -47,6 +47,10 @@ class ConvGeometry:
 
     channel_axis = 1
 
+    def __post_init__(self) -> None:
+        even = all(ahead == behind for ahead, behind in self._pads)
+        object.__setattr__(self, "native", self.padding_mode == "zeros" and even)
+
     @classmethod
     def of(cls, layer: Any) -> ConvGeometry:
         """The geometry of a layer as it stands: its present settings, and the kernel of its present weight.
@@ -75,7 +79,7 @@ class ConvGeometry:
         return prod(self.kernel) == 1 and not any(self.padding)
 
     def _arguments(self) -> tuple[list[int], list[int], list[int]]:
-        own = [ahead if self.native else 0 for ahead, _ in self._pads]
+        own = list(self.padding[::2]) if self.native else [0] * len(self.kernel)
         return list(self.stride), own, list(self.dilation)
 
     def _padded_shape(self, shape: Shape) -> Shape:
