@@ -64,10 +64,6 @@ class ConvGeometry:
         sizes = (kernel, each(layer.stride), padding, each(layer.dilation))
         return _conv_geometry(*sizes, layer.groups, layer.padding_mode, uneven)
 
-    def __post_init__(self) -> None:
-        even = self.padding[::2] == self.padding[1::2]
-        object.__setattr__(self, "native", self.padding_mode == "zeros" and even)
-
     @property
     def _pads(self) -> list[Shape]:
         """Per dimension what is added ahead and behind."""
