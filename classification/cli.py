@@ -34,7 +34,7 @@ from experiment import ExperimentError, Record, RunFolder
 from experiment.allocator import keep_freed_memory
 from experiment.checkpoints import BEST, LAST, resumable
 from experiment.command import Work, finish, underscored
-from experiment.execute import nothing_to_do
+from experiment.execute import locked, nothing_to_do
 from experiment.launching import run_all
 from experiment.measure import Trained, record_of, write_table
 from experiment.processes import alone, first_does, first_holds, place, say
@@ -164,7 +164,7 @@ class SuiteCLI(LightningCLI):
     def fit(self, **options: Any) -> None:
         """Train, test the best epoch, measure, and write the record."""
         self.model.front_folder = Path(self.settings["runs_dir"]) / "fronts"
-        with first_holds(self.folder.locked(self._config_text()), MENDABLE):
+        with first_holds(locked(self.identity, self.folder, self._config_text()), MENDABLE):
             resume = first_does(self._begin, MENDABLE)
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume)
             if len(self.history.rows) < self.trainer.max_epochs:
@@ -230,7 +230,7 @@ class SuiteCLI(LightningCLI):
         first_does(self._measure, MENDABLE)
 
     def _measure(self) -> None:
-        with self.folder.locked(self._config_text()):
+        with locked(self.identity, self.folder, self._config_text()):
             model = self.model.train()
             settings = {
                 "energies": model.energies,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import fcntl
 import functools
 import hashlib
 import json
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from experiment.checkpoints import BEST, PREVIOUS
-from experiment.errors import ExperimentError, InUseError
+from experiment.errors import ExperimentError
 from experiment.files import remove_parts, write_whole
+from experiment.lock import hold
 from experiment.record import Run, is_result
 
 CONFIG, IDENTITY, DATA = "config.yaml", "identity.json", "data_fingerprint"
@@ -113,22 +113,18 @@ class RunFolder:
 
         Raises:
             ExperimentError: the folder cannot be written.
-            InUseError: another process is at work in it.
+            InUseError: another process is at work in it; says which.
         """
-        try:
-            if self.result.is_dir():
-                raise IsADirectoryError(0, f"{self.result.name} is a folder")
-            self._last.parent.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise ExperimentError(
-                f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs-dir"
-            ) from None
-        with lock:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InUseError(f"another process is at work in {self.path}; wait for it or stop it") from None
+                if self.result.is_dir():
+                    raise IsADirectoryError(0, f"{self.result.name} is a folder")
+                self._last.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(hold(self.path))
+            except OSError as error:
+                raise ExperimentError(
+                    f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs-dir"
+                ) from None
             remove_parts(self.path)
             write_whole(self.path / CONFIG, config)
             identity = self.identity | ({DATA: self.data_fingerprint} if self.data_fingerprint else {})

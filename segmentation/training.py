@@ -23,7 +23,7 @@ from experiment import Run as RunName
 from experiment.allocator import keep_freed_memory
 from experiment.checkpoints import FINAL
 from experiment.command import Work
-from experiment.execute import nothing_to_do
+from experiment.execute import locked, nothing_to_do
 from experiment.measure import Trained, record_of, write_table
 from experiment.processes import first_does, first_holds, place, say
 from experiment.record import RESULT, TABLE
@@ -102,7 +102,7 @@ def train(task: Task, work: Work | None = None) -> Record | None:
     if folder is None:
         return None
     records: list[Record] = []
-    with first_holds(folder.locked(as_yaml(task.config)), MENDABLE):
+    with first_holds(locked(name, folder, as_yaml(task.config)), MENDABLE):
         checkpoint = first_does(lambda: _resumed(name, folder), MENDABLE)
         runner, history = _trained(task, folder, checkpoint)
 
@@ -248,7 +248,7 @@ def measure(task: Task, work: Work | None = None) -> Path | None:
 
 
 def _measure(task: Task, name: RunName, folder: RunFolder) -> None:
-    with folder.locked(as_yaml(task.config)):
+    with locked(name, folder, as_yaml(task.config)):
         torch.manual_seed(name.seed)  # what has no weights to start from gets the same ones every time
         model, layers = prepared_model(task.config)
         dataset = DATASETS.build(task.config.train_dataloader.dataset)
