@@ -48,8 +48,9 @@ SETUP = [
 ]
 TEARDOWN = [
     "code=$?",
-    f'if [ "$code" -eq {_SAVED} ]; then scontrol requeue "$SLURM_JOB_ID"',
-    f'elif [ "$code" -ge 128 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {RESTARTS} ]; then scontrol requeue "$SLURM_JOB_ID"',
+    "again=${SLURM_RESTART_COUNT:-0}",
+    f'if [ "$code" -eq {_SAVED} ] || {{ [ "$code" -ge 128 ] && [ "$again" -lt {RESTARTS} ]; }}; then',
+    '  scontrol requeue "$SLURM_JOB_ID"',
     "fi",
     'exit "$code"',
 ]

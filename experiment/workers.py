@@ -188,6 +188,7 @@ class Workers:
 
     def _end(self) -> None:
         """Ask all to end, which they do as at SIGTERM, and kill those that do not."""
+        self._server.close()  # for those that are not there yet
         for worker in self._workers.values():
             if worker.connection is not None:
                 worker.connection.close()

@@ -1,5 +1,6 @@
 """Jobs in several processes at once: what is said, done and left is what one process after the other leaves."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -69,7 +70,7 @@ def test_two_workers_leave_and_say_what_one_does(tmp_path, capfd):
     assert code == 1
     found = swept(tmp_path / "two", jobs(tmp_path / "two"), 2, capfd)
     assert (found[0], sorted(found[1]), sorted(found[2].splitlines())) == (code, sorted(out), sorted(err.splitlines()))
-    for line, below in zip(out, out[1:], strict=False):  # what a job prints stands below its title
+    for line, below in itertools.pairwise(out):  # what a job prints stands below its title
         if line.startswith("[") and not below.startswith("["):
             assert found[1][found[1].index(line) + 1] == below
     assert records(tmp_path / "two") == records(tmp_path / "serial")

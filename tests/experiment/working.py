@@ -11,9 +11,10 @@ from pathlib import Path
 
 from experiment import ExperimentError, Record, Run
 from experiment.execute import locked
+from experiment.files import write_whole
 from experiment.folder import RunFolder
 from experiment.jobs import Job, Program
-from experiment.signals import check
+from experiment.signals import check, held
 
 
 def run_of(seed: int) -> Run:
@@ -42,6 +43,8 @@ def do(arguments: Sequence[str]) -> None:
             file.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')} {time.time()}\n")
         print(f"working on {seed}")
         print(f"a word of {seed}", file=sys.stderr)
+        if what == "epochs":
+            _epochs(folder, 6)
         if what == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "meet":  # until another one is at work as well
@@ -52,6 +55,20 @@ def do(arguments: Sequence[str]) -> None:
             finally:
                 (folder.checkpoints / "last.ckpt").write_text("saved")
         Record(run, {"test": int(seed) / 1000}, {}, {}, {}, {"config_hash": folder.identity_hash}).save(folder.path)
+
+
+def _epochs(folder: RunFolder, count: int) -> None:
+    """Epochs of half a second; each is written down once it is saved, and a killed run goes on where it was saved."""
+    last, written = folder.checkpoints / "last.ckpt", folder.path / "epochs"
+    for epoch in range(int(last.read_text()) if last.exists() else 0, count):
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            check()
+            time.sleep(0.02)
+        with held():
+            write_whole(last, str(epoch + 1))
+            with written.open("a") as file:
+                file.write(f"{epoch}\n")
 
 
 def _wait(condition) -> None:
