@@ -52,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder with the published numbers: <task>.yaml, <task>_curves.yaml (default: configs/published)",
     )
+    command.add_argument(
+        "--watch", action="store_true", help="show how far the planned runs are, and write nothing; 0 if all are done"
+    )
     return command
 
 
@@ -59,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, 2 for an error that the user can mend."""
     options = parser().parse_args(arguments)
     try:
+        if options.watch:
+            from report.watch import watch
+
+            return watch(options.runs)
         report(options.runs, options.output or options.runs / "report", options.baseline, options.published)
     except ExperimentError as error:
         print(f"report: error: {error}", file=sys.stderr)
