@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiment import ExperimentError, Record, Run
+from report.drawn import Figures
 from report.output import make_folder, write_all
 from report.page import page, section
 from report.plots import pareto_figure, published_figure
@@ -87,12 +88,13 @@ def report(runs: Path, output: Path, baseline: str, published: Path) -> None:
     reported = {task: load_published(published, task) for task in tasks}
     curves = {task: load_curves(published, task) for task in tasks}
     files: dict[Path, bytes] = {}
+    figures = Figures(output)
     texts, tables, sections = [], {}, defaultdict(list)
     for group in sorted(groups.keys() | planned.keys()):
         row_reports = reported[group.task].get(group)
         table = tables[group] = summarise(groups.get(group, []), baseline, row_reports, planned.get(group, ()))
         folder = output / group.folder
-        pictures = _pictures(table, group, curves[group.task].get(group, ()))
+        pictures = _pictures(table, group, curves[group.task].get(group, ()), figures)
         outputs = {
             folder / "table.md": to_markdown(table, group, baseline).encode(),
             folder / "table.csv": to_csv(table).encode(),
@@ -112,7 +114,7 @@ def report(runs: Path, output: Path, baseline: str, published: Path) -> None:
             files[output / setup.folder / f"table.{ending}"] = content.encode()
     parts = [(setup, sections[setup.task, setup.setup]) for setup in setup_tables(tables)]
     files[output / PAGE] = page(parts, baseline).encode()
-    write_all(files)
+    write_all(files | figures.notes)
     print("\n".join(texts), f"all on one page: {output / PAGE}", sep="\n")
 
 
@@ -123,14 +125,17 @@ def _planned(runs: Path) -> dict[Group, list[Run]]:
     return planned
 
 
-def _pictures(table: pd.DataFrame, group: Group, points: Sequence[Point]) -> dict[str, tuple[dict[str, bytes], str]]:
+def _pictures(
+    table: pd.DataFrame, group: Group, points: Sequence[Point], drawn: Figures
+) -> dict[str, tuple[dict[str, bytes], str]]:
     """The figures of a table by file name: files by ending, and a description."""
     if not table["n"].any():
         return {}
-    figures = {"pareto": (pareto_figure(table, group), f"{group}: test accuracy against memory and FLOPs")}
+    pareto = drawn.of(group.folder / "pareto", pareto_figure, table, group)
+    figures = {"pareto": (pareto, f"{group}: test accuracy against memory and FLOPs")}
     if points:
         text = f"{group}: validation accuracy against memory and FLOPs, measured and published"
-        figures["published"] = (published_figure(table, group, points), text)
+        figures["published"] = (drawn.of(group.folder / "published", published_figure, table, group, points), text)
     return figures
 
 
