@@ -29,7 +29,7 @@ from classification.loggers import log_record, loggers
 from classification.module import Batch, FineTune, classification_loss
 from classification.progress import Progress
 from classification.settings import check_settings
-from classification.start import join_others, start_of
+from classification.start import forbid_requeue, join_others, start_of, within_slurm
 from experiment import ExperimentError, Record, RunFolder
 from experiment.allocator import keep_freed_memory
 from experiment.checkpoints import BEST, LAST, resumable
@@ -158,6 +158,7 @@ class SuiteCLI(LightningCLI):
             kwargs["logger"] = loggers(self.folder.path, self.identity, *told)
         kwargs["use_distributed_sampler"] = False  # the data module shares out what each process gets
         made = super().instantiate_trainer(callbacks=callbacks, default_root_dir=str(self.folder.path), **kwargs)
+        forbid_requeue(made)
         made.strategy.checkpoint_io = WholeCheckpointIO(self.folder.identity_hash)  # whatever plugins there are
         return made
 
@@ -300,7 +301,7 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
     words = underscored(arguments)
     check_config_files(words)
     try:
-        with alone():
+        with alone(), within_slurm():
             kind(
                 FineTune,
                 ImageDataModule,
