@@ -24,6 +24,7 @@ METRICS = "metrics.csv"
 BEGUN = ("training: ", "resuming: ", "from ")  # how the line starts that a run prints when it is loaded
 PATIENCE = 300  # seconds after which a run that does not end is an error
 _EVERY = 0.0005  # seconds between two looks
+_LONGEST = 200  # characters of what is said of one difference
 
 
 class KillError(Exception):
@@ -123,10 +124,8 @@ def differences(folder: Path, other: Path) -> list[str]:
         if name.endswith((".ckpt", ".pth")):
             one, two = (_state(path / name) for path in (folder, other))
             found += [f"{name}: {where}" for where in _unequal(one, two)]
-    if _record(folder / RESULT) != _record(other / RESULT):
-        found.append(RESULT)
-    if _rows(folder / METRICS) != _rows(other / METRICS):
-        found.append(METRICS)
+    for name, read in ((RESULT, _record), (METRICS, _rows)):
+        found += [f"{name}: {where}" for where in _unequal(read(folder / name), read(other / name))]
     return found
 
 
@@ -148,14 +147,18 @@ def _unequal(first: Any, second: Any, where: str = "") -> Iterator[str]:
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
         if first.dtype != second.dtype or not torch.equal(first, second):
             yield where
-    elif isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
-        for key in first:
-            yield from _unequal(first[key], second[key], f"{where}/{key}")
+    elif isinstance(first, dict) and isinstance(second, dict):
+        for key in {**first, **second}:
+            if key in first and key in second:
+                yield from _unequal(first[key], second[key], f"{where}/{key}")
+            else:
+                yield f"{where}/{key} is there in one alone"
     elif isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
         for index, pair in enumerate(zip(first, second, strict=True)):
             yield from _unequal(*pair, f"{where}/{index}")
     elif type(first) is not type(second) or first != second:
-        yield where
+        said = " ".join(f"{where} is {first!r} in one and {second!r} in the other".split())
+        yield said if len(said) <= _LONGEST else f"{where} differs"
 
 
 def _record(path: Path) -> dict[str, Any]:

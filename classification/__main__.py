@@ -6,6 +6,7 @@ import sys
 
 from classification import help
 from experiment.command import Work, dashed, finish
+from experiment.errors import ExperimentError
 from experiment.processes import leave
 
 
@@ -21,8 +22,7 @@ def _command(arguments: list[str], work: Work) -> int:
         return 0
     command, *rest = arguments or [""]
     if command not in help.COMMANDS and not command.startswith("-"):
-        print(f"error: there is no command {command!r}; allowed: {', '.join(help.COMMANDS)}", file=sys.stderr)
-        return 2
+        raise ExperimentError(f"there is no command {command!r}; allowed: {', '.join(help.COMMANDS)}")
     work.title = command
     if command == "sweep":
         from classification import sweep

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import random
+import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -16,8 +15,9 @@ from classification.loggers import log_resources
 from experiment import ExperimentError
 from experiment.checkpoints import BEST, LAST
 from experiment.history import History as RunHistory
-from experiment.processes import own_part, with_others
-from experiment.signals import check
+from experiment.processes import asked_to_stop, own_part, with_others
+from experiment.random_state import random_state, set_random_state
+from experiment.signals import Stopped, hold
 
 
 class History(pl.Callback):
@@ -31,14 +31,20 @@ class History(pl.Callback):
 
     def __init__(self, folder: Path) -> None:
         self.history = RunHistory(folder)
+        self._learning_rate = math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows and step times so far."""
-        return self.history.state_dict()
+        """Rows and step times so far, and what the epoch's row will have."""
+        return {**self.history.shared_state(), "learning_rate": self._learning_rate}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after these rows. Testing an earlier checkpoint of the same run changes nothing."""
         self.history.load_state_dict(state_dict)
+        self._learning_rate = state_dict.get("learning_rate", math.nan)
+
+    def on_train_start(self, *_: Any) -> None:
+        """Start the clock, also where a resumed run is within an epoch."""
+        self.history.start()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock, and note the epoch's learning rate."""
@@ -50,30 +56,35 @@ class History(pl.Callback):
         """Start the clock of a step."""
         self.history.step_start()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Note the step's time and the bytes that its layers kept."""
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the step's time, loss and the bytes that its layers kept."""
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-        self.history.step_end(pl_module)
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches  # by which Lightning divides it
+        self.history.step_end(pl_module, loss, len(batch[1]))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch's row, and log what the epoch used."""
-        metrics = {key: float(trainer.callback_metrics[key]) for key in ("train_loss", "val_loss", "val_accuracy")}
-        metrics = {"epoch": trainer.current_epoch, "learning_rate": self._learning_rate, **metrics}
+        metrics = {"epoch": trainer.current_epoch, "learning_rate": self._learning_rate}
+        metrics["train_loss"] = self.history.mean_loss
+        metrics |= {key: float(trainer.callback_metrics[key]) for key in ("val_loss", "val_accuracy")}
+        pl_module.log("train_loss", metrics["train_loss"], sync_dist=True)
         row = self.history.add(metrics)
         used = {key: row[key] for key in ("activation_bytes", "step_seconds", "seconds", "learning_rate")}
         log_resources(trainer.loggers, used, trainer.global_step)
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """Keeps the last whole epoch.
+class EpochCheckpoint(ModelCheckpoint):
+    """Keeps a whole epoch.
 
     Args:
-        folder: where `last.ckpt` is written.
+        folder: where it is written.
         options: of `ModelCheckpoint`.
     """
 
-    name = LAST
+    name: str
 
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(folder, filename=Path(self.name).stem, **options)
@@ -89,7 +100,58 @@ class LastCheckpoint(ModelCheckpoint):
         return {}
 
 
-class BestCheckpoint(LastCheckpoint):
+class LastCheckpoint(EpochCheckpoint):
+    """Keeps the last whole epoch; where a signal or a limit of time ends the run, its last step.
+
+    Within validation that is the epoch's last step, so that a resumed run validates again.
+    """
+
+    name = LAST
+    _out_of_time = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on a signal waits for the end of a step."""
+        hold()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """End the run where it is to end, but within a step of several batches, whose gradients nothing saves."""
+        loop = trainer.fit_loop
+        if trainer.should_stop and loop._can_stop_early and not loop.epoch_loop._num_ready_batches_reached():
+            self._out_of_time, trainer.should_stop = True, False  # else an unfinished epoch is validated
+        if not loop._should_accumulate():
+            self._end(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """End the run where it is to end."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._end(trainer)
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        number = asked_to_stop()
+        if not number and not self._out_of_time:
+            return
+        trainer.save_checkpoint(self.path)
+        if number:
+            raise Stopped(number)
+        raise ExperimentError(unfinished(trainer))
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Within an epoch, name the last whole one; after its last step, have its validation done, not left out."""
+        loop = checkpoint["loops"]["fit_loop"]
+        epochs, batches = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
+        if epochs["processed"] == epochs["started"]:
+            return
+        checkpoint["epoch"] -= 1
+        if batches["current"]["ready"] == trainer.num_training_batches:
+            for kind, validated in loop["epoch_loop.val_loop.batch_progress"].items():
+                if kind in ("total", "current"):
+                    batches[kind]["completed"] = batches[kind]["processed"]
+                    validated |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+
+class BestCheckpoint(EpochCheckpoint):
     """Keeps the epoch with the best validation accuracy; of equals the last, which has trained the longest.
 
     On a small validation part many epochs are equal, and the first of them is far from trained.
@@ -137,26 +199,23 @@ class WholeEpochs(pl.Callback):
         for key in [key for key in states if key.startswith("Timer")]:
             del states[key]
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """End at a signal that was swallowed where it came."""
-        check()
-
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse the end of an epoch that has not seen all of its batches.
 
         Raises:
             ExperimentError: something stopped the epoch.
         """
-        done, batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready, trainer.num_training_batches
-        if done < batches:
-            raise ExperimentError(unfinished(trainer.current_epoch, trainer.max_epochs, f", at batch {done}"))
+        if trainer.fit_loop.batch_idx + 1 < trainer.num_training_batches:
+            raise ExperimentError(unfinished(trainer))
 
 
-def unfinished(epochs: int, of: int | None, where: str = "") -> str:
-    """What is said of a run that something has stopped after so many whole epochs."""
+def unfinished(trainer: pl.Trainer) -> str:
+    """What is said of a run that something has stopped."""
+    batch = trainer.fit_loop.batch_idx + 1
+    where = f", at batch {batch}" if 0 < batch < trainer.num_training_batches else ""
     return (
-        f"stopped after {epochs} of {of} epochs{where}, by --trainer.max_time or by a callback, so there is no record; "
-        f"the same command goes on"
+        f"stopped after {trainer.current_epoch} of {trainer.max_epochs} epochs{where}, by --trainer.max_time or by a "
+        f"callback, so there is no record; the same command goes on"
     )
 
 
@@ -165,15 +224,7 @@ class RandomState(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """States of the generators of torch, numpy and Python, in each process."""
-        version, internal, gauss = random.getstate()
-        kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is meant
-        own = {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "python": [version, list(internal), gauss],
-            "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-        }
-        return with_others(own)
+        return with_others(random_state())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states until training starts."""
@@ -182,12 +233,5 @@ class RandomState(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the generators to the states of the checkpoint, if there was one."""
         state = self.__dict__.pop("_loaded", None)
-        if state is None:
-            return
-        torch.set_rng_state(state["torch"])
-        if state["cuda"]:
-            torch.cuda.set_rng_state_all(state["cuda"])
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+        if state is not None:
+            set_random_state(state)

@@ -6,14 +6,12 @@ import json
 import logging
 import math
 import warnings
-from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from classification.backbones.weights import read_state_dict
@@ -36,14 +34,12 @@ from experiment.checkpoints import BEST, LAST, resumable
 from experiment.command import Work, finish, underscored
 from experiment.execute import locked, nothing_to_do
 from experiment.launching import run_all
-from experiment.measure import Trained, record_of, write_table
-from experiment.processes import alone, first_does, first_holds, place, say
+from experiment.measure import Trained, recipe_of, record_of, write_table
+from experiment.processes import alone, first_does, first_holds, say
 from experiment.record import RESULT, TABLE
-from lowrank import LowRankError
+from experiment.signals import held
 
 SPLIT = "split.npz"
-# What a user can mend, in one line.
-MENDABLE = (ExperimentError, LowRankError, ArgumentError, MisconfigurationException)
 SEED = 233  # the papers' seed
 
 
@@ -129,7 +125,7 @@ class SuiteCLI(LightningCLI):
         self.folder = RunFolder(path, *told, run=self.identity)
         self.work.title, self.work.folder = str(self.identity), path
         if self.subcommand in ("fit", "measure"):
-            told_to_stop = first_does(self._nothing_to_do, MENDABLE)
+            told_to_stop = first_does(self._nothing_to_do)
             if told_to_stop is not None:
                 raise _NothingToDo(told_to_stop)
         if self.settings["processes"] > 1 and not self.start.started:
@@ -165,17 +161,19 @@ class SuiteCLI(LightningCLI):
     def fit(self, **options: Any) -> None:
         """Train, test the best epoch, measure, and write the record."""
         self.model.front_folder = Path(self.settings["runs_dir"]) / "fronts"
-        with first_holds(locked(self.identity, self.folder, self._config_text()), MENDABLE):
-            resume = first_does(self._begin, MENDABLE)
-            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume)
+        self.folder.data_fingerprint, self.folder.repeated = self.datamodule.fingerprint, self.datamodule.repeated
+        with first_holds(locked(self.identity, self.folder, self._config_text())):
+            resume = first_does(self._begin)
+            with held(later=True):
+                self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume)
             if len(self.history.rows) < self.trainer.max_epochs:
-                raise ExperimentError(unfinished(len(self.history.rows), self.trainer.max_epochs))
+                raise ExperimentError(unfinished(self.trainer))
             recipe = self._recipe(self.trainer.global_step)
             optimizer = self.trainer.optimizers[0]
             self.trainer.test(
                 self.model, datamodule=self.datamodule, ckpt_path=self.best.best_model_path, verbose=False
             )
-            first_does(lambda: self._save_record(optimizer, recipe), MENDABLE)
+            first_does(lambda: self._save_record(optimizer, recipe))
         accuracy = float(self.trainer.callback_metrics["test_accuracy"])
         say(f"  test accuracy {100 * accuracy:.1f} %, record in {self.folder.result}")
 
@@ -197,17 +195,15 @@ class SuiteCLI(LightningCLI):
 
     def _recipe(self, steps: int) -> dict[str, Any]:
         data = self.settings["data"]
-        return {
-            "epochs": self.trainer.max_epochs,
-            "steps": steps,
-            "learning_rate": self.settings["model"]["learning_rate"],
-            "batch_size": data["batch_size"],
-            "processes": place().count,
-            "joined_batch_size": data["batch_size"] * place().count,
-            "image_size": None if data["dataset"] in TEXTS else data["image_size"],
-            "precision": str(self.trainer.precision),
-            **({"limit": data["limit"]} if data["limit"] is not None else {}),
-        }
+        return recipe_of(
+            data["batch_size"],
+            data["limit"],
+            epochs=self.trainer.max_epochs,
+            steps=steps,
+            learning_rate=self.settings["model"]["learning_rate"],
+            image_size=None if data["dataset"] in TEXTS else data["image_size"],
+            precision=str(self.trainer.precision),
+        )
 
     def _record(self, optimizer: Optimizer, recipe: dict[str, Any]) -> Record:
         accuracies = [row["val_accuracy"] for row in self.history.rows]
@@ -218,8 +214,7 @@ class SuiteCLI(LightningCLI):
         }
         network, loss = self.model.train().backbone, classification_loss
         trained = Trained(network, self.model.names, loss, loss, self._batches()[0], optimizer)
-        found = (self.history, accuracy, recipe, self.datamodule.fingerprint)
-        return record_of(self.identity, self.folder, trained, *found)
+        return record_of(self.identity, self.folder, trained, self.history, accuracy, recipe)
 
     def _batches(self) -> list[Batch]:
         """The batches that measurements are made on, as the network gets them."""
@@ -228,7 +223,7 @@ class SuiteCLI(LightningCLI):
 
     def measure(self, **options: Any) -> None:
         """Measure perplexity and write the table."""
-        first_does(self._measure, MENDABLE)
+        first_does(self._measure)
 
     def _measure(self) -> None:
         with locked(self.identity, self.folder, self._config_text()):
@@ -294,6 +289,7 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
         ".*is smaller than the logging interval.*",
         ".*exists and is not empty.*",
         ".*Grad strides do not match.*",
+        ".*srun. command is available.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     for name in ("pytorch_lightning", "lightning_fabric"):
@@ -330,4 +326,4 @@ def check(arguments: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command. Returns its exit code; see `experiment.command.finish`."""
-    return finish(lambda work: run(arguments, work), MENDABLE)
+    return finish(lambda work: run(arguments, work))

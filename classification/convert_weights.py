@@ -7,7 +7,6 @@ filter's authors published of networks pretrained on one half of a data set. Eve
 from __future__ import annotations
 
 import io
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from classification.backbones.weights import read_checkpoint, tensors_of
 from classification.options import weights_parser
 from experiment import ExperimentError
 from experiment.archives import unpack
+from experiment.command import Work, finish
 from experiment.download import download
 from experiment.files import write_whole
 
@@ -91,7 +91,12 @@ def convert_file(name: str, source: str, config: str | None, member: str | None,
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Convert weights. Returns 0, or 2 after one line that says what was wrong."""
+    """Convert weights. Returns the exit code; see `experiment.command.finish`."""
+    return finish(lambda work: _convert(arguments, work))
+
+
+def _convert(arguments: Sequence[str], work: Work) -> None:
+    work.title = "weights"
     parser = weights_parser()
     options = parser.parse_args(arguments)
     source, config, target = options.source, options.config, options.to
@@ -103,10 +108,5 @@ def main(arguments: Sequence[str]) -> int:
         if options.model != "mcunet" or config is None:
             parser.error("--to is needed, unless the weights are MCUNet's release")
         target = released_weights()
-    try:
-        convert_file(options.model, source, config, options.member, target)
-    except (ExperimentError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    convert_file(options.model, source, config, options.member, target)
     print(f"weights of {options.model} in {target}")
-    return 0

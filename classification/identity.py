@@ -105,15 +105,12 @@ def run_of(config: Mapping[str, Any], method: str) -> Run:
     for key in ("max_epochs", "limit_train_batches", "limit_val_batches", "limit_test_batches"):
         if trainer[key] is not None and not trainer[key] > 0:
             raise ExperimentError(f"--trainer.{key} is {trainer[key]}; a run needs more than 0")
-    try:
-        return Run(
-            task="classification",
-            setup=config["setup"],
-            model=config["model"]["backbone"],
-            dataset=config["data"]["dataset"],
-            method=method,
-            layers=config["model"]["layers"],
-            seed=config["seed_everything"],
-        )
-    except ValueError as error:
-        raise ExperimentError(str(error)) from None
+    return Run(
+        task="classification",
+        setup=config["setup"],
+        model=config["model"]["backbone"],
+        dataset=config["data"]["dataset"],
+        method=method,
+        layers=config["model"]["layers"],
+        seed=config["seed_everything"],
+    )

@@ -187,9 +187,6 @@ class FineTune(pl.LightningModule):
             raise NonFiniteError(f"{place}: {error}; {advice}") from None
         if not torch.isfinite(loss):
             raise NonFiniteError(f"the training loss is {loss.item()} {place}; {advice}")
-        self.log(
-            *("train_loss", loss), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch[1]), sync_dist=True
-        )
         return loss
 
     def _evaluate(self, batch: Batch, part: str) -> None:

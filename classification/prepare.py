@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from classification.data.registry import Archive, Source, Splits, source
 from classification.options import prepare_parser
 from experiment import ExperimentError
 from experiment.archives import unpack
+from experiment.command import Work, finish
 from experiment.download import download, verify
 
 
@@ -192,13 +192,13 @@ class Preparation:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prepare data sets. Returns 0, or 2 after one line that says what was wrong."""
+    """Prepare a data set. Returns the exit code; see `experiment.command.finish`."""
+    return finish(lambda work: _prepare(arguments, work))
+
+
+def _prepare(arguments: Sequence[str], work: Work) -> None:
+    work.title = "prepare"
     options = prepare_parser().parse_args(arguments)
-    try:
-        splits = Preparation(options.name, options.root, tuple(options.given)).run()
-    except (ExperimentError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    splits = Preparation(options.name, options.root, tuple(options.given)).run()
     sizes = " + ".join(str(len(part.labels)) for part in (splits.train, splits.val, splits.test))
     print(f"{options.name} is ready: {len(splits.classes)} classes, {sizes} images to train, validate and test on")
-    return 0

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from classification.plans import METHODS, TRANSFORMER_METHODS, Sweep, is_transformer, names
 from experiment.command import finish, one_line
+from experiment.errors import is_mendable
 from experiment.jobs import Command, Program
 from experiment.sweep import do_sweep, numbers, parsed, shared_settings, sweep_parser
 
@@ -49,12 +50,14 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
 
 def _problem(arguments: Sequence[str]) -> str | None:
     """What is wrong with the options and settings of a run."""
-    from classification.cli import MENDABLE, check  # takes seconds
+    from classification.cli import check  # takes seconds
 
     try:
         check(arguments)
-    except MENDABLE as error:
-        return one_line(error)
+    except Exception as error:
+        if is_mendable(error):
+            return one_line(error)
+        raise
     return None
 
 
@@ -65,12 +68,6 @@ def _run(arguments: Sequence[str]) -> None:
     run(arguments)
 
 
-def _mendable(error: Exception) -> bool:
-    from classification.cli import MENDABLE
-
-    return isinstance(error, MENDABLE)
-
-
 def main(arguments: Sequence[str], command: Command = _run) -> int:
     """Run a sweep. Returns 0, or 1 after a list of what is not done, or 2 if nothing could be begun."""
-    return finish(lambda work: do_sweep(*parse(arguments), Program(PROGRAM, command, _mendable)))
+    return finish(lambda work: do_sweep(*parse(arguments), Program(PROGRAM, command)))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.errors import DISK, OTHER_CODE, ExperimentError, exit_code
+from experiment.errors import DISK, OTHER_CODE, exit_code, is_mendable
 from experiment.jobs import FAILURE
 from experiment.launching import follow, report
 from experiment.processes import place
@@ -31,12 +31,11 @@ class Work:
     folder: Path | None = None
 
 
-def finish(command: Callable[[Work], int | None], mendable: tuple[type[Exception], ...] = (ExperimentError,)) -> int:
+def finish(command: Callable[[Work], int | None]) -> int:
     """Do a command, which is told where to note what it is at, and give its exit code.
 
     Args:
         command: may return its exit code; 0 if it returns none.
-        mendable: errors whose message says all that a user needs.
 
     Returns:
         the command's own; 2 after one line about what a user can mend; 130 or 143 after SIGINT or SIGTERM; 1 after one
@@ -49,7 +48,7 @@ def finish(command: Callable[[Work], int | None], mendable: tuple[type[Exception
             return command(work) or 0
         except Exception as error:
             stop = stopped_by(error)
-            return _said(error, work, mendable) if stop is None else _interrupted(stop, work)
+            return _said(error, work) if stop is None else _interrupted(stop, work)
         except (Stopped, KeyboardInterrupt, SystemExit) as error:
             stop = stopped_by(error)
             if stop is None:
@@ -88,12 +87,12 @@ def _interrupted(stop: Stopped, work: Work) -> int:
     return code
 
 
-def _said(error: Exception, work: Work, mendable: tuple[type[Exception], ...]) -> int:
+def _said(error: Exception, work: Work) -> int:
     if isinstance(error, BrokenPipeError):  # what reads the output has ended, as `head` does
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - what is left to be written goes there
         return 128 + signal.SIGPIPE
-    code = exit_code(error, mendable)
-    if isinstance(error, mendable):
+    code = exit_code(error)
+    if is_mendable(error):
         text = one_line(error)
     elif isinstance(error, OSError) and error.errno in DISK:
         text = (

@@ -1,18 +1,24 @@
-"""Files known by their bytes: each is read once, and found again by its name, size, times and place on the disk."""
+"""Files known by their bytes: each is read once, and found again by its name, size, times and place on the disk.
+
+So images that are tested as well as trained on are found, and those that were cut.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import io
+import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from experiment.errors import ExperimentError
 from experiment.files import write_whole
+from experiment.processes import is_first
 
 Check = Callable[[Path, bytes], None]
 _DIGEST, _KEY = 16, 8  # bytes
@@ -48,6 +54,39 @@ def content_hashes(paths: Iterable[Path | str], store: Path, check: Check | None
         with contextlib.suppress(OSError):
             _save(store, known | fresh)
     return found
+
+
+def tell_repeated(name: str, seen: Iterable[bytes], tested: Sequence[bytes]) -> int:
+    """Say how many test images are to be trained or validated on as well, byte by byte; returns their number.
+
+    Args:
+        name: of the data set.
+        seen: contents or their hashes, of images to train or validate on.
+        tested: the same of those to test on.
+    """
+    known = set(seen)
+    repeated = [index for index, content in enumerate(tested) if content in known]
+    if repeated and is_first():
+        print(
+            f"warning: {len(repeated)} of {len(tested)} test images of {name} are among those to train or validate on "
+            f"as well, such as test image {repeated[0]}; the test accuracy tells less",
+            file=sys.stderr,
+        )
+    return len(repeated)
+
+
+def require_uncut(path: Path | str, content: bytes) -> None:
+    """Raise `ExperimentError` where a JPEG or PNG file has no end, which some readers fill up with grey."""
+    jpeg, png = content.startswith(b"\xff\xd8"), content.startswith(b"\x89PNG")
+    if (jpeg and content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda")) or (png and b"IEND" not in content[-4096:]):
+        raise unreadable(path, "it was cut: its end is missing")
+
+
+def unreadable(path: Path | str, reason: object) -> ExperimentError:
+    """The error of an image that cannot be read."""
+    return ExperimentError(
+        f"image {path} cannot be read ({reason}); replace it, or delete the data set and prepare it again"
+    )
 
 
 def _key(path: Path) -> bytes:

@@ -18,6 +18,14 @@ def nothing_to_do(run: Run, folder: RunFolder, dry_run: bool) -> str | None:
     Raises:
         ExperimentError: its folder holds a run with other settings, or on other data.
     """
+    for earlier in _earlier(run, folder):
+        if (difference := earlier.difference) is not None:
+            print(f"note: {earlier.path} holds no part of this run, as it is of other settings ({difference})")
+        elif dry_run:
+            return f"would take over: {run}\n  folder: {earlier.path}, which gets its name of now: {folder.path}"
+        else:
+            folder.take_over(earlier)
+            print(f"taken over: {earlier.path} holds this run under its earlier name; it is {folder.path} now")
     status = folder.status()
     if folder.result.name == TABLE and status is Status.DONE and not _is_table(folder):
         status = Status.NEW
@@ -37,6 +45,16 @@ def locked(run: Run, folder: RunFolder, config: str) -> Iterator[None]:
         if nothing_to_do(run, folder, dry_run=False) is not None:
             raise InUseError(f"another process has just done {run}; its result is {folder.result}")
         yield
+
+
+def _earlier(run: Run, folder: RunFolder) -> Iterator[RunFolder]:
+    """The folder of a run that has none, by the name that its method had before budgets were in it."""
+    if folder.path.exists() or folder.path.parts[-3:-2] != (run.method,):
+        return
+    for method in folder.path.parents[2].glob("*/"):
+        earlier = folder.at(method.joinpath(*folder.path.parts[-2:]))
+        if run.method.startswith(f"{method.name}_") and earlier.known:
+            yield earlier
 
 
 def _is_table(folder: RunFolder) -> bool:

@@ -29,8 +29,10 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         Path(part).chmod(0o644)
         Path(part).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(part).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, part):
+            error.filename = str(path)
         raise
     _flush_names(path.parent)
 

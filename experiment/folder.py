@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from experiment.checkpoints import BEST, PREVIOUS
 from experiment.errors import ExperimentError
 from experiment.files import remove_parts, write_whole
 from experiment.lock import hold
-from experiment.record import Run, is_result
+from experiment.record import Record, Run, is_result
 
 CONFIG, IDENTITY, DATA = "config.yaml", "identity.json", "data_fingerprint"
 
@@ -38,6 +39,9 @@ class RunFolder:
         data_fingerprint: of the data that the run would read; None if that is not there or not to be compared.
         last: name of the file that is there once the run can be resumed.
         run: whose record the result has to be, if it is one.
+
+    Attributes:
+        repeated: images that are tested as well as trained or validated on, once the data set was looked at.
     """
 
     def __init__(
@@ -49,9 +53,9 @@ class RunFolder:
         last: str = "checkpoints/last.ckpt",
         run: Run | None = None,
     ) -> None:
-        self._run = run
+        self._run, self._made = run, (identity, result, data_fingerprint, last, run)
         self.path, self.result, self._last = path, path / result, path / last
-        self.data_fingerprint = data_fingerprint
+        self.data_fingerprint, self.repeated = data_fingerprint, 0
         self._asked = _as_json(identity)
         self.checkpoints = path / "checkpoints"
 
@@ -93,6 +97,38 @@ class RunFolder:
         if is_result(self.result, self.identity_hash, self._run):
             return Status.DONE
         return Status.INTERRUPTED if self.last_checkpoint is not None else Status.NEW
+
+    def at(self, path: Path) -> RunFolder:
+        """The same run in another folder."""
+        return RunFolder(path, *self._made)
+
+    @property
+    def known(self) -> bool:
+        """Whether the folder says which run it holds."""
+        return (self.path / IDENTITY).is_file()
+
+    @property
+    def difference(self) -> str | None:
+        """In which settings the run that it holds is another one; None if it is this one."""
+        stored = {key: value for key, value in (self._stored_identity() or {}).items() if key != DATA}
+        return None if stored == self.identity else _difference(stored, self.identity)
+
+    def take_over(self, other: RunFolder) -> None:
+        """Make another folder of this very run this one, which is not there; its record says which run it is now.
+
+        Raises:
+            ExperimentError: it cannot be moved.
+            InUseError: another process is at work in it.
+        """
+        try:
+            with hold(other.path) as lock:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                other.path.rename(self.path)
+                (self.path / lock.name).unlink()  # it has moved as well
+                if self._run is not None and is_result(self.result, self.identity_hash):
+                    replace(Record.load(self.result), run=self._run).save(self.path)
+        except OSError as error:
+            raise ExperimentError(f"{other.path} cannot be moved to {self.path} ({error.strerror})") from None
 
     def _stored_identity(self) -> dict[str, Any] | None:
         path = self.path / IDENTITY

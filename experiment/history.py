@@ -7,14 +7,13 @@ import io
 import math
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from experiment.files import write_whole
-from experiment.processes import gather, is_first
+from experiment.processes import gather, is_first, own_part, with_others
 from lowrank import converted_layers
 
 METRICS = "metrics.csv"
@@ -28,11 +27,10 @@ class History:
 
     Args:
         folder: where `metrics.csv` is written, whole after each row.
-        write: how a file is written.
     """
 
-    def __init__(self, folder: Path, write: Callable[[Path, str], None] = write_whole) -> None:
-        self.path, self._write = folder / METRICS, write
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / METRICS
         self.rows: list[Row] = []
         self.step_seconds: list[float] = []
         self._forget()
@@ -43,6 +41,7 @@ class History:
         """Count anew, for the next row."""
         self._kept: list[int] = []
         self._losses: list[float] = []
+        self._samples: list[int] = []
         self._before = len(self.step_seconds)
         self._carried_seconds = 0.0
 
@@ -54,11 +53,12 @@ class History:
         """Start the clock of a step."""
         self._step_start = time.perf_counter()
 
-    def step_end(self, network: nn.Module, loss: float = math.nan) -> None:
-        """Note a step's time, its loss and the bytes by formula that the layers of the network kept."""
+    def step_end(self, network: nn.Module, loss: float = math.nan, samples: int = 1) -> None:
+        """Note a step's time, its mean loss over so many samples, and the bytes that the network's layers kept."""
         self.step_seconds.append(time.perf_counter() - self._step_start)
         self._kept.append(sum(layer._lowrank.formula_bytes for layer in converted_layers(network)))
         self._losses.append(loss)
+        self._samples.append(samples)
 
     @property
     def has_steps(self) -> bool:
@@ -67,8 +67,8 @@ class History:
 
     @property
     def mean_loss(self) -> float:
-        """Of the steps since the last row, in all processes; all have to ask for it."""
-        return statistics.fmean(gather(statistics.fmean(self._losses)))
+        """Of the samples since the last row, in all processes; all have to ask for it."""
+        return statistics.fmean(gather(statistics.fmean(self._losses, self._samples)))
 
     @property
     def seconds(self) -> float:
@@ -94,7 +94,7 @@ class History:
             writer = csv.DictWriter(text, list(row))
             writer.writeheader()
             writer.writerows(self.rows)
-            self._write(self.path, text.getvalue())
+            write_whole(self.path, text.getvalue())
         return row
 
     def drop_pending(self) -> None:
@@ -103,20 +103,27 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, for a checkpoint."""
+        seconds = self.seconds if self._kept else 0.0
         return {
             "rows": [dict(row) for row in self.rows],
             "step_seconds": list(self.step_seconds),
-            "pending": [list(self._kept), list(self._losses), self.seconds if self._kept else 0.0],
+            "pending": [list(self._kept), list(self._losses), seconds, list(self._samples)],
         }
+
+    def shared_state(self) -> dict[str, Any]:
+        """The same with what each of several processes has counted; all of them have to ask for it."""
+        return with_others(self.state_dict(), _is_of_each)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after a checkpoint; one of fewer rows than there are, such as the best epoch's, changes nothing."""
         if len(state["rows"]) < len(self.rows):
             return
+        state = own_part(state, _is_of_each)
         self.rows, self.step_seconds = [dict(row) for row in state["rows"]], list(state["step_seconds"])
         self._forget()
-        kept, losses, self._carried_seconds = state.get("pending", ([], [], 0.0))
+        kept, losses, self._carried_seconds, *samples = state.get("pending", ([], [], 0.0))
         self._kept, self._losses = list(kept), list(losses)
+        self._samples = list(samples[0]) if samples else [1] * len(losses)  # an earlier version did not note them
         self._before = len(self.step_seconds) - len(self._kept)
 
     def seconds_left(self, rows: float) -> float:
@@ -133,6 +140,10 @@ class History:
         """Median of all steps and sum of all rows, seconds, as a record says them."""
         steps = self.step_seconds or [row["step_seconds"] for row in self.rows]
         return {"step_median": statistics.median(steps), "total": sum(row["seconds"] for row in self.rows)}
+
+
+def _is_of_each(key: str) -> bool:
+    return key == "pending"
 
 
 def read_rows(path: Path) -> list[Row]:

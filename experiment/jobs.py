@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.errors import ExperimentError, InUseError
+from experiment.errors import InUseError, is_mendable
 from experiment.lock import holder
 from experiment.plan import add_planned
 from experiment.receipt import has_receipt, write_receipt
@@ -88,12 +88,10 @@ class Program:
     Attributes:
         name: what a user types to do a job by hand, such as "python -m classification".
         command: does a job.
-        mendable: whether an error's message says all that its user needs, so that no traceback is written.
     """
 
     name: str
     command: Command
-    mendable: Callable[[Exception], bool]
 
 
 Doing = Callable[[Sequence[Job]], dict[Job, Outcome]]  # how jobs are done, of which each finds what it needs before it
@@ -120,10 +118,12 @@ def run_jobs(jobs: Sequence[Job], program: Program, root: Path, wait: bool = Fal
         doing: does jobs, by default one after the other in this process.
 
     Returns:
-        0; 1 after a list of what is not done; 2 if nothing could be begun.
+        0; 1 after a list of what is not done.
+
+    Raises:
+        ExperimentError: the folder cannot be written.
     """
-    if not planned(jobs, root):
-        return 2
+    note_plan(jobs, root)
     doing = doing or (lambda some: in_turn(some, program, root))
     start = time.perf_counter()
     outcomes = doing(jobs)
@@ -135,14 +135,13 @@ def run_jobs(jobs: Sequence[Job], program: Program, root: Path, wait: bool = Fal
     return conclude(jobs, outcomes, root, time.perf_counter() - start)
 
 
-def planned(jobs: Sequence[Job], root: Path) -> bool:
-    """Note what is planned; False after a line that says why that cannot be."""
-    try:
-        add_planned(root, (job.run for job in jobs if job.result == RESULT))
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return False
-    return True
+def note_plan(jobs: Sequence[Job], root: Path) -> None:
+    """Note what is planned.
+
+    Raises:
+        ExperimentError: the folder cannot be written.
+    """
+    add_planned(root, (job.run for job in jobs if job.result == RESULT))
 
 
 def conclude(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome], root: Path, seconds: float) -> int:
@@ -259,7 +258,7 @@ def do_job(job: Job, program: Program, root: Path) -> Outcome:
         if (stop := stopped_by(error)) is not None:
             stop.during = job.title
             raise stop from None
-        cause = str(error) if program.mendable(error) else traceback.format_exc()
+        cause = str(error) if is_mendable(error) else traceback.format_exc()
         print(f"  failed: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         write_log(job, root, f"{job.title}\n{program.name} {' '.join(job.arguments)}\n{cause}\n")
         return Outcome.FAILED

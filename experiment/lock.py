@@ -74,8 +74,8 @@ class Holder:
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is there, in this block.
+def hold(folder: Path) -> Iterator[Path]:
+    """Hold a folder, which is there, in this block, by a file in it.
 
     If the file of this process is lost in the block, because another one has given this one up, the block is ended as
     by SIGTERM.
@@ -89,7 +89,7 @@ def hold(folder: Path) -> Iterator[None]:
     beating = threading.Thread(target=_beat, args=(own, ended), daemon=True, name="lock")
     beating.start()
     try:
-        yield
+        yield own
     finally:
         ended.set()
         beating.join()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from experiment.allocator import keep_freed_memory
 from experiment.folder import RunFolder
 from experiment.history import History
-from experiment.processes import noted
+from experiment.processes import noted, place
 from experiment.provenance import provenance
 from experiment.record import Record, Run
 from lowrank import account, measure_perplexity, peak_bytes, saved_bytes, weight_memory
@@ -42,6 +42,18 @@ class Trained:
     optimizer: Optimizer
 
 
+def recipe_of(batch_size: int, limit: float | None, **told: Any) -> dict[str, Any]:
+    """How a run is trained, as its record says it; see `experiment.Record`.
+
+    Args:
+        batch_size: of each process.
+        limit: of the training samples, if there is one.
+        told: epochs, steps, learning_rate, image_size and precision.
+    """
+    sizes = {"batch_size": batch_size, "processes": place().count, "joined_batch_size": batch_size * place().count}
+    return {**told, **sizes, **({"limit": limit} if limit is not None else {})}
+
+
 def record_of(
     run: Run,
     folder: RunFolder,
@@ -49,9 +61,9 @@ def record_of(
     history: History,
     accuracy: Mapping[str, float],
     recipe: Mapping[str, Any],
-    data_fingerprint: str,
 ) -> Record:
-    """The record of a finished run; the network is left in evaluation mode."""
+    """The record of a finished run, whose folder knows its data; the network is left in evaluation mode."""
+    assert folder.data_fingerprint is not None
     network, loss_fn, batch = trained.network, trained.loss_fn, trained.batch
     memory = {
         "activation_formula": history.activation_bytes,
@@ -70,7 +82,9 @@ def record_of(
         memory_bytes=memory,
         flops=flops,
         time_s=history.times,
-        provenance=provenance(folder.identity_hash, data_fingerprint, keep_freed_memory()) | noted(),
+        provenance=provenance(folder.identity_hash, folder.data_fingerprint, keep_freed_memory())
+        | {"repeated_test_images": folder.repeated}
+        | noted(),
         recipe=dict(recipe),
     )
 

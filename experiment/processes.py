@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from experiment.errors import ExperimentError, exit_code
 from experiment.launching import GROUP, STORE
+from experiment.signals import pending
 
 if TYPE_CHECKING:
     import torch
@@ -133,12 +134,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def first_does(work: Callable[[], T], mendable: tuple[type[Exception], ...] = (ExperimentError,)) -> T:
+def first_does(work: Callable[[], T]) -> T:
     """What `work` returns, done by the first process alone; the others wait for it.
 
     Args:
         work: returns something that can be sent.
-        mendable: of the command; see `experiment.command.finish`.
 
     Raises:
         FirstFailed: in the others, where `work` has raised something in the first.
@@ -154,23 +154,21 @@ def first_does(work: Callable[[], T], mendable: tuple[type[Exception], ...] = (E
         result = work()
     except BaseException as error:
         with contextlib.suppress(RuntimeError):  # the others are gone
-            _broadcast((None, exit_code(error, mendable)))
+            _broadcast((None, exit_code(error)))
         raise
     _broadcast((result, 0))
     return result
 
 
 @contextlib.contextmanager
-def first_holds(
-    block: contextlib.AbstractContextManager[Any], mendable: tuple[type[Exception], ...] = (ExperimentError,)
-) -> Iterator[None]:
+def first_holds(block: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
     """A block that the first process alone enters and leaves; the others begin once it is in."""
     with contextlib.ExitStack() as stack:
 
         def enter() -> None:
             stack.enter_context(block)
 
-        first_does(enter, mendable)
+        first_does(enter)
         yield
 
 
@@ -191,6 +189,11 @@ def gather(value: T) -> list[T]:
     found: list[Any] = [None] * place().count
     distributed.all_gather_object(found, value)
     return found
+
+
+def asked_to_stop() -> int:
+    """The signal by which one of the processes is to end, the same in all, which all have to call it; 0 if none is."""
+    return max(gather(pending()))
 
 
 def with_others(own: Mapping[str, Any], differs: Callable[[str], bool] = lambda key: True) -> dict[str, Any]:

@@ -17,6 +17,10 @@ SCHEMA = 1
 RESULT, TABLE = "result.json", "perplexity.json"  # what a finished training run leaves, and a perplexity measurement
 
 
+class RunError(ExperimentError, ValueError):
+    """A run that there cannot be."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What tells one run from another.
@@ -29,6 +33,9 @@ class Run:
         method: the method's tag, such as "hosvd_0.8", or with its budget "asi_1of20".
         layers: how many trailing layers are trained with the method, or "all".
         seed: the run's seed.
+
+    Raises:
+        RunError: a name that is none, a depth or a seed that is no whole number.
     """
 
     task: str
@@ -43,10 +50,10 @@ class Run:
         for key in ("task", "setup", "model", "dataset", "method"):
             name = getattr(self, key)
             if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
-                raise ValueError(f"{key} is {name!r}; a name is made of letters, digits and . _ + -")
+                raise RunError(f"{key} is {name!r}; a name is made of letters, digits and . _ + -")
         check_layers(self.layers)
         if type(self.seed) is not int:
-            raise ValueError(f"seed is {self.seed!r}, not a whole number")
+            raise RunError(f"seed is {self.seed!r}, not a whole number")
 
     def folder(self, root: Path) -> Path:
         """The run's folder below `root`."""
@@ -60,9 +67,9 @@ class Run:
 
 
 def check_layers(layers: Any) -> None:
-    """Raise `ValueError` unless `layers` is a whole number from 1, or "all"."""
+    """Raise `RunError` unless `layers` is a whole number from 1, or "all"."""
     if layers != "all" and (type(layers) is not int or layers < 1):
-        raise ValueError(f"layers is {layers!r}, neither a whole number from 1 nor 'all'")
+        raise RunError(f"layers is {layers!r}, neither a whole number from 1 nor 'all'")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""SIGTERM and SIGINT end a command at once, wherever it is, and its exit code says so; a file being saved is finished.
+"""SIGTERM and SIGINT end a command wherever it is, and its exit code says so; what is being saved is finished first.
 
-Nothing is lost by that, as every file is written whole or not at all.
+What trains waits for the end of its step, and saves that; everything else ends at once, and nothing is lost by that, as
+every file is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ class Stopped(SystemExit):
 
 
 class _State:
-    """Of this process: the signal that came, and how many blocks hold it back."""
+    """Of this process: the signal that came, how many blocks hold it back, and what a signal calls."""
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.holds = 0
+        self.handler: Any = None
 
 
 _state = _State()
@@ -57,31 +59,60 @@ def stoppable() -> Iterator[None]:
         if again or not _state.holds:
             raise Stopped(number)
 
+    outer, _state.handler = _state.handler, stop
     before: dict[int, Any] = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
     finally:
-        _state.number = None
+        _state.number, _state.handler = None, outer
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
-    """A signal that comes in this block takes effect at its end; a second one at once."""
-    _state.holds += 1
+def held(later: bool = False) -> Iterator[None]:
+    """A signal that comes in this block takes effect at its end; a second one at once.
+
+    Args:
+        later: only what comes after `hold`.
+    """
+    before = _state.holds
+    _state.holds += not later
     try:
         yield
     finally:
-        _state.holds -= 1
+        _state.holds = before
     if not _state.holds:
         check()
 
 
+def hold() -> None:
+    """From now on to the end of the block of `held(later=True)`, a signal waits for what asks `pending`.
+
+    It comes here alone, whatever a trainer has put ahead of it.
+    """
+    _state.holds = max(_state.holds, 1)
+    if _state.handler is not None:
+        for number in SIGNALS:
+            signal.signal(number, _state.handler)
+
+
+def pending() -> int:
+    """The signal that has come and was held back, or swallowed by code that it met; 0 if none has."""
+    return _state.number or 0
+
+
 def check() -> None:
-    """Raise `Stopped` if a signal has come; for loops, as code in between may have swallowed what the signal raised."""
+    """Raise `Stopped` if a signal has come."""
     if _state.number is not None:
         raise Stopped(_state.number)
+
+
+def in_worker(*_: Any) -> None:
+    """Called in a process that loads data: the first SIGTERM is taken to be for all processes at once, and left to what
+    has started this one, which still needs its data; the second ends it.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def stopped_by(error: BaseException) -> Stopped | None:

@@ -30,7 +30,7 @@ from experiment.jobs import (
     conclude,
     do_job,
     needed,
-    planned,
+    note_plan,
     write_log,
 )
 from experiment.lock import holder
@@ -75,15 +75,13 @@ def submit(
         wait: whether to come back only when Slurm has no job of these any more.
 
     Returns:
-        0 once they are submitted, or done if they are waited for; 1 after a list of what is not; 2 if nothing could be
-        begun.
+        0 once they are submitted, or done if they are waited for; 1 after a list of what is not.
 
     Raises:
-        ExperimentError: Slurm is not there, or takes them not; none of them is left with it.
+        ExperimentError: the folder cannot be written, or Slurm is not there, or does not take them; then it has none.
     """
     start = time.perf_counter()
-    if not planned(jobs, root):
-        return 2
+    note_plan(jobs, root)
     left = [job for job in jobs if not job.done(root)]
     if not left:
         return conclude(jobs, dict.fromkeys(jobs, Outcome.DONE), root, 0.0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiment import ExperimentError, Record, Run
+from experiment.command import Work, finish
 from report.drawn import Figures
 from report.output import make_folder, write_all
 from report.page import page, section
@@ -60,17 +61,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, 2 for an error that the user can mend."""
-    options = parser().parse_args(arguments)
-    try:
-        if options.watch:
-            from report.watch import watch
+    """Run the command; returns its exit code; see `experiment.command.finish`."""
+    return finish(lambda work: _report(arguments, work))
 
-            return watch(options.runs)
-        report(options.runs, options.output or options.runs / "report", options.baseline, options.published)
-    except ExperimentError as error:
-        print(f"report: error: {error}", file=sys.stderr)
-        return 2
+
+def _report(arguments: Sequence[str] | None, work: Work) -> int:
+    work.title = "report"
+    options = parser().parse_args(arguments)
+    if options.watch:
+        from report.watch import watch
+
+        return watch(options.runs)
+    report(options.runs, options.output or options.runs / "report", options.baseline, options.published)
     return 0
 
 

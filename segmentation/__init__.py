@@ -25,8 +25,9 @@ def register() -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Fail to import")  # a part of MMCV that is not used here
         from segmentation.data.draws import PlacedDataset, PlacedSampler
+        from segmentation.data.reading import NamedImage, NamedLabels
         from segmentation.hook import LowRankHook
-    return {one.__name__: one for one in (LowRankHook, PlacedDataset, PlacedSampler)}
+    return {one.__name__: one for one in (LowRankHook, PlacedDataset, PlacedSampler, NamedImage, NamedLabels)}
 
 
 def __getattr__(name: str) -> Any:

@@ -118,7 +118,6 @@ def task_of(options: argparse.Namespace) -> Task:
     seed = options.seed if options.seed is not None else config.get("randomness", {}).get("seed", 233)
     config.randomness = {**config.get("randomness", {}), "seed": seed}
     if options.amp:
-        _need_accelerator("--amp")
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     _set_budget(config, options)
     # Once more, over what the other arguments set.
@@ -139,13 +138,6 @@ def _limit(config: Config, limit: float) -> None:
     if config.train_dataloader.dataset.type != PlacedDataset.__name__:
         raise ExperimentError(f"--limit is for a train_dataloader with a data set of type {PlacedDataset.__name__}")
     config.train_dataloader.dataset.limit = limit
-
-
-def _need_accelerator(option: str) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ExperimentError(f"{option} needs an accelerator, and there is none; leave it out")
 
 
 def _set_budget(config: Config, options: argparse.Namespace) -> None:
@@ -204,15 +196,12 @@ def main(arguments: Sequence[str]) -> int:
     """Run one command. Returns its exit code; see `experiment.command.finish`."""
     if any(word in HELP for word in arguments):  # ends here, before what takes seconds to import
         sweep.parse(arguments[1:]) if arguments[0] == "sweep" else parser().parse_args(arguments)
-    from lowrank import LowRankError
-
-    mendable = (ExperimentError, LowRankError)  # what a user can mend, in one line
-    return finish(lambda work: _command(arguments, work, mendable), mendable)
+    return finish(lambda work: _command(arguments, work))
 
 
-def _command(arguments: Sequence[str], work: Work, mendable: tuple[type[Exception], ...]) -> int:
+def _command(arguments: Sequence[str], work: Work) -> int:
     work.title = arguments[0] if arguments else ""
     if work.title == "sweep":
-        return sweep.main(arguments[1:], run, mendable)
+        return sweep.main(arguments[1:], run)
     run(arguments, work)
     return 0

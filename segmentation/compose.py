@@ -14,6 +14,7 @@ from experiment.strict_yaml import check_yaml_file
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "segmentation"
 HOOK = "LowRankHook"
+_NAMING = {"LoadImageFromFile": "NamedImage", "LoadAnnotations": "NamedLabels"}
 
 
 def load_config(files: Sequence[str | Path], options: Mapping[str, Any] | None = None) -> Config:
@@ -127,6 +128,15 @@ def rescale(config: Config, iterations: int) -> None:
     config.param_scheduler = [scheduler for scheduler in config.param_scheduler if scheduler.begin < scheduler.end]
 
 
+def with_naming_readers(config: Config) -> Config:
+    """A copy whose readers of images and label maps name the file that they cannot read; see `segmentation.data`."""
+    copy = Config(config.to_dict())
+    for part in _dictionaries(copy._cfg_dict):
+        if isinstance(part.get("type"), str):
+            part["type"] = _NAMING.get(part["type"], part["type"])
+    return copy
+
+
 def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:
     if isinstance(value, dict):
         yield value
@@ -135,9 +145,10 @@ def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:
             yield from _dictionaries(inner)
 
 
-def datasets(config: Config) -> list[dict[str, Any]]:
-    """Every data set's config, those inside of others included."""
-    return [part for part in _dictionaries(config._cfg_dict) if "data_root" in part and "type" in part]
+def datasets(config: Any) -> list[dict[str, Any]]:
+    """Every data set's config in a config or a part of one, those inside of others included."""
+    parts = _dictionaries(config._cfg_dict if isinstance(config, Config) else config)
+    return [part for part in parts if "data_root" in part and "type" in part]
 
 
 def move_data(config: Config, data_dir: Path) -> None:

@@ -13,10 +13,8 @@ from mmengine.hooks import Hook
 from experiment.history import History as RunHistory
 from experiment.history import read_rows
 from experiment.jobs import duration
-from experiment.processes import is_first, own_part, place, with_others
-from experiment.signals import check
+from experiment.processes import is_first, place
 from segmentation.hook import unwrapped
-from segmentation.saving import write_or_say
 
 KEY = "lowrank_run_history"  # of a checkpoint
 
@@ -33,7 +31,7 @@ class History(Hook):
     priority = "LOW"
 
     def __init__(self, folder: Path) -> None:
-        self.history = RunHistory(folder, write_or_say)
+        self.history = RunHistory(folder)
         self._gathered: dict[str, Any] | None = None
 
     def before_train(self, runner: Any) -> None:
@@ -61,8 +59,7 @@ class History(Hook):
         self.history.step_start()
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Note the step's time, loss and the bytes that its layers kept; end at a signal that was swallowed."""
-        check()
+        """Note the step's time, loss and the bytes that its layers kept."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         loss = (outputs or {}).get("loss", math.nan)
@@ -94,7 +91,7 @@ class History(Hook):
 
     def collect(self, runner: Any) -> None:
         """Take from all processes, before the first of them saves a checkpoint, what no row has yet."""
-        self._gathered = with_others(self.history.state_dict(), _is_of_each)
+        self._gathered = self.history.shared_state()
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Carry the rows, and what no row has yet."""
@@ -105,8 +102,4 @@ class History(Hook):
         """Take up the rows, and what no row had."""
         state = checkpoint.pop(KEY, None)
         if state is not None:
-            self.history.load_state_dict(own_part(state, _is_of_each))
-
-
-def _is_of_each(key: str) -> bool:
-    return key == "pending"
+            self.history.load_state_dict(state)

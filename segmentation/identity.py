@@ -48,18 +48,15 @@ def run_of(config: Config, method: str) -> Run:
         ExperimentError: a setting that no run can have.
     """
     files = config.get("config_files") or ["config"]
-    try:
-        return Run(
-            task="segmentation",
-            setup=config.get("stage", "finetune"),
-            model=config.get("network", Path(files[-1]).stem),
-            dataset=config.get("dataset", config.train_dataloader.dataset.type),
-            method=method,
-            layers=config.get("layers", "all"),
-            seed=config.randomness.seed,
-        )
-    except ValueError as error:
-        raise ExperimentError(str(error)) from None
+    return Run(
+        task="segmentation",
+        setup=config.get("stage", "finetune"),
+        model=config.get("network", Path(files[-1]).stem),
+        dataset=config.get("dataset", config.train_dataloader.dataset.type),
+        method=method,
+        layers=config.get("layers", "all"),
+        seed=config.randomness.seed,
+    )
 
 
 def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]:

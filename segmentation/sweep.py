@@ -152,10 +152,10 @@ def _problem(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def main(arguments: Sequence[str], command: Command, mendable: tuple[type[Exception], ...]) -> int:
-    """Run a sweep. Returns 0, or 1 after a list of what is not done, or 2 if nothing could be begun.
+def main(arguments: Sequence[str], command: Command) -> int:
+    """Run a sweep. Returns 0, or 1 after a list of what is not done.
 
     Raises:
         ExperimentError: the folder of the runs cannot be written.
     """
-    return do_sweep(*parse(arguments), Program(PROGRAM, command, lambda error: isinstance(error, mendable)))
+    return do_sweep(*parse(arguments), Program(PROGRAM, command))

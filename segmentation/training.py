@@ -23,22 +23,23 @@ from experiment import Run as RunName
 from experiment.allocator import keep_freed_memory
 from experiment.checkpoints import FINAL
 from experiment.command import Work
+from experiment.contents import tell_repeated
 from experiment.execute import locked, nothing_to_do
-from experiment.measure import Trained, record_of, write_table
+from experiment.files import write_whole
+from experiment.measure import Trained, recipe_of, record_of, write_table
 from experiment.processes import first_does, first_holds, place, say
 from experiment.record import RESULT, TABLE
-from lowrank import LowRankError, converted_layers
+from experiment.signals import held
+from lowrank import converted_layers
 from segmentation.batches import first_batch, first_batches, logits, segmentation_loss, training_mode
 from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
-from segmentation.compose import hook_settings
-from segmentation.data.registry import data_fingerprint, require_data
+from segmentation.compose import hook_settings, with_naming_readers
+from segmentation.data.registry import data_of, require_data
 from segmentation.history import History
 from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, perplexity_settings, run_of
-from segmentation.saving import write_or_say
+from segmentation.saving import WholeCheckpoints
 from segmentation.start import share_out
-
-MENDABLE = (ExperimentError, LowRankError)  # what a user can mend, in one line
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Task:
         keep_freed_memory()
         identity = identity_of(self.config, MEASURED if result == TABLE else TRAINED)
         path = self.work_dir or name.folder(self.runs_dir)
-        folder = RunFolder(path, identity, result, data_fingerprint(self.config), LAST, name)
+        data = data_of(self.config)
+        folder = RunFolder(path, identity, result, data.fingerprint, LAST, name)
         if work is not None:
             work.title, work.folder = str(name), path
         said = nothing_to_do(name, folder, self.dry_run)
@@ -74,7 +76,9 @@ class Task:
             print(said)
             return None
         require_data(self.config)
-        folder.data_fingerprint = folder.data_fingerprint or data_fingerprint(self.config)
+        data = data if data.fingerprint else data_of(self.config)
+        folder.data_fingerprint = data.fingerprint
+        folder.repeated = tell_repeated(self.config.get("dataset", "the data set"), data.trained, data.tested)
         read_safely_everywhere()
         if not folder.last_checkpoint:
             require_weights(self.config)
@@ -102,17 +106,17 @@ def train(task: Task, work: Work | None = None) -> Record | None:
     if folder is None:
         return None
     records: list[Record] = []
-    with first_holds(locked(name, folder, as_yaml(task.config)), MENDABLE):
-        checkpoint = first_does(lambda: _resumed(name, folder), MENDABLE)
+    with first_holds(locked(name, folder, as_yaml(task.config))):
+        checkpoint = first_does(lambda: _resumed(name, folder))
         runner, history = _trained(task, folder, checkpoint)
 
         def save() -> None:
             record = _record(task, name, runner, history, folder)
-            write_or_say(folder.path / FINAL, _final(runner))
+            write_whole(folder.path / FINAL, _final(runner))
             record.save(folder.path)
             records.append(record)
 
-        first_does(save, MENDABLE)
+        first_does(save)
     for record in records:
         say(f"  best mIoU {100 * record.accuracy['miou_best']:.1f} %, record in {folder.result}")
     return records[0] if records else None
@@ -120,7 +124,7 @@ def train(task: Task, work: Work | None = None) -> Record | None:
 
 def _begun(task: Task, name: RunName, result: str, work: Work | None) -> RunFolder | None:
     """The run's folder in every process, once the first has looked at it; None where there is nothing to do."""
-    folder = first_does(lambda: task.begin(name, result, work), MENDABLE)
+    folder = first_does(lambda: task.begin(name, result, work))
     read_safely_everywhere()
     return folder
 
@@ -135,7 +139,8 @@ def _resumed(name: RunName, folder: RunFolder) -> Path | None:
 def _trained(task: Task, folder: RunFolder, checkpoint: Path | None) -> tuple[Runner, History]:
     runner, history = _runner(_for_runner(task.config, folder, checkpoint)), History(folder.path)
     runner.register_hook(history)
-    runner.train()
+    with held(later=True):
+        runner.train()
     return runner, history
 
 
@@ -186,14 +191,21 @@ def as_yaml(config: Config) -> str:
 
 
 def _for_runner(config: Config, folder: RunFolder, checkpoint: Path | None) -> Config:
-    config = Config(config.to_dict())
+    config = with_naming_readers(config)
     config.work_dir = str(folder.path)
     # MMEngine's logger and message hub are found by this name; two runs in one process must not share them.
     config.experiment_name = f"{folder.identity_hash}_{time.time_ns()}"
     config.setdefault("default_hooks", {})
     saving = dict(config.default_hooks.get("checkpoint") or {"type": "CheckpointHook", "interval": 1})
     if saving["type"] == "CheckpointHook":
-        config.default_hooks["checkpoint"] = {**saving, "type": "WholeCheckpoints", "identity": folder.identity_hash}
+        config.default_hooks["checkpoint"] = {
+            **saving,
+            "type": WholeCheckpoints.__name__,
+            "identity": folder.identity_hash,
+        }
+    for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        if config.get(key):
+            config[key].setdefault("worker_init_fn", {"type": "worker_of_run", "seed": config.randomness.seed})
     if checkpoint is not None:
         config.load_from, config.resume = str(checkpoint), True
     if place().count > 1:
@@ -212,25 +224,20 @@ def _record(task: Task, name: RunName, runner: Runner, forwarding: History, fold
     training_mode(model) if (hook_settings(config) or {}).get("freeze_statistics", True) else model.train()
     layers = [layer._lowrank.name for layer in converted_layers(model)]
     trained = Trained(model, layers, segmentation_loss, logits, batch, runner.optim_wrapper.optimizer)
-    data = folder.data_fingerprint
-    assert data is not None
-    return record_of(name, folder, trained, history, accuracy, recipe_of(config), data)
+    return record_of(name, folder, trained, history, accuracy, _recipe(config))
 
 
-def recipe_of(config: Config) -> dict[str, Any]:
-    """How a run is trained, as a record says it; see `experiment.Record`."""
+def _recipe(config: Config) -> dict[str, Any]:
     wrapper, limit = config.optim_wrapper, config.train_dataloader.dataset.get("limit")
-    return {
-        "epochs": config.train_cfg.get("max_epochs"),
-        "steps": config.train_cfg.get("max_iters"),
-        "learning_rate": wrapper.get("optimizer", {}).get("lr"),
-        "batch_size": config.train_dataloader.batch_size,
-        "processes": place().count,
-        "joined_batch_size": config.train_dataloader.batch_size * place().count,
-        "image_size": list(config.crop_size) if config.get("crop_size") else None,
-        "precision": "16-mixed" if wrapper.get("type") == "AmpOptimWrapper" else "32-true",
-        **({"limit": limit} if limit is not None else {}),
-    }
+    return recipe_of(
+        config.train_dataloader.batch_size,
+        limit,
+        epochs=config.train_cfg.get("max_epochs"),
+        steps=config.train_cfg.get("max_iters"),
+        learning_rate=wrapper.get("optimizer", {}).get("lr"),
+        image_size=list(config.crop_size) if config.get("crop_size") else None,
+        precision="16-mixed" if wrapper.get("type") == "AmpOptimWrapper" else "32-true",
+    )
 
 
 def measure(task: Task, work: Work | None = None) -> Path | None:
@@ -243,7 +250,7 @@ def measure(task: Task, work: Work | None = None) -> Path | None:
     folder = _begun(task, name, TABLE, work)
     if folder is None:
         return None
-    first_does(lambda: _measure(task, name, folder), MENDABLE)
+    first_does(lambda: _measure(task, name, folder))
     return folder.result
 
 
@@ -251,7 +258,7 @@ def _measure(task: Task, name: RunName, folder: RunFolder) -> None:
     with locked(name, folder, as_yaml(task.config)):
         torch.manual_seed(name.seed)  # what has no weights to start from gets the same ones every time
         model, layers = prepared_model(task.config)
-        dataset = DATASETS.build(task.config.train_dataloader.dataset)
+        dataset = DATASETS.build(with_naming_readers(task.config).train_dataloader.dataset)
         settings = perplexity_settings(task.config)
         shape = (task.config.train_dataloader.batch_size, name.seed, settings.pop("batches", 1))
         batches = first_batches(model, dataset, *shape)

@@ -15,7 +15,7 @@ from sklearn.model_selection import train_test_split
 
 from classification.data.registry import ImageSet, Picked
 from experiment import ExperimentError, fingerprint
-from experiment.contents import content_hashes
+from experiment.contents import content_hashes, require_uncut, unreadable
 
 VAL_SHARE, SPLIT_SEED = 0.2, 233
 WIDE = ("PNG", "PPM")  # formats of which Pillow reads some 16-bit images as 32-bit ones; they have no more
@@ -60,7 +60,7 @@ def open_rgb(path: str) -> Image:
         with pillow.open(path) as image:
             return as_rgb(image)
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:  # what PIL raises
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 class ImageFiles(Sequence[Image]):
@@ -144,8 +144,9 @@ def _require_file(path: str) -> None:
 def _check_head(path: Path, content: bytes) -> None:
     """Raise `ExperimentError` where the head of an image tells that it is too large, or of values without a range.
 
-    A damaged one is told when it is read.
+    One that was cut is told too; one that is damaged otherwise, when it is read.
     """
+    require_uncut(path, content)
     try:
         with pillow.open(io.BytesIO(content)) as image:
             if image.mode == "F" or (image.mode == "I" and image.format not in WIDE):
@@ -153,25 +154,11 @@ def _check_head(path: Path, content: bytes) -> None:
     except (OSError, SyntaxError):
         return
     except (ValueError, pillow.DecompressionBombError) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
-def _unreadable(path: Path | str, error: Exception) -> ExperimentError:
-    return ExperimentError(
-        f"image {path} cannot be read ({error}); replace it, or delete the data set and prepare it again"
-    )
-
-
-def in_both(train: ImageSet, test: ImageSet) -> list[int]:
-    """Which images of one part are in another as well, byte by byte; none where their bytes are not known."""
-    ours, theirs = _contents(train), _contents(test)
-    if ours is None or theirs is None:
-        return []
-    seen = set(ours)
-    return [index for index, content in enumerate(theirs) if content in seen]
-
-
-def _contents(part: ImageSet) -> list[bytes] | None:
+def contents(part: ImageSet) -> list[bytes]:
+    """Each image's pixels, or a hash of its file; none where they are not known."""
     images = part.images
     if isinstance(images, np.ndarray):
         return [image.tobytes() for image in images]
@@ -180,5 +167,5 @@ def _contents(part: ImageSet) -> list[bytes] | None:
         indices = images.indices if indices is None else images.indices[indices]
         images = images.images
     if not isinstance(images, ImageFiles) or images.hashes is None:
-        return None
+        return []
     return images.hashes if indices is None else [images.hashes[int(index)] for index in indices]

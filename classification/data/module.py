@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +14,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-from classification.data.files import as_rgb, check_pixels, in_both
+from classification.data.files import as_rgb, check_pixels, contents
 from classification.data.limit import limited
 from classification.data.partition import Users, deal, halved, read_users, save_users
 from classification.data.prepared import load_splits
 from classification.data.registry import ImageSet, Splits, TextSet
-from classification.data.sampler import AugmentingShuffle, EachOnce, EpochLoader, EpochShuffle, drawing_from
+from classification.data.sampler import (
+    AugmentingShuffle,
+    EachOnce,
+    EpochLoader,
+    EpochShuffle,
+    QuietLoader,
+    drawing_from,
+)
 from experiment import ExperimentError, fingerprint
+from experiment.contents import tell_repeated
 from experiment.processes import place
 from experiment.shared_tensors import Content, shared_tensors
 
@@ -140,19 +147,11 @@ def _tokens(texts: Sequence[str], name: str, length: int) -> Tensor:
     return encoded["input_ids"]
 
 
-def tell_repeated(name: str, splits: Splits) -> int:
-    """Say how many test images are to be trained or validated on as well, byte by byte; returns their number."""
-    train, val, test = splits.train, splits.val, splits.test
-    if isinstance(train, TextSet) or isinstance(val, TextSet) or isinstance(test, TextSet):
-        return 0
-    repeated = sorted({*in_both(train, test), *in_both(val, test)})
-    if repeated:
-        print(
-            f"warning: {len(repeated)} of {len(test.labels)} test images of {name} are among those to train or "
-            f"validate on as well, such as test image {repeated[0]}; the test accuracy tells less",
-            file=sys.stderr,
-        )
-    return len(repeated)
+def _repeated(name: str, splits: Splits) -> int:
+    """How many test samples are to be trained or validated on as well, which is said."""
+    parts = (splits.train, splits.val, splits.test)
+    train, val, test = ([] if isinstance(part, TextSet) else contents(part) for part in parts)
+    return tell_repeated(name, [*train, *val], test)
 
 
 def _check_counts(splits: Splits, least: int) -> None:
@@ -236,7 +235,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.workers, self.shuffle_seed, self.augment = workers, shuffle_seed, augment
         splits = load_splits(dataset, Path(root))
-        tell_repeated(dataset, splits)
+        self.repeated = _repeated(dataset, splits)
         self.users: Users | None = None
         if partition != "all":
             self.users = read_users(Path(split_file), splits) if split_file else deal(splits, partition_seed)
@@ -312,11 +311,11 @@ class ImageDataModule(pl.LightningDataModule):
         )
 
     def _whole_loader(self, part: Dataset[Any]) -> DataLoader:
-        return DataLoader(part, self.eval_batch_size, num_workers=self.workers)
+        return QuietLoader(part, self.eval_batch_size, num_workers=self.workers)
 
     def _eval_loader(self, part: TransformedSet | TokenSet) -> DataLoader:
         batches = EachOnce(len(part), self.eval_batch_size, place())
-        return DataLoader(self._activations.get(part, part), batch_sampler=batches, num_workers=self.workers)
+        return QuietLoader(self._activations.get(part, part), batch_sampler=batches, num_workers=self.workers)
 
     def val_dataloader(self) -> DataLoader:
         """Validation batches: every image, none dropped; of several processes each has its share."""

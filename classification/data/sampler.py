@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from experiment.processes import Place
+from experiment.processes import Place, place
+from experiment.signals import in_worker
 
 
 class EpochShuffle(Sampler[Any]):
@@ -24,10 +25,14 @@ class EpochShuffle(Sampler[Any]):
         seed: of the order.
         place: of the process that takes its share: every `count`-th index of the order that all processes have. Of the
             order's last, less than `count`, none takes any, as each has to take as many as the others.
+
+    Attributes:
+        first: of this process's indices of an epoch, from which on they are given.
     """
 
     def __init__(self, length: int, seed: int, place: Place = Place()) -> None:  # noqa: B008 - it is frozen
-        self.length, self.seed, self.place, self.epoch = length, seed, place, 0
+        self.length, self.seed, self.place = length, seed, place
+        self.epoch = self.first = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next."""
@@ -39,7 +44,7 @@ class EpochShuffle(Sampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         generator = torch.Generator().manual_seed((self.seed * 100_003 + self.epoch) % 2**63)
         order = torch.randperm(self.length, generator=generator).tolist()
-        yield from order[self.place.rank :: self.place.count][: len(self)]
+        yield from order[self.place.rank :: self.place.count][self.first : len(self)]
 
 
 class AugmentingShuffle(EpochShuffle):
@@ -92,11 +97,39 @@ def drawing_from(seed: int) -> Iterator[None]:
         yield
 
 
-class EpochLoader(DataLoader):
-    """Loads nothing before the first batch is asked for.
+class QuietLoader(DataLoader):
+    """Leaves the global random state alone, which a stock loader draws from whenever it starts.
+
+    So what is drawn while a network trains does not depend on how often its data was loaded.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        own = torch.Generator().manual_seed((torch.initial_seed() + place().rank) % 2**63)
+        super().__init__(*arguments, generator=own, worker_init_fn=in_worker, **options)
+
+
+class EpochLoader(QuietLoader):
+    """Loads nothing before the first batch is asked for, and goes on within an epoch by what its state says.
 
     A trainer makes its iterator before it tells the epoch; worker processes would fetch images of another one by then.
     """
 
+    _taken = _skipped = 0  # batches of this epoch
+
     def __iter__(self) -> Iterator[Any]:
-        yield from super().__iter__()
+        self._taken, self._skipped = self._skipped, 0  # also where no batch of this epoch is asked for
+        return self._rest()
+
+    def _rest(self) -> Iterator[Any]:
+        self.sampler.first = self._taken * (self.batch_size or 1)  # type: ignore[attr-defined]
+        for batch in super().__iter__():
+            self._taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches of the epoch have been taken."""
+        return {"batches": self._taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin the next epoch after so many batches."""
+        self._skipped = state["batches"]

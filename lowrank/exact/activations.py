@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowrank.exact.bits import Rule, masked, pack
 from lowrank.exact.slots import Slot, note_slot
-from lowrank.tensors.eager import wants_gradient
+from lowrank.tensors.eager import Node, wants_gradient
 
 SIXTH = torch.tensor(1 / 6).item()  # PyTorch's slope of Hardsigmoid, a single-precision number in every dtype
 
@@ -56,7 +56,7 @@ class Curve:
     by_output: bool = True
 
 
-class _TwoSlopes(torch.autograd.Function):
+class _TwoSlopes(Node):
     """A curve; keeps one bit per element, or the output, where another node keeps that."""
 
     @staticmethod
@@ -85,7 +85,7 @@ def _two_slopes(x: Tensor, curve: Curve, inplace: bool) -> Tensor:
     return y
 
 
-class _Masked(torch.autograd.Function):
+class _Masked(Node):
     """`masked`, where the gradient is itself differentiated: linear, so its own derivative is the same once more."""
 
     @staticmethod
@@ -148,7 +148,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     )
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, inplace: bool) -> Tensor:
         # The draws of PyTorch's own dropout on each kind of device, so that a seed gives the same network.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowrank.exact import activations
 from lowrank.exact.origins import Reader, itself, lean_mode, note, origin_of, reading, takes_nothing
-from lowrank.tensors.eager import saved
+from lowrank.tensors.eager import Node, saved
 
 _aten = torch.ops.aten
 
@@ -41,7 +41,7 @@ class Curve:
     derivative: Callable[[Tensor, Tensor], Tensor]
 
 
-class _Curved(torch.autograd.Function):
+class _Curved(Node):
     """A curve whose input is computed again."""
 
     @staticmethod

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowrank.exact.origins import Origin, Reader, find, itself, lean_mode, note, origin_of, reading
 from lowrank.exact.slots import is_kept
-from lowrank.tensors.eager import saved
+from lowrank.tensors.eager import Node, saved
 
 _PARTS = (torch.cat, torch.concat, torch.concatenate)
 
@@ -62,7 +62,7 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
         note(y, again, origins, parts)
 
 
-class _Product(torch.autograd.Function):
+class _Product(Node):
     """A product of two tensors of which at least one is computed again."""
 
     @staticmethod

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.tensors.eager import wants_gradient
+from lowrank.tensors.eager import Node, wants_gradient
 
 Size = int | tuple[int, ...] | list[int]
 
 
-class _ShapeOnly(torch.autograd.Function):
+class _ShapeOnly(Node):
     """A pooling operator whose backward pass reads nothing of the input but its shape."""
 
     @staticmethod
@@ -63,7 +63,7 @@ def avg_pool2d(
     return _ShapeOnly.apply(input, lambda x: F.avg_pool2d(x, *settings), lambda g, x: backward(g, x, *settings))
 
 
-class _MaxPool2d(torch.autograd.Function):
+class _MaxPool2d(Node):
     """Keeps of each output element its place in the window, one byte, where PyTorch keeps eight and the input."""
 
     @staticmethod

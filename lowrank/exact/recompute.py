@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowrank.exact.expressions import keeps_its_input, note_of
 from lowrank.exact.origins import Reader, Rebuild, lean_mode, note, origin_of, reading
-from lowrank.tensors.eager import saved
+from lowrank.tensors.eager import Node, saved
 
 
 def note_linear(x: Tensor, y: Tensor, apply: Rebuild, parameters: tuple[Tensor | None, ...], keeps_x: bool) -> None:
@@ -151,7 +151,7 @@ class _Mixing:
         return [next(found) if want else None for want in self.wanted]
 
 
-class _Attend(torch.autograd.Function):
+class _Attend(Node):
     """Attention that is computed again in the backward pass."""
 
     @staticmethod

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank.tensors.eager import depth_of_batches, ordinary
 from lowrank.tensors.notes import Notes
 
 
@@ -40,7 +41,7 @@ class Slot:
         if self._node is not None:
             self.own, self._node = False, _saved(tensor)
 
-    def tensor(self) -> Tensor:
+    def tensor(self) -> Any:
         """The tensor, in a backward pass; after one that does not retain the graph it is gone."""
         if self._node is None:
             raise RuntimeError(
@@ -48,9 +49,9 @@ class Slot:
                 "retain_graph=True if you need to"
             )
         (found,) = self._node.saved_tensors
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not torch._C._autograd._get_current_graph_task_keep_graph() and not depth_of_batches():
             self._node = None
-        return found
+        return ordinary(found)
 
 
 def _saved(tensor: Tensor) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lowrank.errors import ChangedError
 from lowrank.layers.lazy import Lazy, real, unread
 from lowrank.methods.base import Method, Tensors
-from lowrank.tensors.eager import refuse_double_backward, saved
+from lowrank.tensors.eager import Node, refuse_double_backward, saved
 from lowrank.tensors.geometry import Geometry, Shape
 from lowrank.tensors.memory_layout import dense_strides, laid_out, suggests_channels_last
 
@@ -131,7 +131,7 @@ class ScaledGradient:
         return self.grad * per_output(self.scale.to(self.grad.dtype), 4)
 
 
-class LowRankFunction(torch.autograd.Function):
+class LowRankFunction(Node):
     """The layer's own forward pass; gradients from what was kept."""
 
     @staticmethod
@@ -197,7 +197,7 @@ class LowRankFunction(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, *[None] * (3 + len(kept))
 
 
-class MergedNormFunction(torch.autograd.Function):
+class MergedNormFunction(Node):
     """A convolution and the batch normalisation behind it in one pass, from the convolution's unread output."""
 
     @staticmethod

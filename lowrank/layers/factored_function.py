@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.tensors.eager import refuse_double_backward, saved
+from lowrank.tensors.eager import Node, refuse_double_backward, saved
 from lowrank.tensors.geometry import LinearGeometry
 from lowrank.tensors.gradients import factor_gradients
 from lowrank.tensors.storage import restore
@@ -41,7 +41,7 @@ class FactoredSettings:
         return Tucker(x, (None,) * x.ndim).to(dtype)
 
 
-class FactoredFunction(torch.autograd.Function):
+class FactoredFunction(Node):
     """`y = (x R^T) L^T + bias`.
 
     Gradients: dX = (dY L) R and, with x~ for what was kept of the input, dL = dY^T (x~ R^T) and dR = (dY L)^T x~.

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
 
 from lowrank.errors import ConversionError, LowRankError
 from lowrank.exact.origins import Rebuild, origin_of, reading
@@ -72,6 +73,12 @@ class LowRankLayer(Changed):
 
     def forward(self, input: Tensor) -> Tensor:
         """Output of the stock layer; keeps what the method keeps."""
+        if "parametrizations" not in self._modules:
+            return self._forward(input)
+        with parametrize.cached():  # a weight is computed once per call: spectral norm takes a step each time
+            return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._compiled(input)
         if type(input) not in _OWN:

@@ -5,7 +5,9 @@ Also what a backward pass does where it is itself differentiated, and where what
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from torch.autograd import forward_ad
 from lowrank.errors import ChangedError, DoubleBackwardError
 
 # Tensor classes that hold their own numbers and do nothing of their own when they are used.
-ORDINARY: set[type[Tensor]] = {Tensor, nn.Parameter, nn.Buffer}
+_STOCK = (Tensor, nn.Parameter, nn.Buffer)
+ORDINARY: set[type[Tensor]] = {*_STOCK}
 _TRACERS = [torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY]
 _TRACERS.append(torch._C._TorchDispatchModeKey.FUNCTIONAL)
 
@@ -67,7 +70,7 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 def saved(ctx: Any, name: str) -> tuple[Any, ...]:
-    """The saved tensors of an autograd function.
+    """The saved tensors of an autograd function, ordinary ones: in a backward pass no function keeps less.
 
     Args:
         ctx: of the function.
@@ -93,7 +96,55 @@ def saved(ctx: Any, name: str) -> tuple[Any, ...]:
             f"{name}: a parameter that its gradient is computed from was sharded again after the forward pass; convert "
             f"with fuse=False, or keep parameters whole until the backward pass (reshard_after_forward=False)"
         )
-    return tensors
+    return tuple(map(ordinary, tensors))
+
+
+def ordinary(tensor: Tensor | None) -> Tensor | None:
+    """The same numbers and graph in a tensor of PyTorch's own class."""
+    return tensor if tensor is None or type(tensor) in _STOCK else tensor.as_subclass(Tensor)
+
+
+class Node(torch.autograd.Function):
+    """An autograd function whose backward pass also takes a batch of gradients (`is_grads_batched=True`), one by one.
+
+    PyTorch has rules for few operators on such a batch.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        setattr(cls, "backward", staticmethod(_one_by_one(cls.backward)))  # noqa: B010 - not a method to mypy
+
+
+def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(backward)
+    def each(ctx: Any, *grads: Any) -> Any:
+        if torch.compiler.is_compiling() or not any(map(_is_batched, grads)):
+            return backward(ctx, *grads)
+        level = depth_of_batches()
+        columns = [torch._remove_batch_dim(g, level, 0, 0) if _is_batched(g) else None for g in grads]
+        size = next(len(column) for column in columns if column is not None)
+        found = []
+        for at in range(size):
+            given = (g if column is None else column[at] for g, column in zip(grads, columns, strict=True))
+            made = backward(ctx, *given)
+            found.append(made if isinstance(made, tuple) else (made,))
+        return tuple(
+            torch._add_batch_dim(torch.stack(column), 0, level) if isinstance(column[0], Tensor) else None
+            for column in zip(*found, strict=True)
+        )
+
+    return each
+
+
+def depth_of_batches() -> int:
+    """How many batches of gradients, one within another, a backward pass is at work on; 0: as ever, on one."""
+    level: int = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+def _is_batched(grad: Any) -> bool:
+    return isinstance(grad, Tensor) and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 class _Refused(torch.autograd.Function):

@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from mmengine.dataset import InfiniteSampler
-from mmengine.registry import DATA_SAMPLERS, DATASETS
+import torch
+from mmengine.dataset import InfiniteSampler, worker_init_fn
+from mmengine.dist import get_rank
+from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 
 from experiment import ExperimentError
+from experiment.signals import in_worker
 
 
 class Place(int):
@@ -51,6 +54,14 @@ class PlacedSampler(InfiniteSampler):
     def __iter__(self) -> Iterator[Place]:
         for number, index in zip(itertools.count(self.first), super().__iter__(), strict=False):
             yield _place(index, (self.seed, 0, number * self.world_size + self.rank))
+
+
+@FUNCTIONS.register_module()
+def worker_of_run(worker_id: int, seed: int) -> None:
+    """What a process that loads images does first: as MMEngine's own do, and see `experiment.signals.in_worker`."""
+    told = torch.utils.data.get_worker_info()
+    worker_init_fn(worker_id, told.num_workers if told else 0, get_rank(), seed)
+    in_worker()
 
 
 @DATASETS.register_module()

@@ -6,11 +6,11 @@ import contextlib
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from experiment import ExperimentError, archives
-from experiment.contents import content_hashes
+from experiment.contents import content_hashes, require_uncut
 
 MOST_BYTES = 64 * 2**30  # of an archive when unpacked; the largest, Cityscapes' images, has 11 GB
 
@@ -66,12 +66,19 @@ def read_list(path: Path) -> list[str]:
         raise ExperimentError(f"{path} cannot be read ({error.strerror}); prepare the data set first") from None
 
 
-def files_fingerprint(root: Path, files: Iterable[Path]) -> str:
-    """A short hash of files' names, relative to `root`, and bytes, whatever their order.
+def file_hashes(root: Path, files: Iterable[Path]) -> dict[Path, bytes]:
+    """A hash of the bytes of each file of a data set in `root`.
 
     Every file is read once, and then known by its size and times; see `experiment.contents`.
+
+    Raises:
+        ExperimentError: an image was cut.
     """
-    paths = sorted(files)
-    hashes = content_hashes(paths, root.parent / f".{root.name}.contents.npz")
-    lines = (f"{path.relative_to(root)} {digest.hex()}" for path, digest in zip(paths, hashes, strict=True))
+    paths, store = sorted(files), root.parent / f".{root.name}.contents.npz"
+    return dict(zip(paths, content_hashes(paths, store, require_uncut), strict=True))
+
+
+def fingerprint_of(root: Path, hashes: Mapping[Path, bytes]) -> str:
+    """A short hash of files' names, relative to `root`, and bytes, whatever their order."""
+    lines = (f"{path.relative_to(root)} {digest.hex()}" for path, digest in hashes.items())
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]

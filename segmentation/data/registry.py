@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from mmengine.config import Config
 
 from experiment import ExperimentError
 from segmentation.compose import datasets
-from segmentation.data.folders import files_fingerprint, read_list
+from segmentation.data.folders import file_hashes, fingerprint_of, read_list
 from segmentation.data.scenes import SETS, write_scenes
 
 
@@ -30,32 +31,46 @@ def require_data(config: Config) -> None:
     write_scenes(root, SETS[name])
 
 
-def data_fingerprint(config: Config) -> str | None:
-    """A short hash of the names and bytes of all images and label maps that the config trains and validates on.
+@dataclass(frozen=True)
+class Data:
+    """What a config trains, validates and tests on.
 
-    None if they are not there.
+    Attributes:
+        fingerprint: a short hash of the names and bytes of all images and label maps; None if they are not there.
+        trained: hashes of the bytes of the images to train on.
+        tested: the same of those to validate or test on.
+    """
+
+    fingerprint: str | None = None
+    trained: tuple[bytes, ...] = ()
+    tested: tuple[bytes, ...] = ()
+
+
+def data_of(config: Config) -> Data:
+    """Look at a config's data.
 
     Raises:
-        ExperimentError: a part of them is not there.
+        ExperimentError: a part of them is not there, or an image was cut.
     """
-    files: set[Path] = set()
-    roots = {Path(part["data_root"]) for part in datasets(config)}
+    parts = datasets(config)
+    roots = {Path(part["data_root"]) for part in parts}
     if not all(root.is_dir() for root in roots):
-        return None
+        return Data()
+    root = min(roots, key=str)
     try:
-        for part in datasets(config):
-            files |= _files(part)
-        return files_fingerprint(min(roots, key=str), files)
+        hashes = file_hashes(root, {path for part in parts for path in _files(part)})
+        training = {path for part in datasets(config.train_dataloader) for path in _files(part, "img_path")}
+        others = {path for part in parts for path in _files(part, "img_path")} - training
     except OSError as error:
-        raise ExperimentError(
-            f"the data set in {min(roots, key=str)} cannot be read ({error.filename}: {error.strerror})"
-        ) from None
+        raise ExperimentError(f"the data set in {root} cannot be read ({error.filename}: {error.strerror})") from None
+    trained, tested = (tuple(hashes[path] for path in sorted(paths)) for paths in (training, others))
+    return Data(fingerprint_of(root, hashes), trained, tested)
 
 
-def _files(part: dict[str, Any]) -> set[Path]:
-    """The images and label maps of one data set's config."""
+def _files(part: dict[str, Any], kind: str | None = None) -> set[Path]:
+    """The images and label maps of one data set's config, or those of one kind, as its `data_prefix` has it."""
     root = Path(part["data_root"])
-    prefixes = [root / prefix for prefix in part.get("data_prefix", {}).values()]
+    prefixes = [root / prefix for name, prefix in part.get("data_prefix", {}).items() if kind in (None, name)]
     if not part.get("ann_file"):
         return {path for prefix in prefixes for path in prefix.rglob("*") if path.is_file()}
     names = set(read_list(root / part["ann_file"]))

@@ -73,10 +73,10 @@ def test_anything_else_is_one(folders, what):
     elif what == "record":
         text = (other / "result.json").read_text()
         (other / "result.json").write_text(text.replace('"saved_measured": 7', '"saved_measured": 8'))
-        wanted = "result.json"
+        wanted = "result.json: /memory_bytes/saved_measured is 7 in one and 8 in the other"
     elif what == "metrics":
         (other / "metrics.csv").write_text("epoch,val_loss,seconds\n0,0.50001,1.0\n")
-        wanted = "metrics.csv"
+        wanted = "metrics.csv: /0/val_loss is '0.5' in one and '0.50001' in the other"
     else:
         wanted = "last.ckpt.unusable" if what == "unusable" else ".last.ckpt.x.part"
         (other / "checkpoints" / wanted).touch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from classification.cli import main
+from experiment.signals import pending
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "classification"
@@ -104,11 +106,56 @@ class CrashInEpoch(pl.Callback):
 
 
 class HaltInEpoch(CrashInEpoch):
-    """Says so in the middle of an epoch and waits there to be killed."""
+    """Says so in the middle of an epoch and waits there to be killed, or for another signal."""
 
     def interrupt(self):
         print("halted", flush=True)
-        signal.pause()
+        while not pending():
+            time.sleep(0.01)
+
+
+class SignalIn(pl.Callback):
+    """A signal to this process in the middle of a step: of training, or of validation; and dropout of the logits.
+
+    Args:
+        epoch: of the step, from 0; -1 for no signal.
+        batch: of the step, from 0.
+        validating: whether the step is of validation.
+        number: of the signal.
+    """
+
+    def __init__(self, epoch: int = -1, batch: int = 0, validating: bool = False, number: int = 15) -> None:
+        self.moment, self.number = (epoch, batch, validating), number
+
+    def _signal(self, trainer, batch, validating):
+        if (trainer.current_epoch, batch, validating) == self.moment:
+            self.moment = None
+            signal.raise_signal(self.number)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._signal(trainer, batch_idx, False)
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self._signal(trainer, batch_idx, True)
+
+    def on_fit_start(self, trainer, pl_module):
+        def drop(network, inputs, logits):
+            return torch.nn.functional.dropout(logits, 0.3, network.training)
+
+        self.hook = pl_module.backbone.register_forward_hook(drop)
+
+    def on_fit_end(self, trainer, pl_module):
+        self.hook.remove()
+
+
+class StopIn(pl.Callback):
+    """Tells the trainer to stop at the end of a batch, as a limit of time does."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        self.moment = (epoch, batch)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = (trainer.current_epoch, batch_idx) == self.moment
 
 
 class CrashBeforeTest(pl.Callback):

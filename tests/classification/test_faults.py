@@ -141,14 +141,14 @@ def started(words, said):
         text=True,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
     assert any(said in line for line in process.stdout), process.stderr.read()
     return process
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("command", ["fit", "sweep"])
+@pytest.mark.parametrize(("command", "number", "code"), [("fit", signal.SIGTERM, 143), ("sweep", signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_with_its_exit_code_and_nothing_is_lost(whole, tmp_path, number, code, command):
     halted = ["--trainer.callbacks+", "commands.HaltInEpoch", "--trainer.callbacks.epoch", "2"]
     words = arguments("fit", tmp_path, *whole[0])
@@ -157,12 +157,16 @@ def test_a_signal_ends_a_run_with_its_exit_code_and_nothing_is_lost(whole, tmp_p
         words = ["sweep", "--setup", "a", "--model", "mcunet", "--dataset", "digits", "--methods", "vanilla"]
         words += ["--layers", "2", "--epochs", "4", "--weights", str(whole[0][-1]), "--runs_dir", str(tmp_path)]
         words += ["--data.image_size", "32", "--data.batch_size", "8", *options[2:8]]
+    else:
+        words += ["--data.workers", "1"]  # which such a signal ends as well, if it may
     process = started([*words, *halted], "halted")
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == code, said
     assert re.fullmatch(r"interrupted during .*digits.*; the same command goes on\n", said)
     assert not list(tmp_path.rglob("*.part"))
+    last = torch.load(only_file(tmp_path, "last.ckpt"), weights_only=True)
+    assert last["global_step"] == 3 * 2  # the step that it was in is done and saved
     if command == "fit":
         assert main(words) == 0
         assert_same(only_file(tmp_path, "result.json").parent, whole[1])

@@ -1,12 +1,15 @@
 """Files are known by their bytes, and read again only where something says that they were touched."""
 
 import hashlib
+import io
 import os
 import time
 
 import pytest
+from PIL import Image
 
-from experiment.contents import content_hashes
+from experiment import ExperimentError
+from experiment.contents import content_hashes, require_uncut, tell_repeated
 
 
 @pytest.fixture
@@ -79,3 +82,34 @@ def test_a_damaged_store_is_made_again(files, tmp_path, damage):
 def test_a_missing_file_is_an_error_of_the_disk(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         content_hashes([tmp_path / "nowhere"], tmp_path / "store.npz")
+
+
+def picture(kind, **options):
+    """A picture as a file has it, with a small one of itself in its head where it is a JPEG."""
+    image = Image.effect_noise((24, 24), 60).convert("RGB")
+    small, file = io.BytesIO(), io.BytesIO()
+    image.resize((8, 8)).save(small, "JPEG")
+    exif = {"exif": b"Exif\0\0" + small.getvalue()} if kind == "JPEG" else {}
+    image.save(file, kind, **exif, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {})])
+def test_a_cut_image_is_told_wherever_it_was_cut(kind, options):
+    whole = picture(kind, **options)
+    require_uncut("x", whole)
+    require_uncut("x", whole + b"\0" * 2000 if kind == "PNG" else whole + b"behind it" * 500)
+    first = whole.rindex(b"\xff\xda") if kind == "JPEG" else 60  # the last of its scans begins
+    last = len(whole) - (6 if kind == "JPEG" else 24)  # after which Pillow misses nothing of a PNG
+    for end in range(first + 2, last, 7):
+        with pytest.raises((OSError, SyntaxError)):
+            Image.open(io.BytesIO(whole[:end])).load()
+        with pytest.raises(ExperimentError, match=r"image x cannot be read \(it was cut"):
+            require_uncut("x", whole[:end])
+
+
+def test_images_that_are_tested_and_trained_on_are_counted(capsys):
+    assert tell_repeated("fish", [b"a", b"b"], [b"c", b"d"]) == 0
+    assert capsys.readouterr().err == ""
+    assert tell_repeated("fish", [b"a", b"b"], [b"c", b"b", b"a"]) == 2
+    assert capsys.readouterr().err.startswith("warning: 2 of 3 test images of fish are among those to train or ")

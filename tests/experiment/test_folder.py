@@ -1,12 +1,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from experiment import ExperimentError, Record, Run, RunFolder, Status
 from experiment.errors import InUseError
+from experiment.execute import nothing_to_do
 
 IDENTITY = {"model": {"name": "mcunet", "layers": 2}, "seed": 1, "mean": (0.5, 0.5)}
 HOLDER = """
@@ -220,3 +222,60 @@ def test_a_folder_in_place_of_the_result_is_refused(tmp_path):
     run.result.mkdir()
     with pytest.raises(ExperimentError, match=r"result\.json is a folder"), run.locked(""):
         pass
+
+
+RUN = Run("classification", "A", "mcunet", "pets", "asi_hosvd_0.8", 2, 1)
+
+
+def named(root, method, **changes):
+    """A run's folder below a root by the name of its method."""
+    run = replace(RUN, method=method)
+    return RunFolder(run.folder(root), IDENTITY | changes, "result.json", run=run)
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A finished run whose method has the name of before budgets were in it."""
+    run = named(tmp_path, "asi")
+    with run.locked("a: 1\n"):
+        (run.path / "checkpoints" / "last.ckpt").write_text("last")
+        Record(replace(RUN, method="asi"), {"test": 0.5}, {}, {}, {}, {"config_hash": run.identity_hash}).save(run.path)
+    return run
+
+
+def test_a_run_under_its_earlier_name_is_taken_over(tmp_path, earlier, capsys):
+    now = named(tmp_path, RUN.method)
+    assert nothing_to_do(RUN, now, dry_run=True).startswith(f"would take over: {RUN}\n")
+    assert earlier.result.exists()
+    assert nothing_to_do(RUN, now, dry_run=False).startswith("done already: ")
+    assert capsys.readouterr().out.startswith(f"taken over: {earlier.path} holds this run under its earlier name")
+    assert (Record.load(now.result).run, Record.load(now.result).accuracy) == (RUN, {"test": 0.5})
+    assert (now.checkpoints / "last.ckpt").read_text() == "last"
+    assert not earlier.path.exists()
+    assert nothing_to_do(RUN, named(tmp_path, RUN.method), dry_run=False).startswith("done already: ")
+    assert capsys.readouterr().out == ""
+
+
+def test_one_that_is_not_done_goes_on_under_its_name_of_now(tmp_path, earlier):
+    earlier.result.unlink()
+    now = named(tmp_path, RUN.method)
+    assert nothing_to_do(RUN, now, dry_run=False) is None
+    assert now.status() is Status.INTERRUPTED
+
+
+def test_another_run_under_the_earlier_name_is_left_and_told(tmp_path, earlier, capsys):
+    assert nothing_to_do(RUN, named(tmp_path, RUN.method, seed=2), dry_run=False) is None
+    said = capsys.readouterr().out
+    assert said == (
+        f"note: {earlier.path} holds no part of this run, as it is of other settings (seed is 1 there and 2 here)\n"
+    )
+    assert earlier.result.exists()
+    assert nothing_to_do(RUN, named(tmp_path / "other", RUN.method), dry_run=False) is None
+    assert nothing_to_do(replace(RUN, method="wasi_1mib"), named(tmp_path, "wasi_1mib"), dry_run=False) is None
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_in_work_is_not_taken_over(tmp_path, earlier):
+    with earlier.locked(""), pytest.raises(InUseError):
+        nothing_to_do(RUN, named(tmp_path, RUN.method), dry_run=False)
+    assert earlier.result.exists()

@@ -60,17 +60,18 @@ def test_a_row_has_bytes_times_and_what_the_task_adds(tmp_path, clock, network):
 
 
 def test_a_resumed_history_goes_on_as_if_nothing_had_been(tmp_path, clock, network):
-    interrupted = History(tmp_path / "b", print)
+    interrupted = History(tmp_path)
     steps(interrupted, clock, network, 1.0)
     interrupted.add({})
     steps(interrupted, clock, network, 4.0, 2.0)
     clock.now += 0.5
     state = interrupted.state_dict()
     clock.now += 1000  # it lay still
-    resumed = History(tmp_path / "b", print)
+    resumed = History(tmp_path)
     resumed.load_state_dict(state)
     resumed.start()
     steps(resumed, clock, network, 6.0)
+    assert resumed.mean_loss == pytest.approx(12 / 3)
     row = resumed.add({})
     assert (row["step_seconds"], row["seconds"]) == (4.0, 12.5)
     assert resumed.times == {"step_median": 3.0, "total": 13.5}
@@ -104,3 +105,15 @@ def test_a_damaged_file_has_no_rows(tmp_path, content):
     (tmp_path / "metrics.csv").write_text(content)
     assert read_rows(tmp_path / "metrics.csv") == []
     assert read_rows(tmp_path / "missing.csv") == []
+
+
+def test_the_mean_loss_is_over_samples_before_and_after_a_resume(tmp_path, network):
+    first, second = History(tmp_path), History(tmp_path)
+    first.step_end(network, 1.0, 8)
+    second.load_state_dict(first.state_dict())
+    second.step_end(network, 4.0, 4)
+    assert second.mean_loss == pytest.approx((8 * 1.0 + 4 * 4.0) / 12)
+    old = first.state_dict()
+    old["pending"] = old["pending"][:3]  # as an earlier version saved it
+    second.load_state_dict(old)
+    assert second.mean_loss == 1.0

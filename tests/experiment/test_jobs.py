@@ -25,7 +25,7 @@ def program(**raised):
         if arguments[0] in raised:
             raise raised[arguments[0]]
 
-    return Program("python -m x", command, lambda error: isinstance(error, ExperimentError)), tried
+    return Program("python -m x", command), tried
 
 
 @pytest.mark.parametrize("error", [ExperimentError("no data"), RuntimeError("out of memory")])
@@ -62,7 +62,7 @@ def test_what_was_in_work_elsewhere_may_be_done_at_the_end(tmp_path, capsys):
         if arguments[0] == "first" and errors:
             raise errors.pop()
 
-    how = Program("python -m x", command, lambda error: True)
+    how = Program("python -m x", command)
     assert run_jobs([job(1, "first"), job(2, "second")], how, tmp_path) == 0
     assert tried == ["first", "second", "first"]
     assert capsys.readouterr().err == ""
@@ -89,7 +89,7 @@ def test_the_time_left_is_of_the_median_run_of_each_kind(tmp_path, capsys, monke
     table = [Job("table", replace(run, layers=layers), ("table",), "perplexity.json") for layers in (1, 2)]
     runs = [job(layers, kind) for layers, kind in enumerate(["usual", "slow", "usual", "usual"], start=1)]
     order = [table[0], *runs, table[1]]
-    assert run_jobs(order, Program("python -m x", command, lambda error: True), tmp_path) == 0
+    assert run_jobs(order, Program("python -m x", command), tmp_path) == 0
     said = re.findall(r"about (.*) left", capsys.readouterr().out)
     # Of runs nothing is known at first, so the table's time stands for theirs; then their median does.
     expected = [5 * 4, 3 * 60 + 4, 2 * 530 + 4, 60 + 4, 4]
@@ -106,7 +106,7 @@ def test_a_sweep_that_waits_comes_back_until_nothing_is_in_work_elsewhere(tmp_pa
             raise errors.pop()
 
     monkeypatch.setattr(time, "sleep", slept.append)
-    how = Program("python -m x", command, lambda error: True)
+    how = Program("python -m x", command)
     assert run_jobs([job(1, "first"), job(2, "second")], how, tmp_path, wait=True) == 0
     assert tried == ["first", "second", *["first"] * 4]
     assert len(slept) == 3
@@ -125,7 +125,7 @@ def recording(tmp_path):
         run.folder(tmp_path).mkdir(parents=True, exist_ok=True)
         Record(run, {"test": 0.5}, {}, {}, {}).save(run.folder(tmp_path))
 
-    return Program("python -m x", command, lambda error: True), asked
+    return Program("python -m x", command), asked
 
 
 def test_what_was_done_by_the_same_command_is_not_loaded_again(tmp_path, capsys):

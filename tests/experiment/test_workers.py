@@ -145,5 +145,5 @@ def test_a_run_that_another_process_has_done_meanwhile_is_not_done_again(tmp_pat
     from experiment.jobs import Program
 
     folder.path.mkdir(parents=True)
-    assert run_jobs([job(tmp_path, 1)], Program("x", command, lambda error: True), tmp_path) == 0
+    assert run_jobs([job(tmp_path, 1)], Program("x", command), tmp_path) == 0
     assert capsys.readouterr().err == ""

@@ -78,8 +78,4 @@ def _wait(condition) -> None:
         time.sleep(0.02)
 
 
-def _mendable(error: Exception) -> bool:
-    return isinstance(error, ExperimentError)
-
-
-PROGRAM = Program("python -m working", do, _mendable)
+PROGRAM = Program("python -m working", do)

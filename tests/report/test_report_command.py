@@ -42,7 +42,7 @@ def refused(capsys, *arguments):
     assert main([str(argument) for argument in arguments]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("report: error: ")
+    assert said.err.startswith("error: ")
     assert said.err.count("\n") == 1
     return said.err
 
@@ -231,7 +231,7 @@ def test_errors_of_the_subprocess(write, runs, tmp_path, mistake):
         arguments += ["--output", tmp_path / "file"]
     done = command(*arguments, folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("report: error: ")
+    assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
 
 

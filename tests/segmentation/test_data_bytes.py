@@ -4,12 +4,14 @@ import os
 import shutil
 
 import pytest
+from mmseg.registry import DATASETS
+from mmseg.utils import register_all_modules
 from segmentors import files
 
-from experiment import Run
+from experiment import ExperimentError, Run
 from experiment.record import RESULT
-from segmentation.compose import choose_depth, load_config, move_data
-from segmentation.data.registry import data_fingerprint
+from segmentation.compose import choose_depth, load_config, move_data, with_naming_readers
+from segmentation.data.registry import data_of
 from segmentation.training import Task
 
 
@@ -24,6 +26,45 @@ def task(data_dir, tmp_path):
     return Task(config, tmp_path / "runs"), tmp_path / "data" / "digit_scenes"
 
 
+@pytest.fixture
+def images(task):
+    """The images to train on and those to validate on."""
+    folder = task[1] / "JPEGImages"
+    return sorted(folder.glob("train_*")), sorted(folder.glob("val_*"))
+
+
+def test_images_that_are_trained_and_validated_on_are_counted_told_and_noted(task, images, capsys):
+    task, (train, val) = task[0], images
+    assert task.begin(RUN, RESULT, None).repeated == 0
+    assert capsys.readouterr().err == ""
+    shutil.copy(train[3], val[1])
+    assert task.begin(RUN, RESULT, None).repeated == 1
+    assert capsys.readouterr().err == (
+        "warning: 1 of 4 test images of digit_scenes are among those to train or validate on as well, such as test "
+        "image 1; the test accuracy tells less\n"
+    )
+
+
+def test_a_cut_image_is_named_before_training_and_a_damaged_one_when_it_is_read(task, images):
+    task, (train, _) = task[0], images
+    config = with_naming_readers(task.config)
+    register_all_modules(init_default_scope=True)
+    dataset = DATASETS.build(config.train_dataloader.dataset)
+    assert dataset[0]["inputs"].shape[0] == 3
+    whole = train[0].read_bytes()
+    train[0].write_bytes(whole[:-200])
+    with pytest.raises(ExperimentError, match=rf"^image {train[0]} cannot be read \(it was cut: its end is missing\)"):
+        task.begin(RUN, RESULT, None)
+    train[0].write_bytes(whole[:40] + whole[-40:])
+    with pytest.raises(ExperimentError, match=rf"^image {train[0]} cannot be read \("):
+        dataset[0]
+    labels = train[0].parents[1] / "SegmentationClass" / train[0].name
+    train[0].write_bytes(whole)
+    labels.unlink()
+    with pytest.raises(ExperimentError, match=rf"^image {labels} cannot be read \(.*No such file"):
+        dataset[0]
+
+
 RUN = Run("segmentation", "finetune", "pspnet_small", "digit_scenes", "vanilla", 10, 1)
 
 
@@ -31,7 +72,7 @@ RUN = Run("segmentation", "finetune", "pspnet_small", "digit_scenes", "vanilla",
 def test_one_changed_byte_is_noticed_though_size_and_time_are_as_before(task, kind):
     task, root = task
     before = task.begin(RUN, RESULT, None).data_fingerprint
-    assert before == data_fingerprint(task.config)
+    assert before == data_of(task.config).fingerprint
     path = sorted((root / kind).iterdir())[0]
     times, content = path.stat(), bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -44,6 +85,6 @@ def test_data_that_is_elsewhere_is_the_same_and_none_has_no_fingerprint(task):
     task, root = task
     before = task.begin(RUN, RESULT, None).data_fingerprint
     shutil.move(root, root.with_name("moved"))
-    assert data_fingerprint(task.config) is None
+    assert data_of(task.config).fingerprint is None
     shutil.copytree(root.with_name("moved"), root)
     assert task.begin(RUN, RESULT, None).data_fingerprint == before

@@ -19,7 +19,7 @@ from segmentation.compose import load_config, move_data
 from segmentation.data import scenes
 from segmentation.data.cityscapes import prepare_cityscapes
 from segmentation.data.folders import unpack
-from segmentation.data.registry import data_fingerprint, require_data
+from segmentation.data.registry import data_of, require_data
 from segmentation.data.scenes import SETS, Scenes, write_scenes
 from segmentation.data.voc import prepare_voc12aug
 
@@ -91,7 +91,7 @@ def test_voc12aug_is_written_and_mmsegmentation_reads_it(voc_archives, tmp_path)
     assert set(np.unique(train[3]["data_samples"].gt_sem_seg.data)) <= {3, 255}
     assert set(np.unique(val[0]["data_samples"].gt_sem_seg.data)) == {20}
     require_data(config)
-    assert len(data_fingerprint(config)) == 16
+    assert len(data_of(config).fingerprint) == 16
 
 
 def test_archives_that_are_not_whole_are_refused_and_nothing_stays(voc_archives, tmp_path):
@@ -143,7 +143,7 @@ def test_cityscapes_is_written_and_mmsegmentation_reads_it(cityscapes_archives, 
     train, val = DATASETS.build(config.train_dataloader.dataset), DATASETS.build(config.val_dataloader.dataset)
     assert train[0]["inputs"].shape[0] == 3
     assert np.unique(val[0]["data_samples"].gt_sem_seg.data).tolist() == [0, 11, 18, 255]
-    assert len(data_fingerprint(config)) == 16
+    assert len(data_of(config).fingerprint) == 16
     with pytest.raises(ExperimentError, match="1 images of the split val found, 500 expected"):
         prepare_cityscapes(tmp_path / "other", cityscapes_archives, {"train": 1, "val": 500})
 

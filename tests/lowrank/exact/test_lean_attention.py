@@ -11,6 +11,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import lowrank
 from lowrank import ASI, WSI, ChangedError, Vanilla
+from lowrank.exact.watched import watch
 
 BATCH, SIDE, SIZE = 3, 4, 8
 UNIT = BATCH * SIDE * SIDE * SIZE * 8  # bytes of an activation in double precision
@@ -123,3 +124,17 @@ def test_a_source_that_was_changed_is_an_error():
         model.norm.weight.mul_(2)
     with pytest.raises(ChangedError, match=r"attention.*modified by an inplace operation"):
         torch.autograd.grad(loss, model.norm.weight)
+
+
+def test_in_the_backward_pass_functions_are_pytorchs_own():
+    """One that keeps less there would compute itself again for ever."""
+    results = []
+    for keeps_less in (False, True):
+        x = inputs()
+        parts = [(x * factor).unflatten(-1, (2, -1)).transpose(1, 2) for factor in (2, 3, 4)]
+        parts[0] = parts[0].detach()  # a leaf is saved as the object that it is
+        parts = [watch(part) for part in parts] if keeps_less else parts
+        y = F.scaled_dot_product_attention(*parts)
+        y.square().sum().backward()
+        results.append((y.detach().as_subclass(torch.Tensor), x.grad))
+    torch.testing.assert_close(results[1], results[0], **TOLERANCE)

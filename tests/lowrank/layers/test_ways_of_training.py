@@ -322,3 +322,26 @@ def _train_on(rank, path):
     assert len(lowrank.training_state(model)) > 0
     torch.distributed.barrier()
     os._exit(0)  # PyTorch's file store may wait for ever when it is taken down, of a stock model too
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_weight_that_is_computed_is_computed_once_per_call(training):
+    """As in the stock layer: spectral norm takes a step of its power iteration each time."""
+    layers = {False: nn.Conv2d(3, 4, 3, dtype=torch.float64), True: nn.Linear(5, 2, dtype=torch.float64)}
+    for single, layer in layers.items():
+        results = []
+        for convert in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(copy.deepcopy(layer))
+            if convert:
+                lowrank.convert(model, ["0"], lowrank.Vanilla())
+            nn.utils.parametrizations.spectral_norm(model[0])
+            x = random_tensor(6, 5) if single else random_tensor(2, 3, 6, 5)
+            with torch.set_grad_enabled(training):
+                ys = [model(x) for _ in range(3)]
+            if training:
+                ys[-1].square().sum().backward()
+            results.append(
+                [*(y.detach() for y in ys), *model.state_dict().values(), *(p.grad for p in model.parameters())]
+            )
+        torch.testing.assert_close(results[1], results[0])

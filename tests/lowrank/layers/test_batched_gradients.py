@@ -1,0 +1,86 @@
+"""Several gradients in one backward pass (`is_grads_batched=True`): those of one after the other."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layer_cases import EXACT
+from networks import frozen_statistics, with_statistics
+from references import TOLERANCE, random_tensor
+from torch import nn
+
+import lowrank
+
+FUNCTIONS = {
+    "relu": F.relu,
+    "hardsigmoid": F.hardsigmoid,
+    "leaky_relu": F.leaky_relu,
+    "gelu": F.gelu,
+    "gate": lambda x: F.silu(x) * x.sigmoid(),
+    "softmax": lambda x: x.softmax(1),
+    "avg_pool2d": lambda x: F.avg_pool2d(x, 2),
+    "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, (2, 3)),
+    "max_pool2d": lambda x: F.max_pool2d(x, 3, 2, 1),
+}
+
+
+class Behind(nn.Module):
+    """A function behind a convolution and its norm, and a linear head."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 3)
+        self.function = function
+
+    def forward(self, x):
+        return self.head(self.function(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def assert_same_jacobian(stock, model, x):
+    """Of every output with respect to the input and all parameters: at once of `model`, row by row of `stock`."""
+    y = stock(x)
+    inputs = [x, *stock.parameters()]
+    rows = [torch.autograd.grad(one, inputs, retain_graph=True) for one in y.flatten()]
+    expected = [torch.stack(column) for column in zip(*rows, strict=True)]
+    basis = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+    found = torch.autograd.grad(model(x), [x, *model.parameters()], basis, is_grads_batched=True)
+    torch.testing.assert_close(list(found), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name):
+    torch.manual_seed(0)
+    stock = frozen_statistics(with_statistics(Behind(FUNCTIONS[name]))).double()
+    model = lowrank.convert(copy.deepcopy(stock), ["conv", "head"], lowrank.Vanilla())
+    assert_same_jacobian(stock, model, random_tensor(2, 4, 8, 7).requires_grad_())
+
+
+@pytest.mark.parametrize("method", EXACT, ids=lambda method: f"{method.tag}-{getattr(method, 'algorithm', '')}")
+def test_methods(method):
+    torch.manual_seed(0)
+    stock = frozen_statistics(with_statistics(Behind(F.relu6))).double()
+    model = lowrank.convert(copy.deepcopy(stock), ["conv", "head"], method)
+    assert_same_jacobian(stock, model, random_tensor(2, 4, 8, 7).requires_grad_())
+
+
+def test_attention():
+    torch.manual_seed(0)
+    stock = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=torch.float64)
+    model = copy.deepcopy(stock)
+    names = lowrank.trailing_layers(model, "all", kind="linear")
+    assert_same_jacobian(
+        stock, lowrank.convert(model, names, lowrank.Vanilla()), random_tensor(2, 3, 8).requires_grad_()
+    )
+
+
+def test_factored_weights():
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 2)).double()
+    model = lowrank.convert(copy.deepcopy(stock), ["0"], lowrank.WSI(1.0))
+    x = random_tensor(3, 4, 6)
+    y, left = model(x), model[0].left
+    expected = [torch.autograd.grad(one, left, retain_graph=True)[0] for one in y.flatten()]
+    basis = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+    (found,) = torch.autograd.grad(y, left, basis, is_grads_batched=True)
+    torch.testing.assert_close(found, torch.stack(expected), **TOLERANCE)
