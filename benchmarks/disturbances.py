@@ -13,7 +13,9 @@ LOOK = 0.5  # seconds between two looks at what is at work
 LATEST = 4.0  # seconds that a job has been at work for at most when it is disturbed
 
 
-def disturb(cluster: Cluster, jobs: int, seed: int, latest: float = LATEST, limit: float = 3600) -> list[str]:
+def disturb(
+    cluster: Cluster, jobs: int, seed: int, latest: float = LATEST, share: float = 0.5, limit: float = 3600
+) -> list[str]:
     """Disturb so many jobs, each once, in turn in every way, until the cluster has no job any more.
 
     Args:
@@ -21,6 +23,7 @@ def disturb(cluster: Cluster, jobs: int, seed: int, latest: float = LATEST, limi
         jobs: how many of them are disturbed.
         seed: of which ones and when.
         latest: a job is disturbed so many seconds after it was seen at work, or less.
+        share: of the jobs that come, as long as it is not known how many more will.
         limit: seconds after which it is an error that there are jobs.
 
     Returns:
@@ -37,13 +40,15 @@ def disturb(cluster: Cluster, jobs: int, seed: int, latest: float = LATEST, limi
             raise TimeoutError(f"the cluster still has jobs after {limit:g} s")
         cluster.hurry()
         now = time.monotonic()
-        for name in cluster.running():
+        running = cluster.running()
+        for name in running:
             if name not in due:
-                chosen = len([when for when in due.values() if when is not None]) < jobs and draw.random() < 0.6
+                coming = sum(due.get(other) is not None for other in running)
+                chosen = len(done) + coming < jobs and draw.random() < share
                 due[name] = now + draw.uniform(0.0, latest) if chosen else None
             when = due[name]
             if when is not None and when <= now:
-                due[name] = float("inf")
+                due[name] = None
                 way = next(ways)
                 cluster.disturb(name, way)
                 done.append(f"{way} {name}")

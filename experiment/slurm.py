@@ -178,10 +178,11 @@ def do(job: Job, needs: Sequence[Job], program: Program, root: Path) -> None:
         program: how it is done.
         root: folder of all runs.
     """
+    told = _heard(signal.SIGUSR2)
     folder = job.run.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     with _logged(folder / LOG):
-        before, told = _state(folder), _heard(signal.SIGUSR2)
+        before = _state(folder)
 
         def attempt(work: Work) -> int:
             work.title = job.title

@@ -25,7 +25,7 @@ def _environment(monkeypatch):
 
 def jobs_below(root):
     """Three runs of which the second and third need the first, one that needs both, and one without data."""
-    told = [(1, "epochs"), (2, "epochs", 1), (3, "epochs", 1), (4, "epochs", 2, 3), (5, "fail")]
+    told = [(1, "epochs"), (2, "epochs", 1), (3, "epochs", 1), (4, "epochs", 2, 3), (5, "late")]
     return [job(root, *what) for what in told]
 
 
@@ -52,7 +52,7 @@ def test_a_sweep_whose_jobs_are_killed_leaves_what_an_undisturbed_one_leaves(tmp
         assert cluster.is_empty
         assert submit(jobs, PROGRAM, runs, {"time": "10"}, workers=2) == 0
         said = capsys.readouterr().out
-        done = disturb(cluster, 3, seed=1, latest=1.5, limit=100)
+        done = disturb(cluster, 3, seed=1, latest=1.5, share=1.0, limit=100)
         assert sorted(what.split()[0] for what in done) == sorted(WAYS)
         assert submit(jobs[:4], PROGRAM, runs, {}, wait=True) == 0  # nothing is left to be submitted
         assert cluster.is_empty
@@ -62,9 +62,9 @@ def test_a_sweep_whose_jobs_are_killed_leaves_what_an_undisturbed_one_leaves(tmp
     assert set(records(runs)) == {"seed1", "seed2", "seed3", "seed4"}
     for seed in (1, 2, 3, 4):
         folder = run_of(seed).folder(runs)
-        assert (folder / "epochs").read_text() == (run_of(seed).folder(serial) / "epochs").read_text()
+        assert (folder / "checkpoints" / "last.ckpt").read_text() == "0\n1\n2\n3\n4\n5\n"
         assert "--- job " in (folder / LOG).read_text()
     starts = sum(path.read_text().count("--- job ") for path in runs.rglob(LOG))
-    assert starts == len(jobs) + len(done)
+    assert len(jobs) <= starts <= len(jobs) + len(done)  # one may be disturbed before it has said a word
     assert "there are no data" in (run_of(5).folder(runs) / "failure.log").read_text()
     assert (runs / "report").is_dir()
