@@ -77,3 +77,23 @@ def test_the_script_of_the_language_model_lists_its_runs(script_environment: dic
     titles = dry_run("classification/transformers/tinyllama.sh", script_environment)
     methods = ["vanilla", "asi_rank20", "wasi_0.1_rank20"]
     assert titles == [f"boolq: {method}, last {layers}, seed 233" for layers in range(1, 6) for method in methods]
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("classification/run.sh", ["a", "mcunet", "digits"]),
+        ("quickstart.sh", []),
+        ("segmentation/fcn.sh", ["voc12aug"]),
+    ],
+)
+def test_workers_and_launcher_go_to_the_sweep(
+    script_environment: dict[str, str], script: str, words: list[str]
+) -> None:
+    command = ["bash", str(ROOT / "scripts" / script), *words[:2], "--dry-run", *words[2:]]
+    if not script.startswith("classification"):
+        command = ["bash", str(ROOT / "scripts" / script), "--dry-run", *words]
+    for changed, message in (({"WORKERS": "0"}, "--workers is 0"), ({"LAUNCHER": "cloud"}, "invalid choice: 'cloud'")):
+        done = subprocess.run(command, env=script_environment | changed, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert message in done.stderr
