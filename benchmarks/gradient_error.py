@@ -2,20 +2,21 @@
 
     python -m benchmarks.gradient_error --root data --weights efficientnet_lite0=FILE [--help]
 
-On Fashion-MNIST, the last 8 convolutions. Networks without a weights file are trained here first, on 4,000 images. The
-budget is a part of what the inputs of the 8 layers take. Error: norm of the difference over that of the exact gradient,
-mean over fresh batches behind a few to settle; per network the geometric mean over the layers. Step: processor time of
-the whole network over that of ordinary training of the same layers, median of alternating pairs.
+On Fashion-MNIST, the last 2, 4 and 8 convolutions. Networks without a weights file are trained here first, on 4,000
+images. The budget is a part of what the inputs of the layers take. Error: norm of the difference over that of the exact
+gradient, mean over fresh batches behind a few to settle; per network the geometric mean over the layers, and of all
+layers together. Step: processor time of the whole network over that of ordinary training of the same layers, median of
+alternating pairs.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +28,24 @@ from torch import Tensor, nn
 import lowrank
 from benchmarks.fashion import BATCH, CLASSES, MOMENTUM, Part, balanced, batches, network, pictures
 from benchmarks.pairs import ratio
+from benchmarks.rows import Rows, parser_of
 from classification.backbones import build_model
 from classification.data import load_splits
 from classification.front import split
-from experiment.files import write_whole
 from lowrank import ASI, MODE_ENERGIES, Storage
 
 NETWORKS = {"efficientnet_lite0": 96, "mobilenet_v2": 64, "resnet18": 64}  # and the size of their images
-LAYERS, PARTS, EPOCHS = 8, (20, 50), 2
+DEPTHS, PARTS, EPOCHS = (2, 4, 8), (20, 50), 2
 COUNT, MEASURED = 14, 4  # batches: all; the last, that are measured once the bases have settled on the others
 STORAGES: tuple[Storage, ...] = ("input", "bfloat16", "int8")
+WAYS: list[tuple[tuple[Storage, ...], int]] = [  # storages to choose from, and `refresh`
+    (("input",), 1),
+    (("int8",), 1),
+    (("int8",), 4),
+    (STORAGES, 1),
+]
 Batch = tuple[tuple[Tensor, ...], Tensor]  # what a network, or its tail, is called with, and labels
-KEY = ["network", "part", "method", "layer"]
+KEY = ["network", "layers", "part"]
 
 
 def loss_of(model: Callable[..., Tensor], batch: Batch) -> Tensor:
@@ -75,11 +82,10 @@ class Subject:
     Attributes:
         model, names: the network, and its last layers; all ahead of them is frozen.
         batches: activations ahead of the layers, and labels.
-        input_bytes: what ordinary training keeps of the layers' inputs.
     """
 
     def __init__(self, name: str, weights: str, images: Part) -> None:
-        self.model, self.names = network(name, weights, LAYERS, 233)
+        self.model, self.names = network(name, weights, max(DEPTHS), 233)
         self.images = images
         front = split(self.model, images[0][:4]).front
         with torch.no_grad():
@@ -88,29 +94,40 @@ class Subject:
         # A new classifier's gradients say little of what a network is trained with.
         head, tail = list(self.model.children())[-1], self.tail(self.model)
         descend(list(head.parameters()), (partial(loss_of, tail, batch) for batch in ahead * EPOCHS))
-        forward = lambda model, batch: self.tail(model)(*batch[0])  # noqa: E731
-        self.input_bytes = lowrank.account(self.model, self.names, ahead[0], forward).total.activation_bytes
 
     def tail(self, model: nn.Module) -> Callable[..., Tensor]:
         """The part of the network, or of a copy that is not converted yet, that is behind its frozen front."""
         return split(model, self.images[0][:4]).tail
 
-    def gradients(self, method: ASI | None) -> list[dict[str, Tensor]]:
-        """Weight gradients of the layers on the last batches, behind the others."""
+    def input_bytes(self, names: list[str]) -> int:
+        """What ordinary training keeps of these layers' inputs."""
+        forward = lambda model, batch: self.tail(model)(*batch[0])  # noqa: E731
+        return lowrank.account(self.model, names, self.batches[0], forward).total.activation_bytes
+
+    def perplexity(self) -> lowrank.PerplexityTable:
+        """Of all layers, on the first batch."""
+        tail = self.tail(self.model)
+        options = (self.model, self.names, lambda _, batch: loss_of(tail, batch), self.batches[0])
+        return lowrank.measure_perplexity(*options, mode_energies=MODE_ENERGIES, storages=STORAGES)
+
+    def gradients(self, names: list[str], method: ASI | None) -> list[dict[str, Tensor]]:
+        """Weight gradients of layers on the last batches, behind the others."""
         model = copy.deepcopy(self.model)
         tail, found = self.tail(model), []
         if method is not None:
-            lowrank.convert(model, self.names, method)
+            lowrank.convert(model, names, method)
         for batch in self.batches if method is not None else self.batches[-MEASURED:]:
             model.zero_grad()
             loss_of(tail, batch).backward()
-            layers = {name: model.get_submodule(name).weight for name in self.names}
+            layers = {name: model.get_submodule(name).weight for name in names}
             found.append({name: weight.grad.clone() for name, weight in layers.items() if weight.grad is not None})
         return found[-MEASURED:]
 
-    def step_ratio(self, method: ASI, pairs: int) -> float:
-        """Processor time of a step of the whole network over that of ordinary training."""
-        low = lowrank.convert(copy.deepcopy(self.model), self.names, method)
+    def step_ratio(self, names: list[str], method: ASI, pairs: int) -> float:
+        """Processor time of a step of the whole network, these layers trained, over that of ordinary training."""
+        stock = copy.deepcopy(self.model)
+        lowrank.freeze_before(stock, names)
+        low = lowrank.convert(copy.deepcopy(stock), names, method)
         batch = ((self.images[0][:BATCH],), self.images[1][:BATCH])
 
         def step(model: nn.Module) -> Callable[[], float]:
@@ -122,28 +139,35 @@ class Subject:
 
             return run
 
-        return ratio(step(low), step(self.model), pairs).median
+        return ratio(step(low), step(stock), pairs).median
 
 
 def measure(name: str, weights: str, images: Part, pairs: int) -> Iterator[dict[str, object]]:
-    """A row for each part, storage and layer of a network."""
+    """A row for each depth, part, way and layer of a network."""
     subject = Subject(name, weights, images)
-    tail, exact = subject.tail(subject.model), subject.gradients(None)
-    table = lowrank.measure_perplexity(
-        *(subject.model, subject.names, lambda _, batch: loss_of(tail, batch), subject.batches[0]),
-        mode_energies=MODE_ENERGIES,
-        storages=STORAGES,
-    )
-    for part in PARTS:
-        for storage in STORAGES:
-            plan = lowrank.select_ranks(table, subject.input_bytes / part, storages=(storage,))
-            low, took = subject.gradients(ASI(plan)), subject.step_ratio(ASI(plan), pairs)
+    table, whole = subject.perplexity(), subject.gradients(subject.names, None)
+    for depth in DEPTHS:
+        names = subject.names[-depth:]
+        exact = [{layer: found[layer] for layer in names} for found in whole]
+        given = subject.input_bytes(names)
+        for part, (storages, refresh) in product(PARTS, WAYS):
+            plan = lowrank.select_ranks(table, given / part, names, storages)
+            method = ASI(plan, refresh=refresh)
+            label = method.tag if len(storages) == 1 else "asi_mixed"  # also where all layers chose the same
+            low, took = subject.gradients(names, method), subject.step_ratio(names, method, pairs)
             for layer, error in errors(low, exact).items():
-                ranks = "x".join(map(str, plan.ranks[layer]))
                 yield {
-                    **{"network": name, "part": part, "method": ASI(plan).tag, "layer": layer, "ranks": ranks},
-                    **{"error": error, "plan_bytes": plan.nbytes, "input_bytes": subject.input_bytes, "step": took},
+                    **{"network": name, "layers": depth, "part": part, "method": label, "layer": layer},
+                    **{"ranks": "x".join(map(str, plan.ranks[layer])), "storage": plan.storages[layer]},
+                    **{"error": error, "together": together(low, exact), "plan_bytes": plan.nbytes},
+                    **{"input_bytes": given, "step": took},
                 }
+
+
+def together(low: list[dict[str, Tensor]], exact: list[dict[str, Tensor]]) -> float:
+    """Mean relative error of the gradients of all layers as one vector."""
+    flat = [[torch.cat([gradient.flatten() for gradient in each.values()]) for each in found] for found in (low, exact)]
+    return sum(map(_relative, *flat)) / len(exact)
 
 
 def errors(low: list[dict[str, Tensor]], exact: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -162,54 +186,51 @@ def geometric(values: pd.Series) -> float:
 
 
 def summary(rows: pd.DataFrame) -> str:
-    """Per network, part and method the geometric mean of the error over the layers, and the step."""
-    heads = ("network", "memory", "method", "relative gradient error", "of asi's", "worst layer", "step")
+    """Per network, depth, part and method the geometric mean of the error over the layers, and the step."""
+    heads = ("network", "layers", "memory", "method", "relative gradient error", "of asi's")
+    heads += ("worst layer", "all together", "step")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    groups = [*rows.groupby(["network", "part"], sort=False)]
-    groups += [(("all", part), group) for part, group in rows.groupby("part", sort=False)]
-    for (name, part), group in groups:
+    groups = [*rows.groupby(KEY, sort=False)]
+    groups += [(("all", *key), group) for key, group in rows.groupby(KEY[1:], sort=False)]
+    for (name, depth, part), group in groups:
         base = geometric(group[group.method == "asi"].error)
         for method, own in group.groupby("method", sort=False):
             error = geometric(own.error)
-            cells = (name, f"1/{part}", method, f"{error:.3f}", f"{error / base:.2f}", f"{own.error.max():.3f}")
-            lines.append(f"| {' | '.join(cells)} | {geometric(own.step):.2f} |")
+            cells = (name, str(depth), f"1/{part}", method, f"{error:.3f}", f"{error / base:.2f}")
+            cells += (f"{own.error.max():.3f}", f"{geometric(own.together):.3f}", f"{geometric(own.step):.2f}")
+            lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "`python -m benchmarks.gradient_error`: batches of 64 of Fashion-MNIST, the last 8 convolutions.",
-        "Step: processor time of the whole network over ordinary training's; networks without ImageNet weights were",
-        "trained there.",
+        "`python -m benchmarks.gradient_error`: batches of 64 of Fashion-MNIST, the last convolutions; networks",
+        "without ImageNet weights were trained there. `asi_mixed` chooses the storage per layer; `every4` iterates the",
+        "bases at every 4th step. Error: geometric mean over the layers, and of all layers as one vector. Step:",
+        "processor time of the whole network over ordinary training's.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Measure what the table lacks."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gradient_error", description=__doc__)
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder that holds all data sets")
+    parser = parser_of("gradient_error", __doc__, "figures/gradient_error.csv")
     parser.add_argument("--weights", nargs="*", default=[], metavar="NETWORK=FILE", help="weights files")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument(
-        "--trained", type=Path, default=Path("runs/gradient_error"), help="where weights trained here go"
-    )
-    parser.add_argument("--pairs", type=int, default=15, help="of steps")
-    parser.add_argument("--out", type=Path, default=Path("figures/gradient_error.csv"))
+    trained = Path("runs/gradient_error")
+    parser.add_argument("--trained", type=Path, default=trained, help="where weights trained here go")
+    parser.add_argument("--pairs", type=int, default=5, help="of steps")
     options = parser.parse_args()
     given = dict(word.split("=", 1) for word in options.weights)
     train = load_splits("fashion_mnist", options.root).train
     train = train.pick(balanced(train.labels))
     order = np.random.default_rng(0).permutation(len(train.labels))
-    rows = pd.read_csv(options.out) if options.out.exists() else pd.DataFrame(columns=KEY)
+    labels = torch.from_numpy(train.labels[order])
+    rows = Rows(options.out, KEY, summary)
     for name in options.networks:
-        if name in set(rows.network):
+        if name in set(rows.frame.network):
             continue
-        labels = torch.from_numpy(train.labels[order])
         images = (pictures(np.asarray(train.images)[order], NETWORKS[name]).contiguous(), labels)
         weights = given.get(name) or pretrained(name, images, options.trained)
         few = (images[0][: COUNT * BATCH], labels[: COUNT * BATCH])
-        rows = pd.DataFrame([*rows.to_dict("records"), *measure(name, weights, few, options.pairs)])
-        write_whole(options.out, rows.to_csv(index=False))
-        write_whole(options.out.with_suffix(".md"), summary(rows))
-        print(summary(rows), flush=True)
+        rows.add(*measure(name, weights, few, options.pairs))
 
 
 if __name__ == "__main__":

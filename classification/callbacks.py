@@ -67,6 +67,7 @@ class History(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch's row, and log what the epoch used."""
+        self.history.require_finite(pl_module)
         metrics = {"epoch": trainer.current_epoch, "learning_rate": self._learning_rate}
         metrics["train_loss"] = self.history.mean_loss
         metrics |= {key: float(trainer.callback_metrics[key]) for key in ("val_loss", "val_accuracy")}

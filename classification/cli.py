@@ -213,7 +213,7 @@ class SuiteCLI(LightningCLI):
             "test": float(self.trainer.callback_metrics["test_accuracy"]),
         }
         network, loss = self.model.train().backbone, classification_loss
-        trained = Trained(network, self.model.names, loss, loss, self._batches()[0], optimizer)
+        trained = Trained(network, self.model.names, loss, loss, self._batches()[0], optimizer, self.model.method)
         return record_of(self.identity, self.folder, trained, self.history, accuracy, recipe)
 
     def _batches(self) -> list[Batch]:

@@ -62,6 +62,8 @@ def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, 
     if config.get("processes", 1) > 1:
         identity["processes"] = config["processes"]
         identity["trainer"]["strategy"] = "ddp"  # all that are allowed give the same
+    if model["optimizer"] == "sgd":
+        del model["optimizer"]  # as before it was there
     data = identity["data"]
     if data["limit"] is None:
         del data["limit"], data["limit_seed"]  # records of before these settings stay valid

@@ -42,9 +42,13 @@ def log_resources(loggers: Iterable[Logger], values: Mapping[str, float], step: 
 
 
 def log_record(loggers: Iterable[Logger], record: Record, step: int) -> None:
-    """Log what a finished run used in all."""
+    """Log what a finished run used in all, and what was chosen for it, beside what came of that."""
     parts = {"memory_bytes": record.memory_bytes, "flops": record.flops, "time_s": record.time_s}
     values = {f"{part}_{name}": value for part, content in parts.items() for name, value in content.items()}
     log_resources(loggers, values, step)
     for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(record.settings, record.results, step)
+        else:
+            logger.log_hyperparams(record.settings)
         logger.finalize("success")

@@ -76,9 +76,10 @@ class FineTune(pl.LightningModule):
             which all runs with these layers, weights and images read; for data sets whose activations fit on the disk,
             and in memory while they are computed. The same training, up to rounding, in shorter steps.
         freeze_statistics: batch normalisation uses its stored statistics and does not update them.
-        learning_rate: of SGD.
-        momentum: of SGD.
-        weight_decay: of SGD.
+        optimizer: "sgd", or "adamw", as pretrained transformers are fine-tuned.
+        learning_rate: of the optimizer.
+        momentum: of SGD; AdamW has its own.
+        weight_decay: of the optimizer.
         warmup_epochs: epochs in which the learning rate rises linearly.
         warmup_start: share of the learning rate in the first of them.
         final_learning_rate: share of the learning rate at the end of the cosine.
@@ -106,6 +107,7 @@ class FineTune(pl.LightningModule):
         freeze_statistics: bool = True,
         channels_last: bool = False,
         cache_front: bool = False,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
         learning_rate: float = 0.05,
         momentum: float = 0.0,
         weight_decay: float = 1e-4,
@@ -120,6 +122,8 @@ class FineTune(pl.LightningModule):
         for name, value, least in (("learning_rate", learning_rate, 0), ("momentum", momentum, 0)):
             if not value >= least:
                 raise ExperimentError(f"--model.{name} is {value}; allowed are numbers from {least}")
+        if optimizer == "adamw" and momentum:
+            raise ExperimentError(f"--model.momentum is {momentum}, and AdamW has its own; set it to 0")
         self.backbone = build_model(backbone, num_classes, pretrained, weights)
         if kind == "linear" and part != "mlp":
             lowrank.open_attention(self.backbone)
@@ -133,6 +137,7 @@ class FineTune(pl.LightningModule):
         self.freeze_statistics, self.cache_front = freeze_statistics, cache_front
         self._split: list[Split] = []  # not an attribute of its own, which would register its layers twice
         self.front_folder: Path | None = None  # of files that runs share; None keeps the front's output in memory
+        self.optimizer = optimizer
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.warmup_epochs, self.warmup_start = warmup_epochs, warmup_start
         self.final_learning_rate = final_learning_rate
@@ -230,9 +235,14 @@ class FineTune(pl.LightningModule):
         return keys
 
     def configure_optimizers(self) -> Any:
-        """SGD on what is not frozen; the learning rate changes once an epoch."""
+        """The optimizer of what is not frozen; the learning rate changes once an epoch."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = lowrank.SGD(trained, self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
+        options: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(trained, **options)
+        else:
+            optimizer = lowrank.SGD(trained, momentum=self.momentum, **options)
         epochs = self.trainer.max_epochs
         assert epochs is not None
         schedule = torch.optim.lr_scheduler.LambdaLR(

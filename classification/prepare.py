@@ -67,7 +67,8 @@ class Preparation:
 
     def _given_folder(self) -> Path | None:
         """A folder that the user gave and that holds the data set, not its archives."""
-        names = {archive.name for archive in self.source.archives}
+        known = (*self.source.archives, *self.source.instead)
+        names = {archive.name for archive in known}
         for path in self.given:
             if not path.exists():
                 raise ExperimentError(f"--from {path} is not there")
@@ -75,7 +76,7 @@ class Preparation:
                 raise ExperimentError(
                     f"--from {path} is no archive of {self.name}; allowed: {', '.join(sorted(names))}"
                 )
-        packed = [archive.name for archive in self.source.archives if archive.unpack]
+        packed = [archive.name for archive in known if archive.unpack]
         for path in self.given:
             if path.is_dir() and not any((path / name).exists() for name in packed):
                 below = path / self.source.folder
@@ -99,12 +100,15 @@ class Preparation:
 
     def _unpack(self) -> Splits:
         """From archives to the data set in its place."""
-        archives = [(archive, self._fetched(archive)) for archive in self.source.archives]
+        alone = [archive for archive in self.source.instead if self._given_file(archive) is not None]
+        archives = [(archive, self._fetched(archive)) for archive in alone[:1] or self.source.archives]
         with self._beside() as temporary:
             for archive, path in archives:
                 target = temporary / archive.into
                 if archive.unpack:
                     unpack(path, target, self.source.most_bytes)
+                    if archive.inside is not None:
+                        unpack(target / archive.inside, target, self.source.most_bytes)
                 else:
                     target.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, target / archive.name)
@@ -122,13 +126,17 @@ class Preparation:
     def _downloads(self) -> Path:
         return self.root / ".downloads" / self.name
 
+    def _given_file(self, archive: Archive) -> Path | None:
+        """The archive among what the user gave."""
+        places = (path / archive.name if path.is_dir() else path for path in self.given)
+        return next((place for place in places if place.name == archive.name and place.is_file()), None)
+
     def _fetched(self, archive: Archive) -> Path:
         """The archive on this machine, its checksum compared."""
-        for path in self.given:
-            found = path / archive.name if path.is_dir() else path
-            if found.name == archive.name and found.is_file():
-                verify(found, archive.checksum, "fetch it again")
-                return found
+        found = self._given_file(archive)
+        if found is not None:
+            verify(found, archive.checksum, "fetch it again")
+            return found
         if archive.url is None:
             names = " ".join(one.name for one in self.source.archives)
             raise ExperimentError(
@@ -160,7 +168,7 @@ class Preparation:
         found = (len(splits.classes), len(np.unique(train)), len(train), len(np.unique(test)), len(test))
         if found != (expected.classes, expected.classes, expected.train, expected.classes, expected.test):
             raise ExperimentError(
-                f"{self.name} is not whole: it has {found[2]} + {found[4]} images of {found[1]} and {found[3]} "
+                f"{self.name} is not whole: it has {found[2]} + {found[4]} {splits.kind} of {found[1]} and {found[3]} "
                 f"classes; it is to have {expected.train} + {expected.test} of {expected.classes}"
             )
         return splits
@@ -201,4 +209,6 @@ def _prepare(arguments: Sequence[str], work: Work) -> None:
     options = prepare_parser().parse_args(arguments)
     splits = Preparation(options.name, options.root, tuple(options.given)).run()
     sizes = " + ".join(str(len(part.labels)) for part in (splits.train, splits.val, splits.test))
-    print(f"{options.name} is ready: {len(splits.classes)} classes, {sizes} images to train, validate and test on")
+    print(
+        f"{options.name} is ready: {len(splits.classes)} classes, {sizes} {splits.kind} to train, validate and test on"
+    )

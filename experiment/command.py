@@ -42,6 +42,9 @@ def finish(command: Callable[[Work], int | None]) -> int:
         line about any other error, whose traceback is in a log.
     """
     work = Work()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for as long as the process is there
     with stoppable():
         follow()
         try:

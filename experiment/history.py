@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from experiment.files import write_whole
 from experiment.processes import gather, is_first, own_part, with_others
-from lowrank import converted_layers
+from lowrank import NonFiniteError, converted_layers
 
 METRICS = "metrics.csv"
 Row = dict[str, float]
@@ -96,6 +97,17 @@ class History:
             writer.writerows(self.rows)
             write_whole(self.path, text.getvalue())
         return row
+
+    @staticmethod
+    def require_finite(network: nn.Module) -> None:
+        """Refuse to go on with weights that a step has made NaN or infinite, which no loss has shown yet.
+
+        Raises:
+            NonFiniteError: they are.
+        """
+        trained = (parameter.detach() for parameter in network.parameters() if parameter.requires_grad)
+        if not all(bool(torch.isfinite(weight).all()) for weight in trained):
+            raise NonFiniteError("training has diverged: weights are no longer finite; lower the learning rate")
 
     def drop_pending(self) -> None:
         """Forget what was counted since the last row: that row has it."""

@@ -11,12 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from experiment.allocator import keep_freed_memory
+from experiment.files import write_whole
 from experiment.folder import RunFolder
 from experiment.history import History
+from experiment.leavings import CURVES, MEMORY, RANKS, as_text, curves, memory_of, ranks_of
 from experiment.processes import noted, place
 from experiment.provenance import provenance
 from experiment.record import Record, Run
-from lowrank import account, measure_perplexity, peak_bytes, saved_bytes, weight_memory
+from lowrank import Method, account, explain, measure_perplexity, peak_bytes, weight_memory
 
 Loss = Callable[[Any, Any], Any]
 
@@ -32,6 +34,7 @@ class Trained:
         infer: `infer(network, batch)`, as it is used.
         batch: one of training.
         optimizer: the one that trained it.
+        method: of the run, with the ranks that were chosen for its layers; None where nothing was converted.
     """
 
     network: nn.Module
@@ -40,6 +43,7 @@ class Trained:
     infer: Loss
     batch: Any
     optimizer: Optimizer
+    method: Method | None = None
 
 
 def recipe_of(batch_size: int, limit: float | None, **told: Any) -> dict[str, Any]:
@@ -62,20 +66,28 @@ def record_of(
     accuracy: Mapping[str, float],
     recipe: Mapping[str, Any],
 ) -> Record:
-    """The record of a finished run, whose folder knows its data; the network is left in evaluation mode."""
+    """The record of a finished run, to be saved, and what it leaves for people to look at, which is written.
+
+    The folder knows the run's data; the network is left in evaluation mode. See `experiment.leavings` for the files.
+    """
     assert folder.data_fingerprint is not None
     network, loss_fn, batch = trained.network, trained.loss_fn, trained.batch
+    kept = explain(network, loss_fn, batch)
+    left: dict[str, str | bytes] = {MEMORY: as_text(memory_of(kept)), CURVES: curves(history.rows, str(run))}
     memory = {
         "activation_formula": history.activation_bytes,
-        "saved_measured": saved_bytes(network, loss_fn, batch),
+        "saved_measured": kept.nbytes,
         "peak_measured": peak_bytes(network, loss_fn, batch),
     }
     flops = {}
     if trained.names:
-        total = account(network, trained.names, batch, forward=loss_fn).total
-        flops = {"paper": total.flops_paper, "corrected": total.flops}
+        costs = account(network, trained.names, batch, forward=loss_fn)
+        flops = {"paper": costs.total.flops_paper, "corrected": costs.total.flops}
+        left[RANKS] = as_text(ranks_of(network, loss_fn, batch, costs, trained.method))
         memory |= _weights(trained)
     memory["peak_inference"] = peak_bytes(network.eval(), trained.infer, batch, backward=False)
+    for name, content in left.items():
+        write_whole(folder.path / name, content)
     return Record(
         run=run,
         accuracy=dict(accuracy),

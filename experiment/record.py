@@ -101,6 +101,18 @@ class Record:
     provenance: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def settings(self) -> dict[str, int | float | str | bool]:
+        """What was chosen for the run, as a logger of hyperparameters takes it."""
+        told = asdict(self.run) | self.recipe
+        return {key: value if isinstance(value, int | float | str) else str(value) for key, value in told.items()}
+
+    @property
+    def results(self) -> dict[str, float]:
+        """What came of it, for the same: accuracies (shares), bytes, operations and seconds, by "part/name"."""
+        parts = ("accuracy", "memory_bytes", "flops", "time_s")
+        return {f"{part}/{name}": float(value) for part in parts for name, value in getattr(self, part).items()}
+
     def save(self, folder: Path) -> Path:
         """Write `result.json`, whole or not at all."""
         path = folder / RESULT

@@ -34,6 +34,7 @@ from lowrank.methods.asi import ASI
 from lowrank.methods.base import Method, Vanilla
 from lowrank.methods.fixed_bases import FixedBases
 from lowrank.methods.gradient_filter import GradientFilter
+from lowrank.methods.rounded import Rounded
 from lowrank.methods.wasi import WASI, WSI
 from lowrank.optim import SGD
 from lowrank.ranks.perplexity import MODE_ENERGIES, measure_perplexity
@@ -73,6 +74,7 @@ __all__ = [
     "NonFiniteError",
     "PerplexityTable",
     "RankPlan",
+    "Rounded",
     "SettingError",
     "StateError",
     "Storage",

@@ -145,7 +145,7 @@ def _draw(table: pd.DataFrame, group: Group, view: View | None = None, points: S
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     table = table[table["n"] > 0]
-    looks = _looks(list(dict.fromkeys([*table["method"], *(point.method for point in points)])))
+    looks = looks_of(list(dict.fromkeys([*table["method"], *(point.method for point in points)])))
     panels = list(zip(figure.subplots(1, len(view.panels), sharey=True), view.panels, strict=True))
     labels = {axes: list(_draw_panel(axes, panel, table, looks, view.accuracy)) for axes, panel in panels}
     for axes, panel in panels:
@@ -172,7 +172,7 @@ def _seeds(table: pd.DataFrame) -> str:
     return f"{low} to {high} seeds a point" if low != high else f"n = {low}, seeds differ"
 
 
-def _looks(methods: Sequence[str]) -> dict[str, Look]:
+def looks_of(methods: Sequence[str]) -> dict[str, Look]:
     """A look for each method: colour and marker by family; settings of one family differ in lightness and dashes."""
     families = list(dict.fromkeys(map(family, methods)))
     others = [name for name in families if name not in LOOKS]

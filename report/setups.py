@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -25,6 +26,7 @@ from report.tables import (
     recipes_differ,
 )
 
+WIDEST = 12  # columns of one table
 SHOWN = {
     **{"Reported (%)": "reported", "Δ reported (points)": "Δ"},
     **{"Test (%)": "test", "mIoU (%)": "mIoU", "Formula (MiB)": "MiB"},
@@ -55,12 +57,20 @@ class SetupTable:
         return f"Setup {self.setup} ({self.task})"
 
     @property
-    def columns(self) -> tuple[Column, ...]:
-        """What tells rows apart, then for each data set what the papers show, and what was measured."""
-        datasets = list(dict.fromkeys(group.dataset for group in self.tables))
+    def parts(self) -> list[tuple[Column, ...]]:
+        """Columns of each table, as many as fit on a page.
+
+        In each what tells rows apart, then for one or more data sets what the papers show, and what was measured.
+        """
         names = ("model", "layers", "method", *(["recipe"] if self.recipes_differ else []))
         keys = [Column(name.capitalize(), "", name.capitalize(), _key(name)) for name in names]
-        return (*keys, *(column for dataset in datasets for column in self._block(dataset)))
+        parts: list[list[Column]] = []
+        for dataset in dict.fromkeys(group.dataset for group in self.tables):
+            block = self._block(dataset)
+            if not parts or len(parts[-1]) + len(block) > WIDEST:
+                parts.append(list(keys))
+            parts[-1] += block
+        return [tuple(part) for part in parts]
 
     @property
     def recipes_differ(self) -> bool:
@@ -98,12 +108,14 @@ class SetupTable:
         return [{**dict(zip(names, key, strict=True)), "n": counts[key], "datasets": rows[key]} for key in order]
 
     def to_markdown(self) -> str:
-        """A heading, the table and what its numbers are."""
-        return f"# {self.title}\n\n{markdown_body(self.rows, self.columns)}\n\n{notes(self.notes)}\n"
+        """A heading, the tables and what their numbers are."""
+        bodies = "\n\n".join(markdown_body(self.rows, part) for part in self.parts)
+        return f"# {self.title}\n\n{bodies}\n\n{notes(self.notes)}\n"
 
     def to_latex(self) -> str:
-        """A `tabular`, a rule after each model and depth."""
-        return latex_body(self.rows, self.columns, self.title, lambda row: (row["model"], row["layers"]))
+        """A `tabular` for each table, a rule after each model and depth."""
+        depth = operator.itemgetter("model", "layers")
+        return "\n".join(latex_body(self.rows, part, self.title, depth) for part in self.parts)
 
     def to_csv(self) -> str:
         """All numbers of all summaries."""

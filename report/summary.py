@@ -45,6 +45,12 @@ RATIOS = {
 EQUAL_ACCURACY_RATIOS = {
     "equal_accuracy_times_less": "activation_formula_bytes",
     "equal_accuracy_flops_times_less": "flops_corrected",
+    "equal_accuracy_saved_times_less": "saved_measured_bytes",
+    "equal_accuracy_step_times_less": "step_median_s",
+}
+EQUAL_MEMORY_DIFFERENCES = {
+    "equal_memory_difference_points": "activation_formula_bytes",
+    "equal_saved_difference_points": "saved_measured_bytes",
 }
 
 
@@ -82,7 +88,12 @@ class Group:
 
 
 def read_records(root: Path) -> list[Record]:
-    """Every whole record below a folder, one a run; a line of warning for each file that is left out.
+    """Every whole record below a folder; see `find_runs`."""
+    return [record for _, record in find_runs(root)]
+
+
+def find_runs(root: Path) -> list[tuple[Path, Record]]:
+    """Every whole record below a folder with its file, one a run; a line of warning for each file that is left out.
 
     Of several records of one run, as a copied folder gives, the first in the order of paths is taken.
 
@@ -103,14 +114,19 @@ def read_records(root: Path) -> list[Record]:
             same = "a copy of" if record == taken else "another record of the run in"
             problems.append(f"{path} is {same} {first}, which is shown; keep one of them")
     _warn(problems)
-    return [record for _, record in once.values()]
+    return list(once.values())
 
 
-def read_planned(root: Path) -> list[Run]:
-    """Every run that is planned below a folder; a line of warning for each plan that is none."""
-    plans, problems = _whole(sorted(root.rglob(PLANNED)), lambda path: find_planned(path.parent))
+def read_planned(root: Path) -> dict[Run, Path]:
+    """Every run that is planned below a folder, with its own folder; a line of warning for each plan that is none."""
+    plans, problems = _whole(sorted(root.rglob(PLANNED)), lambda path: (path, find_planned(path.parent)))
     _warn(problems)
-    return [run for plan in plans for run in plan if run.task in METRICS]
+    return {run: _beside(path, run) for path, plan in plans for run in plan if run.task in METRICS}
+
+
+def _beside(plan: Path, run: Run) -> Path:
+    """The folder of a run of a plan, which lies in that of its data set."""
+    return plan.parent.joinpath(*run.folder(Path()).parts[4:])
 
 
 def _whole(paths: Iterable[Path], read: Callable[[Path], T]) -> tuple[list[T], list[str]]:
@@ -169,7 +185,10 @@ def summarise(
     A mean is over all seeds of its row; where one seed lacks the number it is NaN. "times_less" is the baseline's value
     at the same number of layers over the row's. `equal_accuracy_times_less` is the least formula memory among the
     baseline's rows whose mean main accuracy is at least that of the row, over the row's memory, and
-    `equal_accuracy_flops_times_less` the same of corrected FLOPs; NaN if none reaches it.
+    `equal_accuracy_..._times_less` the same of corrected FLOPs, of what is kept and of a step's time; NaN if none
+    reaches it. `equal_memory_difference_points` is the row's main accuracy less the highest of the baseline's rows
+    whose formula memory is at most the row's, and `equal_saved_difference_points` the same of what is kept; NaN if
+    there is none.
 
     Args:
         records: records of one group.
@@ -268,12 +287,26 @@ def _with_ratios(table: pd.DataFrame, baseline: str, metrics: Metrics) -> pd.Dat
     accuracy = table[metrics.mean]
     table[metrics.difference] = (accuracy - of_baseline(metrics.mean)).round(10)
     for ratio, column in EQUAL_ACCURACY_RATIOS.items():
-        least = [
-            float(reference.loc[(reference[metrics.mean] >= value) & (reference["recipe"] == key[1]), column].min())
-            for value, key in zip(accuracy, own, strict=True)
-        ]
-        table[ratio] = _divide(pd.Series(least), table[column])
+        # Of as much accuracy: turned around, so that the least of a cost is the most of its negative.
+        table[ratio] = _divide(
+            -_best(table, reference, -accuracy, -reference[metrics.mean], -reference[column]), table[column]
+        )
+    for difference, column in EQUAL_MEMORY_DIFFERENCES.items():
+        best = _best(table, reference, table[column], reference[column], reference[metrics.mean])
+        table[difference] = (accuracy - best).round(10)
     return table
+
+
+def _best(
+    table: pd.DataFrame, reference: pd.DataFrame, limits: pd.Series, costs: pd.Series, gains: pd.Series
+) -> pd.Series:
+    """For each row, the most gain of the reference's rows of its recipe that cost at most its limit, NaN for none."""
+    every = list(zip(reference["recipe"], costs, gains, strict=True))
+    found = [
+        max((gain for own, cost, gain in every if own == recipe and cost <= limit and gain == gain), default=math.nan)
+        for recipe, limit in zip(table["recipe"], limits, strict=True)
+    ]
+    return pd.Series(found, table.index, dtype=float)
 
 
 def _divide(above: pd.Series, below: pd.Series) -> pd.Series:

@@ -183,6 +183,11 @@ def columns(table: pd.DataFrame) -> tuple[Column, ...]:
     return tuple(column for column in chosen if not column.if_any or table[column.if_any].notna().any())
 
 
+def few_columns(table: pd.DataFrame) -> tuple[Column, ...]:
+    """The columns that matter most, as many as fit on a page."""
+    return tuple(column for column in columns(table) if column.title in FEW)
+
+
 def every_column(metrics: Metrics) -> tuple[Column, ...]:
     """All columns for people, whether a table has numbers for them or not."""
     return (*ROW_COLUMNS, *_accuracy_columns(metrics), *COST_COLUMNS)
@@ -204,9 +209,11 @@ def to_csv(table: pd.DataFrame) -> str:
     return table.assign(seeds=seeds).to_csv(index=False, lineterminator="\n")
 
 
-def to_markdown(table: pd.DataFrame, group: Group, baseline: str = BASELINE) -> str:
-    """A heading, the table and what its numbers are."""
-    body = markdown_body(table.to_dict("records"), columns(table))
+def to_markdown(
+    table: pd.DataFrame, group: Group, baseline: str = BASELINE, shown: Sequence[Column] | None = None
+) -> str:
+    """A heading, the table of few columns, or of those given, and what its numbers are."""
+    body = markdown_body(table.to_dict("records"), few_columns(table) if shown is None else shown)
     return f"# {group} ({group.task})\n\n{body}\n\n{notes(footnotes(table, baseline))}\n"
 
 
@@ -233,15 +240,16 @@ WEIGHTS_NOTE = (
     "factors from them, as the public code of WASI does."
 )
 LEFT = ("Model", "Method", "Recipe", "Seeds")
-TERMINAL = (
-    *("Layers", "Method", "Recipe", "n", "Test (%)", "Δ test (points)", "mIoU (%)", "Δ mIoU (points)", "mAcc (%)"),
-    *("Formula (MiB)", "Formula, × less", "Kept (MiB)", "Peak (MiB)", "Step (ms)"),
+FEW = (
+    *("Layers", "Method", "Recipe", "n", "Seeds", "Reported (%)", "Test (%)", "Δ test (points)", "mIoU (%)"),
+    *("Δ mIoU (points)", "mAcc reported (%)", "mAcc (%)", "Formula (MiB)", "Formula, × less", "Kept (MiB)"),
+    *("Kept, × less", "Peak (MiB)", "Step (ms)"),
 )
 
 
 def to_terminal(table: pd.DataFrame, group: Group) -> str:
-    """A heading and the columns that matter most, narrow enough for a terminal."""
-    shown = [column for column in columns(table) if column.title in TERMINAL]
+    """A heading and few columns, as narrow as a terminal."""
+    shown = few_columns(table)
     titles = [column.title.replace(" (", "\n(").replace(", ", "\n") for column in shown]
     cells = [[column.cell(row) for column in shown] for row in table.to_dict("records")]
     body = tabulate(
@@ -299,9 +307,10 @@ def _baseline_notes(table: pd.DataFrame, baseline: str) -> list[str]:
     ]
 
 
-def to_latex(table: pd.DataFrame, group: Group) -> str:
-    """A `tabular` with the rules of booktabs, rows of one number of layers together; needs nothing but booktabs."""
-    return latex_body(table.to_dict("records"), columns(table), f"{group} ({group.task})", lambda row: row["layers"])
+def to_latex(table: pd.DataFrame, group: Group, shown: Sequence[Column] | None = None) -> str:
+    """A `tabular` of few columns, or of those given, rows of one number of layers together; needs booktabs alone."""
+    chosen = few_columns(table) if shown is None else shown
+    return latex_body(table.to_dict("records"), chosen, f"{group} ({group.task})", lambda row: row["layers"])
 
 
 def latex_body(rows: Sequence[Row], shown: Sequence[Column], comment: str, together: Callable[[Row], Any]) -> str:

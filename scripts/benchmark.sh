@@ -2,11 +2,12 @@
 # Measure side by side against ordinary training of the same layers, into figures/. Run again, it measures only what the
 # tables lack. All of it takes hours on two CPU cores.
 #
-# Usage: bash scripts/benchmark.sh [--help] [memory|speed|gradient_error|fashion] [ARGUMENT ...]
+# Usage: bash scripts/benchmark.sh [--help] [memory|speed|gradient_error|fashion|review_sentences] [ARGUMENT ...]
 #        memory: kept, peak and resident bytes of every way to train in less memory
 #        speed:  compression, layers, whole networks, growth, perplexity and the allocator, as ratios of times
 #        gradient_error, fashion: gradients and accuracy at equal memory, on Fashion-MNIST (prepare it first), such as
 #        gradient_error --weights efficientnet_lite0=FILE, or fashion --weights FILE
+#        review_sentences: MiniLM by every method on sentences of film reviews (prepare them first): --weights FOLDER
 #        without any, memory and speed; arguments are those of python -m benchmarks.memory or benchmarks.speed, such as
 #        --networks resnet18 --batch 32
 # Environment:
@@ -20,7 +21,7 @@ case "${1:-}" in
         sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
         exit 0
         ;;
-    memory | speed | gradient_error | fashion)
+    memory | speed | gradient_error | fashion | review_sentences)
         parts=("$1")
         shift
         ;;

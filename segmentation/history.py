@@ -75,6 +75,7 @@ class History(Hook):
         """Write the validation's row."""
         if not metrics or not self.history.has_steps:
             return
+        self.history.require_finite(unwrapped(runner.model))
         row = self.history.add(
             {
                 "iteration": float(runner.iter),

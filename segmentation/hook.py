@@ -102,7 +102,8 @@ class LowRankHook(Hook):
             switch_off_dropout(model)
         names = lowrank.trailing_layers(model, "all") if self.layers == "all" else list(self.layers)
         if names:
-            lowrank.convert(model, names, with_ranks(self.method, self.budget, names), self.fuse)
+            self.method = with_ranks(self.method, self.budget, names)
+            lowrank.convert(model, names, self.method, self.fuse)
         if self.fuse:
             keep_nonzero(model)
         if self.recompute_loss:

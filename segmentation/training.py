@@ -15,6 +15,7 @@ import torch
 import yaml
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader, Runner
+from mmengine.visualization import TensorboardVisBackend
 from mmseg.registry import DATASETS, MODELS
 from mmseg.utils import register_all_modules
 
@@ -114,6 +115,7 @@ def train(task: Task, work: Work | None = None) -> Record | None:
             record = _record(task, name, runner, history, folder)
             write_whole(folder.path / FINAL, _final(runner))
             record.save(folder.path)
+            _log_settings(runner, record)
             records.append(record)
 
         first_does(save)
@@ -213,6 +215,13 @@ def _for_runner(config: Config, folder: RunFolder, checkpoint: Path | None) -> C
     return config
 
 
+def _log_settings(runner: Runner, record: Record) -> None:
+    """Give a run's settings with its results to TensorBoard, where the config asks for that."""
+    for backend in runner.visualizer._vis_backends.values():
+        if isinstance(backend, TensorboardVisBackend):
+            backend.experiment.add_hparams(record.settings, record.results, run_name=".")
+
+
 def _record(task: Task, name: RunName, runner: Runner, forwarding: History, folder: RunFolder) -> Record:
     model, config, history = unwrapped(runner.model), task.config, forwarding.history
     rows = history.rows
@@ -223,7 +232,8 @@ def _record(task: Task, name: RunName, runner: Runner, forwarding: History, fold
     batch = first_batch(model, runner.train_dataloader.dataset, config.train_dataloader.batch_size, name.seed)
     training_mode(model) if (hook_settings(config) or {}).get("freeze_statistics", True) else model.train()
     layers = [layer._lowrank.name for layer in converted_layers(model)]
-    trained = Trained(model, layers, segmentation_loss, logits, batch, runner.optim_wrapper.optimizer)
+    method = next((hook.method for hook in runner.hooks if isinstance(hook, LowRankHook)), None)
+    trained = Trained(model, layers, segmentation_loss, logits, batch, runner.optim_wrapper.optimizer, method)
     return record_of(name, folder, trained, history, accuracy, _recipe(config))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -52,3 +53,10 @@ def test_a_command_ends_as_all_do(command, ending, tmp_path, monkeypatch, capsys
     main = importlib.import_module(module).main
     assert main(arguments) == code
     assert re.fullmatch(said, capsys.readouterr().err)
+
+
+def test_an_output_that_is_closed_is_no_error(tmp_path):
+    """As `>&-` in a shell, or a service without a console."""
+    code = "from experiment.command import finish; raise SystemExit(finish(lambda work: print(1)))"
+    done = subprocess.run(["bash", "-c", '"$0" -c "$1" >&- 2>&-', sys.executable, code], check=False)
+    assert done.returncode == 0

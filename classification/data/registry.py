@@ -87,6 +87,11 @@ class Splits:
     classes: tuple[str, ...]
     fingerprint: str
 
+    @property
+    def kind(self) -> str:
+        """What the samples are: images or texts."""
+        return "texts" if isinstance(self.test, TextSet) else "images"
+
 
 @dataclass(frozen=True)
 class Archive:
@@ -98,6 +103,7 @@ class Archive:
         url: where it is; None if it cannot be had without an account.
         into: folder below the one of all data sets that it is unpacked into.
         unpack: whether it is a tar archive; another file is put there as it is.
+        inside: of an archive in it that is unpacked in its place: its path there.
     """
 
     name: str
@@ -105,6 +111,7 @@ class Archive:
     url: str | None
     into: str = "."
     unpack: bool = True
+    inside: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,8 @@ class Source:
     Attributes:
         folder: of the data set, below the one of all data sets.
         archives: what it is made from.
-        classes, train, test: official numbers of classes, of images to train and validate on, and of test images.
+        instead: files of which any one, if it is given, is enough in their place.
+        classes, train, test: official numbers of classes, of samples to train and validate on, and of test samples.
         most_bytes: what it may take on the disk.
         checksums: of files in its folder, "md5:..." or "sha256:...", by name.
         arrange: given that folder, does what is to be done after unpacking.
@@ -130,6 +138,7 @@ class Source:
     checksums: tuple[tuple[str, str], ...] = ()
     arrange: Callable[[Path], None] | None = None
     terms: str = ""
+    instead: tuple[Archive, ...] = ()
 
 
 Loader = Callable[[Path], Splits]

@@ -128,4 +128,4 @@ def sentences(root: Path) -> Splits:
     return _splits(parts, lambda row: row["text"], lambda row: row["label"], tuple(sources))
 
 
-TEXTS = ("ag_news", "boolq", "sentences")
+TEXTS = ("ag_news", "boolq", "review_sentences", "sentences")

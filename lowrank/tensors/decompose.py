@@ -20,6 +20,8 @@ from lowrank.tensors.tucker import Tucker, in_memory_order, mode_correlation, mo
 
 Algorithm = Literal["sequential", "published"]
 ALGORITHMS: tuple[Algorithm, ...] = ("sequential", "published")
+# Sizes behind a mode that make an unfolding's products many small ones: three of them take longer than a copy.
+_SCATTERED = range(2, 16)
 
 
 def check_energy(energy: float) -> None:
@@ -203,20 +205,27 @@ def subspace_iteration(
         core = mode_product(core, start.to(core.dtype).mT, place[mode])
     wide = core
     for mode, start in [pair for pair in pairs if pair[0] not in held]:
-        basis = _iterate(wide if algorithm == "published" else core, start, place[mode])
+        if algorithm == "published":
+            basis, _ = _iterate(wide, start, place[mode])
+            core = mode_product(core, basis.mT, place[mode])
+        else:
+            basis, core = _iterate(core, start, place[mode])
         bases[mode] = basis
-        core = mode_product(core, basis.mT, place[mode])
     return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
 
 
-def _iterate(x: Tensor, start: Tensor, mode: int) -> Tensor:
-    """orth(X X^T start) for the unfolding X of `mode`."""
+def _iterate(x: Tensor, start: Tensor, mode: int) -> tuple[Tensor, Tensor]:
+    """orth(X X^T start) for the unfolding X of `mode`, and `x` projected on it."""
     # A step that met NaN leaves a basis of NaN; from zeros QR gives unit vectors, and the iteration recovers.
     start = torch.nan_to_num(start.to(x.dtype), 0.0, 0.0, 0.0)
-    image = mode_correlation(x, mode_product(x, start.mT, mode), mode)
+    at = mode
+    if mode > 0 and prod(x.shape[mode + 1 :]) in _SCATTERED:
+        x, at = x.movedim(mode, 0).contiguous(), 0
+    image = mode_correlation(x, mode_product(x, start.mT, at), at)
     basis = torch.linalg.qr(image)[0]
     # Laid out as it comes back from a file, also with a single column, so that the next step rounds the same.
-    return basis.clone(memory_format=torch.contiguous_format)
+    basis = basis.clone(memory_format=torch.contiguous_format)
+    return basis, mode_product(x, basis.mT, at).movedim(at, mode).contiguous()
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank.tensors import positions
+
 Shape = tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -117,9 +119,14 @@ class ConvGeometry:
         """Weight gradient from a dense input; `groups` replaces the layer's own."""
         groups = self.groups if groups is None else groups
         stride, padding, dilation = self._arguments()
+        x = self._pad(x)
+        if positions.pays(x, self.kernel, groups, grad.shape[1]):
+            sizes = (tuple(x.shape[2:]), tuple(grad.shape[2:]), self.kernel)
+            pairs = positions.joined_pairs(*sizes, self.stride, tuple(padding), self.dilation)
+            return positions.weight_gradient(x, grad, pairs, self.kernel, groups)
         weight = _placeholder(grad, (grad.shape[1], x.shape[1] // groups, *self.kernel))
         options = (stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False])
-        return _convolution_backward(grad, self._pad(x), weight, None, *options)[1]
+        return _convolution_backward(grad, x, weight, None, *options)[1]
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
         """Bias gradient, shape (O,)."""

@@ -6,7 +6,7 @@
 # Environment:
 #   SETUP      a or b (default: a)
 #   LAYERS     depths (default: 1-14, as published for MCUNet on pets)
-#   METHODS    (default: vanilla gradient_filter_r2 hosvd_0.8 asi)
+#   METHODS    (default: vanilla gradient_filter_r2 hosvd_0.8 asi; of a transformer those of run.sh)
 #   BUDGET     (default: hosvd, since budgets are published for 2 and 4 layers only)
 #   SEEDS, EPOCHS, WEIGHTS, DATA_DIR, RUNS_DIR   see scripts/classification/run.sh
 #   VENV, PYTHON   see scripts/setup.sh
@@ -17,7 +17,10 @@ if [[ " $* " == *" --help "* || $# -lt 2 ]]; then
     [[ " $* " == *" --help "* ]] && exit 0 || exit 2
 fi
 
-export LAYERS="${LAYERS:-1-14}" METHODS="${METHODS:-vanilla gradient_filter_r2 hosvd_0.8 asi}" BUDGET="${BUDGET:-hosvd}"
 model="$1"
+export LAYERS="${LAYERS:-1-14}" METHODS="${METHODS:-}" BUDGET="${BUDGET:-hosvd}"
+if [[ -z "$METHODS" ]] && ! grep -qs "kind: linear" "configs/classification/models/$model.yaml"; then
+    METHODS="vanilla gradient_filter_r2 hosvd_0.8 asi"
+fi
 shift
 exec bash scripts/classification/run.sh "${SETUP:-a}" "$model" --report "$@"

@@ -47,7 +47,7 @@ def test_runs_are_written_as_they_end_and_not_run_again(small, tmp_path, monkeyp
     options = ["--root", small, "--weights", small / "weights.pt", "--parts", 4, "--out", out, "--seeds"]
     run(monkeypatch, fashion, *options, 1)
     rows = pd.read_csv(out)
-    assert sorted(rows.method) == ["asi", "asi_int8", "vanilla"]
+    assert sorted(rows.method) == ["asi", "asi_int8", "asi_mixed", "vanilla"]
     whole, low = rows[rows.method == "vanilla"], rows[rows.method != "vanilla"]
     assert (low.formula_bytes <= whole.formula_bytes.item() / 4).all()
     assert (low.kept_bytes < whole.kept_bytes.item()).all()
@@ -64,17 +64,20 @@ def test_runs_are_written_as_they_end_and_not_run_again(small, tmp_path, monkeyp
 @pytest.mark.slow
 def test_errors_are_those_of_the_gradients_and_int8_has_the_smaller_one(small, tmp_path, monkeypatch):
     monkeypatch.setattr(fashion, "PER_CLASS", 16)
-    for setting, value in (("BATCH", 16), ("COUNT", 6), ("PARTS", (8,)), ("EPOCHS", 1)):
+    for setting, value in (("BATCH", 16), ("COUNT", 6), ("PARTS", (8,)), ("EPOCHS", 1), ("DEPTHS", (2, 4))):
         monkeypatch.setattr(gradient_error, setting, value)
     monkeypatch.setitem(gradient_error.NETWORKS, "resnet18", 32)
     options = ["--root", small, "--trained", tmp_path, "--out", tmp_path / "error.csv", "--pairs", 1]
     monkeypatch.setattr(gradient_error, "pretrained", lambda *_: pretrained(tmp_path))
     run(monkeypatch, gradient_error, *options, "--networks", "resnet18")
     rows = pd.read_csv(tmp_path / "error.csv")
-    assert rows.groupby("method").size().to_dict() == {"asi": 8, "asi_bfloat16": 8, "asi_int8": 8}
+    counts = rows.groupby("method").size().to_dict()
+    assert set(counts) == {"asi", "asi_int8", "asi_mixed", "asi_int8_every4"}
+    assert set(counts.values()) == {2 + 4}
     assert (rows.plan_bytes <= rows.input_bytes / 8).all()
-    means = rows.groupby("method").error.mean()
-    assert 0 < means["asi_int8"] < means["asi"] < 1
+    for column in ("error", "together"):
+        means = rows.groupby("method")[column].mean()
+        assert 0 < means["asi_int8"] < means["asi"] < 1
     assert f"{gradient_error.geometric(rows[rows.method == 'asi'].error):.3f}" in (tmp_path / "error.md").read_text()
 
 

@@ -50,7 +50,7 @@ def test_the_networks_have_the_published_number_of_convolutions(name, count):
     assert len(lowrank.trailing_layers(model, "all")) == count
 
 
-LANGUAGE = {"llama_mini", "tinyllama"}  # take token numbers; see test_language.py
+LANGUAGE = {"llama_mini", "minilm", "tinyllama"}  # take token numbers; see test_language.py and test_minilm.py
 LARGE = {"tinyllama", "vit_b_32"}  # gigabytes of random weights
 
 

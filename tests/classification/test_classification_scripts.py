@@ -78,6 +78,13 @@ def test_variables_reach_the_runs(script_environment):
     assert sum("--trainer.max_epochs 3" in line for line in lines) == 2 * 9
 
 
+def test_the_curve_of_a_transformer_is_of_methods_for_linear_layers(script_environment):
+    printed = run("curve.sh", script_environment, "minilm", "review_sentences", "--dry-run", LAYERS="1-2")
+    methods = ["vanilla", "hosvd_0.8", "wsi_0.9", "asi_hosvd_0.8", "wasi_0.9_hosvd_0.8"]
+    rows = [(method, depth) for depth in (1, 2) for method in methods]
+    assert listed(printed)[2:] == [f"review_sentences: {method}, last {depth}, seed 233" for method, depth in rows]
+
+
 def test_a_script_without_a_model_explains_itself(script_environment):
     command = ["bash", str(SCRIPTS / "run.sh")]
     done = subprocess.run(command, env=script_environment, capture_output=True, text=True, check=False)

@@ -29,9 +29,14 @@ def specific(name):
 SETUPS = [name for name in SHIPPED["setups"] if not specific(name)]
 CONV_ONLY, LINEAR_ONLY = ("gradient_filter",), ("wsi", "wasi")  # how the names of such methods start
 PRETRAINING = "b_pretrain"  # trains a whole network with no method but ordinary training
-LANGUAGE = {"llama_mini", "tinyllama"}
+LANGUAGE = {"llama_mini", "minilm", "tinyllama"}
 TOO_LARGE = {"tinyllama"}  # 4 GiB of random weights; llama_mini is of the same class
-LARGE = {"swin_t", "vit_b_32", "resnet34"}  # trained in one setup; smaller ones of the same classes are in all of them
+LARGE = {
+    "swin_t",
+    "vit_b_32",
+    "resnet34",
+    "minilm",
+}  # trained in one setup; smaller ones of the same classes are in all of them
 
 
 def fits(model, data, method):
@@ -64,7 +69,8 @@ def files(setup, model, data, method):
 
 def command(chosen, runs, root="nowhere"):
     words = [word for path in chosen for word in ("--config", str(path))]
-    return ["fit", *words, "--model.pretrained", "false", "--data.root", root, *TINY, "--runs_dir", str(runs)]
+    options = ["--model.pretrained", "false", "--data.root", root, "--data.tokenizer", "bytes"]
+    return ["fit", *words, *options, *TINY, "--runs_dir", str(runs)]
 
 
 def test_every_config_file_is_in_a_combination():

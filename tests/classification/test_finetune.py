@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lowrank
 from classification.backbones import build_model
+from classification.callbacks import History
 from classification.identity import method_tag
 from classification.module import FineTune, learning_rate_factor
 from experiment import ExperimentError
@@ -158,6 +159,15 @@ def test_nan_in_a_later_epoch_is_named_with_its_epoch(weights, digits_32):
 
     with pytest.raises(NonFiniteError, match="epoch 1, batch 0"):
         trainer(epochs=2, callbacks=[Spoil()]).fit(module(weights), batches)
+
+
+def test_weights_that_the_last_step_spoils_are_an_error(weights, digits_32, tmp_path):
+    """No training loss shows it any more."""
+    spoilt = module(weights, learning_rate=1e38)
+    batches = loader(digits_32)
+    run = trainer(callbacks=[History(tmp_path)], limit_train_batches=1)
+    with pytest.raises(NonFiniteError, match="weights are no longer finite; lower the learning rate"):
+        run.fit(spoilt, batches, batches)
 
 
 def test_asi_without_ranks_and_budget_says_what_to_give(weights):

@@ -117,3 +117,14 @@ def test_the_mean_loss_is_over_samples_before_and_after_a_resume(tmp_path, netwo
     old["pending"] = old["pending"][:3]  # as an earlier version saved it
     second.load_state_dict(old)
     assert second.mean_loss == 1.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(value):
+    network = nn.Linear(3, 2)
+    History.require_finite(network)
+    network.bias.data[1] = value
+    with pytest.raises(lowrank.NonFiniteError, match="diverged"):
+        History.require_finite(network)
+    network.bias.requires_grad_(False)  # not what was trained
+    History.require_finite(network)

@@ -1,116 +1,123 @@
-"""The page: whole HTML that needs no other file, with every number of the tables."""
+"""The page as a file: one that needs no other, with every number of the tables, in which no run's text is markup."""
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
-from report.page import page, section
-from report.setups import setup_tables
-from report.summary import Reported, group_of, group_records, summarise
+from report.page import page
+from report.payload import compose, listed_runs
+from report.published import Point
+from report.summary import Reported, find_runs, group_records, summarise
 
-VOID = {"meta", "img"}
-SVG = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
+EVIL = "</script><img src=x onerror=alert(1)>&amp;"
 
 
 class Reader(HTMLParser):
-    """Checks that every element is closed where it should be; collects texts of cells, and attributes."""
+    """Texts of elements by their id, and every address that an element names."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__()
-        self.open, self.tables, self.attributes, self.loads = [], [], {}, []
+        self.texts, self.loads, self.tags, self._open = {}, [], [], None
+        self.feed(text)
+        self.close()
 
     def handle_starttag(self, tag, attrs):
         given = dict(attrs)
-        self.attributes.setdefault(tag, []).append(given)
+        self.tags.append(tag)
         self.loads += [value for name, value in given.items() if name in ("src", "href")]
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append(["", int(given.get("colspan", 1))])
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        self._open = given.get("id", tag)
 
     def handle_data(self, data):
-        if self.open and self.open[-1] in ("td", "th"):
-            self.tables[-1][-1][-1][0] += data
+        self.texts[self._open] = self.texts.get(self._open, "") + data
 
 
 @pytest.fixture
-def read(write):
-    """The page of two data sets: one with a published row and a missing run, one with neither."""
-    records = [write("vanilla", 2), write("asi", 2), write("asi", "all"), write("vanilla", 2, dataset="digits")]
+def content(write, runs):
+    """What the page shows of three runs, of which one has a text that would be markup, and of one that is missing."""
+    records = [write("vanilla", 2), write("asi", 2, recipe={"epochs": EVIL}), write("vanilla", 2, dataset="digits")]
     missing = replace(records[0].run, method="hosvd_0.8")
-    reported = {(2, "asi"): Reported(48.5)}
-    tables = {
-        group: summarise(found, reported=reported if group.dataset == "pets" else None, planned=planned)
-        for group, found in group_records(records).items()
-        for planned in [[missing] if group == group_of(missing) else []]
-    }
-    sections = [section(table, group, "vanilla", {f"picture of <{group}>": SVG}) for group, table in tables.items()]
-    (setup,) = setup_tables(tables)
-    text = page([(setup, sections)])
-    reader = Reader()
-    reader.feed(text)
-    reader.close()
-    assert reader.open == []
-    return text, reader
+    folder = missing.folder(runs)
+    folder.mkdir(parents=True)
+    (folder / "failure.log").write_text(EVIL)
+    found = find_runs(runs)
+    groups = group_records(record for _, record in found)
+    (digits, pets) = groups
+    tables = {digits: summarise(groups[digits]), pets: summarise(groups[pets], planned=[missing])}
+    points = {pets: [Point(4, "asi", Reported(61.5, 2.0**20))]}
+    return compose(tables, listed_runs(found, {missing: folder}), points, "vanilla", ("there", tables)), tables
 
 
-def test_it_loads_nothing_from_elsewhere(read):
-    text, reader = read
-    assert all(address.startswith(("#", "data:image/svg+xml;base64,")) for address in reader.loads)
-    assert "http" not in text.replace("data:image", "")
-    ids = {given["id"] for given in [*reader.attributes["h2"], *reader.attributes["h3"]]}
-    assert {address[1:] for address in reader.loads if address.startswith("#")} == ids
+def rows_of(content, setup=0):
+    return [dict(zip(content["keys"], row, strict=True)) for row in content["setups"][setup]["rows"]]
 
 
-def test_it_is_made_for_phones_and_the_dark(read):
-    text, reader = read
-    assert any(given.get("name") == "viewport" for given in reader.attributes["meta"])
+def details_of(content):
+    return [one for chunk in content["details"] for one in json.loads(gzip.decompress(base64.b64decode(chunk)))]
+
+
+def test_nothing_is_loaded_and_nothing_may_be(content):
+    reader = Reader(page(content[0]))
+    assert all(address.startswith("#") for address in reader.loads)
+    text = page(content[0])
+    assert """content="default-src 'none';""" in text
     assert "prefers-color-scheme: dark" in text
-    assert reader.attributes["html"] == [{"lang": "en"}]
-    assert all(given["alt"] for given in reader.attributes["img"])
+    assert 'name="viewport"' in text
 
 
-def test_every_row_of_every_table_has_the_same_width(read):
-    _, reader = read
-    assert len(reader.tables) == 3
-    for table in reader.tables:
-        assert len({sum(width for _, width in row) for row in table}) == 1
+def test_the_data_come_back_whole_and_no_text_of_a_run_is_markup(content):
+    text = page(content[0])
+    reader = Reader(text)
+    assert json.loads(reader.texts["data"]) == json.loads(json.dumps(content[0]))
+    assert EVIL[:40] in str(rows_of(content[0]))  # it is there to be shown
+    assert "img" not in reader.tags
+    assert "alert(1)>" not in text
 
 
-def test_cells_are_those_of_the_tables(read):
-    _, reader = read
-    whole, digits, pets = ([[text for text, _ in row] for row in table] for table in reader.tables)
-    assert whole[0] == ["", "digits", "pets"]
-    digits_columns, pets_columns = whole[1][3:5], whole[1][5:]
-    assert whole[1][:3] == ["Model", "Layers", "Method"]
-    assert digits_columns == ["Test (%)", "Formula (MiB)"]
-    assert pets_columns == ["Reported (%)", "Δ reported (points)", "Test (%)", "Formula (MiB)"]
-    assert whole[2] == ["mcunet", "2", "vanilla", "50.0", "1.00", "—", "—", "50.0", "1.00"]
-    assert whole[3] == ["mcunet", "2", "hosvd_0.8", "—", "—", "—", "—", "missing", "—"]
-    assert whole[4] == ["mcunet", "2", "asi", "—", "—", "48.5", "+2.5", "50.0", "1.00"]
-    assert [row[1] for row in digits[2:]] == ["vanilla"]
-    assert [row[1] for row in pets[2:]] == ["vanilla", "hosvd_0.8", "asi", "asi"]
+def test_the_library_is_there_once_and_as_it_was_published(content):
+    import plotly.offline
+
+    packed = Reader(page(content[0])).texts["plotly"]
+    assert gzip.decompress(base64.b64decode(packed)).decode() == plotly.offline.get_plotlyjs()
+    assert len(packed) < 2_100_000
 
 
-def test_rows_are_told_apart(read):
-    _, reader = read
-    kinds = [given.get("class", "").split() for given in reader.attributes["tr"]]
-    assert sum("missing" in kind for kind in kinds) == 2  # in the setup's table and in that of pets
-    assert sum("baseline" in kind for kind in kinds) == 3
-    assert sum("start" in kind for kind in kinds) == 2  # "all" in both tables
+def test_rows_have_the_numbers_of_the_summaries(content):
+    payload, tables = content
+    told = {(row["dataset"], row["method"]): row for row in rows_of(payload)}
+    expected = {
+        (group.dataset, row["method"]): row for group, table in tables.items() for row in table.to_dict("records")
+    }
+    assert told.keys() == expected.keys()
+    for key, row in told.items():
+        assert row["saved_measured_bytes"] == (None if row["n"] == 0 else expected[key]["saved_measured_bytes"])
+        assert row["main"] == (None if row["n"] == 0 else expected[key]["test_mean_percent"])
+    assert told["pets", "hosvd_0.8"]["missing"] == 1
 
 
-def test_names_are_escaped(read):
-    text, reader = read
-    assert "&lt;mcunet on pets" in text
-    assert any("<mcunet on pets" in given["alt"] for given in reader.attributes["img"])
+def test_a_run_has_its_state_and_its_details(content):
+    payload, _ = content
+    runs = {
+        (row[2], row[3]): (row[6], details) for row, details in zip(payload["runs"], details_of(payload), strict=True)
+    }
+    assert runs["pets", "hosvd_0.8"] == ("failed", {"log": EVIL})
+    state, details = runs["pets", "asi"]
+    assert state == "done"
+    assert details["recipe"]["epochs"] == EVIL
+    assert details["memory_bytes"]["saved_measured"] == 2**21
+
+
+def test_published_points_are_there(content):
+    (point,) = content[0]["setups"][0]["published"]
+    assert point == ["mcunet", "pets", "asi", 4, 61.5, 2**20, None]
+
+
+def test_two_folders_are_compared_row_by_row(content):
+    rows = content[0]["compared"]["rows"]
+    assert [(row[3], row[5]) for row in rows] == [("digits", "vanilla"), ("pets", "vanilla"), ("pets", "asi")]
+    assert all(row[7:] == [1, 1, 50.0, 50.0, 2**21, 2**21, 0.1, 0.1] for row in rows)

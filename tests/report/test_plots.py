@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.text import Annotation
 
-from report.plots import LOOKS, MARKER, _draw, _looks, compared, pareto_figure, published_figure
+from report.plots import LOOKS, MARKER, _draw, compared, looks_of, pareto_figure, published_figure
 from report.published import Point
 from report.summary import Group, Reported, summarise
 
@@ -108,7 +108,7 @@ def test_legend_lies_below_the_axes_and_inside_the_figure(write):
 
 def test_every_method_looks_different():
     methods = ["vanilla", "svd_0.8", "asi", "lance", "other", *(f"hosvd_0.{energy}" for energy in range(3, 10))]
-    looks = _looks(methods)
+    looks = looks_of(methods)
     assert list(looks) == methods
     assert len({(look.colour, look.marker, look.dash) for look in looks.values()}) == len(methods)
 

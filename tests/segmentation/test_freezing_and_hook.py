@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mmengine.registry import MODEL_WRAPPERS
@@ -13,6 +15,7 @@ from experiment import ExperimentError
 from experiment.method import build_method
 from segmentation.compose import hook_settings
 from segmentation.freezing import apply_freeze_list, freeze_statistics, switch_off_dropout
+from segmentation.history import History
 from segmentation.hook import LowRankHook
 from segmentation.loss import RecomputedLoss
 
@@ -156,3 +159,11 @@ def test_a_model_whose_parameters_are_taken_apart_is_refused():
             LowRankHook(method={"type": "Vanilla"}, layers=["0"]).before_train(Runner(Sharded()))
     finally:
         MODEL_WRAPPERS.module_dict.pop("Sharded")
+
+
+def test_weights_that_the_last_step_spoils_are_an_error(tmp_path):
+    hook, model = History(tmp_path), nn.Linear(3, 2)
+    hook.history.step_end(model, 0.5)
+    model.weight.data[0] = float("nan")
+    with pytest.raises(lowrank.NonFiniteError, match="diverged"):
+        hook.after_val_epoch(SimpleNamespace(model=model, iter=3), {"mIoU": 50.0, "mAcc": 60.0})

@@ -1,0 +1,79 @@
+"""What is tried against bias: each does what it says."""
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank
+from benchmarks import bias
+from benchmarks.bias import Compensated, ExactAtTimes, Squared
+from benchmarks.fashion import Run, Task, Way
+from lowrank import ASI
+from lowrank.tensors.storage import restore
+
+RUN = Run(1, "asi", 4, 0)
+
+
+class Small(Task):
+    """A task without the files that a real one needs."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 25, 3))
+        self.names, self.tail = ["0"], self.model
+
+
+class SmallSquared(Squared, Small):
+    """The same with squared perplexities."""
+
+
+def batch():
+    random = torch.Generator().manual_seed(1)
+    return torch.randn(32, 4, 5, 5, generator=random), torch.arange(32) % 3
+
+
+def gradients(task, way, step):
+    task.model.zero_grad()
+    way.backward(RUN, task, batch(), (0, step))
+    return [parameter.grad.clone() for parameter in task.model.parameters()]
+
+
+def test_a_step_in_four_has_the_exact_gradient_and_the_bases_go_on():
+    exact, task = gradients(Small(), Way(), 0), Small()
+    task.convert(RUN, batch())
+    low = gradients(task, Way(), 1)
+    bases = lowrank.training_state(task.model)
+    for own, expected in zip(gradients(task, ExactAtTimes(), 4), exact, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6)
+    assert (low[0] - exact[0]).norm() > 0.01 * exact[0].norm()
+    assert bases
+    for name, basis in lowrank.training_state(task.model).items():
+        torch.testing.assert_close(basis, bases[name], rtol=0, atol=0)
+
+
+def test_squares_are_of_the_perplexities_of_all_candidates():
+    plain, squared = (task.measure(RUN, batch()).layers[0] for task in (Small(), SmallSquared()))
+    for own, expected in ((squared, plain), (squared.mixed, plain.mixed)):
+        assert own.perplexity == pytest.approx([value**2 for value in expected.perplexity])
+        assert own.ranks == expected.ranks
+
+
+def test_a_compensated_form_has_the_norm_of_the_input():
+    x, layer = batch()[0], nn.Conv2d(4, 6, 3)
+    geometry = lowrank.ConvGeometry.of(layer)
+    norms = [restore(method.compress(x, geometry, (), "")[0], x.dtype).dense().norm() for method in methods()]
+    assert norms[0] < 0.9 * x.norm()
+    assert norms[1] == pytest.approx(float(x.norm()), rel=1e-5)
+
+
+def methods():
+    return ASI([4, 2, 2, 2]), Compensated([4, 2, 2, 2])
+
+
+def test_ranks_are_chosen_anew_at_an_epoch_s_start(monkeypatch):
+    task, chosen = Small(), []
+    task.convert(RUN, batch())
+    monkeypatch.setattr(task, "convert", lambda run, given: chosen.append(run))
+    for at in ((0, 0), (1, 0), (1, 1)):
+        bias.Again().backward(RUN, task, batch(), at)
+    assert chosen == [RUN]

@@ -1,0 +1,98 @@
+"""Fine-tuning a small encoder on a few sentences by every method: what is measured, and what is written."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from benchmarks import review_sentences
+from benchmarks.rows import Rows
+from classification.backbones import minilm
+from classification.data.registry import Splits, TextSet
+
+SMALL = {
+    **minilm.SIZES,
+    "vocab_size": 257,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 24,
+}
+
+
+def part(count):
+    """Sentences of which every second one is good."""
+    words = np.random.default_rng(count).integers(97, 123, (count, 12), np.uint8)
+    texts = [("good " if n % 2 else "bad ") + bytes(row).decode()[: 3 + n % 9] for n, row in enumerate(words)]
+    return TextSet(texts, np.arange(count) % 2)
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    """Arguments for a small encoder and a small data set."""
+    monkeypatch.setattr(minilm, "SIZES", SMALL)
+    for setting, value in (("TRAIN", 32), ("LENGTH", 16), ("BATCH", 8), ("PAIRS", 1), ("PART", 4), ("RATE", 0.01)):
+        monkeypatch.setattr(review_sentences, setting, value)
+    splits = Splits(part(40), part(10), part(30), ("negative", "positive"), "")
+    monkeypatch.setattr(review_sentences, "load_splits", lambda name, root: splits)
+    torch.manual_seed(0)
+    torch.save(minilm.sentence_encoder(2, **SMALL).state_dict(), tmp_path / "weights.pt")
+    return ["--weights", tmp_path / "weights.pt", "--tokenizer", "bytes", "--out", tmp_path / "rows.csv"]
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
+    review_sentences.main()
+
+
+def test_every_method_has_its_row_and_no_run_is_made_again(options, tmp_path, monkeypatch, capsys):
+    options = [*options, "--layers", "all", "--seeds", 1]
+    run(monkeypatch, *options)
+    rows = pd.read_csv(tmp_path / "rows.csv").set_index("method")
+    assert {*rows.index} == {*review_sentences.METHODS}
+    assert rows.test_accuracy.between(0, 100).all()
+    assert (rows.kept_bytes.drop(["vanilla", "lora_8"]) < rows.kept_bytes["vanilla"]).all()
+    assert rows.train_loss["vanilla_fused"] == pytest.approx(rows.train_loss["vanilla"], rel=1e-4)  # it is exact
+    assert rows.train_loss["asi"] != pytest.approx(rows.train_loss["vanilla"], rel=1e-4)
+    attention, mlp = 32 * 32 + 32, 32 * 64 * 2 + 32 + 64
+    whole = 4 * attention + mlp + 4 * 32 + 2 * 33
+    assert rows.trained_parameters["vanilla"] == rows.trained_parameters["asi"] == whole
+    assert rows.trained_parameters["lora_8"] == 8 * (4 * 64 + 2 * 96) + 2 * 33
+    assert rows.trained_parameters["wasi_0.8"] < min(whole, rows.trained_parameters["wasi_0.9"])
+    capsys.readouterr()
+    run(monkeypatch, *options)
+    assert capsys.readouterr().out == ""
+    gap = rows.test_accuracy["wasi_0.8"] - rows.test_accuracy["vanilla"]
+    (line,) = [line for line in (tmp_path / "rows.md").read_text().splitlines() if line.startswith("| all | wasi_0.8 ")]
+    assert f"| {gap:+.2f} |" in line
+
+
+def test_the_accuracy_is_that_of_each_sentence_alone(options):
+    torch.manual_seed(1)
+    model = minilm.sentence_encoder(2, **SMALL)
+    tokens = review_sentences.TokenSet(part(30), "bytes", 20).tokens
+    with torch.no_grad():
+        labels = torch.cat([model(text[text > 0][None]).argmax(1) for text in tokens])
+    labels[:6] = 1 - labels[:6]
+    assert review_sentences.accuracy(model, (tokens, labels)) == pytest.approx(80)
+
+
+def test_rows_are_sorted_and_written_as_they_come(tmp_path):
+    def table():
+        return Rows(
+            tmp_path / "folder" / "rows.csv", ["layers", "seed"], lambda frame: f"{len(frame)} rows\n", ["layers"]
+        )
+
+    table().add({"layers": "13", "seed": 10, "value": 2.5})
+    table().add({"layers": "13", "seed": 2, "value": 1.5})
+    rows = table()
+    rows.add({"layers": "all", "seed": 1, "value": 0.5})
+    assert list(rows.frame.value) == list(table().frame.value) == [1.5, 2.5, 0.5]
+    assert len(table().frame.groupby("layers")) == 2
+    assert table().has("all", 1)
+    assert table().has("13", 10)
+    assert not table().has("13", 1)
+    assert (tmp_path / "folder" / "rows.md").read_text() == "3 rows\n"
