@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import product
 from typing import ClassVar
 from unittest.mock import patch
 
@@ -39,6 +40,15 @@ METHODS: dict[str, Method] = {
     "hosvd_0.8_full_svd": published.PublishedHOSVD(ENERGY),
     "asi": lowrank.ASI(RANKS),
     "asi_unfused": lowrank.ASI(RANKS),
+}
+# Ways of `batch_steps`: a method, and in how many parts the batch is taken.
+WAYS: dict[str, tuple[Method | None, int]] = {
+    "vanilla": (None, 1),
+    "vanilla in 2 parts": (None, 2),
+    "lean": (lowrank.Vanilla(), 1),
+    "lean in 2 parts": (lowrank.Vanilla(), 2),
+    "asi": (lowrank.ASI(RANKS), 1),
+    "asi_int8": (lowrank.ASI(RANKS, storage="int8"), 1),
 }
 
 
@@ -219,22 +229,26 @@ def model_steps(setting: Setting) -> Iterator[Comparison]:
 def _both_models(
     network: str, layers: str, method: Method, other: str, setting: Setting, fuse: bool
 ) -> tuple[Work, Work]:
-    own = _trained(network, layers, method, setting, fuse)
+    own = training_step(network, layers, method, setting, fuse)
     if other == "inference":
         return own, _inference(network, setting)
-    return own, _trained(network, layers, NoWeightGradient() if other == "limit" else None, setting)
+    return own, training_step(network, layers, NoWeightGradient() if other == "limit" else None, setting)
 
 
-def _trained(network: str, layers: str, method: Method | None, setting: Setting, fuse: bool = True) -> Work:
+def training_step(
+    network: str, layers: str, method: Method | None, setting: Setting, fuse: bool = True, parts: int = 1
+) -> Work:
     model = build(network, setting.size)
     names = trained_layers(network, model, layers)
     if method is not None:
         lowrank.convert(model, names, method, fuse)
-    batch = batch_of(setting.batch, setting.size)
+    images, labels = batch_of(setting.batch, setting.size)
+    pieces = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
 
     def step() -> None:
         model.zero_grad()
-        loss_of(model, batch).backward()
+        for piece in pieces:
+            loss_of(model, piece).backward()
 
     return step
 
@@ -249,6 +263,20 @@ def _inference(network: str, setting: Setting) -> Work:
     return forward
 
 
+def batch_steps(setting: Setting) -> Iterator[Comparison]:
+    """The same for small batches: lean layers alone and halves one after the other too, and vanilla over itself."""
+    for network, layers, name in product(setting.networks, ("4", "all"), WAYS):
+        for other in ("vanilla", "limit") if name == "asi" else ("vanilla",):
+            pair = partial(_both_ways, network, layers, name, other, setting)
+            yield Comparison("batch step", f"{network}, last {layers}", name, other, pair)
+
+
+def _both_ways(network: str, layers: str, way: str, other: str, setting: Setting) -> tuple[Work, Work]:
+    method, parts = WAYS[way]
+    own = training_step(network, layers, method, setting, parts=min(parts, setting.batch))
+    return own, training_step(network, layers, NoWeightGradient() if other == "limit" else None, setting)
+
+
 def operator(setting: Setting) -> Iterator[Comparison]:
     """A step with convolution and activation of the frozen layers as one operator of oneDNN, against one without it."""
     for network in setting.networks:
@@ -257,7 +285,7 @@ def operator(setting: Setting) -> Iterator[Comparison]:
 
 
 def _with_and_without_operator(network: str, setting: Setting) -> tuple[Work, Work]:
-    own, other = (_trained(network, "2", METHODS["asi"], setting) for _ in range(2))
+    own, other = (training_step(network, "2", METHODS["asi"], setting) for _ in range(2))
 
     def without() -> None:
         with patch.object(activated, "_operator", lambda: None):
@@ -289,7 +317,7 @@ def _compress(batch: int, channels: int, side: int, rank: int) -> Work:
 
 
 def _both_depths(network: str, depth: str, base: str, setting: Setting) -> tuple[Work, Work]:
-    return _trained(network, depth, METHODS["asi"], setting), _trained(network, base, METHODS["asi"], setting)
+    return training_step(network, depth, METHODS["asi"], setting), training_step(network, base, METHODS["asi"], setting)
 
 
 def perplexity(setting: Setting) -> Iterator[Comparison]:
@@ -307,7 +335,7 @@ def _measuring() -> tuple[nn.Module, list[str], Batch]:
 def _against_passes() -> tuple[Work, Work]:
     model, names, batch = _measuring()
     methods = [published.PublishedHOSVD(energy) for energy in ENERGIES]
-    passes = [_trained("mobilenet_v2", "all", method, SMALL) for method in methods]
+    passes = [training_step("mobilenet_v2", "all", method, SMALL) for method in methods]
     return lambda: [step() for step in passes], lambda: lowrank.measure_perplexity(model, names, loss_of, batch)
 
 
@@ -352,6 +380,7 @@ SECTIONS = {
     "compression": compression,
     "layer": layer_steps,
     "model": model_steps,
+    "batch": batch_steps,
     "operator": operator,
     "growth": growth,
     "perplexity": perplexity,
@@ -362,7 +391,7 @@ SECTIONS = {
 def probe(method: str, batch: int, size: int, steps: int = 5) -> float:
     """Median seconds of a step of MobileNetV2's last two layers under the allocator that the environment names."""
     keep_freed_memory()
-    step = _trained("mobilenet_v2", "2", METHODS.get(method), Setting(batch, size))
+    step = training_step("mobilenet_v2", "2", METHODS.get(method), Setting(batch, size))
     step()
     return statistics.median(seconds(step) for _ in range(steps))
 

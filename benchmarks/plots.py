@@ -108,3 +108,41 @@ def draw_speed(frame: pd.DataFrame, folder: Path) -> list[Path]:
         figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return paths
+
+
+def draw_batches(frame: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write speed_by_batch.png and .svg: time of a step over vanilla's by the batch, a panel per network and depth.
+
+    The band is vanilla over itself, lowest and highest pair: what lies in it is noise.
+    """
+    steps = frame[(frame.section == "batch step") & (frame.second == "vanilla")]
+    groups = ["case", "size", "threads"]
+    panels = list(steps.groupby(groups, sort=False))
+    if not panels:
+        return []
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3.2 * lines), squeeze=False, sharey=True)
+    for axis, ((case, size, threads), rows) in zip(axes.flat, panels, strict=False):
+        for way, points in rows.groupby("first", sort=False):
+            points = points.sort_values("batch")
+            if way == BASELINE:
+                axis.fill_between(points.batch, points.low, points.high, color="#cccccc", label="vanilla over itself")
+            else:
+                style = "--" if "parts" in str(way) else "-"
+                axis.plot(points.batch, points.ratio, style, marker="o", markersize=4, label=way)
+        axis.axhline(1, color="black", linewidth=1)
+        batches = sorted(set(rows.batch))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(batches, [str(batch) for batch in batches])
+        axis.set(title=f"{case}, {size} pixels, {threads} threads", xlabel="batch", ylabel="time / vanilla's")
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    axes.flat[0].legend(fontsize=8)
+    figure.tight_layout()
+    paths = [folder / f"speed_by_batch.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return paths

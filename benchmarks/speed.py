@@ -13,6 +13,7 @@ import gc
 import math
 import statistics
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ import torch
 
 from benchmarks.comparisons import CONVOLUTIONAL, METHODS, SECTIONS, Comparison, Setting
 from benchmarks.pairs import ratio
-from benchmarks.plots import draw_speed
+from benchmarks.plots import draw_batches, draw_speed
 from experiment.allocator import keep_freed_memory
 from experiment.files import write_whole
 
-KEY = ["section", "case", "first", "second", "batch", "size"]
+KEY = ["section", "case", "first", "second", "batch", "size", "threads"]
 
 
 def run(comparisons: Iterable[Comparison], setting: Setting, pairs: int, table: Path) -> pd.DataFrame:
@@ -35,7 +36,7 @@ def run(comparisons: Iterable[Comparison], setting: Setting, pairs: int, table: 
     sizes = {"batch": setting.batch, "size": setting.size, "threads": torch.get_num_threads()}
     for comparison in comparisons:
         names = {key: getattr(comparison, key) for key in KEY[:4]}
-        if (*names.values(), setting.batch, setting.size) in done:
+        if (*names.values(), *sizes.values()) in done:
             continue
         torch.manual_seed(233)
         first, second = comparison.build()
@@ -46,7 +47,7 @@ def run(comparisons: Iterable[Comparison], setting: Setting, pairs: int, table: 
         rows.append({**names, **sizes, "ratio": found.median, "low": found.low, "high": found.high, "pairs": pairs})
         table.parent.mkdir(parents=True, exist_ok=True)
         write_whole(table, pd.DataFrame(sorted(rows, key=_place)).to_csv(index=False))
-    return pd.DataFrame(sorted(rows, key=_place), columns=[*KEY, "threads", "ratio", "low", "high", "pairs"])
+    return pd.DataFrame(sorted(rows, key=_place), columns=[*KEY, "ratio", "low", "high", "pairs"])
 
 
 def _place(row: dict[str, Any]) -> tuple[float, ...]:
@@ -94,20 +95,23 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION")
     parser.add_argument("--networks", nargs="+", choices=CONVOLUTIONAL, default=list(CONVOLUTIONAL), metavar="NETWORK")
     parser.add_argument("--ways", nargs="+", metavar="WAY", help="only these ways, such as asi, against what they have")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, nargs="+", default=[64], help="one or several, such as 1 2 4 8 32 64")
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="one or several")
     parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("figures"))
     options = parser.parse_args()
     keep_freed_memory()
-    setting = Setting(options.batch, options.size, tuple(options.networks))
-    comparisons = [comparison for name in options.sections for comparison in SECTIONS[name](setting)]
-    chosen = [comparison for comparison in comparisons if not options.ways or comparison.first in options.ways]
-    if not chosen:
-        parser.error(f"--ways: there are {', '.join(dict.fromkeys(comparison.first for comparison in comparisons))}")
-    frame = run(chosen, setting, options.pairs, options.output / "speed.csv")
+    for threads, batch in product(options.threads, options.batch):
+        torch.set_num_threads(threads)
+        setting = Setting(batch, options.size, tuple(options.networks))
+        comparisons = [comparison for name in options.sections for comparison in SECTIONS[name](setting)]
+        chosen = [comparison for comparison in comparisons if not options.ways or comparison.first in options.ways]
+        if not chosen:
+            parser.error(f"--ways: there are {', '.join(dict.fromkeys(each.first for each in comparisons))}")
+        frame = run(chosen, setting, options.pairs, options.output / "speed.csv")
     write_whole(options.output / "speed.md", markdown(frame))
-    for path in (options.output / "speed.md", *draw_speed(frame, options.output)):
+    for path in (options.output / "speed.md", *draw_speed(frame, options.output), *draw_batches(frame, options.output)):
         print(path)
 
 

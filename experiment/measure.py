@@ -98,6 +98,7 @@ def record_of(
         | {"repeated_test_images": folder.repeated}
         | noted(),
         recipe=dict(recipe),
+        loss={"train_last": history.rows[-1]["train_loss"]},
     )
 
 

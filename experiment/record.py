@@ -91,6 +91,7 @@ class Record:
             "batch_size" (of each process), "processes" (that trained together), "joined_batch_size" (of all of them),
             "image_size" (None of texts), "precision"; and "limit", where it was trained on a part of its data set.
             Empty in records of before it was noted.
+        loss: "train_last", the mean over the samples of the last epoch; empty in records of before it was noted.
     """
 
     run: Run
@@ -100,6 +101,7 @@ class Record:
     time_s: dict[str, float]
     provenance: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, float] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, int | float | str | bool]:
@@ -131,6 +133,7 @@ class Record:
             if content["schema"] != SCHEMA or content["status"] != "done":
                 raise ValueError(f"schema {content['schema']} and status {content['status']!r}")
             parts = {key: _finite(content[key], key) for key in ("accuracy", "memory_bytes", "flops", "time_s")}
+            parts["loss"] = _finite(content.get("loss", {}), "loss")
             told = {"provenance": content["provenance"], "recipe": content.get("recipe", {})}
             for key, value in told.items():
                 if not isinstance(value, dict):

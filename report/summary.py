@@ -34,6 +34,7 @@ MEANS = {
     "flops_paper": ("flops", "paper"),
     "flops_corrected": ("flops", "corrected"),
     "step_median_s": ("time_s", "step_median"),
+    "train_loss": ("loss", "train_last"),
 }
 RATIOS = {
     "activation_formula_times_less": "activation_formula_bytes",
@@ -286,6 +287,7 @@ def _with_ratios(table: pd.DataFrame, baseline: str, metrics: Metrics) -> pd.Dat
         table[ratio] = _divide(of_baseline(column), table[column])
     accuracy = table[metrics.mean]
     table[metrics.difference] = (accuracy - of_baseline(metrics.mean)).round(10)
+    table["train_loss_difference"] = (table["train_loss"] - of_baseline("train_loss")).round(10)
     for ratio, column in EQUAL_ACCURACY_RATIOS.items():
         # Of as much accuracy: turned around, so that the least of a cost is the most of its negative.
         table[ratio] = _divide(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that must hold: lint, format, types, shell scripts, all tests.
+# Everything that must hold: lint, format, types, shell scripts, all tests; one of them builds the pages of docs/.
 #
 # Usage: bash scripts/test.sh [--help] [PYTEST ARGUMENT ...]
 # Environment:

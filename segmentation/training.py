@@ -79,7 +79,8 @@ class Task:
         require_data(self.config)
         data = data if data.fingerprint else data_of(self.config)
         folder.data_fingerprint = data.fingerprint
-        folder.repeated = tell_repeated(self.config.get("dataset", "the data set"), data.trained, data.tested)
+        if self.config.get("processes", 1) == place().count:  # else those that are to be started tell it
+            folder.repeated = tell_repeated(self.config.get("dataset", "the data set"), data.trained, data.tested)
         read_safely_everywhere()
         if not folder.last_checkpoint:
             require_weights(self.config)

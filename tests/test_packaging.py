@@ -6,6 +6,7 @@ import importlib.metadata
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -13,7 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import lowrank
+
 ROOT = Path(__file__).parent.parent
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+OFFLINE = ["--no-deps", "--no-index"]
 
 
 def test_the_distribution_lists_every_package_of_the_library_and_nothing_else() -> None:
@@ -22,22 +27,68 @@ def test_the_distribution_lists_every_package_of_the_library_and_nothing_else() 
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "lowrank").rglob("__init__.py")}
     listed = settings["tool"]["setuptools"]
     assert sorted(listed["packages"]) == sorted(".".join(folder.parts) for folder in folders)
-    assert listed.keys() == {"packages", "package-data"}
+    assert listed.keys() == {"packages", "package-data", "dynamic"}
 
 
-def test_a_wheel_of_the_library_declares_no_entry_point(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel, the source distribution, and in `again` the wheel that is built from that."""
     pytest.importorskip("setuptools", "77")
-    source = tmp_path / "source"
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"
     shutil.copytree(ROOT / "lowrank", source / "lowrank", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)
-    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, "-w", tmp_path, source], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    build = f"import setuptools.build_meta as build; build.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, check=True)
+    (archive,) = folder.glob("*.tar.gz")
+    for place, what in ((folder, source), (folder / "again", archive)):
+        subprocess.run([*PIP, "wheel", *OFFLINE, "--no-build-isolation", "-w", place, what], check=True)
+    return folder
+
+
+def test_a_wheel_of_the_library_declares_no_entry_point_and_is_that_of_the_source_distribution(built: Path) -> None:
+    (wheel,), (again,) = built.glob("*.whl"), (built / "again").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0] for name in names} == {"lowrank", "lowrank-0.1.0.dist-info"}
-    assert "lowrank/py.typed" in names
+    version = lowrank.__version__
+    assert {name.partition("/")[0] for name in names} == {"lowrank", f"lowrank-{version}.dist-info"}
+    assert {"lowrank/py.typed", "lowrank/kernels/kernels.c"} <= set(names)
     assert not [name for name in names if name.endswith("entry_points.txt")]
+    assert sorted(names) == sorted(zipfile.ZipFile(again).namelist())
+    with tarfile.open(built / f"lowrank-{version}.tar.gz") as archive:
+        assert f"lowrank-{version}/lowrank/lightning.py" in archive.getnames()
+
+
+def test_in_a_fresh_environment_the_wheel_is_the_library(built: Path, tmp_path: Path) -> None:
+    fresh = tmp_path / "fresh"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", fresh], check=True)
+    python = fresh / "bin" / "python"
+    (wheel,) = built.glob("*.whl")
+    subprocess.run([*PIP, "--python", python, "install", *OFFLINE, wheel], check=True)
+    (packages,) = fresh.glob("lib/*/site-packages")
+    # torch and numpy from here, behind everything of the environment's own; nothing that was installed to be edited.
+    (packages / "borrowed.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    code = """
+import lowrank, torch
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3))
+lowrank.convert(model, lowrank.trailing_layers(model, 2), lowrank.ASI(2))
+model(torch.randn(2, 3, 8, 8)).sum().backward()
+print(lowrank.__file__, lowrank.__version__, model[0].weight.grad is not None)
+"""
+    done = subprocess.run([python, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(packages / "lowrank" / "__init__.py"), lowrank.__version__, "True"]
+
+
+def test_the_extras_are_what_is_pinned() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert settings["dynamic"] == ["version"]
+    extras = settings["optional-dependencies"]
+    assert extras.keys() == {"suite", "segmentation", "dev"}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pinned = [line.partition("==")[0] for line in lines if line and not line.startswith("#")]
+    library = [name.partition(">=")[0] for name in settings["dependencies"]]
+    assert sorted(pinned) == sorted([*library, *(name for names in extras.values() for name in names)])
 
 
 def test_the_installed_library_declares_no_entry_point() -> None:

@@ -1,17 +1,22 @@
-"""Every snippet of the README runs as it stands there, its commands are real ones, and so are the tables of results."""
+"""Every snippet of README and docs runs as it stands there, their commands are real ones, and so are their tables."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
+import transformers
 from mmengine.registry import HOOKS
 from PIL import Image
 
@@ -30,27 +35,78 @@ from lowrank import HOSVD, Vanilla
 from segmentation.hook import LowRankHook
 
 ROOT = Path(__file__).parent.parent
-README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "RESULTS.md"))
+PAGES = {
+    path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "RESULTS.md")
+}
+README, RESULTS = (PAGES[ROOT / name] for name in ("README.md", "RESULTS.md"))
+SHOWN = "\n".join(PAGES.values())
+VADER = ["download", "--no-deps", "--no-binary", ":all:", "vaderSentiment==3.3.2"]
+OUTSIDE = (("true", []), (".", [".venv/bin/activate"]), ("pip", ["install", "."]), ("pip", VADER))
 OTHERS = {"prepare": classification.prepare.main, "weights": classification.convert_weights.main}
-SNIPPETS = dict(re.findall(r"<!-- snippet: (.+?) -->\n```python\n(.+?)```", README, re.DOTALL))
+SNIPPETS = dict(re.findall(r"<!-- snippet: (.+?) -->\n```python\n(.+?)```", SHOWN, re.DOTALL))
+
+
+class ImageModule(pl.LightningModule):
+    """An ordinary module, to be trained for a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convolutions = [torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU()]
+        self.network = torch.nn.Sequential(*convolutions, torch.nn.Conv2d(8, 4, 3), torch.nn.AdaptiveAvgPool2d(1))
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.network(batch[0]).flatten(1), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def run(name: str, **names: object) -> dict[str, object]:
     """Run a snippet with these names given; returns all names afterwards."""
-    exec(compile(SNIPPETS[name], f"README: {name}", "exec"), names)
+    exec(compile(SNIPPETS[name], f"snippet: {name}", "exec"), names)
     return names
 
 
 def commands(blocks: Sequence[str] | None = None) -> list[list[str]]:
-    """Every command of the README's bash blocks, or of these, as words, without comments."""
+    """Every command of the pages' bash blocks, or of these, as words, without comments.
+
+    Blocks under a comment have a test of their own.
+    """
     if blocks is None:
-        blocks = re.findall(r"(?<!-->\n)```bash\n(.+?)```", README, re.DOTALL)
+        blocks = re.findall(r"(?<!-->\n)```bash\n(.+?)```", SHOWN, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").replace("$c/", "configs/classification/").splitlines()
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
 def test_every_python_block_is_a_snippet_that_is_run() -> None:
-    assert README.count("```python") == len(SNIPPETS) == 10
+    shown = re.findall(r"<!-- snippet: (.+?) -->\n```python\n", SHOWN)
+    assert SHOWN.count("```python") == len(shown)
+    assert SHOWN.count("<!-- snippet: three lines -->") == 2  # README and the guide
+    assert len(set(shown)) == len(shown) - 1 == len(SNIPPETS) == 12
+    assert len(set(re.findall(r"<!-- snippet: three lines -->\n(.+?)```\n", SHOWN, re.DOTALL))) == 1
+
+
+def test_the_readme_is_short_and_says_that_there_is_no_licence() -> None:
+    assert len(README.splitlines()) <= 150
+    assert "No licence has been chosen by the owner" in README
+
+
+def test_a_callback_of_lightning_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where Lightning writes
+    module = ImageModule()
+    trainer = run("lightning", pl=pl, lowrank=lowrank)["trainer"]
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4, 3, 32, 32), torch.arange(4)), 4)
+    trainer.fit(module, loader)  # type: ignore[attr-defined]
+    chosen = [layer._lowrank.name for layer in lowrank.converted_layers(module) if layer._lowrank.chosen]
+    assert chosen == ["network.2", "network.4"]
+
+
+def test_the_trainer_gets_its_callback(tmp_path: Path) -> None:
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    names = {"model": torch.nn.Linear(2, 2), "arguments": arguments, "data": [], "Trainer": transformers.Trainer}
+    after = run("trainer", **names)
+    found = [type(callback) for callback in after["trainer"].callback_handler.callbacks]  # type: ignore[attr-defined]
+    assert after["TrainingStateCallback"] in found
 
 
 def test_own_model_in_three_lines_and_ranks_by_perplexity(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,8 +191,40 @@ def test_new_method_trains_and_is_accounted_for() -> None:
     assert lowrank.account(model, ["0"], x).total.activation_bytes == 4 * 6 * 2
 
 
+def follow(block: str, *options: str) -> None:
+    """Do a block's commands as they stand, but the sweep small."""
+    for line in block.splitlines():
+        (words,) = commands([line])
+        if words[:4] == ["python", "-m", "classification", "sweep"]:
+            assert classification.sweep.main([*words[4:], "--trainer.max_epochs", "1", *options]) == 0
+        elif words[:3] == ["python", "-m", "report"]:
+            assert report.__main__.main(words[3:]) == 0
+        else:
+            subprocess.run(["bash", "-euc", line], check=True)
+
+
+def test_a_new_data_set_model_and_method_become_rows_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = re.findall(r"<!-- commands: all three -->\n```bash\n(.+?)```", SHOWN, re.DOTALL)
+    shutil.copytree(ROOT / "configs" / "classification", tmp_path / "configs" / "classification")
+    monkeypatch.setattr(classification.plans, "CONFIGS", tmp_path / "configs" / "classification")
+    monkeypatch.setitem(data_registry.dataset.entries, "stripes", None)  # so that neither outlives this test
+    monkeypatch.setitem(backbone_registry.backbone.entries, "tiny", None)
+    run("data set")
+    run("model")
+    package = types.ModuleType("my_package")
+    monkeypatch.setitem(sys.modules, "my_package", package)
+    exec(SNIPPETS["method"], vars(package))
+    monkeypatch.chdir(tmp_path)
+    follow(block, "--data.batch_size", "16")
+    (table,) = (tmp_path / "runs" / "report").rglob("stripes/*.md")
+    rows = [line.split("|")[2].strip() for line in table.read_text().splitlines() if line.startswith("|  ")]
+    assert rows[1:] == ["vanilla", "half_precision"]
+
+
 def test_a_folder_of_images_becomes_rows_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = re.findall(r"<!-- commands: new data set -->\n```bash\n(.+?)```", README, re.DOTALL)
+    (block,) = re.findall(r"<!-- commands: new data set -->\n```bash\n(.+?)```", SHOWN, re.DOTALL)
     assert len(block.splitlines()) < 10
     home, shipped = tmp_path / "home", tmp_path / "configs" / "classification"
     random = np.random.default_rng(0)
@@ -149,22 +237,13 @@ def test_a_folder_of_images_becomes_rows_of_the_table(tmp_path: Path, monkeypatc
     monkeypatch.setattr(classification.plans, "CONFIGS", shipped)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
-    small = ["--trainer.max_epochs", "1", "--data.image_size", "64", "--data.batch_size", "8"]
-    for line in block.splitlines():
-        (words,) = commands([line])
-        if words[:4] == ["python", "-m", "classification", "sweep"]:
-            # As it stands but small, and without the download of weights.
-            assert classification.sweep.main([*words[4:], "--model.pretrained", "false", *small]) == 0
-        elif words[:3] == ["python", "-m", "report"]:
-            assert report.__main__.main(words[3:]) == 0
-        else:
-            subprocess.run(["bash", "-euc", line], check=True)
+    follow(block, "--model.pretrained", "false", "--data.image_size", "64", "--data.batch_size", "8")  # no download
     (table,) = (tmp_path / "runs" / "report").rglob("fish/*.md")
     rows = [line.split("|")[2].strip() for line in table.read_text().splitlines() if line.startswith("|  ")]
     assert rows[1:] == ["vanilla", "hosvd_0.8", "asi_hosvd_0.8"]
 
 
-def test_commands_of_the_readme_exist(
+def test_commands_of_the_pages_exist(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = set()
@@ -172,8 +251,12 @@ def test_commands_of_the_readme_exist(
     digits = load_splits("digits", tmp_path)
     monkeypatch.setattr(classification.prepare.Preparation, "run", lambda self: prepared.append(self.name) or digits)
     monkeypatch.setattr(classification.convert_weights, "convert_file", lambda *words: converted.append(words[0]))
-    for program, *arguments in commands():
-        if program == "bash":
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for words in commands():
+        program, *arguments = [*itertools.dropwhile(lambda word: re.match(r"[A-Za-z]+=", word), words)] or ["true"]
+        if program == "make":
+            assert set(arguments) <= set(targets)
+        elif program == "bash":
             assert (ROOT / arguments[0]).is_file(), arguments
             seen.add("bash")
         elif arguments[:2] == ["-m", "classification"]:
@@ -193,19 +276,20 @@ def test_commands_of_the_readme_exist(
         elif arguments[:2] == ["-m", "report"]:
             assert report.__main__.main([str(tmp_path)]) == 2  # no runs there
             seen.add("report")
+        else:
+            assert (program, arguments) in OUTSIDE, (program, arguments)
     assert seen == {"bash", "measure", "fit", "test", "sweep", "report", "prepare", "weights"}
     assert set(prepared) <= set(data_registry.source.names())
     assert converted == ["mcunet"]
 
 
-@pytest.mark.parametrize("page", [README, RESULTS], ids=["README", "RESULTS"])
-def test_pictures_and_files_that_a_page_names_are_there(page: str) -> None:
-    linked = re.findall(r"\]\((?!http)([^)#]+)\)|src=\"([^\"]+)\"", page)
-    assert linked
-    for path in (a or b for a, b in linked):
-        assert (ROOT / path).exists(), path
-    for path in re.findall(r"`((?:lowrank|classification|configs|scripts|figures)/[\w/.]*)`", page):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_pictures_and_files_that_a_page_names_are_there(path: Path) -> None:
+    page = PAGES[path]
+    for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page):
+        assert (path.parent / link).exists(), link
+    for name in re.findall(r"`((?:lowrank|classification|configs|scripts|figures)/[\w/.]*)`", page):
+        assert (ROOT / name).exists(), name
 
 
 def test_links_within_a_page_lead_to_a_heading() -> None:

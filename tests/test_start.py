@@ -44,6 +44,23 @@ def test_help_imports_nothing_heavy(package: str, command: str) -> None:
     assert not names & HEAVY
 
 
+def test_every_command_is_told_by_the_overview_and_by_the_page() -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    for package, names in COMMANDS.items():
+        told = imported(package, "--help")[1].stdout
+        for name in filter(None, names):
+            assert re.search(rf"^ +{name} ", told, re.MULTILINE), name
+            assert f"`python -m {package} {name}`" in page
+    assert "`python -m report`" in page
+
+
+def test_nothing_is_coloured_without_a_terminal() -> None:
+    program = "from mmengine.logging import MMLogger; MMLogger.get_instance('a', log_level='INFO').info('said')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "said" in done.stdout + done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+
+
 def test_a_command_that_there_is_not_is_one_line_at_once() -> None:
     names, done = imported("classification", "trian")
     said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]

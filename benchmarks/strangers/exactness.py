@@ -16,9 +16,9 @@ Change = Callable[[nn.Module], object]
 LENGTH = 1e-3  # of a step, so that no network runs away from its own rounding
 
 
-def vanilla(model: nn.Module) -> nn.Module:
+def vanilla(model: nn.Module, recompute: bool = True) -> nn.Module:
     """Every layer converted, at full rank."""
-    return lowrank.convert(model, all_layers(model), lowrank.Vanilla())
+    return lowrank.convert(model, all_layers(model), lowrank.Vanilla(), recompute=recompute)
 
 
 def largest_error(stranger: Stranger) -> float:

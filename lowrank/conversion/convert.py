@@ -21,7 +21,9 @@ from lowrank.methods.base import Method, Vanilla
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def convert(model: Model, names: Choice, method: Method | None = None, fuse: bool = True) -> Model:
+def convert(
+    model: Model, names: Choice, method: Method | None = None, fuse: bool = True, recompute: bool = True
+) -> Model:
     """Make layers keep their inputs as `method` does, in place.
 
     Everything is checked first, and nothing is changed if any layer cannot be converted; the model's own code is not
@@ -49,6 +51,8 @@ def convert(model: Model, names: Choice, method: Method | None = None, fuse: boo
         names: names of `nn.Conv2d` and `nn.Linear` layers, as in `model.named_modules()`; or a method for each name.
         method: such as `lowrank.HOSVD(energy=0.8)`, where `names` are names alone.
         fuse: False changes the named layers and nothing else.
+        recompute: False keeps the outputs of linear layers and attention, and computes none of these again: a step
+            takes hardly longer than stock's then, and more is kept.
 
     Returns:
         `model`.
@@ -66,7 +70,7 @@ def convert(model: Model, names: Choice, method: Method | None = None, fuse: boo
     for step in steps:
         _take(step)
     if fuse:
-        _keep_less(model)
+        _keep_less(model, recompute)
     return model
 
 
@@ -96,7 +100,7 @@ def _release(layer: LowRankLayer) -> None:
     del layer._lowrank
 
 
-def _keep_less(model: nn.Module) -> None:
+def _keep_less(model: nn.Module, recompute: bool) -> None:
     """Everything but the named layers: what `fuse` says in `convert`."""
     open_attention(model, lean=True)
     modules = {name: module for name, module in model.named_modules() if not has_own_forward(module)}
@@ -113,7 +117,7 @@ def _keep_less(model: nn.Module) -> None:
             if frozen or lazy or watched or (recomputes and type(module) is nn.Linear):
                 adopt(module, Vanilla(), name)
         if isinstance(module, LowRankLayer):
-            module._lowrank.lazy, module._lowrank.watched = lazy, watched
+            module._lowrank.lazy, module._lowrank.watched, module._lowrank.recompute = lazy, watched, recompute
         elif type(module) in LEAN_MODULES:
             become(module, LEAN_MODULES[type(module)])
         if isinstance(module, LeanModule):

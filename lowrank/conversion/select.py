@@ -15,7 +15,7 @@ from lowrank.layers.swap import stock_class
 Kind = Literal["conv", "linear"]
 Part = Literal["all", "mlp", "attention"]
 PARTS: dict[str, tuple[str, ...]] = {"all": ("",), "mlp": ("mlp",), "attention": ("attn", "attention")}
-KINDS: dict[str, type[nn.Module]] = {"conv": nn.Conv2d, "linear": nn.Linear}
+KINDS: dict[str, tuple[type[nn.Module], ...]] = {"conv": (nn.Conv2d, nn.ConvTranspose2d), "linear": (nn.Linear,)}
 
 
 def trailing_layers(
@@ -26,8 +26,8 @@ def trailing_layers(
     Args:
         model: any module.
         count: how many, from 1; or "all".
-        kind: "conv" for `nn.Conv2d`, "linear" for `nn.Linear`; subclasses are not meant, nor are projections of
-            attention that are not called (see `open_attention`).
+        kind: "conv" for `nn.Conv2d` and `nn.ConvTranspose2d`, "linear" for `nn.Linear`; subclasses are not meant, nor
+            are projections of attention that are not called (see `open_attention`).
         part: of a transformer, by the names of the modules that hold the layers: "mlp"; "attention", named attention
             or attn; or "all".
 
@@ -41,7 +41,7 @@ def trailing_layers(
     names = [
         name
         for name, layer in model.named_modules()
-        if stock_class(layer) is KINDS[kind] and name not in closed and any(word in name for word in PARTS[part])
+        if stock_class(layer) in KINDS[kind] and name not in closed and any(word in name for word in PARTS[part])
     ]
     if count == "all" and names:
         count = len(names)

@@ -22,21 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.exact.bits import Rule, masked, pack
+from lowrank.exact.bits import Gate, Slopes, masked, pack
 from lowrank.exact.slots import Slot, note_slot
 from lowrank.tensors.eager import Node, wants_gradient
 
 SIXTH = torch.tensor(1 / 6).item()  # PyTorch's slope of Hardsigmoid, a single-precision number in every dtype
 
 
-def _as_stock(backward: Callable[..., Tensor], *settings: float | bool) -> Rule:
-    """A backward operator of PyTorch: so what becomes of infinities and NaN is what becomes of them there."""
-    return lambda grad, x, out: backward(grad, x, *settings, grad_input=out)
-
-
-_hardtanh_backward = torch.ops.aten.hardtanh_backward.grad_input
-_leaky_relu_backward = torch.ops.aten.leaky_relu_backward.grad_input
-_ABOVE_ZERO = _as_stock(torch.ops.aten.threshold_backward.grad_input, 0)
+_aten = torch.ops.aten
+_PLAIN = Slopes()
 
 
 @dataclass(frozen=True)
@@ -46,14 +40,14 @@ class Curve:
     Attributes:
         function: of a tensor, and whether to work in place.
         gate: which elements have the inner slope, see `pack`.
-        slope: the gradient by that, see `masked`.
-        by_output: whether the gate can be told from the output as well.
+        slopes: the gradient by that, see `masked`.
+        by_output: the gradient by the output gradient and the output; None: that does not tell.
     """
 
     function: Callable[[Tensor, bool], Tensor]
-    gate: Rule
-    slope: Rule = _ABOVE_ZERO
-    by_output: bool = True
+    gate: Gate
+    slopes: Slopes = _PLAIN
+    by_output: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 class _TwoSlopes(Node):
@@ -72,15 +66,16 @@ class _TwoSlopes(Node):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        own, kept = ctx.slot.own, ctx.slot.tensor()
-        bits, place = (kept, ctx.place) if own else pack(kept, ctx.curve.gate)
-        return _gradient(grad, bits, place, ctx.curve.slope), None, None, None
+        own, kept, curve = ctx.slot.own, ctx.slot.tensor(), ctx.curve
+        with torch._C.DisableTorchFunctionSubclass():
+            found = _gradient(grad, kept, ctx.place, curve.slopes) if own else curve.by_output(grad, kept)
+        return found, None, None, None
 
 
 def _two_slopes(x: Tensor, curve: Curve, inplace: bool) -> Tensor:
     slots: list[Slot] = []
     y: Tensor = _TwoSlopes.apply(x, curve, inplace, slots)
-    if curve.by_output:
+    if curve.by_output is not None:
         note_slot(y, slots[0])
     return y
 
@@ -89,63 +84,64 @@ class _Masked(Node):
     """`masked`, where the gradient is itself differentiated: linear, so its own derivative is the same once more."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, bits: Tensor, place: list[int], rule: Rule) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, bits: Tensor, place: list[int], slopes: Slopes) -> Tensor:
         ctx.save_for_backward(bits)
-        ctx.place, ctx.rule = place, rule
-        return masked(grad, bits, place, rule)
+        ctx.place, ctx.slopes = place, slopes
+        return masked(grad, bits, place, slopes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (bits,) = ctx.saved_tensors
-        return _Masked.apply(grad, bits, ctx.place, ctx.rule), None, None, None
+        return _Masked.apply(grad, bits, ctx.place, ctx.slopes), None, None, None
 
 
-def _gradient(grad: Tensor, bits: Tensor, place: list[int], rule: Rule) -> Tensor:
-    return (_Masked.apply if torch.is_grad_enabled() else masked)(grad, bits, place, rule)
+def _gradient(grad: Tensor, bits: Tensor, place: list[int], slopes: Slopes) -> Tensor:
+    return (_Masked.apply if torch.is_grad_enabled() else masked)(grad, bits, place, slopes)
+
+
+_RELU = Curve(F.relu, Gate("above"), by_output=lambda grad, y: _aten.threshold_backward(grad, y, 0))
+
+
+def _clamp(function: Callable[[Tensor, bool], Tensor], low: float, high: float) -> Curve:
+    by_output = lambda grad, y: _aten.hardtanh_backward(grad, y, low, high)  # noqa: E731
+    return Curve(function, Gate("between", low, high), by_output=by_output)
+
+
+_RELU6 = _clamp(F.relu6, 0.0, 6.0)
+_HARDSIGMOID = Curve(F.hardsigmoid, Gate("between", -3.0, 3.0), Slopes(SIXTH))
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.relu`; keeps one bit per element."""
-    if not wants_gradient(input):
-        return F.relu(input, inplace)
-    return _two_slopes(input, Curve(F.relu, _ABOVE_ZERO), inplace)
+    return _two_slopes(input, _RELU, inplace) if wants_gradient(input) else F.relu(input, inplace)
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.relu6`; keeps one bit per element."""
-    if not wants_gradient(input):
-        return F.relu6(input, inplace)
-    return _two_slopes(input, Curve(F.relu6, _as_stock(_hardtanh_backward, 0, 6)), inplace)
+    return _two_slopes(input, _RELU6, inplace) if wants_gradient(input) else F.relu6(input, inplace)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.hardtanh`; keeps one bit per element."""
     if not wants_gradient(input):
         return F.hardtanh(input, min_val, max_val, inplace)
-    gate = _as_stock(_hardtanh_backward, min_val, max_val)
-    return _two_slopes(input, Curve(lambda x, i: F.hardtanh(x, min_val, max_val, i), gate), inplace)
-
-
-def _sixth(grad: Tensor, mask: Tensor, out: Tensor) -> None:
-    _ABOVE_ZERO(grad, mask, out)
-    out.mul_(SIXTH)
+    return _two_slopes(input, _clamp(lambda x, i: F.hardtanh(x, min_val, max_val, i), min_val, max_val), inplace)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.hardsigmoid`; keeps one bit per element."""
-    if not wants_gradient(input):
-        return F.hardsigmoid(input, inplace)
-    return _two_slopes(input, Curve(F.hardsigmoid, _as_stock(_hardtanh_backward, -3, 3), _sixth, False), inplace)
+    return _two_slopes(input, _HARDSIGMOID, inplace) if wants_gradient(input) else F.hardsigmoid(input, inplace)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.leaky_relu`; keeps one bit per element."""
     if not wants_gradient(input):
         return F.leaky_relu(input, negative_slope, inplace)
-    gate, slope = (_as_stock(_leaky_relu_backward, outer, False) for outer in (0.0, negative_slope))
-    return _two_slopes(
-        input, Curve(lambda x, i: F.leaky_relu(x, negative_slope, i), gate, slope, negative_slope > 0), inplace
-    )
+    by_output = lambda grad, y: _aten.leaky_relu_backward(grad, y, negative_slope, False)  # noqa: E731
+    slopes = Slopes(outer=negative_slope)
+    function = lambda x, i: F.leaky_relu(x, negative_slope, i)  # noqa: E731
+    curve = Curve(function, Gate("strictly above"), slopes, by_output if negative_slope > 0 else None)
+    return _two_slopes(input, curve, inplace)
 
 
 class _Dropout(Node):
@@ -157,7 +153,7 @@ class _Dropout(Node):
         else:
             mask = torch.empty_like(x).bernoulli_(1 - p)
             y = x * (mask / (1 - p)) if p < 1 else x * mask
-        bits, ctx.place = pack(mask, lambda _, piece, out: out.copy_(piece))
+        bits, ctx.place = pack(mask, Gate("not zero"))
         ctx.save_for_backward(bits)
         ctx.scale = 1 / (1 - p) if p < 1 else 0.0
         if not inplace:
@@ -169,8 +165,7 @@ class _Dropout(Node):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (bits,) = ctx.saved_tensors
-        rule: Rule = lambda piece, mask, out: torch.mul(piece, mask, out=out).mul_(ctx.scale)  # noqa: E731
-        return _gradient(grad, bits, ctx.place, rule), None, None
+        return _gradient(grad, bits, ctx.place, Slopes(ctx.scale, 0.0)), None, None
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

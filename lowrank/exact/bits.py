@@ -1,16 +1,63 @@
-"""One bit per element: masks, packed, and applied to a gradient; piece by piece, so that a piece stays in the cache."""
+"""One bit per element: masks, packed, and applied to a gradient; by compiled kernels in one pass, where there are any,
+otherwise by PyTorch's operators piece by piece, so that a piece stays in the cache.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from lowrank.kernels import passes
 from lowrank.tensors.tucker import in_memory_order
 
 Rule = Callable[[Tensor, Tensor, Tensor], object]
+_threshold_backward = torch.ops.aten.threshold_backward.grad_input
+_hardtanh_backward = torch.ops.aten.hardtanh_backward.grad_input
+_leaky_relu_backward = torch.ops.aten.leaky_relu_backward.grad_input
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Which elements a curve of two slopes passes on, see `passes.pack`.
+
+    Called as `pack` calls a gate, it is a backward operator of PyTorch: so what becomes of infinities and NaN is what
+    becomes of them there.
+    """
+
+    rule: passes.Gate
+    low: float = 0.0
+    high: float = 0.0
+
+    def __call__(self, ones: Tensor, piece: Tensor, out: Tensor) -> None:
+        if self.rule == "above":
+            _threshold_backward(ones, piece, self.low, grad_input=out)
+        elif self.rule == "between":
+            _hardtanh_backward(ones, piece, self.low, self.high, grad_input=out)
+        elif self.rule == "strictly above":
+            torch.gt(piece, self.low, out=out)
+        else:
+            torch.ne(piece, 0, out=out)
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """What becomes of a gradient by its bits: it is multiplied by `inner`, or by `outer`, see `passes.apply`."""
+
+    inner: float = 1.0
+    outer: float | None = None
+
+    def __call__(self, piece: Tensor, mask: Tensor, out: Tensor) -> None:
+        if self.outer is None:
+            _threshold_backward(piece, mask, 0, grad_input=out)
+        else:
+            _leaky_relu_backward(piece, mask, self.outer / self.inner if self.inner else 0.0, False, grad_input=out)
+        if self.inner != 1:
+            out.mul_(self.inner)
+
 
 # A word holds eight bytes that are 0 or 1. The product moves the lowest bit of byte i to bit 56 + i; no two terms meet,
 # so nothing carries.
@@ -32,11 +79,13 @@ def pack(x: Tensor, gate: Rule) -> tuple[Tensor, list[int]]:
     """
     ordered, place = in_memory_order(x)
     flat, chunk = ordered.view(-1), _chunk(x)
-    bits = flat.new_empty(_bytes(len(flat)), dtype=torch.uint8)
+    bits = flat.new_empty(_bytes(flat.numel()), dtype=torch.uint8)
+    if isinstance(gate, Gate) and passes.pack(flat, gate.rule, gate.low, gate.high, bits):
+        return bits, place
     dtype = x.dtype if x.is_floating_point() else torch.float32
     mask = flat.new_empty((min(chunk // 8, len(bits)), 8), dtype=dtype)
     one = mask.new_ones(1)
-    for start in range(0, len(flat), chunk):
+    for start in range(0, flat.numel(), chunk):
         piece = flat[start : start + chunk]
         packed = bits[start // 8 : start // 8 + _bytes(len(piece))]
         room = mask[: len(packed)]
@@ -64,9 +113,12 @@ def masked(grad: Tensor, bits: Tensor, place: Sequence[int], rule: Rule) -> Tens
     result = torch.empty_like(source, memory_format=torch.contiguous_format)
     if not source.is_contiguous():
         source = result.copy_(source)
-    flat, flat_result, table = source.view(-1), result.view(-1), _table(grad.dtype, grad.device)
+    flat, flat_result = source.view(-1), result.view(-1)
+    if isinstance(rule, Slopes) and passes.apply(flat, bits, rule.inner, rule.outer, flat_result):
+        return result.permute(list(place))
+    table = _table(grad.dtype, grad.device)
     mask = grad.new_empty((min(chunk // 8, len(bits)), 8))
-    for start in range(0, len(flat), chunk):
+    for start in range(0, flat.numel(), chunk):
         piece = flat[start : start + chunk]
         packed = bits[start // 8 : start // 8 + _bytes(len(piece))]
         entries = torch.index_select(table, 0, packed.int(), out=mask[: len(packed)]).view(-1)

@@ -34,11 +34,13 @@ class Curve:
         name: for messages.
         function: of the input.
         derivative: of the output gradient and the input, the input gradient.
+        change: the function in place; None: by way of a copy.
     """
 
     name: str
     function: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor, Tensor], Tensor]
+    change: Callable[[Tensor], Tensor] | None = None
 
 
 class _Curved(Node):
@@ -53,7 +55,7 @@ class _Curved(Node):
         if not inplace:
             return curve.function(x)
         ctx.mark_dirty(x)
-        return x.copy_(curve.function(x))
+        return x.copy_(curve.function(x)) if curve.change is None else curve.change(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,21 +90,22 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.silu`; keeps the origin of its input."""
     if not lean_mode(input):
         return F.silu(input, inplace)
-    return curved(input, Curve("SiLU", F.silu, _aten.silu_backward.default), inplace)
+    return curved(input, Curve("SiLU", F.silu, _aten.silu_backward.default, _aten.silu_.default), inplace)
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.hardswish`; keeps the origin of its input."""
     if not lean_mode(input):
         return F.hardswish(input, inplace)
-    return curved(input, Curve("Hardswish", F.hardswish, _aten.hardswish_backward.default), inplace)
+    change = _aten.hardswish_.default
+    return curved(input, Curve("Hardswish", F.hardswish, _aten.hardswish_backward.default, change), inplace)
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.mish`; keeps the origin of its input."""
     if not lean_mode(input):
         return F.mish(input, inplace)
-    return curved(input, Curve("Mish", F.mish, _aten.mish_backward.default), inplace)
+    return curved(input, Curve("Mish", F.mish, _aten.mish_backward.default, _aten.mish_.default), inplace)
 
 
 def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:

@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowrank.exact.origins import Origin, Reader, find, itself, lean_mode, note, origin_of, reading
 from lowrank.exact.slots import is_kept
-from lowrank.tensors.eager import Node, saved
+from lowrank.tensors.eager import ORDINARY, Node, saved
 
 _PARTS = (torch.cat, torch.concat, torch.concatenate)
+_PLAIN = {*ORDINARY, int, float, bool, type(None), torch.dtype}  # what holds no further arguments
 
 
 def noted(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,7 +39,9 @@ def noted(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> None:
-    leaves, layout = tree_flatten((args, kwargs))
+    leaves, layout = args, None
+    if kwargs or not _PLAIN.issuperset(map(type, args)):
+        leaves, layout = tree_flatten((args, kwargs))
     places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[at] for at in places]
     parts = stock in _PARTS
@@ -50,7 +53,7 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
         filled = list(others)
         for at, value in zip(places, values, strict=True):
             filled[at] = value
-        args, kwargs = tree_unflatten(filled, layout)
+        args, kwargs = (filled, {}) if layout is None else tree_unflatten(filled, layout)
         return stock(*args, **kwargs)
 
     origins = [origin_of(tensor) for tensor in tensors]
@@ -116,7 +119,13 @@ def keeps_its_input(stock: Callable[..., Tensor], input: Tensor, *parameters: Te
     return y
 
 
-def note_of(y: Tensor, apply: Callable[..., Tensor], first: Origin, parameters: tuple[Tensor | None, ...]) -> None:
+def note_of(
+    y: Tensor,
+    apply: Callable[..., Tensor],
+    first: Origin,
+    parameters: tuple[Tensor | None, ...],
+    costly: bool = False,
+) -> None:
     """Note that `y` is `apply(x, *parameters)`, of an x that comes about so; parameters may be None."""
     present = tuple(parameter is not None for parameter in parameters)
 
@@ -124,7 +133,8 @@ def note_of(y: Tensor, apply: Callable[..., Tensor], first: Origin, parameters: 
         given = iter(values)
         return apply(x, *(next(given) if there else None for there in present))
 
-    note(y, again, [first, *(itself(parameter, True) for parameter in parameters if parameter is not None)])
+    own = [itself(parameter, True) for parameter in parameters if parameter is not None]
+    note(y, again, [first, *own], costly=costly)
 
 
 _METHODS = (

@@ -4,14 +4,15 @@ A tensor's *origin* is a few kept tensors, its sources, and the steps from them 
 forward pass, bit for bit. A layer normalisation has to keep its input: its output then takes nothing, nor does what
 linear layers, activations, products and changes of shape make of it.
 
-A step that several backward nodes read is computed once: who comes first leaves what the others will ask for.
+A step that several backward nodes read is computed once: who comes first leaves what the others will ask for. On the
+way there is one linear layer at most, so that no block is computed again as a whole.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -33,13 +34,16 @@ class Step:
         function: of what the inputs give; None of a source.
         inputs: the steps ahead of it.
         readers: backward nodes that have still to read it.
+        costly: whether a linear layer or attention is on the way to it.
     """
 
-    __slots__ = ("depth", "function", "inputs", "made", "readers")
+    __slots__ = ("costly", "depth", "function", "inputs", "made", "readers")
 
-    def __init__(self, function: Rebuild | None, inputs: Sequence[Step] = ()) -> None:
+    def __init__(self, function: Rebuild | None, inputs: Sequence[Step] = (), costly: bool = False) -> None:
         self.function, self.inputs, self.readers = function, tuple(inputs), 0
-        self.depth: int = 1 + max((step.depth for step in inputs), default=0)
+        self.depth, self.costly = 1, costly
+        for step in inputs:
+            self.depth, self.costly = max(self.depth, 1 + step.depth), self.costly or step.costly
         self.made: Tensor | None = None
 
     def value(self, known: dict[Step, Tensor]) -> Tensor:
@@ -95,12 +99,19 @@ class Origin:
     @property
     def nbytes(self) -> int:
         """Bytes that keeping it adds: none if all sources are kept in any case."""
-        storages = (source.tensor.untyped_storage() for source in self.sources if not source.kept)
-        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+        sizes: dict[int, int] = {}
+        for source in self.sources:
+            if not source.kept:
+                storage = source.tensor.untyped_storage()
+                sizes[storage._cdata] = storage.nbytes()
+        return sum(sizes.values())
 
     def as_kept(self) -> Origin:
         """The same, now that its sources are kept."""
-        return replace(self, sources=tuple(replace(source, kept=True) for source in self.sources))
+        if all(source.kept for source in self.sources):
+            return self
+        kept = tuple(Source(source.step, source.tensor, True, source.version) for source in self.sources)
+        return Origin(self.step, kept, self.parts, self.place)
 
     def holds(self) -> bool:
         """Whether its sources are as they were."""
@@ -123,7 +134,10 @@ def itself(x: Tensor, kept: bool = False) -> Origin:
 def find(x: Tensor) -> Origin | None:
     """How a tensor comes about, if that is known and its sources are as they were."""
     origin = _ORIGINS.find(x)
-    return origin if origin is not None and origin.place == place_of_saving() and origin.holds() else None
+    if origin is None or origin.place != place_of_saving():
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        return origin if origin.holds() else None
 
 
 def place_of_saving() -> int:
@@ -144,10 +158,11 @@ _NUMBERS = count(1)
 def origin_of(x: Tensor) -> Origin:
     """The way to have a tensor in the backward pass that keeps least: its origin, or the tensor itself."""
     origin = find(x)
-    if origin is None:
-        return itself(x)
-    added, own = origin.nbytes, x.untyped_storage().nbytes()
-    return origin if added < own or (origin.parts and added <= own) else itself(x)
+    with torch._C.DisableTorchFunctionSubclass():
+        if origin is None:
+            return itself(x)
+        added, own = origin.nbytes, x.untyped_storage().nbytes()
+        return origin if added < own or (origin.parts and added <= own) else itself(x)
 
 
 def takes_nothing(x: Tensor) -> bool:
@@ -156,7 +171,7 @@ def takes_nothing(x: Tensor) -> bool:
     return origin is not None and origin.nbytes == 0
 
 
-def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = False) -> None:
+def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = False, costly: bool = False) -> None:
     """Note that `y` is `function` of these.
 
     Args:
@@ -164,15 +179,17 @@ def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = F
         function: the operation; refers to no tensor itself.
         inputs: origins of its arguments.
         parts: see `Origin`.
+        costly: whether the operation is a linear layer or attention.
     """
     origins = list(inputs)
     sources = {source.step: source for origin in origins for source in origin.sources}
     for origin in origins:  # of one that is kept for one input and not for another
         sources |= {source.step: source for source in origin.sources if source.kept}
-    step = Step(function, [origin.step for origin in origins])
+    step = Step(function, [origin.step for origin in origins], costly)
     found = Origin(step, tuple(sources.values()), parts or any(o.parts for o in origins), place_of_saving())
     if step.depth <= DEEPEST and all(source.tensor is not y for source in found.sources):
-        added, own = found.nbytes, y.untyped_storage().nbytes()
+        with torch._C.DisableTorchFunctionSubclass():
+            added, own = found.nbytes, y.untyped_storage().nbytes()
         if added < own or (found.parts and added <= own):
             _ORIGINS.note(y, found)
 

@@ -71,29 +71,35 @@ class _MaxPool2d(Node):
         ctx.settings = (kernel, stride, padding, dilation, ceil_mode)
         ctx.shape = x.shape
         y, indices = torch.ops.aten.max_pool2d_with_indices(x, *ctx.settings)
-        top, left = _window_corners(y, stride, padding)
-        row = (indices.div(x.shape[-1], rounding_mode="floor") - top).div_(dilation[0], rounding_mode="floor")
-        column = (indices.remainder_(x.shape[-1]) - left).div_(dilation[1], rounding_mode="floor")
-        ctx.save_for_backward(row.mul_(kernel[1]).add_(column).to(torch.uint8))
+        offsets = _offsets(y, x.shape[-1], kernel, dilation)
+        span = (kernel[0] - 1) * dilation[0] * x.shape[-1] + (kernel[1] - 1) * dilation[1]
+        places = offsets.new_empty(span + 1, dtype=torch.uint8)  # of an offset: its place in the window
+        places[offsets] = torch.arange(offsets.numel(), dtype=torch.uint8, device=y.device)
+        ctx.save_for_backward(places.take(indices.sub_(_window_corners(y, x.shape[-1], stride, padding))))
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        places = ctx.saved_tensors[0].long()
         kernel, stride, padding, dilation, _ = ctx.settings
-        top, left = _window_corners(grad, stride, padding)
-        row = places.div(kernel[1], rounding_mode="floor").mul_(dilation[0]).add_(top)
-        column = places.remainder_(kernel[1]).mul_(dilation[1]).add_(left)
-        indices = row.mul_(ctx.shape[-1]).add_(column)
+        width = ctx.shape[-1]
+        indices = _offsets(grad, width, kernel, dilation).take(ctx.saved_tensors[0].long())
+        indices.add_(_window_corners(grad, width, stride, padding))
         backward = torch.ops.aten.max_pool2d_with_indices_backward.default
         x = grad.new_empty(1).expand(ctx.shape)
         return backward(grad, x, *ctx.settings, indices), None, None, None, None, None
 
 
-def _window_corners(y: Tensor, stride: Any, padding: Any) -> tuple[Tensor, Tensor]:
-    """First row (H', 1) and first column (W',) of each output element's window; negative in the padding."""
+def _offsets(y: Tensor, width: int, kernel: Any, dilation: Any) -> Tensor:
+    """How far ahead of a window's corner its places lie in an image `width` wide, (K_h K_w,)."""
+    rows, columns = (torch.arange(size, device=y.device) for size in kernel)
+    return ((rows * (dilation[0] * width))[:, None] + columns * dilation[1]).view(-1)
+
+
+def _window_corners(y: Tensor, width: int, stride: Any, padding: Any) -> Tensor:
+    """Index of the first place of each output element's window, (H', W'), in an image `width` wide; in the padding it
+    may be that of another place, or negative."""
     rows, columns = (torch.arange(size, device=y.device) for size in y.shape[-2:])
-    return (rows * stride[0] - padding[0])[:, None], columns * stride[1] - padding[1]
+    return ((rows * stride[0] - padding[0]) * width)[:, None] + (columns * stride[1] - padding[1])
 
 
 def max_pool2d(

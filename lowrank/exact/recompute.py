@@ -7,14 +7,15 @@ about from it (see `origins`), so that they take nothing.
 |---|---|
 | LayerNorm, GroupNorm, InstanceNorm, RMSNorm, BatchNorm | its input, as in PyTorch: its output comes about from it |
 | Linear that keeps its input | the origin of its input |
-| attention | the origins of queries, keys, values and mask, in place of these, of probabilities and of the output |
+| attention | nothing, where queries, keys and values take nothing; otherwise as PyTorch |
 
-The price is that attention, and a linear layer in front of an activation or of it, run once more in the backward pass.
+The price is that attention, and a linear layer in front of an activation or of it, run once more in the backward pass;
+not so in layers whose outputs are kept, see `recompute` of `convert`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.exact.expressions import keeps_its_input, note_of
-from lowrank.exact.origins import Reader, Rebuild, lean_mode, note, origin_of, reading
+from lowrank.exact.origins import Reader, Rebuild, lean_mode, note, origin_of, reading, takes_nothing
 from lowrank.tensors.eager import Node, saved
 
 
@@ -39,7 +40,8 @@ def note_linear(x: Tensor, y: Tensor, apply: Rebuild, parameters: tuple[Tensor |
     """
     if lean_mode(y):
         origin = origin_of(x)
-        note_of(y, apply, origin.as_kept() if keeps_x else origin, parameters)
+        if not origin.step.costly:
+            note_of(y, apply, origin.as_kept() if keeps_x else origin, parameters, costly=True)
 
 
 def layer_norm(
@@ -172,22 +174,23 @@ class _Attend(Node):
         return None, None, None, *ctx.mixing.gradients(grad)
 
 
-def attend(function: Rebuild, *arguments: Tensor | None) -> Tensor:
-    """`function(*arguments)`, without keeping what it computes inside, nor its output for the layer behind.
+def attend(function: Rebuild, projected: Sequence[Tensor], *others: Tensor | None) -> Tensor:
+    """`function(*projected, *others)`; where `projected` takes nothing, its output and what it computes inside neither.
 
     Args:
         function: without randomness; refers to no tensor itself.
-        arguments: queries, keys and values, in one tensor or several, and further tensors such as a mask: the
-            origins of all are kept.
+        projected: queries, keys and values, in one tensor or several.
+        others: such as a mask, whose origins are kept.
     """
-    if not any(lean_mode(argument) for argument in arguments):
+    arguments = (*projected, *others)
+    if not any(map(lean_mode, arguments)) or not all(map(takes_nothing, projected)):
         return function(*arguments)
     mixing = _Mixing(function, tuple(None if argument is None else argument.requires_grad for argument in arguments))
     origins = [origin_of(argument) for argument in arguments if argument is not None]
     reader, sources = reading(*origins)
     with torch._C.DisableTorchFunctionSubclass():  # what the function calls in turn is part of this one node
         y: Tensor = _Attend.apply(mixing, reader, sources, *arguments)
-    note(y, mixing.again, [origin.as_kept() for origin in origins])
+    note(y, mixing.again, [origin.as_kept() for origin in origins], costly=True)
     return y
 
 
@@ -206,4 +209,4 @@ def scaled_dot_product_attention(
     if dropout_p:  # which random numbers it drew is nowhere kept
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, **options)
     function: Callable[..., Tensor] = lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask, **options)  # noqa: E731
-    return attend(function, query, key, value, attn_mask)
+    return attend(function, (query, key, value), attn_mask)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from lowrank.exact.functions import LEAN_FUNCTIONS
 from lowrank.exact.origins import place_of_saving
@@ -27,7 +27,7 @@ class Watched(Tensor):
         if foreign(types):
             args, kwargs = tree_map_only(Watched, lambda x: x.as_subclass(Tensor), (args, kwargs or {}))
             return func(*args, **kwargs)
-        watched = [leaf for leaf in tree_iter((args, kwargs)) if type(leaf) is Watched]
+        watched = [*of_class(Watched, args), *(of_class(Watched, kwargs.values()) if kwargs else ())]
         lean = is_watched_for(func) and _is_from_here(watched)
         with unwatched(watched):
             y = (LEAN_FUNCTIONS.get(func, func) if lean else func)(*args, **(kwargs or {}))
@@ -71,6 +71,17 @@ class LeanFunctions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             return LEAN_FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
+
+
+def of_class(kind: type[Tensor], arguments: Iterable[Any]) -> Iterator[Any]:
+    """The tensors of a class among the arguments of a function, and in the lists, tuples and dicts among these."""
+    for argument in arguments:
+        if type(argument) is kind:
+            yield argument
+        elif isinstance(argument, tuple | list):
+            yield from of_class(kind, argument)
+        elif isinstance(argument, dict):
+            yield from of_class(kind, argument.values())
 
 
 def is_watched_for(func: Any) -> bool:

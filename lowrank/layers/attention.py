@@ -37,7 +37,7 @@ class OpenAttention(Changed):
         dropout = dropout if self.training else 0.0
         function = partial(function, dropout)
         lean = self._lowrank_lean and not dropout
-        return attend(function, projected, *others) if lean else function(projected, *others)
+        return attend(function, (projected,), *others) if lean else function(projected, *others)
 
 
 class OpenMultiheadAttention(OpenAttention, nn.MultiheadAttention):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import ChangedError
+from lowrank.kernels import passes
 from lowrank.layers.lazy import Lazy, real, unread
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.eager import Node, refuse_double_backward, saved
@@ -311,5 +312,14 @@ def _scaled_rows(grad_weight: Tensor, scale: Tensor) -> Tensor:
 
 def _row_products(weight: Tensor, grad_weight: Tensor) -> Tensor:
     """Per output channel the inner product of weight and gradient, (O,); without a copy where both are contiguous."""
-    rows, columns = weight.flatten(1)[:, None], grad_weight.to(weight.dtype).flatten(1)[:, :, None]
-    return torch.bmm(rows, columns).view(-1)
+    a, b = weight.flatten(1), grad_weight.to(weight.dtype).flatten(1)
+    found = passes.row_products(a, b)
+    if found is not None:
+        return found
+    if weight.is_cuda:
+        return torch.bmm(a[:, None], b[:, :, None]).view(-1)
+    rows = max(1, _PIECE // a.shape[1])  # a batch of single products takes several times as long on a CPU
+    return torch.cat([torch.linalg.vecdot(*pair) for pair in zip(a.split(rows), b.split(rows), strict=True)])
+
+
+_PIECE = 2**14  # numbers that are multiplied at once

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from lowrank.exact.functions import LEAN_FUNCTIONS
-from lowrank.exact.watched import BACKWARD, Watched, foreign, is_watched_for, watch
+from lowrank.exact.watched import BACKWARD, Watched, foreign, is_watched_for, of_class, watch
 from lowrank.layers.lazy import Lazy
 from lowrank.tensors.eager import ORDINARY
 
@@ -32,7 +32,7 @@ class Held(Watched):
             for leaf in tree_iter((args, kwargs)):
                 let_go(leaf)
             return func(*args, **kwargs)
-        held = [leaf for leaf in tree_iter((args, kwargs)) if type(leaf) is Held]
+        held = [*of_class(Held, args), *of_class(Held, kwargs.values())]
         watched = is_watched_for(func) and any(_stock_class(leaf) is Watched for leaf in held)
         with torch._C.DisableTorchFunctionSubclass():
             y = (LEAN_FUNCTIONS.get(func, func) if watched else func)(*args, **kwargs)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.errors import SettingError
-from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry
+from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, TransposedConvGeometry
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Kind:
     Attributes:
         stock: the class.
         geometry: of a layer.
-        weight: of a layer, (O, C/g, ...) or (O, I); computed from the layer's parameters by operations that autograd
-            follows, it passes its gradient on to them.
+        weight: of a layer, as its geometry takes it: (O, C/g, ...), (C, O/g, ...) or (O, I); computed from the layer's
+            parameters by operations that autograd follows, it passes its gradient on to them.
         dimensions: of an input with its batch dimension; 0: any number from 2.
     """
 
@@ -51,6 +51,10 @@ KINDS: dict[type[nn.Module], Kind] = {
     **{
         stock: Kind(stock, ConvGeometry.of, _own, dimensions)
         for stock, dimensions in ((nn.Conv1d, 3), (nn.Conv2d, 4), (nn.Conv3d, 5))
+    },
+    **{
+        stock: Kind(stock, TransposedConvGeometry.of, _own, dimensions)
+        for stock, dimensions in ((nn.ConvTranspose1d, 3), (nn.ConvTranspose2d, 4), (nn.ConvTranspose3d, 5))
     },
     nn.Linear: Kind(nn.Linear, _linear, _own, 0),
 }

@@ -48,6 +48,7 @@ class LayerState:
         chosen: whether `convert` was given this layer's name; others are there to keep less than the stock layer.
         lazy: whether the output may be left to who reads it.
         watched: whether the code around it calls activations and the like as functions.
+        recompute: of a linear layer, whether its output may be computed again in the backward pass.
         bases: what the method carries from step to step.
         kept_bytes: bytes kept of the input in the latest training forward pass; 0 if another layer keeps them.
         formula_bytes: the same by the method's formula.
@@ -58,6 +59,7 @@ class LayerState:
     chosen: bool = True
     lazy: bool = False
     watched: bool = False
+    recompute: bool = True
     bases: Tensors = field(default=(), repr=False)
     kept_bytes: int = 0
     formula_bytes: int = 0
@@ -71,8 +73,12 @@ class LowRankLayer(Changed):
     bias: nn.Parameter | None
     _lowrank: LayerState
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Output of the stock layer; keeps what the method keeps."""
+    def forward(self, input: Tensor, *sizes: Any, **options: Any) -> Tensor:
+        """Output of the stock layer; keeps what the method keeps. With the size of a transposed convolution's output
+        given at the call it is the stock layer."""
+        if sizes or options:
+            y: Tensor = super().forward(real(input), *sizes, **options)
+            return y
         if "parametrizations" not in self._modules:
             return self._forward(input)
         with parametrize.cached():  # a weight is computed once per call: spectral norm takes a step each time
@@ -163,7 +169,7 @@ def geometry_of(layer: nn.Module) -> Geometry:
 
 
 def weight_of(layer: nn.Module) -> Any:
-    """A layer's weight as (O, C/g, ...) or (O, I)."""
+    """A layer's weight as its geometry takes it."""
     return _kind(layer).weight(layer)
 
 
@@ -191,7 +197,7 @@ def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | 
         y = LowRankFunction.apply(x, weight, bias, settings, call, state.watched, *kept)
     if type(y) is Lazy and x is input:
         hold(x, y)
-    if x is input and not single and isinstance(geometry, LinearGeometry):
+    if x is input and not single and state.recompute and isinstance(geometry, LinearGeometry):
         note_linear(input, y, F.linear, (weight, bias), bool(kept) and state.method.keeps_input)
     return y
 
@@ -218,7 +224,7 @@ def _may_be_lazy(layer: LowRankLayer, settings: Settings, input: Tensor, x: Tens
     geometry, weight, bias = settings.geometry, layer.weight, layer.bias
     if not layer._lowrank.lazy or torch.compiler.is_compiling():
         return False
-    if not isinstance(geometry, ConvGeometry) or geometry.padding_mode != "zeros":  # others may lay out a copy anew
+    if type(geometry) is not ConvGeometry or geometry.padding_mode != "zeros":  # others may lay out a copy anew
         return False
     assert isinstance(weight, Tensor)
     hooked = layer._forward_hooks or torch_module._global_forward_hooks

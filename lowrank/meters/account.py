@@ -64,7 +64,7 @@ def account(
 
     Args:
         model: any module; left as it was.
-        names: `nn.Conv2d` and `nn.Linear` layers.
+        names: layers that can be converted.
         batch: a tensor (B, ...), a tuple or list that starts with one, or a mapping of keyword arguments.
         forward: `forward(model, batch)`, where the model is called in another way.
 
@@ -108,7 +108,7 @@ def _layer_cost(layer: nn.Module, x: Tensor) -> LayerCost:
         return layer.cost(x, needs_input_gradient)
     weight = weight_of(layer)
     assert isinstance(weight, Tensor)
-    out_channels = weight.shape[0]
+    out_channels = geometry.by_output(weight).shape[0]
     if weight.requires_grad:
         cost = method.cost(x, geometry, out_channels, needs_input_gradient)
         return replace(cost, weight_bytes=weight.nbytes)

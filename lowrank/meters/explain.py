@@ -149,7 +149,7 @@ _SMOOTH = "its input: its derivative takes many values, so bits are not enough"
 _COMPUTED = "its input; convert makes it compute that again from what is kept ahead of it"
 _LEAN = "whole tensors; convert makes it keep bits or shapes"
 _REASONS: dict[type[nn.Module] | tuple[type[nn.Module], ...], str] = {
-    (nn.Conv2d, nn.Linear): _CAN_BE_CONVERTED,
+    (nn.Conv2d, nn.ConvTranspose2d, nn.Linear): _CAN_BE_CONVERTED,
     (nn.SiLU, nn.GELU): _COMPUTED,
     (nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.Softmax, nn.Mish, nn.ELU): _SMOOTH,
     (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid, nn.LeakyReLU, nn.Dropout): _LEAN,

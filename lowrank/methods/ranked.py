@@ -15,7 +15,11 @@ from lowrank.tensors.decompose import allowed_ranks
 from lowrank.tensors.geometry import Shape
 from lowrank.tensors.storage import stored_bytes
 
-_MODES = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
+_MODES: dict[tuple[type[nn.Module], ...], int] = {
+    (nn.Conv1d, nn.ConvTranspose1d): 3,
+    (nn.Conv2d, nn.ConvTranspose2d): 4,
+    (nn.Conv3d, nn.ConvTranspose3d): 5,
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,7 +61,7 @@ class RankedMethod(TuckerMethod):
         return "_mixed" if len(chosen) > 1 else storage_tag(chosen.pop())
 
     def reason_against(self, layer: nn.Module) -> str | None:
-        modes = next((n for kind, n in _MODES.items() if isinstance(layer, kind)), None)
+        modes = next((n for kinds, n in _MODES.items() if isinstance(layer, kinds)), None)
         if modes is not None and isinstance(self.ranks, Sequence) and len(self.ranks) != modes:
             return f"{len(self.ranks)} ranks for a convolution, whose input has {modes} modes; give one per mode"
         return None

@@ -51,14 +51,14 @@ def tucker_numel(shape: Sequence[int], ranks: Sequence[int]) -> int:
 def paper_forward(geometry: Geometry, shape: Shape, out_channels: int) -> int:
     """Forward pass as the papers count it."""
     if isinstance(geometry, ConvGeometry):
-        return prod(geometry.kernel) * out_channels * prod(shape)
+        return prod(geometry.kernel) * out_channels * prod(shape)  # of a transposed convolution all that there is
     return prod(shape[:-1]) * out_channels * (2 * shape[-1] - 1)
 
 
 def paper_weight_gradient(geometry: Geometry, shape: Shape, out_channels: int) -> int:
     """Exact weight gradient as the papers count it."""
     if isinstance(geometry, ConvGeometry):
-        return prod(geometry.kernel) * shape[1] * prod(geometry.output_shape(shape, out_channels))
+        return prod(geometry.kernel) * out_channels * shape[0] * shape[1] * geometry.applications(shape)
     return out_channels * shape[-1] * (2 * prod(shape[:-1]) - 1)
 
 
@@ -71,6 +71,7 @@ def paper_tucker_gradient(geometry: Geometry, shape: Shape, ranks: Shape, out_ch
         batch, channels, *sizes = shape
         k0, k1, *inner = ranks
         kernel, positions = prod(geometry.kernel), prod(geometry.output_shape(shape, out_channels)[2:])
+        places = geometry.applications(shape)
         expanded, core = 0, prod(ranks)
         for size, rank in zip(sizes, inner, strict=True):
             expanded += core * size
@@ -78,7 +79,7 @@ def paper_tucker_gradient(geometry: Geometry, shape: Shape, ranks: Shape, out_ch
         return (
             k0 * out_channels * positions * batch
             + expanded
-            + out_channels * k0 * k1 * kernel * positions
+            + out_channels * k0 * k1 * kernel * places
             + out_channels * channels * kernel * k1
         )
     if len(shape) == 2:

@@ -205,27 +205,31 @@ def subspace_iteration(
         core = mode_product(core, start.to(core.dtype).mT, place[mode])
     wide = core
     for mode, start in [pair for pair in pairs if pair[0] not in held]:
-        if algorithm == "published":
-            basis, _ = _iterate(wide, start, place[mode])
+        published = algorithm == "published"
+        source, at = _ahead(wide if published else core, place[mode])
+        bases[mode] = basis = _iterate(source, start, at)
+        if published:
             core = mode_product(core, basis.mT, place[mode])
         else:
-            basis, core = _iterate(core, start, place[mode])
-        bases[mode] = basis
+            core = mode_product(source, basis.mT, at).movedim(at, place[mode]).contiguous()
     return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
 
 
-def _iterate(x: Tensor, start: Tensor, mode: int) -> tuple[Tensor, Tensor]:
-    """orth(X X^T start) for the unfolding X of `mode`, and `x` projected on it."""
+def _ahead(x: Tensor, mode: int) -> tuple[Tensor, int]:
+    """A copy of `x` with `mode` ahead of the others, where that pays, and the mode's place."""
+    if mode > 0 and prod(x.shape[mode + 1 :]) in _SCATTERED:
+        return x.movedim(mode, 0).contiguous(), 0
+    return x, mode
+
+
+def _iterate(x: Tensor, start: Tensor, mode: int) -> Tensor:
+    """orth(X X^T start) for the unfolding X of `mode`."""
     # A step that met NaN leaves a basis of NaN; from zeros QR gives unit vectors, and the iteration recovers.
     start = torch.nan_to_num(start.to(x.dtype), 0.0, 0.0, 0.0)
-    at = mode
-    if mode > 0 and prod(x.shape[mode + 1 :]) in _SCATTERED:
-        x, at = x.movedim(mode, 0).contiguous(), 0
-    image = mode_correlation(x, mode_product(x, start.mT, at), at)
+    image = mode_correlation(x, mode_product(x, start.mT, mode), mode)
     basis = torch.linalg.qr(image)[0]
     # Laid out as it comes back from a file, also with a single column, so that the next step rounds the same.
-    basis = basis.clone(memory_format=torch.contiguous_format)
-    return basis, mode_product(x, basis.mT, at).movedim(at, mode).contiguous()
+    return basis.clone(memory_format=torch.contiguous_format)
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -91,11 +91,13 @@ def saved(ctx: Any, name: str) -> tuple[Any, ...]:
         ) from None
     if torch.compiler.is_compiling():
         return tensors
-    if any(tensor is not None and tensor.numel() and not tensor.untyped_storage().nbytes() for tensor in tensors):
-        raise ChangedError(
-            f"{name}: a parameter that its gradient is computed from was sharded again after the forward pass; convert "
-            f"with fuse=False, or keep parameters whole until the backward pass (reshard_after_forward=False)"
-        )
+    for tensor in tensors:
+        if tensor is not None and not tensor.untyped_storage().nbytes() and tensor.numel():
+            raise ChangedError(
+                f"{name}: a parameter that its gradient is computed from was sharded again after the forward pass; "
+                f"convert with fuse=False, or keep parameters whole until the backward pass "
+                f"(reshard_after_forward=False)"
+            )
     return tuple(map(ordinary, tensors))
 
 

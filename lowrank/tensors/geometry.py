@@ -5,7 +5,7 @@ A geometry is the layer without its parameters: hashable, so that plans can be r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import prod
 from typing import Any, Literal
@@ -34,6 +34,7 @@ class ConvGeometry:
 
     Attributes:
         padding: what is added ahead and behind in each dimension: (top, bottom, left, right).
+        native: whether the convolution itself can do the padding.
     """
 
     kernel: Shape
@@ -42,8 +43,13 @@ class ConvGeometry:
     groups: int
     padding: Shape
     padding_mode: PaddingMode
+    native: bool = field(init=False, compare=False, repr=False)
 
     channel_axis = 1
+
+    def __post_init__(self) -> None:
+        even = all(ahead == behind for ahead, behind in self._pads)
+        object.__setattr__(self, "native", self.padding_mode == "zeros" and even)
 
     @classmethod
     def of(cls, layer: Any) -> ConvGeometry:
@@ -64,17 +70,12 @@ class ConvGeometry:
         return [self.padding[at : at + 2] for at in range(0, len(self.padding), 2)]
 
     @property
-    def native(self) -> bool:
-        """Whether the convolution itself can do the padding."""
-        return self.padding_mode == "zeros" and all(ahead == behind for ahead, behind in self._pads)
-
-    @property
     def pointwise(self) -> bool:
         """Whether each output position reads one input position: a 1x1 kernel and no padding."""
         return prod(self.kernel) == 1 and not any(self.padding)
 
     def _arguments(self) -> tuple[list[int], list[int], list[int]]:
-        own = [ahead if self.native else 0 for ahead, _ in self._pads]
+        own = list(self.padding[::2]) if self.native else [0] * len(self.kernel)
         return list(self.stride), own, list(self.dilation)
 
     def _padded_shape(self, shape: Shape) -> Shape:
@@ -132,6 +133,14 @@ class ConvGeometry:
         """Bias gradient, shape (O,)."""
         return grad.sum((0, *range(2, grad.ndim)))
 
+    def by_output(self, weight: Tensor, groups: int | None = None) -> Tensor:
+        """A weight with its outputs ahead, (O, C/g, ...), which it has in any case; and back."""
+        return weight
+
+    def applications(self, shape: Shape) -> int:
+        """Places at which the kernel is applied to each sample of an input of shape `shape`."""
+        return prod(self.output_shape(shape, 1)[2:])
+
     def output_shape(self, shape: Shape, out_channels: int) -> Shape:
         """Shape of the output for an input of shape `shape`."""
         sizes = [size + sum(pads) for size, pads in zip(shape[2:], self._pads, strict=True)]
@@ -141,8 +150,70 @@ class ConvGeometry:
 
     def macs(self, shape: Shape, out_channels: int) -> int:
         """Multiplications of the forward pass; the input and the weight gradient take as many each."""
-        outputs = prod(self.output_shape(shape, out_channels))
-        return outputs * (shape[1] // self.groups) * prod(self.kernel)
+        places = shape[0] * self.applications(shape)
+        return places * out_channels * (shape[1] // self.groups) * prod(self.kernel)
+
+
+@dataclass(frozen=True)
+class TransposedConvGeometry(ConvGeometry):
+    """A transposed convolution: of two dimensions the input is (B, C, H, W), the weight (C, O/g, K_h, K_w).
+
+    Attributes:
+        output_padding: rows and columns that the output has more, behind.
+    """
+
+    output_padding: Shape = ()
+
+    @classmethod
+    def of(cls, layer: Any) -> TransposedConvGeometry:
+        """The geometry of a layer as it stands."""
+        kernel: Shape = tuple(layer.weight.shape[2:])
+        stride, dilation, padding, further = (
+            _each(len(kernel), value) for value in (layer.stride, layer.dilation, layer.padding, layer.output_padding)
+        )
+        both = tuple(one for one in padding for _ in range(2))
+        return cls(kernel, stride, dilation, layer.groups, both, "zeros", further)
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether each output position reads one input position, and all do."""
+        return super().pointwise and prod(self.stride) == 1
+
+    def _options(self, groups: int | None = None) -> tuple[Any, ...]:
+        groups = self.groups if groups is None else groups
+        return list(self.stride), list(self.padding[::2]), list(self.dilation), True, list(self.output_padding), groups
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output."""
+        return torch.convolution(x, weight, bias, *self._options())
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, shape: Shape) -> Tensor:
+        """Gradient with respect to an input of shape `shape`, from the gradient `grad` of the output."""
+        x = _placeholder(grad, shape)
+        return _convolution_backward(grad, x, weight, None, *self._options(), [True, False, False])[0]
+
+    def weight_gradient(self, x: Tensor, grad: Tensor, groups: int | None = None) -> Tensor:
+        """Weight gradient from a dense input, (C, O/g, ...); `groups` replaces the layer's own."""
+        groups = self.groups if groups is None else groups
+        weight = _placeholder(grad, (x.shape[1], grad.shape[1] // groups, *self.kernel))
+        return _convolution_backward(grad, x, weight, None, *self._options(groups), [False, True, False])[1]
+
+    def by_output(self, weight: Tensor, groups: int | None = None) -> Tensor:
+        """A weight (C, O/g, ...) as (O, C/g, ...), and back."""
+        groups = self.groups if groups is None else groups
+        return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+    def applications(self, shape: Shape) -> int:
+        """Places at which the kernel is applied to each sample of an input of shape `shape`."""
+        return prod(shape[2:])
+
+    def output_shape(self, shape: Shape, out_channels: int) -> Shape:
+        """Shape of the output for an input of shape `shape`."""
+        settings = zip(
+            *(shape[2:], self.kernel, self.stride, self.dilation, self._pads, self.output_padding), strict=True
+        )
+        found = [(n - 1) * s - sum(pads) + d * (k - 1) + further + 1 for n, k, s, d, pads, further in settings]
+        return (shape[0], out_channels, *found)
 
 
 @dataclass(frozen=True)
@@ -165,6 +236,10 @@ class LinearGeometry:
     def weight_gradient(self, x: Tensor, grad: Tensor, groups: int | None = None) -> Tensor:
         """Weight gradient from a dense input."""
         return grad.reshape(-1, grad.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
+
+    def by_output(self, weight: Tensor, groups: int | None = None) -> Tensor:
+        """A weight with its outputs ahead, which it has in any case; and back."""
+        return weight
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
         """Bias gradient, shape (O,)."""

@@ -11,7 +11,7 @@ Sources: AMC (NeurIPS 2024), sec. 3; ASI, sec. 3; WASI, app. A.1, for linear lay
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations
 from math import prod
@@ -49,7 +49,8 @@ def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry) -> Tensor:
         geometry: the layer.
 
     Returns:
-        The gradient, (O, C/g, K_h, K_w) or (O, I), equal to autograd's on `tucker.dense()`.
+        The gradient, (O, C/g, K_h, K_w), (O, I) or, of a transposed convolution, (C, O/g, K_h, K_w), equal to
+        autograd's on `tucker.dense()`.
     """
     channel = geometry.channel_axis % grad.ndim
     factored = tuple(factor is not None for factor in tucker.factors)
@@ -67,10 +68,13 @@ def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry) -> Tensor:
     if plan.pointwise:
         dense = mode_correlation(grad, core, channel)  # (O, r_1) or (O, C)
         result = _apply_channels(dense, remaining, geometry.groups)
-        return result.view(*result.shape, *geometry.kernel) if isinstance(geometry, ConvGeometry) else result
-    if remaining is None:
+        result = result.view(*result.shape, *geometry.kernel) if isinstance(geometry, ConvGeometry) else result
+    elif remaining is None:
         return geometry.weight_gradient(core, grad)
-    return _apply_channels(geometry.weight_gradient(core, grad, groups=1), remaining, geometry.groups)
+    else:
+        dense = geometry.by_output(geometry.weight_gradient(core, grad, groups=1), 1)
+        result = _apply_channels(dense, remaining, geometry.groups)
+    return geometry.by_output(result)
 
 
 def factor_gradients(
@@ -252,8 +256,8 @@ def _correlation_plan(
     core, expand_macs = _products(ranks, full, expand)
     grad_shape = geometry.output_shape(shape, out_channels)
     grad, project_macs = _products(grad_shape, dict(enumerate(ranks)), project)
-    per_output = core[1] // geometry.groups if whole_channels else core[1]
-    macs = expand_macs + project_macs + prod(grad) * per_output * prod(geometry.kernel)
+    grouped = geometry if whole_channels else replace(geometry, groups=1)
+    macs = expand_macs + project_macs + grouped.macs((grad[0], *core[1:]), out_channels)
     if not whole_channels:
         macs += out_channels * (shape[1] // geometry.groups) * core[1] * prod(geometry.kernel)
     return Plan(False, project, expand, macs)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 Fact = TypeVar("Fact")
 
@@ -20,19 +20,29 @@ class Notes(Generic[Fact]):
     """
 
     def __init__(self) -> None:
-        self._facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._facts: dict[int, tuple[weakref.ref[Tensor], int, Fact]] = {}
 
     def note(self, tensor: Tensor, fact: Fact) -> None:
         """Note a fact in the place of an earlier one."""
-        if not torch.compiler.is_compiling() and not tensor.is_inference():
-            self._facts[tensor] = (tensor._version, fact)
+        with torch._C.DisableTorchFunctionSubclass():
+            if not torch.compiler.is_compiling() and not tensor.is_inference():
+                key = id(tensor)  # by address, since a look-up comes with every operation
+                self._facts[key] = (weakref.ref(tensor, partial(self._ended, key)), tensor._version, fact)
 
     def find(self, tensor: Tensor) -> Fact | None:
         """The fact, if the tensor is still as it was."""
         if torch.compiler.is_compiling():
             return None
-        version, fact = self._facts.get(tensor, (None, None))
-        return fact if version is not None and version == tensor._version else None
+        found = self._facts.get(id(tensor))
+        if found is None or found[0]() is not tensor:
+            return None
+        with torch._C.DisableTorchFunctionSubclass():
+            return found[2] if found[1] == tensor._version else None
+
+    def _ended(self, key: int, reference: weakref.ref[Tensor]) -> None:
+        found = self._facts.get(key)
+        if found is not None and found[0] is reference:
+            del self._facts[key]
 
     def __len__(self) -> int:
         return len(self._facts)

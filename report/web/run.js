@@ -67,7 +67,7 @@ function numbers(found) {
     ...Object.entries(found.accuracy).map(([name, value]) => [name.replaceAll("_", " "), `${(100 * value).toFixed(1)} %`]),
     ["kept", `${mib("saved_measured")} MiB`],
     ["peak", `${mib("peak_measured")} MiB`],
-    ["inputs by formula", `${mib("activation_formula")} MiB`],
+    ["by formula", `${mib("activation_formula")} MiB`],
     ["step", `${written("ms", found.time_s.step_median)} ms`],
     ["FLOPs", written("count", found.flops.corrected)],
   ];

@@ -8,7 +8,15 @@ import torch
 
 import lowrank
 from benchmarks import published, speed
-from benchmarks.comparisons import SECTIONS, Comparison, NoWeightGradient, Setting, probe, random_basis
+from benchmarks.comparisons import (
+    SECTIONS,
+    Comparison,
+    NoWeightGradient,
+    Setting,
+    probe,
+    random_basis,
+    training_step,
+)
 from benchmarks.networks import batch_of, build, loss_of, trained_layers
 from benchmarks.pairs import ratio
 from lowrank.tensors import decompose
@@ -114,3 +122,29 @@ def test_steps_of_models_come_first_in_the_order_of_networks_depths_and_ways(tmp
     frame = speed.run([comparison(*names) for names in measured], TINY, 1, tmp_path / "speed.csv")
     assert list(zip(frame.section, frame.case, frame["first"], strict=True)) == [measured[i] for i in (4, 3, 2, 1, 0)]
     assert list(pd.read_csv(tmp_path / "speed.csv").case) == list(frame.case)
+
+
+def test_a_line_of_batches_for_each_way(tmp_path):
+    rows = [
+        {"section": "batch step", "case": "mcunet, last 4", "first": way, "second": "vanilla", "batch": batch}
+        | {"size": 32, "threads": 1, "ratio": 1 + 1 / batch, "low": 0.9, "high": 2}
+        for way in ("vanilla", "lean", "lean in 2 parts")
+        for batch in (1, 2, 4)
+    ]
+    frame = pd.DataFrame(rows)
+    paths = speed.draw_batches(frame, tmp_path)
+    assert [path.name for path in paths] == ["speed_by_batch.png", "speed_by_batch.svg"]
+    assert all(path.stat().st_size > 1000 for path in paths)
+    assert speed.draw_batches(frame.assign(section="model step"), tmp_path) == []
+
+
+def test_parts_of_a_batch_have_its_gradient_between_them(monkeypatch):
+    """Of two equal parts the mean losses add up to twice that of the whole."""
+    made = []
+    monkeypatch.setattr("benchmarks.comparisons.build", lambda *sizes: made.append(build(*sizes)) or made[-1])
+    for parts in (1, 2):
+        training_step("mcunet", "4", None, TINY, parts=parts)()
+    whole, halves = ({n: p.grad for n, p in model.named_parameters() if p.grad is not None} for model in made)
+    assert whole.keys() == halves.keys()
+    for name, grad in whole.items():
+        torch.testing.assert_close(halves[name], 2 * grad, rtol=1e-3, atol=1e-5)

@@ -254,6 +254,11 @@ def test_a_signal_to_the_command_ends_it_in_one_line(tmp_path, weights):
     assert process.returncode == 128 + signal.SIGTERM
     assert said.startswith("interrupted during mcunet on digits")
     assert said.count("\n") == 1
+    saved = torch.load(only_file(tmp_path, "last.ckpt"), weights_only=True)
+    assert saved["global_step"] == 2
+    for kind in ("History", "RandomState"):
+        (state,) = (value for key, value in saved["callbacks"].items() if key.startswith(kind))
+        assert len(state[OTHERS]) == 1
 
 
 def test_another_number_of_processes_is_refused(vanilla, weights, capfd):

@@ -10,6 +10,7 @@ import termios
 import pytest
 from commands import arguments, finish, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from classification.cli import main
 from classification.loggers import loggers
@@ -47,6 +48,29 @@ def test_tensorboard_has_what_the_run_used_in_all(logged):
         for name, value in record[part].items():
             assert scalars[f"resources/{part}_{name}"] == pytest.approx([value])
     assert scalars["test_accuracy"] == pytest.approx([record["accuracy"]["test"]])
+
+
+def test_tensorboard_has_what_was_chosen_beside_what_came_of_it(logged):
+    folder, scalars = logged
+    record = json.loads((folder / "result.json").read_text())
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    plugin = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    told = HParamsPluginData.FromString(plugin).session_start_info.hparams
+    assert told["method"].string_value == record["run"]["method"]
+    assert told["batch_size"].number_value == record["recipe"]["batch_size"]
+    assert scalars["accuracy/test"] == pytest.approx([record["accuracy"]["test"]])
+
+
+def test_what_a_run_leaves_agrees_with_its_record(logged):
+    folder, _ = logged
+    memory = json.loads((folder / "result.json").read_text())["memory_bytes"]
+    left = json.loads((folder / "memory.json").read_text())
+    assert sum(row[2] for row in left["module/kind/bytes/reason"]) == left["kept_bytes"] == memory["saved_measured"]
+    layers = json.loads((folder / "ranks.json").read_text())["layers"]
+    assert len(layers) == 2
+    assert sum(layer["activation_bytes"] for layer in layers) == memory["activation_formula"]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_tensorboard_can_be_turned_off(tmp_path, capsys, weights):

@@ -24,6 +24,7 @@ def a_record(**run):
         flops={"paper": 10**13, "corrected": 7},
         time_s={"step_median": 0.1, "total": 9.0},
         provenance={"config_hash": "abc", "packages": {"torch": "2"}},
+        loss={"train_last": 0.25},
     )
 
 
@@ -37,7 +38,7 @@ def test_the_file_has_the_keys_of_the_design(tmp_path):
     content = json.loads(a_record().save(tmp_path).read_text())
     assert list(content) == [
         *("schema", "status", "run", "accuracy", "memory_bytes", "flops", "time_s", "provenance"),
-        "recipe",
+        *("recipe", "loss"),
     ]
     assert (content["schema"], content["status"], content["run"]) == (1, "done", RUN)
     assert (tmp_path / "result.json").is_file()
@@ -169,6 +170,17 @@ def test_records_are_found_in_the_order_of_their_paths(tmp_path):
 
 def test_a_folder_that_does_not_exist_has_no_records(tmp_path):
     assert list(find_records(tmp_path / "nowhere")) == []
+
+
+def test_a_record_of_before_the_loss_was_noted_is_read(tmp_path):
+    path = a_record().save(tmp_path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"loss": {"train_last": "low"}}))
+    with pytest.raises(ExperimentError, match=r"loss\.train_last is 'low'"):
+        Record.load(path)
+    del content["loss"]
+    path.write_text(json.dumps(content))
+    assert Record.load(path).loss == {}
 
 
 def test_a_record_of_before_the_recipe_was_noted_is_read(tmp_path):

@@ -17,7 +17,7 @@ class Zoo(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
         self.odd = OddConv(4, 4, 3)
-        self.transposed = nn.ConvTranspose2d(4, 4, 3)
+        self.bilinear = nn.Bilinear(4, 4, 3)
         self.norm = nn.BatchNorm2d(4)
         self.conv1d = nn.Conv1d(4, 4, 3)
         self.attention = nn.MultiheadAttention(4, 2)

@@ -11,6 +11,7 @@ import pytest
 from experiment import ExperimentError
 from report.methods import family, method_order
 from report.summary import Group, Reported, group_records, read_records, summarise
+from report.tables import columns, to_markdown
 
 
 def row(table, layers, method):
@@ -40,6 +41,26 @@ def test_means_and_sample_standard_deviations(write):
     assert found["peak_inference_bytes"] == 2**19
     assert (found["flops_paper"], found["flops_corrected"]) == (3000, 6000)
     assert found["step_median_s"] == pytest.approx(0.3)
+
+
+def test_training_losses_are_compared_at_equal_depth(write):
+    found = summarise(
+        [
+            write("vanilla", 2, loss={"train_last": 0.125}),
+            write("asi", 2, loss={"train_last": 0.25}),
+            write("asi", 2, seed=1, loss={"train_last": 0.5}),
+            (without := write("asi", 4)),
+        ]
+    )
+    assert (row(found, 2, "asi")["train_loss"], row(found, 2, "asi")["train_loss_difference"]) == (0.375, 0.25)
+    assert row(found, 2, "vanilla")["train_loss_difference"] == 0
+    assert math.isnan(row(found, 4, "asi")["train_loss"])
+    group = Group("classification", "A", "mcunet", "pets")
+    assert "| 0.375 |" in " ".join(to_markdown(found, group).split())
+    text = to_markdown(found, group, shown=columns(found))
+    assert "Δ training loss" in text
+    assert "+0.25" in text
+    assert "loss" not in to_markdown(summarise([without]), group)
 
 
 def test_one_seed_has_no_standard_deviation(write):
@@ -306,3 +327,17 @@ def test_two_budgets_are_two_rows_beside_a_record_of_before_they_were_named(writ
 )
 def test_a_budget_is_no_part_of_a_methods_family(method, expected):
     assert family(method) == expected
+
+
+def test_at_equal_memory_a_row_is_held_against_the_baselines_best_of_as_little(write):
+    own = {2: (0.80, 100), 4: (0.85, 300), 8: (0.83, 900)}
+    records = [write("vanilla", layers, test=test, memory=memory) for layers, (test, memory) in own.items()]
+    records += [write("asi", layers, test=0.84, memory=memory) for layers, memory in ((2, 90), (4, 300), (8, 1000))]
+    table = summarise(records)
+    for row in table[table["method"] == "asi"].to_dict("records"):
+        below = [100 * test for test, memory in own.values() if memory <= row["activation_formula_bytes"]]
+        best = max(below, default=math.nan)
+        for name in ("equal_memory_difference_points", "equal_saved_difference_points"):  # kept is twice the formula
+            assert row[name] == pytest.approx(84 - best, nan_ok=True)
+    least = {row["layers"]: row["equal_accuracy_saved_times_less"] for row in table.to_dict("records")[1::2]}
+    assert least == pytest.approx({2: 600 / 180, 4: 600 / 600, 8: 600 / 2000})

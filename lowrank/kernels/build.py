@@ -1,0 +1,79 @@
+"""Builds the library of compiled kernels once per user and keeps it; a second for who runs it first."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("kernels.c")
+OPTIONS = ("-O3", "-std=c11", "-fPIC", "-shared")  # for any processor of its kind: homes are shared among machines
+SECONDS = 60  # that a compiler may take
+
+
+class Unavailable(Exception):
+    """There are no compiled kernels, and why."""
+
+
+def cache_folder() -> Path:
+    """Where built libraries lie: `LOWRANK_CACHE`, or `lowrank` in the user's cache folder."""
+    own = os.environ.get("LOWRANK_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowrank"
+
+
+def built() -> Path:
+    """The library for this source, machine and compiler; built, if it is not there yet.
+
+    Several processes may build it at once: each writes a file of its own, whose last step is a rename.
+
+    Raises:
+        Unavailable: no compiler, or it fails, or nothing can be written.
+    """
+    compiler = _compiler()
+    try:
+        path = cache_folder() / f"kernels-{_key(compiler)}.so"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _build(compiler, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home
+        raise Unavailable(f"{error}; LOWRANK_CACHE names a folder to build in") from None
+    return path
+
+
+def _compiler() -> list[str]:
+    """The command of the C compiler: `CC`, or the first that is there."""
+    own = shlex.split(os.environ.get("CC", ""))
+    found = next((path for name in own[:1] or ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    if found is None:
+        raise Unavailable(f"no C compiler: {f'CC names {own[0]!r}' if own else 'cc, gcc and clang'}, not found")
+    return [found, *own[1:]]
+
+
+def _key(compiler: list[str]) -> str:
+    """Of all that the library is made of. PyTorch is no part of it: it is handed bare memory."""
+    program = Path(compiler[0]).resolve().stat()
+    parts = (*compiler, *OPTIONS, program.st_size, program.st_mtime_ns, sysconfig.get_platform(), *platform.libc_ver())
+    return hashlib.sha256(SOURCE.read_bytes() + repr(parts).encode()).hexdigest()[:24]
+
+
+def _build(compiler: list[str], path: Path) -> None:
+    handle, name = tempfile.mkstemp(prefix=path.stem, suffix=".part", dir=path.parent)
+    os.close(handle)
+    try:
+        command = [*compiler, *OPTIONS, str(SOURCE), "-o", name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        if done.returncode:
+            raise Unavailable(f"{compiler[0]} failed: {' '.join(done.stderr.split())[:300]}")
+        Path(name).replace(path)
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{compiler[0]} took more than {SECONDS} s") from None
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,117 @@
+"""The built library, loaded at its first use, and whether it is in use."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank.kernels.build import Unavailable, built
+
+SWITCH = "LOWRANK_KERNELS"
+_ALLOWED = ("", "auto", "off")
+_COUNT, _POINTER, _NUMBER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double, ctypes.c_int
+_SIGNATURES = {
+    **{f"pack_{kind}": (_POINTER, _POINTER, _COUNT, _INT, _NUMBER, _NUMBER, _INT) for kind in ("float", "double")},
+    **{
+        f"apply_{kind}": (_POINTER, _POINTER, _POINTER, _COUNT, _INT, _NUMBER, _NUMBER, _INT)
+        for kind in ("float", "double")
+    },
+    "rows_float": (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _INT),
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether compiled kernels are in use.
+
+    Attributes:
+        active: whether they are; otherwise PyTorch's operators do the same.
+        reason: why not, or which library.
+        threads: whether they work with all of PyTorch's threads, or with one.
+    """
+
+    active: bool
+    reason: str
+    threads: bool = False
+
+    def __str__(self) -> str:
+        if not self.active:
+            return f"no compiled kernels: {self.reason}"
+        return f"compiled kernels, {'with all threads' if self.threads else 'with one thread'}: {self.reason}"
+
+
+def status() -> Status:
+    """Whether compiled kernels are in use, which and why; builds them, where that is still to be done.
+
+    `LOWRANK_KERNELS=off` in the environment switches them off. Without them, training is the same and slower.
+    """
+    return Status(False, "switched off in this process") if _OFF else _loaded()[1]
+
+
+def library() -> Any | None:
+    """Its functions by name, `pack_float` and so on; None where there is none."""
+    return None if _OFF else _loaded()[0]
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Without compiled kernels, in all threads of this process."""
+    _OFF.append(True)
+    try:
+        yield
+    finally:
+        _OFF.pop()
+
+
+_OFF: list[bool] = []
+
+
+class _Library:
+    """Functions of a loaded library, without the prefix of their names."""
+
+    def __init__(self, path: Path) -> None:
+        loaded = ctypes.CDLL(str(path))
+        for name, types in _SIGNATURES.items():
+            function = getattr(loaded, f"lowrank_{name}")
+            function.argtypes, function.restype = types, None
+            setattr(self, name, function)
+        team = _team()
+        loaded.lowrank_set_team.argtypes = (_POINTER,)
+        loaded.lowrank_set_team(team)
+        self.threads = team is not None
+
+
+@lru_cache(maxsize=1)
+def _loaded() -> tuple[Any | None, Status]:
+    wanted = os.environ.get(SWITCH, "")
+    if wanted not in _ALLOWED:
+        return None, Status(False, f"{SWITCH} is {wanted!r}; allowed: auto, off")
+    if wanted == "off":
+        return None, Status(False, f"{SWITCH} is off")
+    try:
+        path = built()
+        found = _Library(path)
+    except (Unavailable, OSError, AttributeError) as error:  # the two last: not loadable, or not this library
+        return None, Status(False, str(error))
+    return found, Status(True, str(path), found.threads)
+
+
+def _team() -> int | None:
+    """Address of the function that starts a team of the threads that PyTorch's operators work with."""
+    folder = Path(torch.__file__).parent
+    near = [path for place in (folder / "lib", folder.parent / "torch.libs") for path in place.glob("lib*omp*")]
+    for path in near:
+        try:  # only what is loaded already: a runtime of one's own would wait against PyTorch's
+            runtime = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD)
+            return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None

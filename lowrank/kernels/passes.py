@@ -1,0 +1,96 @@
+"""Passes over memory that compiled kernels make; where one cannot, it says so, and the caller does without."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.kernels.library import library
+
+Gate = Literal["above", "between", "strictly above", "not zero"]
+_GATES: dict[Gate, int] = {"above": 0, "between": 1, "strictly above": 2, "not zero": 3}
+_KINDS = {torch.float32: "float", torch.float64: "double"}
+
+
+def _plain_keys() -> frozenset[int]:
+    """What PyTorch dispatches a tensor by that is nothing but memory of the CPU, ordinary or of inference mode."""
+    with torch.inference_mode(False):
+        ordinary = torch.empty(0, device="cpu")
+    with torch.inference_mode():
+        inferred = torch.empty(0, device="cpu")
+    return frozenset(torch._C._dispatch_keys(tensor).raw_repr() for tensor in (ordinary, inferred))
+
+
+_KEYS = _plain_keys()
+_OWN = (Tensor, nn.Parameter)
+
+
+def _kernel(name: str, *tensors: Tensor) -> object | None:
+    """A kernel for these tensors; None if it cannot take them: not memory of a kind it knows, filled in order.
+
+    Nor where somebody watches the operators, a compiler or a dispatch mode, who would not see a kernel.
+    """
+    found = library()
+    if found is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    kind = _KINDS.get(tensors[0].dtype)
+    for tensor in tensors:
+        own = type(tensor) in _OWN and torch._C._dispatch_keys(tensor).raw_repr() in _KEYS
+        if not own or not tensor.is_contiguous() or tensor.dtype not in (tensors[0].dtype, torch.uint8):
+            return None
+    return getattr(found, f"{name}_{kind}", None)
+
+
+def pack(x: Tensor, gate: Gate, low: float, high: float, bits: Tensor) -> bool:
+    """Write one bit per element, whether it passes a gate.
+
+    Args:
+        x: (n,), float32 or float64, or nothing is done.
+        gate: "above", not `x <= low`; "between", `low < x < high`; "strictly above", `x > low`; "not zero". NaN
+            passes the first and the last.
+        low, high: of the gate.
+        bits: (ceil(n / 8),), uint8, to write to; the first element is the lowest bit.
+
+    Returns:
+        Whether it was done.
+    """
+    kernel = _kernel("pack", x, bits)
+    if kernel is None:
+        return False
+    threads = torch.get_num_threads()
+    kernel(x.data_ptr(), bits.data_ptr(), x.numel(), _GATES[gate], low, high, threads)  # type: ignore[operator]
+    return True
+
+
+def apply(grad: Tensor, bits: Tensor, inner: float, outer: float | None, out: Tensor) -> bool:
+    """Multiply each element by one of two slopes, by its bit.
+
+    Args:
+        grad: (n,), float32 or float64, or nothing is done.
+        bits: what `pack` wrote.
+        inner: slope where the bit is set.
+        outer: slope elsewhere; None: zero there, also where the gradient is infinite or NaN.
+        out: (n,), to write to; may be `grad` itself.
+
+    Returns:
+        Whether it was done.
+    """
+    kernel = _kernel("apply", grad, bits, out)
+    if kernel is None:
+        return False
+    pointers = grad.data_ptr(), bits.data_ptr(), out.data_ptr()
+    slopes = int(outer is not None), inner, outer or 0.0
+    kernel(*pointers, grad.numel(), *slopes, torch.get_num_threads())  # type: ignore[operator]
+    return True
+
+
+def row_products(a: Tensor, b: Tensor) -> Tensor | None:
+    """Inner product of each row of one matrix (n, k) with the same row of another, (n,); None: not for these."""
+    kernel = _kernel("rows", a, b) if a.shape == b.shape else None
+    if kernel is None:
+        return None
+    out = a.new_empty(len(a))
+    kernel(a.data_ptr(), b.data_ptr(), out.data_ptr(), *a.shape, torch.get_num_threads())  # type: ignore[operator]
+    return out

@@ -1,0 +1,62 @@
+"""What a run leaves beside its record: the ranks and the energy that its layers keep, and curves."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tensorly
+import torch
+from tensorly.decomposition import tucker
+from torch import nn
+
+import lowrank
+from experiment.leavings import as_text, memory_of, ranks_of
+
+
+def _loss(network, x):
+    return network(x).square().mean()
+
+
+def _network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)), torch.randn(4, 3, 8, 8)
+
+
+@pytest.mark.parametrize("method", [lowrank.HOSVD(0.8), lowrank.ASI(ranks=(2, 3, 4, 4), algorithm="published")])
+def test_ranks_and_energy_are_those_of_the_reference(method):
+    network, x = _network()
+    inputs = network[:2](x).detach()
+    lowrank.convert(network, ["2"], method)
+    for _ in range(400):  # until the bases of ASI are the subspaces
+        _loss(network, x).backward()
+    costs = lowrank.account(network, ["2"], x)
+    (layer,) = ranks_of(network, _loss, x, costs, method)["layers"]
+    assert layer["shape"] == list(inputs.shape)
+    assert layer["energy"] == (0.8 if isinstance(method, lowrank.HOSVD) else None)
+    core, factors = tucker(inputs.double().numpy(), rank=layer["ranks"], init="svd", n_iter_max=0)
+    rest = inputs.double().numpy() - tensorly.tucker_to_tensor((core, factors))
+    best = 1 - (rest**2).sum() / inputs.double().square().sum().item()
+    assert layer["captured"] == pytest.approx(best, abs=0.005)
+    if isinstance(method, lowrank.ASI):
+        assert layer["ranks"] == [2, 3, 4, 4]
+    assert layer["activation_bytes"] == costs["2"].activation_bytes
+
+
+def test_energies_are_those_that_a_budget_chose():
+    network, x = _network()
+    table = lowrank.measure_perplexity(network, ["0", "2"], _loss, x)
+    plan = lowrank.select_ranks(table, max(map(sum, zip(*(layer.nbytes for layer in table.layers), strict=True))))
+    method = lowrank.ASI(ranks=plan)
+    lowrank.convert(network, ["0", "2"], method)
+    layers = ranks_of(network, _loss, x, lowrank.account(network, ["0", "2"], x), method)["layers"]
+    assert {layer["name"]: layer["energy"] for layer in layers} == plan.energies
+
+
+def test_memory_is_told_by_module_and_what_is_no_number_is_null():
+    network, x = _network()
+    content = memory_of(lowrank.explain(network, _loss, x))
+    assert content["kept_bytes"] == lowrank.saved_bytes(network, _loss, x)
+    assert json.loads(as_text(content)) == json.loads(json.dumps(content))
+    assert json.loads(as_text({"rows": [{"share": math.nan}, [1, "a"]]})) == {"rows": [{"share": None}, [1, "a"]]}

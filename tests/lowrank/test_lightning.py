@@ -1,0 +1,176 @@
+"""LowRankCallback against a loop that is written out by hand, uninterrupted and resumed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lowrank
+
+pl = pytest.importorskip("pytorch_lightning")
+from lowrank.lightning import LowRankCallback  # noqa: E402
+
+BUDGET = 6_000
+EPOCHS, BATCH = 2, 8
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(3)
+    convolutions = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+class Module(pl.LightningModule):
+    """An ordinary module, which knows nothing of lowrank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = network()
+        self.logged: list[float] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
+        images, labels = batch
+        loss = F.cross_entropy(self.network(images), labels)
+        self.log("loss", loss)
+        return {"loss": loss}
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.logged.append(float(self.trainer.callback_metrics["loss"]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(32, 3, 12, 12, generator=generator), torch.randint(0, 4, (32,), generator=generator)
+
+
+def fit(
+    folder: Path,
+    callback: LowRankCallback,
+    epochs: int = EPOCHS,
+    resume: Path | None = None,
+    module: Module | None = None,
+) -> tuple[Module, Path]:
+    """Train, and say where the checkpoint is."""
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()), batch_size=BATCH)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        callbacks=[callback],
+        enable_checkpointing=False,
+        accelerator="cpu",
+        log_every_n_steps=1,
+        **quiet,
+    )
+    module = module or Module()
+    trainer.fit(module, loader, ckpt_path=resume)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return module, folder / "last.ckpt"
+
+
+def by_hand() -> nn.Sequential:
+    """The same training without Lightning."""
+    model = network()
+    names = lowrank.trailing_layers(model, 2)
+    lowrank.freeze_before(model, names)
+    images, labels = data()
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    first = (images[:BATCH], labels[:BATCH])
+    table = lowrank.measure_perplexity(model, names, loss_fn, first, mode_energies=lowrank.MODE_ENERGIES)
+    ranks = lowrank.select_ranks(table, BUDGET).ranks
+    # Names take part in the first bases, so the callback's prefix is the model's here as well.
+    wrapped = nn.ModuleDict({"network": model})
+    prefixed = {f"network.{name}": each for name, each in ranks.items()}
+    lowrank.convert(wrapped, list(prefixed), lowrank.ASI(ranks=prefixed))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    for _ in range(EPOCHS):
+        for start in range(0, len(images), BATCH):
+            optimizer.zero_grad()
+            loss_fn(model, (images[start : start + BATCH], labels[start : start + BATCH])).backward()
+            optimizer.step()
+    return model
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_it_trains_as_a_loop_by_hand_does_and_a_resumed_run_as_one_without_a_break(tmp_path: Path) -> None:
+    for name in ("whole", "half", "rest"):
+        (tmp_path / name).mkdir()
+    whole, _ = fit(tmp_path / "whole", LowRankCallback(lowrank.ASI(), layers=2, budget=BUDGET))
+    assert same(whole.network.state_dict(), by_hand().state_dict())
+    assert len(set(whole.logged)) == EPOCHS * 4  # a step, a value: perplexity logs none
+
+    _, checkpoint = fit(tmp_path / "half", LowRankCallback(lowrank.ASI(), layers=2, budget=BUDGET), epochs=1)
+    callback = LowRankCallback(lowrank.ASI(), layers=2, budget=BUDGET)
+    resumed, _ = fit(tmp_path / "rest", callback, resume=checkpoint)
+    assert same(resumed.state_dict(), whole.state_dict())
+    assert same(lowrank.training_state(resumed), lowrank.training_state(whole))
+    assert set(callback.ranks) == {"network.2", "network.4"}
+    assert Module().load_state_dict(torch.load(checkpoint)["state_dict"], strict=True).missing_keys == []
+
+    with pytest.raises(lowrank.StateError, match=r"ranks of network\.2, network\.4, not of network\.4"):
+        fit(tmp_path, LowRankCallback(lowrank.ASI(), layers=1, budget=BUDGET), resume=checkpoint)
+    foreign = torch.load(checkpoint)
+    del foreign["lowrank"]
+    torch.save(foreign, tmp_path / "foreign.ckpt")
+    with pytest.raises(lowrank.StateError, match="saved without LowRankCallback"):
+        fit(tmp_path, LowRankCallback(lowrank.ASI(), layers=2, budget=BUDGET), resume=tmp_path / "foreign.ckpt")
+
+
+def test_factors_are_there_before_the_optimizer_is(tmp_path: Path) -> None:
+    module, _ = fit(tmp_path, LowRankCallback(lowrank.WSI(energy=1.0), layers=["network.8"]), epochs=1)
+    (group,) = module.optimizers().param_groups
+    held = {id(parameter) for parameter in group["params"]}
+    layer = module.network[8]
+    assert {id(layer.left), id(layer.right), id(layer.bias)} == held
+    assert not module.network[4].weight.requires_grad
+
+
+def test_what_cannot_go_together_is_refused_before_anything_is_changed(tmp_path: Path) -> None:
+    with pytest.raises(lowrank.SettingError, match=r"whose ranks are not chosen yet.*not ASI\(ranks=2"):
+        LowRankCallback(lowrank.ASI(ranks=2), budget=BUDGET)
+    with pytest.raises(lowrank.SettingError, match="not HOSVD"):
+        LowRankCallback(lowrank.HOSVD(0.8), budget=BUDGET)
+    with pytest.raises(lowrank.SettingError, match="give it ranks in place of a budget"):
+        LowRankCallback(lowrank.WASI(), budget=BUDGET)
+    module = Module()
+    with pytest.raises(lowrank.ConversionError, match=r"network\.9"):
+        fit(tmp_path, LowRankCallback(lowrank.ASI(), layers=["network.9"], budget=BUDGET), module=module)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    manual = Module()
+    manual.automatic_optimization = False
+    with pytest.raises(lowrank.SettingError, match="give LowRankCallback a loss_fn"):
+        fit(tmp_path, LowRankCallback(lowrank.ASI(), layers=2, budget=BUDGET), module=manual)
+
+
+def test_without_the_frameworks_their_modules_say_what_they_need_and_the_library_works() -> None:
+    code = """
+import importlib, sys
+for name in ("lightning", "pytorch_lightning", "transformers"):
+    sys.modules[name] = None
+import lowrank
+for name in ("lightning", "transformers"):
+    try:
+        importlib.import_module(f"lowrank.{name}")
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == [
+        "lowrank.lightning needs Lightning, which is not here; pip install lightning",
+        "lowrank.transformers needs Transformers, which is not here; pip install transformers",
+    ]
