@@ -27,12 +27,12 @@ from classification.loggers import log_record, loggers
 from classification.module import Batch, FineTune, classification_loss
 from classification.progress import Progress
 from classification.settings import check_settings
-from classification.start import join_others, start_of
+from classification.start import forbid_requeue, join_others, start_of, within_slurm
 from experiment import ExperimentError, Record, RunFolder
 from experiment.allocator import keep_freed_memory
 from experiment.checkpoints import BEST, LAST, resumable
 from experiment.command import Work, finish, underscored
-from experiment.execute import nothing_to_do
+from experiment.execute import locked, nothing_to_do
 from experiment.launching import run_all
 from experiment.measure import Trained, recipe_of, record_of, write_table
 from experiment.processes import alone, first_does, first_holds, say
@@ -154,6 +154,7 @@ class SuiteCLI(LightningCLI):
             kwargs["logger"] = loggers(self.folder.path, self.identity, *told)
         kwargs["use_distributed_sampler"] = False  # the data module shares out what each process gets
         made = super().instantiate_trainer(callbacks=callbacks, default_root_dir=str(self.folder.path), **kwargs)
+        forbid_requeue(made)
         made.strategy.checkpoint_io = WholeCheckpointIO(self.folder.identity_hash)  # whatever plugins there are
         return made
 
@@ -161,7 +162,7 @@ class SuiteCLI(LightningCLI):
         """Train, test the best epoch, measure, and write the record."""
         self.model.front_folder = Path(self.settings["runs_dir"]) / "fronts"
         self.folder.data_fingerprint, self.folder.repeated = self.datamodule.fingerprint, self.datamodule.repeated
-        with first_holds(self.folder.locked(self._config_text())):
+        with first_holds(locked(self.identity, self.folder, self._config_text())):
             resume = first_does(self._begin)
             with held(later=True):
                 self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume)
@@ -225,7 +226,7 @@ class SuiteCLI(LightningCLI):
         first_does(self._measure)
 
     def _measure(self) -> None:
-        with self.folder.locked(self._config_text()):
+        with locked(self.identity, self.folder, self._config_text()):
             model = self.model.train()
             settings = {
                 "energies": model.energies,
@@ -296,7 +297,7 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
     words = underscored(arguments)
     check_config_files(words)
     try:
-        with alone():
+        with alone(), within_slurm():
             kind(
                 FineTune,
                 ImageDataModule,

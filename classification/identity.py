@@ -52,6 +52,7 @@ def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, 
     model["weights"] = model["weights"] and weights_fingerprint(model["weights"])
     model["budget"] = model["budget"] and _budget(config)
     identity["trainer"]["max_time"] = None  # a run that it ends has no result
+    identity["trainer"]["num_nodes"] = 1  # on how many machines its processes are has no influence
     if not (measures and model["mode_energies"]):
         del model["mode_energies"]  # it has no influence, or is not used, as before it was there
     if not measures or list(model["storages"]) == ["input", "int8"]:

@@ -42,7 +42,6 @@ ONLY = {  # settings of a training run that have one value alone
     "trainer.fast_dev_run": (False, "it leaves no record; give --trainer.max_epochs 1"),
     "trainer.enable_checkpointing": (None, "without checkpoints a run cannot be resumed, nor its best epoch be tested"),
     "trainer.barebones": (False, "it does without all that a record is made of"),
-    "trainer.num_nodes": (1, "a run is of one machine"),
     "trainer.sync_batchnorm": (False, "statistics are frozen, or of each process"),
 }
 _AS_GOOD = {"trainer.val_check_interval": (1.0,), "trainer.enable_checkpointing": (True,)}
@@ -95,7 +94,9 @@ def _check_training(config: Mapping[str, Any]) -> None:
 
 def _check_device(trainer: Mapping[str, Any]) -> pl.Trainer:
     """Let Lightning say whether it finds the device, before data is read and a network built."""
-    every = {key: trainer[key] for key in ("accelerator", "devices", "precision")} | {"strategy": strategy_of(trainer)}
+    every = {key: trainer[key] for key in ("accelerator", "devices", "num_nodes", "precision")} | {
+        "strategy": strategy_of(trainer)
+    }
     asked: dict[str, Any] = {key: value for key, value in every.items() if not isinstance(value, dict)}
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     before = dict(os.environ)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ def start_of(settings: Mapping[str, Any], trainer: pl.Trainer) -> Start:
         trainer: as `classification.settings.check_settings` gave it.
 
     Raises:
-        ExperimentError: several processes, by a strategy that is not known.
+        ExperimentError: several processes, by a strategy that is not known, or on machines on which none is started.
     """
     count = trainer.world_size
     if count == 1:
@@ -71,7 +72,40 @@ def start_of(settings: Mapping[str, Any], trainer: pl.Trainer) -> Start:
             f"{', '.join(STRATEGIES)}"
         )
     environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
-    return Start(Place(trainer.global_rank, count), environment.creates_processes_externally)
+    external = environment.creates_processes_externally
+    if trainer.num_nodes > 1 and not external:
+        raise ExperimentError(
+            f"--trainer.num_nodes is {trainer.num_nodes}, and nothing has started processes on other machines; start "
+            f"the command by srun or torch.distributed.run"
+        )
+    return Start(Place(trainer.global_rank, count), external)
+
+
+@contextlib.contextmanager
+def within_slurm() -> Iterator[None]:
+    """In a job of Slurm's that has one task, a command starts its processes itself, as anywhere else.
+
+    Lightning would take the one for all there are, and train in one process where several were asked for. It leaves
+    a job alone that is called "interactive".
+    """
+    name = "SLURM_JOB_NAME"
+    before = os.environ.get(name)
+    if os.environ.get("SLURM_NTASKS", "1") == "1":
+        os.environ[name] = "interactive"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+def forbid_requeue(trainer: pl.Trainer) -> None:
+    """Keep Lightning from asking Slurm to start the job again: its own way to go on knows no run's identity."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if hasattr(environment, "auto_requeue"):
+        environment.auto_requeue = False
 
 
 def join_others(start: Start, trainer: pl.Trainer) -> None:

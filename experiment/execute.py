@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
+from experiment.errors import InUseError
 from experiment.folder import RunFolder, Status
 from experiment.record import TABLE, Run
 
@@ -30,6 +32,19 @@ def nothing_to_do(run: Run, folder: RunFolder, dry_run: bool) -> str | None:
     if dry_run:
         return f"{_WOULD[status]}: {run}\n  folder: {folder.path}"
     return f"done already: {run}\n  result: {folder.result}" if status is Status.DONE else None
+
+
+@contextlib.contextmanager
+def locked(run: Run, folder: RunFolder, config: str) -> Iterator[None]:
+    """Hold the folder of a run that is to be done; see `experiment.RunFolder.locked`.
+
+    Raises:
+        InUseError: another process is at work in it, or has done the run since it was looked at.
+    """
+    with folder.locked(config):
+        if nothing_to_do(run, folder, dry_run=False) is not None:
+            raise InUseError(f"another process has just done {run}; its result is {folder.result}")
+        yield
 
 
 def _earlier(run: Run, folder: RunFolder) -> Iterator[RunFolder]:

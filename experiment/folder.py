@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import fcntl
 import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from experiment.checkpoints import BEST, PREVIOUS
-from experiment.errors import ExperimentError, InUseError
+from experiment.errors import ExperimentError
 from experiment.files import remove_parts, write_whole
+from experiment.lock import hold
 from experiment.record import Record, Run, is_result
 
 CONFIG, IDENTITY, DATA = "config.yaml", "identity.json", "data_fingerprint"
-LOCK = ".lock"  # in a run's folder, held by the process at work in it
 
 
 class Status(enum.Enum):
@@ -122,9 +121,10 @@ class RunFolder:
             InUseError: another process is at work in it.
         """
         try:
-            with _locked(other.path):
+            with hold(other.path) as lock:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 other.path.rename(self.path)
+                (self.path / lock.name).unlink()  # it has moved as well
                 if self._run is not None and is_result(self.result, self.identity_hash):
                     replace(Record.load(self.result), run=self._run).save(self.path)
         except OSError as error:
@@ -149,34 +149,23 @@ class RunFolder:
 
         Raises:
             ExperimentError: the folder cannot be written.
-            InUseError: another process is at work in it.
+            InUseError: another process is at work in it; says which.
         """
-        try:
-            if self.result.is_dir():
-                raise IsADirectoryError(0, f"{self.result.name} is a folder")
-            self._last.parent.mkdir(parents=True, exist_ok=True)
-            lock = _locked(self.path)
-        except OSError as error:
-            raise ExperimentError(
-                f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs-dir"
-            ) from None
-        with lock:
+        with contextlib.ExitStack() as stack:
+            try:
+                if self.result.is_dir():
+                    raise IsADirectoryError(0, f"{self.result.name} is a folder")
+                self._last.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(hold(self.path))
+            except OSError as error:
+                raise ExperimentError(
+                    f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs-dir"
+                ) from None
             remove_parts(self.path)
             write_whole(self.path / CONFIG, config)
             identity = self.identity | ({DATA: self.data_fingerprint} if self.data_fingerprint else {})
             write_whole(self.path / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n")
             yield
-
-
-def _locked(path: Path) -> IO[str]:
-    """The lock of a run's folder, held until it is closed."""
-    lock = (path / LOCK).open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise InUseError(f"another process is at work in {path}; wait for it or stop it") from None
-    return lock
 
 
 def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:

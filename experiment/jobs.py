@@ -8,12 +8,13 @@ import statistics
 import sys
 import time
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiment.errors import InUseError, is_mendable
+from experiment.lock import holder
 from experiment.plan import add_planned
 from experiment.receipt import has_receipt, write_receipt
 from experiment.record import RESULT, Run, is_result
@@ -55,10 +56,21 @@ class Job:
         """The file that says why the run failed."""
         return self.run.folder(root) / FAILURE
 
-    def needs(self, other: Job, root: Path) -> bool:
-        """Whether its arguments name what another job makes."""
-        folder = str(other.run.folder(root))
-        return any(word == folder or word.startswith(f"{folder}/") for word in self.arguments)
+
+def needed(jobs: Sequence[Job], root: Path) -> dict[Job, list[Job]]:
+    """Of each job those others whose folders, or files in them, its arguments name."""
+    made = {str(job.run.folder(root)): job for job in jobs}
+    below = f"{root}/"
+    needs: dict[Job, list[Job]] = {}
+    for job in jobs:
+        found: dict[Job, None] = {}
+        for word in job.arguments:
+            while word.startswith(below):
+                if word in made and made[word] != job:
+                    found[made[word]] = None
+                word = word.rpartition("/")[0]
+        needs[job] = list(found)
+    return needs
 
 
 class Outcome(enum.Enum):
@@ -71,7 +83,7 @@ class Outcome(enum.Enum):
 
 @dataclass(frozen=True)
 class Program:
-    """How one job is done.
+    """How one job is done; what another process gets to do jobs by, so all of it is found by import.
 
     Attributes:
         name: what a user types to do a job by hand, such as "python -m classification".
@@ -82,18 +94,28 @@ class Program:
     command: Command
 
 
+Doing = Callable[[Sequence[Job]], dict[Job, Outcome]]  # how jobs are done, of which each finds what it needs before it
+
+
 def list_jobs(jobs: Sequence[Job], program: str) -> None:
     """Print what a dry run shows: every job and its command."""
     for number, job in enumerate(jobs, start=1):
         print(f"[{number}/{len(jobs)}] {job.title}\n  {program} {' '.join(job.arguments)}")
 
 
-def run_jobs(jobs: Sequence[Job], program: Program, root: Path, wait: bool = False) -> int:
+def run_jobs(jobs: Sequence[Job], program: Program, root: Path, wait: bool = False, doing: Doing | None = None) -> int:
     """Run jobs in their order below the folder `root`, with what is left at each; note before what is planned.
 
     A failure is written, with its traceback, into the run's folder. A run that another process is doing is left to it,
     with what needs it, and come back to once, at the end; with `wait`, until it is done or given up there. A run that
     was done by the same command before is not loaded again.
+
+    Args:
+        jobs: see `experiment.sweep.Sweep.jobs`.
+        program: how each is done.
+        root: folder of all runs.
+        wait: see above.
+        doing: does jobs, by default one after the other in this process.
 
     Returns:
         0; 1 after a list of what is not done.
@@ -101,17 +123,32 @@ def run_jobs(jobs: Sequence[Job], program: Program, root: Path, wait: bool = Fal
     Raises:
         ExperimentError: the folder cannot be written.
     """
-    add_planned(root, (job.run for job in jobs if job.result == RESULT))
+    note_plan(jobs, root)
+    doing = doing or (lambda some: in_turn(some, program, root))
     start = time.perf_counter()
-    outcomes = _run(jobs, program, root)
-    outcomes |= _run([job for job in jobs if outcomes[job] is Outcome.ELSEWHERE], program, root)
+    outcomes = doing(jobs)
+    outcomes |= doing([job for job in jobs if outcomes[job] is Outcome.ELSEWHERE])
     while wait and (held := [job for job in jobs if outcomes[job] is Outcome.ELSEWHERE]):
         print(f"waiting for {len(held)} runs that are in work elsewhere", flush=True)
         time.sleep(PAUSE)
-        outcomes |= _run(held, program, root)
+        outcomes |= doing(held)
+    return conclude(jobs, outcomes, root, time.perf_counter() - start)
+
+
+def note_plan(jobs: Sequence[Job], root: Path) -> None:
+    """Note what is planned.
+
+    Raises:
+        ExperimentError: the folder cannot be written.
+    """
+    add_planned(root, (job.run for job in jobs if job.result == RESULT))
+
+
+def conclude(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome], root: Path, seconds: float) -> int:
+    """Say how many jobs are done, and list those that are not; 0, or 1 where there are such."""
     failed, elsewhere = ([job for job in jobs if outcomes[job] is how] for how in (Outcome.FAILED, Outcome.ELSEWHERE))
     done = len(jobs) - len(failed) - len(elsewhere)
-    print(f"{done} of {len(jobs)} runs done, {duration(time.perf_counter() - start)}")
+    print(f"{done} of {len(jobs)} runs done, {duration(seconds)}")
     print(f"tables, plots and a page of them: python -m report {root}")
     if failed:
         logs = (f"  {job.title}: {job.log(root)}" for job in failed)
@@ -122,24 +159,70 @@ def run_jobs(jobs: Sequence[Job], program: Program, root: Path, wait: bool = Fal
     return 1 if failed or elsewhere else 0
 
 
-def _run(jobs: Sequence[Job], program: Program, root: Path) -> dict[Job, Outcome]:
-    outcomes: dict[Job, Outcome] = {}
-    seconds: dict[str, list[float]] = defaultdict(list)
-    undone = {job for job in jobs if not job.done(root)}
-    for number, job in enumerate(jobs, start=1):
-        waiting = [later for later in jobs[number - 1 :] if seconds and later in undone]
-        left = f"  (about {duration(_left(waiting, seconds))} left)" if waiting else ""
-        print(f"[{number}/{len(jobs)}] {job.title}{left}", flush=True)
-        new, start = job in undone, time.perf_counter()
-        undone.discard(job)
-        if any(job.needs(other, root) for other, how in outcomes.items() if how is Outcome.ELSEWHERE):
-            outcomes[job] = Outcome.ELSEWHERE
-            print("  it needs what is in work elsewhere", flush=True)
-            continue
-        outcomes[job] = _outcome(job, program, root)
-        if new and outcomes[job] is Outcome.DONE:
-            seconds[_kind(job)].append(time.perf_counter() - start)
-    return outcomes
+class Tally:
+    """How far a list of jobs is.
+
+    Args:
+        jobs: all of them, in their order.
+        root: folder of all runs.
+        workers: how many are done at a time.
+    """
+
+    def __init__(self, jobs: Sequence[Job], root: Path, workers: int = 1) -> None:
+        self.outcomes: dict[Job, Outcome] = {}
+        self._jobs, self._workers = jobs, workers
+        self._numbers = {job: number for number, job in enumerate(jobs, start=1)}
+        self._needs = needed(jobs, root)
+        self._undone = {job for job in jobs if not job.done(root)}
+        self._left = Counter(_kind(job) for job in self._undone)
+        self._seconds: dict[str, list[float]] = defaultdict(list)
+
+    def heading(self, job: Job) -> str:
+        """The line ahead of what a job prints; of the time left, it counts the job itself."""
+        left = duration(self._time_left() / self._workers) if self._seconds and self._left.total() else ""
+        return f"[{self._numbers[job]}/{len(self._jobs)}] {job.title}" + (f"  (about {left} left)" if left else "")
+
+    def waits_for(self, job: Job) -> list[Job]:
+        """Those that it needs of which it is not known how they end."""
+        return [other for other in self._needs[job] if other not in self.outcomes]
+
+    def is_elsewhere(self, job: Job) -> bool:
+        """Whether it needs what is in work elsewhere."""
+        return any(self.outcomes.get(other) is Outcome.ELSEWHERE for other in self._needs[job])
+
+    def add(self, job: Job, outcome: Outcome, seconds: float = 0.0) -> None:
+        """Note how a job has ended, and how long it took."""
+        self.outcomes[job] = outcome
+        if job in self._undone:
+            self._undone.discard(job)
+            self._left[_kind(job)] -= 1
+            if outcome is Outcome.DONE:
+                self._seconds[_kind(job)].append(seconds)
+
+    def _time_left(self) -> float:
+        """Each as the median of its kind so far, or of all where none of its kind is done."""
+        every = statistics.median(value for values in self._seconds.values() for value in values)
+        return sum(
+            count * (statistics.median(self._seconds[kind]) if self._seconds.get(kind) else every)
+            for kind, count in self._left.items()
+        )
+
+
+def in_turn(jobs: Sequence[Job], program: Program, root: Path) -> dict[Job, Outcome]:
+    """Do jobs one after the other, in this process."""
+    tally = Tally(jobs, root)
+    for job in jobs:
+        print(tally.heading(job), flush=True)
+        start = time.perf_counter()
+        if tally.is_elsewhere(job):
+            print(NEEDS_ELSEWHERE, flush=True)
+            tally.add(job, Outcome.ELSEWHERE)
+        else:
+            tally.add(job, do_job(job, program, root), time.perf_counter() - start)
+    return tally.outcomes
+
+
+NEEDS_ELSEWHERE = "  it needs what is in work elsewhere"
 
 
 def _kind(job: Job) -> str:
@@ -147,16 +230,18 @@ def _kind(job: Job) -> str:
     return f"{job.run.setup} {job.result}"
 
 
-def _left(waiting: Sequence[Job], seconds: Mapping[str, list[float]]) -> float:
-    """How long jobs will take, each as the median of its kind so far, or of all where none of its kind is done."""
-    every = statistics.median(value for values in seconds.values() for value in values)
-    return sum(statistics.median(seconds.get(_kind(job)) or [every]) for job in waiting)
+def do_job(job: Job, program: Program, root: Path) -> Outcome:
+    """Do a job in this process, unless another one is doing it or it is known to be done.
 
-
-def _outcome(job: Job, program: Program, root: Path) -> Outcome:
+    Raises:
+        Stopped: a signal came.
+    """
     if job.known(root):
         print("  done already, by this same command", flush=True)
         return Outcome.DONE
+    if (by := holder(job.run.folder(root))) is not None:
+        print(f"  in work elsewhere: {by}", flush=True)
+        return Outcome.ELSEWHERE
     try:
         program.command(job.arguments)
     except Stopped as stopped:
@@ -165,16 +250,17 @@ def _outcome(job: Job, program: Program, root: Path) -> Outcome:
     except (KeyboardInterrupt, SystemExit):
         print(f"\nstopped during {job.title}; the same command goes on where it was saved last", file=sys.stderr)
         raise
-    except InUseError:
-        print("  in work elsewhere", flush=True)
-        return Outcome.ELSEWHERE
+    except InUseError as error:
+        if not job.done(root):
+            print(f"  in work elsewhere: {error}", flush=True)
+            return Outcome.ELSEWHERE
     except Exception as error:
         if (stop := stopped_by(error)) is not None:
             stop.during = job.title
             raise stop from None
         cause = str(error) if is_mendable(error) else traceback.format_exc()
         print(f"  failed: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        _write_log(job, root, f"{job.title}\n{program.name} {' '.join(job.arguments)}\n{cause}\n")
+        write_log(job, root, f"{job.title}\n{program.name} {' '.join(job.arguments)}\n{cause}\n")
         return Outcome.FAILED
     with contextlib.suppress(OSError):
         job.log(root).unlink(missing_ok=True)
@@ -183,7 +269,8 @@ def _outcome(job: Job, program: Program, root: Path) -> Outcome:
     return Outcome.DONE
 
 
-def _write_log(job: Job, root: Path, text: str) -> None:
+def write_log(job: Job, root: Path, text: str) -> None:
+    """Write why a job failed into its folder, or say why that cannot be."""
     log = job.log(root)
     try:
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from experiment.budget import BUDGET_HELP, Source, budget_source, budget_word
 from experiment.command import dashed
 from experiment.errors import ExperimentError
-from experiment.jobs import WAIT, WAIT_HELP, Job, Program, list_jobs, run_jobs
+from experiment.jobs import WAIT, WAIT_HELP, Job, Program, list_jobs
+from experiment.launcher import Launcher, add_options, launcher_of, take_slurm
 from experiment.method import leaves_ranks
 from experiment.record import RESULT, TABLE, Run
 
@@ -41,7 +42,7 @@ class Sweep(ABC):
             published one where there is one, else that of the HOSVD run.
         weights: what to start from, in place of the task's usual way.
         extra: further arguments for every run.
-        wait: whether to wait for runs that other processes are doing.
+        launcher: who does the runs.
     """
 
     model: str
@@ -55,7 +56,7 @@ class Sweep(ABC):
     budgets: tuple[str, ...] = ()
     weights: str | None = None
     extra: tuple[str, ...] = ()
-    wait: bool = False
+    launcher: Launcher = field(default_factory=Launcher)
 
     task: ClassVar[str]
     budget_option: ClassVar[str]  # how options of a budget begin
@@ -186,6 +187,7 @@ def sweep_parser(
     parser.add_argument("--data-dir", metavar="DIR", help="folder that holds all data sets (default: data)")
     parser.add_argument("--dry-run", action="store_true", help="list the runs, and stop")
     parser.add_argument(WAIT, action="store_true", help=WAIT_HELP)
+    add_options(parser)
     return parser
 
 
@@ -200,7 +202,7 @@ def shared_settings(options: argparse.Namespace, extra: Sequence[str]) -> dict[s
         "budgets": tuple(dict.fromkeys(options.budget)),
         "weights": options.weights,
         "extra": tuple(extra),
-        "wait": options.wait,
+        "launcher": launcher_of(options),
     }
 
 
@@ -218,7 +220,8 @@ def parsed(
         sweep_of: makes the sweep of the parsed options and of the arguments that are not of a sweep.
         check: what is wrong with a run's arguments, so that a typo in what goes to every run is an error of the sweep.
     """
-    options, extra = parser.parse_known_args([word for word in dashed(arguments) if word != "--"])
+    words, slurm = take_slurm([word for word in dashed(arguments) if word != "--"])
+    options, extra = parser.parse_known_args(words, argparse.Namespace(slurm=slurm))
     try:
         sweep = sweep_of(options, extra)
         jobs = sweep.jobs()
@@ -255,4 +258,4 @@ def do_sweep(sweep: Sweep, dry_run: bool, program: Program) -> int:
     if dry_run:
         list_jobs(jobs, program.name)
         return 0
-    return run_jobs(jobs, program, sweep.runs_dir, sweep.wait)
+    return sweep.launcher.run(jobs, program, sweep.runs_dir)

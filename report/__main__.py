@@ -12,6 +12,7 @@ import pandas as pd
 
 from experiment import ExperimentError, Record, Run
 from experiment.command import Work, finish
+from report.drawn import Figures
 from report.output import make_folder, write_all
 from report.page import page
 from report.payload import compose, listed_runs
@@ -55,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
         help="folder with the published numbers: <task>.yaml, <task>_curves.yaml (default: configs/published)",
     )
     command.add_argument(
+        "--watch", action="store_true", help="show how far the planned runs are, and write nothing; 0 if all are done"
+    )
+    command.add_argument(
         "--compare", type=Path, metavar="RUNS_DIR", help="another folder of runs, which the page compares with these"
     )
     command.add_argument(
@@ -72,11 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return finish(lambda work: _report(arguments, work))
 
 
-def _report(arguments: Sequence[str] | None, work: Work) -> None:
+def _report(arguments: Sequence[str] | None, work: Work) -> int:
     work.title = "report"
     options = parser().parse_args(arguments)
+    if options.watch:
+        from report.watch import watch
+
+        return watch(options.runs)
     output, every = options.output or options.runs / "report", options.columns == "all"
     report(options.runs, output, options.baseline, options.published, options.compare, every)
+    return 0
 
 
 def report(
@@ -105,12 +114,13 @@ def report(
     reported = {task: load_published(published, task) for task in tasks}
     curves = {task: load_curves(published, task) for task in tasks}
     files: dict[Path, bytes] = {}
+    figures = Figures(output)
     texts, tables, shown = [], {}, columns if every else few_columns
     for group in sorted(groups.keys() | planned.keys()):
         row_reports = reported[group.task].get(group)
         table = tables[group] = summarise(groups.get(group, []), baseline, row_reports, planned.get(group, ()))
         folder = output / group.folder
-        pictures = _pictures(table, group, curves[group.task].get(group, ()))
+        pictures = _pictures(table, group, curves[group.task].get(group, ()), figures)
         outputs = {
             folder / "table.md": to_markdown(table, group, baseline, shown(table)).encode(),
             folder / "table.csv": to_csv(table).encode(),
@@ -127,7 +137,7 @@ def report(
     points = {group: points for of_task in curves.values() for group, points in of_task.items() if group in tables}
     shown_on_page = compose(tables, listed_runs(found, waiting), points, baseline, others)
     files[output / PAGE] = page(shown_on_page).encode()
-    write_all(files)
+    write_all(files | figures.notes)
     print("\n".join(texts), f"all on one page: {output / PAGE}", sep="\n")
 
 
@@ -144,13 +154,15 @@ def _by_group(runs: Iterable[Run]) -> dict[Group, list[Run]]:
     return planned
 
 
-def _pictures(table: pd.DataFrame, group: Group, points: Sequence[Point]) -> dict[str, dict[str, bytes]]:
+def _pictures(
+    table: pd.DataFrame, group: Group, points: Sequence[Point], drawn: Figures
+) -> dict[str, dict[str, bytes]]:
     """The figures of a table by file name: files by ending."""
     if not table["n"].any():
         return {}
-    figures = {"pareto": pareto_figure(table, group)}
+    figures = {"pareto": drawn.of(group.folder / "pareto", pareto_figure, table, group)}
     if points:
-        figures["published"] = published_figure(table, group, points)
+        figures["published"] = drawn.of(group.folder / "published", published_figure, table, group, points)
     return figures
 
 

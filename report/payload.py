@@ -26,7 +26,7 @@ from report.pareto import dominated
 from report.plots import looks_of
 from report.published import Point
 from report.shown import AXES, COLUMNS
-from report.states import DONE, Locks
+from report.states import DONE, state_of
 from report.summary import Group, group_records, recipe_labels
 
 CHUNK = 32  # runs whose details are packed together; one is unpacked when one of its runs is looked at
@@ -74,7 +74,6 @@ def compose(
     methods += [point.method for points in curves.values() for point in points]
     looks = looks_of(list(dict.fromkeys(methods)))
     labels = _labels(runs)
-    locks = Locks()
     return {
         "baseline": baseline,
         "columns": [asdict(column) for column in COLUMNS],
@@ -82,7 +81,7 @@ def compose(
         "keys": [*(column.key for column in COLUMNS), *FURTHER],
         "looks": {method: [to_hex(look.colour), look.marker, look.dash] for method, look in looks.items()},
         "setups": [_setup(*key, {group: tables[group] for group in groups}, curves) for key, groups in setups.items()],
-        "runs": [_run(one, places, labels.get(one.run), locks) for one in runs],
+        "runs": [_run(one, places, labels.get(one.run)) for one in runs],
         "made_by": {
             name: sorted({str(one.record.provenance.get(name, "not recorded")) for one in runs if one.record})
             for name in ("hardware", "code_version")
@@ -146,9 +145,9 @@ def _labels(runs: Sequence[Listed]) -> dict[Run, str]:
     return labels
 
 
-def _run(one: Listed, places: Mapping[tuple[str, str], int], recipe: str | None, locks: Locks) -> list[Any]:
+def _run(one: Listed, places: Mapping[tuple[str, str], int], recipe: str | None) -> list[Any]:
     run = one.run
-    state = locks.state(one.folder) if one.record is None else DONE
+    state = state_of(one.folder) if one.record is None else DONE
     written = (one.folder / name for name in (RESULT, CURVES, FAILURE))
     when = next((_time(path) for path in written if path.exists()), None)
     where = (places[run.task, run.setup], run.model, run.dataset)

@@ -6,6 +6,7 @@
 # Usage: bash scripts/quickstart.sh [--help] [--dry-run] [SEED ...]     (default seed: 233)
 # Environment:
 #   RUNS_DIR   folder for runs and report (default: runs)
+#   WORKERS, LAUNCHER   see scripts/classification/run.sh
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -26,5 +27,6 @@ python="${VENV:-.venv}/bin/python"
 runs="${RUNS_DIR:-runs}"
 [[ $# -gt 0 ]] || set -- 233
 "$python" -m classification sweep --setup b --model mcunet --dataset digits --layers 2 4 --seeds "$@" \
-    --methods vanilla gradient_filter_r2 svd_0.8 hosvd_0.8 asi --runs-dir "$runs" "${dry_run[@]}"
-[[ ${#dry_run[@]} -gt 0 ]] || "$python" -m report "$runs"
+    --methods vanilla gradient_filter_r2 svd_0.8 hosvd_0.8 asi --runs-dir "$runs" "${dry_run[@]}" \
+    --workers "${WORKERS:-1}" --launcher "${LAUNCHER:-local}"
+[[ ${#dry_run[@]} -gt 0 || "${LAUNCHER:-local}" == slurm ]] || "$python" -m report "$runs"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 
 import torch
 from mmengine.config import Config
@@ -12,6 +13,8 @@ from mmengine.dist import get_rank, get_world_size, init_dist
 from experiment import ExperimentError
 from experiment.launching import is_started
 from experiment.processes import Place, join
+
+_OF_SLURM = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "NODE_RANK": "NODEID", "WORLD_SIZE": "NTASKS"}
 
 
 def join_others(options: argparse.Namespace) -> None:
@@ -32,6 +35,9 @@ def join_others(options: argparse.Namespace) -> None:
     if options.launcher == "none":
         return
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    if options.launcher == "slurm":
+        _take_from_slurm()
+        options.launcher = "pytorch"
     if options.launcher == "pytorch":
         _join_by_environment()
         return
@@ -39,6 +45,24 @@ def join_others(options: argparse.Namespace) -> None:
         raise ExperimentError(f"--launcher {options.launcher} needs an accelerator, and there is none; leave it out")
     init_dist(options.launcher)
     join(Place(get_rank(), get_world_size()))
+
+
+def _take_from_slurm() -> None:
+    """Set what PyTorch's launcher sets, by what `srun` does; MMEngine's own way needs accelerators.
+
+    Raises:
+        ExperimentError: srun has not started this.
+    """
+    try:
+        told = {name: os.environ[f"SLURM_{of}"] for name, of in _OF_SLURM.items()}
+        port = str(15000 + int(os.environ["SLURM_JOB_ID"]) % 10000)  # jobs that share a machine have their own
+        named = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+        first = subprocess.run(named, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (KeyError, ValueError, IndexError, OSError, subprocess.CalledProcessError):
+        raise ExperimentError("--launcher slurm is for srun, which has not started this; give --processes") from None
+    os.environ.update(told)
+    os.environ.setdefault("MASTER_ADDR", first)
+    os.environ.setdefault("MASTER_PORT", port)
 
 
 def _join_by_environment() -> None:

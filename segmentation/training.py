@@ -25,7 +25,7 @@ from experiment.allocator import keep_freed_memory
 from experiment.checkpoints import FINAL
 from experiment.command import Work
 from experiment.contents import tell_repeated
-from experiment.execute import nothing_to_do
+from experiment.execute import locked, nothing_to_do
 from experiment.files import write_whole
 from experiment.measure import Trained, recipe_of, record_of, write_table
 from experiment.processes import first_does, first_holds, place, say
@@ -108,7 +108,7 @@ def train(task: Task, work: Work | None = None) -> Record | None:
     if folder is None:
         return None
     records: list[Record] = []
-    with first_holds(folder.locked(as_yaml(task.config))):
+    with first_holds(locked(name, folder, as_yaml(task.config))):
         checkpoint = first_does(lambda: _resumed(name, folder))
         runner, history = _trained(task, folder, checkpoint)
 
@@ -266,7 +266,7 @@ def measure(task: Task, work: Work | None = None) -> Path | None:
 
 
 def _measure(task: Task, name: RunName, folder: RunFolder) -> None:
-    with folder.locked(as_yaml(task.config)):
+    with locked(name, folder, as_yaml(task.config)):
         torch.manual_seed(name.seed)  # what has no weights to start from gets the same ones every time
         model, layers = prepared_model(task.config)
         dataset = DATASETS.build(with_naming_readers(task.config).train_dataloader.dataset)

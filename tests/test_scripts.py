@@ -79,6 +79,26 @@ def test_the_script_of_the_language_model_lists_its_runs(script_environment: dic
     assert titles == [f"boolq: {method}, last {layers}, seed 233" for layers in range(1, 6) for method in methods]
 
 
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("classification/run.sh", ["a", "mcunet", "digits"]),
+        ("quickstart.sh", []),
+        ("segmentation/fcn.sh", ["voc12aug"]),
+    ],
+)
+def test_workers_and_launcher_go_to_the_sweep(
+    script_environment: dict[str, str], script: str, words: list[str]
+) -> None:
+    command = ["bash", str(ROOT / "scripts" / script), *words[:2], "--dry-run", *words[2:]]
+    if not script.startswith("classification"):
+        command = ["bash", str(ROOT / "scripts" / script), "--dry-run", *words]
+    for changed, message in (({"WORKERS": "0"}, "--workers is 0"), ({"LAUNCHER": "cloud"}, "invalid choice: 'cloud'")):
+        done = subprocess.run(command, env=script_environment | changed, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
 def test_the_script_of_the_encoder_lists_its_runs(script_environment: dict[str, str]) -> None:
     titles = dry_run("classification/transformers/minilm.sh", script_environment | {"LAYERS": "13 all"})
     plain = ["vanilla", "vanilla_fused", "wsi_0.8", "wsi_0.9"]

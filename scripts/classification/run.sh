@@ -25,6 +25,8 @@
 #   WEIGHTS    file to start from, in place of pretraining (setup B) or of a download (setup A)
 #   DATA_DIR   folder that holds all data sets (default: data)
 #   RUNS_DIR   folder that holds all runs (default: runs)
+#   WORKERS    runs at a time (default: 1)
+#   LAUNCHER   local or slurm (default: local); what sbatch needs goes behind --, such as -- --slurm.partition gpu
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -62,7 +64,7 @@ if [[ ${#datasets[@]} -eq 0 ]]; then
     read -ra datasets <<< "${DATASETS:-$usual}"
 fi
 options+=(--dataset "${datasets[@]}")
-for name in METHODS LAYERS SEEDS EPOCHS BUDGET WEIGHTS DATA_DIR; do
+for name in METHODS LAYERS SEEDS EPOCHS BUDGET WEIGHTS DATA_DIR WORKERS LAUNCHER; do
     # Lists are words with blanks between them; a path may hold blanks.
     case "$name" in
         METHODS | LAYERS | SEEDS | BUDGET) read -ra words <<< "${!name:-}" ;;
@@ -76,7 +78,8 @@ bash scripts/setup.sh
 python="${VENV:-.venv}/bin/python"
 sweep=("$python" -m classification sweep "${options[@]}" "$@")
 # Whoever stops or kills the script must reach the run: it takes the place of this shell, or is told by it.
-if [[ -z "$report" || " ${options[*]} " == *" --dry-run "* ]]; then
+# Slurm writes the report itself, after the last run.
+if [[ -z "$report" || "${LAUNCHER:-local}" == slurm || " ${options[*]} " == *" --dry-run "* ]]; then
     exec "${sweep[@]}"
 fi
 "${sweep[@]}" &

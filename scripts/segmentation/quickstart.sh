@@ -11,6 +11,7 @@
 #   DATA_DIR, RUNS_DIR       folders of data sets, and of runs and report (default: data, runs)
 #   BUDGET                   ASI's memory (default: 1/20, of vanilla's; see sweep.sh)
 #   ITERATIONS               length of the fine-tuning runs (default: 200)
+#   WORKERS, LAUNCHER        see sweep.sh; with slurm no picture is drawn
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -23,7 +24,7 @@ network="${NETWORK:-pspnet_small}"
 export BUDGET="${BUDGET:-1/20}"
 export METHODS="${METHODS:-vanilla gradient_filter hosvd_0.8 asi}" LAYERS="${LAYERS:-10}" SEEDS="${SEEDS:-233}"
 bash scripts/segmentation/sweep.sh "$network" "$@" digit_scenes
-[[ "${1:-}" != --dry-run ]] || exit 0
+[[ "${1:-}" != --dry-run && "${LAUNCHER:-local}" != slurm ]] || exit 0
 runs="${RUNS_DIR:-runs}"
 read -ra methods <<< "$METHODS"
 finished=()

@@ -2,8 +2,8 @@
 # Calibrate a pretrained network to a data set, measure perplexity, train every method at 5 and 10 layers, and write the
 # tables. Run again, it does only what is missing. The scripts beside this one name the network.
 #
-# Usage: bash scripts/segmentation/sweep.sh NETWORK [--help] [--dry-run] [DATASET]
-#   DATASET   voc12aug (default), cityscapes or digit_scenes
+# Usage: bash scripts/segmentation/sweep.sh NETWORK [--help] [--dry-run] [DATASET] [-- ARGUMENT ...]
+#   DATASET   voc12aug (default), cityscapes or digit_scenes; behind -- arguments of every run, such as --amp
 # Environment:
 #   METHODS      methods to train (default: all of configs/segmentation/methods)
 #   LAYERS       depths: 5, 10, all (default: 5 10)
@@ -16,6 +16,8 @@
 #                where it is known, else hosvd)
 #   WEIGHTS      weights to start from, a file or an address (default: those published for Cityscapes; of digit scenes
 #                a pretraining run; with cityscapes they must be given)
+#   WORKERS      runs at a time (default: 1)
+#   LAUNCHER     local or slurm (default: local); what sbatch needs goes behind --, such as -- --slurm.partition gpu
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -39,11 +41,19 @@ read -ra methods <<< "${METHODS:-}"
 read -ra layers <<< "${LAYERS:-5 10}"
 read -ra seeds <<< "${SEEDS:-233}"
 read -ra budgets <<< "${BUDGET:-}"
-options=(--model "$network" --dataset "${1:-voc12aug}" --layers "${layers[@]}" --seeds "${seeds[@]}")
+dataset=voc12aug
+if [[ $# -gt 0 && "$1" != -- ]]; then
+    dataset="$1"
+    shift
+fi
+options=(--model "$network" --dataset "$dataset" --layers "${layers[@]}" --seeds "${seeds[@]}")
 options+=(--runs-dir "$runs" --data-dir "${DATA_DIR:-data}" "${dry_run[@]}")
 [[ ${#methods[@]} -eq 0 ]] || options+=(--methods "${methods[@]}")
 [[ -z "${ITERATIONS:-}" ]] || options+=(--iterations "$ITERATIONS")
 [[ ${#budgets[@]} -eq 0 ]] || options+=(--budget "${budgets[@]}")
 [[ -z "${WEIGHTS:-}" ]] || options+=(--weights "$WEIGHTS")
-"$python" -m segmentation sweep "${options[@]}"
-[[ ${#dry_run[@]} -gt 0 ]] || "$python" -m report "$runs"
+[[ -z "${WORKERS:-}" ]] || options+=(--workers "$WORKERS")
+[[ -z "${LAUNCHER:-}" ]] || options+=(--launcher "$LAUNCHER")
+"$python" -m segmentation sweep "${options[@]}" "$@"
+# Slurm writes the report itself, after the last run.
+[[ ${#dry_run[@]} -gt 0 || "${LAUNCHER:-local}" == slurm ]] || "$python" -m report "$runs"

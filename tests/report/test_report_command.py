@@ -13,6 +13,7 @@ import pytest
 
 from experiment import ExperimentError, add_planned
 from report.__main__ import main
+from report.drawn import NOTES
 from report.output import write_all
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ PUBLISHED = {"published.png", "published.svg"}  # of the synthetic records' mode
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
 
 
 def command(*arguments, folder):
@@ -100,6 +101,7 @@ def test_as_a_subprocess_twice_with_identical_files(write, runs, tmp_path):
     assert (first.returncode, first.stderr) == (0, "")
     before = contents(runs / "report")
     assert {path.name for path in before} == FILES | PUBLISHED | {"index.html"}
+    (runs / "report" / NOTES).unlink()  # so that the figures are drawn again
     second = command(folder=tmp_path)
     assert second.stdout == first.stdout
     assert contents(runs / "report") == before

@@ -1,0 +1,137 @@
+"""One holder of a folder at a time, whoever asks and however the last one ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from experiment import lock
+from experiment.errors import InUseError
+from experiment.lock import LEASE, LOCK, Holder, hold, holder
+
+ROOT = Path(__file__).parents[2]
+RACER = """
+import os, sys, time
+from pathlib import Path
+from experiment.errors import InUseError
+from experiment.lock import hold
+folder = Path(sys.argv[1])
+while len(done := list(folder.glob("done*"))) < 20:
+    try:
+        with hold(folder):
+            number = len(list(folder.glob("done*")))
+            inside = folder / "inside"
+            os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
+            if number < 20:
+                (folder / f"done{number}").write_text(sys.argv[2])
+            inside.unlink()
+    except InUseError:
+        time.sleep(0.001)
+"""
+KEEPER = """
+import sys
+from pathlib import Path
+from experiment.lock import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def python(code, *arguments, **options):
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, **options)
+
+
+def leave(folder, age, **changes):
+    """The file of a holder that last touched it so many seconds ago."""
+    path = folder / f"{LOCK}elsewhere"
+    path.write_text(json.dumps(asdict(replace(Holder.own(), **changes))))
+    os.utime(path, (time.time() - age, time.time() - age))
+    return path
+
+
+def test_of_processes_that_race_one_at_a_time_holds_the_folder(tmp_path):
+    racers = [python(RACER, tmp_path, number) for number in range(3)]
+    assert [racer.wait(100) for racer in racers] == [0, 0, 0]  # none has found another one inside
+    assert len(list(tmp_path.glob("done*"))) == 20
+    assert list(tmp_path.glob(f"{LOCK}*")) == []
+
+
+def test_the_holder_is_named_and_goes_when_it_is_killed(tmp_path):
+    with python(KEEPER, tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as keeper:
+        assert keeper.stdout.readline() == b"held\n"
+        named = f"process {keeper.pid} on {os.uname().nodename}"
+        assert holder(tmp_path) == named
+        with pytest.raises(InUseError, match=named), hold(tmp_path):
+            pass
+        keeper.kill()
+        os.waitid(os.P_PID, keeper.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has waited for it yet
+        assert holder(tmp_path) is None
+        with hold(tmp_path):
+            assert len(list(tmp_path.glob(f"{LOCK}*"))) == 1  # what was left of it is gone
+
+
+@pytest.mark.parametrize(
+    ("age", "changes", "held"),
+    [
+        (0, {"space": "another machine"}, True),
+        (LEASE - 60, {"space": "another machine"}, True),
+        (LEASE + 60, {"space": "another machine"}, False),
+        (LEASE + 60, {}, True),  # this very process: alive, however long it has not touched its file
+        (0, {"began": "long ago"}, False),  # its number is this process's now
+    ],
+)
+def test_a_holder_elsewhere_is_given_up_by_age_and_one_here_once_it_is_gone(tmp_path, age, changes, held):
+    path = leave(tmp_path, age, **changes)
+    assert (holder(tmp_path) is not None) == held
+    if held:
+        with pytest.raises(InUseError), hold(tmp_path):
+            pass
+    else:
+        with hold(tmp_path):
+            assert not path.exists()
+
+
+def test_a_job_that_slurm_starts_again_takes_over_from_its_earlier_try_on_another_machine(tmp_path, monkeypatch):
+    leave(tmp_path, 0, space="another machine", job="17", attempt=0)
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(InUseError, match="job 17 of Slurm"), hold(tmp_path):
+        pass
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with hold(tmp_path):
+        pass
+
+
+def test_a_file_that_is_still_being_written_is_of_a_holder(tmp_path):
+    (tmp_path / f"{LOCK}new").touch()
+    with pytest.raises(InUseError, match="has not said its name"), hold(tmp_path):
+        pass
+
+
+def test_the_holder_touches_its_file_and_ends_when_that_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.02)
+    came = Counter()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.update([number]))
+    try:
+        with hold(tmp_path):
+            (own,) = tmp_path.glob(f"{LOCK}*")
+            os.utime(own, (0, 0))
+            end = time.monotonic() + 10
+            while own.stat().st_mtime == 0 and time.monotonic() < end:
+                time.sleep(0.01)
+            assert time.time() - own.stat().st_mtime < 60
+            assert not came
+            own.unlink()
+            while not came and time.monotonic() < end:
+                time.sleep(0.01)
+        assert came == {signal.SIGTERM: 1}
+    finally:
+        signal.signal(signal.SIGTERM, before)
