@@ -40,7 +40,11 @@ class Reader(HTMLParser):
 @pytest.fixture
 def content(write, runs):
     """What the page shows of three runs, of which one has a text that would be markup, and of one that is missing."""
-    records = [write("vanilla", 2), write("asi", 2, recipe={"epochs": EVIL}), write("vanilla", 2, dataset="digits")]
+    records = [
+        write("vanilla", 2, recipe={"epochs": 5}),
+        write("asi", 2, recipe={"epochs": EVIL}),
+        write("vanilla", 2, dataset="digits"),
+    ]
     missing = replace(records[0].run, method="hosvd_0.8")
     folder = missing.folder(runs)
     folder.mkdir(parents=True)
