@@ -8,14 +8,13 @@ import math
 import statistics
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from experiment.files import write_whole
 from experiment.processes import gather, is_first, own_part, with_others
-from lowrank import NonFiniteError, converted_layers
+
+if TYPE_CHECKING:
+    from torch import nn
 
 METRICS = "metrics.csv"
 Row = dict[str, float]
@@ -56,6 +55,8 @@ class History:
 
     def step_end(self, network: nn.Module, loss: float = math.nan, samples: int = 1) -> None:
         """Note a step's time, its mean loss over so many samples, and the bytes that the network's layers kept."""
+        from lowrank import converted_layers  # not above: `report` reads rows without what takes seconds to import
+
         self.step_seconds.append(time.perf_counter() - self._step_start)
         self._kept.append(sum(layer._lowrank.formula_bytes for layer in converted_layers(network)))
         self._losses.append(loss)
@@ -105,6 +106,10 @@ class History:
         Raises:
             NonFiniteError: they are.
         """
+        import torch
+
+        from lowrank import NonFiniteError
+
         trained = (parameter.detach() for parameter in network.parameters() if parameter.requires_grad)
         if not all(bool(torch.isfinite(weight).all()) for weight in trained):
             raise NonFiniteError("training has diverged: weights are no longer finite; lower the learning rate")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # The methods of `lowrank` whose ranks may come from a budget: known here, as importing `lowrank` takes seconds.
 _RANKED = {"ASI": True, "WASI": True, "FixedBases": True} | dict.fromkeys(
-    ("Vanilla", "GradientFilter", "SVD", "HOSVD", "WSI"), False
+    ("Vanilla", "GradientFilter", "SVD", "HOSVD", "WSI", "Rounded"), False
 )
 
 

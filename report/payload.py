@@ -28,6 +28,7 @@ from report.published import Point
 from report.shown import AXES, COLUMNS
 from report.states import DONE, state_of
 from report.summary import Group, group_records, recipe_labels
+from report.tables import RECIPE_NOTE, recipes_differ
 
 CHUNK = 32  # runs whose details are packed together; one is unpacked when one of its runs is looked at
 FURTHER = ("missing", "main_std", "other_std", "dominated")  # beside the columns
@@ -105,7 +106,7 @@ def _setup(
     return {
         "title": f"Setup {setup} ({task})",
         "accuracy": [metrics.main_title, metrics.other_title, metrics.label],
-        "note": metrics.note,
+        "note": " ".join([metrics.note, *([RECIPE_NOTE] if any(map(recipes_differ, tables.values())) else [])]),
         "published_accuracy": metrics.published_label,
         "published": [[_plain(value) for value in point] for point in published],
         "rows": [row for group, table in tables.items() for row in _rows(group, table, metrics)],

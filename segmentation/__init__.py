@@ -9,6 +9,8 @@ In a config of your own:
     ]
 """
 
+import contextlib
+import io
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,8 @@ __all__ = ["LowRankHook", "PlacedDataset", "PlacedSampler"]
 
 def register() -> dict[str, Any]:
     """Import what registers itself with MMEngine, which takes seconds; gives it by name."""
-    with warnings.catch_warnings():
+    # MMSegmentation prints that it does without a package that is not used here.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.filterwarnings("ignore", "Fail to import")  # a part of MMCV that is not used here
         from segmentation.data.draws import PlacedDataset, PlacedSampler
         from segmentation.data.reading import NamedImage, NamedLabels

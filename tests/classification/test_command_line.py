@@ -56,6 +56,7 @@ def test_the_record_has_every_key_of_the_design(best_first):
         | {"weight_measured", "weight_gradient_measured", "weight_optimizer_measured"},
         "flops": {"paper", "corrected"},
         "time_s": {"step_median", "total"},
+        "loss": {"train_last"},
         "recipe": {"epochs", "steps", "learning_rate", "batch_size", "image_size", "precision"}
         | {"processes", "joined_batch_size"},
         "provenance": set(record["provenance"]),

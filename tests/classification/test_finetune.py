@@ -20,7 +20,7 @@ from experiment.ranks import Budget
 from lowrank import ASI, HOSVD, SVD, GradientFilter, NonFiniteError, Vanilla
 
 METHODS = [
-    *(Vanilla(), SVD(0.8), HOSVD(0.8), ASI(ranks=4), lowrank.FixedBases(ranks=4)),
+    *(Vanilla(), SVD(0.8), HOSVD(0.8), ASI(ranks=4), lowrank.FixedBases(ranks=4), lowrank.Rounded()),
     *(GradientFilter(2), GradientFilter(4), GradientFilter(7)),
 ]
 FACTORED = [lowrank.WSI(0.5), lowrank.WASI(ranks=4, energy=0.5)]  # of linear layers alone

@@ -21,6 +21,7 @@ CONFIGS = [
     {"type": "ASI", "refresh": 10},
     {"type": "ASI", "storage": "int8"},
     {"type": "FixedBases"},
+    {"type": "Rounded", "storage": "int8"},
     {"type": "FixedBases", "ranks": 3},
     {"type": "WSI", "energy": 0.9},
     {"type": "WASI", "energy": 0.9},

@@ -180,8 +180,8 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_before_anything_is_traine
     ("extra", "message"),
     [
         (["--iterations", "0"], "--iterations is 0"),
-        (["--amp"], "--amp needs an accelerator"),
-        (["--launcher", "slurm"], "--launcher slurm needs an accelerator"),
+        (["--amp"], "which needs an accelerator, and there is none; leave --amp out"),
+        (["--launcher", "slurm"], "--launcher slurm is for srun"),
         (["--launcher", "pytorch"], "--launcher pytorch is for python -m torch.distributed.run"),
         (["--launcher", "pytorch", "--processes", "2"], "give one of them"),
         (["--processes", "0"], "--processes is 0"),
