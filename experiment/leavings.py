@@ -19,7 +19,6 @@ from lowrank.layers.token_mask import without_padding
 from lowrank.methods.base import TuckerMethod
 from lowrank.tensors.storage import restore
 
-RANKS, MEMORY, CURVES = "ranks.json", "memory.json", "curves.png"
 SCHEMA = 1
 
 

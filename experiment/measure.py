@@ -14,10 +14,10 @@ from experiment.allocator import keep_freed_memory
 from experiment.files import write_whole
 from experiment.folder import RunFolder
 from experiment.history import History
-from experiment.leavings import CURVES, MEMORY, RANKS, as_text, curves, memory_of, ranks_of
+from experiment.leavings import as_text, curves, memory_of, ranks_of
 from experiment.processes import noted, place
 from experiment.provenance import provenance
-from experiment.record import Record, Run
+from experiment.record import CURVES, MEMORY, RANKS, Record, Run
 from lowrank import Method, account, explain, measure_perplexity, peak_bytes, weight_memory
 
 Loss = Callable[[Any, Any], Any]

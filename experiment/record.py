@@ -15,6 +15,7 @@ from experiment.files import write_whole
 
 SCHEMA = 1
 RESULT, TABLE = "result.json", "perplexity.json"  # what a finished training run leaves, and a perplexity measurement
+RANKS, MEMORY, CURVES = "ranks.json", "memory.json", "curves.png"  # beside a result, for people; see `leavings`
 
 
 class RunError(ExperimentError, ValueError):

@@ -11,8 +11,7 @@ from typing import Any
 from experiment.folder import CONFIG
 from experiment.history import METRICS
 from experiment.jobs import FAILURE
-from experiment.leavings import MEMORY, RANKS
-from experiment.record import Record
+from experiment.record import MEMORY, RANKS, Record
 
 POINTS, MODULES, TEXT = 200, 60, 16_000  # at most: of a curve, of memory by module, letters of a config or a log
 

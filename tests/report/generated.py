@@ -8,7 +8,7 @@ from itertools import islice, product
 from pathlib import Path
 
 from experiment import Record, Run
-from experiment.leavings import MEMORY, RANKS
+from experiment.record import MEMORY, RANKS
 
 METHODS = (
     "vanilla",
