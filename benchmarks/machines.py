@@ -146,6 +146,11 @@ def short_sweep(root: Path, runs: int) -> list[str]:
     return [*words, "--runs-dir", str(root), *SHORT]
 
 
+def told(differences: Sequence[str]) -> str:
+    """How many there are, and the first of them."""
+    return f"{len(differences)}, such as {differences[0]}" if differences else "none"
+
+
 def compare(root: Path, other: Path) -> list[str]:
     """In what the runs of two folders differ, but for times and logs."""
     folders = {path.parent.relative_to(root) for path in root.rglob(RESULT)}
@@ -169,7 +174,7 @@ def workers(root: Path, runs: int) -> None:
         print(f"{runs} runs, {name}, one after the other: {serial}", flush=True)
         two = measured([*short_sweep(folder / "2", runs), "--workers", "2"], count)
         print(f"{runs} runs, {name}, two workers: {two}; {two.elapsed / serial.elapsed:.2f} of the time", flush=True)
-        print(f"  differences: {compare(folder / '1', folder / '2') or 'none'}", flush=True)
+        print(f"  differences: {told(compare(folder / '1', folder / '2'))}", flush=True)
 
 
 def slurm(root: Path, runs: int, seed: int) -> None:
@@ -186,7 +191,7 @@ def slurm(root: Path, runs: int, seed: int) -> None:
         print(f"{runs} runs on Slurm: {time.perf_counter() - start:.0f} s; disturbed {len(done)}: {', '.join(done)}")
     starts = sum(path.read_text().count("--- job ") for path in (root / "2").rglob(LOG))
     trained = sum(path.read_text().count("record in ") for path in (root / "2").rglob(LOG))
-    print(f"  {starts} starts, {trained} records written; differences: {compare(root / '1', root / '2') or 'none'}")
+    print(f"  {starts} starts, {trained} records written; differences: {told(compare(root / '1', root / '2'))}")
 
 
 def main() -> None:
