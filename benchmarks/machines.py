@@ -28,7 +28,7 @@ RECORDS = 5000
 METHODS = ("vanilla", "gradient_filter_r2", "hosvd_0.8", "asi_hosvd_0.8")
 SHORT = (
     *("--data.image_size", "64", "--data.batch_size", "8", "--trainer.max_epochs", "2"),
-    *("--trainer.limit_train_batches", "10", "--trainer.limit_val_batches", "2", "--trainer.limit_test_batches", "2"),
+    *("--trainer.limit_val_batches", "2", "--trainer.limit_test_batches", "2"),
     *("--trainer.enable_progress_bar", "false", "--tensorboard", "false"),
 )
 
@@ -127,23 +127,12 @@ def records(root: Path) -> None:
     print(f"watch: {measured(['-m', 'report', '--watch', str(root)])}")
 
 
-def short_sweep(root: Path, runs: int) -> list[str]:
-    """A sweep with so many runs, of which each fourth is a pretraining."""
-    words = [
-        "-m",
-        "classification",
-        "sweep",
-        "--setup",
-        "b",
-        "--model",
-        "mcunet",
-        "--dataset",
-        "digits",
-        "--layers",
-        "2",
-    ]
-    words += ["--methods", "vanilla", "gradient_filter_r2", "hosvd_0.8", "--seeds", *map(str, range(1, runs // 4 + 1))]
-    return [*words, "--runs-dir", str(root), *SHORT]
+def short_sweep(root: Path, runs: int, batches: int) -> list[str]:
+    """A sweep with so many runs of two epochs of so many batches, of which each fourth is a pretraining."""
+    words = ["-m", "classification", "sweep", "--setup", "b", "--model", "mcunet", "--dataset", "digits"]
+    words += ["--methods", "vanilla", "gradient_filter_r2", "hosvd_0.8", "--layers", "2"]
+    words += ["--seeds", *map(str, range(1, runs // 4 + 1)), "--runs-dir", str(root)]
+    return [*words, *SHORT, "--trainer.limit_train_batches", str(batches)]
 
 
 def told(differences: Sequence[str]) -> str:
@@ -165,25 +154,25 @@ def compare(root: Path, other: Path) -> list[str]:
     return found
 
 
-def workers(root: Path, runs: int) -> None:
+def workers(root: Path, runs: int, batches: int) -> None:
     """Measure a sweep of short runs in one process and in two."""
     threads = {"all threads": None, "one thread": 1}
     for name, count in threads.items():
         folder = root / name.replace(" ", "_")
-        serial = measured(short_sweep(folder / "1", runs), count)
+        serial = measured(short_sweep(folder / "1", runs, batches), count)
         print(f"{runs} runs, {name}, one after the other: {serial}", flush=True)
-        two = measured([*short_sweep(folder / "2", runs), "--workers", "2"], count)
+        two = measured([*short_sweep(folder / "2", runs, batches), "--workers", "2"], count)
         print(f"{runs} runs, {name}, two workers: {two}; {two.elapsed / serial.elapsed:.2f} of the time", flush=True)
         print(f"  differences: {told(compare(folder / '1', folder / '2'))}", flush=True)
 
 
-def slurm(root: Path, runs: int, seed: int) -> None:
+def slurm(root: Path, runs: int, batches: int, seed: int) -> None:
     """Do a sweep on Slurm with two jobs at a time, a third of which is disturbed, and compare with the serial one."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    serial = measured(short_sweep(root / "1", runs))
+    serial = measured(short_sweep(root / "1", runs, batches))
     print(f"{runs} runs one after the other: {serial}", flush=True)
     with Cluster(2) as cluster:
-        submitted = measured([*short_sweep(root / "2", runs), "--launcher", "slurm", "--workers", "2"])
+        submitted = measured([*short_sweep(root / "2", runs, batches), "--launcher", "slurm", "--workers", "2"])
         if submitted.code:
             raise SystemExit(submitted.code)
         start = time.perf_counter()
@@ -199,15 +188,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.machines", description=__doc__)
     parser.add_argument("what", choices=("records", "workers", "slurm"))
     parser.add_argument("--runs", type=int, default=24, help="of a sweep, four for each seed (default: 24)")
+    parser.add_argument("--batches", type=int, default=10, help="of each of a run's two epochs (default: 10)")
     parser.add_argument("--seed", type=int, default=1, help="of what is disturbed (default: 1)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lowrank-") as folder:
         if options.what == "records":
             records(Path(folder))
         elif options.what == "workers":
-            workers(Path(folder), options.runs)
+            workers(Path(folder), options.runs, options.batches)
         else:
-            slurm(Path(folder), options.runs, options.seed)
+            slurm(Path(folder), options.runs, options.batches, options.seed)
 
 
 if __name__ == "__main__":
