@@ -32,7 +32,7 @@ def disturb(
     Raises:
         TimeoutError: there still are jobs.
     """
-    draw, ways, done = random.Random(seed), cycle(WAYS), []
+    draw, ways, done: list[str] = random.Random(seed), cycle(WAYS), []
     due: dict[str, float | None] = {}  # when each job is to be disturbed
     end = time.monotonic() + limit
     while not cluster.is_empty:
