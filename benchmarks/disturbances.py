@@ -32,7 +32,8 @@ def disturb(
     Raises:
         TimeoutError: there still are jobs.
     """
-    draw, ways, done: list[str] = random.Random(seed), cycle(WAYS), []
+    draw, ways = random.Random(seed), cycle(WAYS)
+    done: list[str] = []
     due: dict[str, float | None] = {}  # when each job is to be disturbed
     end = time.monotonic() + limit
     while not cluster.is_empty:
