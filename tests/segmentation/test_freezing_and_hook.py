@@ -56,7 +56,7 @@ def test_statistics_and_dropout():
     [
         (
             {"type": "HOSV", "energy": 0.8},
-            "'HOSV'; allowed: ASI, WASI, FixedBases, Vanilla, GradientFilter, SVD, HOSVD, WSI, or",
+            "'HOSV'; allowed: ASI, WASI, FixedBases, Vanilla, GradientFilter, SVD, HOSVD, WSI, Rounded, or",
         ),
         ({"type": "HOSVD", "enrgy": 0.8}, "HOSVD: .*enrgy"),
         ({"type": "HOSVD", "energy": 2}, "energy"),
