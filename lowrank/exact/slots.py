@@ -29,6 +29,24 @@ class _Keep(torch.autograd.Function):
         return None, None
 
 
+class _Held:
+    """A tensor where nobody's hooks take what autograd saves: held as it is, with the version that it has."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, tensor._version
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor]:
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"version {self._tensor._version}; expected {self._version}"
+            )
+        return (self._tensor,)
+
+
 class Slot:
     """One tensor that autograd saves; `own`: it is what was put first."""
 
@@ -55,8 +73,11 @@ class Slot:
 
 
 def _saved(tensor: Tensor) -> Any:
+    kept = tensor.detach()
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None and not kept.is_inference():
+        return _Held(kept)
     with torch.enable_grad():
-        return _Keep.apply(torch.empty(0, requires_grad=True), tensor.detach()).grad_fn
+        return _Keep.apply(torch.empty(0, requires_grad=True), kept).grad_fn
 
 
 _SLOTS: Notes[weakref.ref[Slot]] = Notes()
