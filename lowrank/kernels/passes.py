@@ -100,7 +100,7 @@ def row_products(a: Tensor, b: Tensor, scales: Tensor | None = None) -> Tensor |
     kernel = _kernel("rows", *tensors) if a.shape == b.shape else None
     if kernel is None:
         return None
-    out = a.new_empty(len(a))
+    out = a.new_empty(a.shape[0])
     pointers = a.data_ptr(), b.data_ptr(), None if scales is None else scales.data_ptr(), out.data_ptr()
     kernel(*pointers, *a.shape, torch.get_num_threads())  # type: ignore[operator]
     return out

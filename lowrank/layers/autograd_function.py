@@ -239,7 +239,7 @@ class MergedNormFunction(Node):
         wants_y, wants_gamma, wants_beta = ctx.needs_input_grad[:3]
         grad = real(grad)
         again = torch.is_grad_enabled()
-        deviation = torch.rsqrt(variance + ctx.eps)
+        deviation = _deviation(variance, ctx.eps)
         scale = deviation if gamma is None else gamma * deviation
         grad_y = grad_gamma = grad_beta = grad_weight = None
         with torch.no_grad():
@@ -268,11 +268,24 @@ def scale_and_shift(
     call: Call, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """What a normalisation by running statistics makes of W x + b, as `scale` W x + `shift`, each (O,)."""
-    deviation = torch.rsqrt(variance + eps)
+    deviation = _deviation(variance, eps)
     scale = deviation if gamma is None else gamma * deviation
     if call.bias is not None:
         mean = mean - call.bias
     return scale, -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
+
+
+def _deviation(variance: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(variance + eps), (O,)."""
+    if variance.device.type == "cpu" and variance.dtype == torch.float32:
+        return torch.rsqrt(variance + _number(eps))  # a number beside a tensor takes as long as six small operators
+    return torch.rsqrt(variance + eps)
+
+
+@lru_cache(maxsize=64)
+def _number(value: float) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([value], dtype=torch.float32, device="cpu")
 
 
 def merged_output(y: Tensor, call: Call, scale: Tensor, shift: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +56,7 @@ class LayerState:
         kept_bytes: bytes kept of the input in the latest training forward pass; 0 if another layer keeps them.
         formula_bytes: the same by the method's formula.
         whole: whether it kept its input as it is since keeping less was not worth it.
+        judged: of geometries and shapes, whether keeping less is worth it.
     """
 
     method: Method
@@ -69,11 +70,17 @@ class LayerState:
     kept_bytes: int = 0
     formula_bytes: int = 0
     whole: bool = False
+    judged: dict[Any, bool] = field(default_factory=dict, repr=False)
 
     def method_for(self, geometry: Geometry, x: Tensor, out_channels: int) -> Method:
         """How an input (B, ...) is kept: by the method, or, where that is not worth its time, as it is."""
-        price = self.method.price(x, geometry, out_channels) if self.smallest else None
-        return self.method if price is None or is_worth(*price, self.smallest) else _WHOLE
+        if not self.smallest:
+            return self.method
+        case = (geometry, x.shape, x.dtype, out_channels, self.smallest)
+        if case not in self.judged:
+            price = self.method.price(x, geometry, out_channels)
+            self.judged = {**self.judged, case: price is None or is_worth(*price, self.smallest)}
+        return self.method if self.judged[case] else _WHOLE
 
 
 class LowRankLayer(Changed):
@@ -269,7 +276,12 @@ def _may_be_lazy(layer: LowRankLayer, settings: Settings, input: Tensor, x: Tens
         return False
     fits = x.shape[1] == weight.shape[1] * geometry.groups and x.device == weight.device
     fits = fits and (bias is None or (isinstance(bias, Tensor) and bias.shape == weight.shape[:1]))
-    return fits and weight.shape[0] % geometry.groups == 0 and min(geometry.output_shape(tuple(x.shape), 1)) > 0
+    return fits and weight.shape[0] % geometry.groups == 0 and _gives_output(geometry, x.shape)
+
+
+@lru_cache(maxsize=1024)
+def _gives_output(geometry: ConvGeometry, shape: torch.Size) -> bool:
+    return min(geometry.output_shape(tuple(shape), 1)) > 0
 
 
 def as_computed(input: Tensor, weight: Tensor) -> tuple[Tensor, torch.dtype, AbstractContextManager[Any]]:
@@ -294,9 +306,11 @@ def kept_of(layer: LowRankLayer, geometry: Geometry, input: Tensor, x: Tensor) -
     state = layer._lowrank
     single = is_single(layer, x)
     batched = Tensor.detach(x).unsqueeze(0) if single else Tensor.detach(x)
-    method = state.method_for(geometry, batched, weight_of(layer).shape[0]) if state.smallest else state.method
+    method = state.method
+    if state.smallest:
+        method = state.method_for(geometry, batched, geometry.by_output(weight_of(layer)).shape[0])
     if method.keeps_input and x is input and not single:
-        origin = None if torch.compiler.is_compiling() else origin_of(input)
+        origin = None if find(input) is None else origin_of(input)
         if origin is not None and origin.step.function is not None and not _is_less_alone(input, origin.nbytes):
             state.kept_bytes, state.formula_bytes = origin.nbytes, batched.nbytes
             reader, sources = reading(origin)

@@ -35,11 +35,10 @@ class LeanModule(Changed):
             return super().forward(input)
         if kind is Held and getattr(self, "inplace", False):
             let_go(input)
-        called = CALLS[self.stock_class](self) if self.stock_class in CALLS else None
         if kind is not Lazy and self._lowrank_smallest and not bits_are_worth(input, self._lowrank_smallest):
             with torch._C.DisableTorchFunctionSubclass():
                 y = super().forward(input)
-        elif called is None:
+        elif (called := CALLS[self.stock_class](self) if self.stock_class in CALLS else None) is None:
             with nullcontext() if kind is Lazy else LeanFunctions():  # a lazy tensor does so itself
                 y = super().forward(input)
         elif kind is Lazy:
