@@ -181,6 +181,7 @@ def revert(model: Model) -> Model:
             _release(layer)
     close_attention(model)
     for layer in model.modules():
-        vars(layer).pop("_lowrank_watched", None)
+        for own in ("_lowrank_watched", "_lowrank_smallest"):
+            vars(layer).pop(own, None)
         restore(layer)
     return model
