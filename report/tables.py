@@ -14,8 +14,9 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from report.methods import BASELINE
 from report.metrics import Metrics, metrics_in
-from report.summary import BASELINE, Group
+from report.summary import Group
 
 MISSING, ABSENT = "—", "missing"
 PREFIXES = ("", " k", " M", " G", " T", " P", " E")

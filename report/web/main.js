@@ -56,7 +56,7 @@ function fillSetup() {
     cell: cellOf,
   });
   table.keep = matches;
-  const plot = el("div", { class: "plot", id: "pareto", role: "img", "aria-label": "Accuracy against a cost; the table has the same numbers" });
+  const plot = plotBox("Accuracy against a cost; the table has the same numbers. Enter opens the runs of a point", { class: "plot", id: "pareto" });
   const groups = el("span");
   const fill = () => {
     table.render();
@@ -82,7 +82,7 @@ function fillSetup() {
     el("div", { class: "bar-of-fields" }, ...filters, el("label", { class: "field grow" }, el("span", {}, "Text"), search)),
     el("div", { class: "bar-of-fields" }, groups, select("against", axes, view.axis, (key) => ((view.axis = key), fillPlot()))),
     plot,
-    el("p", { class: "faint" }, "A point is a row of the table, its label the number of trained layers; hollow where another is better at no more cost. Click one for its runs."),
+    el("p", { class: "faint" }, "A point is a row of the table, its label the number of trained layers; hollow where another is better at no more cost. Click one for its runs; or press Tab, arrow keys and Enter."),
     table.chooser(),
     table.element,
     el("p", { class: "faint" }, setup.note, ` Rows of ${DATA.baseline} are bold. Every further number is among the columns, and in table.csv beside this page.`),

@@ -82,7 +82,7 @@ function curves(found) {
     [names.filter((name) => name === "activation_bytes"), 2 ** -20, "Inputs by formula (MiB)"],
   ];
   const boxes = panels.filter(([chosen]) => chosen.length).map(([chosen, unit, title]) => {
-    const box = el("div", { class: "plot small", role: "img", "aria-label": `${title} over the training` });
+    const box = plotBox(`${title} over the training`, { class: "plot small" });
     draw(box, () => lines(found, chosen, unit, title));
     return box;
   });
