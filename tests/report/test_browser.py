@@ -134,7 +134,9 @@ def test_points_of_a_plot_are_reached_by_keyboard(shown):
     said = []
     for key in ("ArrowRight", *pressed):
         shown.key(key, pressed[key])
-        shown.until(f"![{json.dumps(said[-1] if said else '')}].includes(document.querySelector('.unseen').textContent)")
+        shown.until(
+            f"![{json.dumps(said[-1] if said else '')}].includes(document.querySelector('.unseen').textContent)"
+        )
         said.append(shown.run("document.querySelector('.unseen').textContent"))
     names = [text.partition(",")[0] for text in said]
     assert names == ["vanilla", "vanilla", "gradient_filter_r2", "gradient_filter_r2", "vanilla"]
