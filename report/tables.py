@@ -260,10 +260,12 @@ FEW = (
 
 
 def to_terminal(table: pd.DataFrame, group: Group) -> str:
-    """A heading and few columns, as narrow as a terminal."""
-    shown = [column for column in few_columns(table) if column.group != LOSS]
+    """A heading and few columns, those with a number at all, as narrow as a terminal."""
+    rows = table.to_dict("records")
+    few = [column for column in few_columns(table) if column.group != LOSS]
+    shown = [column for column in few if any(column.cell(row) != MISSING for row in rows)]
     titles = [column.title.replace(" (", "\n(").replace(", ", "\n") for column in shown]
-    cells = [[column.cell(row) for column in shown] for row in table.to_dict("records")]
+    cells = [[column.cell(row) for column in shown] for row in rows]
     body = tabulate(
         cells,
         titles,

@@ -16,7 +16,8 @@ function least(rows, key, sign = 1) {
 // The rows of one model and data set that matter most, each with what it is.
 function bests(rows) {
   const own = rows.filter((row) => row.n && row.method === DATA.baseline);
-  const others = rows.filter((row) => row.n && row.method !== DATA.baseline);
+  // Of equals the one that keeps least comes first.
+  const others = rows.filter((row) => row.n && row.method !== DATA.baseline).sort((a, b) => compareValues(a.saved_measured_bytes, b.saved_measured_bytes));
   const baseline = least(own, "main", -1);
   const near = baseline ? others.filter((row) => row.main >= baseline.main - NEAR) : [];
   const chosen = [

@@ -64,7 +64,7 @@ function runParts(run, found) {
 function numbers(found) {
   const mib = (name) => written("mib", found.memory_bytes[name]);
   const told = [
-    ...Object.entries(found.accuracy).map(([name, value]) => [name.replaceAll("_", " "), `${(100 * value).toFixed(1)} %`]),
+    ...Object.entries(found.accuracy).map(([name, value]) => [name.replace(/^val_/, "validation, ").replaceAll("_", " "), `${(100 * value).toFixed(1)} %`]),
     ["kept", `${mib("saved_measured")} MiB`],
     ["peak", `${mib("peak_measured")} MiB`],
     ["by formula", `${mib("activation_formula")} MiB`],
