@@ -37,15 +37,6 @@ def command(*arguments, folder):
     )
 
 
-def test_help_loads_nothing_that_computes_or_draws():
-    """It would take seconds."""
-    script = "import sys, report.__main__ as r; r.parser().print_help(); print(*sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "--baseline METHOD" in done.stdout
-    assert "report.methods" in done.stderr.split()
-    assert not {"pandas", "numpy", "matplotlib", "jinja2", "torch"} & set(done.stderr.split())
-
-
 def refused(capsys, *arguments):
     """The one line that the command says when it refuses."""
     assert main([str(argument) for argument in arguments]) == 2
