@@ -117,7 +117,7 @@ def test_the_picture_has_a_column_for_each_run(finished, tmp_path, capsys):
     width, height = Image.open(output).size
     assert width / height == pytest.approx(4 * 1.6 / (2 * 1.6 + 0.5), rel=0.02)
     assert main(["picture", str(tmp_path), "--output", str(output)]) == 2
-    assert "is not done: there is no" in capsys.readouterr().err
+    assert "result.json cannot be read" in capsys.readouterr().err
 
 
 # Killed when the checkpoint is written and the validation done, but its row is not.
