@@ -18,7 +18,7 @@ from report.plots import pareto_figure, published_figure
 from report.published import Point, load_curves, load_published
 from report.setups import setup_tables
 from report.summary import Group, find_runs, group_of, group_records, read_planned, summarise
-from report.tables import columns, few_columns, to_csv, to_latex, to_markdown, to_terminal
+from report.tables import columns, to_csv, to_latex, to_markdown, to_terminal
 
 PAGE = "index.html"
 
@@ -50,16 +50,16 @@ def report(
     curves = {task: load_curves(published, task) for task in tasks}
     files: dict[Path, bytes] = {}
     figures = Figures(output)
-    texts, tables, shown = [], {}, columns if every else few_columns
+    texts, tables = [], {}
     for group in sorted(groups.keys() | planned.keys()):
         row_reports = reported[group.task].get(group)
         table = tables[group] = summarise(groups.get(group, []), baseline, row_reports, planned.get(group, ()))
-        folder = output / group.folder
+        folder, shown = output / group.folder, columns(table) if every else None
         pictures = _pictures(table, group, curves[group.task].get(group, ()), figures)
         outputs = {
-            folder / "table.md": to_markdown(table, group, baseline, shown(table)).encode(),
+            folder / "table.md": to_markdown(table, group, baseline, shown).encode(),
             folder / "table.csv": to_csv(table).encode(),
-            folder / "table.tex": to_latex(table, group, shown(table)).encode(),
+            folder / "table.tex": to_latex(table, group, shown).encode(),
             **{
                 folder / f"{name}.{ending}": picture[ending] for name, picture in pictures.items() for ending in picture
             },
