@@ -119,8 +119,8 @@ function fillStates() {
 const COMPARED = [
   ["method", "Method", "text"], ["setup", "Setup", "text"], ["model", "Model", "text"], ["dataset", "Data set", "text"], ["layers", "Layers", "layers"],
   ["main", "Here (%)", "share"], ["main_other", "There (%)", "share"], ["points", "Δ", "points"],
-  ["kept", "Kept here (MiB)", "mib"], ["kept_other", "There (MiB)", "mib"], ["kept_times", "× of there", "times"],
-  ["step", "Step here (ms)", "ms"], ["step_other", "There (ms)", "ms"], ["step_times", "× of there", "times"],
+  ["kept", "Kept here (MiB)", "mib"], ["kept_other", "There (MiB)", "mib"], ["kept_times", "Kept, × of there", "times"],
+  ["step", "Step here (ms)", "ms"], ["step_other", "There (ms)", "ms"], ["step_times", "Step, × of there", "times"],
 ];
 
 function fillCompared() {
@@ -138,7 +138,7 @@ function fillCompared() {
     label: `Compared with ${DATA.compared.name}`,
     columns: COMPARED.map(([key, title, form]) => ({ key, title, form, note: "" })),
     rows,
-    shown: NARROW.matches ? ["method", "layers", "points", "kept_times"] : COMPARED.map(([key]) => key).filter((key) => key !== "setup"),
+    shown: NARROW.matches ? ["method", "layers", "points", "kept_times"] : COMPARED.map(([key]) => key).filter((key) => key !== "setup" || new Set(rows.map((row) => row.setup)).size > 1),
     sub: (row) => `${row.model}, ${row.dataset}`,
   });
   section.append(el("p", {}, `Here: these runs. There: ${DATA.compared.name}. ${rows.length} rows are in both.`), table.chooser(), table.element);
