@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lowrank.tensors.eager import depth_of_batches, ordinary
+from lowrank.tensors.eager import in_batch, ordinary
 from lowrank.tensors.notes import Notes
 
 
@@ -49,7 +49,7 @@ class Slot:
                 "retain_graph=True if you need to"
             )
         (found,) = cast(Any, self._saved.grad_fn).saved_tensors
-        if not torch._C._autograd._get_current_graph_task_keep_graph() and not depth_of_batches():
+        if not torch._C._autograd._get_current_graph_task_keep_graph() and not in_batch():
             self._saved = None
         return ordinary(found)
 
