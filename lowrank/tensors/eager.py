@@ -45,7 +45,7 @@ def trains_plainly(*tensors: Tensor | None) -> bool:
 
 def in_compiled_graph() -> bool:
     """Whether `torch.compile` records a graph for training, not an export, nor another tracer that says it compiles."""
-    # The flag itself: up to PyTorch 2.12, is_exporting() answers True to any compiler that asks.
+    # The flag itself: on PyTorch 2.11, is_exporting() answers True to any compiler that asks.
     return torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag
 
 
@@ -74,7 +74,7 @@ def in_autocast(device: str) -> bool:
     return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
-@torch.compiler.assume_constant_result  # the compilers of PyTorch 2.11 and 2.12 cannot look into it
+@torch.compiler.assume_constant_result  # the compiler of PyTorch 2.11 cannot look into it
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
