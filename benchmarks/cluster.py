@@ -90,6 +90,9 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         subprocess.run(["scancel", "--user", getpass.getuser()], check=False, capture_output=True)
+        end = time.monotonic() + PATIENCE
+        while not self.is_empty and time.monotonic() < end:  # or what is at work would be left behind
+            time.sleep(0.1)
         self._stack.close()
 
     def _configure(self) -> None:
