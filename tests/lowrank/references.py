@@ -23,7 +23,7 @@ DEVICE = torch.get_default_device().type  # where the tests make tensors, see `c
 
 def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Normal numbers that do not depend on the global random state."""
-    numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype, device="cpu")
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype, device="cpu")
     return numbers.to(DEVICE)
 
 
