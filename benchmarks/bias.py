@@ -130,8 +130,10 @@ def summary(rows: pd.DataFrame) -> str:
         rows = rows.join(vanilla[column].rename(f"exact_{column}"), on=same)
     for key, group in rows.groupby(["images", "epochs", "layers", "method", "part", "trial"], sort=False):
         gap, above = (group[column] - group[f"exact_{column}"] for column in ("test_accuracy", "train_loss"))
-        named = (*key[:4], f"1/{key[4]}", key[5], len(group), spread(group.test_accuracy), spread(gap, "+"))
-        lines.append((*named, f"{group.train_loss.mean():.3f}", f"{above.mean():+.3f}"))
+        exact = key[3] == "vanilla"
+        named = (*key[:4], "1" if exact else f"1/{key[4]}", key[5], len(group), spread(group.test_accuracy))
+        found = ("-" if exact else spread(gap, "+"), f"{group.train_loss.mean():.4f}")
+        lines.append((*named, *found, "-" if exact else f"{above.mean():+.4f}"))
     return (
         table((*heads, "above vanilla's"), lines)
         + f"""

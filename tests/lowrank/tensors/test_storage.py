@@ -95,6 +95,7 @@ def test_what_comes_back_is_near(shape, data, storage):
         ((64, 320, 3, 3), (64, 127, 2, 1), (64, 127, 2, 1)),
         ((64, 1152, 3, 3), (7, 7, 1, 1), (64, 7, 1, 1)),  # of two such modes the batch
         ((8, 40, 30), (2, 4, 8), (2, 4, 30)),
+        ((8, 40, 30), (1, 1, 1), (1, 1, 1)),  # one number is not worth it
         ((50, 40), (8, 8), (8, 8)),  # a matrix keeps both factors
     ],
 )
