@@ -16,6 +16,7 @@ from references import (
     left_vectors,
     low_rank_tensor,
     multiply,
+    random_tensor,
 )
 from test_perplexity import inputs_and_output_gradients, measured_bytes
 from torch import nn
@@ -127,7 +128,7 @@ def test_inputs_of_two_and_three_dimensions_climb_too():
         return net(x).square().mean()
 
     for shape in ((9, 6), (4, 5, 6)):
-        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x = random_tensor(*shape, seed=1)
         table = lowrank.measure_perplexity(model, ["0", "2"], loss, x, (0.5,), (0.3, 0.6))
         assert all(len(ranks) == len(shape) for row in table.layers for ranks in row.mixed.ranks)
 
