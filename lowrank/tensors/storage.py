@@ -66,9 +66,10 @@ def kept_ranks(shape: Sequence[int], ranks: Sequence[int], storage: Storage = "i
     """The ranks at which a form of these is kept: a mode, or all, are left whole where that takes no more bytes.
 
     A mode of rank r > 1 and r = P, the product of the other ranks, or more would take a core of P r and a factor of n r
-    numbers, n being its size; left whole, it takes a core of P n, and is not cut. The batch mode goes ahead of others of which
-    that is true, since its samples, and so its basis, change with every step. Of a matrix both modes always are such;
-    it is kept with both factors. All modes are whole where the tensor itself takes no more in the same storage.
+    numbers, n being its size; left whole, it takes a core of P n, and is not cut. The batch mode goes ahead of others
+    of which that is true, since its samples, and so its basis, change with every step. Of a matrix both modes always
+    are such; it is kept with both factors. All modes are whole where the tensor itself takes no more in the same
+    storage.
     """
     whole, ranks = tuple(shape), tuple(ranks)
     for mode, size in enumerate(shape if len(shape) > 2 else ()):
