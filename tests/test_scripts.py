@@ -37,7 +37,7 @@ def dry_run(script: str, environment: dict[str, str], *arguments: str) -> list[s
 
 
 def test_quickstart_dry_run_lists_every_run(script_environment: dict[str, str]) -> None:
-    methods = ["vanilla", "gradient_filter_r2", "svd_0.8", "hosvd_0.8", "asi_hosvd_0.8"]
+    methods = ["vanilla", "gradient_filter_r2", "hosvd_0.8", "asi_1of20", "asi_int8_1of20"]
     rows = [(method, layers) for layers in (2, 4) for method in methods]
     rows = [("perplexity", 2), ("perplexity", 4), *rows]
     trained = [f"digits: {method}, last {layers}, seed 7" for method, layers in rows]
