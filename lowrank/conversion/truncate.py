@@ -51,13 +51,14 @@ def truncate_weights(
         NonFiniteError: a weight or an input with NaN or infinite values.
         SettingError: energy out of range.
     """
-    layers = named_layers(model, names)
-    for name, layer in layers.items():
+    layers: dict[str, nn.Linear] = {}
+    for name, layer in named_layers(model, names).items():
         if type(layer) is not nn.Linear:
             raise ConversionError(
                 f"layer {name!r} is a {stock_class(layer).__name__} that is converted or no nn.Linear; only weights of "
                 "plain linear layers are truncated, ahead of convert"
             )
+        layers[name] = layer
     grams = input_grams(model, list(layers), loss_fn, batch)
     found = {}
     for name, layer in layers.items():
