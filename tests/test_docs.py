@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from browser import CHROMIUM, browser
 
 import lowrank
 from benchmarks.method_pictures import METHODS
@@ -43,6 +44,21 @@ def test_every_page_is_built_and_fetches_nothing(site: Path) -> None:
     assert (site / "figures" / "digits_pareto.png").read_bytes() == (
         ROOT / "figures" / "digits_pareto.png"
     ).read_bytes()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here; apt-get install chromium")
+def test_the_search_works_from_the_disk(site: Path, tmp_path: Path) -> None:
+    with browser(tmp_path) as tab:
+        tab.size(1400)
+        tab.open(site / "index.html")
+        tab.until("document.querySelector('.md-search__input')?.offsetParent")
+        tab.run("document.querySelector('.md-search__input').focus()")
+        tab.call("Input.insertText", text="select_ranks")
+        tab.until("document.querySelector('.md-search-result__item a')")
+        found = "[...document.querySelectorAll('.md-search-result__item a')].map(link => link.href)"
+        assert any(f"{(site / 'api.html').as_uri()}?" in link and "select_ranks" in link for link in tab.run(found))
+        assert tab.errors == []
+        assert {address.partition(":")[0] for address in tab.requested} <= {"file", "about", "data"}
 
 
 def test_the_reference_has_every_public_name_with_what_its_docstring_says(site: Path) -> None:

@@ -45,6 +45,12 @@ function layout(horizontal, vertical, further = {}) {
   };
 }
 
+// What a plot is drawn into: reached by Tab, its points by arrow keys.
+function plotBox(label, attributes) {
+  const told = { role: "application", "aria-roledescription": "plot", "aria-label": `${label}. Arrow keys go from point to point` };
+  return el("div", { tabindex: "0", ...told, ...attributes });
+}
+
 // Draw into an element once it is in sight; `make` gives [traces, layout] in the colours of the moment.
 function draw(box, make, onclick = null) {
   drawn.set(box, make);
@@ -52,9 +58,10 @@ function draw(box, make, onclick = null) {
     const library = await plotly();
     const [traces, arrangement] = drawn.get(box)();
     await library.react(box, traces, arrangement, { responsive: true, displaylogo: false, displayModeBar: false });
-    if (onclick && !box.dataset.listening) {
+    if (!box.dataset.listening) {
       box.dataset.listening = "yes";
-      box.on("plotly_click", (event) => onclick(event.points[0]));
+      if (onclick) box.on("plotly_click", (event) => onclick(event.points[0]));
+      walk(box, library, onclick);
     }
     box.dataset.drawn = "yes";
   };
@@ -66,6 +73,34 @@ function draw(box, make, onclick = null) {
   }, { rootMargin: "400px" });
   watcher.observe(box);
   return null;
+}
+
+// A plot's points by keyboard: left and right go along a line, up and down to another, Enter is a click.
+const STEPS = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0], Enter: [0, 0] };
+
+function walk(box, library, onclick) {
+  const told = el("p", { class: "unseen", role: "status" });
+  const within = (value, count) => Math.min(Math.max(value, 0), count - 1);
+  let at = null; // the line, of those that are shown, and the point in it
+  box.after(told);
+  const say = () => {
+    const parts = [...box.querySelectorAll(".hoverlayer text")].flatMap((text) => (text.children.length ? [...text.children] : [text]));
+    told.textContent = parts.map((part) => part.textContent).join(", ");
+  };
+  box.addEventListener("blur", () => library.Fx.unhover(box));
+  box.addEventListener("keydown", (event) => {
+    const step = STEPS[event.key];
+    const lines = box.data.flatMap((trace, place) => (trace.visible === "legendonly" || !trace.x.length ? [] : [place]));
+    if (!step || !lines.length) return;
+    event.preventDefault();
+    const entered = at !== null && event.key === "Enter";
+    at = at === null ? [0, 0] : [within(at[0] + step[0], lines.length), at[1] + step[1]];
+    const line = lines[at[0]];
+    at[1] = within(at[1], box.data[line].x.length);
+    if (entered) onclick?.({ customdata: box.data[line].customdata?.[at[1]] });
+    else library.Fx.hover(box, [{ curveNumber: line, pointNumber: at[1] }]);
+    setTimeout(say, 100); // the library draws a tooltip at most every 50 ms
+  });
 }
 
 function redraw() {
