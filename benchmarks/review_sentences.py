@@ -23,25 +23,22 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lowrank
 from benchmarks.networks import Batch, loss_of
 from benchmarks.pairs import ratio
 from benchmarks.peers import lora
 from benchmarks.rows import Rows, device_name, parser_of, spread, table
-from benchmarks.svd_llm import input_grams, whitened_truncation
 from classification.backbones import build_model
 from classification.data import load_splits
 from classification.data.limit import limited
 from classification.data.module import TokenSet
 from lowrank import ASI, MODE_ENERGIES, WASI, WSI, Method, RankPlan, Storage, Vanilla
-from lowrank.tensors.factors import factorise
 
 NETWORK, DATASET = "minilm", "review_sentences"
 TRAIN, LENGTH, BATCH, PART = 3200, 40, 32, 20
 RATE, DECAY, WARM_UP, CLIP = 2e-4, 0.01, 0.1, 1.0
-WHOLE = 1 - 1e-6  # energy that leaves a weight of lower rank as it is
 CALIBRATED, TOKENS = 256, 24  # sentences without padding, on which weights are truncated
 PAIRS = 3  # of steps whose times are compared
 KEY = ["layers", "method", "epochs", "rate", "seed"]
@@ -56,8 +53,8 @@ RANKED: dict[str, tuple[Storage, Callable[[RankPlan], Method]]] = {
 PLAIN: dict[str, Method] = {"vanilla_fused": Vanilla(), "wsi_0.8": WSI(0.8), "wsi_0.9": WSI(0.9)}
 # With weights that are truncated, to the ranks that they have at this energy, where it changes the outputs least.
 WHITENED: dict[str, float] = {"wsi_0.9_whitened": 0.9, "wasi_0.9_int8_whitened": 0.9}
-RANKED["wasi_0.9_int8_whitened"] = ("int8", lambda plan: WASI(plan, energy=WHOLE))
-PLAIN["wsi_0.9_whitened"] = WSI(WHOLE)
+RANKED["wasi_0.9_int8_whitened"] = ("int8", lambda plan: WASI(plan, energy=1))
+PLAIN["wsi_0.9_whitened"] = WSI(1)
 METHODS = ("vanilla", *PLAIN, *RANKED, "lora_8")
 
 
@@ -130,7 +127,10 @@ def converted(run: Run, weights: str, plans: Plans, batch: Batch) -> nn.Module:
     model, names = network(weights, run.layers, run.seed)
     model.to(plans.device)
     if run.method in WHITENED:
-        truncate(model, names, plans.calibration, WHITENED[run.method])
+        model.eval()
+        forward = lambda network, tokens: network(tokens).sum()  # noqa: E731
+        lowrank.truncate_weights(model, names, forward, plans.calibration, WHITENED[run.method])
+        model.train()
     if run.method in RANKED:
         storage, method = RANKED[run.method]
         lowrank.convert(model, names, method(plans.plan(run.layers, storage)))
@@ -140,16 +140,6 @@ def converted(run: Run, weights: str, plans: Plans, batch: Batch) -> nn.Module:
         lora(model, names[:-1], batch)
         model.get_submodule(names[-1]).requires_grad_(True)
     return model
-
-
-@torch.no_grad()
-def truncate(model: nn.Module, names: list[str], tokens: Tensor, energy: float) -> None:
-    """Give weights the ranks that they have at an energy, nearest on given inputs (`benchmarks.svd_llm`)."""
-    model.eval()
-    for name, gram in input_grams(model, names, tokens).items():
-        weight = model.get_submodule(name).weight
-        weight.copy_(whitened_truncation(weight, gram, factorise(weight, energy).left.shape[1]).dense())
-    model.train()
 
 
 class Training:
