@@ -31,7 +31,7 @@ from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.swap import Changed, stock_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.methods.base import Method, Tensors, Vanilla
-from lowrank.tensors.eager import in_compiled_graph, trains_plainly, without_autocast
+from lowrank.tensors.eager import in_autocast, in_compiled_graph, trains_plainly, without_autocast
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry
 from lowrank.tensors.worth import is_worth, merging_is_worth
 
@@ -288,7 +288,7 @@ def as_computed(input: Tensor, weight: Tensor) -> tuple[Tensor, torch.dtype, Abs
     """The input as the layer computes with it, the dtype to compute in, and a context without autocast."""
     x, dtype, device = input, weight.dtype, input.device.type
     outside = without_autocast(device)
-    if not isinstance(outside, nullcontext):
+    if in_autocast(device):
         dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
         x = x.to(dtype)
     return x, dtype, outside

@@ -162,7 +162,8 @@ class ASI(RankedMethod):
 
     def subspace_flops(self, shape: Shape, ranks: Shape) -> int:
         """Of the mean step; with "energy" of one that iterates, the most that it takes."""
-        if self.kept_ranks(shape, ranks) == shape:
+        ranks = self.kept_ranks(shape, ranks)
+        if ranks == shape:
             return 0
         sequential = self.algorithm == "sequential"
         each = costs.subspace_flops(shape, ranks, sequential)
@@ -216,8 +217,9 @@ def _either(due: Tensor, fresh: Callable[[], Found], held: Callable[[], Found], 
 
         return run
 
-    core, *found = torch.cond(due, tensors(fresh), tensors(held), ())
-    bases: Bases = [found.pop(0) if one else None for one in factored]
+    found = iter(torch.cond(due, tensors(fresh), tensors(held), ()))
+    core = next(found)
+    bases: Bases = [next(found) if one else None for one in factored]
     return Tucker(core, tuple(bases)), bases
 
 
@@ -225,7 +227,7 @@ def _either(due: Tensor, fresh: Callable[[], Found], held: Callable[[], Found], 
 def _random_basis(size: int, rank: int, seed: str, wide: bool) -> Tensor:
     """Normal numbers (size, rank), in float64 if `wide`, else float32, that depend on `seed` alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-    return torch.randn(size, rank, generator=generator, dtype=_basis_dtype(wide))
+    return torch.randn(size, rank, generator=generator, dtype=_basis_dtype(wide), device="cpu")
 
 
 @_random_basis.register_fake

@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from references import random_tensor
+from references import DEVICE, random_tensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -174,7 +174,7 @@ def test_under_autocast_checkpointing_and_without_gradients():
     lowrank.convert(model, BOTH, Vanilla())
 
     def autocast(model, x):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             return model(x).float().square().mean()
 
     for loss in (autocast, lambda m, x: checkpoint(m, x, use_reentrant=False).square().mean()):

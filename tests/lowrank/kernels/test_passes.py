@@ -16,6 +16,7 @@ from lowrank.exact import bits
 from lowrank.exact.activations import dropout, hardsigmoid, hardtanh, leaky_relu, relu, relu6
 from lowrank.kernels import build, library, passes
 
+pytestmark = pytest.mark.cpu_only("compiled kernels work in its memory")
 needs_kernels = pytest.mark.skipif(not kernels.status().active, reason=str(kernels.status()))
 SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 6.0, -3.0, 3.0, 1e-45, -1e-45, 1e38, -1e38]
 GATES = [bits.Gate("above"), bits.Gate("between", 0, 6), bits.Gate("strictly above"), bits.Gate("not zero")]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from lazy_cases import SHAPE, assert_the_same, pair, strides
-from references import random_tensor
+from references import DEVICE, random_tensor
 from strategies import convolutions
 from torch import nn
 
@@ -196,7 +196,7 @@ AUTOCAST = {
 def test_read_within_autocast_it_is_what_was_computed_ahead_of_it(reader):
     def use(model, x):
         y = model.float()[0](x.detach())
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             return AUTOCAST[reader](y)
 
     assert_the_same(use, random_tensor(*SHAPE).float(), tolerance=1e-5)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from networks import frozen_statistics, with_statistics
-from references import random_tensor
+from references import DEVICE, random_tensor
 from torch import nn
 
 import lowrank
@@ -76,12 +76,12 @@ def test_half_precision(dtype):
     model, x = wide(32), random_tensor(4, 32, 3, 3, dtype=torch.float32)
     gradients = []
     for network in (model, lowrank.convert(copy.deepcopy(model), ["0", "3"], ASI(999))):
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(DEVICE, dtype):
             y = network(x)
         assert y.dtype == dtype
         y.float().square().mean().backward()
         assert all(parameter.grad.dtype == torch.float32 for parameter in network.parameters())
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in network.parameters()]))
-        with torch.no_grad(), torch.autocast("cpu", dtype):
+        with torch.no_grad(), torch.autocast(DEVICE, dtype):
             assert network(x).dtype == dtype
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
