@@ -37,6 +37,7 @@ function layout(horizontal, vertical, further = {}) {
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: colour("--ink"), family: "system-ui, sans-serif", size: 13 },
     margin: { l: 14, r: 22, t: 22, b: 14 },
+    dragmode: NARROW.matches ? false : "zoom", // a finger scrolls the page
     hoverlabel: { align: "left", bgcolor: colour("--raised"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
     legend: { orientation: "h", yref: "container", y: 0.01, yanchor: "bottom", x: 0, font: { size: 12 }, ...(NARROW.matches ? { entrywidth: 0.5, entrywidthmode: "fraction" } : {}) },
     ...further,
