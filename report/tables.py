@@ -14,8 +14,9 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from report.methods import BASELINE
 from report.metrics import Metrics, metrics_in
-from report.summary import BASELINE, Group
+from report.summary import Group
 
 MISSING, ABSENT = "—", "missing"
 PREFIXES = ("", " k", " M", " G", " T", " P", " E")
@@ -155,7 +156,11 @@ def _accuracy_columns(metrics: Metrics) -> tuple[Column, ...]:
     main, other = metrics.main_title, metrics.other_title
     accuracy = _accuracy(metrics.main)
     return (
-        Column("Reported (%)", ACCURACY, "reported", _shown("reported_accuracy_percent", "{:.1f}".format)),
+        Column(
+            *("Reported (%)", ACCURACY, "reported"),
+            _shown("reported_accuracy_percent", "{:.1f}".format),
+            "reported_accuracy_percent",
+        ),
         Column(
             *("Δ reported (points)", ACCURACY, "Δ reported"),
             _shown("reported_difference_points", signed),
@@ -193,6 +198,11 @@ def columns(table: pd.DataFrame) -> tuple[Column, ...]:
 def few_columns(table: pd.DataFrame) -> tuple[Column, ...]:
     """The columns that matter most, as many as fit on a page."""
     return tuple(column for column in columns(table) if column.title in FEW)
+
+
+def fewer_columns(table: pd.DataFrame) -> tuple[Column, ...]:
+    """Those of them that fit on a page of a paper, and in a terminal."""
+    return tuple(column for column in few_columns(table) if column.group != LOSS)
 
 
 def every_column(metrics: Metrics) -> tuple[Column, ...]:
@@ -250,6 +260,10 @@ LOSS_NOTE = (
     "Training loss: mean over the samples of the last epoch, as they were trained on; Δ: less the baseline's. It "
     "orders methods as the errors of their gradients do, with less noise than the accuracy on few images."
 )
+REPORTED_NOTE = (
+    "Reported: as published, on the split that the publication used, which is a validation split. "
+    "Δ reported: validation accuracy here less that one."
+)
 LEFT = ("Model", "Method", "Recipe", "Seeds")
 FEW = (
     *("Layers", "Method", "Recipe", "n", "Seeds", "Reported (%)", "Test (%)", "Δ test (points)", "mIoU (%)"),
@@ -259,8 +273,8 @@ FEW = (
 
 
 def to_terminal(table: pd.DataFrame, group: Group) -> str:
-    """A heading and few columns, as narrow as a terminal."""
-    shown = [column for column in few_columns(table) if column.group != LOSS]
+    """A heading and fewer columns, as narrow as a terminal."""
+    shown = fewer_columns(table)
     titles = [column.title.replace(" (", "\n(").replace(", ", "\n") for column in shown]
     cells = [[column.cell(row) for column in shown] for row in table.to_dict("records")]
     body = tabulate(
@@ -281,8 +295,7 @@ def footnotes(table: pd.DataFrame, baseline: str = BASELINE) -> list[str]:
         *([RECIPE_NOTE] if recipes_differ(table) else []),
         f"{_seeds_note(table)} ± is the sample standard deviation of the accuracy over them; the other numbers "
         "are means.",
-        "Reported: as published, on the split that the publication used, which is a validation split. "
-        "Δ reported: validation accuracy here less that one.",
+        REPORTED_NOTE if table["reported_accuracy_percent"].notna().any() else "Nothing is published of these runs.",
         *([LOSS_NOTE] if table["train_loss"].notna().any() else []),
         f"n: runs, of how many were planned; {ABSENT}: none of them is finished.",
         "Formula: bytes kept of the inputs of the trained layers and of nothing else, by the method's formula; "
@@ -320,8 +333,8 @@ def _baseline_notes(table: pd.DataFrame, baseline: str) -> list[str]:
 
 
 def to_latex(table: pd.DataFrame, group: Group, shown: Sequence[Column] | None = None) -> str:
-    """A `tabular` of few columns, or of those given, rows of one number of layers together; needs booktabs alone."""
-    chosen = few_columns(table) if shown is None else shown
+    """A `tabular` of fewer columns, or of those given, rows of one number of layers together; needs booktabs alone."""
+    chosen = fewer_columns(table) if shown is None else shown
     return latex_body(table.to_dict("records"), chosen, f"{group} ({group.task})", lambda row: row["layers"])
 
 

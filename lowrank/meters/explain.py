@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from lowrank.layers.lean import CURVES, RECOMPUTED, LeanModule
 from lowrank.layers.preserve import LossFunction
 from lowrank.layers.swap import stock_class
 from lowrank.meters.memory import saved_storages
+from lowrank.methods.base import Method
 
 OUTSIDE = "(outside the model)"
 
@@ -121,10 +122,19 @@ def _uncalled(layer: nn.Module, names: dict[nn.Module, str]) -> Kept:
     return Kept(names[layer], stock_class(layer).__name__, 0, reason)
 
 
+def _asked_for(method: Method) -> str:
+    """A method as it was called: without what is as by default."""
+    if not is_dataclass(method):
+        return str(method)
+    given = {field.name: getattr(method, field.name) for field in fields(method)}
+    told = [f"{field.name}={given[field.name]!r}" for field in fields(method) if given[field.name] != field.default]
+    return f"{type(method).__name__}({', '.join(told)})"
+
+
 def _reason(module: nn.Module) -> str:
     if isinstance(module, LowRankLayer):
         if module._lowrank.chosen:
-            return f"its input, as {module._lowrank.method} keeps it"
+            return f"its input, as {_asked_for(module._lowrank.method)} keeps it"
         return "its input, for the gradient of its weight or of its normalisation; name it in convert to keep less"
     if isinstance(module, nn.BatchNorm2d):
         if module.training or module.running_mean is None:

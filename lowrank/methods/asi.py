@@ -159,7 +159,8 @@ class ASI(RankedMethod):
 
     def subspace_flops(self, shape: Shape, ranks: Shape) -> int:
         """Of the mean step; with "energy" of one that iterates, the most that it takes."""
-        if self.kept_ranks(shape, ranks) == shape:
+        ranks = self.kept_ranks(shape, ranks)
+        if ranks == shape:
             return 0
         sequential = self.algorithm == "sequential"
         each = costs.subspace_flops(shape, ranks, sequential)
