@@ -121,6 +121,21 @@ def draw_speed(frame: pd.DataFrame, folder: Path) -> list[Path]:
     return paths
 
 
+def draw_depths(frame: pd.DataFrame, path: Path) -> None:
+    """Draw test accuracy over the number of trained layers, a panel for each part of the memory."""
+    parts = sorted(set(frame[frame.method == "asi"].part))
+    depths = sorted(set(frame.layers.map(str)), key=lambda layers: (layers == "all", layers.zfill(4)))
+    with _panels(max(len(parts), 1), 3.2, [path], sharey=True) as axes:
+        for axis, part in zip(axes, parts, strict=False):
+            for method, rows in frame[(frame.part == part) | (frame.method == BASELINE)].groupby("method", sort=False):
+                found = rows.groupby(rows.layers.map(str)).test_accuracy
+                at = [depth for depth in depths if depth in found.groups]
+                style = {"color": "black"} if method == BASELINE else {}
+                axis.errorbar(at, found.mean()[at], found.sem()[at], marker="o", markersize=4, label=method, **style)
+            axis.set(title=f"at 1/{part} of the memory", xlabel="trained convolutions, from the last", ylabel="test, %")
+        axes[0].legend(fontsize=8)
+
+
 def draw_batches(frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Write speed_by_batch.png and .svg: time of a step over vanilla's by the batch, a panel per network and depth.
 

@@ -133,7 +133,7 @@ def _where_input_takes_nothing(stock: Callable[..., Tensor], otherwise: Callable
 
     def function(input: Tensor, *arguments: Any, inplace: bool = False, **options: Any) -> Tensor:
         own = {**options, "inplace": True} if inplace else options
-        if not lean_mode(input) or not takes_nothing(input):
+        if not takes_nothing(input) or not lean_mode(input):
             return otherwise(input, *arguments, **own)
         return curved(input, curve(*arguments, **options), inplace)
 

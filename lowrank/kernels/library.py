@@ -24,7 +24,7 @@ _SIGNATURES = {
         f"apply_{kind}": (_POINTER, _POINTER, _POINTER, _COUNT, _INT, _NUMBER, _NUMBER, _INT)
         for kind in ("float", "double")
     },
-    "rows_float": (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _INT),
+    "rows_float": (_POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _INT),
 }
 
 

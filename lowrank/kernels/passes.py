@@ -86,11 +86,21 @@ def apply(grad: Tensor, bits: Tensor, inner: float, outer: float | None, out: Te
     return True
 
 
-def row_products(a: Tensor, b: Tensor) -> Tensor | None:
-    """Inner product of each row of one matrix (n, k) with the same row of another, (n,); None: not for these."""
-    kernel = _kernel("rows", a, b) if a.shape == b.shape else None
+def row_products(a: Tensor, b: Tensor, scales: Tensor | None = None) -> Tensor | None:
+    """Inner product of each row of one matrix with the same row of another.
+
+    Args:
+        a, b: (n, k), float32, or nothing is done.
+        scales: (n,), by which each row of `b` is multiplied in place, behind the product.
+
+    Returns:
+        (n,); None: not for these.
+    """
+    tensors = (a, b) if scales is None else (a, b, scales)
+    kernel = _kernel("rows", *tensors) if a.shape == b.shape else None
     if kernel is None:
         return None
-    out = a.new_empty(len(a))
-    kernel(a.data_ptr(), b.data_ptr(), out.data_ptr(), *a.shape, torch.get_num_threads())  # type: ignore[operator]
+    out = a.new_empty(a.shape[0])
+    pointers = a.data_ptr(), b.data_ptr(), None if scales is None else scales.data_ptr(), out.data_ptr()
+    kernel(*pointers, *a.shape, torch.get_num_threads())  # type: ignore[operator]
     return out

@@ -83,9 +83,12 @@ def explain(model: nn.Module, loss_fn: LossFunction, batch: Any) -> Explanation:
     chosen = [module for module in names if isinstance(module, LowRankLayer) and module._lowrank.chosen]
     called: set[nn.Module] = set()
     owners: dict[int, nn.Module | None] = {}
+    whole: set[nn.Module | None] = set()  # layers that keep their input as it is by the rule of `smallest`
 
     def note(storage: int) -> None:
-        owners.setdefault(storage, _running(names))
+        owner = owners.setdefault(storage, _running(names))
+        if isinstance(owner, LowRankLayer) and owner._lowrank.whole:
+            whole.add(owner)
 
     handles = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in chosen]
     try:
@@ -96,7 +99,7 @@ def explain(model: nn.Module, loss_fn: LossFunction, batch: Any) -> Explanation:
     kept: dict[nn.Module | None, int] = defaultdict(int)
     for storage, size in sizes.items():
         kept[owners[storage]] += size
-    rows = [_row(module, size, names) for module, size in kept.items() if size]
+    rows = [_row(module, size, names, module in whole) for module, size in kept.items() if size]
     return Explanation(rows + [_uncalled(layer, names) for layer in chosen if layer not in called])
 
 
@@ -111,10 +114,13 @@ def _running(names: dict[nn.Module, str]) -> nn.Module | None:
     return None
 
 
-def _row(module: nn.Module | None, nbytes: int, names: dict[nn.Module, str]) -> Kept:
+def _row(module: nn.Module | None, nbytes: int, names: dict[nn.Module, str], whole: bool) -> Kept:
     if module is None:
         return Kept(OUTSIDE, "loss", nbytes, "what the loss function keeps, such as probabilities")
-    return Kept(names[module] or "(the model itself)", stock_class(module).__name__, nbytes, _reason(module))
+    reason = _reason(module)
+    if whole:
+        reason = f"its input as it is: keeping less of one so small is not worth its time; {_RULE}"
+    return Kept(names[module] or "(the model itself)", stock_class(module).__name__, nbytes, reason)
 
 
 def _uncalled(layer: nn.Module, names: dict[nn.Module, str]) -> Kept:
@@ -139,6 +145,8 @@ def _reason(module: nn.Module) -> str:
     if isinstance(module, nn.BatchNorm2d):
         if module.training or module.running_mean is None:
             return "its input, which batch statistics need; in evaluation mode its convolution is computed with it"
+        if isinstance(module, LeanModule) and module._lowrank_smallest:
+            return f"its input: at its size computing it with its convolution is not worth its time; {_RULE}"
         if isinstance(module, LeanModule):
             return "its input, for the gradient of its scale; what reached it is no convolution's unread output"
         return "its input, for the gradient of its scale; convert computes it with its convolution"
@@ -148,10 +156,13 @@ def _reason(module: nn.Module) -> str:
         return "position biases and masks; what is in it is computed again"
     for kind, reason in _REASONS.items():
         if issubclass(stock_class(module), kind):
+            if isinstance(module, LeanModule) and module._lowrank_smallest:
+                return f"bits, places or shapes, and whole tensors where these are too small for it; {_RULE}"
             return reason if type(module) is stock_class(module) else "bits, places or shapes: the least that is exact"
     return "what its own code keeps"
 
 
+_RULE = "see smallest of convert"
 _AHEAD = "what its input is computed again from"
 _NORMALISED = "its input, which its statistics need; what follows is computed again from it"
 _CAN_BE_CONVERTED = "its input, for the gradient of its weight; name it in convert to keep less"
