@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank
+from benchmarks.plots import draw_depths
 from benchmarks.rows import Rows, device_name, parser_of, spread, table
 from benchmarks.tails import BATCH, PIECE, Batch, Data, batches, loss_of, network, parts_of
 from classification.front import split
@@ -293,6 +294,7 @@ def main() -> None:
         learn, test = data.ahead(NETWORK, options.weights, layers)
         for run in group:
             rows.add(train(run, Task(run, options.weights, data.sample), learn, test))
+    draw_depths(rows.frame, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 BASELINE = "vanilla"
+_COLOURS = {"vanilla": "#000000", "lean": "#0072b2", "asi": "#d55e00", "asi_int8": "#cc79a7"}  # of `batch_steps`
 
 
 def ratios(frame: pd.DataFrame) -> pd.DataFrame:
@@ -121,6 +122,21 @@ def draw_speed(frame: pd.DataFrame, folder: Path) -> list[Path]:
     return paths
 
 
+def draw_depths(frame: pd.DataFrame, path: Path) -> None:
+    """Draw test accuracy over the number of trained layers, a panel for each part of the memory."""
+    parts = sorted(set(frame[frame.method == "asi"].part))
+    depths = sorted(set(frame.layers.map(str)), key=lambda layers: (layers == "all", layers.zfill(4)))
+    with _panels(max(len(parts), 1), 3.2, [path], sharey=True) as axes:
+        for axis, part in zip(axes, parts, strict=False):
+            for method, rows in frame[(frame.part == part) | (frame.method == BASELINE)].groupby("method", sort=False):
+                found = rows.groupby(rows.layers.map(str)).test_accuracy
+                at = [depth for depth in depths if depth in found.groups]
+                style = {"color": "black"} if method == BASELINE else {}
+                axis.errorbar(at, found.mean()[at], found.sem()[at], marker="o", markersize=4, label=method, **style)
+            axis.set(title=f"at 1/{part} of the memory", xlabel="trained convolutions, from the last", ylabel="test, %")
+        axes[0].legend(fontsize=8)
+
+
 def draw_batches(frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Write speed_by_batch.png and .svg: time of a step over vanilla's by the batch, a panel per network and depth.
 
@@ -140,12 +156,14 @@ def draw_batches(frame: pd.DataFrame, folder: Path) -> list[Path]:
                         points.batch, points.low, points.high, color="#cccccc", label="vanilla over itself"
                     )
                 else:
-                    style = "--" if "parts" in str(way) else "-"
-                    axis.plot(points.batch, points.ratio, style, marker="o", markersize=4, label=way)
+                    style = "-" if str(way) in _COLOURS else "--"  # dashed: a way of the one of the same colour
+                    colour = _COLOURS[str(way).split(",")[0].split(" in ")[0]]
+                    axis.plot(points.batch, points.ratio, style, marker="o", markersize=4, color=colour, label=way)
             axis.axhline(1, color="black", linewidth=1)
             batches = sorted(set(rows.batch))
             axis.set_xscale("log", base=2)
             axis.set_xticks(batches, [str(batch) for batch in batches])
-            axis.set(title=f"{case}, {size} pixels, {threads} threads", xlabel="batch", ylabel="time / vanilla's")
+            title = f"{case.replace('last all', 'all layers')}, {size} pixels, {threads} thread{'s'[: threads - 1]}"
+            axis.set(title=title, xlabel="batch", ylabel="time / vanilla's")
         axes[0].legend(fontsize=8)
     return paths

@@ -29,7 +29,7 @@ class _Keep(torch.autograd.Function):
         return None, None
 
 
-class _Bare:
+class _Held:
     """A tensor where nobody's hooks take what autograd saves: held as it is, with the version that it has."""
 
     __slots__ = ("_tensor", "_version")
@@ -52,7 +52,7 @@ class Slot:
 
     def __init__(self, tensor: Tensor) -> None:
         self.own = True
-        self._saved: Tensor | _Bare | None = _saved(tensor)
+        self._saved: _Held | Tensor | None = _saved(tensor)
 
     def replace(self, tensor: Tensor) -> None:
         """Save another tensor, which some other node saves as well, in its place."""
@@ -66,18 +66,19 @@ class Slot:
                 "Trying to backward through the graph a second time: saved tensors were freed; specify "
                 "retain_graph=True if you need to"
             )
-        node = self._saved if isinstance(self._saved, _Bare) else cast(Any, self._saved.grad_fn)
+        node = self._saved if isinstance(self._saved, _Held) else cast(Any, self._saved.grad_fn)
         (found,) = node.saved_tensors
         if not torch._C._autograd._get_current_graph_task_keep_graph() and not in_batch():
             self._saved = None
         return ordinary(found)
 
 
-def _saved(tensor: Tensor) -> Tensor | _Bare:
-    """What holds a saved tensor: an output of the node that saves it, which lives as long as that does."""
+def _saved(tensor: Tensor) -> _Held | Tensor:
+    """What holds a tensor: where hooks take what autograd saves, an output of the node that saves it, which lives as
+    long as it does."""
     kept = tensor.detach()
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is None and not kept.is_inference():
-        return _Bare(kept)
+        return _Held(kept)
     with torch.enable_grad():
         output: Tensor = _Keep.apply(torch.empty(0, requires_grad=True), kept)
     return output

@@ -100,6 +100,7 @@ def lazy_output(call: Call, watched: bool) -> Lazy:
     """A convolution's output, to be computed when it is read."""
     x, weight, settings = call.x, call.weight, call.settings
     last = suggests_channels_last(x) or suggests_channels_last(weight)
+    last = last and not (x.is_cuda and settings.dtype == torch.float64)  # which cuDNN lays out in order
     shape, strides = _planned(settings.geometry, x.shape, weight.shape[0], last)
     return Lazy(shape, x, settings.dtype, strides, call.output, call, watched)
 

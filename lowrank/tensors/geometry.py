@@ -23,9 +23,13 @@ _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 def _placeholder(like: Tensor, shape: Shape) -> Tensor:
-    """A tensor of which only the shape is read. On a CPU the operators copy one that is not laid out as they like, so
-    there it has memory, which nothing touches."""
-    return like.new_empty(shape) if like.device.type == "cpu" else like.new_empty(1).expand(shape)
+    """A tensor of which only the shape is read; of a large one, one element of memory. A small one has its own on a
+    CPU, where the operators copy what is not laid out as they like, which takes longer than the memory is worth."""
+    whole = like.device.type == "cpu" and prod(shape) <= _SMALL
+    return like.new_empty(shape) if whole else like.new_empty(1).expand(shape)
+
+
+_SMALL = 2**16  # numbers
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def shrink(monkeypatch):
     monkeypatch.setattr(tails, "BATCH", 16)
     monkeypatch.setattr(fashion, "BATCH", 16)
     monkeypatch.setattr(fashion, "EPOCHS", 1)
+    monkeypatch.setattr(fashion, "MODE_ENERGIES", (0.3, 0.7, 0.95))
 
 
 @pytest.mark.parametrize("layers", ["2", "8", "all"])
@@ -64,10 +65,12 @@ def test_the_tail_gives_what_the_network_gives_wherever_training_begins(small, m
 def test_runs_are_written_as_they_end_and_not_run_again(small, tmp_path, monkeypatch, capsys):
     shrink(monkeypatch)
     out = tmp_path / "fashion.csv"
-    options = ["--root", small, "--weights", small / "weights.pt", "--parts", 4, "--out", out, "--layers", 2, "--seeds"]
+    methods = ["vanilla", "micro_batch_4", "asi", "asi_int8", "fixed_bases"]
+    options = ["--root", small, "--weights", small / "weights.pt", "--parts", 4, "--out", out, "--layers", 2]
+    options += ["--methods", *methods, "--seeds"]
     run(monkeypatch, fashion, *options, 1)
     rows = pd.read_csv(out)
-    assert sorted(rows.method) == sorted(fashion.KINDS)
+    assert sorted(rows.method) == sorted(methods)
     whole, low = rows[rows.method == "vanilla"], rows[rows.method != "vanilla"]
     assert (low.formula_bytes <= whole.formula_bytes.item() / 4).all()
     assert (low.kept_bytes < whole.kept_bytes.item()).all()
@@ -79,6 +82,7 @@ def test_runs_are_written_as_they_end_and_not_run_again(small, tmp_path, monkeyp
     text = out.with_suffix(".md").read_text()
     gap = low.test_accuracy.iloc[0] - whole.test_accuracy.item()
     assert f"{gap:+.2f}" in text
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow
@@ -87,6 +91,7 @@ def test_errors_are_those_of_the_gradients_and_int8_has_the_smaller_one(small, t
     monkeypatch.setattr(tails, "BATCH", 16)
     for setting, value in (("BATCH", 16), ("COUNT", 6), ("PARTS", (8,)), ("EPOCHS", 1), ("DEPTHS", (8,))):
         monkeypatch.setattr(gradient_error, setting, value)
+    monkeypatch.setattr(gradient_error, "MODE_ENERGIES", (0.3, 0.7, 0.95))
     monkeypatch.setitem(gradient_error.NETWORKS, "resnet18", 32)
     options = ["--root", small, "--trained", tmp_path, "--out", tmp_path / "error.csv", "--pairs", 1]
     monkeypatch.setattr(gradient_error, "pretrained", lambda *_: pretrained(tmp_path))

@@ -53,7 +53,7 @@ class Gated(nn.Module):
 
 
 def rotated(x):
-    angles = torch.arange(TOKENS * x.shape[-1], dtype=x.dtype).view(TOKENS, -1) / 7
+    angles = torch.arange(TOKENS * x.shape[-1], dtype=x.dtype, device=x.device).view(TOKENS, -1) / 7
     first, second = x.chunk(2, -1)
     return x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
 

@@ -88,7 +88,9 @@ def test_a_block_has_the_same_gradients_and_keeps_residuals_alone(options):
     before, after = (lowrank.saved_bytes(network, loss_of, x) for network in (stock, model))
     assert before == pytest.approx((1 + 1 + 4 + 4 + 1) * UNIT + statistics + loss_output, abs=64)
     assert after == pytest.approx((1 + 1) * UNIT + statistics + loss_output, abs=64)
-    assert held_bytes(model, loss_of, x) == pytest.approx(after, abs=64)
+    assert held_bytes(model, loss_of, x) == pytest.approx(
+        after, abs=64 if DEVICE == "cpu" else 4 * 512
+    )  # a GPU gives blocks
 
 
 @pytest.mark.parametrize("method", [ASI([2, 3, 4]), WSI(energy=1)], ids=lambda method: method.tag)

@@ -65,7 +65,7 @@ HIDDEN = {
     "through a part": lambda x: x[:, 0].mul_(2),
     "through the detached": lambda x: x.detach().mul_(2),
     "through the data": lambda x: x.data.mul_(2),
-    "through numpy": lambda x: x.numpy().__imul__(2),
+    "through numpy": lambda x: x.numpy().__imul__(2) if x.device.type == "cpu" else None,
     "through a view of the data": lambda x: x.data[:, 1:].zero_(),
     "other memory": lambda x: x.set_(torch.zeros_like(x)),
 }

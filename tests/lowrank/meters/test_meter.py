@@ -178,6 +178,7 @@ def test_peak_grows_by_one_activation_a_layer_in_training_and_not_at_all_in_infe
         assert peaks[1] > shorter
 
 
+@pytest.mark.cpu_only("a GPU's QR and eigenvectors take work space of megabytes")
 @pytest.mark.parametrize("method", [ASI(2), ASI(2, algorithm="published"), HOSVD(0.3)])
 def test_conversion_lowers_the_peak_of_a_deep_network(method):
     model = nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(8)])
