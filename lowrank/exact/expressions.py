@@ -65,6 +65,21 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
         note(y, again, origins, parts)
 
 
+def _noted_in_place(stock: Callable[..., Any], again: Callable[..., Any]) -> Callable[..., Any]:
+    """A sum in place, noted as `again` of what was there before."""
+
+    @wraps(stock)
+    def function(input: Any, other: Any, **options: Any) -> Any:
+        both = isinstance(other, Tensor) and (lean_mode(input) or lean_mode(other))
+        ahead = [origin_of(input), origin_of(other)] if both and (find(input) or find(other)) else None
+        y = stock(input, other, **options)
+        if ahead is not None and lean_mode(y):
+            note(y, lambda a, b: again(a, b, **options), ahead)
+        return y
+
+    return function
+
+
 class _Product(Node):
     """A product of two tensors of which at least one is computed again."""
 
@@ -124,7 +139,7 @@ def note_of(
     apply: Callable[..., Tensor],
     first: Origin,
     parameters: tuple[Tensor | None, ...],
-    costly: bool = False,
+    cost: int = 0,
 ) -> None:
     """Note that `y` is `apply(x, *parameters)`, of an x that comes about so; parameters may be None."""
     present = tuple(parameter is not None for parameter in parameters)
@@ -134,7 +149,7 @@ def note_of(
         return apply(x, *(next(given) if there else None for there in present))
 
     own = [itself(parameter, True) for parameter in parameters if parameter is not None]
-    note(y, again, [first, *own], costly=costly)
+    note(y, again, [first, *own], cost=cost)
 
 
 _METHODS = (
@@ -152,6 +167,8 @@ EXPRESSIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     **{
         function: noted(function) for name in _FUNCTIONS.split() if (function := getattr(torch, name, None)) is not None
     },
+    Tensor.add_: _noted_in_place(Tensor.add_, torch.add),
+    Tensor.sub_: _noted_in_place(Tensor.sub_, torch.sub),
     F.pad: noted(F.pad),
     torch.mul: product,
     Tensor.mul: product,

@@ -5,7 +5,7 @@ forward pass, bit for bit. A layer normalisation has to keep its input: its outp
 linear layers, activations, products and changes of shape make of it.
 
 A step that several backward nodes read is computed once: who comes first leaves what the others will ask for. On the
-way there is one linear layer at most, so that no block is computed again as a whole.
+way there is one linear layer at most, or convolutions of few products, so that no block is computed again as a whole.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lowrank.tensors.notes import Notes
 
 Rebuild = Callable[..., Tensor]
 DEEPEST = 48  # steps from a source to a tensor; what is further away is kept itself
+BUDGET = 128  # products per number in the layers on that way; a linear layer or attention takes all of it
 
 
 class Step:
@@ -34,16 +35,15 @@ class Step:
         function: of what the inputs give; None of a source.
         inputs: the steps ahead of it.
         readers: backward nodes that have still to read it.
-        costly: whether a linear layer or attention is on the way to it.
+        cost: products per number in the layers on the way to it, see `BUDGET`.
     """
 
-    __slots__ = ("costly", "depth", "function", "inputs", "made", "readers")
+    __slots__ = ("cost", "depth", "function", "inputs", "made", "readers")
 
-    def __init__(self, function: Rebuild | None, inputs: Sequence[Step] = (), costly: bool = False) -> None:
+    def __init__(self, function: Rebuild | None, inputs: Sequence[Step] = (), cost: int = 0) -> None:
         self.function, self.inputs, self.readers = function, tuple(inputs), 0
-        self.depth, self.costly = 1, costly
-        for step in inputs:
-            self.depth, self.costly = max(self.depth, 1 + step.depth), self.costly or step.costly
+        self.depth = 1 + max((step.depth for step in inputs), default=0)
+        self.cost = cost + max((step.cost for step in inputs), default=0)
         self.made: Tensor | None = None
 
     def value(self, known: dict[Step, Tensor]) -> Tensor:
@@ -171,23 +171,23 @@ def takes_nothing(x: Tensor) -> bool:
     return origin is not None and origin.nbytes == 0
 
 
-def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = False, costly: bool = False) -> None:
-    """Note that `y` is `function` of these.
+def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = False, cost: int = 0) -> None:
+    """Note that `y` is `function` of these, unless that takes too much.
 
     Args:
         y: any tensor that autograd follows.
         function: the operation; refers to no tensor itself.
         inputs: origins of its arguments.
         parts: see `Origin`.
-        costly: whether the operation is a linear layer or attention.
+        cost: products per number, of a layer.
     """
     origins = list(inputs)
     sources = {source.step: source for origin in origins for source in origin.sources}
     for origin in origins:  # of one that is kept for one input and not for another
         sources |= {source.step: source for source in origin.sources if source.kept}
-    step = Step(function, [origin.step for origin in origins], costly)
+    step = Step(function, [origin.step for origin in origins], cost)
     found = Origin(step, tuple(sources.values()), parts or any(o.parts for o in origins), place_of_saving())
-    if step.depth <= DEEPEST and all(source.tensor is not y for source in found.sources):
+    if step.depth <= DEEPEST and step.cost <= BUDGET and all(source.tensor is not y for source in found.sources):
         with torch._C.DisableTorchFunctionSubclass():
             added, own = found.nbytes, y.untyped_storage().nbytes()
         if added < own or (found.parts and added <= own):

@@ -24,24 +24,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.exact.expressions import keeps_its_input, note_of
-from lowrank.exact.origins import Reader, Rebuild, lean_mode, note, origin_of, reading, takes_nothing
+from lowrank.exact.origins import BUDGET, Origin, Reader, Rebuild, lean_mode, note, origin_of, reading, takes_nothing
 from lowrank.tensors.eager import Node, saved
 
 
-def note_linear(x: Tensor, y: Tensor, apply: Rebuild, parameters: tuple[Tensor | None, ...], keeps_x: bool) -> None:
+def note_layer(
+    ahead: Origin, y: Tensor, apply: Callable[..., Tensor], parameters: tuple[Tensor | None, ...], cost: int = BUDGET
+) -> None:
     """Note that `y` is `apply(x, *parameters)`.
 
     Args:
-        x: input of a linear layer.
-        y: its output.
+        ahead: origin of x, the input of a linear layer or convolution.
+        y: its output, or that of a normalisation which is computed with it.
         apply: the layer as a function of its input and parameters; refers to no tensor itself.
         parameters: of the layer.
-        keeps_x: whether the layer keeps `x`, or its origin.
+        cost: products per number of the output.
     """
     if lean_mode(y):
-        origin = origin_of(x)
-        if not origin.step.costly:
-            note_of(y, apply, origin.as_kept() if keeps_x else origin, parameters, costly=True)
+        note_of(y, apply, ahead, parameters, cost)
 
 
 def layer_norm(
@@ -190,7 +190,7 @@ def attend(function: Rebuild, projected: Sequence[Tensor], *others: Tensor | Non
     reader, sources = reading(*origins)
     with torch._C.DisableTorchFunctionSubclass():  # what the function calls in turn is part of this one node
         y: Tensor = _Attend.apply(mixing, reader, sources, *arguments)
-    note(y, mixing.again, [origin.as_kept() for origin in origins], costly=True)
+    note(y, mixing.again, [origin.as_kept() for origin in origins], cost=BUDGET - max(origin.step.cost for origin in origins))
     return y
 
 

@@ -19,8 +19,8 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from lowrank.errors import ConversionError, LowRankError
-from lowrank.exact.origins import Rebuild, origin_of, reading
-from lowrank.exact.recompute import note_linear
+from lowrank.exact.origins import BUDGET, Rebuild, origin_of, reading
+from lowrank.exact.recompute import note_layer
 from lowrank.exact.slots import is_kept
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
@@ -195,11 +195,27 @@ def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | 
         settings = Settings(state.name, geometry, method, dtype, single)
         call = Call(settings, Tensor.detach(x), weight, bias, keep) if _may_be_lazy(layer, settings, input, x) else None
         y = LowRankFunction.apply(x, weight, bias, settings, call, state.watched, *kept)
+    if x is input and not single and state.recompute and not torch.compiler.is_compiling():
+        _note_way(settings, call, (input, weight, bias), y, bool(kept) and state.method.keeps_input)
     if type(y) is Lazy and x is input:
         hold(x, y)
-    if x is input and not single and state.recompute and isinstance(geometry, LinearGeometry):
-        note_linear(input, y, F.linear, (weight, bias), bool(kept) and state.method.keeps_input)
     return y
+
+
+def _note_way(
+    settings: Settings, call: Call | None, given: tuple[Tensor, Tensor, Tensor | None], y: Tensor, keeps_x: bool
+) -> None:
+    """Note how a layer's output comes about, or have the normalisation do so that it is computed with."""
+    x, weight, bias = given
+    cost = BUDGET if isinstance(settings.geometry, LinearGeometry) else weight.numel() // y.shape[1]
+    if cost > BUDGET:
+        return
+    ahead = origin_of(x)
+    ahead = ahead.as_kept() if keeps_x else ahead
+    if call is not None:
+        call.ahead, call.cost = ahead, cost
+    else:
+        note_layer(ahead, y, settings.geometry.forward, (weight, bias), cost)
 
 
 def _untracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
