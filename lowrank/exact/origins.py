@@ -42,8 +42,8 @@ class Step:
 
     def __init__(self, function: Rebuild | None, inputs: Sequence[Step] = (), cost: int = 0) -> None:
         self.function, self.inputs, self.readers = function, tuple(inputs), 0
-        self.depth = 1 + max((step.depth for step in inputs), default=0)
-        self.cost = cost + max((step.cost for step in inputs), default=0)
+        self.depth: int = 1 + max((step.depth for step in inputs), default=0)
+        self.cost: int = cost + max((step.cost for step in inputs), default=0)
         self.made: Tensor | None = None
 
     def value(self, known: dict[Step, Tensor]) -> Tensor:

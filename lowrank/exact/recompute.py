@@ -190,7 +190,12 @@ def attend(function: Rebuild, projected: Sequence[Tensor], *others: Tensor | Non
     reader, sources = reading(*origins)
     with torch._C.DisableTorchFunctionSubclass():  # what the function calls in turn is part of this one node
         y: Tensor = _Attend.apply(mixing, reader, sources, *arguments)
-    note(y, mixing.again, [origin.as_kept() for origin in origins], cost=BUDGET - max(origin.step.cost for origin in origins))
+    note(
+        y,
+        mixing.again,
+        [origin.as_kept() for origin in origins],
+        cost=BUDGET - max(origin.step.cost for origin in origins),
+    )
     return y
 
 

@@ -291,8 +291,8 @@ def again_merged(y: Tensor, call: Call, eps: float) -> Callable[..., Tensor]:
     """The same as a function of the convolution's input, weight and bias, and gamma, beta, mean and variance."""
     form = (call.settings.geometry, call.settings.dtype, normalised_strides(y))
 
-    def merged(x: Tensor, weight: Tensor, bias: Tensor | None, *norm: Any) -> Tensor:
-        return _merged(*form, x, weight, *scale_and_shift(bias, *norm, eps))
+    def merged(x: Tensor, weight: Tensor, bias: Any, gamma: Any, beta: Any, mean: Tensor, variance: Tensor) -> Tensor:
+        return _merged(*form, x, weight, *scale_and_shift(bias, gamma, beta, mean, variance, eps))
 
     return merged
 

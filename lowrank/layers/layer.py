@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
@@ -100,7 +99,7 @@ class LowRankLayer(Changed):
         tracked = torch.is_grad_enabled() and weight.requires_grad and in_compiled_graph()
         if not tracked or self._lowrank.method.keeps_input or not weight.is_floating_point() or input.is_meta:
             return self._stock(input)
-        return _tracked(self, input, weight, bias)
+        return _tracked(self, input_of(self, input), weight, bias)
 
     def _run(self, input: Tensor) -> Tensor:
         if not self.kind.fits(input) or not trains_plainly(input):
@@ -108,10 +107,11 @@ class LowRankLayer(Changed):
         weight, bias = self.kind.weight(self), self.bias
         if not trains_plainly(input, weight, bias):
             return self._stock(input)
+        x = real(input)
         if any(tensor is not None and tensor.requires_grad for tensor in (input, weight, bias)):
-            return _tracked(self, real(input), weight, bias)
-        y = _untracked(self, real(input), weight, bias)
-        return self._stock(real(input)) if y is None else y
+            return _tracked(self, input_of(self, x), weight, bias)
+        y = _untracked(self, input_of(self, x), weight, bias)
+        return self._stock(x) if y is None else y
 
     def _stock(self, input: Tensor) -> Tensor:
         y: Tensor = super().forward(input)
@@ -171,6 +171,12 @@ def geometry_of(layer: nn.Module) -> Geometry:
 def weight_of(layer: nn.Module) -> Any:
     """A layer's weight as its geometry takes it."""
     return _kind(layer).weight(layer)
+
+
+def input_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer's input as its geometry takes it."""
+    prepare = _kind(layer).prepare
+    return x if prepare is None else prepare(layer, x)
 
 
 def is_single(layer: nn.Module, x: Tensor) -> bool:

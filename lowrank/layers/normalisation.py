@@ -84,7 +84,9 @@ def _merged(
         settings = replace(settings, method=method)
     z: Tensor = MergedNormFunction.apply(y, gamma, beta, mean, variance, eps, call, settings, *kept)
     if call.ahead is not None:
-        note_layer(call.ahead, z, again_merged(y, call, eps), (call.weight, call.bias, gamma, beta, mean, variance), call.cost)
+        note_layer(
+            call.ahead, z, again_merged(y, call, eps), (call.weight, call.bias, gamma, beta, mean, variance), call.cost
+        )
     return z
 
 
