@@ -16,20 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lowrank.exact.origins import Origin, Reader, find, itself, lean_mode, note, origin_of, reading
-from lowrank.exact.slots import is_kept
+from lowrank.exact.origins import Origin, Reader, find, is_kept, itself, lean_mode, note, origin_of, reading
 from lowrank.tensors.eager import ORDINARY, Node, saved
 
 _PARTS = (torch.cat, torch.concat, torch.concatenate)
 _PLAIN = {*ORDINARY, int, float, bool, type(None), torch.dtype}  # what holds no further arguments
 
 
-def noted(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, whose result is noted to come about by it."""
+def noted(stock: Callable[..., Any], lean: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The same function, or a lean one of its values, whose result is noted to come about by it."""
 
     @wraps(stock)
     def function(*args: Any, **kwargs: Any) -> Any:
-        y = stock(*args, **kwargs)
+        y = (stock if lean is None else lean)(*args, **kwargs)
         first = y[0] if isinstance(y, tuple | list) and y else y
         if lean_mode(first) and not kwargs.get("out"):
             _note_call(stock, args, kwargs, y)
@@ -169,7 +168,7 @@ EXPRESSIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     },
     Tensor.add_: _noted_in_place(Tensor.add_, torch.add),
     Tensor.sub_: _noted_in_place(Tensor.sub_, torch.sub),
-    F.pad: noted(F.pad),
+    **{function: noted(function) for function in (F.pad, F.interpolate)},
     torch.mul: product,
     Tensor.mul: product,
     torch.multiply: product,

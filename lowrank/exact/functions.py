@@ -12,7 +12,7 @@ from torch import Tensor
 from lowrank.exact import curves
 from lowrank.exact.activations import dropout, hardsigmoid
 from lowrank.exact.curves import hardtanh, leaky_relu, relu, relu6
-from lowrank.exact.expressions import EXPRESSIONS
+from lowrank.exact.expressions import EXPRESSIONS, noted
 from lowrank.exact.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from lowrank.exact.recompute import group_norm, instance_norm, layer_norm, rms_norm, scaled_dot_product_attention
 
@@ -29,9 +29,9 @@ LEAN_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.hardsigmoid: hardsigmoid,
     F.leaky_relu: leaky_relu,
     F.dropout: dropout,
-    F.max_pool2d: max_pool2d,
-    F.avg_pool2d: avg_pool2d,
-    F.adaptive_avg_pool2d: adaptive_avg_pool2d,
+    F.max_pool2d: noted(F.max_pool2d, max_pool2d),
+    F.avg_pool2d: noted(F.avg_pool2d, avg_pool2d),
+    F.adaptive_avg_pool2d: noted(F.adaptive_avg_pool2d, adaptive_avg_pool2d),
     F.gelu: curves.gelu,
     F.silu: curves.silu,
     F.hardswish: curves.hardswish,

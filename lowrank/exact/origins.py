@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.exact.slots import is_kept
+from lowrank.exact import slots
 from lowrank.tensors.eager import wants_gradient
 from lowrank.tensors.notes import Notes
 
 Rebuild = Callable[..., Tensor]
 DEEPEST = 48  # steps from a source to a tensor; what is further away is kept itself
-BUDGET = 128  # products per number in the layers on that way; a linear layer or attention takes all of it
+BUDGET = 192  # products per number in the layers on that way; a linear layer or attention takes all of it
 
 
 class Step:
@@ -119,6 +119,7 @@ class Origin:
 
 
 _ORIGINS: Notes[Origin] = Notes()
+_KEPT: Notes[int] = Notes()  # of a tensor that a backward node keeps: where, see `place_of_saving`
 
 
 def version_of(x: Tensor) -> int:
@@ -126,9 +127,16 @@ def version_of(x: Tensor) -> int:
 
 
 def itself(x: Tensor, kept: bool = False) -> Origin:
-    """A tensor as its own origin; keeping a parameter takes nothing."""
+    """A tensor as its own origin; keeping a parameter takes nothing, nor what a node is known to keep."""
     step = Step(None)
-    return Origin(step, (Source(step, x, kept or isinstance(x, nn.Parameter), version_of(x)),))
+    kept = kept or isinstance(x, nn.Parameter) or _KEPT.find(x) == place_of_saving()
+    return Origin(step, (Source(step, x, kept, version_of(x)),))
+
+
+def is_kept(x: Tensor) -> None:
+    """A node keeps this tensor in full: whatever else is computed from it takes nothing."""
+    slots.is_kept(x)
+    _KEPT.note(x, place_of_saving())
 
 
 def find(x: Tensor) -> Origin | None:
@@ -189,9 +197,17 @@ def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = F
     found = Origin(step, tuple(sources.values()), parts or any(o.parts for o in origins), place_of_saving())
     if step.depth <= DEEPEST and step.cost <= BUDGET and all(source.tensor is not y for source in found.sources):
         with torch._C.DisableTorchFunctionSubclass():
-            added, own = found.nbytes, y.untyped_storage().nbytes()
+            read = type(y).untyped_storage is Tensor.untyped_storage  # otherwise it has no memory yet
+            added, own = found.nbytes, y.untyped_storage().nbytes() if read else y.nbytes
         if added < own or (found.parts and added <= own):
             _ORIGINS.note(y, found)
+
+
+def hand_on(x: Tensor, same: Tensor) -> None:
+    """A tensor of the same numbers comes about in the same way."""
+    origin = _ORIGINS.find(x)
+    if origin is not None:
+        _ORIGINS.note(same, origin)
 
 
 class Reader:

@@ -18,9 +18,8 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from lowrank.errors import ConversionError, LowRankError
-from lowrank.exact.origins import BUDGET, Rebuild, origin_of, reading
+from lowrank.exact.origins import BUDGET, Rebuild, is_kept, origin_of, reading
 from lowrank.exact.recompute import note_layer
-from lowrank.exact.slots import is_kept
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
 from lowrank.layers.held import Held, can_be_held, hold
@@ -211,7 +210,7 @@ def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | 
 def _note_way(
     settings: Settings, call: Call | None, given: tuple[Tensor, Tensor, Tensor | None], y: Tensor, keeps_x: bool
 ) -> None:
-    """Note how a layer's output comes about, or have the normalisation do so that it is computed with."""
+    """Note how a layer's output comes about, and have the normalisation do so that it is computed with."""
     x, weight, bias = given
     cost = BUDGET if isinstance(settings.geometry, LinearGeometry) else weight.numel() // y.shape[1]
     if cost > BUDGET:
@@ -220,8 +219,7 @@ def _note_way(
     ahead = ahead.as_kept() if keeps_x else ahead
     if call is not None:
         call.ahead, call.cost = ahead, cost
-    else:
-        note_layer(ahead, y, settings.geometry.forward, (weight, bias), cost)
+    note_layer(ahead, y, settings.geometry.forward, (weight, bias), cost)
 
 
 def _untracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from lowrank.errors import ChangedError
 from lowrank.exact.functions import LEAN_FUNCTIONS
+from lowrank.exact.origins import hand_on
 from lowrank.exact.watched import BACKWARD, foreign, is_watched_for, watch
 from lowrank.tensors.eager import ORDINARY, without_autocast
 from lowrank.tensors.memory_layout import laid_out
@@ -132,7 +133,9 @@ def real(x: Tensor) -> Tensor:
     if type(x) is not Lazy:
         return x
     with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
-        return x.view_as(x)
+        found = x.view_as(x)
+    hand_on(x, found)
+    return found
 
 
 def read(func: Any, args: Any, kwargs: Any = MappingProxyType({})) -> Any:
