@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lowrank.exact.origins import Origin, Reader, find, is_kept, itself, lean_mode, note, origin_of, reading
+from lowrank.exact.origins import BUDGET, Origin, Reader, find, is_kept, itself, lean_mode, note, origin_of, reading
 from lowrank.tensors.eager import ORDINARY, Node, saved
 
+_SUMS = {torch.add, Tensor.add, torch.sub, Tensor.sub}
 _PARTS = (torch.cat, torch.concat, torch.concatenate)
 _PLAIN = {*ORDINARY, int, float, bool, type(None), torch.dtype}  # what holds no further arguments
 
@@ -56,12 +57,22 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
         return stock(*args, **kwargs)
 
     origins = [origin_of(tensor) for tensor in tensors]
+    if stock in _SUMS and _starts_anew(y, tensors, origins):
+        return
     if isinstance(y, tuple | list):
         for at, one in enumerate(y):
             if isinstance(one, Tensor):
                 note(one, lambda *values, at=at: again(*values)[at], origins)
     elif y is not tensors[0]:
         note(y, again, origins, parts)
+
+
+def _starts_anew(y: Tensor, tensors: list[Tensor], origins: list[Origin]) -> bool:
+    """Whether a sum is that of a residual block, of a linear layer and what is kept ahead of it. It is kept itself, so
+    that the next block can be computed from it."""
+    costly = [origin.step.cost >= BUDGET for origin in origins]
+    streams = [not isinstance(tensor, nn.Parameter) and tensor.shape == y.shape for tensor in tensors]
+    return any(costly) and any(stream and not far for stream, far in zip(streams, costly, strict=True))
 
 
 def _noted_in_place(stock: Callable[..., Any], again: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,7 +83,7 @@ def _noted_in_place(stock: Callable[..., Any], again: Callable[..., Any]) -> Cal
         both = isinstance(other, Tensor) and (lean_mode(input) or lean_mode(other))
         ahead = [origin_of(input), origin_of(other)] if both and (find(input) or find(other)) else None
         y = stock(input, other, **options)
-        if ahead is not None and lean_mode(y):
+        if ahead is not None and lean_mode(y) and not _starts_anew(y, [input, other], ahead):
             note(y, lambda a, b: again(a, b, **options), ahead)
         return y
 

@@ -132,9 +132,11 @@ def real(x: Tensor) -> Tensor:
     """A tensor with its value: of a lazy one a view of it, of all others the tensor itself."""
     if type(x) is not Lazy:
         return x
+    first = x._value is None  # what others have read, they may have changed
     with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
         found = x.view_as(x)
-    hand_on(x, found)
+    if first:
+        hand_on(x, found)
     return found
 
 
