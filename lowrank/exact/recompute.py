@@ -8,7 +8,7 @@ about from it (see `origins`), so that they take nothing.
 | LayerNorm, GroupNorm, RMSNorm, BatchNorm with stored statistics | the origin of its input |
 | InstanceNorm, BatchNorm with batch statistics | its input, as in PyTorch |
 | Linear that keeps its input | the origin of its input |
-| attention | nothing, where queries, keys and values take nothing; otherwise as PyTorch |
+| attention, products of matrices | nothing, where queries, keys and values take nothing; otherwise as PyTorch |
 
 The price is that attention, and a linear layer in front of an activation or of it, run once more in the backward pass;
 not so in layers whose outputs are kept, see `recompute` of `convert`.
@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank.exact.expressions import keeps_its_input, note_of
 from lowrank.exact.origins import BUDGET, Origin, Reader, Rebuild, lean_mode, note, origin_of, reading, takes_nothing
@@ -193,22 +194,56 @@ def attend(function: Rebuild, projected: Sequence[Tensor], *others: Tensor | Non
     return _run_again(function, arguments, BUDGET)
 
 
-def _run_again(function: Rebuild, arguments: tuple[Tensor | None, ...], cost: int) -> Tensor:
+def _run_again(function: Rebuild, arguments: tuple[Tensor | None, ...], cost: int, layer: bool = False) -> Tensor:
     """`function(*arguments)` in one node, which keeps the origins of the arguments.
 
     Args:
         function: see `attend`.
         arguments: of it.
         cost: see `note`; that of a layer, or 0.
+        layer: whether it is a layer, which is not run again behind another one; attention is.
     """
     call = _Call(function, tuple(None if argument is None else argument.requires_grad for argument in arguments))
     origins = [origin_of(argument) for argument in arguments if argument is not None]
     reader, sources = reading(*origins)
     with torch._C.DisableTorchFunctionSubclass():  # what the function calls in turn is part of this one node
         y: Tensor = _Again.apply(call, reader, sources, *arguments)
-    left = BUDGET - max(origin.step.cost for origin in origins)
-    note(y, call.again, [origin.as_kept() for origin in origins], cost=min(cost, left))
+    if not layer:
+        cost = min(cost, BUDGET - max(origin.step.cost for origin in origins))
+    note(y, call.again, [origin.as_kept() for origin in origins], cost=cost)
     return y
+
+
+def products_of(stock: Callable[..., Tensor], costs: bool = True) -> Callable[..., Tensor]:
+    """A function of tensors, such as a product of matrices, that keeps their origins where one of them takes nothing.
+
+    So attention that is written out keeps nothing. A product with a weight is a layer, and takes what that takes.
+
+    Args:
+        stock: without randomness.
+        costs: whether it takes as much as a layer.
+    """
+
+    @wraps(stock)
+    def function(*args: Any, **kwargs: Any) -> Tensor:
+        tensors = [argument for argument in args if isinstance(argument, Tensor)]
+        lean = any(map(lean_mode, tensors)) and any(map(takes_nothing, tensors))
+        if not lean or kwargs.get("out") is not None or any(isinstance(value, Tensor) for value in kwargs.values()):
+            return stock(*args, **kwargs)
+        places = [(True, None) if isinstance(argument, Tensor) else (False, argument) for argument in args]
+
+        def again(*values: Tensor | None) -> Tensor:
+            given = iter(values)
+            return stock(*(next(given) if there else other for there, other in places), **kwargs)
+
+        return _run_again(again, tuple(tensors), BUDGET if costs else 0, any(map(_is_weight, tensors)))
+
+    return function
+
+
+def _is_weight(x: Tensor) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        return isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter)
 
 
 def scaled_dot_product_attention(
