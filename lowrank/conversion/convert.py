@@ -13,7 +13,7 @@ from lowrank.errors import ConversionError
 from lowrank.layers import factored
 from lowrank.layers.attention import OpenAttention
 from lowrank.layers.factored import FactoredLinear
-from lowrank.layers.layer import LayerState, LowRankLayer, can_be_converted, layer_class
+from lowrank.layers.layer import LayerState, LowRankLayer, can_be_converted, is_frozen, layer_class
 from lowrank.layers.lean import LEAN_MODULES, RECOMPUTED, LeanModule
 from lowrank.layers.swap import become, has_own_forward, restore, stock_class
 from lowrank.methods.base import Method, Vanilla
@@ -112,10 +112,9 @@ def _keep_less(model: nn.Module, recompute: bool) -> None:
     for name, module in modules.items():
         watched = any(found.reach(_child(owner, name)) for owner, found in calls.items() if _is_in(owner, name))
         lazy = name in read_behind
-        if not isinstance(module, LowRankLayer) and can_be_converted(module):
-            frozen = not getattr(module.weight, "requires_grad", True)
-            if frozen or lazy or watched or (recomputes and type(module) is nn.Linear):
-                adopt(module, Vanilla(), name)
+        stock = not isinstance(module, LowRankLayer) and can_be_converted(module)
+        if stock and (lazy or watched or (recomputes and type(module) is nn.Linear) or is_frozen(module)):
+            adopt(module, Vanilla(), name)
         if isinstance(module, LowRankLayer):
             module._lowrank.lazy, module._lowrank.watched, module._lowrank.recompute = lazy, watched, recompute
         elif type(module) in LEAN_MODULES:
@@ -147,7 +146,7 @@ def _may_be_read_behind(modules: dict[str, nn.Module]) -> set[str]:
             behind.add(module.num_features)
         elif isinstance(module, nn.Conv2d):
             normalised = module.out_channels in behind or (owners[name], module.out_channels) in beside
-            if normalised or (owners[name] in activated and not getattr(module.weight, "requires_grad", True)):
+            if normalised or (owners[name] in activated and is_frozen(module)):
                 found.add(name)
     return found
 

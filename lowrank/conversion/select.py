@@ -10,7 +10,7 @@ from torch import nn
 
 from lowrank.conversion.attention import closed_projections
 from lowrank.errors import ConversionError, SettingError
-from lowrank.layers.swap import stock_class
+from lowrank.layers.swap import plain_class
 
 Kind = Literal["conv", "linear"]
 Part = Literal["all", "mlp", "attention"]
@@ -26,8 +26,8 @@ def trailing_layers(
     Args:
         model: any module.
         count: how many, from 1; or "all".
-        kind: "conv" for `nn.Conv2d` and `nn.ConvTranspose2d`, "linear" for `nn.Linear`; subclasses are not meant, nor
-            are projections of attention that are not called (see `open_attention`).
+        kind: "conv" for `nn.Conv2d` and `nn.ConvTranspose2d`, "linear" for `nn.Linear`; their subclasses are not meant,
+            nor are projections of attention that are not called (see `open_attention`).
         part: of a transformer, by the names of the modules that hold the layers: "mlp"; "attention", named attention
             or attn; or "all".
 
@@ -41,7 +41,7 @@ def trailing_layers(
     names = [
         name
         for name, layer in model.named_modules()
-        if stock_class(layer) in KINDS[kind] and name not in closed and any(word in name for word in PARTS[part])
+        if plain_class(layer) in KINDS[kind] and name not in closed and any(word in name for word in PARTS[part])
     ]
     if count == "all" and names:
         count = len(names)

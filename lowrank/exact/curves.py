@@ -128,12 +128,17 @@ def power(input: Any, exponent: Any) -> Any:
     return curved(input, Curve("pow", lambda x: x.pow(exponent), slope))
 
 
-def _where_input_takes_nothing(stock: Callable[..., Tensor], otherwise: Callable[..., Tensor], curve: Any) -> Any:
+def _where_input_takes_nothing(
+    stock: Callable[..., Tensor],
+    otherwise: Callable[..., Tensor],
+    curve: Any,
+    enough: Callable[[Tensor], bool] = takes_nothing,
+) -> Any:
     """A function with the arguments of `stock`; `curve` makes a `Curve` of all but the first."""
 
     def function(input: Tensor, *arguments: Any, inplace: bool = False, **options: Any) -> Tensor:
         own = {**options, "inplace": True} if inplace else options
-        if not lean_mode(input) or not takes_nothing(input):
+        if not lean_mode(input) or not enough(input):
             return otherwise(input, *arguments, **own)
         return curved(input, curve(*arguments, **options), inplace)
 
@@ -161,6 +166,12 @@ def _by_output(name: str, forward: Callable[..., Tensor], backward: Callable[...
     return lambda *_: Curve(name, forward, lambda grad, x: backward(grad, forward(x)))
 
 
+def _takes_little(x: Tensor) -> bool:
+    """Whether scores of attention add no more than biases of positions, which all samples share."""
+    origin = find(x)
+    return origin is not None and 4 * origin.nbytes <= x.nbytes
+
+
 def _softmax_curve(dim: Any, _stacklevel: int = 3, dtype: Any = None) -> Curve:
     def derivative(grad: Tensor, x: Tensor) -> Tensor:
         y = F.softmax(x, dim, dtype=dtype)
@@ -179,7 +190,7 @@ sigmoid = _where_input_takes_nothing(
     torch.sigmoid, torch.sigmoid, _by_output("sigmoid", torch.sigmoid, _aten.sigmoid_backward.default)
 )
 tanh = _where_input_takes_nothing(torch.tanh, torch.tanh, _by_output("tanh", torch.tanh, _aten.tanh_backward.default))
-softmax = _where_input_takes_nothing(F.softmax, F.softmax, _softmax_curve)
+softmax = _where_input_takes_nothing(F.softmax, F.softmax, _softmax_curve, _takes_little)
 _relu_curve = Curve("ReLU", F.relu, lambda grad, x: _aten.threshold_backward.default(grad, x, 0))
 _relu = _where_input_is_free(F.relu, activations.relu, lambda: _relu_curve)
 _relu6 = _where_input_is_free(F.relu6, activations.relu6, lambda: _hardtanh_curve("ReLU6", 0.0, 6.0))

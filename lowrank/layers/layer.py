@@ -26,7 +26,7 @@ from lowrank.layers.held import Held, can_be_held, hold
 from lowrank.layers.kinds import KINDS, Kind, kind_of
 from lowrank.layers.lazy import Lazy, real
 from lowrank.layers.shared_inputs import find_kept, note_kept
-from lowrank.layers.swap import Changed, stock_class
+from lowrank.layers.swap import Changed, is_parametrized_class, own_of, plain_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.methods.base import Method, Tensors, Vanilla
 from lowrank.tensors.eager import in_compiled_graph, trains_plainly, without_autocast
@@ -142,6 +142,10 @@ def layer_class(stock: type[nn.Module]) -> type[LowRankLayer]:
     Raises:
         ConversionError: for one that is not registered.
     """
+    if is_parametrized_class(stock):  # of one module, and so is what stands in for it
+        (base,) = stock.__bases__
+        made: type[LowRankLayer] = type(stock.__name__, (layer_class(base),), {**own_of(stock), "stock_class": stock})
+        return made
     kind = kind_of(stock)
     if kind is None:
         raise ConversionError(f"{stock.__name__} is no layer that can be converted; see lowrank.register_layer")
@@ -153,11 +157,11 @@ def layer_class(stock: type[nn.Module]) -> type[LowRankLayer]:
 
 def can_be_converted(layer: nn.Module) -> bool:
     """Whether a layer, converted or not, is of a kind that can be."""
-    return kind_of(stock_class(layer)) is not None
+    return kind_of(plain_class(layer)) is not None
 
 
 def _kind(layer: nn.Module) -> Kind:
-    kind = layer.kind if isinstance(layer, LowRankLayer) else kind_of(stock_class(layer))
+    kind = layer.kind if isinstance(layer, LowRankLayer) else kind_of(plain_class(layer))
     assert kind is not None, "checked by who asks"
     return kind
 
@@ -170,6 +174,19 @@ def geometry_of(layer: nn.Module) -> Geometry:
 def weight_of(layer: nn.Module) -> Any:
     """A layer's weight as its geometry takes it."""
     return _kind(layer).weight(layer)
+
+
+def weights_of(layer: nn.Module) -> list[Any]:
+    """What a layer's weight is made of: itself, or where it is parametrised, the parameters; nothing is computed."""
+    parametrizations = layer._modules.get("parametrizations")
+    if isinstance(parametrizations, nn.ModuleDict) and "weight" in parametrizations:
+        return list(parametrizations["weight"].parameters())
+    return [layer.weight]
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether a layer's weight wants no gradient."""
+    return not any(getattr(weight, "requires_grad", True) for weight in weights_of(layer))
 
 
 def input_of(layer: nn.Module, x: Tensor) -> Tensor:
