@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lowrank.exact.origins import BUDGET, Origin, Reader, find, is_kept, itself, lean_mode, note, origin_of, reading
+from lowrank.exact.origins import LAYER, Origin, Reader, find, is_kept, itself, lean_mode, note, origin_of, reading
 from lowrank.tensors.eager import ORDINARY, Node, saved
 
 _SUMS = {torch.add, Tensor.add, torch.sub, Tensor.sub}
@@ -70,7 +70,7 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
 def _starts_anew(y: Tensor, tensors: list[Tensor], origins: list[Origin]) -> bool:
     """Whether a sum is that of a residual block, of a linear layer and what is kept ahead of it. It is kept itself, so
     that the next block can be computed from it."""
-    costly = [origin.step.cost >= BUDGET for origin in origins]
+    costly = [origin.step.cost >= LAYER for origin in origins]
     streams = [not isinstance(tensor, nn.Parameter) and tensor.shape == y.shape for tensor in tensors]
     return any(costly) and any(stream and not far for stream, far in zip(streams, costly, strict=True))
 

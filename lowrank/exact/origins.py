@@ -5,7 +5,7 @@ forward pass, bit for bit. A layer normalisation has to keep its input: its outp
 linear layers, activations, products and changes of shape make of it.
 
 A step that several backward nodes read is computed once: who comes first leaves what the others will ask for. On the
-way there is one linear layer at most, or convolutions of few products, so that no block is computed again as a whole.
+way there is one linear layer at most, and convolutions of few products, so that no block is computed again as a whole.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from lowrank.tensors.notes import Notes
 
 Rebuild = Callable[..., Tensor]
 DEEPEST = 48  # steps from a source to a tensor; what is further away is kept itself
-BUDGET = 192  # products per number in the layers on that way; a linear layer or attention takes all of it
+LAYER = 1000  # what a linear layer or attention takes; one is on the way to a tensor at most
+BUDGET = 192  # and convolutions of so many products per number
 
 
 class Step:
@@ -35,7 +36,7 @@ class Step:
         function: of what the inputs give; None of a source.
         inputs: the steps ahead of it.
         readers: backward nodes that have still to read it.
-        cost: products per number in the layers on the way to it, see `BUDGET`.
+        cost: of the layers on the costliest way to it, see `BUDGET` and `LAYER`.
     """
 
     __slots__ = ("cost", "depth", "function", "inputs", "made", "readers")
@@ -187,7 +188,7 @@ def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = F
         function: the operation; refers to no tensor itself.
         inputs: origins of its arguments.
         parts: see `Origin`.
-        cost: products per number, of a layer.
+        cost: of a layer, see `BUDGET` and `LAYER`.
     """
     origins = list(inputs)
     sources = {source.step: source for origin in origins for source in origin.sources}
@@ -195,7 +196,8 @@ def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = F
         sources |= {source.step: source for source in origin.sources if source.kept}
     step = Step(function, [origin.step for origin in origins], cost)
     found = Origin(step, tuple(sources.values()), parts or any(o.parts for o in origins), place_of_saving())
-    if step.depth <= DEEPEST and step.cost <= BUDGET and all(source.tensor is not y for source in found.sources):
+    affordable = step.depth <= DEEPEST and step.cost < 2 * LAYER and step.cost % LAYER <= BUDGET
+    if affordable and all(source.tensor is not y for source in found.sources):
         with torch._C.DisableTorchFunctionSubclass():
             read = type(y).untyped_storage is Tensor.untyped_storage  # otherwise it has no memory yet
             added, own = found.nbytes, y.untyped_storage().nbytes() if read else y.nbytes

@@ -26,12 +26,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.exact.expressions import keeps_its_input, note_of
-from lowrank.exact.origins import BUDGET, Origin, Reader, Rebuild, lean_mode, note, origin_of, reading, takes_nothing
+from lowrank.exact.origins import (
+    LAYER,
+    Origin,
+    Reader,
+    Rebuild,
+    find,
+    lean_mode,
+    note,
+    origin_of,
+    reading,
+    takes_nothing,
+)
 from lowrank.tensors.eager import Node, saved
 
 
 def note_layer(
-    ahead: Origin, y: Tensor, apply: Callable[..., Tensor], parameters: tuple[Tensor | None, ...], cost: int = BUDGET
+    ahead: Origin, y: Tensor, apply: Callable[..., Tensor], parameters: tuple[Tensor | None, ...], cost: int = LAYER
 ) -> None:
     """Note that `y` is `apply(x, *parameters)`.
 
@@ -40,7 +51,7 @@ def note_layer(
         y: its output, or that of a normalisation which is computed with it.
         apply: the layer as a function of its input and parameters; refers to no tensor itself.
         parameters: of the layer.
-        cost: products per number of the output.
+        cost: see `note`.
     """
     if lean_mode(y):
         note_of(y, apply, ahead, parameters, cost)
@@ -109,8 +120,10 @@ def stock_batch_norm(
 
 
 def _normalised(stock: Callable[..., Tensor], input: Tensor, *parameters: Tensor | None) -> Tensor:
-    """`stock(input, *parameters)`, computed again with its input where that takes nothing."""
-    if lean_mode(input) and takes_nothing(input):
+    """`stock(input, *parameters)`, computed again with its input where that takes nothing and no linear layer, whose
+    output is kept, so that the next one can be computed from it."""
+    origin = find(input) if lean_mode(input) else None
+    if origin is not None and origin.nbytes == 0 and origin.step.cost < LAYER:
         return _run_again(stock, (input, *parameters), 0)
     return keeps_its_input(stock, input, *parameters, y=stock(input, *parameters))
 
@@ -191,7 +204,7 @@ def attend(function: Rebuild, projected: Sequence[Tensor], *others: Tensor | Non
     arguments = (*projected, *others)
     if not any(map(lean_mode, arguments)) or not all(map(takes_nothing, projected)):
         return function(*arguments)
-    return _run_again(function, arguments, BUDGET)
+    return _run_again(function, arguments, LAYER)
 
 
 def _run_again(function: Rebuild, arguments: tuple[Tensor | None, ...], cost: int, layer: bool = False) -> Tensor:
@@ -208,8 +221,8 @@ def _run_again(function: Rebuild, arguments: tuple[Tensor | None, ...], cost: in
     reader, sources = reading(*origins)
     with torch._C.DisableTorchFunctionSubclass():  # what the function calls in turn is part of this one node
         y: Tensor = _Again.apply(call, reader, sources, *arguments)
-    if not layer:
-        cost = min(cost, BUDGET - max(origin.step.cost for origin in origins))
+    if not layer and any(origin.step.cost >= LAYER for origin in origins):
+        cost = 0
     note(y, call.again, [origin.as_kept() for origin in origins], cost=cost)
     return y
 
@@ -236,7 +249,7 @@ def products_of(stock: Callable[..., Tensor], costs: bool = True) -> Callable[..
             given = iter(values)
             return stock(*(next(given) if there else other for there, other in places), **kwargs)
 
-        return _run_again(again, tuple(tensors), BUDGET if costs else 0, any(map(_is_weight, tensors)))
+        return _run_again(again, tuple(tensors), LAYER if costs else 0, any(map(_is_weight, tensors)))
 
     return function
 

@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from lowrank.errors import ConversionError, LowRankError
-from lowrank.exact.origins import BUDGET, Rebuild, is_kept, origin_of, reading
+from lowrank.exact.origins import BUDGET, LAYER, Rebuild, is_kept, origin_of, reading
 from lowrank.exact.recompute import note_layer
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
@@ -229,8 +229,9 @@ def _note_way(
 ) -> None:
     """Note how a layer's output comes about, and have the normalisation do so that it is computed with."""
     x, weight, bias = given
-    cost = BUDGET if isinstance(settings.geometry, LinearGeometry) else weight.numel() // y.shape[1]
-    if cost > BUDGET:
+    linear = isinstance(settings.geometry, LinearGeometry)
+    cost = LAYER if linear else weight.numel() // y.shape[1]
+    if cost > BUDGET and not linear:
         return
     ahead = origin_of(x)
     ahead = ahead.as_kept() if keeps_x else ahead
