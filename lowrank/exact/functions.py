@@ -24,7 +24,7 @@ from lowrank.exact.recompute import (
 )
 
 MATRIX_PRODUCTS = (
-    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.baddbmm, Tensor.baddbmm),
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm),
     torch.einsum,
 )
 # What plain functional code calls, and what stands in for it.
