@@ -15,6 +15,7 @@ from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PATIENCE = 60  # seconds that it has to start
+ANSWER = 100  # seconds that it has to answer a command
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 _CONFIG = """
 ClusterName=lowrank
@@ -89,6 +90,9 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         subprocess.run(["scancel", "--user", getpass.getuser()], check=False, capture_output=True)
+        end = time.monotonic() + PATIENCE
+        while not self.is_empty and time.monotonic() < end:  # or what is at work would be left behind
+            time.sleep(0.1)
         self._stack.close()
 
     def _configure(self) -> None:
@@ -130,8 +134,8 @@ class Cluster:
             if why.strip() == "BeginTime":
                 _output(["scontrol", "update", f"JobId={name}", "StartTime=now"])
 
-    def disturb(self, name: str, how: str) -> None:
-        """Do to a job what happens on clusters.
+    def disturb(self, name: str, how: str) -> bool:
+        """Do to a job what happens on clusters; whether Slurm could, which it cannot before the job has a step.
 
         Args:
             name: of the job.
@@ -143,7 +147,7 @@ class Cluster:
             "kill": ["scancel", "--signal=KILL", f"{name}.0"],
             "requeue": ["scontrol", "requeue", name],
         }
-        _output(commands[how])
+        return _run(commands[how]).returncode == 0
 
 
 @contextlib.contextmanager
@@ -179,8 +183,12 @@ def _variable(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=ANSWER)
+
+
 def _output(command: Sequence[str]) -> str:
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60).stdout
+    return _run(command).stdout
 
 
 def _free_ports(count: int) -> list[int]:

@@ -6,10 +6,10 @@ import copy
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import product
 from typing import ClassVar
 from unittest.mock import patch
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import lowrank
 from benchmarks import published
 from benchmarks.networks import Batch, batch_of, build, loss_of, trained_layers
-from benchmarks.pairs import Work, seconds
+from benchmarks.pairs import Clock, Work, seconds
 from benchmarks.peers import RANKS
 from benchmarks.processes import run_python
 from experiment.allocator import keep_freed_memory
@@ -41,15 +41,6 @@ METHODS: dict[str, Method] = {
     "asi": lowrank.ASI(RANKS),
     "asi_unfused": lowrank.ASI(RANKS),
 }
-# Ways of `batch_steps`: a method, and in how many parts the batch is taken.
-WAYS: dict[str, tuple[Method | None, int]] = {
-    "vanilla": (None, 1),
-    "vanilla in 2 parts": (None, 2),
-    "lean": (lowrank.Vanilla(), 1),
-    "lean in 2 parts": (lowrank.Vanilla(), 2),
-    "asi": (lowrank.ASI(RANKS), 1),
-    "asi_int8": (lowrank.ASI(RANKS, storage="int8"), 1),
-}
 
 
 @dataclass(frozen=True)
@@ -66,13 +57,14 @@ SMALL = Setting(batch=16, size=64)  # full SVDs of every layer take their time
 
 @dataclass(frozen=True)
 class Comparison:
-    """`first` over `second`, in a case; `build` makes the two."""
+    """`first` over `second`, in a case; `build` makes the two; `clock` is what their time is taken by."""
 
     section: str
     case: str
     first: str
     second: str
     build: Callable[[], tuple[Work, Work]]
+    clock: Clock = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -236,12 +228,18 @@ def _both_models(
 
 
 def training_step(
-    network: str, layers: str, method: Method | None, setting: Setting, fuse: bool = True, parts: int = 1
+    network: str,
+    layers: str,
+    method: Method | None,
+    setting: Setting,
+    fuse: bool = True,
+    parts: int = 1,
+    smallest: float = 0,
 ) -> Work:
     model = build(network, setting.size)
     names = trained_layers(network, model, layers)
     if method is not None:
-        lowrank.convert(model, names, method, fuse)
+        lowrank.convert(model, names, method, fuse, smallest=smallest)
     images, labels = batch_of(setting.batch, setting.size)
     pieces = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
 
@@ -261,20 +259,6 @@ def _inference(network: str, setting: Setting) -> Work:
             loss_of(model, batch)
 
     return forward
-
-
-def batch_steps(setting: Setting) -> Iterator[Comparison]:
-    """The same for small batches: lean layers alone and halves one after the other too, and vanilla over itself."""
-    for network, layers, name in product(setting.networks, ("4", "all"), WAYS):
-        for other in ("vanilla", "limit") if name == "asi" else ("vanilla",):
-            pair = partial(_both_ways, network, layers, name, other, setting)
-            yield Comparison("batch step", f"{network}, last {layers}", name, other, pair)
-
-
-def _both_ways(network: str, layers: str, way: str, other: str, setting: Setting) -> tuple[Work, Work]:
-    method, parts = WAYS[way]
-    own = training_step(network, layers, method, setting, parts=min(parts, setting.batch))
-    return own, training_step(network, layers, NoWeightGradient() if other == "limit" else None, setting)
 
 
 def operator(setting: Setting) -> Iterator[Comparison]:
@@ -380,7 +364,6 @@ SECTIONS = {
     "compression": compression,
     "layer": layer_steps,
     "model": model_steps,
-    "batch": batch_steps,
     "operator": operator,
     "growth": growth,
     "perplexity": perplexity,

@@ -33,6 +33,7 @@ def disturb(
         TimeoutError: there still are jobs.
     """
     draw, ways = random.Random(seed), cycle(WAYS)
+    way = next(ways)
     done: list[str] = []
     due: dict[str, float | None] = {}  # when each job is to be disturbed
     end = time.monotonic() + limit
@@ -48,10 +49,9 @@ def disturb(
                 chosen = len(done) + coming < jobs and draw.random() < share
                 due[name] = now + draw.uniform(0.0, latest) if chosen else None
             when = due[name]
-            if when is not None and when <= now:
+            if when is not None and when <= now and cluster.disturb(name, way):
                 due[name] = None
-                way = next(ways)
-                cluster.disturb(name, way)
                 done.append(f"{way} {name}")
+                way = next(ways)
         time.sleep(LOOK)
     return done

@@ -3,96 +3,87 @@
     python -m benchmarks.fashion --root data --weights FILE [--help]
 
 4,000 training images (400 a class), 10,000 test images, 96 pixels, batches of 64, 6 epochs, SGD with momentum 0.9,
-frozen statistics. What is ahead of the trained layers is computed once per image. ASI's budget is a part of what the
-inputs of the trained layers take. Each run's row is written as it ends, and what the table has is not run again.
+frozen statistics. What is ahead of the trained layers is computed once per image. The budget of a low-rank method is a
+part of what the inputs of the trained layers take. With frozen statistics the sum of the gradients of micro-batches is
+vanilla's gradient. Each run's row is written as it ends, and what the table has is not run again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass
-from pathlib import Path
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, astuple, dataclass, replace
 
-import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank
-from benchmarks.rows import Rows, parser_of
-from classification.backbones import build_model
-from classification.data import load_splits
+from benchmarks.plots import draw_depths
+from benchmarks.rows import Rows, device_name, parser_of, spread, table
+from benchmarks.tails import BATCH, PIECE, Batch, Data, batches, loss_of, network, parts_of
 from classification.front import split
-from lowrank import ASI, MODE_ENERGIES, STORAGES, PerplexityTable, RankPlan, Storage
+from lowrank import (
+    ASI,
+    MODE_ENERGIES,
+    STORAGES,
+    FixedBases,
+    LayerPerplexity,
+    Method,
+    PerplexityTable,
+    RankPlan,
+    Storage,
+)
+from lowrank.ranks.table import kept_bytes
 
-CLASSES, PER_CLASS, SIZE, BATCH, EPOCHS = 10, 400, 96, 64, 6
+NETWORK, EPOCHS = "efficientnet_lite0", 6
 RATE, MOMENTUM, DECAY, CLIP = 0.05, 0.9, 1e-4, 2.0
-NETWORK = "efficientnet_lite0"
 KEY = ["layers", "method", "part", "seed"]
-STORED: dict[str, tuple[Storage, ...]] = {"asi": ("input",), "asi_int8": ("int8",), "asi_mixed": STORAGES}
-Part = tuple[Tensor, Tensor]  # activations (N, C, H, W), labels (N,)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to train in less memory.
+
+    Attributes:
+        storages: that ranks are chosen in, layer by layer; none for exact training.
+        method: at such ranks.
+        micro: samples of which the gradients are summed up; None: the whole batch at once.
+    """
+
+    storages: tuple[Storage, ...] = ()
+    method: Callable[[RankPlan], Method] = ASI
+    micro: int | None = None
+
+
+KINDS = {
+    "vanilla": Kind(),
+    "micro_batch_4": Kind(micro=4),
+    "micro_batch_2": Kind(micro=2),
+    "asi": Kind(("input",)),
+    "asi_int8": Kind(("int8",)),
+    "asi_mixed": Kind(STORAGES),
+    "asi_int8_micro_16": Kind(("int8",), micro=16),
+    "fixed_bases": Kind(("input",), FixedBases),
+    "fixed_bases_int8": Kind(("int8",), FixedBases),
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run; `part` is what the memory of vanilla's inputs is divided by."""
+    """One training run; `layers` is a number or "all", `part` what the memory of vanilla's inputs is divided by."""
 
-    layers: int
+    layers: str
     method: str
     part: int
     seed: int
 
     @property
-    def storages(self) -> tuple[Storage, ...]:
-        """That the method chooses from, layer by layer."""
-        return STORED[self.method]
-
-
-def pictures(images: np.ndarray, size: int = SIZE) -> Tensor:
-    """Images (N, 28, 28), uint8, as the network takes them: (N, 3, size, size) in [-1, 1]."""
-    gray = torch.from_numpy(images.astype(np.float32)).div_(127.5).sub_(1)[:, None]
-    return F.interpolate(gray, size=(size, size), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
-
-
-def network(name: str, weights: str, layers: int, seed: int) -> tuple[nn.Module, list[str]]:
-    """A network, and the names of its trained layers; all ahead of them is frozen.
-
-    The classifier is new where that of the weights has other classes.
-    """
-    torch.manual_seed(seed)
-    model = build_model(name, CLASSES, weights=weights)
-    names = lowrank.trailing_layers(model, layers)
-    lowrank.freeze_before(model, names)
-    for layer in model.train().modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.eval()
-    return model, names
-
-
-def balanced(labels: np.ndarray, count: int | None = None) -> np.ndarray:
-    """Places of the images to train on: `count` of each class (`PER_CLASS` by default), drawn once and for all."""
-    draw, count = np.random.default_rng(233), count or PER_CLASS
-    places = [draw.permutation(np.flatnonzero(labels == label))[:count] for label in range(CLASSES)]
-    return np.sort(np.concatenate(places))
-
-
-def activations(
-    weights: str, layers: int, root: Path, per_class: int | None = None, tested: int | None = None
-) -> tuple[Part, Part]:
-    """What reaches the first trained layer's block, of the images to train on and of the first ones to test on."""
-    splits = load_splits("fashion_mnist", root)
-    model, _ = network(NETWORK, weights, layers, 0)
-    found = []
-    test = splits.test.pick(np.arange(len(splits.test.labels))[:tested])
-    for part in (splits.train.pick(balanced(splits.train.labels, per_class)), test):
-        images = np.asarray(part.images)
-        front = split(model, pictures(images[:4])).front
-        with torch.no_grad():
-            pieces = [front(pictures(images[at : at + 250])) for at in range(0, len(images), 250)]
-        assert all(len(piece) == 1 for piece in pieces)
-        found.append((torch.cat([piece[0] for piece in pieces]), torch.from_numpy(part.labels)))
-    return found[0], found[1]
+    def kind(self) -> Kind:
+        """What its method is."""
+        return KINDS[self.method]
 
 
 class Task:
@@ -100,66 +91,90 @@ class Task:
 
     Attributes:
         model, names: the network, and its trained layers.
+        tail: the part of the network that is trained, from the activations ahead of it.
         method: how their inputs are kept; None: as ever.
     """
 
-    method: ASI | None = None
+    method: Method | None = None
 
     def __init__(self, run: Run, weights: str, sample: Tensor) -> None:
         self.model, self.names = network(NETWORK, weights, run.layers, run.seed)
-        self.tail = split(self.model, sample).tail
+        self.tail: Callable[..., Tensor] = split(self.model.to(sample.device), sample).tail
 
-    def loss(self, model: nn.Module, batch: Part) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy."""
-        return F.cross_entropy(self.tail(batch[0]), batch[1])
+        return loss_of(self.tail, batch)
 
-    def input_bytes(self, batch: Part) -> int:
+    def input_bytes(self, batch: Batch) -> int:
         """Of the trained layers' inputs, as they are kept."""
-        forward = lambda _, given: self.tail(given[0])  # noqa: E731
+        forward = lambda _, given: self.tail(*given[0])  # noqa: E731
         return lowrank.account(self.model, self.names, batch, forward).total.activation_bytes
 
-    def measure(self, run: Run, batch: Part) -> PerplexityTable:
-        """Perplexity in the storages of the run's method."""
-        options = (self.names, self.loss, batch)
-        return lowrank.measure_perplexity(self.model, *options, mode_energies=MODE_ENERGIES, storages=run.storages)
+    def at_once(self, run: Run, batch: Batch) -> list[Batch]:
+        """The parts of a batch of which one at a time is kept."""
+        return parts_of(batch, run.kind.micro or len(batch[1]))
 
-    def convert(self, run: Run, batch: Part) -> RankPlan | None:
+    def measure(self, run: Run, batch: Batch) -> PerplexityTable:
+        """Perplexity in the storages of the run's method."""
+        options = (self.model, self.names, self.loss, self.at_once(run, batch)[0])
+        found = lowrank.measure_perplexity(*options, mode_energies=MODE_ENERGIES, storages=run.kind.storages)
+        return whole_batch(found) if run.kind.method is FixedBases else found
+
+    def convert(self, run: Run, batch: Batch) -> RankPlan | None:
         """Keep of the inputs what the run's method keeps; the plan of its ranks."""
-        if run.method == "vanilla":
+        if not run.kind.storages:
             return None
         budget = self.input_bytes(batch) / run.part
-        plan = lowrank.select_ranks(self.measure(run, batch), budget, storages=run.storages)
-        self.method = self.method_of(plan)
+        plan = lowrank.select_ranks(self.measure(run, batch), budget, storages=run.kind.storages)
+        self.method = self.method_of(run, plan)
         lowrank.convert(self.model, self.names, self.method)
         return plan
 
-    def method_of(self, plan: RankPlan) -> ASI:
+    def method_of(self, run: Run, plan: RankPlan) -> Method:
         """At these ranks."""
-        return ASI(plan)
+        return run.kind.method(plan)
+
+
+def whole_batch(table: PerplexityTable) -> PerplexityTable:
+    """The candidates with the batch mode left whole: their bytes; their perplexity is at most what was measured."""
+
+    def bytes_of(row: LayerPerplexity, ranks: tuple[int, ...], storage: Storage) -> int:
+        return kept_bytes(row.input_shape, (row.input_shape[0], *ranks[1:]), torch.float32, storage)
+
+    def layer(row: LayerPerplexity) -> LayerPerplexity:
+        nbytes, mixed = tuple(bytes_of(row, ranks, "input") for ranks in row.ranks), row.mixed
+        if mixed is not None:
+            pairs = zip(mixed.ranks, mixed.storages, strict=True)
+            mixed = replace(mixed, nbytes=tuple(bytes_of(row, *pair) for pair in pairs))
+        return replace(row, nbytes=nbytes, mixed=mixed)
+
+    return replace(table, layers=tuple(map(layer, table.layers)))
 
 
 class Way:
     """How the gradients of a step come about."""
 
-    def backward(self, run: Run, task: Task, batch: Part, at: tuple[int, int]) -> float:
+    def backward(self, run: Run, task: Task, batch: Batch, at: tuple[int, int]) -> float:
         """Put them into the parameters' `.grad`, at an epoch and a step of it; returns the loss."""
-        loss = task.loss(task.model, batch)
+        return backward_in(task, batch, task.at_once(run, batch))
+
+
+def backward_in(task: Task, batch: Batch, parts: list[Batch]) -> float:
+    """Sum up the gradients of a batch's parts; with frozen statistics they are those of the batch. The batch's loss."""
+    total = 0.0
+    for part in parts:
+        loss = task.loss(task.model, part) * (len(part[1]) / len(batch[1]))
         loss.backward()
-        return float(loss)
-
-
-def batches(part: Part, seed: int) -> Iterator[Part]:
-    """The images of an epoch in a random order, without an odd last batch."""
-    order = torch.randperm(len(part[0]), generator=torch.Generator().manual_seed(seed))
-    for at in range(0, len(order) - BATCH + 1, BATCH):
-        places = order[at : at + BATCH]
-        yield part[0][places], part[1][places]
+        total += float(loss.detach())
+    return total
 
 
 def train(
-    run: Run, task: Task, learn: Part, test: Part, way: Way | None = None, epochs: int | None = None
+    run: Run, task: Task, learn: Batch, test: Batch, way: Way | None = None, epochs: int | None = None
 ) -> dict[str, object]:
-    """One run: test accuracy in percent, mean loss of the last epoch, and bytes kept of the trained layers' inputs.
+    """One run: test accuracy in percent, mean loss of the last epoch, bytes, and the median processor time of a step.
+
+    Formula bytes are of the trained layers' inputs; kept is all that is held for the backward pass at a time.
 
     Args:
         run: what is trained.
@@ -173,91 +188,113 @@ def train(
     plan = task.convert(run, first)
     trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, RATE, MOMENTUM, weight_decay=DECAY)
-    steps = epochs * (len(learn[0]) // BATCH)
+    steps = epochs * (len(learn[1]) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 0.1 * RATE)
     losses: list[float] = []
+    seconds: list[float] = []
     for epoch in range(epochs):
         losses = []
         for step, batch in enumerate(batches(learn, 1000 * run.seed + epoch)):
+            start = time.process_time()
             optimizer.zero_grad()
             losses.append(way.backward(run, task, batch, (epoch, step)))
             nn.utils.clip_grad_norm_(trained, CLIP)
             optimizer.step()
             schedule.step()
+            seconds.append(time.process_time() - start)
+    once = task.at_once(run, first)[0]
     return {
-        "layers": run.layers,
-        "method": run.method,
-        "part": run.part,
-        "seed": run.seed,
+        **asdict(run),
         "test_accuracy": 100 * accuracy(task, test),
         "train_loss": sum(losses) / len(losses),
-        "formula_bytes": task.input_bytes(first),
-        "kept_bytes": lowrank.saved_bytes(task.model, task.loss, first),
+        "formula_bytes": task.input_bytes(once),
+        "kept_bytes": lowrank.saved_bytes(task.model, task.loss, once),
+        "step_seconds": statistics.median(seconds) if first[1].device.type == "cpu" else None,
         "perplexity": None if plan is None else plan.perplexity,
+        "device": device_name(test[1].device),
     }
 
 
-def accuracy(task: Task, test: Part) -> float:
+def accuracy(task: Task, test: Batch) -> float:
     """Share of the test images that are told right."""
     task.model.eval()
     with torch.no_grad():
-        right = [
-            (task.tail(x).argmax(1) == y).sum() for x, y in zip(test[0].split(500), test[1].split(500), strict=True)
-        ]
+        right = [(task.tail(*given).argmax(1) == labels).sum() for given, labels in parts_of(test, PIECE)]
     return int(sum(right)) / len(test[1])
 
 
 def summary(rows: pd.DataFrame) -> str:
-    """Per method and part: accuracy and its gap to vanilla, seed by seed, last training loss, bytes.
+    """Per method and part: accuracy and its gap to vanilla, last training loss, bytes, time of a step.
 
     Closed: of what `asi` loses to vanilla at the same memory, the share that a method does not lose, in training loss.
     """
     vanilla = rows[rows.method == "vanilla"].set_index(["layers", "seed"])
-    for column in ("test_accuracy", "train_loss"):
+    for column in ("test_accuracy", "train_loss", "step_seconds"):
         rows = rows.join(vanilla[column].rename(f"exact_{column}"), on=["layers", "seed"])
-    heads = ("layers", "method", "memory", "seeds", "test accuracy", "gap", "last training loss", "closed", "kept, MiB")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    heads = (
+        "layers",
+        "method",
+        "memory",
+        "seeds",
+        "test accuracy",
+        "gap",
+        "training loss",
+        "closed",
+        "kept, MiB",
+        "step",
+    )
+    lines = []
     for (layers, method, part), group in rows.groupby(["layers", "method", "part"], sort=False):
         base = rows[(rows.layers == layers) & (rows.method == "asi") & (rows.part == part)]
-        base = base[base.seed.isin(group.seed)]
-        lost, own = ((of.train_loss - of.exact_train_loss).mean() for of in (base, group))
+        base, same = base[base.seed.isin(group.seed)], group[group.seed.isin(base.seed)]
+        lost, own = ((of.train_loss - of.exact_train_loss).mean() for of in (base, same))
+        step = (group.step_seconds / group.exact_step_seconds).median()
         cells = (
-            *(str(layers), method, "1" if method == "vanilla" else f"1/{part}", ", ".join(map(str, group.seed))),
-            ", ".join(f"{value:.2f}" for value in group.test_accuracy),
-            f"{(group.test_accuracy - group.exact_test_accuracy).mean():+.2f}",
+            *(layers, method, "1" if part == 1 else f"1/{part}", len(group), spread(group.test_accuracy)),
+            "-" if method == "vanilla" else spread(group.test_accuracy - group.exact_test_accuracy, "+"),
             f"{group.train_loss.mean():.3f}",
-            "-" if method == "vanilla" or len(base) < len(group) else f"{1 - own / lost:.0%}",
+            "-" if base.empty else f"{1 - own / lost:.0%}",
             f"{group.kept_bytes.mean() / 2**20:.2f}",
+            "-" if pd.isna(step) else f"{step:.2f}",
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "`python -m benchmarks.fashion`: EfficientNet-Lite0 with ImageNet weights, its last convolutions trained on",
-        "4,000 images of Fashion-MNIST at 96 pixels, tested on 10,000. Memory: of the trained layers' inputs.",
-        "Closed: share of `asi`'s training loss above vanilla's, at the same memory, that the method does not have.",
-    ]
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return (
+        table(heads, lines)
+        + f"""
+`python -m benchmarks.fashion`: EfficientNet-Lite0 with ImageNet weights, its last convolutions trained on
+4,000 images of Fashion-MNIST at 96 pixels, tested on 10,000. Memory: of the trained layers' inputs. Mean over the
+seeds ± the standard error of the mean; the gap is to vanilla of the same seed. Closed: share of `asi`'s training loss
+above vanilla's, at the same memory, that the method does not have. `micro_16`: gradients summed up over parts of 16
+samples, so that each may keep four times as much. Step: processor time over vanilla's, of runs on CPUs with one
+thread. Trained on {", ".join(sorted(set(rows.device)))}.
+"""
+    )
+
+
+def parts(kind: Kind, wanted: list[int]) -> list[int]:
+    """At which parts of the memory a method is run: an exact one has its own."""
+    return wanted if kind.storages else [BATCH // (kind.micro or BATCH)]
 
 
 def main() -> None:
     """Train what the table lacks."""
-    parser = parser_of("fashion", __doc__, "figures/fashion_mnist.csv")
-    parser.add_argument("--weights", required=True, help="ImageNet weights of efficientnet_lite0")
-    parser.add_argument("--layers", type=int, nargs="+", default=[4])
+    parser = parser_of("fashion", __doc__, "figures/fashion_mnist.csv", weights=NETWORK)
+    parser.add_argument("--layers", nargs="+", default=["2", "4", "8"], help='numbers, or "all"')
+    parser.add_argument("--methods", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[233, 1, 2])
-    parser.add_argument("--parts", type=int, nargs="+", default=[20, 50], help="ASI keeps a 20th, a 50th")
+    parser.add_argument("--parts", type=int, nargs="+", default=[20, 50], help="kept is a 20th, a 50th")
     options = parser.parse_args()
-    rows = Rows(options.out, KEY, summary)
-    sample = pictures(np.asarray(load_splits("fashion_mnist", options.root).test.images)[:4])
-    ways = [("vanilla", 1), *[(name, part) for part in options.parts for name in STORED]]
-    for layers in options.layers:
-        runs = [Run(layers, *way, seed) for seed in options.seeds for way in ways]
-        runs = [run for run in runs if not rows.has(*astuple(run))]
-        if not runs:
-            continue
-        learn, test = activations(options.weights, layers, options.root)
-        for run in runs:
-            rows.add(train(run, Task(run, options.weights, sample), learn, test))
+    rows = Rows(options.out, KEY, summary, text=["layers"])
+    ways = [(name, part) for name in options.methods for part in parts(KINDS[name], options.parts)]
+    runs = [Run(layers, *way, seed) for layers in options.layers for seed in options.seeds for way in ways]
+    runs = [run for run in runs if not rows.has(*astuple(run))]
+    data = Data(options.root, options.device) if runs else None
+    for layers, group in itertools.groupby(runs, lambda run: run.layers):
+        assert data is not None
+        learn, test = data.ahead(NETWORK, options.weights, layers)
+        for run in group:
+            rows.add(train(run, Task(run, options.weights, data.sample), learn, test))
+    draw_depths(rows.frame, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

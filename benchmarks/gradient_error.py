@@ -22,15 +22,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lowrank
-from benchmarks.fashion import BATCH, CLASSES, MOMENTUM, Part, balanced, batches, network, pictures
+from benchmarks.fashion import CLIP, DECAY, MOMENTUM, RATE
 from benchmarks.pairs import ratio
-from benchmarks.rows import Rows, parser_of
+from benchmarks.rows import Rows, device_name, parser_of, table
+from benchmarks.tails import BATCH, CLASSES, Batch, Data, batches, loss_of, network, parts_of, pictures
 from classification.backbones import build_model
-from classification.data import load_splits
 from classification.front import split
 from lowrank import ASI, MODE_ENERGIES, Storage
 
@@ -44,35 +43,29 @@ WAYS: list[tuple[tuple[Storage, ...], int]] = [  # storages to choose from, and 
     (("int8",), 4),
     (STORAGES, 1),
 ]
-Batch = tuple[tuple[Tensor, ...], Tensor]  # what a network, or its tail, is called with, and labels
 KEY = ["network", "layers", "part"]
-
-
-def loss_of(model: Callable[..., Tensor], batch: Batch) -> Tensor:
-    """Mean cross-entropy."""
-    return F.cross_entropy(model(*batch[0]), batch[1])
 
 
 def descend(parameters: list[nn.Parameter], losses: Iterable[Callable[[], Tensor]]) -> None:
     """SGD with momentum on one loss after the other."""
-    optimizer = torch.optim.SGD(parameters, 0.05, MOMENTUM, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(parameters, RATE, MOMENTUM, weight_decay=DECAY)
     for loss in losses:
         optimizer.zero_grad()
         loss().backward()
-        nn.utils.clip_grad_norm_(parameters, 2.0)
+        nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
 
 
-def pretrained(name: str, images: Part, folder: Path) -> str:
+def pretrained(name: str, images: Batch, folder: Path) -> str:
     """A weights file of a network that was trained on these images; made if it is not there."""
     path = folder / f"{name}.pt"
     if not path.exists():
         torch.manual_seed(233)
-        model = build_model(name, CLASSES).train()
+        model = build_model(name, CLASSES).train().to(images[1].device)
         shuffled = (batch for epoch in range(EPOCHS) for batch in batches(images, epoch))
-        descend(list(model.parameters()), (partial(loss_of, model, ((x,), y)) for x, y in shuffled))
+        descend(list(model.parameters()), (partial(loss_of, model, batch) for batch in shuffled))
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), path)
+        torch.save(model.cpu().state_dict(), path)
     return str(path)
 
 
@@ -84,20 +77,20 @@ class Subject:
         batches: activations ahead of the layers, and labels.
     """
 
-    def __init__(self, name: str, weights: str, images: Part) -> None:
+    def __init__(self, name: str, weights: str, images: Batch) -> None:
         self.model, self.names = network(name, weights, max(DEPTHS), 233)
+        self.model.to(images[1].device)
         self.images = images
-        front = split(self.model, images[0][:4]).front
+        front = split(self.model, images[0][0][:4]).front
         with torch.no_grad():
-            ahead = [(front(x), y) for x, y in zip(*(part.split(BATCH) for part in images), strict=True)]
-        self.batches: list[Batch] = ahead
+            self.batches: list[Batch] = [(front(*given), labels) for given, labels in parts_of(images, BATCH)]
         # A new classifier's gradients say little of what a network is trained with.
         head, tail = list(self.model.children())[-1], self.tail(self.model)
-        descend(list(head.parameters()), (partial(loss_of, tail, batch) for batch in ahead * EPOCHS))
+        descend(list(head.parameters()), (partial(loss_of, tail, batch) for batch in self.batches * EPOCHS))
 
     def tail(self, model: nn.Module) -> Callable[..., Tensor]:
         """The part of the network, or of a copy that is not converted yet, that is behind its frozen front."""
-        return split(model, self.images[0][:4]).tail
+        return split(model, self.images[0][0][:4]).tail
 
     def input_bytes(self, names: list[str]) -> int:
         """What ordinary training keeps of these layers' inputs."""
@@ -128,7 +121,7 @@ class Subject:
         stock = copy.deepcopy(self.model)
         lowrank.freeze_before(stock, names)
         low = lowrank.convert(copy.deepcopy(stock), names, method)
-        batch = ((self.images[0][:BATCH],), self.images[1][:BATCH])
+        batch = parts_of(self.images, BATCH)[0]
 
         def step(model: nn.Module) -> Callable[[], float]:
             def run() -> float:
@@ -142,7 +135,7 @@ class Subject:
         return ratio(step(low), step(stock), pairs).median
 
 
-def measure(name: str, weights: str, images: Part, pairs: int) -> Iterator[dict[str, object]]:
+def measure(name: str, weights: str, images: Batch, pairs: int) -> Iterator[dict[str, object]]:
     """A row for each depth, part, way and layer of a network."""
     subject = Subject(name, weights, images)
     table, whole = subject.perplexity(), subject.gradients(subject.names, None)
@@ -154,13 +147,14 @@ def measure(name: str, weights: str, images: Part, pairs: int) -> Iterator[dict[
             plan = lowrank.select_ranks(table, given / part, names, storages)
             method = ASI(plan, refresh=refresh)
             label = method.tag if len(storages) == 1 else "asi_mixed"  # also where all layers chose the same
-            low, took = subject.gradients(names, method), subject.step_ratio(names, method, pairs)
+            low = subject.gradients(names, method)
+            took = subject.step_ratio(names, method, pairs) if pairs else None
             for layer, error in errors(low, exact).items():
                 yield {
                     **{"network": name, "layers": depth, "part": part, "method": label, "layer": layer},
                     **{"ranks": "x".join(map(str, plan.ranks[layer])), "storage": plan.storages[layer]},
                     **{"error": error, "together": together(low, exact), "plan_bytes": plan.nbytes},
-                    **{"input_bytes": given, "step": took},
+                    **{"input_bytes": given, "step": took, "device": device_name(images[1].device)},
                 }
 
 
@@ -189,24 +183,25 @@ def summary(rows: pd.DataFrame) -> str:
     """Per network, depth, part and method the geometric mean of the error over the layers, and the step."""
     heads = ("network", "layers", "memory", "method", "relative gradient error", "of asi's")
     heads += ("worst layer", "all together", "step")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     groups = [*rows.groupby(KEY, sort=False)]
     groups += [(("all", *key), group) for key, group in rows.groupby(KEY[1:], sort=False)]
     for (name, depth, part), group in groups:
         base = geometric(group[group.method == "asi"].error)
         for method, own in group.groupby("method", sort=False):
             error = geometric(own.error)
-            cells = (name, str(depth), f"1/{part}", method, f"{error:.3f}", f"{error / base:.2f}")
-            cells += (f"{own.error.max():.3f}", f"{geometric(own.together):.3f}", f"{geometric(own.step):.2f}")
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "`python -m benchmarks.gradient_error`: batches of 64 of Fashion-MNIST, the last convolutions; networks",
-        "without ImageNet weights were trained there. `asi_mixed` chooses the storage per layer; `every4` iterates the",
-        "bases at every 4th step. Error: geometric mean over the layers, and of all layers as one vector. Step:",
-        "processor time of the whole network over ordinary training's.",
-    ]
-    return "\n".join(lines) + "\n"
+            cells = (name, depth, f"1/{part}", method, f"{error:.3f}", f"{error / base:.2f}")
+            took = f"{geometric(own.step):.2f}" if own.step.notna().all() else "-"
+            lines.append((*cells, f"{own.error.max():.3f}", f"{geometric(own.together):.3f}", took))
+    return (
+        table(heads, lines)
+        + f"""
+`python -m benchmarks.gradient_error`: batches of 64 of Fashion-MNIST, the last convolutions; networks
+without ImageNet weights were trained there. `asi_mixed` chooses the storage per layer; `every4` iterates the
+bases at every 4th step. Error: geometric mean over the layers, and of all layers as one vector. Step:
+processor time of the whole network over ordinary training's. Run on {", ".join(sorted(set(rows.device)))}.
+"""
+    )
 
 
 def main() -> None:
@@ -216,21 +211,19 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     trained = Path("runs/gradient_error")
     parser.add_argument("--trained", type=Path, default=trained, help="where weights trained here go")
-    parser.add_argument("--pairs", type=int, default=5, help="of steps")
+    parser.add_argument("--pairs", type=int, default=5, help="of steps, whose times are compared; 0: none, as on a GPU")
     options = parser.parse_args()
     given = dict(word.split("=", 1) for word in options.weights)
-    train = load_splits("fashion_mnist", options.root).train
-    train = train.pick(balanced(train.labels))
-    order = np.random.default_rng(0).permutation(len(train.labels))
-    labels = torch.from_numpy(train.labels[order])
     rows = Rows(options.out, KEY, summary)
-    for name in options.networks:
-        if name in set(rows.frame.network):
-            continue
-        images = (pictures(np.asarray(train.images)[order], NETWORKS[name]).contiguous(), labels)
+    wanted = [name for name in options.networks if name not in set(rows.frame.network)]
+    part = Data(options.root, options.device).parts[0] if wanted else None
+    for name in wanted:
+        assert part is not None
+        order = np.random.default_rng(0).permutation(len(part.labels))
+        pixels = pictures(np.asarray(part.images)[order], NETWORKS[name]).contiguous()
+        images = ((pixels.to(options.device),), torch.from_numpy(part.labels[order]).to(options.device))
         weights = given.get(name) or pretrained(name, images, options.trained)
-        few = (images[0][: COUNT * BATCH], labels[: COUNT * BATCH])
-        rows.add(*measure(name, weights, few, options.pairs))
+        rows.add(*measure(name, weights, next(iter(parts_of(images, COUNT * BATCH))), options.pairs))
 
 
 if __name__ == "__main__":

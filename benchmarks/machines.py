@@ -176,7 +176,7 @@ def slurm(root: Path, runs: int, batches: int, seed: int) -> None:
         if submitted.code:
             raise SystemExit(submitted.code)
         start = time.perf_counter()
-        done = disturb(cluster, runs // 3, seed, latest=20.0)
+        done = disturb(cluster, runs // 3, seed, latest=20.0, share=0.9)
         print(f"{runs} runs on Slurm: {time.perf_counter() - start:.0f} s; disturbed {len(done)}: {', '.join(done)}")
     starts = sum(path.read_text().count("--- job ") for path in (root / "2").rglob(LOG))
     trained = sum(path.read_text().count("record in ") for path in (root / "2").rglob(LOG))

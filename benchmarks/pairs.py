@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 Work = Callable[[], object]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -19,15 +20,15 @@ class Ratio:
     high: float
 
 
-def seconds(work: Work) -> float:
-    """Wall-clock time of one call; work that returns a number has measured itself."""
-    start = time.perf_counter()
+def seconds(work: Work, clock: Clock = time.perf_counter) -> float:
+    """Time of one call by a clock; work that returns a number has measured itself."""
+    start = clock()
     own = work()
-    return own if isinstance(own, float) else time.perf_counter() - start
+    return own if isinstance(own, float) else clock() - start
 
 
-def ratio(first: Work, second: Work, pairs: int) -> Ratio:
+def ratio(first: Work, second: Work, pairs: int, clock: Clock = time.perf_counter) -> Ratio:
     """Time of `first` over time of `second`, in `pairs` pairs A B A B after one call of each to warm up."""
     first(), second()
-    ratios = [seconds(first) / seconds(second) for _ in range(pairs)]
+    ratios = [seconds(first, clock) / seconds(second, clock) for _ in range(pairs)]
     return Ratio(statistics.median(ratios), min(ratios), max(ratios))

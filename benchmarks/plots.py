@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 
 from experiment.files import write_whole
@@ -83,31 +86,54 @@ def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
     return paths
 
 
+@contextmanager
+def _panels(count: int, height: float, paths: list[Path], sharey: bool = False) -> Iterator[np.ndarray]:
+    """Axes of a figure with so many panels, three a line; it is written to the paths at the end."""
+    columns = min(3, count)
+    lines = -(-count // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, height * lines), squeeze=False, sharey=sharey)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    yield axes.flat
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    for path in paths:
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
 def draw_speed(frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Write speed.png and speed.svg: time of each network's step over ordinary training's, a panel per depth."""
     steps = frame[(frame.section == "model step") & (frame.second == "vanilla")]
     panels = list(steps.groupby("case", sort=False))
     if not panels:
         return []
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 2.4 * lines), squeeze=False)
-    for axis, (case, rows) in zip(axes.flat, panels, strict=False):
-        errors = [rows.ratio - rows.low, rows.high - rows.ratio]
-        colours = ["#d55e00" if name == "asi" else "#8da0b8" for name in rows["first"]]
-        axis.barh(rows["first"], rows.ratio, xerr=errors, color=colours, ecolor="#444444")
-        axis.axvline(1, color="black", linewidth=1)
-        axis.set(title=case, xlabel="time of a step / vanilla's")
-        axis.invert_yaxis()
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    figure.tight_layout()
     paths = [folder / f"speed.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    with _panels(len(panels), 2.4, paths) as axes:
+        for axis, (case, rows) in zip(axes, panels, strict=False):
+            errors = [rows.ratio - rows.low, rows.high - rows.ratio]
+            colours = ["#d55e00" if name == "asi" else "#8da0b8" for name in rows["first"]]
+            axis.barh(rows["first"], rows.ratio, xerr=errors, color=colours, ecolor="#444444")
+            axis.axvline(1, color="black", linewidth=1)
+            axis.set(title=case, xlabel="time of a step / vanilla's")
+            axis.invert_yaxis()
     return paths
+
+
+def draw_depths(frame: pd.DataFrame, path: Path) -> None:
+    """Draw test accuracy over the number of trained layers, a panel for each part of the memory."""
+    parts = sorted(set(frame[frame.method == "asi"].part))
+    depths = sorted(set(frame.layers.map(str)), key=lambda layers: (layers == "all", layers.zfill(4)))
+    with _panels(max(len(parts), 1), 3.2, [path], sharey=True) as axes:
+        for axis, part in zip(axes, parts, strict=False):
+            for method, rows in frame[(frame.part == part) | (frame.method == BASELINE)].groupby("method", sort=False):
+                found = rows.groupby(rows.layers.map(str)).test_accuracy
+                at = [depth for depth in depths if depth in found.groups]
+                style = {"color": "black"} if method == BASELINE else {}
+                axis.errorbar(at, found.mean()[at], found.sem()[at], marker="o", markersize=4, label=method, **style)
+            axis.set(title=f"at 1/{part} of the memory", xlabel="trained convolutions, from the last", ylabel="test, %")
+        axes[0].legend(fontsize=8)
 
 
 def draw_batches(frame: pd.DataFrame, folder: Path) -> list[Path]:
@@ -116,33 +142,25 @@ def draw_batches(frame: pd.DataFrame, folder: Path) -> list[Path]:
     The band is vanilla over itself, lowest and highest pair: what lies in it is noise.
     """
     steps = frame[(frame.section == "batch step") & (frame.second == "vanilla")]
-    groups = ["case", "size", "threads"]
-    panels = list(steps.groupby(groups, sort=False))
+    panels = list(steps.groupby(["case", "size", "threads"], sort=False))
     if not panels:
         return []
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3.2 * lines), squeeze=False, sharey=True)
-    for axis, ((case, size, threads), rows) in zip(axes.flat, panels, strict=False):
-        for way, points in rows.groupby("first", sort=False):
-            points = points.sort_values("batch")
-            if way == BASELINE:
-                axis.fill_between(points.batch, points.low, points.high, color="#cccccc", label="vanilla over itself")
-            else:
-                style = "--" if "parts" in str(way) else "-"
-                axis.plot(points.batch, points.ratio, style, marker="o", markersize=4, label=way)
-        axis.axhline(1, color="black", linewidth=1)
-        batches = sorted(set(rows.batch))
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(batches, [str(batch) for batch in batches])
-        axis.set(title=f"{case}, {size} pixels, {threads} threads", xlabel="batch", ylabel="time / vanilla's")
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    axes.flat[0].legend(fontsize=8)
-    figure.tight_layout()
     paths = [folder / f"speed_by_batch.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    with _panels(len(panels), 3.2, paths, sharey=True) as axes:
+        for axis, ((case, size, threads), rows) in zip(axes, panels, strict=False):
+            for way, points in rows.groupby("first", sort=False):
+                points = points.sort_values("batch")
+                if way == BASELINE:
+                    axis.fill_between(
+                        points.batch, points.low, points.high, color="#cccccc", label="vanilla over itself"
+                    )
+                else:
+                    style = "--" if "parts" in str(way) else "-"
+                    axis.plot(points.batch, points.ratio, style, marker="o", markersize=4, label=way)
+            axis.axhline(1, color="black", linewidth=1)
+            batches = sorted(set(rows.batch))
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(batches, [str(batch) for batch in batches])
+            axis.set(title=f"{case}, {size} pixels, {threads} threads", xlabel="batch", ylabel="time / vanilla's")
+        axes[0].legend(fontsize=8)
     return paths

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from experiment.files import write_whole
 
@@ -43,9 +44,35 @@ class Rows:
             print(dict(row), flush=True)
 
 
-def parser_of(name: str, description: str | None, out: str) -> ArgumentParser:
-    """Arguments of a benchmark on a data set: where that is, and where results go."""
+def table(heads: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
+
+
+def spread(values: pd.Series, sign: str = "") -> str:
+    """Mean over runs and, of several, the standard error of the mean; a "+" shows the sign."""
+    mean = f"{values.mean():{sign}.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {values.sem():.2f}"
+
+
+def device_name(device: torch.device) -> str:
+    """As a table names it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def parser_of(name: str, description: str | None, out: str, weights: str | None = None) -> ArgumentParser:
+    """Arguments of a benchmark on a data set: where that is, where it is computed, and where results go.
+
+    Args:
+        name, description: of the benchmark.
+        out: where results go by default.
+        weights: the network whose weights file has to be given.
+    """
     parser = ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder that holds all data sets")
     parser.add_argument("--out", type=Path, default=Path(out), help="CSV file; a Markdown file is put beside it")
+    parser.add_argument("--device", default="cpu", help="such as cuda (default: cpu)")
+    if weights is not None:
+        parser.add_argument("--weights", required=True, help=f"ImageNet weights of {weights}")
     return parser

@@ -20,12 +20,15 @@ from typing import Any
 import pandas as pd
 import torch
 
-from benchmarks.comparisons import CONVOLUTIONAL, METHODS, SECTIONS, Comparison, Setting
+from benchmarks.batches import batch_steps
+from benchmarks.comparisons import CONVOLUTIONAL, METHODS, Comparison, Setting
+from benchmarks.comparisons import SECTIONS as LARGER
 from benchmarks.pairs import ratio
 from benchmarks.plots import draw_batches, draw_speed
 from experiment.allocator import keep_freed_memory
 from experiment.files import write_whole
 
+SECTIONS = {**LARGER, "batch": batch_steps}
 KEY = ["section", "case", "first", "second", "batch", "size", "threads"]
 
 
@@ -40,7 +43,7 @@ def run(comparisons: Iterable[Comparison], setting: Setting, pairs: int, table: 
             continue
         torch.manual_seed(233)
         first, second = comparison.build()
-        found = ratio(first, second, pairs)
+        found = ratio(first, second, pairs, comparison.clock)
         del first, second
         gc.collect()
         print(f"{', '.join(names.values())}: {found.median:.3g} [{found.low:.3g}, {found.high:.3g}]", flush=True)

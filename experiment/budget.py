@@ -56,7 +56,12 @@ def _tag_of_part(method: str, divisor: int) -> str:
 def _of_run(mib: float | None, run: str | None) -> Record:
     if run is None or mib is not None:
         raise ExperimentError("a budget needs either its MiB or a run, not both: budget.mib or budget.run")
-    return Record.load(Path(run) / RESULT)
+    path = Path(run) / RESULT
+    if not path.exists():
+        raise ExperimentError(
+            f"the budget is what another run used, which is not done: there is no {path}; do it first"
+        )
+    return Record.load(path)
 
 
 def check_divisor(divisor: int, run: str | None) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from experiment.errors import DISK, OTHER_CODE, exit_code, is_mendable
 from experiment.jobs import FAILURE
 from experiment.launching import follow, report
-from experiment.processes import place
+from experiment.processes import FirstFailed, place
 from experiment.signals import Stopped, stoppable, stopped_by
 
 
@@ -52,6 +52,8 @@ def finish(command: Callable[[Work], int | None]) -> int:
         except Exception as error:
             stop = stopped_by(error)
             return _said(error, work) if stop is None else _interrupted(stop, work)
+        except FirstFailed as error:  # goes no further, as a process of several has to `leave`
+            return exit_code(error)
         except (Stopped, KeyboardInterrupt, SystemExit) as error:
             stop = stopped_by(error)
             if stop is None:

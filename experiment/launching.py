@@ -188,9 +188,11 @@ class _Group:
     def ending(self, failed: Sequence[int]) -> BaseException:
         """What the first of those that ended badly died of: of others' deaths a process may die as well."""
         reports = {number: _read(_report_of(self.folder, number)) for number in failed}
+        silent = all(found is None for found in reports.values())
         for number, found in reports.items():
             code = self.processes[number].returncode
-            if found is None and code < 0:
+            # A library aborts a process also for the loss of the others, so that what one of them says comes first.
+            if found is None and code < 0 and (silent or code != -signal.SIGABRT):
                 name = signal.Signals(-code).name
                 return KilledError(
                     f"process {number} of {self.count} was killed ({name}), by the system if memory ran out; the same "

@@ -81,7 +81,6 @@ class Workers:
         self._server = self._stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         self._server.bind(str(self._folder / "jobs"))
         self._server.listen(self._count)
-        self._devices = accelerators()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -142,8 +141,7 @@ class Workers:
 
         executor = submitit.LocalExecutor(self._folder)
         executor.update_parameters(timeout_min=_FOR_EVER)
-        device = self._devices[number % len(self._devices)] if self._devices else None
-        told = (number, str(self._folder / "jobs"), self._program, self._root, device)
+        told = (number, str(self._folder / "jobs"), self._program, self._root)
         with _environment(share(os.environ, self._count)), _deaf(signal.SIGINT):
             return _Worker(executor.submit(work, *told))
 
@@ -202,7 +200,10 @@ class Workers:
 
 
 def accelerators() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES has to be for each accelerator alone; none where there is none."""
+    """What CUDA_VISIBLE_DEVICES has to be for each accelerator alone; none where there is none.
+
+    PyTorch counts them by asking the driver, so that the variable may still be set afterwards.
+    """
     import torch
 
     count = torch.cuda.device_count()
@@ -216,7 +217,7 @@ def share(environment: Mapping[str, str], count: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS") or str(max(1, cores // count))}
 
 
-def work(number: int, address: str, program: Program, root: Path, device: str | None) -> None:
+def work(number: int, address: str, program: Program, root: Path) -> None:
     """Do jobs, in a process of its own, as long as there is somebody who hands them out.
 
     Args:
@@ -224,12 +225,11 @@ def work(number: int, address: str, program: Program, root: Path, device: str | 
         address: of the socket of the one who hands them out.
         program: how a job is done.
         root: folder of all runs.
-        device: the accelerator to use, as CUDA_VISIBLE_DEVICES has it; None if there is none.
     """
     with contextlib.suppress(PermissionError):
         os.setsid()  # a terminal's Ctrl-C goes to the one who hands out jobs
-    if device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device  # before anything here has looked for one
+    if devices := accelerators():  # counted here, where PyTorch is loaded in any case
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
     connection = Client(address, "AF_UNIX")
     connection.send((number, os.getpid()))
     jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()

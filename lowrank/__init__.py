@@ -10,6 +10,7 @@ from lowrank.conversion.attention import open_attention
 from lowrank.conversion.check import check
 from lowrank.conversion.convert import convert, revert
 from lowrank.conversion.select import freeze_before, trailing_layers
+from lowrank.conversion.truncate import truncate_weights
 from lowrank.errors import (
     BudgetError,
     ChangedError,
@@ -99,5 +100,6 @@ __all__ = [
     "token_mask",
     "trailing_layers",
     "training_state",
+    "truncate_weights",
     "weight_memory",
 ]

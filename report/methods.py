@@ -6,6 +6,7 @@ import re
 
 from experiment.budget import OF_PAPERS
 
+BASELINE = "vanilla"  # what ratios refer to, unless asked otherwise
 FAMILIES = ("vanilla", "gradient_filter", "svd", "hosvd", "asi")
 
 

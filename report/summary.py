@@ -16,10 +16,9 @@ import pandas as pd
 from experiment import ExperimentError, Record, Run, find_planned
 from experiment.plan import PLANNED
 from experiment.record import RESULT
-from report.methods import method_order
+from report.methods import BASELINE, method_order
 from report.metrics import METRICS, Metrics
 
-BASELINE = "vanilla"
 LARGEST = 10**24  # bytes, FLOPs, seconds; more is an error in a file
 T = TypeVar("T")
 MEANS = {

@@ -14,8 +14,9 @@ from typing import Any
 import pandas as pd
 from tabulate import tabulate
 
+from report.methods import BASELINE
 from report.metrics import Metrics, metrics_in
-from report.summary import BASELINE, Group
+from report.summary import Group
 
 MISSING, ABSENT = "—", "missing"
 PREFIXES = ("", " k", " M", " G", " T", " P", " E")
@@ -155,7 +156,11 @@ def _accuracy_columns(metrics: Metrics) -> tuple[Column, ...]:
     main, other = metrics.main_title, metrics.other_title
     accuracy = _accuracy(metrics.main)
     return (
-        Column("Reported (%)", ACCURACY, "reported", _shown("reported_accuracy_percent", "{:.1f}".format)),
+        Column(
+            *("Reported (%)", ACCURACY, "reported"),
+            _shown("reported_accuracy_percent", "{:.1f}".format),
+            "reported_accuracy_percent",
+        ),
         Column(
             *("Δ reported (points)", ACCURACY, "Δ reported"),
             _shown("reported_difference_points", signed),
@@ -195,6 +200,11 @@ def few_columns(table: pd.DataFrame) -> tuple[Column, ...]:
     return tuple(column for column in columns(table) if column.title in FEW)
 
 
+def fewer_columns(table: pd.DataFrame) -> tuple[Column, ...]:
+    """Those of them that fit on a page of a paper, and in a terminal."""
+    return tuple(column for column in few_columns(table) if column.group != LOSS)
+
+
 def every_column(metrics: Metrics) -> tuple[Column, ...]:
     """All columns for people, whether a table has numbers for them or not."""
     return (*ROW_COLUMNS, *_accuracy_columns(metrics), *COST_COLUMNS)
@@ -220,8 +230,9 @@ def to_markdown(
     table: pd.DataFrame, group: Group, baseline: str = BASELINE, shown: Sequence[Column] | None = None
 ) -> str:
     """A heading, the table of few columns, or of those given, and what its numbers are."""
-    body = markdown_body(table.to_dict("records"), few_columns(table) if shown is None else shown)
-    return f"# {group} ({group.task})\n\n{body}\n\n{notes(footnotes(table, baseline))}\n"
+    chosen = few_columns(table) if shown is None else shown
+    body = markdown_body(table.to_dict("records"), chosen)
+    return f"# {group} ({group.task})\n\n{body}\n\n{notes(footnotes(table, chosen, baseline))}\n"
 
 
 def notes(lines: Sequence[str]) -> str:
@@ -250,6 +261,11 @@ LOSS_NOTE = (
     "Training loss: mean over the samples of the last epoch, as they were trained on; Δ: less the baseline's. It "
     "orders methods as the errors of their gradients do, with less noise than the accuracy on few images."
 )
+REPORTED_NOTE = (
+    "Reported: as published, on the split that the publication used, which is a validation split. "
+    "Δ reported: validation accuracy here less that one."
+)
+FLOPS_NOTE = "FLOPs: of the trained layers in one training step, in the papers' convention and corrected."
 LEFT = ("Model", "Method", "Recipe", "Seeds")
 FEW = (
     *("Layers", "Method", "Recipe", "n", "Seeds", "Reported (%)", "Test (%)", "Δ test (points)", "mIoU (%)"),
@@ -259,8 +275,8 @@ FEW = (
 
 
 def to_terminal(table: pd.DataFrame, group: Group) -> str:
-    """A heading and few columns, as narrow as a terminal."""
-    shown = [column for column in few_columns(table) if column.group != LOSS]
+    """A heading and fewer columns, as narrow as a terminal."""
+    shown = fewer_columns(table)
     titles = [column.title.replace(" (", "\n(").replace(", ", "\n") for column in shown]
     cells = [[column.cell(row) for column in shown] for row in table.to_dict("records")]
     body = tabulate(
@@ -274,26 +290,26 @@ def to_terminal(table: pd.DataFrame, group: Group) -> str:
     return f"{group} ({group.task})\n\n{body}\n{note}"
 
 
-def footnotes(table: pd.DataFrame, baseline: str = BASELINE) -> list[str]:
-    """What the numbers of a table are."""
+def footnotes(table: pd.DataFrame, shown: Sequence[Column], baseline: str = BASELINE) -> list[str]:
+    """What the numbers of these columns of a table are."""
+    titles = " ".join(column.title for column in shown)
     return [
         metrics_in(table).note,
         *([RECIPE_NOTE] if recipes_differ(table) else []),
         f"{_seeds_note(table)} ± is the sample standard deviation of the accuracy over them; the other numbers "
         "are means.",
-        "Reported: as published, on the split that the publication used, which is a validation split. "
-        "Δ reported: validation accuracy here less that one.",
-        *([LOSS_NOTE] if table["train_loss"].notna().any() else []),
+        REPORTED_NOTE if table["reported_accuracy_percent"].notna().any() else "Nothing is published of these runs.",
+        *([LOSS_NOTE] if "loss" in titles else []),
         f"n: runs, of how many were planned; {ABSENT}: none of them is finished.",
         "Formula: bytes kept of the inputs of the trained layers and of nothing else, by the method's formula; "
         "mean over an epoch, of the epoch where it is largest.",
         "Kept: all bytes that autograd holds from the forward to the backward pass, as measured; parameters and "
         "buffers not counted.",
         "Peak: most bytes of tensors alive at any time of a training step, as measured.",
-        *([WEIGHTS_NOTE] if table["weight_emulated_bytes"].notna().any() else []),
-        "FLOPs: of the trained layers in one training step, in the papers' convention and corrected. "
+        *([WEIGHTS_NOTE] if "Weights" in titles else []),
+        *([FLOPS_NOTE] if "FLOPs" in titles else []),
         "Step: median time of a training step.",
-        *_baseline_notes(table, baseline),
+        *_baseline_notes(table, titles, baseline),
         f"{MISSING}: no number. 1 MiB = 1,048,576 bytes.",
     ]
 
@@ -307,21 +323,23 @@ def _seeds_note(table: pd.DataFrame) -> str:
     return f"Means over n = {len(seeds)} seeds: {seed_list(seeds)}." if len(seeds) > 1 else f"One seed: {seeds[0]}."
 
 
-def _baseline_notes(table: pd.DataFrame, baseline: str) -> list[str]:
+def _baseline_notes(table: pd.DataFrame, titles: str, baseline: str) -> list[str]:
     if baseline not in set(table.loc[table["n"] > 0, "method"]):
         return [f"Ratios and Δ refer to {baseline}, of which there is no finished run."]
     words = metrics_in(table).words
-    return [
-        f"× less: the number of {baseline} at the same number of layers, divided by that of the row; Δ: "
-        f"{words} less that one's.",
+    times = (
+        f"× less: the number of {baseline} at the same number of layers, divided by that of the row; Δ: {words} less "
+    )
+    equal = (
         f"At equal accuracy: the least formula memory of {baseline}, at any number of layers, that reaches at least "
-        f"the row's mean {words}, divided by the formula memory of the row; FLOPs likewise.",
-    ]
+        f"the row's mean {words}, divided by the formula memory of the row; FLOPs likewise."
+    )
+    return [f"{times}that one's.", *([equal] if "equal accuracy" in titles else [])]
 
 
 def to_latex(table: pd.DataFrame, group: Group, shown: Sequence[Column] | None = None) -> str:
-    """A `tabular` of few columns, or of those given, rows of one number of layers together; needs booktabs alone."""
-    chosen = few_columns(table) if shown is None else shown
+    """A `tabular` of fewer columns, or of those given, rows of one number of layers together; needs booktabs alone."""
+    chosen = fewer_columns(table) if shown is None else shown
     return latex_body(table.to_dict("records"), chosen, f"{group} ({group.task})", lambda row: row["layers"])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from browser import CHROMIUM, browser
 
 import lowrank
 from benchmarks.method_pictures import METHODS
@@ -45,6 +46,23 @@ def test_every_page_is_built_and_fetches_nothing(site: Path) -> None:
     ).read_bytes()
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here; apt-get install chromium")
+def test_the_search_works_from_the_disk(site: Path, tmp_path: Path) -> None:
+    with browser(tmp_path) as tab:
+        tab.size(1400)
+        tab.open(site / "index.html")
+        tab.until("document.querySelector('.md-search__input')?.offsetParent")
+        tab.run("document.querySelector('.md-search__input').focus()")
+        tab.call("Input.insertText", text="select_ranks")
+        # What was typed before the page listened is seen at the next key.
+        typed = "document.querySelector('.md-search__input').dispatchEvent(new KeyboardEvent('keyup'))"
+        tab.until(f"{typed} && document.querySelector('.md-search-result__item a')")
+        found = "[...document.querySelectorAll('.md-search-result__item a')].map(link => link.href)"
+        assert any(f"{(site / 'api.html').as_uri()}?" in link and "select_ranks" in link for link in tab.run(found))
+        assert tab.errors == []
+        assert {address.partition(":")[0] for address in tab.requested} <= {"file", "about", "data"}
+
+
 def test_the_reference_has_every_public_name_with_what_its_docstring_says(site: Path) -> None:
     source = re.findall(r"^::: lowrank\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     assert sorted(source) == sorted(set(lowrank.__all__) - CONSTANTS)
@@ -54,6 +72,8 @@ def test_the_reference_has_every_public_name_with_what_its_docstring_says(site: 
     assert 'id="lowrank.lightning.LowRankCallback"' in page
     said = (lowrank.select_ranks.__doc__ or "").partition("\n")[0].partition(":")[0]
     assert said in re.sub("<[^>]+>", "", page)
+    example = "<summary>Example</summary>"
+    assert page.count(example) == page.count(f'{example}\n  <div class="highlight">') > 0
 
 
 def test_every_method_has_a_section_a_picture_and_a_row(site: Path) -> None:

@@ -19,7 +19,7 @@ COMMANDS = {
         *("classification.__main__", ["weights", "resnet18", "--from", "a", "--to", "b"]),
         *("classification.convert_weights", "convert_file"),
     ),
-    "report": ("report.__main__", ["runs"], "report.__main__", "report"),
+    "report": ("report.__main__", ["runs"], "report.writing", "report"),
     "segmentation": ("segmentation.cli", ["prepare", "voc12aug"], "segmentation.cli", "prepare"),
 }
 ENDINGS = {

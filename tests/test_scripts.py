@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from classification.help import COMMANDS
+from report.__main__ import parser
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "scripts").rglob("*.sh"))
@@ -33,7 +37,7 @@ def dry_run(script: str, environment: dict[str, str], *arguments: str) -> list[s
 
 
 def test_quickstart_dry_run_lists_every_run(script_environment: dict[str, str]) -> None:
-    methods = ["vanilla", "gradient_filter_r2", "svd_0.8", "hosvd_0.8", "asi_hosvd_0.8"]
+    methods = ["vanilla", "gradient_filter_r2", "hosvd_0.8", "asi_1of20", "asi_int8_1of20"]
     rows = [(method, layers) for layers in (2, 4) for method in methods]
     rows = [("perplexity", 2), ("perplexity", 4), *rows]
     trained = [f"digits: {method}, last {layers}, seed 7" for method, layers in rows]
@@ -106,3 +110,24 @@ def test_the_script_of_the_encoder_lists_its_runs(script_environment: dict[str, 
     rows = [(method, layers) for layers in (13, "all") for method in plain + ranked]
     assert titles[:2] == [f"review_sentences: perplexity, last {layers}, seed 233" for layers in (13, "all")]
     assert titles[2:] == [f"review_sentences: {method}, last {layers}, seed 233" for method, layers in rows]
+
+
+def completed(*words: str) -> set[str]:
+    """What bash offers for the last of these words, after what the script prints was evaluated."""
+    script = 'eval "$(bash scripts/completion.sh)"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); '
+    script += '_lowrank "$1" "${*: -1}" "${*: -2:1}"; printf "%s\\n" "${COMPREPLY[@]}"'
+    command = ["bash", "-euc", script, "-", sys.executable, "-m", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return set(done.stdout.split())
+
+
+def test_commands_options_and_what_they_may_be_are_completed() -> None:
+    assert completed("seg") == {"segmentation"}
+    assert completed("classification", "") == COMMANDS.keys()
+    options = {name for name in parser()._option_string_actions if name.startswith("--")}
+    assert completed("report", "--") == options
+    assert completed("report", "--columns", "") == {"few", "all"}
+    methods = {path.stem for path in (ROOT / "configs/segmentation/methods").iterdir() if path.suffix == ".py"}
+    assert completed("segmentation", "sweep", "--methods", "asi", "") == methods
+    assert completed("http.server", "--") == set()

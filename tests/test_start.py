@@ -17,6 +17,7 @@ from experiment.record import RESULT
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "torchvision", "pytorch_lightning", "torchmetrics", "transformers", "sklearn", "mmcv", "mmseg"}
+HEAVY |= {"pandas", "matplotlib"}
 COMMANDS = {
     "classification": ("", "fit", "measure", "validate", "test", "sweep", "prepare", "weights"),
     "segmentation": ("", "train", "measure", "sweep", "prepare", "picture"),

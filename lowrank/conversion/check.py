@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lowrank.conversion.attention import closed_projections
 from lowrank.conversion.code import only_hands_on
-from lowrank.conversion.select import find_layers
+from lowrank.conversion.select import find_layers, weights_of
 from lowrank.errors import LowRankError
 from lowrank.layers.factored import factorise_layer
 from lowrank.layers.kinds import KINDS
-from lowrank.layers.layer import can_be_converted, weights_of
+from lowrank.layers.layer import can_be_converted
 from lowrank.layers.swap import has_own_forward, stock_class
 from lowrank.methods.base import Method
 

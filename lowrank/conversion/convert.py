@@ -9,20 +9,27 @@ from torch import nn
 from lowrank.conversion.attention import close_attention, open_attention
 from lowrank.conversion.check import Choice, Step, plan_conversion
 from lowrank.conversion.code import FunctionCalls
+from lowrank.conversion.select import is_frozen
 from lowrank.errors import ConversionError
 from lowrank.layers import factored
 from lowrank.layers.attention import OpenAttention
 from lowrank.layers.factored import FactoredLinear
-from lowrank.layers.layer import LayerState, LowRankLayer, can_be_converted, is_frozen, layer_class
+from lowrank.layers.layer import LayerState, LowRankLayer, can_be_converted, layer_class
 from lowrank.layers.lean import LEAN_MODULES, RECOMPUTED, LeanModule
 from lowrank.layers.swap import become, has_own_forward, restore, stock_class
 from lowrank.methods.base import Method, Vanilla
+from lowrank.tensors.worth import check_smallest
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def convert(
-    model: Model, names: Choice, method: Method | None = None, fuse: bool = True, recompute: bool = True
+    model: Model,
+    names: Choice,
+    method: Method | None = None,
+    fuse: bool = True,
+    recompute: bool = True,
+    smallest: float = 0,
 ) -> Model:
     """Make layers keep their inputs as `method` does, in place.
 
@@ -53,17 +60,24 @@ def convert(
         fuse: False changes the named layers and nothing else.
         recompute: False keeps the outputs of linear layers and attention, and computes none of these again: a step
             takes hardly longer than stock's then, and more is kept.
+        smallest: bytes that keeping less of a tensor has to save for each operator call that it takes more; where it
+            saves less, the layer is the stock layer. That is decided by shapes alone, see `lowrank.tensors.worth`; a
+            step says so in `lowrank.account` and `lowrank.explain`. 0: whatever saves anything, as published numbers
+            and tables have it. 2**15: with batches of one to four images a step takes hardly longer than stock's, and
+            keeps more.
 
     Returns:
         `model`.
 
     Raises:
         ConversionError: lists every layer that cannot be converted, with the reason.
+        SettingError: `smallest` is below zero, or no number.
 
     Example:
         lowrank.convert(model, lowrank.trailing_layers(model, 4), lowrank.ASI(ranks=[8, 16, 3, 3]))
         lowrank.convert(model, {"conv1": lowrank.Vanilla(), "conv2": lowrank.HOSVD(0.8)})
     """
+    check_smallest(smallest)
     problems, steps = plan_conversion(model, names, method)
     if problems:
         raise ConversionError("; ".join(problems))
@@ -71,6 +85,7 @@ def convert(
         _take(step)
     if fuse:
         _keep_less(model, recompute)
+    _set_smallest(model, smallest)
     return model
 
 
@@ -123,6 +138,14 @@ def _keep_less(model: nn.Module, recompute: bool) -> None:
             module._lowrank_watched = watched
 
 
+def _set_smallest(model: nn.Module, smallest: float) -> None:
+    for layer in model.modules():
+        if isinstance(layer, LowRankLayer):
+            layer._lowrank.smallest = smallest
+        elif isinstance(layer, LeanModule):
+            layer._lowrank_smallest = smallest
+
+
 def _is_in(owner: str, name: str) -> bool:
     return name != owner and (not owner or name.startswith(owner + "."))
 
@@ -158,6 +181,7 @@ def revert(model: Model) -> Model:
             _release(layer)
     close_attention(model)
     for layer in model.modules():
-        vars(layer).pop("_lowrank_watched", None)
+        for own in ("_lowrank_watched", "_lowrank_smallest"):
+            vars(layer).pop(own, None)
         restore(layer)
     return model

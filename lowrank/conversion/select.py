@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -71,6 +71,19 @@ def freeze_before(model: nn.Module, names: Iterable[str]) -> None:
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in own:
                 parameter.requires_grad_(False)
+
+
+def weights_of(layer: nn.Module) -> list[Any]:
+    """What a layer's weight is made of: itself, or where it is parametrised, the parameters; nothing is computed."""
+    parametrizations = layer._modules.get("parametrizations")
+    if isinstance(parametrizations, nn.ModuleDict) and "weight" in parametrizations:
+        return list(parametrizations["weight"].parameters())
+    return [layer.weight]
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether a layer's weight wants no gradient."""
+    return not any(getattr(weight, "requires_grad", True) for weight in weights_of(layer))
 
 
 def named_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:

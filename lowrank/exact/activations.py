@@ -108,7 +108,7 @@ def _clamp(function: Callable[[Tensor, bool], Tensor], low: float, high: float) 
 
 
 _RELU6 = _clamp(F.relu6, 0.0, 6.0)
-_HARDSIGMOID = Curve(F.hardsigmoid, Gate("between", -3.0, 3.0), Slopes(SIXTH))
+_HARDSIGMOID = Curve(F.hardsigmoid, Gate("within", -3.0, 3.0), Slopes(SIXTH))
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -148,7 +148,7 @@ class _Dropout(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, inplace: bool) -> Tensor:
         # The draws of PyTorch's own dropout on each kind of device, so that a seed gives the same network.
-        if x.is_cuda:
+        if x.is_cuda and not inplace:
             y, mask = torch.native_dropout(x, p, True)
         else:
             mask = torch.empty_like(x).bernoulli_(1 - p)

@@ -35,8 +35,10 @@ class Gate:
     def __call__(self, ones: Tensor, piece: Tensor, out: Tensor) -> None:
         if self.rule == "above":
             _threshold_backward(ones, piece, self.low, grad_input=out)
-        elif self.rule == "between":
+        elif self.rule in ("between", "within"):
             _hardtanh_backward(ones, piece, self.low, self.high, grad_input=out)
+            if self.rule == "within" and piece.is_cuda:  # where NaN passes Hardtanh, and not Hardsigmoid
+                out.masked_fill_(piece.isnan(), 0)
         elif self.rule == "strictly above":
             torch.gt(piece, self.low, out=out)
         else:

@@ -138,7 +138,7 @@ def _where_input_takes_nothing(
 
     def function(input: Tensor, *arguments: Any, inplace: bool = False, **options: Any) -> Tensor:
         own = {**options, "inplace": True} if inplace else options
-        if not lean_mode(input) or not enough(input):
+        if not enough(input) or not lean_mode(input):
             return otherwise(input, *arguments, **own)
         return curved(input, curve(*arguments, **options), inplace)
 
@@ -150,7 +150,8 @@ def _where_input_is_free(stock: Callable[..., Tensor], otherwise: Callable[..., 
     """The same for curves of two slopes, for whose bits alone no layer is worth running again."""
 
     def function(input: Tensor, *arguments: Any, inplace: bool = False) -> Tensor:
-        origin = find(input) if lean_mode(input) else None
+        origin = find(input)
+        origin = origin if origin is not None and lean_mode(input) else None
         if origin is not None and origin.nbytes == 0 and origin.step.cost == 0:
             return curved(input, curve(*arguments), inplace)
         y = otherwise(input, *arguments, **({"inplace": True} if inplace else {}))

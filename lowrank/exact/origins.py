@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.exact import slots
-from lowrank.tensors.eager import wants_gradient
+from lowrank.tensors.eager import in_autocast, wants_gradient
 from lowrank.tensors.notes import Notes
 
 Rebuild = Callable[..., Tensor]
@@ -260,5 +260,4 @@ def lean_mode(x: Any) -> bool:
     """Whether what autograd keeps for `x` is this package's to decide: in plain eager training without autocast."""
     if not isinstance(x, Tensor) or not wants_gradient(x):
         return False
-    device = x.device.type
-    return not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
+    return not in_autocast(x.device.type)

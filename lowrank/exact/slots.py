@@ -7,12 +7,12 @@ needs no bits of its own.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lowrank.tensors.eager import depth_of_batches, ordinary
+from lowrank.tensors.eager import in_batch, ordinary
 from lowrank.tensors.notes import Notes
 
 
@@ -29,34 +29,59 @@ class _Keep(torch.autograd.Function):
         return None, None
 
 
+class _Held:
+    """A tensor where nobody's hooks take what autograd saves: held as it is, with the version that it has."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, tensor._version
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor]:
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"version {self._tensor._version}; expected {self._version}"
+            )
+        return (self._tensor,)
+
+
 class Slot:
     """One tensor that autograd saves; `own`: it is what was put first."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.own = True
-        self._node: Any = _saved(tensor)
+        self._saved: _Held | Tensor | None = _saved(tensor)
 
     def replace(self, tensor: Tensor) -> None:
         """Save another tensor, which some other node saves as well, in its place."""
-        if self._node is not None:
-            self.own, self._node = False, _saved(tensor)
+        if self._saved is not None:
+            self.own, self._saved = False, _saved(tensor)
 
     def tensor(self) -> Any:
         """The tensor, in a backward pass; after one that does not retain the graph it is gone."""
-        if self._node is None:
+        if self._saved is None:
             raise RuntimeError(
                 "Trying to backward through the graph a second time: saved tensors were freed; specify "
                 "retain_graph=True if you need to"
             )
-        (found,) = self._node.saved_tensors
-        if not torch._C._autograd._get_current_graph_task_keep_graph() and not depth_of_batches():
-            self._node = None
+        node = self._saved if isinstance(self._saved, _Held) else cast(Any, self._saved.grad_fn)
+        (found,) = node.saved_tensors
+        if not torch._C._autograd._get_current_graph_task_keep_graph() and not in_batch():
+            self._saved = None
         return ordinary(found)
 
 
-def _saved(tensor: Tensor) -> Any:
+def _saved(tensor: Tensor) -> _Held | Tensor:
+    """What holds a tensor: where hooks take what autograd saves, an output of the node that saves it, which lives as
+    long as it does."""
+    kept = tensor.detach()
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None and not kept.is_inference():
+        return _Held(kept)
     with torch.enable_grad():
-        return _Keep.apply(torch.empty(0, requires_grad=True), tensor.detach()).grad_fn
+        output: Tensor = _Keep.apply(torch.empty(0, requires_grad=True), kept)
+    return output
 
 
 _SLOTS: Notes[weakref.ref[Slot]] = Notes()

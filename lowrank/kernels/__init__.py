@@ -1,4 +1,5 @@
-"""Compiled kernels, optional: C, built at the first use where there is a compiler; all works without them.
+"""Compiled kernels, optional: C, built at the first use where there is a compiler, and Triton on a GPU; all works
+without them.
 
 `status()` says whether they are in use and why; `LOWRANK_KERNELS=off` switches them off.
 """

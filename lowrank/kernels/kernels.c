@@ -166,12 +166,14 @@ static inline void slopes_double(int rule, const double *g, unsigned byte, doubl
 APPLY(float)
 APPLY(double)
 
-/* --- Inner products of the rows of two matrices. */
+/* --- Inner products of the rows of two matrices; with scales, each row of the second is multiplied by its own behind it,
+   while it is in the cache. */
 
 static void rows_piece(const task *t, int64_t from, int64_t to) {
   const int64_t columns = t->columns;
   for (int64_t row = from; row < to; row++) {
-    const float *a = (const float *)t->a + row * columns, *b = (const float *)t->b + row * columns;
+    const float *a = (const float *)t->a + row * columns;
+    float *b = (float *)t->bits + row * columns;
     f4 sums[4] = {{0}, {0}, {0}, {0}};
     int64_t i = 0;
     for (; i + 16 <= columns; i += 16)
@@ -185,11 +187,16 @@ static void rows_piece(const task *t, int64_t from, int64_t to) {
     float sum = (four[0] + four[1]) + (four[2] + four[3]);
     for (; i < columns; i++) sum += a[i] * b[i];
     ((float *)t->out)[row] = sum;
+    const float *scales = t->b;
+    if (scales)
+      for (i = 0; i < columns; i++) b[i] *= scales[row];
   }
 }
 
-void lowrank_rows_float(const float *a, const float *b, float *out, int64_t rows, int64_t columns, int threads) {
+void lowrank_rows_float(const float *a, float *b, const float *scales, float *out, int64_t rows, int64_t columns,
+                        int threads) {
   int64_t step = columns > 0 && columns < PIECE ? PIECE / columns : 1;
-  task t = {.piece = rows_piece, .a = a, .b = b, .out = out, .count = rows, .columns = columns, .step = step};
+  task t = {.piece = rows_piece, .a = a, .bits = b, .b = scales, .out = out, .count = rows, .columns = columns,
+            .step = step};
   run(&t, threads);
 }

@@ -1,4 +1,4 @@
-"""The built library, loaded at its first use, and whether it is in use."""
+"""The built library and the GPU's kernels, loaded at their first use, and whether they are in use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ _SIGNATURES = {
         f"apply_{kind}": (_POINTER, _POINTER, _POINTER, _COUNT, _INT, _NUMBER, _NUMBER, _INT)
         for kind in ("float", "double")
     },
-    "rows_float": (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _INT),
+    "rows_float": (_POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _INT),
 }
 
 
@@ -36,16 +36,19 @@ class Status:
         active: whether they are; otherwise PyTorch's operators do the same.
         reason: why not, or which library.
         threads: whether they work with all of PyTorch's threads, or with one.
+        gpu: the same of a GPU, in words; empty where there is none.
     """
 
     active: bool
     reason: str
     threads: bool = False
+    gpu: str = ""
 
     def __str__(self) -> str:
+        gpu = f"; on the GPU {self.gpu}" if self.gpu else ""
         if not self.active:
-            return f"no compiled kernels: {self.reason}"
-        return f"compiled kernels, {'with all threads' if self.threads else 'with one thread'}: {self.reason}"
+            return f"no compiled kernels: {self.reason}{gpu}"
+        return f"compiled kernels, {'with all threads' if self.threads else 'with one thread'}: {self.reason}{gpu}"
 
 
 def status() -> Status:
@@ -53,12 +56,19 @@ def status() -> Status:
 
     `LOWRANK_KERNELS=off` in the environment switches them off. Without them, training is the same and slower.
     """
-    return Status(False, "switched off in this process") if _OFF else _loaded()[1]
+    off = "switched off in this process"
+    found = Status(False, off) if _OFF else _loaded()[1]
+    return replace(found, gpu=off if _OFF else _loaded_gpu()[1]) if torch.cuda.is_available() else found
 
 
 def library() -> Any | None:
     """Its functions by name, `pack_float` and so on; None where there is none."""
     return None if _OFF else _loaded()[0]
+
+
+def gpu() -> Any | None:
+    """The module `lowrank.kernels.gpu`; None where it cannot be used."""
+    return None if _OFF else _loaded_gpu()[0]
 
 
 @contextmanager
@@ -102,6 +112,20 @@ def _loaded() -> tuple[Any | None, Status]:
     except (Unavailable, OSError, AttributeError) as error:  # the two last: not loadable, or not this library
         return None, Status(False, str(error))
     return found, Status(True, str(path), found.threads)
+
+
+@lru_cache(maxsize=1)
+def _loaded_gpu() -> tuple[Any | None, str]:
+    """The GPU's kernels, tried once, and what there is to say of them."""
+    if os.environ.get(SWITCH, "") not in ("", "auto"):
+        return None, _loaded()[1].reason
+    try:
+        from lowrank.kernels import gpu as found
+
+        found.try_out()
+    except Exception as error:  # whatever a missing Triton, or its compiler, raises
+        return None, f"none: {' '.join(str(error).split())[:300]}"
+    return found, f"by Triton {found.VERSION}"
 
 
 def _team() -> int | None:

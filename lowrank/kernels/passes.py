@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.kernels.library import library
+from lowrank.kernels.library import gpu, library
 
-Gate = Literal["above", "between", "strictly above", "not zero"]
-_GATES: dict[Gate, int] = {"above": 0, "between": 1, "strictly above": 2, "not zero": 3}
+Gate = Literal["above", "between", "within", "strictly above", "not zero"]
+_GATES: dict[Gate, int] = {"above": 0, "between": 1, "within": 1, "strictly above": 2, "not zero": 3}
 _KINDS = {torch.float32: "float", torch.float64: "double"}
 
 
-def _plain_keys() -> frozenset[int]:
-    """What PyTorch dispatches a tensor by that is nothing but memory of the CPU, ordinary or of inference mode."""
+@lru_cache(maxsize=2)
+def _plain_keys(device: str) -> frozenset[int]:
+    """What PyTorch dispatches a tensor by that is nothing but memory of a device, ordinary or of inference mode."""
     with torch.inference_mode(False):
-        ordinary = torch.empty(0, device="cpu")
+        ordinary = torch.empty(0, device=device)
     with torch.inference_mode():
-        inferred = torch.empty(0, device="cpu")
+        inferred = torch.empty(0, device=device)
     return frozenset(torch._C._dispatch_keys(tensor).raw_repr() for tensor in (ordinary, inferred))
 
 
-_KEYS = _plain_keys()
+_KEYS = _plain_keys("cpu")
 _OWN = (Tensor, nn.Parameter)
 
 
@@ -43,19 +45,35 @@ def _kernel(name: str, *tensors: Tensor) -> object | None:
     return getattr(found, f"{name}_{kind}", None)
 
 
+def _on_gpu(*tensors: Tensor) -> Any | None:
+    """The GPU's kernels, if these tensors are nothing but its memory, filled in order, and nobody watches."""
+    if not tensors[0].is_cuda or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    found = gpu()
+    keys = frozenset() if found is None else _plain_keys("cuda")
+    for tensor in tensors:
+        own = type(tensor) in _OWN and torch._C._dispatch_keys(tensor).raw_repr() in keys
+        if not own or not tensor.is_contiguous() or tensor.device != tensors[0].device:
+            return None
+    return found
+
+
 def pack(x: Tensor, gate: Gate, low: float, high: float, bits: Tensor) -> bool:
     """Write one bit per element, whether it passes a gate.
 
     Args:
-        x: (n,), float32 or float64, or nothing is done.
-        gate: "above", not `x <= low`; "between", `low < x < high`; "strictly above", `x > low`; "not zero". NaN
-            passes the first and the last.
+        x: (n,), on a CPU float32 or float64, on a GPU boolean or a float of at most 32 bits, or nothing is done.
+        gate: "above", not `x <= low`; "between" and "within", `low < x < high`; "strictly above", `x > low`; "not
+            zero". NaN passes the first and the last; on a GPU also "between".
         low, high: of the gate.
         bits: (ceil(n / 8),), uint8, to write to; the first element is the lowest bit.
 
     Returns:
         Whether it was done.
     """
+    if x.is_cuda:
+        found = _on_gpu(x, bits)
+        return found is not None and found.pack(x, gate, low, high, bits)
     kernel = _kernel("pack", x, bits)
     if kernel is None:
         return False
@@ -68,7 +86,7 @@ def apply(grad: Tensor, bits: Tensor, inner: float, outer: float | None, out: Te
     """Multiply each element by one of two slopes, by its bit.
 
     Args:
-        grad: (n,), float32 or float64, or nothing is done.
+        grad: (n,), on a CPU float32 or float64, on a GPU a float of at most 32 bits, or nothing is done.
         bits: what `pack` wrote.
         inner: slope where the bit is set.
         outer: slope elsewhere; None: zero there, also where the gradient is infinite or NaN.
@@ -77,6 +95,9 @@ def apply(grad: Tensor, bits: Tensor, inner: float, outer: float | None, out: Te
     Returns:
         Whether it was done.
     """
+    if grad.is_cuda:
+        found = _on_gpu(grad, bits, out)
+        return found is not None and found.apply(grad, bits, inner, outer, out)
     kernel = _kernel("apply", grad, bits, out)
     if kernel is None:
         return False
@@ -86,11 +107,21 @@ def apply(grad: Tensor, bits: Tensor, inner: float, outer: float | None, out: Te
     return True
 
 
-def row_products(a: Tensor, b: Tensor) -> Tensor | None:
-    """Inner product of each row of one matrix (n, k) with the same row of another, (n,); None: not for these."""
-    kernel = _kernel("rows", a, b) if a.shape == b.shape else None
+def row_products(a: Tensor, b: Tensor, scales: Tensor | None = None) -> Tensor | None:
+    """Inner product of each row of one matrix with the same row of another.
+
+    Args:
+        a, b: (n, k), float32, or nothing is done.
+        scales: (n,), by which each row of `b` is multiplied in place, behind the product.
+
+    Returns:
+        (n,); None: not for these.
+    """
+    tensors = (a, b) if scales is None else (a, b, scales)
+    kernel = _kernel("rows", *tensors) if a.shape == b.shape else None
     if kernel is None:
         return None
-    out = a.new_empty(len(a))
-    kernel(a.data_ptr(), b.data_ptr(), out.data_ptr(), *a.shape, torch.get_num_threads())  # type: ignore[operator]
+    out = a.new_empty(a.shape[0])
+    pointers = a.data_ptr(), b.data_ptr(), None if scales is None else scales.data_ptr(), out.data_ptr()
+    kernel(*pointers, *a.shape, torch.get_num_threads())  # type: ignore[operator]
     return out

@@ -106,6 +106,7 @@ def lazy_output(call: Call, watched: bool) -> Lazy:
     """A convolution's output, to be computed when it is read."""
     x, weight, settings = call.x, call.weight, call.settings
     last = suggests_channels_last(x) or suggests_channels_last(weight)
+    last = last and not (x.is_cuda and settings.dtype == torch.float64)  # which cuDNN lays out in order
     shape, strides = _planned(settings.geometry, x.shape, weight.shape[0], last)
     return Lazy(shape, x, settings.dtype, strides, call.output, call, watched)
 
@@ -125,7 +126,7 @@ class ScaledGradient:
         grad: (B, O, H', W').
         scale: (O,).
         bias_gradient: (O,), the sum of `grad`; None: not made.
-        weight_gradient: of the layer for `grad`, (O, C/g, K_h, K_w); None: not made.
+        weight_gradient: of the layer for `grad * scale`, (O, C/g, K_h, K_w); None: not made.
     """
 
     grad: Tensor
@@ -193,7 +194,7 @@ class LowRankFunction(Node):
                 grad_weight = None if scaled is None else scaled.weight_gradient
                 if grad_weight is None:
                     grad_weight = settings.weight_gradient(tuple(kept), grad, shape, ctx.weight_shape)
-                grad_weight = grad_weight if scale is None else _scaled_rows(grad_weight, scale)
+                    grad_weight = grad_weight if scale is None else _scaled_rows(grad_weight, scale)
             if wants_bias:
                 made = None if scaled is None else scaled.bias_gradient
                 grad_bias = settings.geometry.bias_gradient(grad) if made is None else made
@@ -233,7 +234,7 @@ class MergedNormFunction(Node):
         """
         ctx.settings, ctx.eps, ctx.anchor = settings, eps, call.weight
         ctx.shape, ctx.weight_shape = tuple(call.x.shape), tuple(call.weight.shape)
-        wants_gamma = ctx.needs_input_grad[1]
+        wants_gamma, ctx.wants_weight = ctx.needs_input_grad[1], call.weight.requires_grad
         own = (call.weight.detach(), _detached(call.bias)) if wants_gamma else (None, None)
         ctx.save_for_backward(gamma, mean, variance, *own, *kept)
         return merged_output(y, call, *scale_and_shift(call.bias, gamma, beta, mean, variance, eps))
@@ -245,7 +246,7 @@ class MergedNormFunction(Node):
         wants_y, wants_gamma, wants_beta = ctx.needs_input_grad[:3]
         grad = real(grad)
         again = torch.is_grad_enabled()
-        deviation = torch.rsqrt(variance + ctx.eps)
+        deviation = _deviation(variance, ctx.eps)
         scale = deviation if gamma is None else gamma * deviation
         grad_y = grad_gamma = grad_beta = grad_weight = None
         with torch.no_grad():
@@ -255,7 +256,8 @@ class MergedNormFunction(Node):
                 assert grad_beta is not None
                 grad_weight = settings.weight_gradient(tuple(kept), grad, ctx.shape, ctx.weight_shape)
                 centre = mean if bias is None else mean - bias
-                grad_gamma = deviation * (_row_products(weight, grad_weight) - centre * grad_beta)
+                products, grad_weight = _row_products(weight, grad_weight, scale if ctx.wants_weight else None)
+                grad_gamma = deviation * (products - centre * grad_beta)
         if again:
             refuse = lambda found: refuse_double_backward(  # noqa: E731
                 f"the normalisation behind layer {settings.name!r}", found, grad, ctx.anchor
@@ -273,11 +275,24 @@ def scale_and_shift(
     bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """What a normalisation by running statistics makes of W x + b, as `scale` W x + `shift`, each (O,)."""
-    deviation = torch.rsqrt(variance + eps)
+    deviation = _deviation(variance, eps)
     scale = deviation if gamma is None else gamma * deviation
     if bias is not None:
         mean = mean - bias
     return scale, -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
+
+
+def _deviation(variance: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(variance + eps), (O,)."""
+    if variance.device.type == "cpu" and variance.dtype == torch.float32:
+        return torch.rsqrt(variance + _number(eps))  # a number beside a tensor takes as long as six small operators
+    return torch.rsqrt(variance + eps)
+
+
+@lru_cache(maxsize=64)
+def _number(value: float) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([value], dtype=torch.float32, device="cpu")
 
 
 def merged_output(y: Tensor, call: Call, scale: Tensor, shift: Tensor) -> Tensor:
@@ -339,16 +354,19 @@ def _scaled_rows(grad_weight: Tensor, scale: Tensor) -> Tensor:
     return grad_weight.mul_(rows) if grad_weight.dtype == scale.dtype else grad_weight * rows
 
 
-def _row_products(weight: Tensor, grad_weight: Tensor) -> Tensor:
-    """Per output channel the inner product of weight and gradient, (O,); without a copy where both are contiguous."""
+def _row_products(weight: Tensor, grad_weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Per output channel the inner product of weight and gradient, (O,), and the gradient times the scale, if there is
+    one; in one pass, where there is a kernel for these."""
     a, b = weight.flatten(1), grad_weight.to(weight.dtype).flatten(1)
-    found = passes.row_products(a, b)
+    found = passes.row_products(a, b, scale)
     if found is not None:
-        return found
+        return found, None if scale is None else b.view(grad_weight.shape)
     if weight.is_cuda:
-        return torch.bmm(a[:, None], b[:, :, None]).view(-1)
-    rows = max(1, _PIECE // a.shape[1])  # a batch of single products takes several times as long on a CPU
-    return torch.cat([torch.linalg.vecdot(*pair) for pair in zip(a.split(rows), b.split(rows), strict=True)])
+        found = torch.bmm(a[:, None], b[:, :, None]).view(-1)
+    else:
+        rows = max(1, _PIECE // a.shape[1])  # a batch of single products takes several times as long on a CPU
+        found = torch.cat([torch.linalg.vecdot(*pair) for pair in zip(a.split(rows), b.split(rows), strict=True)])
+    return found, None if scale is None else _scaled_rows(grad_weight, scale)
 
 
 _PIECE = 2**14  # numbers that are multiplied at once

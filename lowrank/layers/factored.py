@@ -27,7 +27,7 @@ from lowrank.methods.base import Method, Tensors
 from lowrank.methods.wasi import WASI, WSI
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
-from lowrank.tensors.eager import ORDINARY, in_compiled_graph, trains_plainly
+from lowrank.tensors.eager import ORDINARY, in_compiled_graph, trains_plainly, without_autocast
 from lowrank.tensors.factors import Factors, factorise, refactorise, truncated
 from lowrank.tensors.geometry import LinearGeometry
 
@@ -251,10 +251,7 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """L R in the factors' own dtype, whatever autocast says."""
-    device = left.device.type
-    if not torch.amp.is_autocast_available(device):
-        return left @ right
-    with torch.autocast(device, enabled=False):
+    with without_autocast(left.device.type):
         return left @ right
 
 

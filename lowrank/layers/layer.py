@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from lowrank.errors import ConversionError, LowRankError
-from lowrank.exact.origins import BUDGET, LAYER, Rebuild, is_kept, origin_of, reading
+from lowrank.exact.origins import BUDGET, LAYER, Rebuild, find, is_kept, origin_of, reading
 from lowrank.exact.recompute import note_layer
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
@@ -29,11 +29,13 @@ from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.swap import Changed, is_parametrized_class, own_of, plain_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.methods.base import Method, Tensors, Vanilla
-from lowrank.tensors.eager import in_compiled_graph, trains_plainly, without_autocast
+from lowrank.tensors.eager import in_autocast, in_compiled_graph, trains_plainly, without_autocast
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry
+from lowrank.tensors.worth import is_worth, merging_is_worth
 
 Kept = tuple[Method, Tensors]
 _OWN = {Watched, Held, Lazy}
+_WHOLE = Vanilla()  # of this one object: the method of layers whose own is not worth it
 
 
 @dataclass
@@ -47,9 +49,12 @@ class LayerState:
         lazy: whether the output may be left to who reads it.
         watched: whether the code around it calls activations and the like as functions.
         recompute: of a linear layer, whether its output may be computed again in the backward pass.
+        smallest: bytes that keeping less has to save for each operator call, see `lowrank.tensors.worth`.
         bases: what the method carries from step to step.
         kept_bytes: bytes kept of the input in the latest training forward pass; 0 if another layer keeps them.
         formula_bytes: the same by the method's formula.
+        whole: whether it kept its input as it is since keeping less was not worth it.
+        judged: of geometries and shapes, whether keeping less is worth it.
     """
 
     method: Method
@@ -58,9 +63,22 @@ class LayerState:
     lazy: bool = False
     watched: bool = False
     recompute: bool = True
+    smallest: float = 0
     bases: Tensors = field(default=(), repr=False)
     kept_bytes: int = 0
     formula_bytes: int = 0
+    whole: bool = False
+    judged: dict[Any, bool] = field(default_factory=dict, repr=False)
+
+    def method_for(self, geometry: Geometry, x: Tensor, out_channels: int) -> Method:
+        """How an input (B, ...) is kept: by the method, or, where that is not worth its time, as it is."""
+        if not self.smallest:
+            return self.method
+        case = (geometry, x.shape, x.dtype, out_channels, self.smallest)
+        if case not in self.judged:
+            price = self.method.price(x, geometry, out_channels)
+            self.judged = {**self.judged, case: price is None or is_worth(*price, self.smallest)}
+        return self.method if self.judged[case] else _WHOLE
 
 
 class LowRankLayer(Changed):
@@ -101,19 +119,29 @@ class LowRankLayer(Changed):
         return _tracked(self, input_of(self, input), weight, bias)
 
     def _run(self, input: Tensor) -> Tensor:
-        if not self.kind.fits(input) or not trains_plainly(input):
+        if not self.kind.fits(input):
             return self._stock(input)
         weight, bias = self.kind.weight(self), self.bias
         if not trains_plainly(input, weight, bias):
             return self._stock(input)
         x = real(input)
         if any(tensor is not None and tensor.requires_grad for tensor in (input, weight, bias)):
+            if self._lowrank.smallest and _is_best_as_stock(self, input, weight):
+                return self._kept_whole(x)
             return _tracked(self, input_of(self, x), weight, bias)
         y = _untracked(self, input_of(self, x), weight, bias)
         return self._stock(x) if y is None else y
 
     def _stock(self, input: Tensor) -> Tensor:
-        y: Tensor = super().forward(input)
+        return super().forward(input)  # type: ignore[no-any-return]
+
+    def _kept_whole(self, input: Tensor) -> Tensor:
+        """The stock layer, which keeps its input."""
+        state = self._lowrank
+        state.kept_bytes = state.formula_bytes = input.nbytes
+        state.whole = not state.method.keeps_input
+        y = self._stock(input)
+        is_kept(input)
         return y
 
     def extra_repr(self) -> str:
@@ -176,19 +204,6 @@ def weight_of(layer: nn.Module) -> Any:
     return _kind(layer).weight(layer)
 
 
-def weights_of(layer: nn.Module) -> list[Any]:
-    """What a layer's weight is made of: itself, or where it is parametrised, the parameters; nothing is computed."""
-    parametrizations = layer._modules.get("parametrizations")
-    if isinstance(parametrizations, nn.ModuleDict) and "weight" in parametrizations:
-        return list(parametrizations["weight"].parameters())
-    return [layer.weight]
-
-
-def is_frozen(layer: nn.Module) -> bool:
-    """Whether a layer's weight wants no gradient."""
-    return not any(getattr(weight, "requires_grad", True) for weight in weights_of(layer))
-
-
 def input_of(layer: nn.Module, x: Tensor) -> Tensor:
     """A layer's input as its geometry takes it."""
     prepare = _kind(layer).prepare
@@ -203,7 +218,7 @@ def is_single(layer: nn.Module, x: Tensor) -> bool:
 def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     state = layer._lowrank
     if not torch.compiler.is_compiling():
-        state.kept_bytes = state.formula_bytes = 0
+        state.kept_bytes, state.formula_bytes, state.whole = 0, 0, False
     x, dtype, outside = as_computed(input, weight)
     single = is_single(layer, x)
     with outside:
@@ -218,7 +233,7 @@ def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | 
         call = Call(settings, Tensor.detach(x), weight, bias, keep) if _may_be_lazy(layer, settings, input, x) else None
         y = LowRankFunction.apply(x, weight, bias, settings, call, state.watched, *kept)
     if x is input and not single and state.recompute and not torch.compiler.is_compiling():
-        _note_way(settings, call, (input, weight, bias), y, bool(kept) and state.method.keeps_input)
+        _note_way(settings, call, (input, weight, bias), y, bool(kept) and method.keeps_input)
     if type(y) is Lazy and x is input:
         hold(x, y)
     return y
@@ -230,14 +245,26 @@ def _note_way(
     """Note how a layer's output comes about, and have the normalisation do so that it is computed with."""
     x, weight, bias = given
     linear = isinstance(settings.geometry, LinearGeometry)
-    cost = LAYER if linear else weight.numel() // y.shape[1]
-    if cost > BUDGET and not linear:
+    if not linear and weight.numel() > BUDGET * y.shape[1]:
         return
-    ahead = origin_of(x)
-    ahead = ahead.as_kept() if keeps_x else ahead
+    cost = LAYER if linear else weight.numel() // y.shape[1]
+    ahead = origin_of(x).as_kept() if keeps_x else origin_of(x)
     if call is not None:
         call.ahead, call.cost = ahead, cost
     note_layer(ahead, y, settings.geometry.forward, (weight, bias), cost)
+
+
+def _is_best_as_stock(layer: LowRankLayer, input: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution keeps its input whatever is done, and is not worth computing with a normalisation."""
+    state, geometry = layer._lowrank, geometry_of(layer)
+    unlike = type(geometry) is not ConvGeometry or layer.kind.prepare is not None
+    if unlike or not weight.requires_grad or is_single(layer, input):
+        return False
+    shape, outputs = tuple(input.shape), weight.shape[0]
+    if not state.method.keeps_input and not state.method_for(geometry, input, outputs).keeps_input:
+        return False
+    lazy = state.lazy and merging_is_worth(geometry, shape, outputs, weight.itemsize, state.smallest)
+    return not lazy and find(input) is None
 
 
 def _untracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -265,25 +292,32 @@ def _may_be_lazy(layer: LowRankLayer, settings: Settings, input: Tensor, x: Tens
     if type(geometry) is not ConvGeometry or geometry.padding_mode != "zeros":  # others may lay out a copy anew
         return False
     assert isinstance(weight, Tensor)
+    outputs, smallest = weight.shape[0], layer._lowrank.smallest
+    if smallest and not merging_is_worth(geometry, tuple(x.shape), outputs, x.itemsize, smallest):
+        return False
     hooked = layer._forward_hooks or torch_module._global_forward_hooks
     if hooked or not can_be_held(input) or x.ndim != 4 or x.numel() == 0 or x.dtype != settings.dtype:
         return False
     fits = x.shape[1] == weight.shape[1] * geometry.groups and x.device == weight.device
     fits = fits and (bias is None or (isinstance(bias, Tensor) and bias.shape == weight.shape[:1]))
-    return fits and weight.shape[0] % geometry.groups == 0 and min(geometry.output_shape(tuple(x.shape), 1)) > 0
+    return fits and weight.shape[0] % geometry.groups == 0 and _gives_output(geometry, x.shape)
+
+
+@lru_cache(maxsize=1024)
+def _gives_output(geometry: ConvGeometry, shape: torch.Size) -> bool:
+    return min(geometry.output_shape(tuple(shape), 1)) > 0
 
 
 def as_computed(input: Tensor, weight: Tensor) -> tuple[Tensor, torch.dtype, AbstractContextManager[Any]]:
     """The input as the layer computes with it, the dtype to compute in, and a context without autocast."""
     x, dtype, device = input, weight.dtype, input.device.type
     outside = without_autocast(device)
-    if not isinstance(outside, nullcontext):
+    if in_autocast(device):
         dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
         x = x.to(dtype)
     return x, dtype, outside
 
 
-@torch.no_grad()
 def kept_of(layer: LowRankLayer, geometry: Geometry, input: Tensor, x: Tensor) -> Kept:
     """What a layer keeps of its input, and the method that reads it; made once for all that are given the same input.
 
@@ -294,10 +328,13 @@ def kept_of(layer: LowRankLayer, geometry: Geometry, input: Tensor, x: Tensor) -
         x: the same as the layer computes with it.
     """
     state = layer._lowrank
-    method, single = state.method, is_single(layer, x)
+    single = is_single(layer, x)
     batched = Tensor.detach(x).unsqueeze(0) if single else Tensor.detach(x)
+    method = state.method
+    if state.smallest:
+        method = state.method_for(geometry, batched, geometry.by_output(weight_of(layer)).shape[0])
     if method.keeps_input and x is input and not single:
-        origin = None if torch.compiler.is_compiling() else origin_of(input)
+        origin = None if find(input) is None else origin_of(input)
         if origin is not None and origin.step.function is not None and not _is_less_alone(input, origin.nbytes):
             state.kept_bytes, state.formula_bytes = origin.nbytes, batched.nbytes
             reader, sources = reading(origin)
@@ -305,26 +342,29 @@ def kept_of(layer: LowRankLayer, geometry: Geometry, input: Tensor, x: Tensor) -
     kept = find_kept(input, batched, method)
     shared = kept is not None
     if kept is None:
-        kept = _compress(state, batched if method.keeps_input else without_padding(batched), geometry, layer.training)
+        padded = batched if method.keeps_input else without_padding(batched)
+        kept = _compress(state, method, padded, geometry, layer.training)
         kept = tuple(map(_without_the_rest, kept))
         if kept and kept[0] is not batched:
             note_kept(input, batched, method, kept)
         elif x is input:
             is_kept(input)
     if not torch.compiler.is_compiling():
+        state.whole = method is _WHOLE
         state.kept_bytes = 0 if shared else sum(tensor.nbytes for tensor in kept if tensor is not None)
         state.formula_bytes = method.formula_bytes(kept, tuple(batched.shape)) if kept else 0
     return method, kept
 
 
-def _compress(state: LayerState, x: Tensor, geometry: Geometry, training: bool) -> Tensors:
+def _compress(state: LayerState, method: Method, x: Tensor, geometry: Geometry, training: bool) -> Tensors:
     if x.numel() == 0:
         return ()
     try:
-        kept, bases = state.method.compress(x, geometry, state.bases, state.name)
+        with nullcontext() if method.keeps_input else torch.no_grad():
+            kept, bases = method.compress(x, geometry, state.bases, state.name)
     except LowRankError as error:
         raise type(error)(f"layer {state.name!r}: {error}") from None
-    if training:
+    if training and method is not _WHOLE:
         state.bases = bases  # new tensors: the backward pass of the step before may still need the old ones
     return kept
 

@@ -17,12 +17,14 @@ from lowrank.layers.held import Held, let_go
 from lowrank.layers.lazy import Lazy, read
 from lowrank.layers.swap import Changed
 from lowrank.tensors.eager import trains_plainly
+from lowrank.tensors.worth import bits_are_worth
 
 
 class LeanModule(Changed):
     """The stock forward pass, in which the functions that it calls on its input give way to those that keep less."""
 
     _lowrank_watched = False  # whether the code around it calls activations and the like as functions
+    _lowrank_smallest = 0.0  # bytes that keeping less has to save for each operator call
 
     def forward(self, input: Tensor) -> Any:
         kind = type(input)
@@ -33,8 +35,10 @@ class LeanModule(Changed):
             return super().forward(input)
         if kind is Held and getattr(self, "inplace", False):
             let_go(input)
-        called = CALLS[self.stock_class](self) if self.stock_class in CALLS else None
-        if called is None:
+        if kind is not Lazy and self._lowrank_smallest and not bits_are_worth(input, self._lowrank_smallest):
+            with torch._C.DisableTorchFunctionSubclass():
+                y = super().forward(input)
+        elif (called := CALLS[self.stock_class](self) if self.stock_class in CALLS else None) is None:
             with nullcontext() if kind is Lazy else LeanFunctions():  # a lazy tensor does so itself
                 y = super().forward(input)
         elif kind is Lazy:

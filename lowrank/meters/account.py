@@ -23,10 +23,15 @@ from lowrank.tensors.geometry import Geometry
 
 
 class Account(Mapping[str, LayerCost]):
-    """Cost per layer name; `total` is their sum."""
+    """Cost per layer name; `total` is their sum.
 
-    def __init__(self, layers: dict[str, LayerCost]) -> None:
-        self._layers = layers
+    Attributes:
+        whole: names of the layers that keep their input as it is, since keeping less of one so small is not worth its
+            time; see `smallest` of `convert`.
+    """
+
+    def __init__(self, layers: dict[str, LayerCost], whole: Iterable[str] = ()) -> None:
+        self._layers, self.whole = layers, tuple(whole)
 
     def __getitem__(self, name: str) -> LayerCost:
         return self._layers[name]
@@ -76,10 +81,14 @@ def account(
         if not can_be_converted(layer):
             raise ConversionError(f"layer {name!r} ({stock_class(layer).__name__}) cannot be accounted for")
     found: dict[str, LayerCost] = {}
+    whole: set[str] = set()
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = found.get(name, LayerCost()) + _layer_cost(layer, inputs[0])
+            cost, as_it_is = _layer_cost(layer, inputs[0])
+            found[name] = found.get(name, LayerCost()) + cost
+            if as_it_is:
+                whole.add(name)
 
         return hook
 
@@ -95,27 +104,33 @@ def account(
     missing = [name for name in layers if name not in found]
     if missing:
         raise ConversionError(f"the forward pass does not call {', '.join(map(repr, missing))}")
-    return Account({name: found[name] for name in layers})
+    return Account({name: found[name] for name in layers}, [name for name in layers if name in whole])
 
 
 @torch.no_grad()
-def _layer_cost(layer: nn.Module, x: Tensor) -> LayerCost:
+def _layer_cost(layer: nn.Module, x: Tensor) -> tuple[LayerCost, bool]:
+    """What a layer costs for an input, and whether it keeps that as it is by the rule of `smallest`."""
     geometry: Geometry = geometry_of(layer)
-    method: Method = layer._lowrank.method if isinstance(layer, LowRankLayer) else Vanilla()
     needs_input_gradient = x.requires_grad
     x = input_of(layer, x)
     x = without_padding(x.detach().unsqueeze(0) if is_single(layer, x) else x.detach())
     if isinstance(layer, FactoredLinear):
-        return layer.cost(x, needs_input_gradient)
+        return layer.cost(x, needs_input_gradient), False
     weight = weight_of(layer)
     assert isinstance(weight, Tensor)
     out_channels = geometry.by_output(weight).shape[0]
     if weight.requires_grad:
+        method: Method = Vanilla()
+        whole = False
+        if isinstance(layer, LowRankLayer):
+            method = layer._lowrank.method_for(geometry, x, out_channels)
+            whole = method is not layer._lowrank.method
         cost = method.cost(x, geometry, out_channels, needs_input_gradient)
-        return replace(cost, weight_bytes=weight.nbytes)
+        return replace(cost, weight_bytes=weight.nbytes), whole
     shape = tuple(x.shape)
-    return LayerCost(
+    cost = LayerCost(
         flops_paper=costs.paper_forward(geometry, shape, out_channels),
         flops=2 * geometry.macs(shape, out_channels) * (2 if needs_input_gradient else 1),
         weight_bytes=weight.nbytes,
     )
+    return cost, False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from lowrank.layers.lean import CURVES, RECOMPUTED, LeanModule
 from lowrank.layers.preserve import LossFunction
 from lowrank.layers.swap import stock_class
 from lowrank.meters.memory import saved_storages
+from lowrank.methods.base import Method
 
 OUTSIDE = "(outside the model)"
 
@@ -82,9 +83,12 @@ def explain(model: nn.Module, loss_fn: LossFunction, batch: Any) -> Explanation:
     chosen = [module for module in names if isinstance(module, LowRankLayer) and module._lowrank.chosen]
     called: set[nn.Module] = set()
     owners: dict[int, nn.Module | None] = {}
+    whole: set[nn.Module | None] = set()  # layers that keep their input as it is by the rule of `smallest`
 
     def note(storage: int) -> None:
-        owners.setdefault(storage, _running(names))
+        owner = owners.setdefault(storage, _running(names))
+        if isinstance(owner, LowRankLayer) and owner._lowrank.whole:
+            whole.add(owner)
 
     handles = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in chosen]
     try:
@@ -95,7 +99,7 @@ def explain(model: nn.Module, loss_fn: LossFunction, batch: Any) -> Explanation:
     kept: dict[nn.Module | None, int] = defaultdict(int)
     for storage, size in sizes.items():
         kept[owners[storage]] += size
-    rows = [_row(module, size, names) for module, size in kept.items() if size]
+    rows = [_row(module, size, names, module in whole) for module, size in kept.items() if size]
     return Explanation(rows + [_uncalled(layer, names) for layer in chosen if layer not in called])
 
 
@@ -110,10 +114,13 @@ def _running(names: dict[nn.Module, str]) -> nn.Module | None:
     return None
 
 
-def _row(module: nn.Module | None, nbytes: int, names: dict[nn.Module, str]) -> Kept:
+def _row(module: nn.Module | None, nbytes: int, names: dict[nn.Module, str], whole: bool) -> Kept:
     if module is None:
         return Kept(OUTSIDE, "loss", nbytes, "what the loss function keeps, such as probabilities")
-    return Kept(names[module] or "(the model itself)", stock_class(module).__name__, nbytes, _reason(module))
+    reason = _reason(module)
+    if whole:
+        reason = f"its input as it is: keeping less of one so small is not worth its time; {_RULE}"
+    return Kept(names[module] or "(the model itself)", stock_class(module).__name__, nbytes, reason)
 
 
 def _uncalled(layer: nn.Module, names: dict[nn.Module, str]) -> Kept:
@@ -121,14 +128,25 @@ def _uncalled(layer: nn.Module, names: dict[nn.Module, str]) -> Kept:
     return Kept(names[layer], stock_class(layer).__name__, 0, reason)
 
 
+def _asked_for(method: Method) -> str:
+    """A method as it was called: without what is as by default."""
+    if not is_dataclass(method):
+        return str(method)
+    given = {field.name: getattr(method, field.name) for field in fields(method)}
+    told = [f"{field.name}={given[field.name]!r}" for field in fields(method) if given[field.name] != field.default]
+    return f"{type(method).__name__}({', '.join(told)})"
+
+
 def _reason(module: nn.Module) -> str:
     if isinstance(module, LowRankLayer):
         if module._lowrank.chosen:
-            return f"its input, as {module._lowrank.method} keeps it"
+            return f"its input, as {_asked_for(module._lowrank.method)} keeps it"
         return "its input, for the gradient of its weight or of its normalisation; name it in convert to keep less"
     if isinstance(module, nn.BatchNorm2d):
         if module.training or module.running_mean is None:
             return "its input, which batch statistics need; in evaluation mode its convolution is computed with it"
+        if isinstance(module, LeanModule) and module._lowrank_smallest:
+            return f"its input: at its size computing it with its convolution is not worth its time; {_RULE}"
         if isinstance(module, LeanModule):
             return "its input, for the gradient of its scale; what reached it is no convolution's unread output"
         return "its input, for the gradient of its scale; convert computes it with its convolution"
@@ -138,10 +156,13 @@ def _reason(module: nn.Module) -> str:
         return "position biases and masks; what is in it is computed again"
     for kind, reason in _REASONS.items():
         if issubclass(stock_class(module), kind):
+            if isinstance(module, LeanModule) and module._lowrank_smallest:
+                return f"bits, places or shapes, and whole tensors where these are too small for it; {_RULE}"
             return reason if type(module) is stock_class(module) else "bits, places or shapes: the least that is exact"
     return "what its own code keeps"
 
 
+_RULE = "see smallest of convert"
 _AHEAD = "what its input is computed again from"
 _NORMALISED = "its input, which its statistics need; what follows is computed again from it"
 _CAN_BE_CONVERTED = "its input, for the gradient of its weight; name it in convert to keep less"

@@ -70,9 +70,11 @@ def held_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any) -> int:
         loss_fn: `loss_fn(model, batch) -> scalar tensor`.
         batch: whatever `loss_fn` takes.
     """
+    present = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
+    device = _gpu_of(present)
+    if device is not None:
+        _take_work_space(model, loss_fn, batch, backward=False)
     with preserved(model), torch.enable_grad():
-        present = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
-        device = next((tensor.device for tensor in present if tensor.is_cuda), None)
         if device is not None:
             torch.cuda.synchronize(device)
             before = torch.cuda.memory_allocated(device)
@@ -92,8 +94,9 @@ def peak_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any, backward: bo
     """Most tensor bytes alive at once during a forward and backward pass.
 
     Parameters, buffers, gradients and the batch count with everything that the pass makes. On CUDA the allocator's own
-    statistics are read; elsewhere every tensor that an operator returns is followed until it is freed, so work space
-    inside an operator is not seen. The model is left as it was.
+    statistics are read, of a second pass, since libraries take their work space in the first. Elsewhere every tensor
+    that an operator returns is followed until it is freed, so work space inside an operator is not seen. The model is
+    left as it was.
 
     Args:
         model: any module, converted or not, in the mode in which it trains.
@@ -101,9 +104,11 @@ def peak_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any, backward: bo
         batch: whatever `loss_fn` takes.
         backward: False measures inference: the forward pass alone, without gradients.
     """
+    present = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
+    device = _gpu_of(present)
+    if device is not None:
+        _take_work_space(model, loss_fn, batch, backward)
     with preserved(model):
-        present = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
-        device = next((tensor.device for tensor in present if tensor.is_cuda), None)
         known = {
             _storage_id(tensor): tensor.untyped_storage().nbytes()
             for tensor in present
@@ -119,6 +124,16 @@ def peak_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any, backward: bo
         with _Tracker(known) as tracker:
             _step(model, loss_fn, batch, backward)
         return tracker.peak
+
+
+def _gpu_of(tensors: list[Tensor]) -> torch.device | None:
+    return next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+
+
+def _take_work_space(model: nn.Module, loss_fn: LossFunction, batch: Any, backward: bool) -> None:
+    """Have cuBLAS and its like allocate what they keep for the whole process."""
+    with preserved(model):
+        _step(model, loss_fn, batch, backward)
 
 
 def _step(model: nn.Module, loss_fn: LossFunction, batch: Any, backward: bool) -> None:

@@ -19,9 +19,12 @@ from lowrank.tensors.decompose import ALGORITHMS, Algorithm, subspace_iteration
 from lowrank.tensors.geometry import Geometry, Shape
 from lowrank.tensors.storage import columns, store
 from lowrank.tensors.tucker import Tucker
+from lowrank.tensors.worth import MACS_A_CALL, MOVED_A_CALL
 
 Bases = list[Tensor | None]
 Found = tuple[Tucker, Bases]
+# What keeping an input takes in operator calls, see `price`: for itself, for each mode that has a factor, and in reads.
+_CALLS, _CALLS_A_MODE, _READS = 30, 25, 4
 _KEPT_SHARE = 0.99  # of the captured energy; less makes the bases due
 
 
@@ -159,7 +162,8 @@ class ASI(RankedMethod):
 
     def subspace_flops(self, shape: Shape, ranks: Shape) -> int:
         """Of the mean step; with "energy" of one that iterates, the most that it takes."""
-        if self.kept_ranks(shape, ranks) == shape:
+        ranks = self.kept_ranks(shape, ranks)
+        if ranks == shape:
             return 0
         sequential = self.algorithm == "sequential"
         each = costs.subspace_flops(shape, ranks, sequential)
@@ -167,6 +171,14 @@ class ASI(RankedMethod):
             return each
         held = costs.subspace_flops(shape, ranks, sequential, range(1, len(shape)))
         return (each + (self.refresh - 1) * held) // self.refresh
+
+    def price(self, x: Tensor, geometry: Geometry, out_channels: int) -> tuple[int, float]:
+        shape = tuple(x.shape)
+        ranks = self.ranks_for(shape)
+        modes = sum(rank < size for rank, size in zip(ranks, shape, strict=True))
+        macs = self.gradient_flops(geometry, shape, ranks, out_channels) / 2 - geometry.macs(shape, out_channels)
+        calls = _CALLS + _CALLS_A_MODE * modes + _READS * x.nbytes / MOVED_A_CALL + macs / MACS_A_CALL
+        return x.nbytes - self.form_bytes(x, ranks), calls
 
     def cost(self, x: Tensor, geometry: Geometry, out_channels: int, input_gradient: bool) -> LayerCost:
         shape = tuple(x.shape)
@@ -205,8 +217,9 @@ def _either(due: Tensor, fresh: Callable[[], Found], held: Callable[[], Found], 
 
         return run
 
-    core, *found = torch.cond(due, tensors(fresh), tensors(held), ())
-    bases: Bases = [found.pop(0) if one else None for one in factored]
+    found = iter(torch.cond(due, tensors(fresh), tensors(held), ()))
+    core = next(found)
+    bases: Bases = [next(found) if one else None for one in factored]
     return Tucker(core, tuple(bases)), bases
 
 
@@ -214,7 +227,7 @@ def _either(due: Tensor, fresh: Callable[[], Found], held: Callable[[], Found], 
 def _random_basis(size: int, rank: int, seed: str, wide: bool) -> Tensor:
     """Normal numbers (size, rank), in float64 if `wide`, else float32, that depend on `seed` alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-    return torch.randn(size, rank, generator=generator, dtype=_basis_dtype(wide))
+    return torch.randn(size, rank, generator=generator, dtype=_basis_dtype(wide), device="cpu")
 
 
 @_random_basis.register_fake

@@ -60,6 +60,11 @@ class Method(ABC):
             The tensors to keep for the backward pass, and the state for the next step.
         """
 
+    def price(self, x: Tensor, geometry: Geometry, out_channels: int) -> tuple[int, float] | None:
+        """Against keeping the input `x` as it is: the bytes that the method saves, and the time that it takes more, in
+        operator calls (see `lowrank.tensors.worth`); by the shape alone. None: the shape does not say."""
+        return None
+
     def can_use(self, other: Method, shape: Shape) -> bool:
         """Whether what `other` keeps of an input of shape `shape` serves this method at least as well as its own."""
         return False

@@ -20,10 +20,10 @@ from lowrank.layers.preserve import LossFunction, preserved, tensors_in
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.ranks.table import Candidates, Energy, LayerPerplexity, PerplexityTable, joined, kept_bytes
-from lowrank.tensors.decompose import Spectrum, check_energy, project, spectra
+from lowrank.tensors.decompose import Spectrum, allowed_ranks, check_energy, project, spectra
 from lowrank.tensors.geometry import Geometry
 from lowrank.tensors.gradients import weight_gradient
-from lowrank.tensors.storage import Storage, check_storage, restore, store
+from lowrank.tensors.storage import Storage, check_storage, kept_ranks, restore, store
 from lowrank.tensors.tucker import Tucker, mode_product
 
 ENERGIES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -158,10 +158,9 @@ class _Probe:
     @torch.no_grad()
     def measure(self, x: Tensor, grad: Tensor, geometry: Geometry) -> None:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        largest = max(self.energies + self.mode_energies)
         # All of a mode, where candidates may be left whole, and on further batches, whatever their own energies.
         whole = bool(self.mode_energies or self.rows)
-        gradients = _Gradients(x.to(dtype), grad.to(dtype), geometry, largest, whole)
+        gradients = _Gradients(x.to(dtype), grad.to(dtype), geometry, self.energies + self.mode_energies, whole)
         row = self._again(gradients) if self.rows else self._first(x, gradients)
         if not all(map(math.isfinite, (*row.perplexity, *(row.mixed.perplexity if row.mixed else ())))):
             raise NonFiniteError(f"the weight gradient of layer {self.name!r} is not finite on the perplexity batch")
@@ -169,7 +168,7 @@ class _Probe:
 
     def _first(self, x: Tensor, gradients: _Gradients) -> LayerPerplexity:
         uniform = [tuple(mode.rank(energy) for mode in gradients.modes) for energy in self.energies]
-        row = _Trials(gradients, x, "input").candidates(zip(self.energies, uniform, strict=True))
+        nbytes = tuple(_Trials(gradients, x, "input").nbytes(ranks) for ranks in uniform)
         further = []
         for storage in dict.fromkeys(self.storages):
             trials = _Trials(gradients, x, storage)
@@ -181,7 +180,7 @@ class _Probe:
                 named = [(tuple(n[r] for n, r in zip(notches, at, strict=True)), at) for at in _climb(notches, trials)]
                 further.append(trials.candidates(named))
         mixed = joined(further) if further else None
-        measured = (row.ranks, row.nbytes, row.perplexity)
+        measured = (tuple(uniform), nbytes, tuple(map(gradients.published, uniform)))
         return LayerPerplexity(self.name, gradients.shape, *measured, mixed, gradients.norm)
 
     def _again(self, gradients: _Gradients) -> LayerPerplexity:
@@ -194,26 +193,40 @@ class _Probe:
         mixed = first.mixed
         if mixed is not None:
             mixed = replace(mixed, perplexity=tuple(map(gradients.perplexity, mixed.ranks, mixed.storages)))
-        measured = tuple(gradients.perplexity(ranks, "input") for ranks in first.ranks)
+        measured = tuple(map(gradients.published, first.ranks))
         return replace(first, perplexity=measured, mixed=mixed, gradient_norm=gradients.norm)
 
 
 class _Gradients:
     """Weight gradients of one layer from its input truncated at various ranks, decomposed once."""
 
-    def __init__(self, x: Tensor, grad: Tensor, geometry: Geometry, energy: float, whole: bool) -> None:
+    def __init__(self, x: Tensor, grad: Tensor, geometry: Geometry, energies: tuple[float, ...], whole: bool) -> None:
         self.x, self.grad, self.geometry, self.shape = x, grad, geometry, tuple(x.shape)
         self.exact = geometry.weight_gradient(x, grad)
         self.norm = float(torch.linalg.vector_norm(self.exact))
-        self.modes = spectra(x, exact=energy >= 1)
-        ranks = (len(mode.energies) if whole else mode.rank(energy) for mode in self.modes)
+        self.modes = spectra(x, exact=max(energies) >= 1)
+        uniform = [tuple(mode.rank(energy) for mode in self.modes) for energy in energies]
+        kept = zip(*map(self.kept, uniform), strict=True)
+        ranks = [
+            len(mode.energies) if whole or size in needed else mode.rank(max(energies))
+            for mode, size, needed in zip(self.modes, self.shape, kept, strict=True)
+        ]
         self.largest = project(x, [mode.basis(rank) for mode, rank in zip(self.modes, ranks, strict=True)])
 
+    def kept(self, ranks: Ranks, storage: Storage = "input") -> Ranks:
+        """The ranks at which ASI with these keeps the input."""
+        return kept_ranks(self.shape, allowed_ranks(self.shape, ranks), storage)
+
     def perplexity(self, ranks: Ranks, storage: Storage) -> float:
-        """Frobenius norm of what the gradient lacks at these ranks and in this storage."""
-        tucker = self._corner(ranks)
-        if storage != "input":
-            tucker = restore(store(self.x, tucker, storage), self.grad.dtype)
+        """Frobenius norm of what the gradient lacks where ASI has these ranks, in this storage."""
+        tucker = self._corner(self.kept(ranks, storage))
+        return self._lacks(tucker if storage == "input" else restore(store(self.x, tucker, storage), self.grad.dtype))
+
+    def published(self, ranks: Ranks) -> float:
+        """The same of the HOSVD at these ranks (ASI, sec. 3.3), also where ASI leaves a mode whole."""
+        return self._lacks(self._corner(ranks))
+
+    def _lacks(self, tucker: Tucker) -> float:
         low = weight_gradient(tucker, self.grad, self.geometry)
         return float(torch.linalg.vector_norm(low - self.exact))
 

@@ -255,8 +255,10 @@ def kept_bytes(shape: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtyp
 
 
 def _possible_bytes(shape: tuple[int, ...], ranks: tuple[int, ...], storage: Storage) -> set[int]:
-    """What a candidate may take, in any dtype of the input; also as tables of before count, with every factor."""
-    found = {kept_bytes(shape, ranks, dtype, storage) for dtype in (torch.float16, torch.float32, torch.float64)}
+    """What a candidate may take, in any dtype of the input; also as tables of before count, with more factors."""
+    dtypes, cut = (torch.float16, torch.float32, torch.float64), allowed_ranks(shape, ranks)
+    found = {kept_bytes(shape, ranks, dtype, storage) for dtype in dtypes}
+    found |= {stored_bytes(shape, cut, dtype, storage) for dtype in dtypes}
     before = {tucker_numel(shape, ranks) * itemsize for itemsize in (2, 4, 8)} if storage == "input" else set()
     return found | before
 

@@ -97,7 +97,9 @@ def spectrum(x: Tensor, mode: int, exact: bool = False) -> Spectrum:
     width = x.numel() // n
     if exact:
         _require_finite(x.sum())
-        vectors, values, _ = torch.linalg.svd(x.movedim(mode, 0).reshape(n, width), full_matrices=False)
+        driver = "gesvd" if x.is_cuda else None  # there the usual one loses the smallest singular values
+        unfolded = x.movedim(mode, 0).reshape(n, width)
+        vectors, values, _ = torch.linalg.svd(unfolded, full_matrices=False, driver=driver)
         return Spectrum(values.square(), vectors, None, n, max(n, width))
     unfolding = x.movedim(mode, 0).reshape(n, width) if n > width else None
     gram = mode_correlation(x, x, mode) if unfolding is None else unfolding.mT @ unfolding

@@ -5,9 +5,10 @@ Also what a backward pass does where it is itself differentiated, and where what
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
+from threading import local
 from typing import Any
 
 import torch
@@ -44,7 +45,8 @@ def trains_plainly(*tensors: Tensor | None) -> bool:
 
 def in_compiled_graph() -> bool:
     """Whether `torch.compile` records a graph for training, not an export, nor another tracer that says it compiles."""
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    # The flag itself: on PyTorch 2.11, is_exporting() answers True to any compiler that asks.
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag
 
 
 def wants_gradient(x: Tensor) -> bool:
@@ -64,9 +66,17 @@ def _is_ordinary(tensor: Tensor) -> bool:
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """A context in which autocast is off for a kind of device."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return torch.autocast(device, enabled=False) if in_autocast(device) else nullcontext()
+
+
+def in_autocast(device: str) -> bool:
+    """Whether autocast is on for a kind of device."""
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@torch.compiler.assume_constant_result  # the compiler of PyTorch 2.11 cannot look into it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def saved(ctx: Any, name: str) -> tuple[Any, ...]:
@@ -120,16 +130,18 @@ class Node(torch.autograd.Function):
 def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def each(ctx: Any, *grads: Any) -> Any:
-        if torch.compiler.is_compiling() or not any(map(_is_batched, grads)):
+        batched = None if torch.compiler.is_compiling() else next(filter(_is_batched, grads), None)
+        if batched is None:
             return backward(ctx, *grads)
-        level = depth_of_batches()
+        level = _innermost_level(batched)
         columns = [torch._remove_batch_dim(g, level, 0, 0) if _is_batched(g) else None for g in grads]
         size = next(len(column) for column in columns if column is not None)
         found = []
-        for at in range(size):
-            given = (g if column is None else column[at] for g, column in zip(grads, columns, strict=True))
-            made = backward(ctx, *given)
-            found.append(made if isinstance(made, tuple) else (made,))
+        with _one_of_a_batch():
+            for at in range(size):
+                given = (g if column is None else column[at] for g, column in zip(grads, columns, strict=True))
+                made = backward(ctx, *given)
+                found.append(made if isinstance(made, tuple) else (made,))
         return tuple(
             torch._add_batch_dim(torch.stack(column), 0, level) if isinstance(column[0], Tensor) else None
             for column in zip(*found, strict=True)
@@ -138,11 +150,31 @@ def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
     return each
 
 
-def depth_of_batches() -> int:
-    """How many batches of gradients, one within another, a backward pass is at work on; 0: as ever, on one."""
-    level: int = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
+def _innermost_level(batched: Tensor) -> int:
+    """Of the batches that a gradient is of, one within another; read off the gradient, since a GPU's backward pass runs
+    in a thread of its own, which does not know how many there are."""
+    level = 1
+    while len(torch._remove_batch_dim(batched, level + 1, 0, 0)):  # without such a level: the batch of size 0 asked for
+        level += 1
     return level
+
+
+_THREAD = local()
+
+
+@contextmanager
+def _one_of_a_batch() -> Iterator[None]:
+    before = in_batch()
+    _THREAD.in_batch = True
+    try:
+        yield
+    finally:
+        _THREAD.in_batch = before
+
+
+def in_batch() -> bool:
+    """Whether a backward node of this thread is at one of a batch of gradients, so that others may follow."""
+    return getattr(_THREAD, "in_batch", False)
 
 
 def _is_batched(grad: Any) -> bool:

@@ -233,10 +233,16 @@ class _InverseGram:
 
 
 def truncated(matrix: Factors, rank: int) -> Factors:
-    """The nearest matrix of at most this rank, from its truncated SVD; `left` has orthonormal columns."""
+    """The nearest matrix of at most this rank, from its truncated SVD; `left` has orthonormal columns.
+
+    Raises:
+        torch.linalg.LinAlgError: the matrix is not finite.
+    """
     left, left_small = torch.linalg.qr(matrix.left)
     right, right_small = torch.linalg.qr(matrix.right.mT)
     vectors, values, others = torch.linalg.svd(left_small @ right_small.mT, full_matrices=False)
+    if values.is_cuda and not bool(values.isfinite().all()):  # which the CPU's SVD says itself
+        raise torch.linalg.LinAlgError("the matrix has NaN or infinite values")
     rank = min(rank, len(values))
     return Factors(left @ vectors[:, :rank], (values[:rank, None] * others[:rank]) @ right.mT)
 

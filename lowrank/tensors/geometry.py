@@ -23,8 +23,13 @@ _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 def _placeholder(like: Tensor, shape: Shape) -> Tensor:
-    """A tensor of which only the shape is read; one element of memory."""
-    return like.new_empty(1).expand(shape)
+    """A tensor of which only the shape is read; of a large one, one element of memory. A small one has its own on a
+    CPU, where the operators copy what is not laid out as they like, which takes longer than the memory is worth."""
+    whole = like.device.type == "cpu" and prod(shape) <= _SMALL
+    return like.new_empty(shape) if whole else like.new_empty(1).expand(shape)
+
+
+_SMALL = 2**16  # numbers
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,13 @@ class ConvGeometry:
 
         `padding="same"` and `"valid"` are resolved as PyTorch resolves them.
         """
-        kernel: Shape = tuple(layer.weight.shape[2:])
-        each = partial(_each, len(kernel))
         uneven = tuple(layer._reversed_padding_repeated_twice) if layer.padding_mode != "zeros" else None
-        padding = layer.padding if isinstance(layer.padding, str) else each(layer.padding)
-        sizes = (kernel, each(layer.stride), padding, each(layer.dilation))
-        return _conv_geometry(*sizes, layer.groups, layer.padding_mode, uneven)
+        sizes = (layer.weight.shape[2:], layer.stride, layer.padding, layer.dilation)
+        settings = (*sizes, layer.groups, layer.padding_mode, uneven)
+        try:
+            return _conv_geometry(*settings)
+        except TypeError:  # lists, as somebody may have set
+            return _conv_geometry(*(tuple(one) if isinstance(one, list) else one for one in settings))
 
     @property
     def _pads(self) -> list[Shape]:
@@ -270,14 +276,16 @@ def _each(dimensions: int, value: Any) -> Shape:
 @lru_cache(maxsize=1024)
 def _conv_geometry(
     kernel: Shape,
-    stride: Shape,
-    padding: Shape | str,
-    dilation: Shape,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
     groups: int,
     mode: PaddingMode,
     uneven: Shape | None,
 ) -> ConvGeometry:
     """Of a layer's settings; where padding is not zeros, `uneven` has (ahead, behind) from the last dimension on."""
+    each = partial(_each, len(kernel))
+    kernel, stride, dilation = tuple(kernel), each(stride), each(dilation)
     pads: list[tuple[int, ...]]
     if uneven is not None:
         pads = [uneven[at : at + 2] for at in range(0, len(uneven), 2)][::-1]
@@ -285,6 +293,6 @@ def _conv_geometry(
         reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         pads = [(total // 2, total - total // 2) for total in reach]
     else:
-        pads = [(one, one) for one in (_each(len(kernel), 0) if isinstance(padding, str) else padding)]
+        pads = [(one, one) for one in each(0 if isinstance(padding, str) else padding)]
     joined = tuple(int(one) for pair in pads for one in pair)
     return ConvGeometry(kernel, stride, dilation, groups, joined, mode)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.errors import SettingError
-from lowrank.tensors.tucker import Tucker
+from lowrank.tensors.tucker import Tucker, mode_product
 
 Storage = Literal["input", "float32", "bfloat16", "int8"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
@@ -63,10 +63,21 @@ def stored_bytes(shape: Sequence[int], ranks: Sequence[int], dtype: torch.dtype,
 
 
 def kept_ranks(shape: Sequence[int], ranks: Sequence[int], storage: Storage = "input") -> tuple[int, ...]:
-    """These ranks; or the shape, for the tensor itself, where that takes no more bytes in the same storage."""
-    whole = tuple(shape)
+    """The ranks at which a form of these is kept: a mode, or all, are left whole where that takes no more bytes.
+
+    A mode of rank r > 1 and r = P, the product of the other ranks, or more would take a core of P r and a factor of n r
+    numbers, n being its size; left whole, it takes a core of P n, and is not cut. The batch mode goes ahead of others
+    of which that is true, since its samples, and so its basis, change with every step. Of a matrix both modes always
+    are such; it is kept with both factors. All modes are whole where the tensor itself takes no more in the same
+    storage.
+    """
+    whole, ranks = tuple(shape), tuple(ranks)
+    for mode, size in enumerate(shape if len(shape) > 2 else ()):
+        if ranks[mode] >= max(prod(ranks[:mode]) * prod(ranks[mode + 1 :]), 2):
+            ranks = (*ranks[:mode], size, *ranks[mode + 1 :])
+            break
     form, tensor = (stored_bytes(whole, each, torch.float32, storage) for each in (ranks, whole))
-    return whole if form >= tensor else tuple(ranks)
+    return whole if form >= tensor else ranks
 
 
 def store(x: Tensor, tucker: Tucker, storage: Storage) -> Stored:
@@ -74,11 +85,12 @@ def store(x: Tensor, tucker: Tucker, storage: Storage) -> Stored:
 
     Returns:
         The core and, per mode, a factor or None for the identity; in int8 the scale of the core, (ceil(numel / 32),),
-        and per mode that of the factor, (r_m,), behind them. Where the form takes no less than the tensor in the same
-        storage, the tensor is the core; `x` itself, where it is not rounded.
+        and per mode that of the factor, (r_m,), behind them. What `kept_ranks` leaves whole has no factor. Where the
+        form takes no less than the tensor in the same storage, the tensor is the core; `x` itself, where it is not
+        rounded.
     """
-    if kept_ranks(x.shape, tucker.ranks, storage) == tuple(x.shape):
-        tucker = Tucker(x, (None,) * x.ndim)
+    ranks = kept_ranks(x.shape, tucker.ranks, storage)
+    tucker = Tucker(x, (None,) * x.ndim) if ranks == tuple(x.shape) else _left_whole(tucker, ranks)
     dtype = stored_dtype(x.dtype, storage)
     if dtype == torch.int8 and stored_bytes(x.shape, tucker.ranks, x.dtype, storage) == x.nbytes:
         dtype = x.dtype  # one or two halves
@@ -88,6 +100,15 @@ def store(x: Tensor, tucker: Tucker, storage: Storage) -> Stored:
     core, scale = round_blocks(tucker.core)
     pairs = [(None, None) if factor is None else round_columns(factor) for factor in tucker.factors]
     return (core, *[values for values, _ in pairs], scale, *[scale for _, scale in pairs])
+
+
+def _left_whole(tucker: Tucker, ranks: Sequence[int]) -> Tucker:
+    """The same tensor without the factors of modes whose rank is to be another, which is their size."""
+    core, factors = tucker.core, list(tucker.factors)
+    for mode, (factor, rank) in enumerate(zip(factors, ranks, strict=True)):
+        if factor is not None and factor.shape[1] != rank:
+            core, factors[mode] = mode_product(core, factor, mode), None
+    return Tucker(core, tuple(factors))
 
 
 def restore(stored: Stored, dtype: torch.dtype) -> Tucker:

@@ -56,7 +56,7 @@ function fillSetup() {
     cell: cellOf,
   });
   table.keep = matches;
-  const plot = el("div", { class: "plot", id: "pareto", role: "img", "aria-label": "Accuracy against a cost; the table has the same numbers" });
+  const plot = plotBox("Accuracy against a cost; the table has the same numbers. Enter opens the runs of a point", { class: "plot", id: "pareto" });
   const groups = el("span");
   const fill = () => {
     table.render();
@@ -82,7 +82,7 @@ function fillSetup() {
     el("div", { class: "bar-of-fields" }, ...filters, el("label", { class: "field grow" }, el("span", {}, "Text"), search)),
     el("div", { class: "bar-of-fields" }, groups, select("against", axes, view.axis, (key) => ((view.axis = key), fillPlot()))),
     plot,
-    el("p", { class: "faint" }, "A point is a row of the table, its label the number of trained layers; hollow where another is better at no more cost. Click one for its runs."),
+    el("p", { class: "faint" }, "A point is a row of the table, its label the number of trained layers; hollow where another is better at no more cost. Click one for its runs; or press Tab, arrow keys and Enter."),
     table.chooser(),
     table.element,
     el("p", { class: "faint" }, setup.note, ` Rows of ${DATA.baseline} are bold. Every further number is among the columns, and in table.csv beside this page.`),
@@ -119,8 +119,8 @@ function fillStates() {
 const COMPARED = [
   ["method", "Method", "text"], ["setup", "Setup", "text"], ["model", "Model", "text"], ["dataset", "Data set", "text"], ["layers", "Layers", "layers"],
   ["main", "Here (%)", "share"], ["main_other", "There (%)", "share"], ["points", "Δ", "points"],
-  ["kept", "Kept here (MiB)", "mib"], ["kept_other", "There (MiB)", "mib"], ["kept_times", "× of there", "times"],
-  ["step", "Step here (ms)", "ms"], ["step_other", "There (ms)", "ms"], ["step_times", "× of there", "times"],
+  ["kept", "Kept here (MiB)", "mib"], ["kept_other", "There (MiB)", "mib"], ["kept_times", "Kept, × of there", "times"],
+  ["step", "Step here (ms)", "ms"], ["step_other", "There (ms)", "ms"], ["step_times", "Step, × of there", "times"],
 ];
 
 function fillCompared() {
@@ -138,7 +138,7 @@ function fillCompared() {
     label: `Compared with ${DATA.compared.name}`,
     columns: COMPARED.map(([key, title, form]) => ({ key, title, form, note: "" })),
     rows,
-    shown: NARROW.matches ? ["method", "layers", "points", "kept_times"] : COMPARED.map(([key]) => key).filter((key) => key !== "setup"),
+    shown: NARROW.matches ? ["method", "layers", "points", "kept_times"] : COMPARED.map(([key]) => key).filter((key) => key !== "setup" || new Set(rows.map((row) => row.setup)).size > 1),
     sub: (row) => `${row.model}, ${row.dataset}`,
   });
   section.append(el("p", {}, `Here: these runs. There: ${DATA.compared.name}. ${rows.length} rows are in both.`), table.chooser(), table.element);

@@ -16,18 +16,19 @@ function least(rows, key, sign = 1) {
 // The rows of one model and data set that matter most, each with what it is.
 function bests(rows) {
   const own = rows.filter((row) => row.n && row.method === DATA.baseline);
-  const others = rows.filter((row) => row.n && row.method !== DATA.baseline);
+  // Of equals the one that keeps least comes first.
+  const others = rows.filter((row) => row.n && row.method !== DATA.baseline).sort((a, b) => compareValues(a.saved_measured_bytes, b.saved_measured_bytes));
   const baseline = least(own, "main", -1);
   const near = baseline ? others.filter((row) => row.main >= baseline.main - NEAR) : [];
   const chosen = [
-    ["The baseline's best", baseline],
+    [`Best of ${DATA.baseline}`, baseline],
     ["Most accurate", least(others, "main", -1)],
     ["Least memory *", least(near, "saved_measured_bytes")],
     ["Fastest *", least(near, "step_median_s")],
   ];
   const merged = new Map();
   for (const [name, row] of chosen) if (row) merged.set(row, [...(merged.get(row) ?? []), name]);
-  return [...merged].map(([row, names]) => [names.join(", ").toLowerCase().replace(/^./, (first) => first.toUpperCase()), row]);
+  return [...merged].map(([row, names]) => [names.map((name, place) => (place ? name[0].toLowerCase() + name.slice(1) : name)).join(", "), row]);
 }
 
 // Three times less, or so many times more.

@@ -37,12 +37,19 @@ function layout(horizontal, vertical, further = {}) {
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: colour("--ink"), family: "system-ui, sans-serif", size: 13 },
     margin: { l: 14, r: 22, t: 22, b: 14 },
+    dragmode: NARROW.matches ? false : "zoom", // a finger scrolls the page
     hoverlabel: { align: "left", bgcolor: colour("--raised"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
     legend: { orientation: "h", yref: "container", y: 0.01, yanchor: "bottom", x: 0, font: { size: 12 }, ...(NARROW.matches ? { entrywidth: 0.5, entrywidthmode: "fraction" } : {}) },
     ...further,
     xaxis: { ...line, title: { text: horizontal, standoff: 8 }, ...further.xaxis },
     yaxis: { ...line, title: { text: vertical, standoff: 8 }, ...further.yaxis },
   };
+}
+
+// What a plot is drawn into: reached by Tab, its points by arrow keys.
+function plotBox(label, attributes) {
+  const told = { role: "application", "aria-roledescription": "plot", "aria-label": `${label}. Arrow keys go from point to point` };
+  return el("div", { tabindex: "0", ...told, ...attributes });
 }
 
 // Draw into an element once it is in sight; `make` gives [traces, layout] in the colours of the moment.
@@ -52,9 +59,10 @@ function draw(box, make, onclick = null) {
     const library = await plotly();
     const [traces, arrangement] = drawn.get(box)();
     await library.react(box, traces, arrangement, { responsive: true, displaylogo: false, displayModeBar: false });
-    if (onclick && !box.dataset.listening) {
+    if (!box.dataset.listening) {
       box.dataset.listening = "yes";
-      box.on("plotly_click", (event) => onclick(event.points[0]));
+      if (onclick) box.on("plotly_click", (event) => onclick(event.points[0]));
+      walk(box, library, onclick);
     }
     box.dataset.drawn = "yes";
   };
@@ -66,6 +74,34 @@ function draw(box, make, onclick = null) {
   }, { rootMargin: "400px" });
   watcher.observe(box);
   return null;
+}
+
+// A plot's points by keyboard: left and right go along a line, up and down to another, Enter is a click.
+const STEPS = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0], Enter: [0, 0] };
+
+function walk(box, library, onclick) {
+  const told = el("p", { class: "unseen", role: "status" });
+  const within = (value, count) => Math.min(Math.max(value, 0), count - 1);
+  let at = null; // the line, of those that are shown, and the point in it
+  box.after(told);
+  const say = () => {
+    const parts = [...box.querySelectorAll(".hoverlayer text")].flatMap((text) => (text.children.length ? [...text.children] : [text]));
+    told.textContent = parts.map((part) => part.textContent).join(", ");
+  };
+  box.addEventListener("blur", () => library.Fx.unhover(box));
+  box.addEventListener("keydown", (event) => {
+    const step = STEPS[event.key];
+    const lines = box.data.flatMap((trace, place) => (trace.visible === "legendonly" || !trace.x.length ? [] : [place]));
+    if (!step || !lines.length) return;
+    event.preventDefault();
+    const entered = at !== null && event.key === "Enter";
+    at = at === null ? [0, 0] : [within(at[0] + step[0], lines.length), at[1] + step[1]];
+    const line = lines[at[0]];
+    at[1] = within(at[1], box.data[line].x.length);
+    if (entered) onclick?.({ customdata: box.data[line].customdata?.[at[1]] });
+    else library.Fx.hover(box, [{ curveNumber: line, pointNumber: at[1] }]);
+    setTimeout(say, 100); // the library draws a tooltip at most every 50 ms
+  });
 }
 
 function redraw() {

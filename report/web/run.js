@@ -64,7 +64,7 @@ function runParts(run, found) {
 function numbers(found) {
   const mib = (name) => written("mib", found.memory_bytes[name]);
   const told = [
-    ...Object.entries(found.accuracy).map(([name, value]) => [name.replaceAll("_", " "), `${(100 * value).toFixed(1)} %`]),
+    ...Object.entries(found.accuracy).map(([name, value]) => [name.replace(/^val_/, "validation, ").replaceAll("_", " "), `${(100 * value).toFixed(1)} %`]),
     ["kept", `${mib("saved_measured")} MiB`],
     ["peak", `${mib("peak_measured")} MiB`],
     ["by formula", `${mib("activation_formula")} MiB`],
@@ -82,7 +82,7 @@ function curves(found) {
     [names.filter((name) => name === "activation_bytes"), 2 ** -20, "Inputs by formula (MiB)"],
   ];
   const boxes = panels.filter(([chosen]) => chosen.length).map(([chosen, unit, title]) => {
-    const box = el("div", { class: "plot small", role: "img", "aria-label": `${title} over the training` });
+    const box = plotBox(`${title} over the training`, { class: "plot small" });
     draw(box, () => lines(found, chosen, unit, title));
     return box;
   });

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lowrank
-from benchmarks import fashion, gradient_error
+from benchmarks import fashion, gradient_error, tails
 from classification.backbones import build_model
 from classification.data.fashion_mnist import FOLDER
 from classification.data.prepared import Mark, read
@@ -39,15 +39,38 @@ def run(monkeypatch, module, *arguments):
     module.main()
 
 
+def shrink(monkeypatch):
+    monkeypatch.setattr(tails, "PER_CLASS", 16)
+    monkeypatch.setattr(tails, "SIZE", 32)
+    monkeypatch.setattr(tails, "BATCH", 16)
+    monkeypatch.setattr(fashion, "BATCH", 16)
+    monkeypatch.setattr(fashion, "EPOCHS", 1)
+    monkeypatch.setattr(fashion, "MODE_ENERGIES", (0.3, 0.7, 0.95))
+
+
+@pytest.mark.parametrize("layers", ["2", "8", "all"])
+def test_the_tail_gives_what_the_network_gives_wherever_training_begins(small, monkeypatch, layers):
+    shrink(monkeypatch)
+    data, weights = tails.Data(small, tested=6), str(small / "weights.pt")
+    test = data.ahead(fashion.NETWORK, weights, layers)[1]
+    task = fashion.Task(fashion.Run(layers, "vanilla", 1, 1), weights, data.sample)
+    assert len(test[0]) == (2 if layers == "8" else 1)  # the last 8 begin within a residual block
+    with torch.no_grad():
+        found, whole = task.tail(*test[0]), task.model(tails.pictures(np.asarray(data.parts[1].images)))
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+    assert fashion.accuracy(task, test) == pytest.approx(float((whole.argmax(1) == test[1]).float().mean()))
+
+
 @pytest.mark.slow
 def test_runs_are_written_as_they_end_and_not_run_again(small, tmp_path, monkeypatch, capsys):
-    for setting, value in (("PER_CLASS", 16), ("BATCH", 16), ("EPOCHS", 1), ("SIZE", 32)):
-        monkeypatch.setattr(fashion, setting, value)
+    shrink(monkeypatch)
     out = tmp_path / "fashion.csv"
-    options = ["--root", small, "--weights", small / "weights.pt", "--parts", 4, "--out", out, "--seeds"]
+    methods = ["vanilla", "micro_batch_4", "asi", "asi_int8", "fixed_bases"]
+    options = ["--root", small, "--weights", small / "weights.pt", "--parts", 4, "--out", out, "--layers", 2]
+    options += ["--methods", *methods, "--seeds"]
     run(monkeypatch, fashion, *options, 1)
     rows = pd.read_csv(out)
-    assert sorted(rows.method) == ["asi", "asi_int8", "asi_mixed", "vanilla"]
+    assert sorted(rows.method) == sorted(methods)
     whole, low = rows[rows.method == "vanilla"], rows[rows.method != "vanilla"]
     assert (low.formula_bytes <= whole.formula_bytes.item() / 4).all()
     assert (low.kept_bytes < whole.kept_bytes.item()).all()
@@ -59,13 +82,16 @@ def test_runs_are_written_as_they_end_and_not_run_again(small, tmp_path, monkeyp
     text = out.with_suffix(".md").read_text()
     gap = low.test_accuracy.iloc[0] - whole.test_accuracy.item()
     assert f"{gap:+.2f}" in text
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow
 def test_errors_are_those_of_the_gradients_and_int8_has_the_smaller_one(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(fashion, "PER_CLASS", 16)
+    monkeypatch.setattr(tails, "PER_CLASS", 16)
+    monkeypatch.setattr(tails, "BATCH", 16)
     for setting, value in (("BATCH", 16), ("COUNT", 6), ("PARTS", (8,)), ("EPOCHS", 1), ("DEPTHS", (8,))):
         monkeypatch.setattr(gradient_error, setting, value)
+    monkeypatch.setattr(gradient_error, "MODE_ENERGIES", (0.3, 0.7, 0.95))
     monkeypatch.setitem(gradient_error.NETWORKS, "resnet18", 32)
     options = ["--root", small, "--trained", tmp_path, "--out", tmp_path / "error.csv", "--pairs", 1]
     monkeypatch.setattr(gradient_error, "pretrained", lambda *_: pretrained(tmp_path))
@@ -95,7 +121,7 @@ def test_a_relative_error_is_of_the_difference_of_the_gradients():
 
 def test_a_network_trained_here_is_kept_and_not_trained_again(tmp_path, monkeypatch):
     monkeypatch.setattr(gradient_error, "EPOCHS", 1)
-    images = (torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 10)
+    images = ((torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)),), torch.arange(64) % 10)
     path = gradient_error.pretrained("mcunet", images, tmp_path)
     first = torch.load(path)
     torch.manual_seed(233)

@@ -34,7 +34,15 @@ def part(count):
 def options(tmp_path, monkeypatch):
     """Arguments for a small encoder and a small data set."""
     monkeypatch.setattr(minilm, "SIZES", SMALL)
-    for setting, value in (("TRAIN", 32), ("LENGTH", 16), ("BATCH", 8), ("PAIRS", 1), ("PART", 4), ("RATE", 0.01)):
+    for setting, value in (
+        ("TRAIN", 32),
+        ("LENGTH", 16),
+        ("BATCH", 8),
+        ("PAIRS", 1),
+        ("PART", 4),
+        ("TOKENS", 8),
+        ("RATE", 0.01),
+    ):
         monkeypatch.setattr(review_sentences, setting, value)
     splits = Splits(part(40), part(10), part(30), ("negative", "positive"), "")
     monkeypatch.setattr(review_sentences, "load_splits", lambda name, root: splits)

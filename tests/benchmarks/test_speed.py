@@ -9,7 +9,6 @@ import torch
 import lowrank
 from benchmarks import published, speed
 from benchmarks.comparisons import (
-    SECTIONS,
     Comparison,
     NoWeightGradient,
     Setting,
@@ -63,7 +62,7 @@ def test_a_ratio_is_the_median_of_pairs():
 def test_every_comparison_can_be_made(monkeypatch):
     """Both ways of each section's first comparisons and of its last run."""
     monkeypatch.setattr("benchmarks.comparisons._Probe.__call__", lambda probe: 1.0)
-    for name, section in SECTIONS.items():
+    for name, section in speed.SECTIONS.items():
         comparisons = list(section(TINY))
         assert len({(c.section, c.case, c.first, c.second) for c in comparisons}) == len(comparisons), name
         for comparison in {*comparisons[:4], comparisons[-1]}:

@@ -16,6 +16,8 @@ from commands import ROOT, arguments, metrics, only_file
 from test_resume import differences
 
 import lowrank
+from benchmarks.cluster import Cluster, missing
+from benchmarks.kills import differences as differences_of_runs
 from classification.cli import main
 from classification.data import ImageDataModule
 from classification.data.sampler import EpochShuffle
@@ -242,6 +244,26 @@ def test_a_killed_run_goes_on_bit_for_bit_and_its_death_is_one_line(asi, tmp_pat
     records = [Record.load(path / "result.json") for path in (asi, folder)]
     assert records[0].accuracy == records[1].accuracy
     assert records[0].provenance["config_hash"] == records[1].provenance["config_hash"]
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_tasks_of_slurm_are_the_processes_of_a_run(asi, tmp_path, weights):
+    program = ["srun", "--ntasks-per-node=2", sys.executable, "-m", "classification"]
+    command = [*program, *words(tmp_path, weights, "asi", *TWO, epochs=2)]
+    with Cluster(2):
+        refused, done = (
+            subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+            for more in (("--model.layers", "0"), ())
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("training: ") == 1
+    unequal = differences_of_runs(asi, only_file(tmp_path, "result.json").parent)
+    assert [what for what in unequal if not what.startswith("tensorboard/")] == []  # files named by time and process
+    assert refused.returncode == 2
+    said = [line for line in refused.stderr.splitlines() if not line.startswith("srun:")]
+    assert len(said) == 2
+    for line, name in zip(sorted(said), ("", "process 1 of 2: "), strict=True):
+        assert line.startswith(f"{name}error: layers is 0")
 
 
 def test_a_signal_to_the_command_ends_it_in_one_line(tmp_path, weights):

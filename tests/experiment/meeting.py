@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def refused(folder):
     def refuse():
         raise ExperimentError("there is no more room")
 
+    time.sleep(place().rank * float(os.environ.get("LATE", "0")))
     try:
         first_does(refuse)
     except BaseException as error:

@@ -72,6 +72,13 @@ def test_one_that_is_killed_is_named_and_not_what_the_others_said_of_it(order, c
     assert line.endswith("the same command goes on")
 
 
+def test_one_that_is_aborted_as_another_is_gone_does_not_hide_what_that_one_said():
+    with pytest.raises(ExperimentError, match=r"^process 1 of 2: no such weights$"):
+        act(f"signal={signal.SIGABRT:d}", "mendable=no such weights")
+    with pytest.raises(KilledError, match=r"^process 0 of 2 was killed \(SIGABRT\)"):
+        act(f"signal={signal.SIGABRT:d}", "print=done")
+
+
 def test_the_first_cause_is_said_and_not_what_came_of_it():
     with pytest.raises(ExperimentError, match="process 1 of 2: the loss is nan"):
         act("later=connection closed", "mendable=the loss is nan")

@@ -35,6 +35,14 @@ def test_exactly_one_of_the_two_is_given(of, mib, run):
         of(mib, run)
 
 
+@pytest.mark.parametrize("of", [budget_bytes, budget_tag])
+def test_the_run_that_gives_the_budget_has_to_be_done(of, tmp_path):
+    with pytest.raises(
+        ExperimentError, match=rf"is not done: there is no {tmp_path / 'x' / 'result.json'}; do it first"
+    ):
+        of(None, str(tmp_path / "x"))
+
+
 @pytest.mark.parametrize(("mib", "divisor"), [(1.0, 2), (None, 0)])
 def test_only_a_runs_memory_is_divided(mib, divisor):
     with pytest.raises(ExperimentError, match=rf"budget\.divisor is {divisor}; allowed are whole numbers from 1"):

@@ -24,8 +24,11 @@ def _environment(monkeypatch):
 
 
 def jobs_below(root):
-    """Three runs of which the second and third need the first, one that needs both, and one without data."""
-    told = [(1, "epochs"), (2, "epochs", 1), (3, "epochs", 1), (4, "epochs", 2, 3), (5, "late")]
+    """Three runs of which the second and third need the first, one that needs both, and one without data.
+
+    All but the one that needs both last until they are disturbed.
+    """
+    told = [(1, "held"), (2, "held", 1), (3, "held", 1), (4, "epochs", 2, 3), (5, "late")]
     return [job(root, *what) for what in told]
 
 
@@ -52,8 +55,9 @@ def test_a_sweep_whose_jobs_are_killed_leaves_what_an_undisturbed_one_leaves(tmp
         assert cluster.is_empty
         assert submit(jobs, PROGRAM, runs, {"time": "10"}, workers=2) == 0
         said = capsys.readouterr().out
-        done = disturb(cluster, 3, seed=1, latest=1.5, share=1.0, limit=100)
-        assert sorted(what.split()[0] for what in done) == sorted(WAYS)
+        done = disturb(cluster, 4, seed=1, latest=1.5, share=1.0, limit=300)
+        assert len(done) == 4
+        assert {what.split()[0] for what in done} == set(WAYS)
         assert submit(jobs[:4], PROGRAM, runs, {}, wait=True) == 0  # nothing is left to be submitted
         assert cluster.is_empty
     assert re.findall(r"^stage (\d): (\d) runs", said, re.MULTILINE) == [("1", "2"), ("2", "2"), ("3", "1")]

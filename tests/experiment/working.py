@@ -43,8 +43,8 @@ def do(arguments: Sequence[str]) -> None:
             file.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')} {time.time()}\n")
         print(f"working on {seed}")
         print(f"a word of {seed}", file=sys.stderr)
-        if what in ("epochs", "late"):
-            _epochs(folder, 6)
+        if what in ("epochs", "held", "late"):
+            _epochs(folder, 6, held=what != "epochs")
         if what == "late":
             raise ExperimentError("there are no data")
         if what == "die":
@@ -59,11 +59,17 @@ def do(arguments: Sequence[str]) -> None:
         Record(run, {"test": int(seed) / 1000}, {}, {}, {}, {"config_hash": folder.identity_hash}).save(folder.path)
 
 
-def _epochs(folder: RunFolder, count: int) -> None:
-    """Epochs of half a second, each written down when it is saved; a killed run goes on where it was saved."""
+def _epochs(folder: RunFolder, count: int, held: bool) -> None:
+    """Epochs of half a second, each written down when it is saved; a killed run goes on where it was saved.
+
+    One that is held does not end in the first start of its job of Slurm, as long as that may be.
+    """
+    held = held and os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and "SLURM_JOB_ID" in os.environ
     last = folder.checkpoints / "last.ckpt"
     done = last.read_text() if last.exists() else ""
     for epoch in range(len(done.split()), count):
+        if held and epoch == count - 1:
+            _wait(lambda: False)
         end = time.monotonic() + 0.5
         while time.monotonic() < end:
             check()

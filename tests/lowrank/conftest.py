@@ -1,4 +1,7 @@
-"""One hypothesis profile for the folder: the same examples in every run, and no judgement of speed."""
+"""One hypothesis profile for the folder: the same examples in every run, and no judgement of speed.
+
+With `--device cuda` every tensor and layer of a test is made on the GPU; what has no meaning there is skipped.
+"""
 
 import sys
 
@@ -15,6 +18,29 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 settings.load_profile("lowrank")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the tests of lowrank make tensors, such as cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cpu_only(reason): has no meaning on another device")
+    if config.getoption("--device", "cpu") == "cpu":
+        return
+    torch.set_default_device(config.getoption("--device"))
+    # To the precision and in the order of the CPU, as far as the GPU can.
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device", "cpu") == "cpu":
+        return
+    for item in items:
+        mark = item.get_closest_marker("cpu_only")
+        if mark is not None:
+            item.add_marker(pytest.mark.skip(reason=f"on the CPU alone: {mark.args[0]}"))
 
 
 @pytest.fixture(autouse=True)

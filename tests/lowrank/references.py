@@ -18,11 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowrank.tensors.tucker import mode_order
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
+DEVICE = torch.get_default_device().type  # where the tests make tensors, see `conftest`
 
 
 def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Normal numbers that do not depend on the global random state."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype, device="cpu")
+    return numbers.to(DEVICE)
 
 
 def low_rank_tensor(*shape: int, seed: int = 0, decay: float = 0.3) -> Tensor:

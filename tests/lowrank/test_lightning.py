@@ -16,6 +16,7 @@ import lowrank
 pl = pytest.importorskip("pytorch_lightning")
 from lowrank.lightning import LowRankCallback  # noqa: E402
 
+pytestmark = pytest.mark.cpu_only("the Trainer moves modules itself")
 BUDGET = 6_000
 EPOCHS, BATCH = 2, 8
 

@@ -9,10 +9,10 @@ from browser import CHROMIUM, browser
 from generated import write_runs
 
 from experiment.plan import add_planned
-from report.__main__ import summaries
 from report.page import page
 from report.payload import compose, listed_runs
 from report.summary import find_runs, group_records, read_planned, summarise
+from report.writing import summaries
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here; apt-get install chromium")
 EVIL = "<img src=x onerror='document.title = \"broken\"'>"
@@ -125,6 +125,25 @@ def test_a_point_has_a_tooltip_and_a_click_on_it_opens_its_runs(shown):
     shown.until("document.querySelector('#run[open] .tiles')")
     assert shown.run("document.querySelector('#run h2').innerText") == "vanilla, layers 1"
     assert shown.run("document.querySelectorAll('#run .switch button').length") == 2  # seeds
+
+
+def test_points_of_a_plot_are_reached_by_keyboard(shown):
+    shown.run("document.getElementById('pareto').focus()")
+    shown.until("document.getElementById('pareto').dataset.drawn")
+    pressed = {"ArrowRight": 39, "ArrowDown": 40, "ArrowLeft": 37, "ArrowUp": 38}
+    said = []
+    for key in ("ArrowRight", *pressed):
+        shown.key(key, pressed[key])
+        shown.until(
+            f"![{json.dumps(said[-1] if said else '')}].includes(document.querySelector('.unseen').textContent)"
+        )
+        said.append(shown.run("document.querySelector('.unseen').textContent"))
+    names = [text.partition(",")[0] for text in said]
+    assert names == ["vanilla", "vanilla", "gradient_filter_r2", "gradient_filter_r2", "vanilla"]
+    assert said[4] == said[0] != said[1]
+    shown.key("Enter", 13)
+    shown.until("document.querySelector('#run[open] .tiles')")
+    assert shown.run("document.querySelector('#run h2').innerText") == "vanilla, layers 1"
 
 
 def test_a_run_is_reached_by_keyboard_and_shows_what_it_left(shown):

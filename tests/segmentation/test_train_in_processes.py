@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from segmentors import TINY, files
 
+from benchmarks.cluster import Cluster, missing
+from benchmarks.kills import differences
 from experiment import Record
 from experiment.processes import OTHERS
 from segmentation.cli import main
@@ -123,6 +127,17 @@ def test_the_record_says_how_many_trained(vanilla, capsys, scenes):
     assert "done already: " in capsys.readouterr().out
     assert main(words(scenes, vanilla[1], "--processes", "1")) == 2
     assert "holds a run with other settings (processes is 2 there and None here)" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_tasks_of_slurm_are_the_processes_of_a_run(vanilla, scenes, tmp_path):
+    command = ["srun", "--ntasks=2", sys.executable, "-m", "segmentation"]
+    command += words(scenes, tmp_path, "--launcher", "slurm")
+    with Cluster(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("training: ") == 1
+    assert differences(folder(vanilla[1]), folder(tmp_path)) == []
 
 
 def equal(first, second):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from block_cases import FULL_RANK, NETWORKS, assert_equal, convolutions, network, results
 from networks import Inverted, Own, frozen_statistics, with_statistics
-from references import random_tensor
+from references import DEVICE, random_tensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -154,7 +154,7 @@ def test_mixed_precision(dtype):
     lowrank.convert(model, convolutions(model), ASI(999))
     gradients = []
     for network_ in (stock, model):
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(DEVICE, dtype):
             y = network_(x)
         y.float().square().mean().backward()
         assert all(p.grad.dtype == torch.float32 for p in network_.parameters())

@@ -69,6 +69,7 @@ def test_the_gradients_are_stocks_and_copies_know_the_choice(recompute):
     assert backward(copy.deepcopy(model))[0] == count
 
 
+@pytest.mark.cpu_only("attention on a GPU is of other operators")
 def test_products_and_bytes():
     plain, (none, some) = backward(stock())[0], (backward(converted(recompute))[0] for recompute in (False, True))
     assert none == plain

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from references import random_tensor
 
 import lowrank
 from lowrank.exact import bits
@@ -28,7 +29,7 @@ def unpacked(packed, shape, place, dtype=torch.float32):
 def test_a_mask_comes_back_as_it_was(shape, order, seed):
     permutation = list(range(len(shape)))
     order.shuffle(permutation)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).permute(permutation)
+    x = random_tensor(*shape, seed=seed, dtype=torch.float32).permute(permutation)
     packed, place = bits.pack(x, above_zero)
     assert packed.dtype == torch.uint8
     assert packed.nbytes == math.ceil(x.numel() / 8)
@@ -47,7 +48,7 @@ def test_a_tensor_with_gaps_in_memory():
 @pytest.mark.parametrize("count", [7, 8, 9, 64, 65, 127])
 def test_pieces_join_without_a_seam(monkeypatch, count):
     monkeypatch.setattr(bits, "CHUNK", 8)
-    x = torch.randn(count, generator=torch.Generator().manual_seed(count))
+    x = random_tensor(count, seed=count, dtype=torch.float32)
     packed, place = bits.pack(x, above_zero)
     assert torch.equal(unpacked(packed, x.shape, place), x > 0)
 

@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from references import random_tensor
+from references import DEVICE, random_tensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -53,7 +53,7 @@ class Gated(nn.Module):
 
 
 def rotated(x):
-    angles = torch.arange(TOKENS * x.shape[-1], dtype=x.dtype).view(TOKENS, -1) / 7
+    angles = torch.arange(TOKENS * x.shape[-1], dtype=x.dtype, device=x.device).view(TOKENS, -1) / 7
     first, second = x.chunk(2, -1)
     return x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
 
@@ -146,7 +146,7 @@ def test_under_autocast_in_bfloat16_and_without_gradients(kind):
     stock = stack(kind).float()
     x = tokens().float()
     for dtype in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.float32):
             own, wanted = (results(m.to(dtype), x.to(dtype)) for m in (converted(stock), copy.deepcopy(stock)))
         for found, expected in zip(own, wanted, strict=True):
             torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))

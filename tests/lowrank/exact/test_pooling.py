@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from function_cases import compare, kept
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from references import random_tensor
+from references import DEVICE, random_tensor
 
 from lowrank.exact import pooling
 
@@ -30,7 +30,9 @@ def test_pooling_of_every_geometry(size, kernel, stride, padding, dilation, ceil
     if all(n + 2 * p >= span for n, p, span in zip(size, padding, spans, strict=True)):
         settings = (kernel, stride, padding, dilation, ceil_mode)
         compare(lambda v: F.max_pool2d(v, *settings), lambda v: pooling.max_pool2d(v, *settings), x)
-    if all(n + 2 * p >= k for n, p, k in zip(size, padding, kernel, strict=True)):
+    # Of a padded average in channels last PyTorch's own gradient on a GPU leaves the padding out of account.
+    known = DEVICE == "cpu" or not (channels_last and any(padding))
+    if known and all(n + 2 * p >= k for n, p, k in zip(size, padding, kernel, strict=True)):
         for count_include_pad, divisor in ((True, None), (False, None), (True, 3)):
             average = (kernel, stride, padding, ceil_mode, count_include_pad, divisor)
             compare(lambda v, a=average: F.avg_pool2d(v, *a), lambda v, a=average: pooling.avg_pool2d(v, *a), x)

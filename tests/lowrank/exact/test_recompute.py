@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
-from references import random_tensor
+from references import DEVICE, random_tensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -88,7 +88,9 @@ def test_a_block_has_the_same_gradients_and_keeps_residuals_alone(options):
     before, after = (lowrank.saved_bytes(network, loss_of, x) for network in (stock, model))
     assert before == pytest.approx((1 + 1 + 4 + 4 + 1) * UNIT + statistics + loss_output, abs=64)
     assert after == pytest.approx((1 + 1) * UNIT + statistics + loss_output, abs=64)
-    assert held_bytes(model, loss_of, x) == pytest.approx(after, abs=64)
+    assert held_bytes(model, loss_of, x) == pytest.approx(
+        after, abs=64 if DEVICE == "cpu" else 4 * 512
+    )  # a GPU gives blocks
 
 
 @pytest.mark.parametrize("method", [ASI([2, 3, 4]), WSI(energy=1)], ids=lambda method: method.tag)
@@ -174,7 +176,7 @@ def test_under_autocast_checkpointing_and_without_gradients():
     lowrank.convert(model, BOTH, Vanilla())
 
     def autocast(model, x):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             return model(x).float().square().mean()
 
     for loss in (autocast, lambda m, x: checkpoint(m, x, use_reentrant=False).square().mean()):

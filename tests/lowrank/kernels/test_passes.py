@@ -16,6 +16,7 @@ from lowrank.exact import bits
 from lowrank.exact.activations import dropout, hardsigmoid, hardtanh, leaky_relu, relu, relu6
 from lowrank.kernels import build, library, passes
 
+pytestmark = pytest.mark.cpu_only("compiled kernels work in its memory")
 needs_kernels = pytest.mark.skipif(not kernels.status().active, reason=str(kernels.status()))
 SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 6.0, -3.0, 3.0, 1e-45, -1e-45, 1e38, -1e38]
 GATES = [bits.Gate("above"), bits.Gate("between", 0, 6), bits.Gate("strictly above"), bits.Gate("not zero")]
@@ -92,8 +93,14 @@ def test_several_threads_do_what_one_does(threads):
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (3, 16), (64, 577), (2, 70000), (0, 4), (4, 0)])
 def test_products_of_rows(shape):
     a, b = torch.randn(shape), torch.randn(shape)
-    found = passes.row_products(a, b)
-    torch.testing.assert_close(found, (a.double() * b.double()).sum(1).float(), rtol=1e-5, atol=1e-4)
+    wanted = (a.double() * b.double()).sum(1).float()
+    torch.testing.assert_close(passes.row_products(a, b), wanted, rtol=1e-5, atol=1e-4)
+    scales = torch.randn(len(a))
+    scaled, before = b * scales[:, None], a.clone()
+    torch.testing.assert_close(passes.row_products(a, b, scales), wanted, rtol=1e-5, atol=1e-4)
+    assert torch.equal(b, scaled)
+    assert torch.equal(a, before)
+    assert passes.row_products(a, b, scales.double()) is None
 
 
 @needs_kernels

@@ -1,6 +1,7 @@
 """Several gradients in one backward pass (`is_grads_batched=True`): those of one after the other."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -54,6 +55,33 @@ def test_functions(name):
     stock = frozen_statistics(with_statistics(Behind(FUNCTIONS[name]))).double()
     model = lowrank.convert(copy.deepcopy(stock), ["conv", "head"], lowrank.Vanilla())
     assert_same_jacobian(stock, model, random_tensor(2, 4, 8, 7).requires_grad_())
+
+
+class InAnotherThread(torch.autograd.Function):
+    """A model whose backward pass runs in a thread of its own, as that of a GPU does."""
+
+    @staticmethod
+    def forward(ctx, x, model):
+        with torch.enable_grad():
+            ctx.x = x.detach().requires_grad_()
+            ctx.y = model(ctx.x)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        with ThreadPoolExecutor(1) as thread:
+            return *thread.submit(torch.autograd.grad, ctx.y, ctx.x, grad).result(), None
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu"])
+def test_in_a_thread_of_its_own(name):
+    stock = frozen_statistics(with_statistics(Behind(FUNCTIONS[name]))).double()
+    model = lowrank.convert(copy.deepcopy(stock), ["conv", "head"], lowrank.Vanilla())
+    x = random_tensor(2, 4, 8, 7).requires_grad_()
+    y, basis = stock(x), torch.eye(6, dtype=x.dtype).view(-1, 2, 3)
+    expected = [torch.autograd.grad(y, x, row, retain_graph=True)[0] for row in basis]
+    (found,) = torch.autograd.grad(InAnotherThread.apply(x, model), x, basis, is_grads_batched=True)
+    torch.testing.assert_close(found, torch.stack(expected), **TOLERANCE)
 
 
 @pytest.mark.parametrize("method", EXACT, ids=lambda method: f"{method.tag}-{getattr(method, 'algorithm', '')}")

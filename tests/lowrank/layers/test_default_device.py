@@ -9,6 +9,7 @@ from torch import nn
 import lowrank
 from lowrank import ASI, HOSVD, SVD, GradientFilter, Vanilla
 
+pytestmark = pytest.mark.cpu_only("the meta device stands for a GPU")
 METHODS = [Vanilla(), SVD(0.5), HOSVD(0.5), ASI(2), ASI(2, refresh="energy"), ASI(2, refresh=2), GradientFilter(2)]
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from factored_cases import FULL, METHODS, NAMES, assert_same_weights, data, loss_of, network, product, train
-from references import random_tensor
+from references import DEVICE, random_tensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -79,7 +79,7 @@ def add_noise(parameters):
 @pytest.mark.parametrize("method", LOW, ids=lambda method: method.tag)
 def test_a_gradient_scaler_changes_nothing(method, fused):
     model, twin = pair_of_models(method)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0)
     optimizer = lowrank.SGD(model.parameters(), 0.05, fused=fused)
     for step in range(3):
         optimizer.zero_grad()
@@ -92,7 +92,7 @@ def test_a_gradient_scaler_changes_nothing(method, fused):
 
 def test_a_scaler_leaves_a_step_out_whose_gradients_are_infinite():
     model, twin = pair_of_models(LOW[0])
-    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), lowrank.SGD(model.parameters(), 0.05)
+    scaler, optimizer = torch.amp.GradScaler(DEVICE, init_scale=1024.0), lowrank.SGD(model.parameters(), 0.05)
     scaler.scale(loss_of(model, *data((4, 5, 6)))).backward()
     model[0].right.grad[0, 0] = float("inf")
     scaler.step(optimizer)
@@ -191,7 +191,7 @@ def test_autocast_and_single_precision():
     x, target = (tensor.float() for tensor in data((4, 5, 6)))
     for _ in range(30):
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             loss = loss_of(model, x, target)
             assert model[0].weight.dtype == torch.float32
         loss.backward()

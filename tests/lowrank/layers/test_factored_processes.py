@@ -14,6 +14,7 @@ from lowrank import WSI
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.cpu_only("gloo"),
     pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(), reason="needs gloo"),
 ]
 METHOD, SHAPE, STEPS = WSI(energy=0.7), (4, 5, 6), 4

@@ -37,14 +37,14 @@ def test_the_distance_to_the_full_gradients_iteration_falls_by_four_when_the_rat
     apart = []
     for rate in (0.01, 0.005):
         model, target = low_rank_layer(*sizes)
-        start, identity = product(model[0]).numpy(), torch.eye(sizes[1], dtype=torch.float64)
+        start, identity = product(model[0]).numpy(force=True), torch.eye(sizes[1], dtype=torch.float64)
         optimizer = lowrank.SGD(model.parameters(), rate)
         for _ in range(20):
             optimizer.zero_grad()
             (0.5 * (model(identity) - target.mT).square().sum()).backward()  # dW = W - target
             optimizer.step()
-        expected = steps_with_the_full_gradient(start, target.numpy(), sizes[2], rate, 20)
-        apart.append(np.linalg.norm(product(model[0]).numpy() - expected))
+        expected = steps_with_the_full_gradient(start, target.numpy(force=True), sizes[2], rate, 20)
+        apart.append(np.linalg.norm(product(model[0]).numpy(force=True) - expected))
     assert apart[1] > 1e-6
     assert 3 < apart[0] / apart[1] < 5
 

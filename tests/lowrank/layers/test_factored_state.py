@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from factored_cases import FULL, METHODS, NAMES, assert_same_weights, data, loss_of, network, product, train
+from references import DEVICE
 from torch import nn
 
 import lowrank
@@ -165,7 +166,7 @@ def by_assigning(model):
 
 
 def by_emptying(model):
-    other = copy.deepcopy(model).to("meta").to_empty(device="cpu")
+    other = copy.deepcopy(model).to("meta").to_empty(device=DEVICE)
     with torch.no_grad():
         for own, value in zip(other.parameters(), model.parameters(), strict=True):
             own.copy_(value)

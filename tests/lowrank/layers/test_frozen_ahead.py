@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from networks import frozen_statistics, with_statistics
-from references import random_tensor
+from references import DEVICE, random_tensor
 from torch import nn
 
 import lowrank
@@ -125,7 +125,7 @@ def test_values_that_are_not_finite_come_through(curve, value, place):
 def test_autocast(dtype):
     stock = network(CURVES["relu"])
     model, x = frozen_ahead(stock), images()
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(DEVICE, dtype):
         found, expected = model(x), stock(x)
     assert found.dtype == expected.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
@@ -164,6 +164,7 @@ def operators(run):
     return [event.name for event in profile.events() if event.name in names]
 
 
+@pytest.mark.cpu_only("an operator of oneDNN")
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(6), nn.Identity()])
 @pytest.mark.parametrize("curve", ["relu6", "hardtanh"])
 def test_convolution_normalisation_and_activation_are_one_operator(norm, curve, least):

@@ -8,7 +8,7 @@ from block_cases import assert_equal, network, results, smooth
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import frozen_statistics, with_statistics
-from references import random_tensor
+from references import DEVICE, random_tensor
 from strategies import convolutions as convolution_settings
 from torch import nn
 
@@ -136,8 +136,8 @@ def test_a_normalisation_of_another_width_is_an_error_as_in_pytorch(batch_statis
 
 def mixed(network_, x, dtype, norm_inside):
     """The convolution outside of autocast, the normalisation within or the other way round."""
-    with torch.autocast("cpu", dtype):
-        with torch.autocast("cpu", enabled=not norm_inside):
+    with torch.autocast(DEVICE, dtype):
+        with torch.autocast(DEVICE, enabled=not norm_inside):
             y = network_[0](x)
         if norm_inside:
             return network_[1](y)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from block_cases import convolutions, network, results
-from references import random_tensor
+from references import DEVICE, random_tensor
 from torch import nn
 
 import lowrank
@@ -131,7 +131,7 @@ def test_what_is_kept_under_autocast_is_not_used_outside_of_it(first):
     x[:, 1] = x[:, 0]
     outputs = []
     for layer, half in ((model.first, first), (model.second, not first)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
             outputs.append(layer(x).float())
     grad = random_tensor(*outputs[0].shape, seed=2).float()
     torch.autograd.backward(outputs, [grad, grad])

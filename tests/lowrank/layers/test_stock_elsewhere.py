@@ -238,6 +238,7 @@ def test_an_output_becomes_a_parameter():
             assert (parameter.is_leaf, parameter.requires_grad) == (True, True)
 
 
+@pytest.mark.cpu_only("PyTorch quantises no layer of a GPU")
 @pytest.mark.parametrize("quantised", ["0", "1"])
 def test_dynamic_quantisation_of_a_part(quantised):
     engines = torch.backends.quantized.supported_engines

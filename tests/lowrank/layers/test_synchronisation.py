@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from references import DEVICE
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,6 +74,12 @@ def test_no_number_is_asked_for(case):
     with Waiting() as waiting:
         step()
     assert waiting.found == []
+    if DEVICE == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_what_waits_is_noticed():

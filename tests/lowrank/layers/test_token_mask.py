@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from references import random_tensor
+from references import DEVICE, random_tensor
 from torch import nn
 
 import lowrank
@@ -86,6 +86,7 @@ def test_two_threads_have_their_own():
     inside, done, found = threading.Barrier(2, timeout=60), threading.Barrier(2, timeout=60), {}
 
     def work(lengths):
+        torch.set_default_device(DEVICE)  # of this thread
         model, x = model_of(HOSVD(1.0)), random_tensor(*SHAPE)
         with lowrank.token_mask(mask_of(lengths)):
             inside.wait()  # both are within their masks

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from layer_cases import BOTH, EVERY_CONV, EXACT, bases_of, conv_model, converted, step
 from references import (
+    DEVICE,
     TOLERANCE,
     TwoConvolutions,
     autograd,
@@ -33,7 +34,7 @@ def test_autocast_computes_and_keeps_in_bfloat16(method, layer, shape):
     stock, model = nn.Sequential(copy.deepcopy(layer)), converted(layer, method)
     results = []
     for candidate in (stock, model):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             y = candidate(x)
         y.backward(random_tensor(*y.shape, dtype=torch.float32).to(y.dtype))
         results.append((y, candidate[0].weight.grad, candidate[0].bias.grad))
@@ -42,7 +43,7 @@ def test_autocast_computes_and_keeps_in_bfloat16(method, layer, shape):
     torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=0)
     assert torch.linalg.vector_norm(results[1][1] - results[0][1]) < 0.02 * torch.linalg.vector_norm(results[0][1])
     torch.testing.assert_close(results[1][2], results[0][2], rtol=0.02, atol=0.05)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         model(x)
     if isinstance(method, Vanilla):
         assert model[0]._lowrank.kept_bytes == 2 * x.numel()
@@ -50,7 +51,7 @@ def test_autocast_computes_and_keeps_in_bfloat16(method, layer, shape):
 
 def test_autocast_off_inside_computes_in_float32():
     model, x = converted(nn.Linear(6, 5), HOSVD(0.8)), random_tensor(4, 6, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16), torch.autocast(DEVICE, enabled=False):
         assert model(x).dtype == torch.float32
 
 
@@ -288,6 +289,7 @@ def test_two_backward_passes_with_a_step_in_between():
 
 
 @pytest.mark.slow
+@pytest.mark.cpu_only("gloo")
 def test_distributed_data_parallel_with_images_of_another_size_on_each_rank(tmp_path):
     """What ASI carries is of another size on each; nothing of it is broadcast."""
     if not torch.distributed.is_gloo_available():

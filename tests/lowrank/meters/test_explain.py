@@ -32,6 +32,7 @@ def test_the_rows_are_all_that_is_kept_and_the_largest_come_first(batch, method,
     assert [row.nbytes for row in found] == sorted((row.nbytes for row in found), reverse=True)
     assert len({row.module for row in found}) == len(found)
     assert str(found).splitlines()[-1].endswith("in all")
+    assert (" as ASI(ranks=2) keeps it" in str(found)) == (method is not None)
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
 
 

@@ -142,6 +142,7 @@ def weighted(model, batch):
     return (model(x) * weights).sum()
 
 
+@pytest.mark.cpu_only("a GPU's allocator gives whole blocks")
 def test_peak_bytes_equal_a_count_by_hand():
     model = nn.Linear(30, 2, bias=False)
     batch = random_tensor(4, 30, dtype=torch.float32), random_tensor(4, 2, dtype=torch.float32)
@@ -151,6 +152,7 @@ def test_peak_bytes_equal_a_count_by_hand():
     assert present + backward <= lowrank.peak_bytes(model, weighted, batch) <= present + backward + 2 * FLOAT
 
 
+@pytest.mark.cpu_only("a GPU's allocator gives whole blocks")
 def test_peak_bytes_of_inference_equal_a_count_by_hand():
     model = nn.Linear(30, 2, bias=False)
     batch = random_tensor(4, 30, dtype=torch.float32), random_tensor(4, 2, dtype=torch.float32)
@@ -159,6 +161,7 @@ def test_peak_bytes_of_inference_equal_a_count_by_hand():
     assert lowrank.peak_bytes(model, weighted, batch, backward=False) == present + forward
 
 
+@pytest.mark.cpu_only("a GPU's allocator gives whole blocks")
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_peak_grows_by_one_activation_a_layer_in_training_and_not_at_all_in_inference(depth):
     model, x = nn.Sequential(*[nn.ReLU() for _ in range(depth)]), random_tensor(64, 64, dtype=torch.float32)
@@ -175,6 +178,7 @@ def test_peak_grows_by_one_activation_a_layer_in_training_and_not_at_all_in_infe
         assert peaks[1] > shorter
 
 
+@pytest.mark.cpu_only("a GPU's QR and eigenvectors take work space of megabytes")
 @pytest.mark.parametrize("method", [ASI(2), ASI(2, algorithm="published"), HOSVD(0.3)])
 def test_conversion_lowers_the_peak_of_a_deep_network(method):
     model = nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(8)])
@@ -281,6 +285,7 @@ print(resident() - before, lowrank.saved_bytes(model, loss, batch) - batch.nbyte
 
 
 @pytest.mark.slow
+@pytest.mark.cpu_only("resident memory")
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read as Linux shows it")
 @pytest.mark.parametrize("kind", ["stock", "asi"])
 def test_saved_bytes_are_what_the_process_holds(kind):
@@ -321,6 +326,7 @@ print(grown, lowrank.peak_bytes(model, loss, batch) - there)
 
 
 @pytest.mark.slow
+@pytest.mark.cpu_only("resident memory")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the highest mark is set back as Linux does it")
 @pytest.mark.parametrize("kind", ["stock", "asi"])
 def test_peak_bytes_are_the_highest_mark_of_the_process(kind):

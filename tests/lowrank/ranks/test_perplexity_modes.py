@@ -16,13 +16,15 @@ from references import (
     left_vectors,
     low_rank_tensor,
     multiply,
+    random_tensor,
 )
 from test_perplexity import inputs_and_output_gradients, measured_bytes
 from torch import nn
 
 import lowrank
 from lowrank import Candidates, PerplexityTable, SettingError, TableError
-from lowrank.tensors.storage import restore, store
+from lowrank.tensors.decompose import allowed_ranks
+from lowrank.tensors.storage import kept_ranks, restore, store
 from lowrank.tensors.tucker import Tucker
 
 NAMES = ["first", "second", "head"]
@@ -38,14 +40,17 @@ def measured():
 
 
 def truncated(x, energies):
-    """`x` with each mode cut at its own energy, by full SVDs."""
-    result, ranks = x, []
+    """`x` with each mode cut at its own energy, by full SVDs, and the ranks; what ASI leaves whole is not cut."""
+    vectors, ranks = [], []
     for mode, energy in enumerate(energies):
-        vectors, values, _ = torch.linalg.svd(x.movedim(mode, 0).flatten(1), full_matrices=False)
+        basis, values, _ = torch.linalg.svd(x.movedim(mode, 0).flatten(1), full_matrices=False)
         share = values.square().cumsum(0) / values.square().sum()
         ranks.append(len(values) if energy == 1 else int((share < energy).sum()) + 1)
-        basis = vectors[:, : ranks[-1]]
-        result = torch.tensordot(basis @ basis.mT, result, ([1], [mode])).movedim(0, mode)
+        vectors.append(basis)
+    result = x
+    for mode, (basis, rank) in enumerate(zip(vectors, kept_ranks(x.shape, allowed_ranks(x.shape, ranks)), strict=True)):
+        if rank < x.shape[mode]:
+            result = torch.tensordot(basis[:, :rank] @ basis[:, :rank].mT, result, ([1], [mode])).movedim(0, mode)
     return result, tuple(ranks)
 
 
@@ -123,7 +128,7 @@ def test_inputs_of_two_and_three_dimensions_climb_too():
         return net(x).square().mean()
 
     for shape in ((9, 6), (4, 5, 6)):
-        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x = random_tensor(*shape, seed=1)
         table = lowrank.measure_perplexity(model, ["0", "2"], loss, x, (0.5,), (0.3, 0.6))
         assert all(len(ranks) == len(shape) for row in table.layers for ranks in row.mixed.ranks)
 
@@ -195,6 +200,7 @@ def stored():
 
 def rounded(x, ranks, storage):
     """HOSVD of these ranks as it comes back from a storage; a mode at full rank has no factor."""
+    ranks = kept_ranks(x.shape, allowed_ranks(x.shape, ranks), storage)
     bases = [None if r == n else left_vectors(x, m, r) for m, (n, r) in enumerate(zip(x.shape, ranks, strict=True))]
     core = x
     for mode, basis in enumerate(bases):

@@ -45,6 +45,7 @@ def test_of_one_and_three_dimensions_and_of_many_channels(layer, shape):
     torch.testing.assert_close(by_pairs(layer, x, grad), layer.weight.grad, **TOLERANCE)
 
 
+@pytest.mark.cpu_only("on a GPU its own operators are faster")
 @pytest.mark.parametrize(
     ("groups", "kernel", "side", "expected"),
     [

@@ -74,13 +74,34 @@ def test_what_comes_back_is_near(shape, data, storage):
     tucker, x = form(shape, ranks, seed=data.draw(st.integers(0, 99)))
     kept = store(x, tucker, storage)
     back = restore(kept, torch.float64)
-    if kept_ranks(shape, ranks, storage) == tuple(shape):
+    kept_as = kept_ranks(shape, ranks, storage)
+    if kept_as == tuple(shape):
         tucker = Tucker(x, (None,) * x.ndim)
+    elif kept_as != ranks:  # one mode is left whole, by a product
+        (whole,) = [mode for mode, rank in enumerate(ranks) if rank != kept_as[mode]]
+        core = torch.tensordot(tucker.factors[whole], tucker.core, ([1], [whole])).movedim(0, whole)
+        tucker = Tucker(core, tuple(None if mode == whole else u for mode, u in enumerate(tucker.factors)))
     pairs = zip((back.core, *back.factors), (tucker.core, *tucker.factors), strict=True)
     share = {"float32": 2**-24, "bfloat16": 2**-8, "int8": (1 + 2**-8) / 254}[storage]
     for found, wanted in pairs:
         assert (found is None) == (wanted is None)
         assert found is None or float((found - wanted).abs().max()) <= share * float(wanted.abs().max()) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks", "kept"),
+    [
+        ((64, 320, 3, 3), (64, 128, 2, 1), (64, 320, 2, 1)),  # 128 = 64 x 2 x 1
+        ((64, 320, 3, 3), (64, 127, 2, 1), (64, 127, 2, 1)),
+        ((64, 1152, 3, 3), (7, 7, 1, 1), (64, 7, 1, 1)),  # of two such modes the batch
+        ((8, 40, 30), (2, 4, 8), (2, 4, 30)),
+        ((8, 40, 30), (1, 1, 1), (1, 1, 1)),  # one number is not worth it
+        ((50, 40), (8, 8), (8, 8)),  # a matrix keeps both factors
+    ],
+)
+def test_a_mode_that_the_others_leave_uncut_has_no_factor(shape, ranks, kept):
+    assert kept_ranks(shape, ranks) == kept
+    assert stored_bytes(shape, kept, torch.float32) <= stored_bytes(shape, ranks, torch.float32)
 
 
 @given(SHAPES, st.sampled_from(["bfloat16", "int8"]), st.integers(0, 99))

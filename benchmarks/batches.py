@@ -1,0 +1,44 @@
+"""Training steps at small batches, as comparisons."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+
+import lowrank
+from benchmarks.comparisons import Comparison, NoWeightGradient, Setting, training_step
+from benchmarks.pairs import Work
+from benchmarks.peers import RANKS
+from lowrank.methods.base import Method
+
+FEW_CALLS = 2**15  # `smallest` of convert
+# Ways of `batch_steps`: a method, in how many parts the batch is taken, and `smallest` of convert.
+WAYS: dict[str, tuple[Method | None, int, float]] = {
+    "vanilla": (None, 1, 0),
+    "vanilla in 2 parts": (None, 2, 0),
+    "lean": (lowrank.Vanilla(), 1, 0),
+    "lean, small ones whole": (lowrank.Vanilla(), 1, FEW_CALLS),
+    "lean in 2 parts": (lowrank.Vanilla(), 2, 0),
+    "asi": (lowrank.ASI(RANKS), 1, 0),
+    "asi, small ones whole": (lowrank.ASI(RANKS), 1, FEW_CALLS),
+    "asi_int8": (lowrank.ASI(RANKS, storage="int8"), 1, 0),
+}
+
+
+def batch_steps(setting: Setting) -> Iterator[Comparison]:
+    """The same for small batches: lean layers alone and halves one after the other too, and vanilla over itself.
+
+    By processor time, since a step of one image is short, and whatever else the machine does would count.
+    """
+    for network, layers, name in product(setting.networks, ("4", "all"), WAYS):
+        for other in ("vanilla", "limit") if name == "asi" else ("vanilla",):
+            pair = partial(_both_ways, network, layers, name, other, setting)
+            yield Comparison("batch step", f"{network}, last {layers}", name, other, pair, time.process_time)
+
+
+def _both_ways(network: str, layers: str, way: str, other: str, setting: Setting) -> tuple[Work, Work]:
+    method, parts, smallest = WAYS[way]
+    own = training_step(network, layers, method, setting, parts=min(parts, setting.batch), smallest=smallest)
+    return own, training_step(network, layers, NoWeightGradient() if other == "limit" else None, setting)

@@ -1,0 +1,65 @@
+"""Whether keeping less is worth its time, by shapes alone: so a run repeats bit for bit, whatever else a machine does.
+
+What is kept less of a small tensor is few bytes, and the operators that do it take as long as for a larger one. The
+rule counts both: what is saved, in bytes, and the time that it takes more, in operator calls. An *operator call* is
+what starting an operator from Python takes in a step, about 10 microseconds; in that time one core moves
+`MOVED_A_CALL` bytes or does `MACS_A_CALL` multiplications. What saves less than `smallest` bytes a call stays as it is
+in PyTorch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+
+from torch import Tensor
+
+from lowrank.errors import SettingError
+from lowrank.tensors.geometry import ConvGeometry, Shape
+
+# Measured on one core of an x86-64 server, of steps of MobileNetV2 and ResNet-18: see `benchmarks.speed`, "batch".
+MOVED_A_CALL = 2**15
+MACS_A_CALL = 2**17
+_MERGING = 80  # calls of a convolution and a normalisation that leave their output to each other
+_BITS = 25  # calls of an activation that keeps bits
+_WEIGHT_PASSES = 4  # over the weight and its gradient, that merging takes more
+_OUTPUT_PASSES = 3  # over the output, that it takes less
+
+
+def check_smallest(smallest: object) -> None:
+    """Raise `SettingError` unless it is a number from 0, infinity included."""
+    if isinstance(smallest, bool) or not isinstance(smallest, int | float) or not smallest >= 0:
+        raise SettingError(f"smallest is {smallest!r}; allowed: bytes an operator call, from 0, such as 2**15")
+
+
+def is_worth(saved: int, calls: float, smallest: float) -> bool:
+    """The rule: whether something saves at least `smallest` bytes for each operator call that it takes more.
+
+    Args:
+        saved: bytes.
+        calls: time, in operator calls; below zero, it takes less.
+        smallest: bytes a call; 0: whatever saves anything.
+    """
+    return saved > 0 and (calls <= 0 or saved >= smallest * calls)
+
+
+@lru_cache(maxsize=4096)
+def merging_is_worth(geometry: ConvGeometry, shape: Shape, out_channels: int, itemsize: int, smallest: float) -> bool:
+    """The rule, of computing a convolution together with the normalisation behind it, which then keeps nothing.
+
+    Args:
+        geometry: of the convolution.
+        shape: of its input, (B, C, H, W).
+        out_channels: O.
+        itemsize: bytes of a number.
+        smallest: bytes a call.
+    """
+    output = itemsize * prod(geometry.output_shape(shape, out_channels))
+    weight = itemsize * out_channels * (shape[1] // geometry.groups) * prod(geometry.kernel)
+    moved = _WEIGHT_PASSES * weight - _OUTPUT_PASSES * output
+    return is_worth(output, _MERGING + moved / MOVED_A_CALL, smallest)
+
+
+def bits_are_worth(x: Tensor, smallest: float) -> bool:
+    """The rule, of keeping a bit for each number of an activation's input, or anything as small."""
+    return is_worth(x.nbytes, _BITS, smallest)

@@ -1,0 +1,102 @@
+"""Small inputs are kept as they are where `smallest` says so: the stock layer, to the last bit."""
+
+import copy
+import math
+
+import pytest
+import torch
+from references import random_tensor
+from torch import nn
+
+import lowrank
+from lowrank import ASI, HOSVD, SettingError, Vanilla
+
+RANKS = (2, 3, 2, 2)
+PRICES = (0, 1, 8, 64, 512, 4096, math.inf)
+
+
+def network():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(True)]
+    layers += [nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.Hardswish(), nn.Dropout(0.2), nn.Conv2d(16, 4, 3)]
+    model = nn.Sequential(*layers).train()
+    for layer in model:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_var.uniform_(0.5, 2)
+            layer.eval()
+    return model
+
+
+def loss(model, x):
+    return model(x).square().sum()
+
+
+def step(model, x):
+    torch.manual_seed(1)
+    value = loss(model, x)
+    model.zero_grad()
+    value.backward()
+    return [value.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+def converted(method, **options):
+    model = network()
+    return lowrank.convert(model, lowrank.trailing_layers(model, "all"), method, **options)
+
+
+@pytest.mark.parametrize("method", [Vanilla(), ASI(RANKS)], ids=str)
+def test_where_nothing_is_worth_it_the_step_is_stock_s(method):
+    x = random_tensor(2, 3, 12, 10).float()
+    stock, own = network(), converted(method, smallest=math.inf)
+    assert all(torch.equal(*pair) for pair in zip(step(own, x), step(stock, x), strict=True))
+    assert lowrank.saved_bytes(own, loss, x) == lowrank.saved_bytes(stock, loss, x)
+
+
+@pytest.mark.parametrize("method", [Vanilla(), ASI(RANKS)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (2, 3, 24, 20), (8, 3, 48, 48)], ids=str)
+def test_a_higher_price_keeps_more_and_never_more_than_stock(method, shape):
+    x = random_tensor(*shape).float()
+    kept = [lowrank.saved_bytes(converted(method, smallest=price), loss, x) for price in PRICES]
+    assert kept == sorted(kept)
+    assert kept[0] == lowrank.saved_bytes(converted(method), loss, x), "without a price all is kept less"
+    assert kept[0] < kept[-1] <= lowrank.saved_bytes(network(), loss, x)
+
+
+def test_each_batch_is_judged_by_its_own_size():
+    """A small one leaves the bases of the large ones as they are."""
+    own, names = converted(ASI(RANKS), smallest=64), ["3"]
+    small, large = random_tensor(1, 3, 8, 8).float(), random_tensor(16, 3, 64, 64).float()
+    assert lowrank.account(own, names, small).whole == ("3",)
+    assert lowrank.account(own, names, large).whole == ()
+    step(own, large)
+    before = copy.deepcopy(lowrank.training_state(own))
+    found, exact = step(own, small), step(network(), small)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lowrank.training_state(own), before, rtol=0, atol=0)
+
+
+def test_account_and_explanation_say_so():
+    x, names = random_tensor(2, 3, 12, 10).float(), ["0", "3", "7"]
+    stock = lowrank.account(network(), names, x)
+    plain, own = converted(ASI(RANKS)), converted(ASI(RANKS), smallest=math.inf)
+    found, less = lowrank.account(own, names, x), lowrank.account(plain, names, x)
+    assert found.whole == ("0", "3", "7")
+    assert less.whole == ()
+    assert found.total == stock.total
+    assert less.total.activation_bytes < stock.total.activation_bytes
+    reasons = {row.module: row.reason for row in lowrank.explain(own, loss, x)}
+    assert all("smallest of convert" in reasons[name] for name in ("0", "1"))
+    assert not any("smallest of convert" in row.reason for row in lowrank.explain(plain, loss, x))
+
+
+def test_methods_whose_bytes_the_shape_does_not_say_stay():
+    x = random_tensor(2, 3, 12, 10).float()
+    assert lowrank.account(converted(HOSVD(0.8), smallest=math.inf), ["3"], x).whole == ()
+
+
+def test_a_price_that_is_none_changes_nothing():
+    model = network()
+    with pytest.raises(SettingError, match="from 0"):
+        lowrank.convert(model, ["0"], Vanilla(), smallest=-1)
+    assert type(model[0]) is nn.Conv2d
