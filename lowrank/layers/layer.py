@@ -133,7 +133,7 @@ class LowRankLayer(Changed):
         return self._stock(x) if y is None else y
 
     def _stock(self, input: Tensor) -> Tensor:
-        return super().forward(input)  # type: ignore[no-any-return]
+        return super().forward(input)
 
     def _kept_whole(self, input: Tensor) -> Tensor:
         """The stock layer, which keeps its input."""
