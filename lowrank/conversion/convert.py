@@ -48,7 +48,8 @@ def convert(
       scale and running statistics. Freeze first, then convert.
     - In transformers the output of a layer normalisation, the input of GELU or SiLU and everything inside
       self-attention are computed again in the backward pass, from what is kept in any case; see `recompute`. That runs
-      the linear layer in front of an activation or of attention once more.
+      the linear layer in front of an activation or of attention once more. So are the outputs of convolutions of few
+      products, such as depthwise ones, with the normalisation and the activation behind them.
 
     What is fused is decided while the model runs, by what reaches a layer: hooks, other readers of a tensor, and
     changes to the model afterwards see what they see in the stock model.
@@ -58,8 +59,8 @@ def convert(
         names: names of `nn.Conv2d` and `nn.Linear` layers, as in `model.named_modules()`; or a method for each name.
         method: such as `lowrank.HOSVD(energy=0.8)`, where `names` are names alone.
         fuse: False changes the named layers and nothing else.
-        recompute: False keeps the outputs of linear layers and attention, and computes none of these again: a step
-            takes hardly longer than stock's then, and more is kept.
+        recompute: False keeps the outputs of layers and attention, and computes none of these again: a step takes
+            hardly longer than stock's then, and more is kept.
         smallest: bytes that keeping less of a tensor has to save for each operator call that it takes more; where it
             saves less, the layer is the stock layer. That is decided by shapes alone, see `lowrank.tensors.worth`; a
             step says so in `lowrank.account` and `lowrank.explain`. 0: whatever saves anything, as published numbers

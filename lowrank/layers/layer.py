@@ -48,7 +48,7 @@ class LayerState:
         chosen: whether `convert` was given this layer's name; others are there to keep less than the stock layer.
         lazy: whether the output may be left to who reads it.
         watched: whether the code around it calls activations and the like as functions.
-        recompute: of a linear layer, whether its output may be computed again in the backward pass.
+        recompute: whether its output may be computed again in the backward pass.
         smallest: bytes that keeping less has to save for each operator call, see `lowrank.tensors.worth`.
         bases: what the method carries from step to step.
         kept_bytes: bytes kept of the input in the latest training forward pass; 0 if another layer keeps them.
