@@ -16,6 +16,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 BASELINE = "vanilla"
+_COLOURS = {"vanilla": "#000000", "lean": "#0072b2", "asi": "#d55e00", "asi_int8": "#cc79a7"}  # of `batch_steps`
 
 
 def ratios(frame: pd.DataFrame) -> pd.DataFrame:
@@ -155,12 +156,14 @@ def draw_batches(frame: pd.DataFrame, folder: Path) -> list[Path]:
                         points.batch, points.low, points.high, color="#cccccc", label="vanilla over itself"
                     )
                 else:
-                    style = "--" if "parts" in str(way) else "-"
-                    axis.plot(points.batch, points.ratio, style, marker="o", markersize=4, label=way)
+                    style = "-" if str(way) in _COLOURS else "--"  # dashed: a way of the one of the same colour
+                    colour = _COLOURS[str(way).split(",")[0].split(" in ")[0]]
+                    axis.plot(points.batch, points.ratio, style, marker="o", markersize=4, color=colour, label=way)
             axis.axhline(1, color="black", linewidth=1)
             batches = sorted(set(rows.batch))
             axis.set_xscale("log", base=2)
             axis.set_xticks(batches, [str(batch) for batch in batches])
-            axis.set(title=f"{case}, {size} pixels, {threads} threads", xlabel="batch", ylabel="time / vanilla's")
+            title = f"{case.replace('last all', 'all layers')}, {size} pixels, {threads} thread{'s'[: threads - 1]}"
+            axis.set(title=title, xlabel="batch", ylabel="time / vanilla's")
         axes[0].legend(fontsize=8)
     return paths

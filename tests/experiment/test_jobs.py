@@ -68,6 +68,19 @@ def test_what_was_in_work_elsewhere_may_be_done_at_the_end(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_run_that_leaves_its_record_under_another_name_is_told(tmp_path, capsys):
+    right, wrong = job(1, "right"), job(2, "wrong")
+
+    def command(arguments):
+        run = right.run if arguments[0] == "right" else replace(wrong.run, method="asi_2")
+        run.folder(tmp_path).mkdir(parents=True)
+        Record(run, {}, {}, {}, {}).save(run.folder(tmp_path))
+
+    assert run_jobs([right, wrong], Program("python -m x", command), tmp_path) == 0
+    missing = wrong.run.folder(tmp_path) / "result.json"
+    assert capsys.readouterr().out.endswith(f"called as its tag:\n  layers 2: no {missing}\n")
+
+
 def test_a_job_is_done_only_with_a_whole_record_of_its_run(tmp_path):
     one = job(1)
     folder = one.run.folder(tmp_path)
