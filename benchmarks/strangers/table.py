@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.strangers.smp_models import smp_models
 from benchmarks.strangers.stranger import Stranger
 from benchmarks.strangers.timm_models import timm_models
 from benchmarks.strangers.torchvision_models import torchvision_models
@@ -26,7 +27,7 @@ FAST = (
 
 def all_strangers() -> dict[str, Stranger]:
     """By family and name, as in "timm/resnet10t", in the order of the table."""
-    rows = [*torchvision_models(), *timm_models(), *transformers_models()]
+    rows = [*torchvision_models(), *timm_models(), *transformers_models(), *smp_models()]
     found = {f"{row.family}/{row.name}": row for row in rows}
     assert len(found) == len(rows), "two strangers of one name"
     return found

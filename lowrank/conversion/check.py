@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lowrank.conversion.attention import closed_projections
 from lowrank.conversion.code import only_hands_on
-from lowrank.conversion.select import find_layers
+from lowrank.conversion.select import find_layers, weights_of
 from lowrank.errors import LowRankError
 from lowrank.layers.factored import factorise_layer
 from lowrank.layers.kinds import KINDS
-from lowrank.layers.layer import can_be_converted, weight_of
+from lowrank.layers.layer import can_be_converted
 from lowrank.layers.swap import has_own_forward, stock_class
 from lowrank.methods.base import Method
 
@@ -85,10 +85,10 @@ def _plan_layer(
     factors = None
     try:
         method = method.for_layer(name)
-        reason = method.reason_against(layer)
+        reason = _reason_to_stay_whole(model, layer) if method.factors_weight else None
+        reason = reason or method.reason_against(layer)
         if reason is None and method.factors_weight:
-            reason = _reason_to_stay_whole(model, layer)
-            factors = factorise_layer(layer, method) if reason is None else None
+            factors = factorise_layer(layer, method)
     except LowRankError as error:
         reason = str(error)
     return (reason, None) if reason is not None else ("", Step(name, layer, method, factors))
@@ -105,9 +105,9 @@ def _reason_against(layer: nn.Module) -> str | None:
         )
     if has_own_forward(layer):
         return "it has a forward of its own, set on this one module, which a conversion would not reach"
-    weight = weight_of(layer)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.layout != torch.strided:
-        return f"its weight is {getattr(weight, 'dtype', type(weight).__name__)}; supported are real, dense weights"
+    for weight in weights_of(layer):
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.layout != torch.strided:
+            return f"its weight is {getattr(weight, 'dtype', type(weight).__name__)}; supported are real, dense weights"
     return None
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from lowrank.conversion.attention import close_attention, open_attention
 from lowrank.conversion.check import Choice, Step, plan_conversion
 from lowrank.conversion.code import FunctionCalls
+from lowrank.conversion.select import is_frozen
 from lowrank.errors import ConversionError
 from lowrank.layers import factored
 from lowrank.layers.attention import OpenAttention
@@ -47,7 +48,8 @@ def convert(
       scale and running statistics. Freeze first, then convert.
     - In transformers the output of a layer normalisation, the input of GELU or SiLU and everything inside
       self-attention are computed again in the backward pass, from what is kept in any case; see `recompute`. That runs
-      the linear layer in front of an activation or of attention once more.
+      the linear layer in front of an activation or of attention once more. So are the outputs of convolutions of few
+      products, such as depthwise ones, with the normalisation and the activation behind them.
 
     What is fused is decided while the model runs, by what reaches a layer: hooks, other readers of a tensor, and
     changes to the model afterwards see what they see in the stock model.
@@ -57,8 +59,8 @@ def convert(
         names: names of `nn.Conv2d` and `nn.Linear` layers, as in `model.named_modules()`; or a method for each name.
         method: such as `lowrank.HOSVD(energy=0.8)`, where `names` are names alone.
         fuse: False changes the named layers and nothing else.
-        recompute: False keeps the outputs of linear layers and attention, and computes none of these again: a step
-            takes hardly longer than stock's then, and more is kept.
+        recompute: False keeps the outputs of layers and attention, and computes none of these again: a step takes
+            hardly longer than stock's then, and more is kept.
         smallest: bytes that keeping less of a tensor has to save for each operator call that it takes more; where it
             saves less, the layer is the stock layer. That is decided by shapes alone, see `lowrank.tensors.worth`; a
             step says so in `lowrank.account` and `lowrank.explain`. 0: whatever saves anything, as published numbers
@@ -126,10 +128,9 @@ def _keep_less(model: nn.Module, recompute: bool) -> None:
     for name, module in modules.items():
         watched = any(found.reach(_child(owner, name)) for owner, found in calls.items() if _is_in(owner, name))
         lazy = name in read_behind
-        if not isinstance(module, LowRankLayer) and can_be_converted(module):
-            frozen = not getattr(module.weight, "requires_grad", True)
-            if frozen or lazy or watched or (recomputes and type(module) is nn.Linear):
-                adopt(module, Vanilla(), name)
+        stock = not isinstance(module, LowRankLayer) and can_be_converted(module)
+        if stock and (lazy or watched or (recomputes and type(module) is nn.Linear) or is_frozen(module)):
+            adopt(module, Vanilla(), name)
         if isinstance(module, LowRankLayer):
             module._lowrank.lazy, module._lowrank.watched, module._lowrank.recompute = lazy, watched, recompute
         elif type(module) in LEAN_MODULES:
@@ -169,7 +170,7 @@ def _may_be_read_behind(modules: dict[str, nn.Module]) -> set[str]:
             behind.add(module.num_features)
         elif isinstance(module, nn.Conv2d):
             normalised = module.out_channels in behind or (owners[name], module.out_channels) in beside
-            if normalised or (owners[name] in activated and not getattr(module.weight, "requires_grad", True)):
+            if normalised or (owners[name] in activated and is_frozen(module)):
                 found.add(name)
     return found
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from lowrank.conversion.attention import closed_projections
 from lowrank.errors import ConversionError, SettingError
-from lowrank.layers.swap import stock_class
+from lowrank.layers.swap import plain_class
 
 Kind = Literal["conv", "linear"]
 Part = Literal["all", "mlp", "attention"]
@@ -26,8 +26,8 @@ def trailing_layers(
     Args:
         model: any module.
         count: how many, from 1; or "all".
-        kind: "conv" for `nn.Conv2d` and `nn.ConvTranspose2d`, "linear" for `nn.Linear`; subclasses are not meant, nor
-            are projections of attention that are not called (see `open_attention`).
+        kind: "conv" for `nn.Conv2d` and `nn.ConvTranspose2d`, "linear" for `nn.Linear`; their subclasses are not meant,
+            nor are projections of attention that are not called (see `open_attention`).
         part: of a transformer, by the names of the modules that hold the layers: "mlp"; "attention", named attention
             or attn; or "all".
 
@@ -41,7 +41,7 @@ def trailing_layers(
     names = [
         name
         for name, layer in model.named_modules()
-        if stock_class(layer) in KINDS[kind] and name not in closed and any(word in name for word in PARTS[part])
+        if plain_class(layer) in KINDS[kind] and name not in closed and any(word in name for word in PARTS[part])
     ]
     if count == "all" and names:
         count = len(names)
@@ -71,6 +71,19 @@ def freeze_before(model: nn.Module, names: Iterable[str]) -> None:
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in own:
                 parameter.requires_grad_(False)
+
+
+def weights_of(layer: nn.Module) -> list[Any]:
+    """What a layer's weight is made of: itself, or where it is parametrised, the parameters; nothing is computed."""
+    parametrizations = layer._modules.get("parametrizations")
+    if isinstance(parametrizations, nn.ModuleDict) and "weight" in parametrizations:
+        return list(parametrizations["weight"].parameters())
+    return [layer.weight]
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether a layer's weight wants no gradient."""
+    return not any(getattr(weight, "requires_grad", True) for weight in weights_of(layer))
 
 
 def named_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:

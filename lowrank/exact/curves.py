@@ -4,7 +4,7 @@
 |---|---|
 | GELU, SiLU, Hardswish, Mish, ELU, softplus, powers | the origin of the input: the input, if that is less |
 | sigmoid, tanh, softmax | nothing, where the input takes nothing; otherwise the output, as in PyTorch |
-| ReLU and its like | nothing, where the input takes nothing; otherwise one bit per element, see `activations` |
+| ReLU and its like | nothing, where the input takes nothing and no layer to have again; otherwise one bit per element |
 
 The next layer, if it keeps its input as it is, keeps the origin of the activation's output: the same.
 """
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.exact import activations
-from lowrank.exact.origins import Reader, itself, lean_mode, note, origin_of, reading, takes_nothing
+from lowrank.exact.origins import Reader, find, itself, lean_mode, note, origin_of, reading, takes_nothing
 from lowrank.tensors.eager import Node, saved
 
 _aten = torch.ops.aten
@@ -128,12 +128,17 @@ def power(input: Any, exponent: Any) -> Any:
     return curved(input, Curve("pow", lambda x: x.pow(exponent), slope))
 
 
-def _where_input_takes_nothing(stock: Callable[..., Tensor], otherwise: Callable[..., Tensor], curve: Any) -> Any:
+def _where_input_takes_nothing(
+    stock: Callable[..., Tensor],
+    otherwise: Callable[..., Tensor],
+    curve: Any,
+    enough: Callable[[Tensor], bool] = takes_nothing,
+) -> Any:
     """A function with the arguments of `stock`; `curve` makes a `Curve` of all but the first."""
 
     def function(input: Tensor, *arguments: Any, inplace: bool = False, **options: Any) -> Tensor:
         own = {**options, "inplace": True} if inplace else options
-        if not takes_nothing(input) or not lean_mode(input):
+        if not enough(input) or not lean_mode(input):
             return otherwise(input, *arguments, **own)
         return curved(input, curve(*arguments, **options), inplace)
 
@@ -141,8 +146,31 @@ def _where_input_takes_nothing(stock: Callable[..., Tensor], otherwise: Callable
     return function
 
 
+def _where_input_is_free(stock: Callable[..., Tensor], otherwise: Callable[..., Tensor], curve: Any) -> Any:
+    """The same for curves of two slopes, for whose bits alone no layer is worth running again."""
+
+    def function(input: Tensor, *arguments: Any, inplace: bool = False) -> Tensor:
+        origin = find(input)
+        origin = origin if origin is not None and lean_mode(input) else None
+        if origin is not None and origin.nbytes == 0 and origin.step.cost == 0:
+            return curved(input, curve(*arguments), inplace)
+        y = otherwise(input, *arguments, **({"inplace": True} if inplace else {}))
+        if origin is not None:
+            note(y, curve(*arguments).function, [origin])
+        return y
+
+    function.__name__, function.__doc__ = stock.__name__, f"`{stock.__name__}`; see the table of this module."
+    return function
+
+
 def _by_output(name: str, forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> Callable[..., Curve]:
     return lambda *_: Curve(name, forward, lambda grad, x: backward(grad, forward(x)))
+
+
+def _takes_little(x: Tensor) -> bool:
+    """Whether scores of attention add no more than biases of positions, which all samples share."""
+    origin = find(x)
+    return origin is not None and 4 * origin.nbytes <= x.nbytes
 
 
 def _softmax_curve(dim: Any, _stacklevel: int = 3, dtype: Any = None) -> Curve:
@@ -163,14 +191,14 @@ sigmoid = _where_input_takes_nothing(
     torch.sigmoid, torch.sigmoid, _by_output("sigmoid", torch.sigmoid, _aten.sigmoid_backward.default)
 )
 tanh = _where_input_takes_nothing(torch.tanh, torch.tanh, _by_output("tanh", torch.tanh, _aten.tanh_backward.default))
-softmax = _where_input_takes_nothing(F.softmax, F.softmax, _softmax_curve)
+softmax = _where_input_takes_nothing(F.softmax, F.softmax, _softmax_curve, _takes_little)
 _relu_curve = Curve("ReLU", F.relu, lambda grad, x: _aten.threshold_backward.default(grad, x, 0))
-_relu = _where_input_takes_nothing(F.relu, activations.relu, lambda: _relu_curve)
-_relu6 = _where_input_takes_nothing(F.relu6, activations.relu6, lambda: _hardtanh_curve("ReLU6", 0.0, 6.0))
-_hardtanh = _where_input_takes_nothing(
+_relu = _where_input_is_free(F.relu, activations.relu, lambda: _relu_curve)
+_relu6 = _where_input_is_free(F.relu6, activations.relu6, lambda: _hardtanh_curve("ReLU6", 0.0, 6.0))
+_hardtanh = _where_input_is_free(
     F.hardtanh, activations.hardtanh, lambda low=-1.0, high=1.0: _hardtanh_curve("Hardtanh", low, high)
 )
-_leaky_relu = _where_input_takes_nothing(F.leaky_relu, activations.leaky_relu, lambda slope=0.01: _leaky_curve(slope))
+_leaky_relu = _where_input_is_free(F.leaky_relu, activations.leaky_relu, lambda slope=0.01: _leaky_curve(slope))
 
 
 def _leaky_curve(slope: float) -> Curve:

@@ -13,23 +13,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lowrank.exact.origins import Origin, Reader, find, itself, lean_mode, note, origin_of, reading
-from lowrank.exact.slots import is_kept
+from lowrank.exact.origins import LAYER, Origin, Reader, find, is_kept, itself, lean_mode, note, origin_of, reading
 from lowrank.tensors.eager import ORDINARY, Node, saved
 
+_SUMS = {torch.add, Tensor.add, torch.sub, Tensor.sub}
 _PARTS = (torch.cat, torch.concat, torch.concatenate)
 _PLAIN = {*ORDINARY, int, float, bool, type(None), torch.dtype}  # what holds no further arguments
 
 
-def noted(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, whose result is noted to come about by it."""
+def noted(stock: Callable[..., Any], lean: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The same function, or a lean one of its values, whose result is noted to come about by it."""
 
     @wraps(stock)
     def function(*args: Any, **kwargs: Any) -> Any:
-        y = stock(*args, **kwargs)
+        y = (stock if lean is None else lean)(*args, **kwargs)
         first = y[0] if isinstance(y, tuple | list) and y else y
         if lean_mode(first) and not kwargs.get("out"):
             _note_call(stock, args, kwargs, y)
@@ -57,12 +57,37 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
         return stock(*args, **kwargs)
 
     origins = [origin_of(tensor) for tensor in tensors]
+    if stock in _SUMS and _starts_anew(y, tensors, origins):
+        return
     if isinstance(y, tuple | list):
         for at, one in enumerate(y):
             if isinstance(one, Tensor):
                 note(one, lambda *values, at=at: again(*values)[at], origins)
     elif y is not tensors[0]:
         note(y, again, origins, parts)
+
+
+def _starts_anew(y: Tensor, tensors: list[Tensor], origins: list[Origin]) -> bool:
+    """Whether a sum is that of a residual block, of a linear layer and what is kept ahead of it. It is kept itself, so
+    that the next block can be computed from it."""
+    costly = [origin.step.cost >= LAYER for origin in origins]
+    streams = [not isinstance(tensor, nn.Parameter) and tensor.shape == y.shape for tensor in tensors]
+    return any(costly) and any(stream and not far for stream, far in zip(streams, costly, strict=True))
+
+
+def _noted_in_place(stock: Callable[..., Any], again: Callable[..., Any]) -> Callable[..., Any]:
+    """A sum in place, noted as `again` of what was there before."""
+
+    @wraps(stock)
+    def function(input: Any, other: Any, **options: Any) -> Any:
+        both = isinstance(other, Tensor) and (lean_mode(input) or lean_mode(other))
+        ahead = [origin_of(input), origin_of(other)] if both and (find(input) or find(other)) else None
+        y = stock(input, other, **options)
+        if ahead is not None and lean_mode(y) and not _starts_anew(y, [input, other], ahead):
+            note(y, lambda a, b: again(a, b, **options), ahead)
+        return y
+
+    return function
 
 
 class _Product(Node):
@@ -124,7 +149,7 @@ def note_of(
     apply: Callable[..., Tensor],
     first: Origin,
     parameters: tuple[Tensor | None, ...],
-    costly: bool = False,
+    cost: int = 0,
 ) -> None:
     """Note that `y` is `apply(x, *parameters)`, of an x that comes about so; parameters may be None."""
     present = tuple(parameter is not None for parameter in parameters)
@@ -134,7 +159,7 @@ def note_of(
         return apply(x, *(next(given) if there else None for there in present))
 
     own = [itself(parameter, True) for parameter in parameters if parameter is not None]
-    note(y, again, [first, *own], costly=costly)
+    note(y, again, [first, *own], cost=cost)
 
 
 _METHODS = (
@@ -152,7 +177,9 @@ EXPRESSIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     **{
         function: noted(function) for name in _FUNCTIONS.split() if (function := getattr(torch, name, None)) is not None
     },
-    F.pad: noted(F.pad),
+    Tensor.add_: _noted_in_place(Tensor.add_, torch.add),
+    Tensor.sub_: _noted_in_place(Tensor.sub_, torch.sub),
+    **{function: noted(function) for function in (F.pad, F.interpolate)},
     torch.mul: product,
     Tensor.mul: product,
     torch.multiply: product,

@@ -12,10 +12,21 @@ from torch import Tensor
 from lowrank.exact import curves
 from lowrank.exact.activations import dropout, hardsigmoid
 from lowrank.exact.curves import hardtanh, leaky_relu, relu, relu6
-from lowrank.exact.expressions import EXPRESSIONS
+from lowrank.exact.expressions import EXPRESSIONS, noted
 from lowrank.exact.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
-from lowrank.exact.recompute import group_norm, instance_norm, layer_norm, rms_norm, scaled_dot_product_attention
+from lowrank.exact.recompute import (
+    group_norm,
+    instance_norm,
+    layer_norm,
+    products_of,
+    rms_norm,
+    scaled_dot_product_attention,
+)
 
+MATRIX_PRODUCTS = (
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm),
+    torch.einsum,
+)
 # What plain functional code calls, and what stands in for it.
 LEAN_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.relu: relu,
@@ -29,9 +40,9 @@ LEAN_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.hardsigmoid: hardsigmoid,
     F.leaky_relu: leaky_relu,
     F.dropout: dropout,
-    F.max_pool2d: max_pool2d,
-    F.avg_pool2d: avg_pool2d,
-    F.adaptive_avg_pool2d: adaptive_avg_pool2d,
+    F.max_pool2d: noted(F.max_pool2d, max_pool2d),
+    F.avg_pool2d: noted(F.avg_pool2d, avg_pool2d),
+    F.adaptive_avg_pool2d: noted(F.adaptive_avg_pool2d, adaptive_avg_pool2d),
     F.gelu: curves.gelu,
     F.silu: curves.silu,
     F.hardswish: curves.hardswish,
@@ -41,6 +52,11 @@ LEAN_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), curves.sigmoid),
     **dict.fromkeys((torch.tanh, Tensor.tanh), curves.tanh),
     F.softmax: curves.softmax,
+    **dict.fromkeys(
+        (torch.softmax, Tensor.softmax), lambda input, dim, dtype=None: curves.softmax(input, dim, dtype=dtype)
+    ),
+    F.normalize: products_of(F.normalize, costs=False),
+    **{function: products_of(function) for function in MATRIX_PRODUCTS},
     F.layer_norm: layer_norm,
     F.rms_norm: rms_norm,
     F.group_norm: group_norm,

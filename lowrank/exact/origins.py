@@ -5,7 +5,7 @@ forward pass, bit for bit. A layer normalisation has to keep its input: its outp
 linear layers, activations, products and changes of shape make of it.
 
 A step that several backward nodes read is computed once: who comes first leaves what the others will ask for. On the
-way there is one linear layer at most, so that no block is computed again as a whole.
+way there is one linear layer at most, and convolutions of few products, so that no block is computed again as a whole.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.exact.slots import is_kept
+from lowrank.exact import slots
 from lowrank.tensors.eager import in_autocast, wants_gradient
 from lowrank.tensors.notes import Notes
 
 Rebuild = Callable[..., Tensor]
 DEEPEST = 48  # steps from a source to a tensor; what is further away is kept itself
+LAYER = 1000  # what a linear layer or attention takes; one is on the way to a tensor at most
+BUDGET = 192  # and convolutions of so many products per number
 
 
 class Step:
@@ -34,16 +36,15 @@ class Step:
         function: of what the inputs give; None of a source.
         inputs: the steps ahead of it.
         readers: backward nodes that have still to read it.
-        costly: whether a linear layer or attention is on the way to it.
+        cost: of the layers on the costliest way to it, see `BUDGET` and `LAYER`.
     """
 
-    __slots__ = ("costly", "depth", "function", "inputs", "made", "readers")
+    __slots__ = ("cost", "depth", "function", "inputs", "made", "readers")
 
-    def __init__(self, function: Rebuild | None, inputs: Sequence[Step] = (), costly: bool = False) -> None:
+    def __init__(self, function: Rebuild | None, inputs: Sequence[Step] = (), cost: int = 0) -> None:
         self.function, self.inputs, self.readers = function, tuple(inputs), 0
-        self.depth, self.costly = 1, costly
-        for step in inputs:
-            self.depth, self.costly = max(self.depth, 1 + step.depth), self.costly or step.costly
+        self.depth: int = 1 + max((step.depth for step in inputs), default=0)
+        self.cost: int = cost + max((step.cost for step in inputs), default=0)
         self.made: Tensor | None = None
 
     def value(self, known: dict[Step, Tensor]) -> Tensor:
@@ -119,6 +120,7 @@ class Origin:
 
 
 _ORIGINS: Notes[Origin] = Notes()
+_KEPT: Notes[int] = Notes()  # of a tensor that a backward node keeps: where, see `place_of_saving`
 
 
 def version_of(x: Tensor) -> int:
@@ -126,9 +128,16 @@ def version_of(x: Tensor) -> int:
 
 
 def itself(x: Tensor, kept: bool = False) -> Origin:
-    """A tensor as its own origin; keeping a parameter takes nothing."""
+    """A tensor as its own origin; keeping a parameter takes nothing, nor what a node is known to keep."""
     step = Step(None)
-    return Origin(step, (Source(step, x, kept or isinstance(x, nn.Parameter), version_of(x)),))
+    kept = kept or isinstance(x, nn.Parameter) or _KEPT.find(x) == place_of_saving()
+    return Origin(step, (Source(step, x, kept, version_of(x)),))
+
+
+def is_kept(x: Tensor) -> None:
+    """A node keeps this tensor in full: whatever else is computed from it takes nothing."""
+    slots.is_kept(x)
+    _KEPT.note(x, place_of_saving())
 
 
 def find(x: Tensor) -> Origin | None:
@@ -171,27 +180,36 @@ def takes_nothing(x: Tensor) -> bool:
     return origin is not None and origin.nbytes == 0
 
 
-def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = False, costly: bool = False) -> None:
-    """Note that `y` is `function` of these.
+def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = False, cost: int = 0) -> None:
+    """Note that `y` is `function` of these, unless that takes too much.
 
     Args:
         y: any tensor that autograd follows.
         function: the operation; refers to no tensor itself.
         inputs: origins of its arguments.
         parts: see `Origin`.
-        costly: whether the operation is a linear layer or attention.
+        cost: of a layer, see `BUDGET` and `LAYER`.
     """
     origins = list(inputs)
     sources = {source.step: source for origin in origins for source in origin.sources}
     for origin in origins:  # of one that is kept for one input and not for another
         sources |= {source.step: source for source in origin.sources if source.kept}
-    step = Step(function, [origin.step for origin in origins], costly)
+    step = Step(function, [origin.step for origin in origins], cost)
     found = Origin(step, tuple(sources.values()), parts or any(o.parts for o in origins), place_of_saving())
-    if step.depth <= DEEPEST and all(source.tensor is not y for source in found.sources):
+    affordable = step.depth <= DEEPEST and step.cost < 2 * LAYER and step.cost % LAYER <= BUDGET
+    if affordable and all(source.tensor is not y for source in found.sources):
         with torch._C.DisableTorchFunctionSubclass():
-            added, own = found.nbytes, y.untyped_storage().nbytes()
+            read = type(y).untyped_storage is Tensor.untyped_storage  # otherwise it has no memory yet
+            added, own = found.nbytes, y.untyped_storage().nbytes() if read else y.nbytes
         if added < own or (found.parts and added <= own):
             _ORIGINS.note(y, found)
+
+
+def hand_on(x: Tensor, same: Tensor) -> None:
+    """A tensor of the same numbers comes about in the same way."""
+    origin = _ORIGINS.find(x)
+    if origin is not None:
+        _ORIGINS.note(same, origin)
 
 
 class Reader:

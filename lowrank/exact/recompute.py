@@ -5,9 +5,10 @@ about from it (see `origins`), so that they take nothing.
 
 | layer | kept |
 |---|---|
-| LayerNorm, GroupNorm, InstanceNorm, RMSNorm, BatchNorm | its input, as in PyTorch: its output comes about from it |
+| LayerNorm, GroupNorm, RMSNorm, BatchNorm with stored statistics | the origin of its input |
+| InstanceNorm, BatchNorm with batch statistics | its input, as in PyTorch |
 | Linear that keeps its input | the origin of its input |
-| attention | nothing, where queries, keys and values take nothing; otherwise as PyTorch |
+| attention, products of matrices | nothing, where queries, keys and values take nothing; otherwise as PyTorch |
 
 The price is that attention, and a linear layer in front of an activation or of it, run once more in the backward pass;
 not so in layers whose outputs are kept, see `recompute` of `convert`.
@@ -17,31 +18,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank.exact.expressions import keeps_its_input, note_of
-from lowrank.exact.origins import Reader, Rebuild, lean_mode, note, origin_of, reading, takes_nothing
+from lowrank.exact.origins import (
+    LAYER,
+    Origin,
+    Reader,
+    Rebuild,
+    find,
+    lean_mode,
+    note,
+    origin_of,
+    reading,
+    takes_nothing,
+)
 from lowrank.tensors.eager import Node, saved
 
 
-def note_linear(x: Tensor, y: Tensor, apply: Rebuild, parameters: tuple[Tensor | None, ...], keeps_x: bool) -> None:
+def note_layer(
+    ahead: Origin, y: Tensor, apply: Callable[..., Tensor], parameters: tuple[Tensor | None, ...], cost: int = LAYER
+) -> None:
     """Note that `y` is `apply(x, *parameters)`.
 
     Args:
-        x: input of a linear layer.
-        y: its output.
+        ahead: origin of x, the input of a linear layer or convolution.
+        y: its output, or that of a normalisation which is computed with it.
         apply: the layer as a function of its input and parameters; refers to no tensor itself.
         parameters: of the layer.
-        keeps_x: whether the layer keeps `x`, or its origin.
+        cost: see `note`.
     """
     if lean_mode(y):
-        origin = origin_of(x)
-        if not origin.step.costly:
-            note_of(y, apply, origin.as_kept() if keeps_x else origin, parameters, costly=True)
+        note_of(y, apply, ahead, parameters, cost)
 
 
 def layer_norm(
@@ -51,25 +64,22 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`torch.nn.functional.layer_norm`; notes its input, which it keeps, as the origin of its output."""
-    y = F.layer_norm(input, normalized_shape, weight, bias, eps)
+    """`torch.nn.functional.layer_norm`; keeps the origin of its input."""
     shape = tuple(normalized_shape)
-    return keeps_its_input(lambda x, w, b: F.layer_norm(x, shape, w, b, eps), input, weight, bias, y=y)
+    return _normalised(lambda x, w, b: F.layer_norm(x, shape, w, b, eps), input, weight, bias)
 
 
 def rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """`torch.nn.functional.rms_norm`; notes its input, which it keeps, as the origin of its output."""
-    y = F.rms_norm(input, normalized_shape, weight, eps)
+    """`torch.nn.functional.rms_norm`; keeps the origin of its input."""
     shape = tuple(normalized_shape)
-    return keeps_its_input(lambda x, w: F.rms_norm(x, shape, w, eps), input, weight, y=y)
+    return _normalised(lambda x, w: F.rms_norm(x, shape, w, eps), input, weight)
 
 
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """`torch.nn.functional.group_norm`; notes its input, which it keeps, as the origin of its output."""
-    y = F.group_norm(input, num_groups, weight, bias, eps)
-    return keeps_its_input(lambda x, w, b: F.group_norm(x, num_groups, w, b, eps), input, weight, bias, y=y)
+    """`torch.nn.functional.group_norm`; keeps the origin of its input."""
+    return _normalised(lambda x, w, b: F.group_norm(x, num_groups, w, b, eps), input, weight, bias)
 
 
 def instance_norm(
@@ -100,18 +110,27 @@ def stock_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`torch.nn.functional.batch_norm`; notes its input, which it keeps, as the origin of its output."""
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    """`torch.nn.functional.batch_norm`; keeps its input, with stored statistics the origin of it."""
     if training or running_mean is None:
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         again = lambda x, w, b: F.batch_norm(x, None, None, w, b, True, 0.0, eps)  # noqa: E731
         return keeps_its_input(again, input, weight, bias, y=y)
     stored = lambda x, w, b, mean, var: F.batch_norm(x, mean, var, w, b, False, 0.0, eps)  # noqa: E731
-    return keeps_its_input(stored, input, weight, bias, running_mean, running_var, y=y)
+    return _normalised(stored, input, weight, bias, running_mean, running_var)
+
+
+def _normalised(stock: Callable[..., Tensor], input: Tensor, *parameters: Tensor | None) -> Tensor:
+    """`stock(input, *parameters)`, computed again with its input where that takes nothing and no linear layer, whose
+    output is kept, so that the next one can be computed from it."""
+    origin = find(input) if lean_mode(input) else None
+    if origin is not None and origin.nbytes == 0 and origin.step.cost < LAYER:
+        return _run_again(stock, (input, *parameters), 0)
+    return keeps_its_input(stock, input, *parameters, y=stock(input, *parameters))
 
 
 @dataclass(frozen=True)
-class _Mixing:
-    """One call of an attention function: how to compute its output again, with a graph through it.
+class _Call:
+    """One call of attention or a normalisation: how to compute its output again, with a graph through it.
 
     A layer behind it that needs the output for its own gradient computes it just before this node needs the same. It
     leaves what it made, so that attention is computed again once.
@@ -153,25 +172,25 @@ class _Mixing:
         return [next(found) if want else None for want in self.wanted]
 
 
-class _Attend(Node):
-    """Attention that is computed again in the backward pass."""
+class _Again(Node):
+    """Attention or a normalisation that is computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, mixing: _Mixing, reader: Reader, sources: tuple[Tensor, ...], *arguments: Any) -> Tensor:
-        ctx.mixing, ctx.reader = mixing, reader
+    def forward(ctx: Any, call: _Call, reader: Reader, sources: tuple[Tensor, ...], *arguments: Any) -> Tensor:
+        ctx.call, ctx.reader = call, reader
         ctx.save_for_backward(*sources)
-        return mixing.function(*arguments)
+        return call.function(*arguments)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        sources = saved(ctx, "attention")
+        sources = saved(ctx, "attention or normalisation")
         if torch.is_grad_enabled():
-            return None, None, None, *ctx.mixing.followed(grad, *ctx.reader(*sources))
-        if ctx.mixing.made:
+            return None, None, None, *ctx.call.followed(grad, *ctx.reader(*sources))
+        if ctx.call.made:
             ctx.reader.done()
         else:
-            ctx.mixing.again(*ctx.reader(*sources))
-        return None, None, None, *ctx.mixing.gradients(grad)
+            ctx.call.again(*ctx.reader(*sources))
+        return None, None, None, *ctx.call.gradients(grad)
 
 
 def attend(function: Rebuild, projected: Sequence[Tensor], *others: Tensor | None) -> Tensor:
@@ -185,13 +204,59 @@ def attend(function: Rebuild, projected: Sequence[Tensor], *others: Tensor | Non
     arguments = (*projected, *others)
     if not any(map(lean_mode, arguments)) or not all(map(takes_nothing, projected)):
         return function(*arguments)
-    mixing = _Mixing(function, tuple(None if argument is None else argument.requires_grad for argument in arguments))
+    return _run_again(function, arguments, LAYER)
+
+
+def _run_again(function: Rebuild, arguments: tuple[Tensor | None, ...], cost: int, layer: bool = False) -> Tensor:
+    """`function(*arguments)` in one node, which keeps the origins of the arguments.
+
+    Args:
+        function: see `attend`.
+        arguments: of it.
+        cost: see `note`; that of a layer, or 0.
+        layer: whether it is a layer, which is not run again behind another one; attention is.
+    """
+    call = _Call(function, tuple(None if argument is None else argument.requires_grad for argument in arguments))
     origins = [origin_of(argument) for argument in arguments if argument is not None]
     reader, sources = reading(*origins)
     with torch._C.DisableTorchFunctionSubclass():  # what the function calls in turn is part of this one node
-        y: Tensor = _Attend.apply(mixing, reader, sources, *arguments)
-    note(y, mixing.again, [origin.as_kept() for origin in origins], costly=True)
+        y: Tensor = _Again.apply(call, reader, sources, *arguments)
+    if not layer and any(origin.step.cost >= LAYER for origin in origins):
+        cost = 0
+    note(y, call.again, [origin.as_kept() for origin in origins], cost=cost)
     return y
+
+
+def products_of(stock: Callable[..., Tensor], costs: bool = True) -> Callable[..., Tensor]:
+    """A function of tensors, such as a product of matrices, that keeps their origins where one of them takes nothing.
+
+    So attention that is written out keeps nothing. A product with a weight is a layer, and takes what that takes.
+
+    Args:
+        stock: without randomness.
+        costs: whether it takes as much as a layer.
+    """
+
+    @wraps(stock)
+    def function(*args: Any, **kwargs: Any) -> Tensor:
+        tensors = [argument for argument in args if isinstance(argument, Tensor)]
+        lean = any(map(lean_mode, tensors)) and any(map(takes_nothing, tensors))
+        if not lean or kwargs.get("out") is not None or any(isinstance(value, Tensor) for value in kwargs.values()):
+            return stock(*args, **kwargs)
+        places = [(True, None) if isinstance(argument, Tensor) else (False, argument) for argument in args]
+
+        def again(*values: Tensor | None) -> Tensor:
+            given = iter(values)
+            return stock(*(next(given) if there else other for there, other in places), **kwargs)
+
+        return _run_again(again, tuple(tensors), LAYER if costs else 0, any(map(_is_weight, tensors)))
+
+    return function
+
+
+def _is_weight(x: Tensor) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        return isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter)
 
 
 def scaled_dot_product_attention(

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowrank.errors import ChangedError
+from lowrank.exact.origins import Origin
 from lowrank.kernels import passes
 from lowrank.layers.lazy import Lazy, real, unread
 from lowrank.methods.base import Method, Tensors
@@ -60,7 +62,11 @@ class Call:
     Attributes:
         x, weight, bias: what it was called with, `x` (B, C, H, W).
         keep: the method and what it keeps of `x` for the weight gradient, made when it is asked for.
+        ahead, cost: origin of `x`, where what is made of it may be computed again, and what that takes, see `origins`.
     """
+
+    ahead: Origin | None = None
+    cost = 0
 
     def __init__(
         self,
@@ -231,7 +237,7 @@ class MergedNormFunction(Node):
         wants_gamma, ctx.wants_weight = ctx.needs_input_grad[1], call.weight.requires_grad
         own = (call.weight.detach(), _detached(call.bias)) if wants_gamma else (None, None)
         ctx.save_for_backward(gamma, mean, variance, *own, *kept)
-        return merged_output(y, call, *scale_and_shift(call, gamma, beta, mean, variance, eps))
+        return merged_output(y, call, *scale_and_shift(call.bias, gamma, beta, mean, variance, eps))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -266,13 +272,13 @@ class MergedNormFunction(Node):
 
 
 def scale_and_shift(
-    call: Call, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+    bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """What a normalisation by running statistics makes of W x + b, as `scale` W x + `shift`, each (O,)."""
     deviation = _deviation(variance, eps)
     scale = deviation if gamma is None else gamma * deviation
-    if call.bias is not None:
-        mean = mean - call.bias
+    if bias is not None:
+        mean = mean - bias
     return scale, -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
 
 
@@ -292,13 +298,36 @@ def _number(value: float) -> Tensor:
 def merged_output(y: Tensor, call: Call, scale: Tensor, shift: Tensor) -> Tensor:
     """What a normalisation makes of a convolution's output `y`, in one pass, in the memory layout that it gives."""
     call.require_unchanged()
-    x, weight, settings = call.x, call.weight, call.settings
-    if y.numel() < weight.numel():
-        z = settings.forward(x, weight, None)  # scaling the output takes less than scaling the weight
-        z = z.mul_(per_output(scale.to(z.dtype), 4)).add_(per_output(shift.to(z.dtype), 4))
+    form = (call.settings.geometry, call.settings.dtype, normalised_strides(y))
+    return _merged(*form, call.x, call.weight, scale, shift)
+
+
+def again_merged(y: Tensor, call: Call, eps: float) -> Callable[..., Tensor]:
+    """The same as a function of the convolution's input, weight and bias, and gamma, beta, mean and variance."""
+    form = (call.settings.geometry, call.settings.dtype, normalised_strides(y))
+
+    def merged(x: Tensor, weight: Tensor, bias: Any, gamma: Any, beta: Any, mean: Tensor, variance: Tensor) -> Tensor:
+        return _merged(*form, x, weight, *scale_and_shift(bias, gamma, beta, mean, variance, eps))
+
+    return merged
+
+
+def _merged(
+    geometry: Geometry,
+    dtype: torch.dtype,
+    strides: tuple[int, ...],
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+) -> Tensor:
+    shape = geometry.output_shape(tuple(x.shape), weight.shape[0])
+    if prod(shape) < weight.numel():
+        z = geometry.forward(x, weight.to(dtype), None)  # scaling the output takes less than scaling the weight
+        z = torch.addcmul(per_output(shift.to(z.dtype), 4), z, per_output(scale.to(z.dtype), 4))
     else:
-        z = settings.forward(x, weight * per_output(scale, 4, 0), shift)
-    return laid_out(z, normalised_strides(y))
+        z = geometry.forward(x, (weight * per_output(scale, 4, 0)).to(dtype), shift.to(dtype))
+    return laid_out(z, strides)
 
 
 def normalised_strides(y: Tensor) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import LowRankError, NonFiniteError
-from lowrank.exact.recompute import note_linear
+from lowrank.exact.origins import origin_of
+from lowrank.exact.recompute import note_layer
 from lowrank.layers.factor_pair import link
 from lowrank.layers.factored_function import FactoredFunction, FactoredSettings, forward_factored
 from lowrank.layers.layer import LowRankLinear, Rebuilt, as_computed, is_single, kept_of
@@ -109,8 +110,10 @@ class FactoredLinear(LowRankLinear):
             rebuild = method.rebuild if isinstance(method, Rebuilt) else None
             settings = FactoredSettings(state.name, dtype, state.method.keeps_input, rebuild)
             y = FactoredFunction.apply(x, *parameters, settings, *kept)
-        if x is input and not is_single(self, x):
-            note_linear(input, y, forward_factored, parameters, bool(kept) and state.method.keeps_input)
+        if x is input and not is_single(self, x) and state.recompute:
+            ahead = origin_of(input)
+            keeps_x = bool(kept) and state.method.keeps_input
+            note_layer(ahead.as_kept() if keeps_x else ahead, y, forward_factored, parameters)
         return y
 
     # State.

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.errors import SettingError
+from lowrank.exact.expressions import EXPRESSIONS
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, TransposedConvGeometry
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a class of layers computes: `geometry.forward(x, weight, bias)`.
+    """What a class of layers computes: `geometry.forward(prepare(layer, x), weight, bias)`.
 
     Attributes:
         stock: the class.
@@ -22,12 +25,14 @@ class Kind:
         weight: of a layer, as its geometry takes it: (O, C/g, ...), (C, O/g, ...) or (O, I); computed from the layer's
             parameters by operations that autograd follows, it passes its gradient on to them.
         dimensions: of an input with its batch dimension; 0: any number from 2.
+        prepare: of a layer and its input, what the geometry takes, such as a padded input.
     """
 
     stock: type[nn.Module]
     geometry: Callable[[Any], Geometry]
     weight: Callable[[Any], Tensor]
     dimensions: int
+    prepare: Callable[[Any, Tensor], Tensor] | None = None
 
     def fits(self, x: Any) -> bool:
         """Whether this is an input of such a layer at all, which says what is wrong with any other."""
@@ -58,17 +63,48 @@ KINDS: dict[type[nn.Module], Kind] = {
     },
     nn.Linear: Kind(nn.Linear, _linear, _own, 0),
 }
-# Layers of other packages, known by name so that nothing has to be imported.
-_BY_NAME: dict[tuple[str, str], Callable[[Any], Tensor]] = {
-    ("transformers.pytorch_utils", "Conv1D"): lambda layer: layer.weight.mT,  # GPT-2's linear layer, weight (I, O)
-}
+
+
+def _padded(layer: Any, x: Tensor) -> Tensor:
+    """TensorFlow's "same" padding, as much as the input's size asks for."""
+    if not getattr(layer, "same_pad", True):
+        return x
+    pads: list[int] = []
+    for size, kernel, stride, dilation in zip(
+        x.shape[2:], layer.weight.shape[2:], layer.stride, layer.dilation, strict=True
+    ):
+        whole = max((ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+        pads = [whole // 2, whole - whole // 2, *pads]
+    padded: Tensor = EXPRESSIONS[F.pad](x, pads) if any(pads) else x
+    return padded
+
+
+def _standardised(layer: Any) -> Tensor:
+    """A weight whose values have mean 0 and variance 1 per output channel, times a gain if the layer has one."""
+    gain = (layer.gain * layer.scale).view(-1) if hasattr(layer, "gain") else None
+    flat = layer.weight.reshape(1, layer.out_channels, -1)
+    return F.batch_norm(flat, None, None, gain, None, True, 0.0, layer.eps).reshape_as(layer.weight)
+
+
+def _foreign(stock: type[nn.Module]) -> Kind | None:
+    """The kind of a layer of another package, known by name so that nothing has to be imported."""
+    place = (stock.__module__, stock.__qualname__)
+    if place == ("transformers.pytorch_utils", "Conv1D"):  # GPT-2's linear layer, weight (I, O)
+        return Kind(stock, _linear, lambda layer: layer.weight.mT, 0)
+    if place == ("timm.layers.conv2d_same", "Conv2dSame"):
+        return Kind(stock, ConvGeometry.of, _own, 4, _padded)
+    if place in (("timm.layers.std_conv", "StdConv2d"), ("timm.layers.std_conv", "ScaledStdConv2d")):
+        return Kind(stock, ConvGeometry.of, _standardised, 4)
+    if place in (("timm.layers.std_conv", "StdConv2dSame"), ("timm.layers.std_conv", "ScaledStdConv2dSame")):
+        return Kind(stock, ConvGeometry.of, _standardised, 4, _padded)
+    return None
 
 
 def kind_of(stock: type[nn.Module]) -> Kind | None:
     """The kind of a class of layers; None if it cannot be converted."""
-    weight = _BY_NAME.get((stock.__module__, stock.__qualname__))
-    if stock not in KINDS and weight is not None:
-        KINDS[stock] = Kind(stock, _linear, weight, 0)
+    foreign = None if stock in KINDS else _foreign(stock)
+    if foreign is not None:
+        KINDS[stock] = foreign
     return KINDS.get(stock) or next(
         (kind for kind in list(KINDS.values()) if _computes_the_same(stock, kind.stock)), None
     )

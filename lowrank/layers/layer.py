@@ -13,22 +13,20 @@ from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from lowrank.errors import ConversionError, LowRankError
-from lowrank.exact.origins import Rebuild, find, origin_of, reading
-from lowrank.exact.recompute import note_linear
-from lowrank.exact.slots import is_kept
+from lowrank.exact.origins import BUDGET, LAYER, Rebuild, find, is_kept, origin_of, reading
+from lowrank.exact.recompute import note_layer
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
 from lowrank.layers.held import Held, can_be_held, hold
 from lowrank.layers.kinds import KINDS, Kind, kind_of
 from lowrank.layers.lazy import Lazy, real
 from lowrank.layers.shared_inputs import find_kept, note_kept
-from lowrank.layers.swap import Changed, stock_class
+from lowrank.layers.swap import Changed, is_parametrized_class, own_of, plain_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.methods.base import Method, Tensors, Vanilla
 from lowrank.tensors.eager import in_autocast, in_compiled_graph, trains_plainly, without_autocast
@@ -50,7 +48,7 @@ class LayerState:
         chosen: whether `convert` was given this layer's name; others are there to keep less than the stock layer.
         lazy: whether the output may be left to who reads it.
         watched: whether the code around it calls activations and the like as functions.
-        recompute: of a linear layer, whether its output may be computed again in the backward pass.
+        recompute: whether its output may be computed again in the backward pass.
         smallest: bytes that keeping less has to save for each operator call, see `lowrank.tensors.worth`.
         bases: what the method carries from step to step.
         kept_bytes: bytes kept of the input in the latest training forward pass; 0 if another layer keeps them.
@@ -118,7 +116,7 @@ class LowRankLayer(Changed):
         tracked = torch.is_grad_enabled() and weight.requires_grad and in_compiled_graph()
         if not tracked or self._lowrank.method.keeps_input or not weight.is_floating_point() or input.is_meta:
             return self._stock(input)
-        return _tracked(self, input, weight, bias)
+        return _tracked(self, input_of(self, input), weight, bias)
 
     def _run(self, input: Tensor) -> Tensor:
         if not self.kind.fits(input):
@@ -126,16 +124,16 @@ class LowRankLayer(Changed):
         weight, bias = self.kind.weight(self), self.bias
         if not trains_plainly(input, weight, bias):
             return self._stock(input)
+        x = real(input)
         if any(tensor is not None and tensor.requires_grad for tensor in (input, weight, bias)):
             if self._lowrank.smallest and _is_best_as_stock(self, input, weight):
-                return self._kept_whole(real(input))
-            return _tracked(self, real(input), weight, bias)
-        y = _untracked(self, real(input), weight, bias)
-        return self._stock(real(input)) if y is None else y
+                return self._kept_whole(x)
+            return _tracked(self, input_of(self, x), weight, bias)
+        y = _untracked(self, input_of(self, x), weight, bias)
+        return self._stock(x) if y is None else y
 
     def _stock(self, input: Tensor) -> Tensor:
-        y: Tensor = super().forward(input)
-        return y
+        return super().forward(input)
 
     def _kept_whole(self, input: Tensor) -> Tensor:
         """The stock layer, which keeps its input."""
@@ -172,6 +170,10 @@ def layer_class(stock: type[nn.Module]) -> type[LowRankLayer]:
     Raises:
         ConversionError: for one that is not registered.
     """
+    if is_parametrized_class(stock):  # of one module, and so is what stands in for it
+        (base,) = stock.__bases__
+        made: type[LowRankLayer] = type(stock.__name__, (layer_class(base),), {**own_of(stock), "stock_class": stock})
+        return made
     kind = kind_of(stock)
     if kind is None:
         raise ConversionError(f"{stock.__name__} is no layer that can be converted; see lowrank.register_layer")
@@ -183,11 +185,11 @@ def layer_class(stock: type[nn.Module]) -> type[LowRankLayer]:
 
 def can_be_converted(layer: nn.Module) -> bool:
     """Whether a layer, converted or not, is of a kind that can be."""
-    return kind_of(stock_class(layer)) is not None
+    return kind_of(plain_class(layer)) is not None
 
 
 def _kind(layer: nn.Module) -> Kind:
-    kind = layer.kind if isinstance(layer, LowRankLayer) else kind_of(stock_class(layer))
+    kind = layer.kind if isinstance(layer, LowRankLayer) else kind_of(plain_class(layer))
     assert kind is not None, "checked by who asks"
     return kind
 
@@ -200,6 +202,12 @@ def geometry_of(layer: nn.Module) -> Geometry:
 def weight_of(layer: nn.Module) -> Any:
     """A layer's weight as its geometry takes it."""
     return _kind(layer).weight(layer)
+
+
+def input_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer's input as its geometry takes it."""
+    prepare = _kind(layer).prepare
+    return x if prepare is None else prepare(layer, x)
 
 
 def is_single(layer: nn.Module, x: Tensor) -> bool:
@@ -224,17 +232,33 @@ def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | 
         settings = Settings(state.name, geometry, method, dtype, single)
         call = Call(settings, Tensor.detach(x), weight, bias, keep) if _may_be_lazy(layer, settings, input, x) else None
         y = LowRankFunction.apply(x, weight, bias, settings, call, state.watched, *kept)
+    if x is input and not single and state.recompute and not torch.compiler.is_compiling():
+        _note_way(settings, call, (input, weight, bias), y, bool(kept) and method.keeps_input)
     if type(y) is Lazy and x is input:
         hold(x, y)
-    if x is input and not single and state.recompute and isinstance(geometry, LinearGeometry):
-        note_linear(input, y, F.linear, (weight, bias), bool(kept) and method.keeps_input)
     return y
+
+
+def _note_way(
+    settings: Settings, call: Call | None, given: tuple[Tensor, Tensor, Tensor | None], y: Tensor, keeps_x: bool
+) -> None:
+    """Note how a layer's output comes about, and have the normalisation do so that it is computed with."""
+    x, weight, bias = given
+    linear = isinstance(settings.geometry, LinearGeometry)
+    if not linear and weight.numel() > BUDGET * y.shape[1]:
+        return
+    cost = LAYER if linear else weight.numel() // y.shape[1]
+    ahead = origin_of(x).as_kept() if keeps_x else origin_of(x)
+    if call is not None:
+        call.ahead, call.cost = ahead, cost
+    note_layer(ahead, y, settings.geometry.forward, (weight, bias), cost)
 
 
 def _is_best_as_stock(layer: LowRankLayer, input: Tensor, weight: Tensor) -> bool:
     """Whether a convolution keeps its input whatever is done, and is not worth computing with a normalisation."""
     state, geometry = layer._lowrank, geometry_of(layer)
-    if type(geometry) is not ConvGeometry or not weight.requires_grad or is_single(layer, input):
+    unlike = type(geometry) is not ConvGeometry or layer.kind.prepare is not None
+    if unlike or not weight.requires_grad or is_single(layer, input):
         return False
     shape, outputs = tuple(input.shape), weight.shape[0]
     if not state.method.keeps_input and not state.method_for(geometry, input, outputs).keeps_input:

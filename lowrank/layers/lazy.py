@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from lowrank.errors import ChangedError
 from lowrank.exact.functions import LEAN_FUNCTIONS
+from lowrank.exact.origins import hand_on
 from lowrank.exact.watched import BACKWARD, foreign, is_watched_for, watch
 from lowrank.tensors.eager import ORDINARY, without_autocast
 from lowrank.tensors.memory_layout import laid_out
@@ -131,8 +132,12 @@ def real(x: Tensor) -> Tensor:
     """A tensor with its value: of a lazy one a view of it, of all others the tensor itself."""
     if type(x) is not Lazy:
         return x
+    first = x._value is None  # what others have read, they may have changed
     with torch._C.DisableTorchFunctionSubclass(), torch.enable_grad():
-        return x.view_as(x)
+        found = x.view_as(x)
+    if first:
+        hand_on(x, found)
+    return found
 
 
 def read(func: Any, args: Any, kwargs: Any = MappingProxyType({})) -> Any:

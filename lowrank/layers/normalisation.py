@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.exact.functions import LEAN_FUNCTIONS
-from lowrank.exact.recompute import stock_batch_norm
+from lowrank.exact.recompute import note_layer, stock_batch_norm
 from lowrank.layers.activated import is_activatable
 from lowrank.layers.autograd_function import (
     Call,
     MergedNormFunction,
+    again_merged,
     merged_output,
     normalised_strides,
     per_output,
@@ -72,7 +73,7 @@ def _merged(
 ) -> Tensor | None:
     """Convolution and normalisation in one; None where keeping the convolution's output takes less."""
     if not any(tensor is not None and tensor.requires_grad for tensor in (y, gamma, beta)):
-        return _frozen(y, call, *scale_and_shift(call, gamma, beta, mean, variance, eps))
+        return _frozen(y, call, *scale_and_shift(call.bias, gamma, beta, mean, variance, eps))
     settings = call.settings
     kept: Tensors = ()
     if gamma is not None and gamma.requires_grad:
@@ -81,7 +82,12 @@ def _merged(
             return None
         method, kept = call.keep()
         settings = replace(settings, method=method)
-    return MergedNormFunction.apply(y, gamma, beta, mean, variance, eps, call, settings, *kept)
+    z: Tensor = MergedNormFunction.apply(y, gamma, beta, mean, variance, eps, call, settings, *kept)
+    if call.ahead is not None:
+        note_layer(
+            call.ahead, z, again_merged(y, call, eps), (call.weight, call.bias, gamma, beta, mean, variance), call.cost
+        )
+    return z
 
 
 def _frozen(y: Lazy, call: Call, scale: Tensor, shift: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 
 class Changed(nn.Module):
@@ -42,6 +43,22 @@ def stock_class(module: nn.Module) -> type[nn.Module]:
     return module.stock_class if isinstance(module, Changed) else type(module)
 
 
+def is_parametrized_class(kind: type[nn.Module]) -> bool:
+    """Whether `torch.nn.utils.parametrize` made a class, for one module, of its base."""
+    return kind.__module__ == parametrize.__name__ and kind.__name__ == f"Parametrized{kind.__bases__[0].__name__}"
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """`stock_class` without what parametrisations made of it."""
+    kind = stock_class(module)
+    return kind.__bases__[0] if is_parametrized_class(kind) else kind
+
+
+def own_of(kind: type) -> dict[str, Any]:
+    """What a class has of its own, to make another one of."""
+    return {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+
+
 def become(module: nn.Module, kind: type[nn.Module]) -> None:
     """Give a module another class, in place."""
     module.__class__ = kind
@@ -52,8 +69,7 @@ def restore(module: nn.Module) -> None:
     of that, as `torch.nn.utils.parametrize` makes."""
     kind, stock = type(module), stock_class(module)
     if isinstance(module, Changed) and "stock_class" not in vars(kind):
-        own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-        stock = type(kind.__name__, (stock,), own)
+        stock = type(kind.__name__, (stock,), own_of(kind))
     module.__class__ = stock
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError
 from lowrank.layers.factored import FactoredLinear
-from lowrank.layers.layer import LowRankLayer, can_be_converted, geometry_of, is_single, weight_of
+from lowrank.layers.layer import LowRankLayer, can_be_converted, geometry_of, input_of, is_single, weight_of
 from lowrank.layers.preserve import preserved
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
@@ -112,6 +112,7 @@ def _layer_cost(layer: nn.Module, x: Tensor) -> tuple[LayerCost, bool]:
     """What a layer costs for an input, and whether it keeps that as it is by the rule of `smallest`."""
     geometry: Geometry = geometry_of(layer)
     needs_input_gradient = x.requires_grad
+    x = input_of(layer, x)
     x = without_padding(x.detach().unsqueeze(0) if is_single(layer, x) else x.detach())
     if isinstance(layer, FactoredLinear):
         return layer.cost(x, needs_input_gradient), False

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError, NonFiniteError
-from lowrank.layers.layer import can_be_converted, geometry_of, is_single
+from lowrank.layers.layer import can_be_converted, geometry_of, input_of, is_single
 from lowrank.layers.lazy import real
 from lowrank.layers.preserve import LossFunction, preserved, tensors_in
 from lowrank.layers.swap import stock_class
@@ -151,7 +151,7 @@ class _Probe:
         self.called = True
         if not output.requires_grad:
             raise ConversionError(f"layer {self.name!r} is called without gradients, so it has no perplexity")
-        x, geometry, single = inputs[0].detach(), geometry_of(layer), is_single(layer, inputs[0])
+        x, geometry, single = input_of(layer, inputs[0].detach()), geometry_of(layer), is_single(layer, inputs[0])
         x = without_padding(x.unsqueeze(0) if single else x)
         output.register_hook(lambda grad: self.measure(x, real(grad.unsqueeze(0) if single else grad), geometry))
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import lowrank
 from lowrank import ASI, HOSVD, Vanilla
 from lowrank.exact.expressions import EXPRESSIONS
-from lowrank.exact.functions import LEAN_FUNCTIONS
+from lowrank.exact.functions import LEAN_FUNCTIONS, MATRIX_PRODUCTS
 from lowrank.meters.memory import held_bytes
 
 
@@ -178,7 +178,8 @@ CALLS = {
     F.hardswish: [{}, {"inplace": True}],
     F.mish: [{}, {"inplace": True}],
     F.softplus: [{}, {"beta": 2, "threshold": 1}],
-    F.softmax: [{"dim": 1}, {"dim": -1, "dtype": torch.float64}],
+    **{f: [{"dim": 1}, {"dim": -1, "dtype": torch.float64}] for f in (F.softmax, torch.softmax, torch.Tensor.softmax)},
+    F.normalize: [{}, {"dim": -1, "p": 1.0}],
     **{function: [{}] for function in (torch.sigmoid, torch.Tensor.sigmoid, torch.tanh, torch.Tensor.tanh)},
     **{function: [{"exponent": 3}, {"exponent": 2.0}] for function in (torch.pow, torch.Tensor.pow)},
     torch.Tensor.__pow__: [{"exponent": 2.0}],
@@ -209,7 +210,7 @@ def test_every_function_in_every_way_to_call_it(function):
 
 
 def test_every_lean_function_is_tried_here():
-    elsewhere = {F.batch_norm, torch.batch_norm, F.scaled_dot_product_attention, *EXPRESSIONS}
+    elsewhere = {F.batch_norm, torch.batch_norm, F.scaled_dot_product_attention, *MATRIX_PRODUCTS, *EXPRESSIONS}
     assert set(LEAN_FUNCTIONS) - set(CALLS) <= elsewhere
 
 

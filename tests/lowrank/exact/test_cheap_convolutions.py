@@ -1,0 +1,119 @@
+"""Convolutions of few products, computed again from their input with the normalisation and activation behind them."""
+
+import copy
+
+import pytest
+import torch
+from references import TOLERANCE, random_tensor
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lowrank
+from lowrank import ASI, Vanilla
+
+IMAGE = 2 * 3 * 8 * 8 * 8  # bytes, in double precision
+
+
+def block(inside, outside, activation, **options):
+    return [nn.Conv2d(inside, outside, **options), nn.BatchNorm2d(outside), activation]
+
+
+class Inverted(nn.Module):
+    """An inverted residual, as mobile networks have it."""
+
+    def __init__(self, activation=nn.SiLU):
+        super().__init__()
+        depthwise = {"kernel_size": 3, "padding": 1, "groups": 24}
+        self.body = nn.Sequential(
+            *block(4, 24, activation(inplace=True), kernel_size=1),
+            *block(24, 24, activation(inplace=True), **depthwise),
+            *block(24, 4, nn.Identity(), kernel_size=1),
+        )
+
+    def forward(self, x):
+        y = self.body(x)
+        y += x
+        return y
+
+
+def network(activation=nn.SiLU, wide=False):
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 4, 3, padding=1)
+    last = nn.Conv2d(4, 40, 9, padding=4) if wide else nn.Conv2d(4, 8, 1)  # 324 products per number
+    model = nn.Sequential(
+        first, Inverted(activation), Inverted(activation), last, nn.SiLU(), nn.Conv2d(last.out_channels, 2, 1)
+    )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 2)
+            module.running_mean.uniform_(-0.3, 0.3)
+    return model.double().eval()
+
+
+def converted(stock, method=None, **options):
+    model = copy.deepcopy(stock)
+    return lowrank.convert(model, lowrank.trailing_layers(model, "all"), method or Vanilla(), **options)
+
+
+def steps(model, x):
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        y = model(x)
+        y.backward(random_tensor(*y.shape, seed=1))
+        found.append([y.detach(), *(p.grad.clone() for p in model.parameters())])
+        with torch.no_grad():
+            for p in model.parameters():
+                p.sub_(p.grad, alpha=1e-3)
+    return found
+
+
+def kept(model):
+    return lowrank.saved_bytes(model, lambda model, x: model(x).sum(), random_tensor(2, 3, 8, 8))
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts forward passes of convolutions."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ == "convolution"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", [Vanilla(), ASI(999)], ids=["vanilla", "full ranks"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.ReLU6, nn.Hardswish])
+def test_two_steps_are_stocks(activation, training, method):
+    stock, x = network(activation).train(training), random_tensor(2, 3, 8, 8)
+    torch.testing.assert_close(steps(converted(stock, method), x), steps(stock, x), **TOLERANCE)
+
+
+def test_the_image_is_all_that_is_kept():
+    assert kept(converted(network())) == IMAGE
+    bits = 2 * 2 * 2 * 24 * 8 * 8 // 8  # of two activations in each of two blocks
+    assert kept(converted(network(nn.ReLU6))) == IMAGE + bits
+    assert kept(converted(network(), recompute=False)) > 20 * IMAGE
+
+
+def test_one_of_many_products_is_not_run_again():
+    model = converted(network(wide=True))
+    y = model(random_tensor(2, 3, 8, 8)).sum()
+    with Convolutions() as again:
+        y.backward()
+    assert again.count == 7  # of 9: all but the wide one, and the last, whose output nobody needs
+    assert kept(model) == IMAGE + 2 * 40 * 8 * 8 * 8
+
+
+def test_what_was_changed_in_place_is_not_computed_from():
+    def output(model):
+        y = model[1](model[0](x))
+        with torch.no_grad():
+            x.mul_(2)
+        return y.sum()
+
+    for model in (network(), converted(network())):
+        x = random_tensor(2, 3, 8, 8)
+        with pytest.raises(RuntimeError, match=r"in place|inplace"):
+            output(model).backward()
