@@ -16,6 +16,7 @@ from pathlib import Path
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PATIENCE = 60  # seconds that it has to start
 ANSWER = 100  # seconds that it has to answer a command
+PROMPT = 3  # and one that is given up otherwise
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 _CONFIG = """
 ClusterName=lowrank
@@ -125,7 +126,8 @@ class Cluster:
     @property
     def is_empty(self) -> bool:
         """Whether it has no job any more."""
-        return not _output(["squeue", "--noheader"]).strip()
+        found = _run(["squeue", "--noheader"])
+        return found.returncode == 0 and not found.stdout.strip()
 
     def hurry(self) -> None:
         """Let what was started again begin at once, where Slurm would wait for two minutes."""
@@ -135,7 +137,7 @@ class Cluster:
                 _output(["scontrol", "update", f"JobId={name}", "StartTime=now"])
 
     def disturb(self, name: str, how: str) -> bool:
-        """Do to a job what happens on clusters; whether Slurm could, which it cannot before the job has a step.
+        """Do to a job what happens on clusters; whether Slurm could, which it cannot while a job begins or ends.
 
         Args:
             name: of the job.
@@ -147,7 +149,10 @@ class Cluster:
             "kill": ["scancel", "--signal=KILL", f"{name}.0"],
             "requeue": ["scontrol", "requeue", name],
         }
-        return _run(commands[how]).returncode == 0
+        try:
+            return _run(commands[how], PROMPT).returncode == 0
+        except subprocess.TimeoutExpired:  # scancel tries again for minutes, and would hit the job's next start
+            return False
 
 
 @contextlib.contextmanager
@@ -183,8 +188,8 @@ def _variable(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=ANSWER)
+def _run(command: Sequence[str], limit: float = ANSWER) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit)
 
 
 def _output(command: Sequence[str]) -> str:

@@ -245,10 +245,10 @@ def _note_way(
     """Note how a layer's output comes about, and have the normalisation do so that it is computed with."""
     x, weight, bias = given
     linear = isinstance(settings.geometry, LinearGeometry)
-    if not linear and weight.numel() > BUDGET * y.shape[1]:
-        return
     cost = LAYER if linear else weight.numel() // y.shape[1]
     ahead = origin_of(x).as_kept() if keeps_x else origin_of(x)
+    if not linear and (cost > BUDGET or 2 * ahead.nbytes > y.nbytes):  # a large input that nothing keeps ends here
+        return
     if call is not None:
         call.ahead, call.cost = ahead, cost
     note_layer(ahead, y, settings.geometry.forward, (weight, bias), cost)

@@ -91,7 +91,10 @@ MISTAKES = {
     "budget twice": (table("table.json", "--model.budget.mib", 1, "--model.budget.run", "x"), "not both"),
     "no budget": (["--model.method", "lowrank.ASI", "--model.budget.table", "FILES/table.json"], "budget"),
     "no ranks": (["--model.method", "lowrank.ASI"], r"ASI needs ranks: .* budget\.table, and budget\.mib"),
-    "budget of a run that is not there": (table("table.json", "--model.budget.run", "FILES/nowhere"), "cannot be read"),
+    "budget of a run that is not there": (
+        table("table.json", "--model.budget.run", "FILES/nowhere"),
+        r"not done: there is no .*/nowhere/result\.json",
+    ),
     "weights not there": (["--model.weights", "nowhere.pt"], r"no weights file nowhere\.pt"),
     "weights of another network": (["--model.weights", "FILES/resnet18.pt"], "another network: .* such as"),
     "weights damaged": (["--model.weights", "FILES/damaged.pt"], r"damaged\.pt cannot be read"),

@@ -111,8 +111,9 @@ def test_a_checkpoint_is_of_the_epoch_that_its_name_says(best_first, name, epoch
 
 def test_the_formula_memory_of_a_tucker_form_counts_core_and_factors(tmp_path, capsys):
     # AMC, sec. 3: the product of the ranks and, for each mode, dimension times rank; a mode left whole has no factor.
+    # Such is the batch mode here: the core's unfolding has no more columns than 3, by the others' ranks.
     command = arguments("fit", tmp_path, "--model.layers", 2, "--model.method.init_args.ranks", 3, method="asi")
-    shape, ranks = (8, 576, 1, 1), (3, 3, 1, 1)
+    shape, ranks = (8, 576, 1, 1), (8, 3, 1, 1)
     factors = sum(size * rank for size, rank in zip(shape, ranks, strict=True) if rank < size)
     formula = 4 * (math.prod(ranks) + factors)
     assert finish(command, tmp_path, capsys).record["memory_bytes"]["activation_formula"] == 2 * formula
