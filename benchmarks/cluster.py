@@ -16,7 +16,7 @@ from pathlib import Path
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PATIENCE = 60  # seconds that it has to start
 ANSWER = 100  # seconds that it has to answer a command
-PROMPT = 3  # and one that is given up otherwise
+PROMPT = 3  # and one that is not waited for longer
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 _CONFIG = """
 ClusterName=lowrank
@@ -136,8 +136,8 @@ class Cluster:
             if why.strip() == "BeginTime":
                 _output(["scontrol", "update", f"JobId={name}", "StartTime=now"])
 
-    def disturb(self, name: str, how: str) -> bool:
-        """Do to a job what happens on clusters; whether Slurm could, which it cannot while a job begins or ends.
+    def disturb(self, name: str, how: str) -> None:
+        """Do to a job what happens on clusters, once.
 
         Args:
             name: of the job.
@@ -149,10 +149,10 @@ class Cluster:
             "kill": ["scancel", "--signal=KILL", f"{name}.0"],
             "requeue": ["scontrol", "requeue", name],
         }
-        try:
-            return _run(commands[how], PROMPT).returncode == 0
-        except subprocess.TimeoutExpired:  # scancel tries again for minutes, and would hit the job's next start
-            return False
+        # Told that a job "can not be altered now", which has heard the signal all the same, scancel sends it again for
+        # minutes, and the job's next start would hear it too.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _run(commands[how], PROMPT)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,6 @@ def disturb(
         TimeoutError: there still are jobs.
     """
     draw, ways = random.Random(seed), cycle(WAYS)
-    way = next(ways)
     done: list[str] = []
     due: dict[str, float | None] = {}  # when each job is to be disturbed
     end = time.monotonic() + limit
@@ -49,9 +48,10 @@ def disturb(
                 chosen = len(done) + coming < jobs and draw.random() < share
                 due[name] = now + draw.uniform(0.0, latest) if chosen else None
             when = due[name]
-            if when is not None and when <= now and cluster.disturb(name, way):
+            if when is not None and when <= now:
                 due[name] = None
-                done.append(f"{way} {name}")
                 way = next(ways)
+                cluster.disturb(name, way)
+                done.append(f"{way} {name}")
         time.sleep(LOOK)
     return done

@@ -49,8 +49,10 @@ SETUP = [
 TEARDOWN = [
     "code=$?",
     "again=${SLURM_RESTART_COUNT:-0}",
+    # By its number alone the last job of an array is the whole array, whose other jobs would be started again as well.
+    'job="${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
     f'if [ "$code" -eq {_SAVED} ] || {{ [ "$code" -ge 128 ] && [ "$again" -lt {RESTARTS} ]; }}; then',
-    '  scontrol requeue "$SLURM_JOB_ID"',
+    '  scontrol requeue "${job:-$SLURM_JOB_ID}"',
     "fi",
     'exit "$code"',
 ]
@@ -178,13 +180,14 @@ def do(job: Job, needs: Sequence[Job], program: Program, root: Path) -> None:
         program: how it is done.
         root: folder of all runs.
     """
-    told = _heard(signal.SIGUSR2)
+    told: list[int] = []
     folder = job.run.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
     with _logged(folder / LOG):
         before = _state(folder)
 
         def attempt(work: Work) -> int:
+            _hear(signal.SIGUSR2, told)  # not sooner, as submitit does nothing at SIGTERM
             work.title = job.title
             while any(_is_elsewhere(other, root) for other in needs):
                 time.sleep(PAUSE)
@@ -207,9 +210,8 @@ def _is_elsewhere(job: Job, root: Path) -> bool:
     return holder(job.run.folder(root)) is not None and not job.done(root)
 
 
-def _heard(number: signal.Signals) -> list[int]:
-    """A list that is not empty once this signal has come, which from then on does what SIGTERM does."""
-    told: list[int] = []
+def _hear(number: signal.Signals, told: list[int]) -> None:
+    """From now on this signal does what SIGTERM does, and is put into `told`."""
     owner = os.getpid()
 
     def hear(*_: Any) -> None:
@@ -226,7 +228,6 @@ def _heard(number: signal.Signals) -> list[int]:
     signal.signal(number, hear)
     signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     threading.Thread(target=listen, daemon=True, name="slurm").start()
-    return told
 
 
 def _state(folder: Path) -> dict[str, int]:
