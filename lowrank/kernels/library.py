@@ -25,6 +25,9 @@ _SIGNATURES = {
         for kind in ("float", "double")
     },
     "rows_float": (_POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _INT),
+    **{f"{way}_blocks_float": (_POINTER, _POINTER, _POINTER, _COUNT, _INT) for way in ("round", "restore")},
+    **{f"{way}_columns_float": (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT) for way in ("round", "restore")},
+    "subspace_float": (_POINTER, _POINTER, _INT),
 }
 
 
@@ -91,7 +94,7 @@ class _Library:
         loaded = ctypes.CDLL(str(path))
         for name, types in _SIGNATURES.items():
             function = getattr(loaded, f"lowrank_{name}")
-            function.argtypes, function.restype = types, None
+            function.argtypes, function.restype = types, _INT if name == "subspace_float" else None
             setattr(self, name, function)
         team = _team()
         loaded.lowrank_set_team.argtypes = (_POINTER,)
