@@ -28,6 +28,7 @@ _SIGNATURES = {
     **{f"{way}_blocks_float": (_POINTER, _POINTER, _POINTER, _COUNT, _INT) for way in ("round", "restore")},
     **{f"{way}_columns_float": (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT) for way in ("round", "restore")},
     "subspace_float": (_POINTER, _POINTER, _INT),
+    "set_width": (_INT,),
 }
 
 

@@ -17,10 +17,6 @@
 #define MOST_COLUMNS 128   /* of a start */
 #define FEW_COLUMNS 8      /* of a start: of more, BLAS makes large products faster */
 #define LARGE 4194304      /* multiplications of a large product */
-#ifndef MOST_WIDTH
-#define MOST_WIDTH 16      /* numbers of a vector */
-#endif
-
 typedef float four __attribute__((vector_size(16)));
 typedef float loose __attribute__((vector_size(16), aligned(4), may_alias));
 #if defined(__clang__) || __GNUC__ >= 12
@@ -96,10 +92,15 @@ struct tile_kernels {
 #undef LAST
 #endif
 
+static int most_width = 16;
+
+/* Vectors of more numbers are not used from here on, though the processor has them. */
+void lowrank_set_width(int numbers) { most_width = numbers; }
+
 static const struct tile_kernels *best(void) {
 #if defined(__x86_64__)
-  if (MOST_WIDTH >= 16 && __builtin_cpu_supports("avx512f")) return &kernels_avx512;
-  if (MOST_WIDTH >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kernels_avx2;
+  if (most_width >= 16 && __builtin_cpu_supports("avx512f")) return &kernels_avx512;
+  if (most_width >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kernels_avx2;
 #endif
   return &kernels_plain;
 }
@@ -247,10 +248,10 @@ static void orthonormal(float *a, int64_t n, int64_t r) {
     for (int64_t i = 1; i < length; i++) squares += (double)v[i] * v[i];
     taus[k] = 0;
     if (squares == 0) continue;
-    const float alpha = v[0], beta = -copysignf((float)sqrt((double)alpha * alpha + squares), alpha);
-    const float by = 1 / (alpha - beta);
-    taus[k] = (beta - alpha) / beta;
-    for (int64_t i = 1; i < length; i++) v[i] *= by;
+    /* In double precision, which the smallest numbers do not leave. */
+    const double alpha = v[0], beta = -copysign(sqrt(alpha * alpha + squares), alpha), by = 1 / (alpha - beta);
+    taus[k] = (float)((beta - alpha) / beta);
+    for (int64_t i = 1; i < length; i++) v[i] = (float)(v[i] * by);
     for (int64_t j = k + 1; j < r; j++) reflect(v, taus[k], a + j * n + k, length);
   }
   for (int64_t k = r - 1; k >= 0; k--) {
