@@ -69,7 +69,7 @@ void lowrank_round_blocks_float(const float *x, int8_t *values, uint16_t *scales
   lowrank_run(&t, threads);
 }
 
-void lowrank_restore_blocks_float(float *x, const int8_t *values, const uint16_t *scales, int64_t count, int threads) {
+void lowrank_restore_blocks_int8(float *x, const int8_t *values, const uint16_t *scales, int64_t count, int threads) {
   task t = {.piece = restore_piece, .a = values, .b = scales, .out = x, .count = (count + BLOCK - 1) / BLOCK,
             .step = BLOCKS, .columns = count};
   lowrank_run(&t, threads);
@@ -88,7 +88,7 @@ void lowrank_round_columns_float(const float *x, int8_t *values, uint16_t *scale
   }
 }
 
-void lowrank_restore_columns_float(float *x, const int8_t *values, const uint16_t *scales, int64_t n, int64_t r) {
+void lowrank_restore_columns_int8(float *x, const int8_t *values, const uint16_t *scales, int64_t n, int64_t r) {
   for (int64_t i = 0; i < n; i++)
     for (int64_t k = 0; k < r; k++) x[i * r + k] = values[i * r + k] * wide(scales[k]);
 }

@@ -18,6 +18,7 @@ from lowrank.kernels.build import Unavailable, built
 SWITCH = "LOWRANK_KERNELS"
 _ALLOWED = ("", "auto", "off")
 _COUNT, _POINTER, _NUMBER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double, ctypes.c_int
+_INT8 = (("round", "float"), ("restore", "int8"))
 _SIGNATURES = {
     **{f"pack_{kind}": (_POINTER, _POINTER, _COUNT, _INT, _NUMBER, _NUMBER, _INT) for kind in ("float", "double")},
     **{
@@ -25,8 +26,8 @@ _SIGNATURES = {
         for kind in ("float", "double")
     },
     "rows_float": (_POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _INT),
-    **{f"{way}_blocks_float": (_POINTER, _POINTER, _POINTER, _COUNT, _INT) for way in ("round", "restore")},
-    **{f"{way}_columns_float": (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT) for way in ("round", "restore")},
+    **{f"{way}_blocks_{kind}": (_POINTER, _POINTER, _POINTER, _COUNT, _INT) for way, kind in _INT8},
+    **{f"{way}_columns_{kind}": (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT) for way, kind in _INT8},
     "subspace_float": (_POINTER, _POINTER, _INT),
     "set_width": (_INT,),
 }

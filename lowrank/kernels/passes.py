@@ -15,7 +15,7 @@ from lowrank.kernels.library import gpu, library
 Gate = Literal["above", "between", "within", "strictly above", "not zero"]
 _GATES: dict[Gate, int] = {"above": 0, "between": 1, "within": 1, "strictly above": 2, "not zero": 3}
 _STORED = (torch.uint8, torch.int8, torch.bfloat16)
-_KINDS = {torch.float32: "float", torch.float64: "double"}
+_KINDS = {torch.float32: "float", torch.float64: "double", torch.int8: "int8"}
 
 
 @lru_cache(maxsize=2)
@@ -37,8 +37,10 @@ def _kernel(name: str, *tensors: Tensor) -> object | None:
 
     Nor where somebody watches the operators, a compiler or a dispatch mode, who would not see a kernel.
     """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
     found = library()
-    if found is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if found is None:
         return None
     kind = _KINDS.get(tensors[0].dtype)
     for tensor in tensors:
@@ -153,20 +155,20 @@ def round_blocks(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def restore_columns(values: Tensor, scales: Tensor) -> Tensor | None:
     """What `round_columns` rounded, in float32; None: not for these."""
-    out = values.new_empty(values.shape, dtype=torch.float32)
-    kernel = _kernel("restore_columns", out, values, scales)
+    kernel = _kernel("restore_columns", values, scales)
     if kernel is None:
         return None
+    out = values.new_empty(values.shape, dtype=torch.float32)
     kernel(out.data_ptr(), values.data_ptr(), scales.data_ptr(), *values.shape)  # type: ignore[operator]
     return out
 
 
 def restore_blocks(values: Tensor, scales: Tensor) -> Tensor | None:
     """What `round_blocks` rounded, in float32; None: not for these."""
-    out = values.new_empty(values.shape, dtype=torch.float32)
-    kernel = _kernel("restore_blocks", out, values, scales)
+    kernel = _kernel("restore_blocks", values, scales)
     if kernel is None:
         return None
+    out = values.new_empty(values.shape, dtype=torch.float32)
     pointers = out.data_ptr(), values.data_ptr(), scales.data_ptr()
     kernel(*pointers, values.numel(), torch.get_num_threads())  # type: ignore[operator]
     return out
