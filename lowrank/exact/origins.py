@@ -26,7 +26,8 @@ from lowrank.tensors.notes import Notes
 Rebuild = Callable[..., Tensor]
 DEEPEST = 48  # steps from a source to a tensor; what is further away is kept itself
 LAYER = 1000  # what a linear layer or attention takes; one is on the way to a tensor at most
-BUDGET = 224  # and convolutions of so many products per number
+BUDGET = 256  # and convolutions of so many products per number
+SHRINKING = 48  # of one that gives less than it is given, whose output takes little and serves those behind it
 
 
 class Step:

@@ -20,6 +20,7 @@ from lowrank.errors import ConversionError
 from lowrank.exact.origins import (
     BUDGET,
     LAYER,
+    SHRINKING,
     find,
     is_kept,
     itself,
@@ -207,7 +208,7 @@ def _note_way(
     linear = isinstance(settings.geometry, LinearGeometry)
     cost = LAYER if linear else weight.numel() // y.shape[1]
     ahead = origin_of(x).as_kept() if keeps_x else origin_of(x)
-    if not linear and cost > BUDGET:
+    if not linear and cost > (BUDGET if y.numel() >= x.numel() else SHRINKING):
         return
     if not linear and 2 * ahead.nbytes > y.nbytes:  # a large input that nothing keeps is not held for this
         if call is None and weight.shape[1] == 1 and ahead.step.function is None:

@@ -52,8 +52,8 @@ def worse_than_table(name: str, found: list[Saving]) -> list[str]:
     ratios = {f"exact, {one.statistics}": one.stock / one.exact for one in found}
     ratios |= {f"asi, {one.statistics}": one.stock / one.asi for one in found}
     return [
-        f"{name} ({kind}): {ratio:.2f}, in figures/strangers.csv {row[kind]:.2f}; where that is meant, take the row out "
-        f"and write the table anew by python -m benchmarks.strangers"
+        f"{name} ({kind}): {ratio:.2f}, in figures/strangers.csv {row[kind]:.2f}; where that is meant, take its row "
+        f"out of the table and run python -m benchmarks.strangers"
         for kind, ratio in ratios.items()
         if ratio < 0.98 * row[kind]
     ]
