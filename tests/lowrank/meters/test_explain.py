@@ -26,7 +26,7 @@ def test_the_rows_are_all_that_is_kept_and_the_largest_come_first(batch, method,
     model = Own()
     mode(model)
     if method is not None:
-        lowrank.convert(model, lowrank.trailing_layers(model, 4), method)
+        lowrank.convert(model, lowrank.trailing_layers(model, 4), method, everywhere=True)
     found = lowrank.explain(model, loss, batch)
     assert found.nbytes == lowrank.saved_bytes(model, loss, batch) > 0
     assert [row.nbytes for row in found] == sorted((row.nbytes for row in found), reverse=True)
