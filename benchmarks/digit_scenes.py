@@ -52,7 +52,7 @@ def row(folder: Path, record: Record, method: str, count: int) -> dict[str, obje
     return {
         **{"layers": record.run.layers, "method": method, "parts": count, "seed": record.run.seed},
         **{key: 100 * value for key, value in record.accuracy.items()},
-        "train_loss": pd.read_csv(folder / METRICS).train_loss.iloc[-1],
+        "train_loss": float(pd.read_csv(folder / METRICS).train_loss.iloc[-1]),
         "formula_bytes": record.memory_bytes["activation_formula"],
         "kept_bytes": record.memory_bytes["saved_measured"],
     }
@@ -68,6 +68,7 @@ def summary(rows: pd.DataFrame) -> str:
     lines = []
     for key, group in rows.groupby(["layers", "method", "parts"], sort=False):
         gaps = [spread(group[name] - group[f"exact_{name}"], "+") for name in ("miou_best", "miou_last")]
+        gaps = ["-", "-"] if key[1] == EXACT else gaps
         less = (group.exact_formula_bytes / group.formula_bytes).mean()
         kept, times = group.kept_bytes.mean() / 2**20, (group.exact_kept_bytes / group.kept_bytes).mean()
         cells = [f"{group.train_loss.mean():.3f}", f"1/{less:.1f}", f"{kept:.2f}, {times:.1f} times less"]
