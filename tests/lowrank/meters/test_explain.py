@@ -110,9 +110,9 @@ def test_a_layer_that_is_exact_for_nothing_says_so(batch, everywhere):
     )
     loss(model, batch).backward()
     exact, model[3].weight.grad = model[3].weight.grad, None
-    lowrank.convert(model, ["0", "3"], ASI(2), everywhere=everywhere)
+    lowrank.convert(model, ["0", "3"], ASI(3), everywhere=everywhere)
     found = {row.module: row for row in lowrank.explain(model, loss, batch)}
-    assert "as ASI(ranks=2) keeps it" in found["0"].reason
+    assert "as ASI(ranks=3) keeps it" in found["0"].reason
     assert found["3"].reason.startswith("its input, as ASI" if everywhere else "exact: its input is computed again")
     assert (found["3"].nbytes > 0) is everywhere
     loss(model, batch).backward()
