@@ -145,7 +145,8 @@ class SuiteCLI(LightningCLI):
         first = math.floor(self.settings["model"]["select_from"] * (trainer["max_epochs"] or 0))
         self.best = BestCheckpoint(self.folder.checkpoints, first, **after_each_epoch)
         last = LastCheckpoint(self.folder.checkpoints, **after_each_epoch)
-        configured = self._get(self.config_init, "trainer").get("callbacks") or []
+        given = self._get(self.config_init, "trainer").get("callbacks") or []
+        configured = given if isinstance(given, list) else [given]
         callbacks = [*configured, WholeEpochs(), forwarding, RandomState(), self.best, last]
         if trainer["enable_progress_bar"] is not False:
             callbacks.append(Progress(self.history))
@@ -218,7 +219,8 @@ class SuiteCLI(LightningCLI):
 
     def _batches(self) -> list[Batch]:
         """The batches that measurements are made on, as the network gets them."""
-        found = self.datamodule.first_batches(self.identity.seed, self.settings["batches"])
+        count = self.settings["batches"] if self.subcommand == "measure" else 1
+        found = self.datamodule.first_batches(self.identity.seed, count)
         return [(self.model.prepare(images), labels.to(self.model.device)) for images, labels in found]
 
     def measure(self, **options: Any) -> None:

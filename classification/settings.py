@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 
 from classification.start import strategy_of
 from experiment import ExperimentError
+from experiment.launching import require_room
 
 PRECISIONS = {"32", "32-true", "16-mixed", "bf16-mixed", "16", "bf16"}  # what is measured is in single precision
 LEAST = {  # per number that has one
@@ -32,8 +33,10 @@ LEAST = {  # per number that has one
     "model.warmup_start": 0,
     "model.final_learning_rate": 0,
     "data.workers": 0,
+    "data.partition_seed": 0,
+    "data.limit_seed": 0,
 }
-MOST = {"seed_everything": 2**32 - 1}  # of numpy's generators
+MOST = {"seed_everything": 2**32 - 1, "model.momentum": 1}  # numpy's generators have no other seeds
 _WHOLE_EPOCHS = "a run is made of whole epochs"
 ONLY = {  # settings of a training run that have one value alone
     "trainer.check_val_every_n_epoch": (1, "each epoch has a row in metrics.csv"),
@@ -42,6 +45,7 @@ ONLY = {  # settings of a training run that have one value alone
     "trainer.fast_dev_run": (False, "it leaves no record; give --trainer.max_epochs 1"),
     "trainer.enable_checkpointing": (None, "without checkpoints a run cannot be resumed, nor its best epoch be tested"),
     "trainer.barebones": (False, "it does without all that a record is made of"),
+    "trainer.overfit_batches": (0.0, "it validates on training images"),
     "trainer.sync_batchnorm": (False, "statistics are frozen, or of each process"),
 }
 _AS_GOOD = {"trainer.val_check_interval": (1.0,), "trainer.enable_checkpointing": (True,)}
@@ -70,8 +74,12 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> pl.Trainer:
         if not least <= value <= most or value == math.inf:
             to = f" to {most}" if key in MOST else ""
             raise ExperimentError(f"--{key} is {value}; allowed are finite numbers from {least}{to}")
-    if any(not value > 0 for value in _at(config, "data.std") or ()):
-        raise ExperimentError(f"--data.std is {_at(config, 'data.std')}; allowed are numbers above 0")
+    for key, least in (("data.mean", -math.inf), ("data.std", 0)):
+        if not all(least < value < math.inf for value in _at(config, key) or ()):
+            above = " above 0" if least == 0 else ""
+            raise ExperimentError(f"--{key} is {_at(config, key)}; allowed are finite numbers{above}")
+    workers = _at(config, "data.workers") or 0
+    require_room(f"--data.workers {workers}", workers)
     precision = _at(config, "trainer.precision")
     if precision is not None and str(precision) not in PRECISIONS:
         raise ExperimentError(f"--trainer.precision is {precision}; allowed: {', '.join(sorted(PRECISIONS))}")

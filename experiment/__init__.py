@@ -4,7 +4,7 @@ from experiment.errors import ExperimentError
 from experiment.folder import RunFolder, Status
 from experiment.plan import add_planned, find_planned
 from experiment.provenance import fingerprint, provenance
-from experiment.record import Record, Run, find_records
+from experiment.record import Record, Run
 
 __all__ = [
     "ExperimentError",
@@ -14,7 +14,6 @@ __all__ = [
     "Status",
     "add_planned",
     "find_planned",
-    "find_records",
     "fingerprint",
     "provenance",
 ]

@@ -43,8 +43,11 @@ def finish(command: Callable[[Work], int | None]) -> int:
     """
     work = Work()
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started this
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for as long as the process is there
+        elif getattr(stream, "errors", "") == "strict":  # a letter that the terminal does not know is no error
+            stream.reconfigure(errors="backslashreplace")
     with stoppable():
         follow()
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import tempfile
+import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -21,26 +22,62 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
 
     It is written in the folder of its target, so that it is renamed there and not copied from another disk.
     """
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
+    part = part_of(path)
     try:
-        with os.fdopen(handle, "w+b") as file:
+        with part.open("x+b") as file:  # who may read it, the user's umask says
             yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(part).chmod(0o644)
-        Path(part).replace(path)
+        part.replace(path)
     except BaseException as error:
-        Path(part).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, part):
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(part)):
             error.filename = str(path)
         raise
     _flush_names(path.parent)
+
+
+def part_of(path: Path) -> Path:
+    """A new name beside a file, under which it is written before it is renamed."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file, text as UTF-8, so that no reader, and no crash, ever meets half of it."""
     with held(), whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def below(root: Path, name: str) -> list[Path]:
+    """Everything of a name below a folder, by its path.
+
+    Links to folders are followed, as a part of the runs may lie on another disk; into each folder once, and never to
+    one that holds the root. A warning names a folder that cannot be read.
+    """
+    found, seen = [], {_place(parent) for parent in root.resolve().parents}
+    for folder, inner, names in os.walk(root, onerror=_warn, followlinks=True):
+        place = _place(Path(folder))
+        if place is None or place in seen:
+            inner.clear()
+            continue
+        seen.add(place)
+        inner.sort()
+        if name in names or name in inner:  # a folder of that name is for the reader to refuse
+            found.append(Path(folder, name))
+    return sorted(found)
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """Which folder of the machine it is; None if it has just gone."""
+    try:
+        at = folder.stat()
+    except OSError:
+        return None
+    return at.st_dev, at.st_ino
+
+
+def _warn(error: OSError) -> None:
+    print(f"warning: left out: {error.filename} cannot be read ({error.strerror})", file=sys.stderr)
 
 
 def remove_parts(folder: Path) -> None:

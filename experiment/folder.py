@@ -42,6 +42,9 @@ class RunFolder:
 
     Attributes:
         repeated: images that are tested as well as trained or validated on, once the data set was looked at.
+
+    Raises:
+        ExperimentError: the name of the folder is not UTF-8.
     """
 
     def __init__(
@@ -58,6 +61,10 @@ class RunFolder:
         self.data_fingerprint, self.repeated = data_fingerprint, 0
         self._asked = _as_json(identity)
         self.checkpoints = path / "checkpoints"
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise ExperimentError(f"the name of {path} is no UTF-8; rename it, or give another --runs-dir") from None
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:

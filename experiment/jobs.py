@@ -60,12 +60,11 @@ class Job:
 def needed(jobs: Sequence[Job], root: Path) -> dict[Job, list[Job]]:
     """Of each job those others whose folders, or files in them, its arguments name."""
     made = {str(job.run.folder(root)): job for job in jobs}
-    below = f"{root}/"
     needs: dict[Job, list[Job]] = {}
     for job in jobs:
         found: dict[Job, None] = {}
         for word in job.arguments:
-            while word.startswith(below):
+            while word:
                 if word in made and made[word] != job:
                     found[made[word]] = None
                 word = word.rpartition("/")[0]

@@ -10,6 +10,7 @@ from typing import Literal
 
 from experiment.errors import ExperimentError
 from experiment.jobs import Job, Program, run_jobs
+from experiment.launching import require_room
 
 SLURM = "--slurm."  # how options begin that are sbatch's
 # What a sweep sets itself, and why.
@@ -44,6 +45,8 @@ class Launcher:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise ExperimentError(f"--workers is {self.workers}; allowed are whole numbers from 1")
+        if self.kind == "local":
+            require_room(f"--workers {self.workers}", self.workers or 1)
         if self.slurm and self.kind != "slurm":
             raise ExperimentError(f"{SLURM}{self.slurm[0][0]} is for --launcher slurm; leave it out, or give that")
         for name, _ in self.slurm:

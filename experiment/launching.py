@@ -30,7 +30,23 @@ GROUP = "LOWRANK_GROUP"  # environment variable: the folder by which the process
 STORE = "store"  # file in it
 GRACE = 10.0  # seconds that a process has to end when it is asked to, and the others when the first is done
 SETTLE = 1.0  # seconds in which those that were waiting for a process that is gone notice it
+PER_CORE, LEAST_ROOM = 4, 16  # processes that may be started on a machine: for each of its cores; at least
 KINDS = {"in_use": InUseError, "mendable": ExperimentError}
+
+
+def require_room(option: str, count: int) -> None:
+    """Refuse to start more processes than this machine could bear.
+
+    Args:
+        option: that asks for them, and its value.
+        count: of the processes.
+
+    Raises:
+        ExperimentError: they are too many.
+    """
+    most = max(LEAST_ROOM, PER_CORE * (os.cpu_count() or 1))
+    if count > most:
+        raise ExperimentError(f"{option} asks for {count} processes; allowed are up to {most} on this machine")
 
 
 class KilledError(ExperimentError):
@@ -107,10 +123,11 @@ def run_all(module: str, arguments: Sequence[str], count: int) -> None:
         count: of the processes.
 
     Raises:
-        ExperimentError: what one of them says that a user can mend, or that one was killed.
+        ExperimentError: what one of them says that a user can mend, that one was killed, or that they are too many.
         Stopped: a signal came, here or to one of them.
         ProcessError: any other error in one of them.
     """
+    require_room("the run", count)
     with tempfile.TemporaryDirectory(prefix="lowrank-") as folder:
         group = _Group(Path(folder), count)
         number = signal.SIGTERM

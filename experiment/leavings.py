@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiment.finite import finite
 from experiment.history import Row
 from lowrank import Account, Explanation, Method, RankPlan, converted_layers
 from lowrank.layers.factored import FactoredLinear
@@ -91,19 +92,13 @@ def memory_of(explanation: Explanation) -> dict[str, Any]:
 def as_text(content: Mapping[str, Any]) -> str:
     """JSON with one row of a list a line, so that it can be read and compared; not a number is null."""
     lines = []
-    for key, value in content.items():
+    for key, value in finite(content).items():
         if isinstance(value, list):
-            rows = ",\n  ".join(json.dumps(_finite(row)) for row in value)
+            rows = ",\n  ".join(json.dumps(row) for row in value)
             lines.append(f"{json.dumps(key)}: [\n  {rows}]")
         else:
-            lines.append(f"{json.dumps(key)}: {json.dumps(_finite(value))}")
+            lines.append(f"{json.dumps(key)}: {json.dumps(value)}")
     return "{" + ",\n ".join(lines) + "}\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and value - value != 0 else value
 
 
 def curves(rows: Sequence[Row], title: str) -> bytes:

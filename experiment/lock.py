@@ -64,7 +64,8 @@ class Holder:
     def is_gone(self) -> bool | None:
         """Whether it has ended; None where that cannot be seen from here."""
         if self.space == _space():
-            return _began(self.pid) != self.began
+            began = _began(self.pid)
+            return None if began == "" else began != self.began
         here = Holder.own()
         return True if self.job and self.job == here.job and self.attempt < here.attempt else None
 
@@ -169,18 +170,13 @@ def _space() -> str:
 
 def _began(pid: int) -> str | None:
     """When a process of this machine was started; None if it has ended, "" where only its being there is known."""
-    try:
+    with contextlib.suppress(OSError, ValueError, IndexError):  # no /proc, or one that hides what other users run
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else rest[18]
-    except (FileNotFoundError, ProcessLookupError):
-        if Path("/proc/self/stat").exists():
-            return None
-    except (OSError, ValueError, IndexError):
-        return ""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except OSError:
+    except OSError:  # of another user
         pass
     return ""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from experiment.errors import ExperimentError
-from experiment.files import locked, write_whole
+from experiment.files import below, locked, write_whole
 from experiment.record import Run
 
 PLANNED = "planned.json"
@@ -26,6 +26,8 @@ def add_planned(root: Path, runs: Iterable[Run]) -> None:
     for run in runs:
         plans[run.folder(root).parents[2] / PLANNED].add(run)
     for path, asked in plans.items():
+        if asked <= _known(path):  # also where nothing can be written
+            continue
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with locked(path.with_name(f".{PLANNED}.lock")):
@@ -36,13 +38,14 @@ def add_planned(root: Path, runs: Iterable[Run]) -> None:
 
 def _add(path: Path, asked: set[Run]) -> None:
     """Add runs of one task, setup, model and data set to their plan, whose lock is held."""
-    known = set(_load(path)) if path.exists() else set()
-    if asked <= known:
-        return
-    entries = sorted(([getattr(run, key) for key in _OWN] for run in asked | known), key=str)
+    entries = sorted(([getattr(run, key) for key in _OWN] for run in asked | _known(path)), key=str)
     shared = {key: getattr(next(iter(asked)), key) for key in _SHARED}
     text = ",\n  ".join(json.dumps(entry) for entry in entries)
     write_whole(path, f'{{"run": {json.dumps(shared)},\n "{"/".join(_OWN)}": [\n  {text}]}}\n')
+
+
+def _known(path: Path) -> set[Run]:
+    return set(load_plan(path)) if path.exists() else set()
 
 
 def find_planned(root: Path) -> list[Run]:
@@ -51,10 +54,15 @@ def find_planned(root: Path) -> list[Run]:
     Raises:
         ExperimentError: a plan is damaged.
     """
-    return [run for path in sorted(root.rglob(PLANNED)) for run in _load(path)]
+    return [run for path in below(root, PLANNED) for run in load_plan(path)]
 
 
-def _load(path: Path) -> list[Run]:
+def load_plan(path: Path) -> list[Run]:
+    """The runs of one plan.
+
+    Raises:
+        ExperimentError: it is damaged.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         shared = {key: content["run"][key] for key in _SHARED}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,9 +180,3 @@ def _finite(values: Any, key: str) -> dict[str, Any]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{key}.{name} is {value!r}")
     return values
-
-
-def find_records(root: Path) -> Iterator[Record]:
-    """Every record below a folder, in the order of their paths."""
-    for path in sorted(root.rglob(RESULT)):
-        yield Record.load(path)

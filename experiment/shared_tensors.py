@@ -27,6 +27,8 @@ def shared_tensors(path: Path, make: Callable[[], Content]) -> Content:
         make: makes the content.
     """
     with contextlib.ExitStack() as stack:
+        if _is_whole(path):  # also where nothing can be written
+            return _read(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
@@ -37,8 +39,12 @@ def shared_tensors(path: Path, make: Callable[[], Content]) -> Content:
             problem = _written(content, path)
             if problem is not None:
                 return _kept(content, path, problem)
-    read: Content = torch.load(path, mmap=True, weights_only=True)
-    return read
+    return _read(path)
+
+
+def _read(path: Path) -> Content:
+    content: Content = torch.load(path, mmap=True, weights_only=True)
+    return content
 
 
 def _is_whole(path: Path) -> bool:

@@ -76,8 +76,10 @@ class Workers:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Workers:
-        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="lowrank-", ignore_cleanup_errors=True))
-        self._folder = Path(folder)
+        place = tempfile.gettempdir()
+        place = place if len(os.fsencode(place)) < 70 else "/tmp"  # the name of a socket has about 100 bytes at most
+        made = tempfile.TemporaryDirectory(prefix="lowrank-", dir=place, ignore_cleanup_errors=True)
+        self._folder = Path(self._stack.enter_context(made))
         self._server = self._stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         self._server.bind(str(self._folder / "jobs"))
         self._server.listen(self._count)

@@ -25,7 +25,7 @@ def details(folder: Path, record: Record | None = None) -> dict[str, Any]:
     """
     found: dict[str, Any] = {
         "curves": _curves(folder / METRICS),
-        "ranks": _json(folder / RANKS, "layers"),
+        "ranks": _ranks(folder / RANKS),
         "memory": _memory(folder / MEMORY),
         "config": _text(folder / CONFIG),
         "log": _text(folder / FAILURE, end=True),
@@ -56,6 +56,11 @@ def _json(path: Path, key: str) -> list[Any] | None:
         return None
     rows = content.get(key) if isinstance(content, Mapping) else None
     return rows if isinstance(rows, list) else None
+
+
+def _ranks(path: Path) -> list[Any] | None:
+    rows = _json(path, "layers")
+    return rows if rows is not None and all(isinstance(row, Mapping) for row in rows) else None
 
 
 def _memory(path: Path) -> list[Any] | None:

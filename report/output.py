@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from experiment import ExperimentError
+from experiment.files import part_of
 
 
 def write_all(files: Mapping[Path, bytes]) -> None:
@@ -22,11 +22,15 @@ def write_all(files: Mapping[Path, bytes]) -> None:
             make_folder(path.parent)
             if path.is_dir():
                 raise ExperimentError(f"{path} cannot be written: it is a folder; remove it or give another --output")
-            parts[path] = _part(path, content)
+            parts[path] = part_of(path)
+            with parts[path].open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         for path, part in parts.items():
             part.replace(path)
     except OSError as error:
-        raise ExperimentError(f"{error.filename} cannot be written: {error.strerror}; give another --output") from None
+        raise ExperimentError(f"{path} cannot be written: {error.strerror}; give another --output") from None
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
@@ -44,18 +48,3 @@ def make_folder(path: Path) -> None:
         raise ExperimentError(f"{path} cannot be written: {error.strerror}; give another --output") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise ExperimentError(f"{path} cannot be written: no permission; give another --output")
-
-
-def _part(path: Path, content: bytes) -> Path:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.chmod(0o644)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    return part

@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.colors import to_hex
 
 from experiment import Record, Run
+from experiment.finite import finite
 from experiment.history import METRICS as CURVES
 from experiment.jobs import FAILURE
 from experiment.record import RESULT
@@ -161,5 +162,5 @@ def _time(path: Path) -> str:
 
 def _packed(runs: Sequence[Listed]) -> str:
     """Details of runs as JSON, compressed, in base64."""
-    content = json.dumps([details(one.folder, one.record) for one in runs])
+    content = json.dumps(finite([details(one.folder, one.record) for one in runs]), allow_nan=False)
     return base64.b64encode(gzip.compress(content.encode(), 6, mtime=0)).decode()

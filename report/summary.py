@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from experiment import ExperimentError, Record, Run, find_planned
-from experiment.plan import PLANNED
+from experiment import ExperimentError, Record, Run
+from experiment.files import below
+from experiment.plan import PLANNED, load_plan
 from experiment.record import RESULT
 from report.methods import BASELINE, method_order
 from report.metrics import METRICS, Metrics
@@ -102,7 +103,7 @@ def find_runs(root: Path) -> list[tuple[Path, Record]]:
     """
     if not root.is_dir():
         raise ExperimentError(f"{root} is not a folder; give the folder that holds the runs")
-    found, problems = _whole(sorted(root.rglob(RESULT)), lambda path: (path, _record(path)))
+    found, problems = _whole(below(root, RESULT), lambda path: (path, _record(path)))
     if problems and not found:
         raise ExperimentError(problems[0] + (f"; {len(problems) - 1} more are not read either" if problems[1:] else ""))
     if not found:
@@ -119,7 +120,7 @@ def find_runs(root: Path) -> list[tuple[Path, Record]]:
 
 def read_planned(root: Path) -> dict[Run, Path]:
     """Every run that is planned below a folder, with its own folder; a line of warning for each plan that is none."""
-    plans, problems = _whole(sorted(root.rglob(PLANNED)), lambda path: (path, find_planned(path.parent)))
+    plans, problems = _whole(below(root, PLANNED), lambda path: (path, load_plan(path)))
     _warn(problems)
     return {run: _beside(path, run) for path, plan in plans for run in plan if run.task in METRICS}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import signal
 import subprocess
@@ -53,6 +54,14 @@ def test_a_command_ends_as_all_do(command, ending, tmp_path, monkeypatch, capsys
     main = importlib.import_module(module).main
     assert main(arguments) == code
     assert re.fullmatch(said, capsys.readouterr().err)
+
+
+def test_a_letter_that_the_output_does_not_know_is_no_error():
+    code = r"from experiment.command import finish; raise SystemExit(finish(lambda work: print('\u0394 \udcfc')))"
+    for encoding, said in (("ascii", rb"\u0394 \udcfc"), ("utf-8", "\u0394 \\udcfc".encode())):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, env=environment)
+        assert (done.returncode, done.stdout.strip()) == (0, said)
 
 
 def test_an_output_that_is_closed_is_no_error(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import io
+import math
+import os
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -89,11 +91,13 @@ def hold_out(part: Samples, stratified: bool = False) -> tuple[Samples, Samples]
 
     Args:
         part: the samples, in their official order.
-        stratified: take 20 % of each class, and not of all samples as the papers do.
+        stratified: take 20 % of each class, and not of all samples as the papers do; in all at least as many as there
+            are classes.
     """
+    least = len(np.unique(part.labels)) if stratified else 0
     rest, held = train_test_split(
         np.arange(len(part.labels)),
-        test_size=VAL_SHARE,
+        test_size=max(math.ceil(VAL_SHARE * len(part.labels)), least),
         random_state=SPLIT_SEED,
         stratify=part.labels if stratified else None,
     )
@@ -135,7 +139,7 @@ def files_fingerprint(folder: Path, parts: Iterable[ImageSet], lists: Iterable[s
         images.hashes = [next(hashes) for _ in images.paths]
         stated.append(part.labels.tobytes())
         names = (str(Path(path).relative_to(folder)) for path in images.paths)
-        stated += [f"{name} {digest.hex()}".encode() for name, digest in zip(names, images.hashes, strict=True)]
+        stated += [os.fsencode(f"{name} {digest.hex()}") for name, digest in zip(names, images.hashes, strict=True)]
     return fingerprint(stated)
 
 
@@ -145,7 +149,7 @@ def _require_file(path: str) -> None:
 
 
 def _check_head(path: Path, content: bytes) -> None:
-    """Raise `ExperimentError` where the head of an image tells that it is too large, or of values without a range.
+    """Raise `ExperimentError` where the head of a file tells that it is no image, too large, or without a range.
 
     One that was cut is told too; one that is damaged otherwise, when it is read.
     """
@@ -154,6 +158,8 @@ def _check_head(path: Path, content: bytes) -> None:
         with pillow.open(io.BytesIO(content)) as image:
             if image.mode == "F" or (image.mode == "I" and image.format not in WIDE):
                 as_rgb(image)
+    except pillow.UnidentifiedImageError:
+        raise unreadable(path, "it is no image, or its beginning is damaged") from None
     except (OSError, SyntaxError):
         return
     except (ValueError, pillow.DecompressionBombError) as error:

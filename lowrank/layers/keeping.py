@@ -39,6 +39,7 @@ class LayerState:
         kept_bytes: bytes kept of the input in the latest training forward pass; 0 if another layer keeps them.
         formula_bytes: the same by the method's formula.
         whole: whether it kept its input as it is since keeping less was not worth it.
+        exact: whether it kept what its exact input is computed from, where the method would have kept more.
         judged: of geometries and shapes, whether keeping less is worth it.
     """
 
@@ -54,6 +55,7 @@ class LayerState:
     kept_bytes: int = 0
     formula_bytes: int = 0
     whole: bool = False
+    exact: bool = False
     judged: dict[Any, bool] = field(default_factory=dict, repr=False)
 
     def method_for(self, geometry: Geometry, x: Tensor, out_channels: int) -> Method:
@@ -83,6 +85,8 @@ def kept_of(layer: Any, geometry: Geometry, input: Tensor, x: Tensor) -> Kept:
     if state.smallest:
         method = state.method_for(geometry, batched, geometry.by_output(layer.kind.weight(layer)).shape[0])
     lighter = _lighter_origin(state, method, geometry, input) if x is input and not single else None
+    if not torch.compiler.is_compiling():
+        state.exact = lighter is not None and not method.keeps_input
     if lighter is not None:
         origin, state.formula_bytes = lighter
         state.kept_bytes = origin.nbytes

@@ -113,7 +113,7 @@ function fillStates() {
     open: (run) => openRuns([run.place]),
     sub: (run) => `${run.model}, ${run.dataset}`,
   });
-  section.append(table.element, el("p", { class: "faint" }, "Running is seen of this machine's processes; a run in work on another machine counts as interrupted."));
+  section.append(table.element);
 }
 
 const COMPARED = [

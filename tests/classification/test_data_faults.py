@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 
@@ -238,6 +239,35 @@ def test_a_giant_image_is_refused_before_training(tmp_path, monkeypatch):
     write_image_folder(tmp_path / "fish", ())
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     refused("fish", tmp_path, "cannot be read .*exceeds limit")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image"])
+def test_a_file_that_is_no_image_is_refused_before_training(tmp_path, content):
+    write_image_folder(tmp_path / "fish", ("train", "test"))
+    path = sorted((tmp_path / "fish" / "test").rglob("*.jpg"))[-1]
+    path.write_bytes(content)
+    refused("fish", tmp_path, f"image {path} cannot be read .it is no image")
+
+
+def test_names_may_be_of_any_bytes(tmp_path):
+    write_image_folder(tmp_path / "fish", ())
+    plain = load_splits("fish", tmp_path)
+    path = sorted((tmp_path / "fish").rglob("*.jpg"))[0]
+    path.rename(path.with_name("\udcfc.jpg"))
+    found = load_splits("fish", tmp_path)
+    assert len(found.train.labels) == len(plain.train.labels)
+    assert found.fingerprint != plain.fingerprint
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_each_part_has_as_many_images_as_there_are_classes(tmp_path, count):
+    for label, index in itertools.product(range(40), range(count)):
+        path = tmp_path / "fish" / f"kind{label}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((2, 2), label, np.uint8)).save(path)
+    splits = load_splits("fish", tmp_path)
+    for part in (splits.train, splits.val, splits.test):
+        assert set(part.labels) == set(range(40))
 
 
 def test_images_that_are_trained_and_tested_on_are_counted_and_told(tmp_path, capsys):

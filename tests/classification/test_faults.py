@@ -226,7 +226,9 @@ REFUSED = [
     *(("--data.workers", "-1"), ("--data.std", "[0,1,1]"), ("--trainer.gradient_clip_val", "-1"), ("--runs_dir", "")),
     *(("--trainer.max_epoch", "3"), ("--dry-runn",), ("--trainer.max_epochs", "-1")),
     *(("--seed_everything", str(2**40)), ("--trainer.min_steps", "-5"), ("--model.learning_rate", ".inf")),
-    *(("--model.layers", "1:30"), ("--model", "{layers: 2, layers: 4}")),
+    *(("--model.layers", "1:30"), ("--model", "{layers: 2, layers: 4}"), ("--data.workers", "100000")),
+    *(("--trainer.devices", "100000"), ("--data.std", "[.inf,1,1]"), ("--data.mean", "[.nan,0,0]")),
+    *(("--model.momentum", "1.5"), ("--trainer.overfit_batches", "1"), ("--data.partition_seed", "-5")),
 ]
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.files import write_whole
+from experiment.files import below, write_whole
 
 
 def test_text_is_written_and_replaced(tmp_path):
@@ -14,7 +14,7 @@ def test_text_is_written_and_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["file.txt"]  # noqa: PTH208 - hidden files as well
 
 
-@pytest.mark.parametrize("broken", ["os.fsync", "pathlib.Path.replace", "pathlib.Path.chmod"])
+@pytest.mark.parametrize("broken", ["os.fsync", "pathlib.Path.replace"])
 def test_a_failed_write_leaves_the_old_file_whole_and_nothing_else(tmp_path, monkeypatch, broken):
     path = tmp_path / "file.txt"
     path.write_text("old")
@@ -51,3 +51,29 @@ def test_a_reader_never_meets_half_of_the_text(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", watched)
     write_whole(path, "new" * 1000)
     assert seen == [("old", "new" * 1000)]
+
+
+def test_files_are_found_through_links_each_once_and_nothing_above_the_folder(tmp_path, capsys):
+    runs, disk = tmp_path / "runs", tmp_path / "disk"
+    for place in (runs / "b", disk / "c", tmp_path / "other"):
+        place.mkdir(parents=True)
+        (place / "x").touch()
+    (runs / "a").symlink_to(disk)
+    (disk / "again").symlink_to(runs / "b")
+    (disk / "loop").symlink_to(disk)
+    (runs / "up").symlink_to(tmp_path)
+    (runs / "gone").symlink_to(tmp_path / "nowhere")
+    assert below(runs, "x") == [runs / "a" / "again" / "x", runs / "a" / "c" / "x"]
+    assert below(tmp_path / "nowhere", "x") == []
+    assert capsys.readouterr().err.count("warning") == 1
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o077])
+def test_who_may_read_a_file_is_as_the_umask_says(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_whole(tmp_path / "own", "x")
+        (tmp_path / "plain").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "own").stat().st_mode == (tmp_path / "plain").stat().st_mode

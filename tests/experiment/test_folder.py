@@ -195,6 +195,11 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     assert (tmp_path / "run").read_text() == "in the way"
 
 
+def test_a_folder_whose_name_is_no_text_is_refused(tmp_path):
+    with pytest.raises(ExperimentError, match=r"no UTF-8.*--runs-dir"):
+        folder(tmp_path / "l\udcfcufe")
+
+
 @pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"schema": 1}', b"\xff", b"[" * 100_000, "cut", "foreign"])
 def test_a_result_that_is_not_whole_or_of_another_run_is_none(tmp_path, content):
     run = started(tmp_path)

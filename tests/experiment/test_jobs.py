@@ -3,13 +3,14 @@
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from experiment import ExperimentError, Record, Run
 from experiment import jobs as jobs_module
 from experiment.errors import InUseError
-from experiment.jobs import Job, Program, duration, run_jobs
+from experiment.jobs import Job, Program, duration, needed, run_jobs
 
 
 def job(layers, *arguments):
@@ -51,6 +52,13 @@ def test_what_is_in_work_elsewhere_and_what_needs_it_is_come_back_to(tmp_path, c
     said = capsys.readouterr().err
     assert said == "in work elsewhere (2); come back later for them:\n  layers 1\n  layers 2\n"
     assert list(tmp_path.rglob("failure.log")) == []
+
+
+@pytest.mark.parametrize("root", [".", "runs", "/a/b"])
+def test_what_a_job_needs_is_found_below_any_folder_of_runs(root):
+    first = job(1, "--out", root)
+    second = job(2, "--weights", str(first.run.folder(Path(root)) / "checkpoints" / "best.ckpt"))
+    assert needed([first, second], Path(root)) == {first: [], second: [first]}
 
 
 def test_what_was_in_work_elsewhere_may_be_done_at_the_end(tmp_path, capsys):

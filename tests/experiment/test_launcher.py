@@ -35,6 +35,7 @@ def test_every_option_of_sbatch_is_passed_through_and_no_other_is_taken():
     ("words", "message"),
     [
         (["--workers", "0"], r"--workers is 0; allowed are whole numbers from 1"),
+        (["--workers", "100000"], r"--workers 100000 asks for 100000 processes; allowed are up to \d+ on this machine"),
         (["--slurm.mem", "4G"], r"--slurm\.mem is for --launcher slurm"),
         (["--launcher", "slurm", "--slurm.array", "1-3"], r"--slurm\.array cannot be given: a sweep sets it"),
         (["--launcher", "slurm", "--slurm.nodes", "2"], r"--slurm\.nodes cannot be given: .*docs/machines\.md"),

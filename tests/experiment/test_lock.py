@@ -99,6 +99,21 @@ def test_a_holder_elsewhere_is_given_up_by_age_and_one_here_once_it_is_gone(tmp_
             assert not path.exists()
 
 
+@pytest.mark.parametrize(("age", "held"), [(0, True), (LEASE + 60, False)])
+def test_a_process_that_the_system_hides_is_there_as_long_as_it_touches_its_file(tmp_path, monkeypatch, age, held):
+    """As `hidepid` makes it with those of other users: no file in /proc, and a number that is taken."""
+    leave(tmp_path, age)
+    read = Path.read_text
+
+    def hidden(path, *arguments, **options):
+        if str(path) == f"/proc/{os.getpid()}/stat":
+            raise FileNotFoundError(2, "No such file or directory")
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    assert (holder(tmp_path) is not None) == held
+
+
 def test_a_job_that_slurm_starts_again_takes_over_from_its_earlier_try_on_another_machine(tmp_path, monkeypatch):
     leave(tmp_path, 0, space="another machine", job="17", attempt=0)
     monkeypatch.setenv("SLURM_JOB_ID", "18")

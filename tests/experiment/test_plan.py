@@ -36,8 +36,13 @@ def test_nothing_new_writes_nothing(tmp_path):
     add_planned(tmp_path, [RUN, OTHERS[1]])
     (path,) = tmp_path.rglob("planned.json")
     before = path.stat().st_ino
+    lock = path.with_name(".planned.json.lock")
+    lock.unlink()
+    lock.mkdir()  # stands for a folder in which nothing can be written
     add_planned(tmp_path, [RUN])
     assert path.stat().st_ino == before
+    with pytest.raises(ExperimentError, match=r"planned\.json cannot be written"):
+        add_planned(tmp_path, [OTHERS[0]])
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"run": {"task": "x"}, "method/layers/seed": []}'])

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment import ExperimentError, Record, Run, find_records
+from experiment import ExperimentError, Record, Run
 
 RUN = {
     "task": "classification",
@@ -155,21 +155,6 @@ def test_a_file_that_is_no_record_is_refused(tmp_path, content):
 def test_a_missing_record_is_an_error_of_one_line(tmp_path):
     with pytest.raises(ExperimentError, match="cannot be read: No such file"):
         Record.load(tmp_path / "result.json")
-
-
-def test_records_are_found_in_the_order_of_their_paths(tmp_path):
-    runs = [("vanilla", 2, 1), ("asi", 4, 0), ("asi", 2, 9), ("asi", 2, 3)]
-    for method, layers, seed in runs:
-        record = a_record(method=method, layers=layers, seed=seed)
-        record.run.folder(tmp_path).mkdir(parents=True)
-        record.save(record.run.folder(tmp_path))
-    (tmp_path / "classification" / "unfinished").mkdir()
-    found = [(record.run.method, record.run.layers, record.run.seed) for record in find_records(tmp_path)]
-    assert found == sorted(runs)
-
-
-def test_a_folder_that_does_not_exist_has_no_records(tmp_path):
-    assert list(find_records(tmp_path / "nowhere")) == []
 
 
 def test_a_record_of_before_the_loss_was_noted_is_read(tmp_path):

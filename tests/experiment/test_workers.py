@@ -147,3 +147,11 @@ def test_a_run_that_another_process_has_done_meanwhile_is_not_done_again(tmp_pat
     folder.path.mkdir(parents=True)
     assert run_jobs([job(tmp_path, 1)], Program("x", command), tmp_path) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_temporary_files_may_lie_in_a_folder_of_any_name(tmp_path, monkeypatch):
+    deep = tmp_path.joinpath(*["a" * 60] * 2)
+    deep.mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    with Workers(PROGRAM, tmp_path, 1) as workers:
+        assert workers.run([]) == {}

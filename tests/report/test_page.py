@@ -13,7 +13,7 @@ import pytest
 from report.page import page
 from report.payload import compose, listed_runs
 from report.published import Point
-from report.summary import Reported, find_runs, group_records, summarise
+from report.summary import Reported, find_runs, group_of, group_records, summarise
 
 EVIL = "</script><img src=x onerror=alert(1)>&amp;"
 
@@ -114,6 +114,19 @@ def test_a_run_has_its_state_and_its_details(content):
     assert state == "done"
     assert details["recipe"]["epochs"] == EVIL
     assert details["memory_bytes"]["saved_measured"] == 2**21
+
+
+def test_numbers_that_are_none_and_lists_of_other_things_take_no_other_run_along(write, runs):
+    record = write("asi", 2, recipe={"x": float("inf"), "y": [float("nan")]})
+    folder = record.run.folder(runs)
+    (folder / "metrics.csv").write_text("epoch,val_loss\n0,nan\n1,-inf\n2,0.5\n")
+    (folder / "ranks.json").write_text('{"layers": [null, {"name": "x"}]}')
+    found = find_runs(runs)
+    tables = {group_of(record.run): summarise([record])}
+    (details,) = details_of(compose(tables, listed_runs(found, {}), {}, "vanilla"))
+    assert details["curves"] == {"epoch": [0, 1, 2], "val_loss": [None, None, 0.5]}
+    assert (details["recipe"]["x"], details["recipe"]["y"]) == (None, [None])
+    assert "ranks" not in details
 
 
 def test_published_points_are_there(content):
