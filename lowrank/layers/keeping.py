@@ -119,7 +119,8 @@ def _lighter_origin(state: LayerState, method: Method, geometry: Geometry, x: Te
     if method.keeps_input:
         computed = origin.step.function is not None and not _is_less_alone(x, origin.nbytes)
         return (origin, x.nbytes) if computed else None
-    price = None if state.everywhere or method.factors_weight else method.price(x, geometry, 1)
+    own = "price" in vars(type(method)) and not method.factors_weight  # a subclass may keep something else
+    price = method.price(x, geometry, 1) if own and not state.everywhere else None
     if price is None:
         return None
     form = x.nbytes - price[0]
