@@ -95,7 +95,7 @@ class ExactAtTimes(Way):
         bases = lowrank.training_state(task.model)
         lowrank.revert(task.model)
         total = backward_in(task, batch, parts_of(batch, MICRO))
-        lowrank.convert(task.model, task.names, task.method)
+        lowrank.convert(task.model, task.names, task.method, everywhere=True)
         lowrank.load_training_state(task.model, bases)
         return total
 

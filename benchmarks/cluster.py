@@ -16,6 +16,7 @@ from pathlib import Path
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PATIENCE = 60  # seconds that it has to start
 ANSWER = 100  # seconds that it has to answer a command
+SOON = 2  # seconds that what was queued again waits at least
 PROMPT = 3  # and one that is not waited for longer
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 _CONFIG = """
@@ -69,6 +70,7 @@ class Cluster:
 
     def __init__(self, jobs: int) -> None:
         self._jobs = jobs
+        self._waiting: dict[str, float] = {}  # jobs that were queued again, and since when that is known
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Cluster:
@@ -130,10 +132,16 @@ class Cluster:
         return found.returncode == 0 and not found.stdout.strip()
 
     def hurry(self) -> None:
-        """Let what was started again begin at once, where Slurm would wait for two minutes."""
-        for line in _output(["squeue", "--noheader", "--states", "PD", "--array", "--format", "%i %r"]).splitlines():
-            name, _, why = line.partition(" ")
-            if why.strip() == "BeginTime":
+        """Let what was queued again begin soon, where Slurm would wait for two minutes.
+
+        Not at once: within the second in which a job was ended, Slurm holds its new start for the old one, and ends it.
+        """
+        now = time.monotonic()
+        listed = _output(["squeue", "--noheader", "--states", "PD", "--array", "--format", "%i %r"]).splitlines()
+        waiting = [line.split()[0] for line in listed if line.split()[1:] == ["BeginTime"]]
+        self._waiting = {name: self._waiting.get(name, now) for name in waiting}
+        for name, since in self._waiting.items():
+            if now - since >= SOON:
                 _output(["scontrol", "update", f"JobId={name}", "StartTime=now"])
 
     def disturb(self, name: str, how: str) -> None:

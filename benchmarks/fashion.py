@@ -127,7 +127,7 @@ class Task:
         budget = self.input_bytes(batch) / run.part
         plan = lowrank.select_ranks(self.measure(run, batch), budget, storages=run.kind.storages)
         self.method = self.method_of(run, plan)
-        lowrank.convert(self.model, self.names, self.method)
+        lowrank.convert(self.model, self.names, self.method, everywhere=True)
         return plan
 
     def method_of(self, run: Run, plan: RankPlan) -> Method:

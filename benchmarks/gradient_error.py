@@ -108,7 +108,7 @@ class Subject:
         model = copy.deepcopy(self.model)
         tail, found = self.tail(model), []
         if method is not None:
-            lowrank.convert(model, names, method)
+            lowrank.convert(model, names, method, everywhere=True)
         for batch in self.batches if method is not None else self.batches[-MEASURED:]:
             model.zero_grad()
             loss_of(tail, batch).backward()
@@ -120,7 +120,7 @@ class Subject:
         """Processor time of a step of the whole network, these layers trained, over that of ordinary training."""
         stock = copy.deepcopy(self.model)
         lowrank.freeze_before(stock, names)
-        low = lowrank.convert(copy.deepcopy(stock), names, method)
+        low = lowrank.convert(copy.deepcopy(stock), names, method, everywhere=True)
         batch = parts_of(self.images, BATCH)[0]
 
         def step(model: nn.Module) -> Callable[[], float]:

@@ -133,7 +133,7 @@ def converted(run: Run, weights: str, plans: Plans, batch: Batch) -> nn.Module:
         model.train()
     if run.method in RANKED:
         storage, method = RANKED[run.method]
-        lowrank.convert(model, names, method(plans.plan(run.layers, storage)))
+        lowrank.convert(model, names, method(plans.plan(run.layers, storage)), everywhere=True)
     elif run.method in PLAIN:
         lowrank.convert(model, names, PLAIN[run.method])
     elif run.method == "lora_8":

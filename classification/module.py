@@ -132,7 +132,7 @@ class FineTune(pl.LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.backbone.to(memory_format=self.memory_format)
         self.method = with_ranks(method or Vanilla(), budget, self.names, rank_choice, rank_seed)
-        lowrank.convert(self.backbone, self.names, self.method, fuses(self.method, fuse))
+        lowrank.convert(self.backbone, self.names, self.method, fuses(self.method, fuse), everywhere=True)
         self.energies, self.mode_energies, self.storages = tuple(energies), tuple(mode_energies), tuple(storages)
         self.freeze_statistics, self.cache_front = freeze_statistics, cache_front
         self._split: list[Split] = []  # not an attribute of its own, which would register its layers twice

@@ -39,10 +39,12 @@ LOG = "slurm.log"  # in a run's folder
 SUBMITTED = ".slurm"  # folder of batch files and what submitit writes beside them, below that of all runs
 NOTICE = 90  # seconds before the end of a job's time at which Slurm says so
 RESTARTS = 10  # times that a job is started again though it has saved nothing new
+NOTICES = (signal.SIGUSR2, signal.SIGUSR1)  # the first is asked for; `--slurm.signal` may ask for the other
 _SAVED = 128 + signal.SIGUSR2  # exit code of a job that was told to end, and is further than at its start
 LARGEST = 1000  # jobs of an array: Slurm's own limit, MaxArraySize, is 1001 where nobody has set it
 
 SETUP = [
+    "export SUBMITIT_PREEMPT_SIGNAL=URG",  # which never comes: submitit would not save at what Slurm sends
     "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}}",
     '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"',  # since 22.05 srun asks
 ]
@@ -52,7 +54,8 @@ TEARDOWN = [
     # By its number alone the last job of an array is the whole array, whose other jobs would be started again as well.
     'job="${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
     f'if [ "$code" -eq {_SAVED} ] || {{ [ "$code" -ge 128 ] && [ "$again" -lt {RESTARTS} ]; }}; then',
-    '  scontrol requeue "${job:-$SLURM_JOB_ID}"',
+    # A controller that is busy, or is being started anew, does not answer at once.
+    '  for pause in 2 10 30 0; do scontrol requeue "${job:-$SLURM_JOB_ID}" && break; sleep "$pause"; done',
     "fi",
     'exit "$code"',
 ]
@@ -119,7 +122,7 @@ class _Queue:
 
     def __init__(self, folder: Path, options: Mapping[str, str | bool], workers: int | None) -> None:
         self._folder, self._workers = folder, workers
-        self._options = {"requeue": True, **options}
+        self._options = {"requeue": True, "signal": f"{NOTICES[0].name.removeprefix('SIG')}@{NOTICE}", **options}
         self.ids: list[str] = []
 
     def add(self, name: str, calls: Sequence[tuple[Any, ...]], after: Sequence[str]) -> list[str]:
@@ -139,7 +142,7 @@ class _Queue:
         import submitit
 
         executor = submitit.SlurmExecutor(self._folder)
-        told: dict[str, Any] = {"job_name": re.sub(r"\W+", "-", f"lowrank {name}"), "signal_delay_s": NOTICE}
+        told: dict[str, Any] = {"job_name": re.sub(r"\W+", "-", f"lowrank {name}")}
         told |= {"setup": SETUP, "teardown": TEARDOWN, "array_parallelism": self._workers or len(calls)}
         if after:
             told["dependency"] = "afterany:" + ":".join(after)
@@ -187,7 +190,7 @@ def do(job: Job, needs: Sequence[Job], program: Program, root: Path) -> None:
         before = _state(folder)
 
         def attempt(work: Work) -> int:
-            _hear(signal.SIGUSR2, told)  # not sooner, as submitit does nothing at SIGTERM
+            _hear(told)  # not sooner, as submitit does nothing at SIGTERM; till then it ends the process
             work.title = job.title
             while any(_is_elsewhere(other, root) for other in needs):
                 time.sleep(PAUSE)
@@ -210,23 +213,23 @@ def _is_elsewhere(job: Job, root: Path) -> bool:
     return holder(job.run.folder(root)) is not None and not job.done(root)
 
 
-def _hear(number: signal.Signals, told: list[int]) -> None:
-    """From now on this signal does what SIGTERM does, and is put into `told`."""
+def _hear(told: list[int]) -> None:
+    """From now on what Slurm sends does what SIGTERM does, and is put into `told`."""
     owner = os.getpid()
 
-    def hear(*_: Any) -> None:
+    def hear(number: int, *_: Any) -> None:
         if not told and os.getpid() == owner:  # it may come several times, and a second SIGTERM ends at once
             told.append(number)
             os.kill(owner, signal.SIGTERM)
 
     def listen() -> None:
         while True:
-            signal.sigwait({number})
-            hear()
+            hear(signal.sigwait(NOTICES))
 
     # Slurm sends it to all processes of a job. What this one starts has it blocked like this one, and goes on.
-    signal.signal(number, hear)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    for number in NOTICES:
+        signal.signal(number, hear)
+    signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
     threading.Thread(target=listen, daemon=True, name="slurm").start()
 
 

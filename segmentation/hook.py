@@ -103,7 +103,7 @@ class LowRankHook(Hook):
         names = lowrank.trailing_layers(model, "all") if self.layers == "all" else list(self.layers)
         if names:
             self.method = with_ranks(self.method, self.budget, names)
-            lowrank.convert(model, names, self.method, self.fuse)
+            lowrank.convert(model, names, self.method, self.fuse, everywhere=True)
         if self.fuse:
             keep_nonzero(model)
         if self.recompute_loss:

@@ -24,7 +24,7 @@ from segmentation.compose import CONFIGS, load_config
 
 PUBLISHED_ON = "voc12aug"
 BUDGETS = CONFIGS.parent / "published" / "segmentation_budgets.yaml"
-PRETRAINED_ON = {"digit_scenes": "digit_scenes_pretrain"}
+PRETRAINED_ON = {name: f"{name}_pretrain" for name in ("digit_scenes", "digit_scenes_96")}
 PROGRAM = "python -m segmentation"
 
 

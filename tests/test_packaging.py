@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import lowrank
+from lowrank.kernels import build
 
 ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -52,7 +53,8 @@ def test_a_wheel_of_the_library_declares_no_entry_point_and_is_that_of_the_sourc
     names = zipfile.ZipFile(wheel).namelist()
     version = lowrank.__version__
     assert {name.partition("/")[0] for name in names} == {"lowrank", f"lowrank-{version}.dist-info"}
-    assert {"lowrank/py.typed", "lowrank/kernels/kernels.c"} <= set(names)
+    compiled = {f"lowrank/kernels/{name}" for name in (*build.SOURCES, *build.HEADERS)}
+    assert {"lowrank/py.typed", *compiled} <= set(names)
     assert not [name for name in names if name.endswith("entry_points.txt")]
     assert sorted(names) == sorted(zipfile.ZipFile(again).namelist())
     with tarfile.open(built / f"lowrank-{version}.tar.gz") as archive:

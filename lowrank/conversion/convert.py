@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TypeVar
 
 from torch import nn
@@ -14,7 +15,8 @@ from lowrank.errors import ConversionError
 from lowrank.layers import factored
 from lowrank.layers.attention import OpenAttention
 from lowrank.layers.factored import FactoredLinear
-from lowrank.layers.layer import LayerState, LowRankLayer, can_be_converted, layer_class
+from lowrank.layers.keeping import LayerState
+from lowrank.layers.layer import LowRankLayer, can_be_converted, layer_class
 from lowrank.layers.lean import LEAN_MODULES, RECOMPUTED, LeanModule
 from lowrank.layers.swap import become, has_own_forward, restore, stock_class
 from lowrank.methods.base import Method, Vanilla
@@ -30,6 +32,7 @@ def convert(
     fuse: bool = True,
     recompute: bool = True,
     smallest: float = 0,
+    everywhere: bool = False,
 ) -> Model:
     """Make layers keep their inputs as `method` does, in place.
 
@@ -51,6 +54,10 @@ def convert(
       the linear layer in front of an activation or of attention once more. So are the outputs of convolutions of few
       products, such as depthwise ones, with the normalisation and the activation behind them.
 
+    - A layer whose input can be computed again from what is kept in any case, such as one behind a normalisation,
+      keeps nothing, and the gradient of its weight is exact, where the method would keep more than a 32nd of the input;
+      see `everywhere`. Not so with methods whose bytes depend on the data.
+
     What is fused is decided while the model runs, by what reaches a layer: hooks, other readers of a tensor, and
     changes to the model afterwards see what they see in the stock model.
 
@@ -66,6 +73,7 @@ def convert(
             step says so in `lowrank.account` and `lowrank.explain`. 0: whatever saves anything, as published numbers
             and tables have it. 2**15: with batches of one to four images a step takes hardly longer than stock's, and
             keeps more.
+        everywhere: True uses the method also where the exact input takes no more than what it keeps, as the papers do.
 
     Returns:
         `model`.
@@ -86,7 +94,7 @@ def convert(
         _take(step)
     if fuse:
         _keep_less(model, recompute)
-    _set_smallest(model, smallest)
+    _set_choices(model, smallest, everywhere)
     return model
 
 
@@ -125,8 +133,10 @@ def _keep_less(model: nn.Module, recompute: bool) -> None:
     kinds = {stock_class(module) for module in modules.values()}
     recomputes = bool(kinds & set(RECOMPUTED)) or any(isinstance(m, OpenAttention) for m in modules.values())
     read_behind = _may_be_read_behind(modules)
+    ahead = _ahead_of_functions(model, calls)
     for name, module in modules.items():
         watched = any(found.reach(_child(owner, name)) for owner, found in calls.items() if _is_in(owner, name))
+        watched = watched or any(_is_in(owner, name) or owner == name for owner in ahead)
         lazy = name in read_behind
         stock = not isinstance(module, LowRankLayer) and can_be_converted(module)
         if stock and (lazy or watched or (recomputes and type(module) is nn.Linear) or is_frozen(module)):
@@ -139,12 +149,25 @@ def _keep_less(model: nn.Module, recompute: bool) -> None:
             module._lowrank_watched = watched
 
 
-def _set_smallest(model: nn.Module, smallest: float) -> None:
+def _set_choices(model: nn.Module, smallest: float, everywhere: bool) -> None:
     for layer in model.modules():
         if isinstance(layer, LowRankLayer):
-            layer._lowrank.smallest = smallest
+            layer._lowrank.smallest, layer._lowrank.everywhere = smallest, everywhere
         elif isinstance(layer, LeanModule):
             layer._lowrank_smallest = smallest
+
+
+def _ahead_of_functions(model: nn.Module, calls: Container[str]) -> set[str]:
+    """The children ahead of one beside them whose own code calls functions, such as a normalisation over channels."""
+    found = set()
+    for owner, module in model.named_modules():
+        behind = False
+        for child, one in reversed(list(module.named_children())):
+            name = f"{owner}.{child}" if owner else child
+            if behind:
+                found.add(name)
+            behind = behind or (name in calls and next(one.children(), None) is None)
+    return found
 
 
 def _is_in(owner: str, name: str) -> bool:

@@ -184,7 +184,8 @@ def _softmax_curve(dim: Any, _stacklevel: int = 3, dtype: Any = None) -> Curve:
 
 def _hardtanh_curve(name: str, low: float, high: float) -> Curve:
     backward = _aten.hardtanh_backward.default
-    return Curve(name, lambda x: F.hardtanh(x, low, high), lambda grad, x: backward(grad, x, low, high))
+    function, change = (lambda x: F.hardtanh(x, low, high)), (lambda x: _aten.hardtanh_.default(x, low, high))
+    return Curve(name, function, lambda grad, x: backward(grad, x, low, high), change)
 
 
 sigmoid = _where_input_takes_nothing(
@@ -192,7 +193,7 @@ sigmoid = _where_input_takes_nothing(
 )
 tanh = _where_input_takes_nothing(torch.tanh, torch.tanh, _by_output("tanh", torch.tanh, _aten.tanh_backward.default))
 softmax = _where_input_takes_nothing(F.softmax, F.softmax, _softmax_curve, _takes_little)
-_relu_curve = Curve("ReLU", F.relu, lambda grad, x: _aten.threshold_backward.default(grad, x, 0))
+_relu_curve = Curve("ReLU", F.relu, lambda grad, x: _aten.threshold_backward.default(grad, x, 0), _aten.relu_.default)
 _relu = _where_input_is_free(F.relu, activations.relu, lambda: _relu_curve)
 _relu6 = _where_input_is_free(F.relu6, activations.relu6, lambda: _hardtanh_curve("ReLU6", 0.0, 6.0))
 _hardtanh = _where_input_is_free(
@@ -203,7 +204,8 @@ _leaky_relu = _where_input_is_free(F.leaky_relu, activations.leaky_relu, lambda 
 
 def _leaky_curve(slope: float) -> Curve:
     backward = _aten.leaky_relu_backward.default
-    return Curve("LeakyReLU", lambda x: F.leaky_relu(x, slope), lambda grad, x: backward(grad, x, slope, False))
+    function, change = (lambda x: F.leaky_relu(x, slope)), (lambda x: _aten.leaky_relu_.default(x, slope))
+    return Curve("LeakyReLU", function, lambda grad, x: backward(grad, x, slope, False), change)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:

@@ -56,7 +56,7 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
         args, kwargs = (filled, {}) if layout is None else tree_unflatten(filled, layout)
         return stock(*args, **kwargs)
 
-    origins = [origin_of(tensor) for tensor in tensors]
+    origins = [origin_of(tensor, stream=True) for tensor in tensors]
     if stock in _SUMS and _starts_anew(y, tensors, origins):
         return
     if isinstance(y, tuple | list):

@@ -21,6 +21,7 @@ from lowrank.exact.recompute import (
     products_of,
     rms_norm,
     scaled_dot_product_attention,
+    scaled_sum,
 )
 
 MATRIX_PRODUCTS = (
@@ -57,6 +58,7 @@ LEAN_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     ),
     F.normalize: products_of(F.normalize, costs=False),
     **{function: products_of(function) for function in MATRIX_PRODUCTS},
+    torch.addcmul: scaled_sum,
     F.layer_norm: layer_norm,
     F.rms_norm: rms_norm,
     F.group_norm: group_norm,

@@ -26,7 +26,8 @@ from lowrank.tensors.notes import Notes
 Rebuild = Callable[..., Tensor]
 DEEPEST = 48  # steps from a source to a tensor; what is further away is kept itself
 LAYER = 1000  # what a linear layer or attention takes; one is on the way to a tensor at most
-BUDGET = 192  # and convolutions of so many products per number
+BUDGET = 256  # and convolutions of so many products per number
+SHRINKING = 48  # of one that gives less than it is given, whose output takes little and serves those behind it
 
 
 class Step:
@@ -74,12 +75,30 @@ class Step:
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor that others are computed from; `kept`: whether a backward node keeps it in any case."""
+    """A tensor that others are computed from, or a reference to one that nothing may keep.
+
+    Attributes:
+        step: the step that gives it.
+        held: the tensor; a weak reference, where what is computed from it is as large.
+        kept: whether a backward node keeps it in any case.
+        version: of the tensor.
+    """
 
     step: Step
-    tensor: Tensor
+    held: Tensor | weakref.ref[Tensor]
     kept: bool
     version: int
+
+    @property
+    def tensor(self) -> Tensor:
+        found = self.held if isinstance(self.held, Tensor) else self.held()
+        assert found is not None, "whoever finds an origin has all of its sources"
+        return found
+
+    def holds(self) -> bool:
+        """Whether the tensor is there, and as it was."""
+        found = self.held if isinstance(self.held, Tensor) else self.held()
+        return found is not None and self.version == version_of(found)
 
 
 @dataclass(frozen=True)
@@ -89,6 +108,8 @@ class Origin:
     Attributes:
         parts: whether the tensor is put together of sources that others may keep too; then these are kept even where
             that takes as much as the tensor.
+        stream: whether it is of the size of its one source, such as a depthwise convolution's output; of use to a
+            normalisation, which has to keep one of the two: from its source more can be computed.
         place: where it was noted, such as within a checkpoint, which keeps nothing after all.
     """
 
@@ -96,6 +117,7 @@ class Origin:
     sources: tuple[Source, ...]
     parts: bool = False
     place: int = 0
+    stream: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -112,11 +134,11 @@ class Origin:
         if all(source.kept for source in self.sources):
             return self
         kept = tuple(Source(source.step, source.tensor, True, source.version) for source in self.sources)
-        return Origin(self.step, kept, self.parts, self.place)
+        return Origin(self.step, kept, self.parts, self.place, self.stream)
 
     def holds(self) -> bool:
         """Whether its sources are as they were."""
-        return all(source.version == version_of(source.tensor) for source in self.sources)
+        return all(source.holds() for source in self.sources)
 
 
 _ORIGINS: Notes[Origin] = Notes()
@@ -127,17 +149,29 @@ def version_of(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
 
 
-def itself(x: Tensor, kept: bool = False) -> Origin:
+def itself(x: Tensor, kept: bool = False, stream: bool = False) -> Origin:
     """A tensor as its own origin; keeping a parameter takes nothing, nor what a node is known to keep."""
     step = Step(None)
-    kept = kept or isinstance(x, nn.Parameter) or _KEPT.find(x) == place_of_saving()
-    return Origin(step, (Source(step, x, kept, version_of(x)),))
+    kept = kept or is_parameter(x) or is_known_as_kept(x)
+    held = weakref.ref(x) if stream and not kept else x
+    return Origin(step, (Source(step, held, kept, version_of(x)),), stream=stream and not kept)
+
+
+def is_parameter(x: Tensor) -> bool:
+    """Whether a tensor is a parameter or a view of one, whose memory is there in any case."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter)
 
 
 def is_kept(x: Tensor) -> None:
     """A node keeps this tensor in full: whatever else is computed from it takes nothing."""
     slots.is_kept(x)
     _KEPT.note(x, place_of_saving())
+
+
+def is_known_as_kept(x: Tensor) -> bool:
+    """Whether a node keeps this tensor in full."""
+    return _KEPT.find(x) == place_of_saving()
 
 
 def find(x: Tensor) -> Origin | None:
@@ -164,14 +198,18 @@ _PLACES: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _NUMBERS = count(1)
 
 
-def origin_of(x: Tensor) -> Origin:
-    """The way to have a tensor in the backward pass that keeps least: its origin, or the tensor itself."""
+def origin_of(x: Tensor, stream: bool = False) -> Origin:
+    """The way to have a tensor in the backward pass that keeps least: its origin, or the tensor itself.
+
+    `stream`: of two that take as much, the one further ahead, see `Origin`.
+    """
     origin = find(x)
     with torch._C.DisableTorchFunctionSubclass():
-        if origin is None:
+        if origin is None or is_known_as_kept(x):
             return itself(x)
         added, own = origin.nbytes, x.untyped_storage().nbytes()
-        return origin if added < own or (origin.parts and added <= own) else itself(x)
+        equal = origin.parts or (stream and origin.stream)
+        return origin if added < own or (equal and added <= own) else itself(x)
 
 
 def takes_nothing(x: Tensor) -> bool:
@@ -195,13 +233,14 @@ def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = F
     for origin in origins:  # of one that is kept for one input and not for another
         sources |= {source.step: source for source in origin.sources if source.kept}
     step = Step(function, [origin.step for origin in origins], cost)
-    found = Origin(step, tuple(sources.values()), parts or any(o.parts for o in origins), place_of_saving())
+    parts, stream = parts or any(o.parts for o in origins), any(o.stream for o in origins)
+    found = Origin(step, tuple(sources.values()), parts, place_of_saving(), stream)
     affordable = step.depth <= DEEPEST and step.cost < 2 * LAYER and step.cost % LAYER <= BUDGET
     if affordable and all(source.tensor is not y for source in found.sources):
         with torch._C.DisableTorchFunctionSubclass():
             read = type(y).untyped_storage is Tensor.untyped_storage  # otherwise it has no memory yet
             added, own = found.nbytes, y.untyped_storage().nbytes() if read else y.nbytes
-        if added < own or (found.parts and added <= own):
+        if added < own or ((parts or stream) and added <= own):
             _ORIGINS.note(y, found)
 
 

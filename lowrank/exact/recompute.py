@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank.exact.expressions import keeps_its_input, note_of
 from lowrank.exact.origins import (
@@ -32,6 +32,8 @@ from lowrank.exact.origins import (
     Reader,
     Rebuild,
     find,
+    is_kept,
+    is_parameter,
     lean_mode,
     note,
     origin_of,
@@ -123,8 +125,8 @@ def _normalised(stock: Callable[..., Tensor], input: Tensor, *parameters: Tensor
     """`stock(input, *parameters)`, computed again with its input where that takes nothing and no linear layer, whose
     output is kept, so that the next one can be computed from it."""
     origin = find(input) if lean_mode(input) else None
-    if origin is not None and origin.nbytes == 0 and origin.step.cost < LAYER:
-        return _run_again(stock, (input, *parameters), 0)
+    if origin is not None and (origin.nbytes == 0 or origin.stream) and origin.step.cost < LAYER:
+        return _run_again(stock, (input, *parameters), 0, stream=True)
     return keeps_its_input(stock, input, *parameters, y=stock(input, *parameters))
 
 
@@ -207,7 +209,9 @@ def attend(function: Rebuild, projected: Sequence[Tensor], *others: Tensor | Non
     return _run_again(function, arguments, LAYER)
 
 
-def _run_again(function: Rebuild, arguments: tuple[Tensor | None, ...], cost: int, layer: bool = False) -> Tensor:
+def _run_again(
+    function: Rebuild, arguments: tuple[Tensor | None, ...], cost: int, layer: bool = False, stream: bool = False
+) -> Tensor:
     """`function(*arguments)` in one node, which keeps the origins of the arguments.
 
     Args:
@@ -215,9 +219,10 @@ def _run_again(function: Rebuild, arguments: tuple[Tensor | None, ...], cost: in
         arguments: of it.
         cost: see `note`; that of a layer, or 0.
         layer: whether it is a layer, which is not run again behind another one; attention is.
+        stream: see `origin_of`.
     """
     call = _Call(function, tuple(None if argument is None else argument.requires_grad for argument in arguments))
-    origins = [origin_of(argument) for argument in arguments if argument is not None]
+    origins = [origin_of(argument, stream) for argument in arguments if argument is not None]
     reader, sources = reading(*origins)
     with torch._C.DisableTorchFunctionSubclass():  # what the function calls in turn is part of this one node
         y: Tensor = _Again.apply(call, reader, sources, *arguments)
@@ -249,14 +254,26 @@ def products_of(stock: Callable[..., Tensor], costs: bool = True) -> Callable[..
             given = iter(values)
             return stock(*(next(given) if there else other for there, other in places), **kwargs)
 
-        return _run_again(again, tuple(tensors), LAYER if costs else 0, any(map(_is_weight, tensors)))
+        return _run_again(again, tuple(tensors), LAYER if costs else 0, any(map(is_parameter, tensors)))
 
     return function
 
 
-def _is_weight(x: Tensor) -> bool:
-    with torch._C.DisableTorchFunctionSubclass():
-        return isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter)
+def scaled_sum(input: Tensor, tensor1: Tensor, tensor2: Tensor, **options: Any) -> Tensor:
+    """`torch.addcmul`; keeps the origins of its factors."""
+    arguments = (input, tensor1, tensor2)
+    if options.get("out") is not None or not all(isinstance(argument, Tensor) for argument in arguments):
+        return torch.addcmul(*arguments, **options)
+    again = lambda a, b, c: torch.addcmul(a, b, c, **options)  # noqa: E731
+    factors = [one for one, other in ((tensor1, tensor2), (tensor2, tensor1)) if other.requires_grad]
+    if any(map(lean_mode, arguments)) and any(map(takes_nothing, factors)):
+        return _run_again(again, arguments, 0)
+    y = again(*arguments)
+    if lean_mode(y):
+        for factor in factors:
+            is_kept(factor)
+        note(y, again, map(origin_of, arguments))
+    return y
 
 
 def scaled_dot_product_attention(

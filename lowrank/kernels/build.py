@@ -12,8 +12,11 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.c")
-OPTIONS = ("-O3", "-std=c11", "-fPIC", "-shared")  # for any processor of its kind: homes are shared among machines
+FOLDER = Path(__file__).parent
+SOURCES = ("team.c", "kernels.c", "int8.c", "subspace.c")
+HEADERS = ("team.h", "tile.h")
+# For any processor of its kind: homes are shared among machines.
+OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fPIC", "-shared")
 SECONDS = 60  # that a compiler may take
 
 
@@ -61,14 +64,15 @@ def _key(compiler: list[str]) -> str:
     """Of all that the library is made of. PyTorch is no part of it: it is handed bare memory."""
     program = Path(compiler[0]).resolve().stat()
     parts = (*compiler, *OPTIONS, program.st_size, program.st_mtime_ns, sysconfig.get_platform(), *platform.libc_ver())
-    return hashlib.sha256(SOURCE.read_bytes() + repr(parts).encode()).hexdigest()[:24]
+    text = b"".join((FOLDER / name).read_bytes() for name in (*SOURCES, *HEADERS))
+    return hashlib.sha256(text + repr(parts).encode()).hexdigest()[:24]
 
 
 def _build(compiler: list[str], path: Path) -> None:
     handle, name = tempfile.mkstemp(prefix=path.stem, suffix=".part", dir=path.parent)
     os.close(handle)
     try:
-        command = [*compiler, *OPTIONS, str(SOURCE), "-o", name]
+        command = [*compiler, *OPTIONS, *(str(FOLDER / source) for source in SOURCES), "-o", name, "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
         if done.returncode:
             raise Unavailable(f"{compiler[0]} failed: {' '.join(done.stderr.split())[:300]}")

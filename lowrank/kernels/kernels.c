@@ -1,52 +1,14 @@
 /* One pass over memory each, for CPU tensors that fill their memory. Plain C11, no header of PyTorch: what is built here
    serves every version of it. Vectors of 16 bytes, which all of x86-64 and 64-bit Arm have. */
 
-#include <math.h>
-#include <stdatomic.h>
-#include <stdint.h>
 #include <string.h>
+
+#include "team.h"
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
 
 #define PIECE 65536 /* elements that one thread takes at a time; a multiple of 8 */
-
-/* --- Threads: those of the OpenMP runtime that PyTorch has loaded, since a second runtime's would spin against them. */
-
-typedef void (*team_t)(void (*)(void *), void *, unsigned, unsigned);
-typedef struct task task;
-struct task {
-  void (*piece)(const task *, int64_t from, int64_t to);
-  const void *a, *b;
-  void *out, *bits;
-  int64_t count, step, columns;
-  double low, high;
-  int rule;
-  atomic_llong next;
-};
-
-static team_t team;
-
-void lowrank_set_team(void *gomp_parallel) { memcpy(&team, &gomp_parallel, sizeof team); }
-
-static void work(void *data) {
-  task *t = data;
-  for (;;) {
-    int64_t from = atomic_fetch_add(&t->next, t->step), to = from + t->step;
-    if (from >= t->count) return;
-    t->piece(t, from, to < t->count ? to : t->count);
-  }
-}
-
-static void run(task *t, int threads) {
-  atomic_init(&t->next, 0);
-  int64_t pieces = (t->count + t->step - 1) / t->step;
-  if (pieces < threads) threads = (int)pieces;
-  if (team && threads > 1)
-    team(work, t, (unsigned)threads, 0);
-  else
-    work(t);
-}
 
 /* --- Gates: which elements a curve of two slopes passes on. As PyTorch's backward operators have it, NaN included. */
 
@@ -101,7 +63,7 @@ static inline uint8_t eight_float(int rule, const float *x, float low, float hig
   void lowrank_pack_##T(const T *x, uint8_t *bits, int64_t count, int rule, double low, double high, int threads) {    \
     task t = {.piece = pack_piece_##T, .a = x, .bits = bits, .count = count, .step = PIECE, .low = low, .high = high,  \
               .rule = rule};                                                                                           \
-    run(&t, threads);                                                                                                  \
+    lowrank_run(&t, threads);                                                                                                  \
   }
 PACK(float)
 PACK(double)
@@ -161,7 +123,7 @@ static inline void slopes_double(int rule, const double *g, unsigned byte, doubl
                          int threads) {                                                                                \
     task t = {.piece = apply_piece_##T, .a = g, .bits = bits, .out = out, .count = count, .step = PIECE,               \
               .low = inner, .high = outer, .rule = rule};                                                              \
-    run(&t, threads);                                                                                                  \
+    lowrank_run(&t, threads);                                                                                                  \
   }
 APPLY(float)
 APPLY(double)
@@ -198,5 +160,5 @@ void lowrank_rows_float(const float *a, float *b, const float *scales, float *ou
   int64_t step = columns > 0 && columns < PIECE ? PIECE / columns : 1;
   task t = {.piece = rows_piece, .a = a, .bits = b, .b = scales, .out = out, .count = rows, .columns = columns,
             .step = step};
-  run(&t, threads);
+  lowrank_run(&t, threads);
 }

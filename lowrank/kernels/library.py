@@ -18,6 +18,7 @@ from lowrank.kernels.build import Unavailable, built
 SWITCH = "LOWRANK_KERNELS"
 _ALLOWED = ("", "auto", "off")
 _COUNT, _POINTER, _NUMBER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double, ctypes.c_int
+_INT8 = (("round", "float"), ("restore", "int8"))
 _SIGNATURES = {
     **{f"pack_{kind}": (_POINTER, _POINTER, _COUNT, _INT, _NUMBER, _NUMBER, _INT) for kind in ("float", "double")},
     **{
@@ -25,6 +26,10 @@ _SIGNATURES = {
         for kind in ("float", "double")
     },
     "rows_float": (_POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _INT),
+    **{f"{way}_blocks_{kind}": (_POINTER, _POINTER, _POINTER, _COUNT, _INT) for way, kind in _INT8},
+    **{f"{way}_columns_{kind}": (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT) for way, kind in _INT8},
+    "subspace_float": (_POINTER, _POINTER, _INT),
+    "set_width": (_INT,),
 }
 
 
@@ -91,7 +96,7 @@ class _Library:
         loaded = ctypes.CDLL(str(path))
         for name, types in _SIGNATURES.items():
             function = getattr(loaded, f"lowrank_{name}")
-            function.argtypes, function.restype = types, None
+            function.argtypes, function.restype = types, _INT if name == "subspace_float" else None
             setattr(self, name, function)
         team = _team()
         loaded.lowrank_set_team.argtypes = (_POINTER,)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -12,7 +14,8 @@ from lowrank.kernels.library import gpu, library
 
 Gate = Literal["above", "between", "within", "strictly above", "not zero"]
 _GATES: dict[Gate, int] = {"above": 0, "between": 1, "within": 1, "strictly above": 2, "not zero": 3}
-_KINDS = {torch.float32: "float", torch.float64: "double"}
+_STORED = (torch.uint8, torch.int8, torch.bfloat16)
+_KINDS = {torch.float32: "float", torch.float64: "double", torch.int8: "int8"}
 
 
 @lru_cache(maxsize=2)
@@ -34,13 +37,15 @@ def _kernel(name: str, *tensors: Tensor) -> object | None:
 
     Nor where somebody watches the operators, a compiler or a dispatch mode, who would not see a kernel.
     """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
     found = library()
-    if found is None or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if found is None:
         return None
     kind = _KINDS.get(tensors[0].dtype)
     for tensor in tensors:
         own = type(tensor) in _OWN and torch._C._dispatch_keys(tensor).raw_repr() in _KEYS
-        if not own or not tensor.is_contiguous() or tensor.dtype not in (tensors[0].dtype, torch.uint8):
+        if not own or not tensor.is_contiguous() or tensor.dtype not in (tensors[0].dtype, *_STORED):
             return None
     return getattr(found, f"{name}_{kind}", None)
 
@@ -125,3 +130,83 @@ def row_products(a: Tensor, b: Tensor, scales: Tensor | None = None) -> Tensor |
     pointers = a.data_ptr(), b.data_ptr(), None if scales is None else scales.data_ptr(), out.data_ptr()
     kernel(*pointers, *a.shape, torch.get_num_threads())  # type: ignore[operator]
     return out
+
+
+def round_columns(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A matrix (n, r), float32, in int8, and the scales (r,), see `lowrank.tensors.storage`; None: not for this one."""
+    kernel = _kernel("round_columns", x)
+    if kernel is None:
+        return None
+    values, scales = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[1], dtype=torch.bfloat16)
+    kernel(x.data_ptr(), values.data_ptr(), scales.data_ptr(), *x.shape)  # type: ignore[operator]
+    return values, scales
+
+
+def round_blocks(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A tensor, float32, in int8, and the scales (ceil(numel / 32),); None: not for this one."""
+    kernel, count = _kernel("round_blocks", x), x.numel()
+    if kernel is None:
+        return None
+    values, scales = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(-(-count // 32), dtype=torch.bfloat16)
+    pointers = x.data_ptr(), values.data_ptr(), scales.data_ptr()
+    kernel(*pointers, count, torch.get_num_threads())  # type: ignore[operator]
+    return values, scales
+
+
+def restore_columns(values: Tensor, scales: Tensor) -> Tensor | None:
+    """What `round_columns` rounded, in float32; None: not for these."""
+    kernel = _kernel("restore_columns", values, scales)
+    if kernel is None:
+        return None
+    out = values.new_empty(values.shape, dtype=torch.float32)
+    kernel(out.data_ptr(), values.data_ptr(), scales.data_ptr(), *values.shape)  # type: ignore[operator]
+    return out
+
+
+def restore_blocks(values: Tensor, scales: Tensor) -> Tensor | None:
+    """What `round_blocks` rounded, in float32; None: not for these."""
+    kernel = _kernel("restore_blocks", values, scales)
+    if kernel is None:
+        return None
+    out = values.new_empty(values.shape, dtype=torch.float32)
+    pointers = out.data_ptr(), values.data_ptr(), scales.data_ptr()
+    kernel(*pointers, values.numel(), torch.get_num_threads())  # type: ignore[operator]
+    return out
+
+
+def subspace(x: Tensor, steps: Sequence[tuple[int, Tensor, bool]]) -> tuple[Tensor, list[Tensor]] | None:
+    """Subspace iterations of one mode after the other, see `lowrank.tensors.decompose.subspace_iteration`.
+
+    Args:
+        x: of at most 8 modes, float32, or nothing is done.
+        steps: per mode that is cut its place, the start (n, r), and whether that is a basis already; at most 128
+            columns, and at most 2048 rows.
+
+    Returns:
+        The core, and a basis for each step, the start itself where that is one; None: not for these.
+    """
+    starts = [start.contiguous() for _, start, _ in steps]
+    kernel = _kernel("subspace", x, *starts) if steps else None
+    if kernel is None:
+        return None
+    sizes = tuple(x.shape)
+    ranks = tuple([(mode, start.shape[1], held) for mode, start, held in steps])
+    shape, plan = _subspace_plan(sizes, ranks)
+    core = x.new_empty(shape)
+    bases = [start if held else torch.empty_like(own) for own, (_, start, held) in zip(starts, steps, strict=True)]
+    pointers = [x.data_ptr(), core.data_ptr()]
+    for start, basis in zip(starts, bases, strict=True):
+        pointers += start.data_ptr(), basis.data_ptr()
+    memory = (ctypes.c_int64 * len(pointers))(*pointers)
+    done = kernel(plan, memory, torch.get_num_threads())  # type: ignore[operator]
+    return (core, bases) if done else None
+
+
+@lru_cache(maxsize=4096)
+def _subspace_plan(sizes: tuple[int, ...], steps: tuple[tuple[int, int, bool], ...]) -> tuple[list[int], Any]:
+    """Shape of the core, and what the kernel is told of the sizes."""
+    shape = list(sizes)
+    for mode, rank, _ in steps:
+        shape[mode] = rank
+    plan = [len(sizes), *sizes, len(steps), *[int(number) for step in steps for number in step]]
+    return shape, (ctypes.c_int64 * len(plan))(*plan)

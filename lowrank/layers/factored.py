@@ -20,7 +20,8 @@ from lowrank.exact.origins import origin_of
 from lowrank.exact.recompute import note_layer
 from lowrank.layers.factor_pair import link
 from lowrank.layers.factored_function import FactoredFunction, FactoredSettings, forward_factored
-from lowrank.layers.layer import LowRankLinear, Rebuilt, as_computed, is_single, kept_of
+from lowrank.layers.keeping import Rebuilt, kept_of
+from lowrank.layers.layer import LowRankLinear, as_computed, is_single
 from lowrank.layers.lazy import real
 from lowrank.layers.swap import become
 from lowrank.methods.base import Method, Tensors

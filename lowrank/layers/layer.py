@@ -7,8 +7,7 @@ attribute more, `_lowrank`. Its state dict is the stock one. In anything but pla
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from typing import Any, ClassVar
 
@@ -17,68 +16,30 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-from lowrank.errors import ConversionError, LowRankError
-from lowrank.exact.origins import BUDGET, LAYER, Rebuild, find, is_kept, origin_of, reading
+from lowrank.errors import ConversionError
+from lowrank.exact.origins import (
+    BUDGET,
+    LAYER,
+    SHRINKING,
+    find,
+    is_kept,
+    itself,
+    origin_of,
+)
 from lowrank.exact.recompute import note_layer
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
 from lowrank.layers.held import Held, can_be_held, hold
+from lowrank.layers.keeping import Kept, LayerState, kept_of
 from lowrank.layers.kinds import KINDS, Kind, kind_of
 from lowrank.layers.lazy import Lazy, real
-from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.swap import Changed, is_parametrized_class, own_of, plain_class
-from lowrank.layers.token_mask import without_padding
-from lowrank.methods.base import Method, Tensors, Vanilla
+from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.eager import in_autocast, in_compiled_graph, trains_plainly, without_autocast
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry
-from lowrank.tensors.worth import is_worth, merging_is_worth
+from lowrank.tensors.worth import merging_is_worth
 
-Kept = tuple[Method, Tensors]
 _OWN = {Watched, Held, Lazy}
-_WHOLE = Vanilla()  # of this one object: the method of layers whose own is not worth it
-
-
-@dataclass
-class LayerState:
-    """What a converted layer has beside the stock one.
-
-    Attributes:
-        method: how the input is kept.
-        name: the layer's name in its model, for messages.
-        chosen: whether `convert` was given this layer's name; others are there to keep less than the stock layer.
-        lazy: whether the output may be left to who reads it.
-        watched: whether the code around it calls activations and the like as functions.
-        recompute: whether its output may be computed again in the backward pass.
-        smallest: bytes that keeping less has to save for each operator call, see `lowrank.tensors.worth`.
-        bases: what the method carries from step to step.
-        kept_bytes: bytes kept of the input in the latest training forward pass; 0 if another layer keeps them.
-        formula_bytes: the same by the method's formula.
-        whole: whether it kept its input as it is since keeping less was not worth it.
-        judged: of geometries and shapes, whether keeping less is worth it.
-    """
-
-    method: Method
-    name: str
-    chosen: bool = True
-    lazy: bool = False
-    watched: bool = False
-    recompute: bool = True
-    smallest: float = 0
-    bases: Tensors = field(default=(), repr=False)
-    kept_bytes: int = 0
-    formula_bytes: int = 0
-    whole: bool = False
-    judged: dict[Any, bool] = field(default_factory=dict, repr=False)
-
-    def method_for(self, geometry: Geometry, x: Tensor, out_channels: int) -> Method:
-        """How an input (B, ...) is kept: by the method, or, where that is not worth its time, as it is."""
-        if not self.smallest:
-            return self.method
-        case = (geometry, x.shape, x.dtype, out_channels, self.smallest)
-        if case not in self.judged:
-            price = self.method.price(x, geometry, out_channels)
-            self.judged = {**self.judged, case: price is None or is_worth(*price, self.smallest)}
-        return self.method if self.judged[case] else _WHOLE
 
 
 class LowRankLayer(Changed):
@@ -247,7 +208,11 @@ def _note_way(
     linear = isinstance(settings.geometry, LinearGeometry)
     cost = LAYER if linear else weight.numel() // y.shape[1]
     ahead = origin_of(x).as_kept() if keeps_x else origin_of(x)
-    if not linear and (cost > BUDGET or 2 * ahead.nbytes > y.nbytes):  # a large input that nothing keeps ends here
+    if not linear and cost > (BUDGET if y.numel() >= x.numel() else SHRINKING):
+        return
+    if not linear and 2 * ahead.nbytes > y.nbytes:  # a large input that nothing keeps is not held for this
+        if call is None and weight.shape[1] == 1 and ahead.step.function is None:
+            note_layer(itself(x, stream=True), y, settings.geometry.forward, (weight, bias), cost)
         return
     if call is not None:
         call.ahead, call.cost = ahead, cost
@@ -316,83 +281,6 @@ def as_computed(input: Tensor, weight: Tensor) -> tuple[Tensor, torch.dtype, Abs
         dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
         x = x.to(dtype)
     return x, dtype, outside
-
-
-def kept_of(layer: LowRankLayer, geometry: Geometry, input: Tensor, x: Tensor) -> Kept:
-    """What a layer keeps of its input, and the method that reads it; made once for all that are given the same input.
-
-    Args:
-        layer: a converted layer.
-        geometry: of the layer.
-        input: what the layer was given.
-        x: the same as the layer computes with it.
-    """
-    state = layer._lowrank
-    single = is_single(layer, x)
-    batched = Tensor.detach(x).unsqueeze(0) if single else Tensor.detach(x)
-    method = state.method
-    if state.smallest:
-        method = state.method_for(geometry, batched, geometry.by_output(weight_of(layer)).shape[0])
-    if method.keeps_input and x is input and not single:
-        origin = None if find(input) is None else origin_of(input)
-        if origin is not None and origin.step.function is not None and not _is_less_alone(input, origin.nbytes):
-            state.kept_bytes, state.formula_bytes = origin.nbytes, batched.nbytes
-            reader, sources = reading(origin)
-            return Rebuilt(reader.one), sources
-    kept = find_kept(input, batched, method)
-    shared = kept is not None
-    if kept is None:
-        padded = batched if method.keeps_input else without_padding(batched)
-        kept = _compress(state, method, padded, geometry, layer.training)
-        kept = tuple(map(_without_the_rest, kept))
-        if kept and kept[0] is not batched:
-            note_kept(input, batched, method, kept)
-        elif x is input:
-            is_kept(input)
-    if not torch.compiler.is_compiling():
-        state.whole = method is _WHOLE
-        state.kept_bytes = 0 if shared else sum(tensor.nbytes for tensor in kept if tensor is not None)
-        state.formula_bytes = method.formula_bytes(kept, tuple(batched.shape)) if kept else 0
-    return method, kept
-
-
-def _compress(state: LayerState, method: Method, x: Tensor, geometry: Geometry, training: bool) -> Tensors:
-    if x.numel() == 0:
-        return ()
-    try:
-        with nullcontext() if method.keeps_input else torch.no_grad():
-            kept, bases = method.compress(x, geometry, state.bases, state.name)
-    except LowRankError as error:
-        raise type(error)(f"layer {state.name!r}: {error}") from None
-    if training and method is not _WHOLE:
-        state.bases = bases  # new tensors: the backward pass of the step before may still need the old ones
-    return kept
-
-
-def _without_the_rest(tensor: Tensor | None) -> Tensor | None:
-    """Of an input that is a small part of a larger tensor, such as a class token, a copy, so that the rest is freed."""
-    if tensor is None or torch.compiler.is_compiling() or not _is_small_part(tensor):
-        return tensor
-    return tensor.clone()
-
-
-def _is_small_part(tensor: Tensor) -> bool:
-    return 2 * tensor.nbytes <= tensor.untyped_storage().nbytes()
-
-
-def _is_less_alone(x: Tensor, others: int) -> bool:
-    """Whether a copy of a small part of a tensor takes no more than what it would be computed from."""
-    return _is_small_part(x) and x.nbytes <= others
-
-
-@dataclass(frozen=True)
-class Rebuilt(Vanilla):
-    """The input as it is, computed again when it is needed."""
-
-    rebuild: Rebuild
-
-    def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> Tensor:
-        return geometry.weight_gradient(self.rebuild(*kept), grad)
 
 
 def converted_layers(model: nn.Module) -> Iterator[LowRankLayer]:

@@ -35,7 +35,7 @@ class LeanModule(Changed):
             return super().forward(input)
         if kind is Held and getattr(self, "inplace", False):
             let_go(input)
-        if kind is not Lazy and self._lowrank_smallest and not bits_are_worth(input, self._lowrank_smallest):
+        if kind is not Lazy and self._lowrank_smallest and not _are_worth(input, self._lowrank_smallest):
             with torch._C.DisableTorchFunctionSubclass():
                 y = super().forward(input)
         elif (called := CALLS[self.stock_class](self) if self.stock_class in CALLS else None) is None:
@@ -47,6 +47,11 @@ class LeanModule(Changed):
             with torch._C.DisableTorchFunctionSubclass():
                 y = LEAN_FUNCTIONS[called[0]](input, *called[1:])
         return watch(y) if self._lowrank_watched or kind is Watched else y
+
+
+def _are_worth(input: Tensor, smallest: float) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():  # which would be asked for the size
+        return bits_are_worth(input, smallest)
 
 
 def lean_class(stock: type[nn.Module]) -> type[LeanModule]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.layers.attention import OpenAttention
 from lowrank.layers.layer import LowRankLayer
@@ -83,6 +83,7 @@ def explain(model: nn.Module, loss_fn: LossFunction, batch: Any) -> Explanation:
     chosen = [module for module in names if isinstance(module, LowRankLayer) and module._lowrank.chosen]
     called: set[nn.Module] = set()
     owners: dict[int, nn.Module | None] = {}
+    exact: set[nn.Module | None] = set()  # layers whose method is not used, since their exact input takes no more
     whole: set[nn.Module | None] = set()  # layers that keep their input as it is by the rule of `smallest`
 
     def note(storage: int) -> None:
@@ -90,17 +91,25 @@ def explain(model: nn.Module, loss_fn: LossFunction, batch: Any) -> Explanation:
         if isinstance(owner, LowRankLayer) and owner._lowrank.whole:
             whole.add(owner)
 
+    def watched(model: nn.Module, batch: Any) -> Tensor:
+        loss = loss_fn(model, batch)
+        exact.update(layer for layer in chosen if layer in called and layer._lowrank.exact)
+        return loss
+
     handles = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in chosen]
     try:
-        sizes = saved_storages(model, loss_fn, batch, note)
+        sizes = saved_storages(model, watched, batch, note)
     finally:
         for handle in handles:
             handle.remove()
     kept: dict[nn.Module | None, int] = defaultdict(int)
     for storage, size in sizes.items():
         kept[owners[storage]] += size
-    rows = [_row(module, size, names, module in whole) for module, size in kept.items() if size]
-    return Explanation(rows + [_uncalled(layer, names) for layer in chosen if layer not in called])
+    special = {**dict.fromkeys(exact, _EXACT), **dict.fromkeys(whole, _WHOLE)}
+    rows = [_row(module, size, names, special.get(module)) for module, size in kept.items() if size]
+    rows += [_idle(layer, names, _UNCALLED) for layer in chosen if layer not in called]
+    rows += [_idle(layer, names, _EXACT) for layer in chosen if layer in exact and not kept.get(layer)]
+    return Explanation(rows)
 
 
 def _running(names: dict[nn.Module, str]) -> nn.Module | None:
@@ -114,17 +123,14 @@ def _running(names: dict[nn.Module, str]) -> nn.Module | None:
     return None
 
 
-def _row(module: nn.Module | None, nbytes: int, names: dict[nn.Module, str], whole: bool) -> Kept:
+def _row(module: nn.Module | None, nbytes: int, names: dict[nn.Module, str], special: str | None) -> Kept:
     if module is None:
         return Kept(OUTSIDE, "loss", nbytes, "what the loss function keeps, such as probabilities")
-    reason = _reason(module)
-    if whole:
-        reason = f"its input as it is: keeping less of one so small is not worth its time; {_RULE}"
-    return Kept(names[module] or "(the model itself)", stock_class(module).__name__, nbytes, reason)
+    name, kind = names[module] or "(the model itself)", stock_class(module).__name__
+    return Kept(name, kind, nbytes, special or _reason(module))
 
 
-def _uncalled(layer: nn.Module, names: dict[nn.Module, str]) -> Kept:
-    reason = "named in convert to no effect: the forward pass never calls it; its weight may be handed to a function"
+def _idle(layer: nn.Module, names: dict[nn.Module, str], reason: str) -> Kept:
     return Kept(names[layer], stock_class(layer).__name__, 0, reason)
 
 
@@ -163,6 +169,9 @@ def _reason(module: nn.Module) -> str:
 
 
 _RULE = "see smallest of convert"
+_UNCALLED = "named in convert to no effect: the forward pass never calls it; its weight may be handed to a function"
+_WHOLE = f"its input as it is: keeping less of one so small is not worth its time; {_RULE}"
+_EXACT = "exact: its input is computed again from this, or what is kept in any case; see everywhere of convert"
 _AHEAD = "what its input is computed again from"
 _NORMALISED = "its input, which its statistics need; what follows is computed again from it"
 _CAN_BE_CONVERTED = "its input, for the gradient of its weight; name it in convert to keep less"

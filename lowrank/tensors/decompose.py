@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import NonFiniteError, SettingError
+from lowrank.kernels import passes
+from lowrank.tensors.eager import remembered
 from lowrank.tensors.tucker import Tucker, in_memory_order, mode_correlation, mode_order, mode_product
 
 Algorithm = Literal["sequential", "published"]
@@ -32,6 +34,11 @@ def check_energy(energy: float) -> None:
 
 def allowed_ranks(shape: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
     """Ranks cut to what a tensor can have: none above its mode's size, nor above the product of the others."""
+    return _allowed_ranks(tuple(shape), tuple(ranks))
+
+
+@remembered
+def _allowed_ranks(shape: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[int, ...]:
     cut = [min(rank, size) for rank, size in zip(ranks, shape, strict=True)]
     for _ in cut:
         for mode, rank in enumerate(cut):
@@ -203,6 +210,14 @@ def subspace_iteration(
     bases = list(starts)
     core = wide
     pairs = _cheapest_first(x, starts)
+    if algorithm == "sequential":
+        pairs = sorted(pairs, key=lambda pair: pair[0] not in held)
+        found = passes.subspace(wide, [(place[mode], start, mode in held) for mode, start in pairs])
+        if found is not None:
+            core, made = found
+            for (mode, _), basis in zip(pairs, made, strict=True):
+                bases[mode] = basis
+            return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
     for mode, start in [pair for pair in pairs if pair[0] in held]:
         core = mode_product(core, start.to(core.dtype).mT, place[mode])
     wide = core

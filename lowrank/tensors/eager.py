@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
+from functools import lru_cache, wraps
 from threading import local
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from lowrank.errors import ChangedError, DoubleBackwardError
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 # Tensor classes that hold their own numbers and do nothing of their own when they are used.
 _STOCK = (Tensor, nn.Parameter, nn.Buffer)
 ORDINARY: set[type[Tensor]] = {*_STOCK}
@@ -41,6 +42,18 @@ def trains_plainly(*tensors: Tensor | None) -> bool:
         if tensor is not None and not _is_ordinary(tensor):
             return False
     return True
+
+
+def remembered(function: Function) -> Function:
+    """A function of hashable arguments, one after the other, that remembers what it found. A compiler sees the function
+    itself: it does not look into a cache, and warns of it."""
+    cached = lru_cache(maxsize=4096)(function)
+
+    @wraps(function)
+    def found(*args: Any) -> Any:
+        return function(*args) if torch.compiler.is_compiling() else cached(*args)
+
+    return found  # type: ignore[return-value]
 
 
 def in_compiled_graph() -> bool:

@@ -12,13 +12,13 @@ Sources: AMC (NeurIPS 2024), sec. 3; ASI, sec. 3; WASI, app. A.1, for linear lay
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import combinations
 from math import prod
 
 import torch
 from torch import Tensor
 
+from lowrank.tensors.eager import remembered
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
 from lowrank.tensors.tucker import Tucker, ascending, mode_correlation, mode_product
 
@@ -54,9 +54,7 @@ def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry) -> Tensor:
     """
     channel = geometry.channel_axis % grad.ndim
     factored = tuple(factor is not None for factor in tucker.factors)
-    # torch.compile does not look into a cache, and warns of it.
-    plan_for = plan_gradient.__wrapped__ if torch.compiler.is_compiling() else plan_gradient
-    plan = plan_for(geometry, tucker.shape, tucker.ranks, factored, grad.shape[channel])
+    plan = plan_gradient(geometry, tucker.shape, tucker.ranks, factored, grad.shape[channel])
     core, factors = tucker.core, list(tucker.factors)
     if plan.pointwise:
         core, factors = _sample(core, factors, geometry)
@@ -159,7 +157,7 @@ def _apply_channels(dense: Tensor, factor: Tensor | None, groups: int) -> Tensor
     return torch.einsum("gorx,gcr->gocx", by_group, rows).reshape(outputs, -1, *kernel)
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def plan_gradient(
     geometry: Geometry, shape: Shape, ranks: Shape, factored: tuple[bool, ...], out_channels: int
 ) -> Plan:

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.errors import SettingError
+from lowrank.kernels import passes
+from lowrank.tensors.eager import remembered
 from lowrank.tensors.tucker import Tucker, mode_product
 
 Storage = Literal["input", "float32", "bfloat16", "int8"]
@@ -55,6 +57,11 @@ def stored_bytes(shape: Sequence[int], ranks: Sequence[int], dtype: torch.dtype,
         dtype: of the tensor.
         storage: of the form.
     """
+    return _stored_bytes(tuple(shape), tuple(ranks), dtype, storage)
+
+
+@remembered
+def _stored_bytes(shape: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype, storage: Storage) -> int:
     core, itemsize = prod(ranks), stored_dtype(dtype, storage).itemsize
     columns = [(size, rank) for size, rank in zip(shape, ranks, strict=True) if rank < size]
     scale = SCALE.itemsize if storage == "int8" else 0
@@ -71,8 +78,12 @@ def kept_ranks(shape: Sequence[int], ranks: Sequence[int], storage: Storage = "i
     are such; it is kept with both factors. All modes are whole where the tensor itself takes no more in the same
     storage.
     """
-    whole, ranks = tuple(shape), tuple(ranks)
-    for mode, size in enumerate(shape if len(shape) > 2 else ()):
+    return _kept_ranks(tuple(shape), tuple(ranks), storage)
+
+
+@remembered
+def _kept_ranks(whole: tuple[int, ...], ranks: tuple[int, ...], storage: Storage) -> tuple[int, ...]:
+    for mode, size in enumerate(whole if len(whole) > 2 else ()):
         if ranks[mode] >= max(prod(ranks[:mode]) * prod(ranks[mode + 1 :]), 2):
             ranks = (*ranks[:mode], size, *ranks[mode + 1 :])
             break
@@ -139,13 +150,20 @@ def _wide(x: Tensor) -> Tensor:
 def round_columns(factor: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix (n, r) in int8, and the scale of each column, (r,)."""
     factor = _wide(factor)
+    found = passes.round_columns(factor)
+    if found is not None:
+        return found
     scale = _scale(factor.abs().amax(0))
     return _rounded(factor, scale.to(factor.dtype)), scale
 
 
 def round_blocks(core: Tensor) -> tuple[Tensor, Tensor]:
     """A tensor in int8, and the scale of each `BLOCK` of its numbers in their order; the last block may have less."""
-    flat = _wide(core).reshape(-1)
+    core = _wide(core)
+    found = passes.round_blocks(core)
+    if found is not None:
+        return found
+    flat = core.reshape(-1)
     padded = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     scale = _scale(padded.abs().amax(1))
     values = _rounded(padded, scale.to(padded.dtype)[:, None]).view(-1)
@@ -158,12 +176,16 @@ def columns(values: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> 
     if values is None or scale is None:
         return None if values is None else values.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    return (values.to(wide) * scale.to(wide)).to(dtype)
+    found = passes.restore_columns(values, scale) if wide == torch.float32 else None
+    return (values.to(wide) * scale.to(wide) if found is None else found).to(dtype)
 
 
 def blocks(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor that a stored core stands for."""
     wide = torch.promote_types(dtype, torch.float32)
+    found = passes.restore_blocks(values, scale) if wide == torch.float32 else None
+    if found is not None:
+        return found.to(dtype)
     flat, whole = values.reshape(-1).to(wide), values.numel() // BLOCK * BLOCK
     flat[:whole].view(-1, BLOCK).mul_(scale[: whole // BLOCK].to(wide)[:, None])
     if whole < flat.numel():

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank.tensors.eager import remembered
+
 
 def _sides(shape: Sequence[int], mode: int) -> tuple[int, int, int]:
     left = right = 1
@@ -86,12 +88,17 @@ def mode_order(shape: Sequence[int], ranks: Sequence[int]) -> list[int]:
     Returns:
         All modes, the first to cut ahead; those that do not shrink come last.
     """
+    return list(_mode_order(tuple(shape), tuple(ranks)))
+
+
+@remembered
+def _mode_order(shape: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[int, ...]:
     keys = []
     for mode, rank in enumerate(ranks):
         left, n, right = _sides(shape, mode)
         small = 0.0 if left == 1 else 20 / n if right == 1 else 500 / (n * right)
         keys.append(float("inf") if rank >= n else (1 + rank / 12 + small) / (1 - rank / n))
-    return ascending(keys)
+    return tuple(ascending(keys))
 
 
 def ascending(keys: Sequence[float]) -> list[int]:

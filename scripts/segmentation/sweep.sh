@@ -3,14 +3,15 @@
 # tables. Run again, it does only what is missing. The scripts beside this one name the network.
 #
 # Usage: bash scripts/segmentation/sweep.sh NETWORK [--help] [--dry-run] [DATASET] [-- ARGUMENT ...]
-#   DATASET   voc12aug (default), cityscapes or digit_scenes; behind -- arguments of every run, such as --amp
+#   DATASET   voc12aug (default), cityscapes, digit_scenes or digit_scenes_96; behind -- arguments of every run, such as
+#             --amp
 # Environment:
 #   METHODS      methods to train (default: all of configs/segmentation/methods)
 #   LAYERS       depths: 5, 10, all (default: 5 10)
 #   SEEDS        seeds (default: 233)
 #   DATA_DIR     folder of the data sets (default: data)
 #   RUNS_DIR     folder for runs and report (default: runs)
-#   ITERATIONS   length of the fine-tuning runs (default: the papers' 20000; of digit scenes 200)
+#   ITERATIONS   length of the fine-tuning runs (default: the papers' 20000; of digit scenes 200 and 800)
 #   BUDGET       memory of ASI and other methods that take ranks, each of several trained: published, hosvd for that of
 #                the HOSVD run, such as 1/22 for that part of the vanilla run's, or such as 0.5mib (default: published
 #                where it is known, else hosvd)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-DATASETS = ("digit_scenes", "digit_scenes_pretrain", "voc12aug", "cityscapes")
+SCENES = tuple(f"digit_scenes{size}{use}" for size in ("", "_96") for use in ("", "_pretrain"))
+DATASETS = (*SCENES, "voc12aug", "cityscapes")
 
 
 def prepare(dataset: str, data_dir: Path, archives: Path) -> None:

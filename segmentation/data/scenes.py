@@ -47,7 +47,12 @@ class Scenes:
 
 
 # To pretrain and to fine-tune: other digits, so that nothing is known of the classes before.
-SETS = {"digit_scenes_pretrain": Scenes(digits=(0, 1, 2, 3, 4)), "digit_scenes": Scenes(digits=(5, 6, 7, 8, 9))}
+SETS = {
+    "digit_scenes_pretrain": Scenes(digits=(0, 1, 2, 3, 4)),
+    "digit_scenes": Scenes(digits=(5, 6, 7, 8, 9)),
+    "digit_scenes_96_pretrain": Scenes(digits=(0, 1, 2, 3, 4), size=96),
+    "digit_scenes_96": Scenes(digits=(5, 6, 7, 8, 9), size=96),
+}
 
 
 def write_scenes(root: Path, scenes: Scenes) -> None:

@@ -42,7 +42,8 @@ def test_each_run_starts_from_what_the_ones_before_leave():
 
 
 def test_every_job_is_a_command_that_the_command_line_takes():
-    for network, dataset in (("upernet", "voc12aug"), ("deeplabv3_mbv2_small", "digit_scenes")):
+    pairs = (("upernet", "voc12aug"), ("deeplabv3_mbv2_small", "digit_scenes"), ("pspnet_small", "digit_scenes_96"))
+    for network, dataset in pairs:
         plan = sweep_of("--network", network, "--dataset", dataset, "--layers", "5", "all", "--iterations", "20")
         for job in plan.jobs():
             task = task_of(parser().parse_args(job.arguments))

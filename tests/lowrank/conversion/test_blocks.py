@@ -47,7 +47,7 @@ def test_the_mode_may_change_between_steps():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_normalisation_keeps_anything(name):
     model = network(name)
-    lowrank.convert(model, convolutions(model), ASI(2))
+    lowrank.convert(model, convolutions(model), ASI(2), everywhere=True)
     rows = lowrank.explain(model, lambda m, x: m(x * 1).sum(), random_tensor(2, 3, 13, 12).requires_grad_())
     assert [row.module for row in rows if row.kind == "BatchNorm2d"] == []
     own = {name for name in convolutions(model) if not name.endswith("shortcut")}  # which uses what another keeps

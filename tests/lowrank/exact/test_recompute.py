@@ -96,7 +96,7 @@ def test_a_block_has_the_same_gradients_and_keeps_residuals_alone(options):
 @pytest.mark.parametrize("method", [ASI([2, 3, 4]), WSI(energy=1)], ids=lambda method: method.tag)
 def test_compressed_inputs_need_no_exact_ones(method):
     _, model, x = pair()
-    lowrank.convert(model, BOTH, method)
+    lowrank.convert(model, BOTH, method, everywhere=True)
     reference = copy.deepcopy(model)
     lowrank.revert(reference)
     lowrank.convert(reference, BOTH, method, fuse=False)
@@ -109,6 +109,21 @@ def test_compressed_inputs_need_no_exact_ones(method):
         sum(layer._lowrank.kept_bytes for layer in lowrank.converted_layers(model)) if isinstance(method, ASI) else 0
     )
     assert lowrank.saved_bytes(model, loss_of, x) <= 3 * UNIT + 4 * 2 * TOKENS * 8 + compressed + 64
+
+
+@pytest.mark.parametrize(("ranks", "exact"), [([2, 9, 8], True), ([1, 1, 1], False)])
+def test_an_input_that_takes_nothing_is_left_exact_unless_its_form_takes_a_32nd(ranks, exact):
+    """The second layer's, of 3840 numbers, has a form of 1 + 4 + 30 + 32, of higher ranks a multiple of that."""
+    stock, model, _ = pair()
+    x = random_tensor(4, TOKENS, SIZE).requires_grad_(True)
+    lowrank.convert(model, {"second": ASI(ranks)})
+    plain = lowrank.convert(copy.deepcopy(stock), ["second"], ASI(ranks), fuse=False)
+    _, _, found = results(model, x.detach())
+    for name, expected in results(stock if exact else plain, x.detach())[2].items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-12)
+    own = lowrank.convert(copy.deepcopy(stock), ["second"], Vanilla())
+    added = lowrank.saved_bytes(model, loss_of, x) - lowrank.saved_bytes(own, loss_of, x)
+    assert added == (0 if exact else (1 + 4 + 30 + 32) * 8)
 
 
 def test_without_a_normalisation_ahead_the_smaller_tensor_is_kept():

@@ -26,7 +26,7 @@ def test_the_rows_are_all_that_is_kept_and_the_largest_come_first(batch, method,
     model = Own()
     mode(model)
     if method is not None:
-        lowrank.convert(model, lowrank.trailing_layers(model, 4), method)
+        lowrank.convert(model, lowrank.trailing_layers(model, 4), method, everywhere=True)
     found = lowrank.explain(model, loss, batch)
     assert found.nbytes == lowrank.saved_bytes(model, loss, batch) > 0
     assert [row.nbytes for row in found] == sorted((row.nbytes for row in found), reverse=True)
@@ -100,3 +100,20 @@ def test_an_error_in_the_forward_pass_leaves_no_hooks(batch):
     with pytest.raises(RuntimeError):
         lowrank.explain(model, loss, (batch[0][:, :2], batch[1]))
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_layer_that_is_exact_for_nothing_says_so(batch, everywhere):
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)),
+        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5)),
+    )
+    loss(model, batch).backward()
+    exact, model[3].weight.grad = model[3].weight.grad, None
+    lowrank.convert(model, ["0", "3"], ASI(3), everywhere=everywhere)
+    found = {row.module: row for row in lowrank.explain(model, loss, batch)}
+    assert "as ASI(ranks=3) keeps it" in found["0"].reason
+    assert found["3"].reason.startswith("its input, as ASI" if everywhere else "exact: its input is computed again")
+    assert (found["3"].nbytes > 0) is everywhere
+    loss(model, batch).backward()
+    assert torch.allclose(model[3].weight.grad, exact, atol=1e-6) is not everywhere

@@ -1,0 +1,1 @@
+_base_ = "calibrate_digit_scenes.py"

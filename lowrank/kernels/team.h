@@ -1,0 +1,17 @@
+/* Threads: those of the OpenMP runtime that PyTorch has loaded, since a second runtime's would spin against them. */
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+typedef struct task task;
+struct task {
+  void (*piece)(const task *, int64_t from, int64_t to);
+  const void *a, *b;
+  void *out, *bits;
+  int64_t count, step, columns; /* step: that one thread takes at a time */
+  double low, high;
+  int rule;
+  atomic_llong next;
+};
+
+void lowrank_run(task *t, int threads);

@@ -1,0 +1,132 @@
+/* Products of a tile, `count` rows of w numbers at a stride, with matrices of few rows or columns. Included once for each
+   kind of processor, with NAME, TARGET and WIDTH, the numbers of a vector, at most w.
+
+   Where WIDTH does not divide w, the last vector of a row overlaps the one ahead. "In vectors" is said of a matrix each
+   row of which is laid out as such vectors, one behind the other, PADDED(w) numbers in all. */
+
+typedef float NAME(vector) __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+#define VECTOR(place) (*(NAME(vector) *)(place))
+#define READ(place) (*(const NAME(vector) *)(place))
+#define INLINE static inline TARGET __attribute__((always_inline))
+#define PADDED(w) (((w) + WIDTH - 1) / WIDTH * WIDTH)
+
+/* out[k][p] = sum over i of s[i][k] x[i][p], of K columns of s, which has r, and P vectors; added to what is there, or
+   not. */
+INLINE void NAME(project_few)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
+                              int64_t row, int add, const int K, const int P) {
+  NAME(vector) sums[4][PARTS];
+  for (int k = 0; k < K; k++)
+    for (int p = 0; p < P; p++) sums[k][p] = add ? READ(out + k * row + p * WIDTH) : (NAME(vector)){0};
+  for (int64_t i = 0; i < count; i++, x += stride, s += r) {
+    for (int k = 0; k < K; k++)
+      for (int p = 0; p < P; p++) sums[k][p] += READ(x + p * WIDTH) * s[k];
+  }
+  for (int k = 0; k < K; k++)
+    for (int p = 0; p < P; p++) VECTOR(out + k * row + p * WIDTH) = sums[k][p];
+}
+
+INLINE void NAME(project_vectors)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
+                                  int64_t row, int add, const int P) {
+  int64_t k = 0;
+  for (; k + 4 <= r; k += 4) NAME(project_few)(x, stride, count, s + k, r, out + k * row, row, add, 4, P);
+  s += k, out += k * row;
+  if (r - k == 3) NAME(project_few)(x, stride, count, s, r, out, row, add, 3, P);
+  if (r - k == 2) NAME(project_few)(x, stride, count, s, r, out, row, add, 2, P);
+  if (r - k == 1) NAME(project_few)(x, stride, count, s, r, out, row, add, 1, P);
+}
+
+/* out = s^T x, (r, w) in vectors, of s (count, r); added to what is there, or not. */
+static TARGET void NAME(project)(const float *x, int64_t stride, int64_t count, int64_t w, const float *s, int64_t r,
+                                 float *out, int add) {
+  const int64_t row = PADDED(w), few = NEAR / w < 16 ? 16 : NEAR / w;
+  for (int64_t from = 0; from < count; from += few, add = 1) {
+    const int64_t rows = count - from < few ? count - from : few;
+    const float *a = x + from * stride, *b = s + from * r;
+    int64_t p = 0;
+    for (; p + PARTS * WIDTH <= w && w - p != (PARTS + 1) * WIDTH; p += PARTS * WIDTH)
+      NAME(project_vectors)(a + p, stride, rows, b, r, out + p, row, add, PARTS);
+    for (; p + 2 * WIDTH <= w; p += 2 * WIDTH) NAME(project_vectors)(a + p, stride, rows, b, r, out + p, row, add, 2);
+    for (; p < w; p += WIDTH)
+      NAME(project_vectors)(a + (p + WIDTH <= w ? p : w - WIDTH), stride, rows, b, r, out + p, row, add, 1);
+  }
+}
+
+/* The sum of each. */
+INLINE four NAME(totals)(NAME(vector) a, NAME(vector) b, NAME(vector) c, NAME(vector) d) {
+  const NAME(vector) s = SHUFFLED(a, b, LOW) + SHUFFLED(a, b, HIGH), t = SHUFFLED(c, d, LOW) + SHUFFLED(c, d, HIGH);
+  const NAME(vector) sums = SHUFFLED(s, t, FIRST) + SHUFFLED(s, t, LAST);
+  four parts[WIDTH / 4];
+  memcpy(parts, &sums, sizeof parts);
+  for (int i = 1; i < WIDTH / 4; i++) parts[0] += parts[i];
+  return parts[0];
+}
+
+/* out[i][k] += sum over p of x[i][p] z[k][p], of I rows of x and K of z, which is in vectors; and over `tiles` of both,
+   the next a `jump` behind in x and a matrix behind in z. */
+INLINE void NAME(correlate_few)(const float *x, int64_t stride, int64_t w, int64_t tiles, int64_t jump, const float *z,
+                                int64_t r, float *out, const int I, const int K) {
+  NAME(vector) sums[16];
+  const int64_t row = PADDED(w);
+  for (int j = 0; j < I * K; j++) sums[j] = (NAME(vector)){0};
+  for (int64_t t = 0; t < tiles; t++, x += jump, z += r * row)
+    for (int64_t p = 0; p < w; p += WIDTH) {
+      const float *from = x + (p + WIDTH <= w ? p : w - WIDTH);
+      for (int i = 0; i < I; i++)
+        for (int k = 0; k < K; k++) sums[i * K + k] += READ(from + i * stride) * READ(z + k * row + p);
+    }
+  for (int j = 0; j < I * K; j += 4) {
+    const int last = I * K - 1;
+    const four found = NAME(totals)(sums[j], sums[j + 1 < last ? j + 1 : last], sums[j + 2 < last ? j + 2 : last],
+                                    sums[j + 3 < last ? j + 3 : last]);
+    if (K == 4 || (K == 1 && r == 1 && I % 4 == 0))
+      *(loose *)(out + j / K * r) += found;
+    else
+      for (int q = 0; q < 4 && j + q < I * K; q++) out[(j + q) / K * r + (j + q) % K] += found[q];
+  }
+}
+
+INLINE void NAME(correlate_rows)(const float *x, int64_t stride, int64_t count, int64_t w, int64_t tiles, int64_t jump,
+                                 const float *z, int64_t r, float *out, const int I, const int K) {
+  int64_t i = 0;
+  for (; i + I <= count; i += I) NAME(correlate_few)(x + i * stride, stride, w, tiles, jump, z, r, out + i * r, I, K);
+  for (; i < count; i++) NAME(correlate_few)(x + i * stride, stride, w, tiles, jump, z, r, out + i * r, 1, K);
+}
+
+/* out += x z^T, (count, r), of z (r, w) in vectors, zero where they overlap; and of the tiles behind. */
+static TARGET void NAME(correlate)(const float *x, int64_t stride, int64_t count, int64_t w, int64_t tiles, int64_t jump,
+                                   const float *z, int64_t r, float *out) {
+  const int64_t row = PADDED(w);
+  int64_t k = 0;
+  for (; k + 4 <= r; k += 4) NAME(correlate_rows)(x, stride, count, w, tiles, jump, z + k * row, r, out + k, PARTS == 4 ? 4 : 2, 4);
+  z += k * row, out += k;
+  if (r - k == 3) NAME(correlate_rows)(x, stride, count, w, tiles, jump, z, r, out, PARTS == 4 ? 4 : 2, 3);
+  if (r - k == 2) NAME(correlate_rows)(x, stride, count, w, tiles, jump, z, r, out, 4, 2);
+  if (r - k == 1) NAME(correlate_rows)(x, stride, count, w, tiles, jump, z, r, out, 8, 1);
+}
+
+static TARGET void NAME(clear_overlap)(float *z, int64_t r, int64_t w) {
+  const int64_t row = PADDED(w);
+  for (int64_t k = 0; k < r; k++) memset(z + k * row + row - WIDTH, 0, sizeof(float) * (size_t)(row - w));
+}
+
+/* A matrix (r, w) in vectors out of, or into, one whose element (k, p) is at k * down + p * along. */
+static TARGET void NAME(arrange)(float *z, int64_t r, int64_t w, float *a, int64_t down, int64_t along, int into) {
+  const int64_t row = PADDED(w);
+  for (int64_t k = 0; k < r; k++)
+    for (int64_t p = 0; p < row; p++) {
+      float *place = a + k * down + (p < w / WIDTH * WIDTH ? p : p - row + w) * along;
+      if (into)
+        *place = z[k * row + p];
+      else
+        z[k * row + p] = *place;
+    }
+}
+
+static const struct tile_kernels NAME(kernels) = {
+    NAME(project), NAME(correlate), NAME(clear_overlap), NAME(arrange), WIDTH,
+};
+
+#undef VECTOR
+#undef READ
+#undef INLINE
+#undef PADDED

@@ -1,0 +1,164 @@
+"""What a converted layer keeps of its input, and what it carries from step to step."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import LowRankError
+from lowrank.exact.origins import Origin, Rebuild, find, is_kept, is_known_as_kept, origin_of, reading
+from lowrank.layers.shared_inputs import find_kept, note_kept
+from lowrank.layers.token_mask import without_padding
+from lowrank.methods.base import Method, Tensors, Vanilla
+from lowrank.tensors.geometry import Geometry
+from lowrank.tensors.worth import is_worth
+
+Kept = tuple[Method, Tensors]
+LITTLE = 32  # a form of so small a part of an input takes hardly anything, and less time than the exact gradient
+_WHOLE = Vanilla()  # of this one object: the method of layers whose own is not worth it
+
+
+@dataclass
+class LayerState:
+    """What a converted layer has beside the stock one.
+
+    Attributes:
+        method: how the input is kept.
+        name: the layer's name in its model, for messages.
+        chosen: whether `convert` was given this layer's name; others are there to keep less than the stock layer.
+        lazy: whether the output may be left to who reads it.
+        watched: whether the code around it calls activations and the like as functions.
+        recompute: whether its output may be computed again in the backward pass.
+        smallest: bytes that keeping less has to save for each operator call, see `lowrank.tensors.worth`.
+        everywhere: whether the method is used also where the exact input takes no more than what it keeps.
+        bases: what the method carries from step to step.
+        kept_bytes: bytes kept of the input in the latest training forward pass; 0 if another layer keeps them.
+        formula_bytes: the same by the method's formula.
+        whole: whether it kept its input as it is since keeping less was not worth it.
+        exact: whether it kept what its exact input is computed from, where the method would have kept more.
+        judged: of geometries and shapes, whether keeping less is worth it.
+    """
+
+    method: Method
+    name: str
+    chosen: bool = True
+    lazy: bool = False
+    watched: bool = False
+    recompute: bool = True
+    smallest: float = 0
+    everywhere: bool = False
+    bases: Tensors = field(default=(), repr=False)
+    kept_bytes: int = 0
+    formula_bytes: int = 0
+    whole: bool = False
+    exact: bool = False
+    judged: dict[Any, bool] = field(default_factory=dict, repr=False)
+
+    def method_for(self, geometry: Geometry, x: Tensor, out_channels: int) -> Method:
+        """How an input (B, ...) is kept: by the method, or, where that is not worth its time, as it is."""
+        if not self.smallest:
+            return self.method
+        case = (geometry, x.shape, x.dtype, out_channels, self.smallest)
+        if case not in self.judged:
+            price = self.method.price(x, geometry, out_channels)
+            self.judged = {**self.judged, case: price is None or is_worth(*price, self.smallest)}
+        return self.method if self.judged[case] else _WHOLE
+
+
+def kept_of(layer: Any, geometry: Geometry, input: Tensor, x: Tensor) -> Kept:
+    """What a layer keeps of its input, and the method that reads it; made once for all that are given the same input.
+
+    Args:
+        layer: a converted layer.
+        geometry: of the layer.
+        input: what the layer was given.
+        x: the same as the layer computes with it.
+    """
+    state = layer._lowrank
+    single = layer.kind.is_single(x)
+    batched = Tensor.detach(x).unsqueeze(0) if single else Tensor.detach(x)
+    method = state.method
+    if state.smallest:
+        method = state.method_for(geometry, batched, geometry.by_output(layer.kind.weight(layer)).shape[0])
+    lighter = _lighter_origin(state, method, geometry, input) if x is input and not single else None
+    if not torch.compiler.is_compiling():
+        state.exact = lighter is not None and not method.keeps_input
+    if lighter is not None:
+        origin, state.formula_bytes = lighter
+        state.kept_bytes = origin.nbytes
+        reader, sources = reading(origin)
+        return Rebuilt(reader.one), sources
+    kept = find_kept(input, batched, method)
+    shared = kept is not None
+    if kept is None:
+        padded = batched if method.keeps_input else without_padding(batched)
+        kept = _compress(state, method, padded, geometry, layer.training)
+        kept = tuple(map(_without_the_rest, kept))
+        if kept and kept[0] is not batched:
+            note_kept(input, batched, method, kept)
+        elif x is input:
+            is_kept(input)
+    if not torch.compiler.is_compiling():
+        state.whole = method is _WHOLE
+        state.kept_bytes = 0 if shared else sum(tensor.nbytes for tensor in kept if tensor is not None)
+        state.formula_bytes = method.formula_bytes(kept, tuple(batched.shape)) if kept else 0
+    return method, kept
+
+
+def _lighter_origin(state: LayerState, method: Method, geometry: Geometry, x: Tensor) -> tuple[Origin, int] | None:
+    """The origin of an input, where keeping that adds less than what the method keeps, or hardly more; and the bytes of
+    the method's own form."""
+    if find(x) is None and not is_known_as_kept(x):
+        return None
+    origin = origin_of(x)
+    if method.keeps_input:
+        computed = origin.step.function is not None and not _is_less_alone(x, origin.nbytes)
+        return (origin, x.nbytes) if computed else None
+    price = None if state.everywhere or method.factors_weight else method.price(x, geometry, 1)
+    if price is None:
+        return None
+    form = x.nbytes - price[0]
+    return (origin, form) if form > origin.nbytes + x.nbytes // LITTLE else None
+
+
+def _compress(state: LayerState, method: Method, x: Tensor, geometry: Geometry, training: bool) -> Tensors:
+    if x.numel() == 0:
+        return ()
+    try:
+        with nullcontext() if method.keeps_input else torch.no_grad():
+            kept, bases = method.compress(x, geometry, state.bases, state.name)
+    except LowRankError as error:
+        raise type(error)(f"layer {state.name!r}: {error}") from None
+    if training and method is not _WHOLE:
+        state.bases = bases  # new tensors: the backward pass of the step before may still need the old ones
+    return kept
+
+
+def _without_the_rest(tensor: Tensor | None) -> Tensor | None:
+    """Of an input that is a small part of a larger tensor, such as a class token, a copy, so that the rest is freed."""
+    if tensor is None or torch.compiler.is_compiling() or not _is_small_part(tensor):
+        return tensor
+    return tensor.clone()
+
+
+def _is_small_part(tensor: Tensor) -> bool:
+    return 2 * tensor.nbytes <= tensor.untyped_storage().nbytes()
+
+
+def _is_less_alone(x: Tensor, others: int) -> bool:
+    """Whether a copy of a small part of a tensor takes no more than what it would be computed from."""
+    return _is_small_part(x) and x.nbytes <= others
+
+
+@dataclass(frozen=True)
+class Rebuilt(Vanilla):
+    """The input as it is, computed again when it is needed."""
+
+    rebuild: Rebuild
+
+    def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> Tensor:
+        return geometry.weight_gradient(self.rebuild(*kept), grad)
