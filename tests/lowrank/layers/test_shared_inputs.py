@@ -93,7 +93,7 @@ def test_a_subclass_shares_nothing_with_its_base(plain, first):
     methods = (plain, own) if first == "base" else (own, plain)
     model, x = Branches().double(), random_tensor(4, 3, 5, 4)
     x[:, 1] = x[:, 0]  # so that there is something to decompose
-    lowrank.convert(model, dict(zip(("first", "second"), methods, strict=True)), everywhere=True)
+    lowrank.convert(model, dict(zip(("first", "second"), methods, strict=True)))
     y = model(x)
     grad = random_tensor(*y.shape, seed=2)
     y.backward(grad)
