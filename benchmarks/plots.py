@@ -138,12 +138,13 @@ def draw_depths(frame: pd.DataFrame, path: Path) -> None:
 
 
 def draw_batches(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write speed_by_batch.png and .svg: time of a step over vanilla's by the batch, a panel per network and depth.
+    """Write speed_by_batch.png and .svg: time of a step over vanilla's by the batch, a panel per network and depth that
+    has several batches.
 
     The band is vanilla over itself, lowest and highest pair: what lies in it is noise.
     """
     steps = frame[(frame.section == "batch step") & (frame.second == "vanilla")]
-    panels = list(steps.groupby(["case", "size", "threads"], sort=False))
+    panels = [panel for panel in steps.groupby(["case", "size", "threads"], sort=False) if panel[1].batch.nunique() > 1]
     if not panels:
         return []
     paths = [folder / f"speed_by_batch.{kind}" for kind in ("png", "svg")]
