@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -279,6 +280,11 @@ def write_log(job: Job, root: Path, text: str) -> None:
         log.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         print(f"  its log {log} cannot be written ({error.strerror})", file=sys.stderr)
+
+
+def write_report(root: Path) -> int:
+    """Write the report of all runs, in a process of its own; its exit code."""
+    return subprocess.run([sys.executable, "-m", "report", str(root)], check=False).returncode
 
 
 def duration(seconds: float) -> str:

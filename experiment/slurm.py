@@ -32,6 +32,7 @@ from experiment.jobs import (
     needed,
     note_plan,
     write_log,
+    write_report,
 )
 from experiment.lock import holder
 
@@ -257,4 +258,4 @@ def _logged(path: Path) -> Iterator[None]:
 
 def report(root: Path) -> None:
     """Write the report of all runs, within a job of Slurm."""
-    raise SystemExit(subprocess.run([sys.executable, "-m", "report", str(root)], check=False).returncode)
+    raise SystemExit(write_report(root))
