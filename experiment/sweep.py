@@ -272,6 +272,6 @@ def do_sweep(sweep: Sweep, dry_run: bool, program: Program) -> int:
     """Run or list a sweep; the exit code as of `experiment.jobs.run_jobs`."""
     jobs = sweep.jobs()
     if dry_run:
-        list_jobs(jobs, program.name)
+        list_jobs(jobs, program)
         return 0
     return sweep.launcher.run(jobs, program, sweep.runs_dir)
