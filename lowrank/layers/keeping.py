@@ -84,8 +84,9 @@ def kept_of(layer: Any, geometry: Geometry, input: Tensor, x: Tensor) -> Kept:
     method = state.method
     if state.smallest:
         method = state.method_for(geometry, batched, geometry.by_output(layer.kind.weight(layer)).shape[0])
-    lighter = _lighter_origin(state, method, geometry, input) if x is input and not single else None
+    lighter = None
     if not torch.compiler.is_compiling():
+        lighter = _lighter_origin(state, method, geometry, input) if x is input and not single else None
         state.exact = lighter is not None and not method.keeps_input
     if lighter is not None:
         origin, state.formula_bytes = lighter
@@ -118,7 +119,8 @@ def _lighter_origin(state: LayerState, method: Method, geometry: Geometry, x: Te
     if method.keeps_input:
         computed = origin.step.function is not None and not _is_less_alone(x, origin.nbytes)
         return (origin, x.nbytes) if computed else None
-    price = None if state.everywhere or method.factors_weight else method.price(x, geometry, 1)
+    own = "price" in vars(type(method)) and not method.factors_weight  # a subclass may keep something else
+    price = method.price(x, geometry, 1) if own and not state.everywhere else None
     if price is None:
         return None
     form = x.nbytes - price[0]
