@@ -26,7 +26,8 @@ def first_batch(model: Any, dataset: Any, size: int, seed: int) -> Batch:
 def first_batches(model: Any, dataset: Any, size: int, seed: int, count: int) -> list[Batch]:
     """The first images of a data set as the model gets them in training: images (B, 3, H, W), labels (B, 1, H, W).
 
-    The draws of the augmentation depend on `seed` alone; the global generators of numpy and Python are set by it.
+    The draws of the augmentation depend on `seed` alone; the global generators of numpy and Python are set by it. One
+    batch of more images than there are has some twice, as in training.
 
     Raises:
         ExperimentError: the images do not fill so many batches.
@@ -38,7 +39,7 @@ def first_batches(model: Any, dataset: Any, size: int, seed: int, count: int) ->
     np.random.seed(seed)  # noqa: NPY002 - the global one is what MMSegmentation's transforms draw from
     batches = []
     for first in range(0, count * size, size):
-        samples = pseudo_collate([dataset[index] for index in range(first, first + size)])
+        samples = pseudo_collate([dataset[index % len(dataset)] for index in range(first, first + size)])
         data = model.data_preprocessor(samples, True)
         batches.append((data["inputs"], torch.stack([sample.gt_sem_seg.data for sample in data["data_samples"]])))
     return batches

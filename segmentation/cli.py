@@ -104,6 +104,7 @@ def task_of(options: argparse.Namespace) -> Task:
     config = load_config(options.configs)
     check_options(options.cfg_options, config)
     config.merge_from_dict(dict(options.cfg_options or {}))
+    check_settings(config.to_dict())
     choose_depth(config, options.layers)
     if options.iterations is not None:
         rescale(config, options.iterations)

@@ -130,11 +130,18 @@ def rescale(config: Config, iterations: int) -> None:
 
 def with_naming_readers(config: Config) -> Config:
     """A copy whose readers of images and label maps name the file that they cannot read; see `segmentation.data`."""
-    copy = Config(config.to_dict())
+    copy, classes = Config(config.to_dict()), class_count(config)
     for part in _dictionaries(copy._cfg_dict):
-        if isinstance(part.get("type"), str):
-            part["type"] = _NAMING.get(part["type"], part["type"])
+        name = _NAMING.get(part["type"]) if isinstance(part.get("type"), str) else None
+        if name is not None:
+            part.update(type=name, **({"classes": classes} if name == "NamedLabels" else {}))
     return copy
+
+
+def class_count(config: Config) -> int | None:
+    """How many classes the network tells; None if it does not say that in the usual place."""
+    head = config.get("model", {}).get("decode_head")
+    return head.get("num_classes") if isinstance(head, Mapping) else None
 
 
 def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:

@@ -34,7 +34,7 @@ from experiment.signals import held
 from lowrank import converted_layers
 from segmentation.batches import first_batch, first_batches, logits, segmentation_loss, training_mode
 from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
-from segmentation.compose import hook_settings, with_naming_readers
+from segmentation.compose import class_count, datasets, hook_settings, with_naming_readers
 from segmentation.data.registry import data_of, require_data
 from segmentation.history import History
 from segmentation.hook import LowRankHook, unwrapped
@@ -77,6 +77,7 @@ class Task:
             print(said)
             return None
         require_data(self.config)
+        require_classes(self.config)
         data = data if data.fingerprint else data_of(self.config)
         folder.data_fingerprint = data.fingerprint
         if self.config.get("processes", 1) == place().count:  # else those that are to be started tell it
@@ -158,6 +159,24 @@ def quietly() -> Iterator[None]:
     nowhere = Path(os.devnull).open("w")  # noqa: SIM115 - open as long as the logger lives
     with redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
+
+
+def require_classes(config: Config) -> None:
+    """Refuse a network of another number of classes than its data sets have.
+
+    Raises:
+        ExperimentError: see above.
+    """
+    with quietly():
+        register_all_modules(init_default_scope=True)
+    count = class_count(config)
+    for part in datasets(config):
+        kind = DATASETS.get(part["type"])
+        named = part.get("metainfo", {}).get("classes") or getattr(kind, "METAINFO", {}).get("classes")
+        if count is not None and named is not None and len(named) != count:
+            raise ExperimentError(
+                f"model.decode_head.num_classes is {count}, and the data set {part['type']} has {len(named)} classes"
+            )
 
 
 def require_weights(config: Config) -> None:

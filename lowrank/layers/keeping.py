@@ -84,8 +84,9 @@ def kept_of(layer: Any, geometry: Geometry, input: Tensor, x: Tensor) -> Kept:
     method = state.method
     if state.smallest:
         method = state.method_for(geometry, batched, geometry.by_output(layer.kind.weight(layer)).shape[0])
-    lighter = _lighter_origin(state, method, geometry, input) if x is input and not single else None
+    lighter = None
     if not torch.compiler.is_compiling():
+        lighter = _lighter_origin(state, method, geometry, input) if x is input and not single else None
         state.exact = lighter is not None and not method.keeps_input
     if lighter is not None:
         origin, state.formula_bytes = lighter

@@ -37,7 +37,7 @@ from lowrank.layers.swap import Changed, is_parametrized_class, own_of, plain_cl
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.eager import in_autocast, in_compiled_graph, trains_plainly, without_autocast
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry
-from lowrank.tensors.worth import merging_is_worth
+from lowrank.tensors.worth import again_is_worth, merging_is_worth
 
 _OWN = {Watched, Held, Lazy}
 
@@ -194,7 +194,9 @@ def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | 
         call = Call(settings, Tensor.detach(x), weight, bias, keep) if _may_be_lazy(layer, settings, input, x) else None
         y = LowRankFunction.apply(x, weight, bias, settings, call, state.watched, *kept)
     if x is input and not single and state.recompute and not torch.compiler.is_compiling():
-        _note_way(settings, call, (input, weight, bias), y, bool(kept) and method.keeps_input)
+        products = weight.shape[-1] if isinstance(geometry, LinearGeometry) else weight.numel() // y.shape[1]
+        if not state.smallest or again_is_worth(y.numel(), products, y.itemsize, state.smallest):
+            _note_way(settings, call, (input, weight, bias), y, bool(kept) and method.keeps_input)
     if type(y) is Lazy and x is input:
         hold(x, y)
     return y

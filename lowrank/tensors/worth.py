@@ -25,6 +25,7 @@ _MERGING = 80  # calls of a convolution and a normalisation that leave their out
 _BITS = 25  # calls of an activation that keeps bits
 _WEIGHT_PASSES = 4  # over the weight and its gradient, that merging takes more
 _OUTPUT_PASSES = 3  # over the output, that it takes less
+_AGAIN, _AGAIN_PASSES = 40, 6  # calls of computing a layer's output again, and passes over it, beside its products
 
 
 def check_smallest(smallest: object) -> None:
@@ -59,6 +60,20 @@ def merging_is_worth(geometry: ConvGeometry, shape: Shape, out_channels: int, it
     weight = itemsize * out_channels * (shape[1] // geometry.groups) * prod(geometry.kernel)
     moved = _WEIGHT_PASSES * weight - _OUTPUT_PASSES * output
     return is_worth(output, _MERGING + moved / MOVED_A_CALL, smallest)
+
+
+def again_is_worth(output: int, products: int, itemsize: int, smallest: float) -> bool:
+    """The rule, of computing a layer's output again in the backward pass in the place of keeping it.
+
+    Args:
+        output: numbers in it.
+        products: for each of them.
+        itemsize: bytes of a number.
+        smallest: bytes a call.
+    """
+    saved = output * itemsize
+    calls = _AGAIN + output * products / MACS_A_CALL + _AGAIN_PASSES * saved / MOVED_A_CALL
+    return is_worth(saved, calls, smallest)
 
 
 def bits_are_worth(x: Tensor, smallest: float) -> bool:

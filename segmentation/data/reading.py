@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import PIL.Image as pillow
 from mmcv.transforms import LoadImageFromFile
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import TRANSFORMS
 
 from experiment.contents import unreadable
+
+IGNORED = 255  # in a label map: a pixel of no class
+_EIGHT_BITS = ("1", "L", "P")  # as Pillow names the kinds of pixels
 
 
 class _Naming:
@@ -39,6 +43,28 @@ class NamedImage(_Naming, LoadImageFromFile):
 
 @TRANSFORMS.register_module()
 class NamedLabels(_Naming, LoadAnnotations):
-    """Reads a label map."""
+    """Reads a label map, which has to be of its image and of the network's classes.
+
+    Args:
+        classes: how many there are; None if that is not known.
+        settings: of MMSegmentation's reader.
+    """
 
     key = "seg_map_path"
+
+    def __init__(self, classes: int | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.classes = classes
+
+    def _load_seg_map(self, results: dict[str, Any]) -> None:
+        with pillow.open(results[self.key]) as stored:
+            kind = stored.mode
+        if kind not in _EIGHT_BITS:  # the stock reader would cut off higher bits, and take colours for label maps
+            raise ValueError(f"its pixels are of the kind {kind}; a label map has one number of 8 bits each")
+        super()._load_seg_map(results)
+        labels, shape = results["gt_seg_map"], tuple(results["ori_shape"][:2])
+        if labels.shape != shape:
+            raise ValueError(f"it has {labels.shape} rows and columns, and its image {shape}")
+        top = labels.max(where=labels != IGNORED, initial=0)
+        if self.classes is not None and top >= self.classes:
+            raise ValueError(f"it has the label {top}; of {self.classes} classes they end at {self.classes - 1}")

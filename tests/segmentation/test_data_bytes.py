@@ -3,9 +3,11 @@
 import os
 import shutil
 
+import numpy as np
 import pytest
 from mmseg.registry import DATASETS
 from mmseg.utils import register_all_modules
+from PIL import Image
 from segmentors import files
 
 from experiment import ExperimentError, Run
@@ -63,6 +65,35 @@ def test_a_cut_image_is_named_before_training_and_a_damaged_one_when_it_is_read(
     labels.unlink()
     with pytest.raises(ExperimentError, match=rf"^image {labels} cannot be read \(.*No such file"):
         dataset[0]
+
+
+LABELS = {
+    "16 bits": (np.full((32, 32), 257, np.uint16), "of the kind I;16; a label map"),
+    "colours": (np.zeros((32, 32, 3), np.uint8), "of the kind RGB; a label map"),
+    "another size": (np.zeros((16, 32), np.uint8), r"\(16, 32\) rows and columns, and its image \(32, 32\)"),
+    "another class": (np.full((32, 32), 6, np.uint8), "the label 6; of 6 classes they end at 5"),
+}
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("name", LABELS)
+def test_a_label_map_that_is_none_of_its_image_is_named(task, part, name):
+    task, root = task
+    labels, message = LABELS[name]
+    register_all_modules(init_default_scope=True)
+    path = sorted((root / "SegmentationClass").glob(f"{part}_*"))[0]
+    dataset = DATASETS.build(with_naming_readers(task.config)[f"{part}_dataloader"].dataset)
+    Image.fromarray(np.full((32, 32), 255, np.uint8)).save(path)  # of no class at all
+    assert set(dataset[0]["data_samples"].gt_sem_seg.data.flatten().tolist()) == {255}
+    Image.fromarray(labels).save(path)
+    with pytest.raises(ExperimentError, match=f"{path.name} cannot be read .*{message}"):
+        dataset[0]
+
+
+def test_a_network_of_other_classes_than_the_data_is_refused(task):
+    task[0].config.model.decode_head.num_classes = 7
+    with pytest.raises(ExperimentError, match=r"num_classes is 7, and the data set .* has 6 classes"):
+        task[0].begin(RUN, RESULT, None)
 
 
 RUN = Run("segmentation", "finetune", "pspnet_small", "digit_scenes", "vanilla", 10, 1)

@@ -22,6 +22,8 @@ OPTIONS = {
     "weight decay": ([], ["optim_wrapper.optimizer.weight_decay=-1"], "weight_decay is -1"),
     "crop": ([], ["crop_size=(0,32)"], r"crop_size is \(0, 32\)"),
     "classes": ([], ["model.decode_head.num_classes=-1"], "num_classes is -1"),
+    "hooks": ([], ["custom_hooks.0.type=X"], "custom_hooks is .*allowed is a list"),
+    "words for numbers": ([], ["train_cfg.max_iters=abc"], "max_iters is 'abc'"),
     "typo": ([], ["trian_cfg.val_interval=2"], "nothing is called 'trian_cfg'"),
 }
 

@@ -38,6 +38,16 @@ def test_a_large_output_is_worth_it_and_a_large_weight_is_not():
     assert not worth.merging_is_worth(wide, (1, 256, 8, 8), 256, 4, 2**10)
 
 
+def test_computing_again_counts_the_output_and_its_products():
+    layer, x = nn.Conv2d(8, 12, 3, groups=4), torch.randn(2, 8, 9, 7)
+    output = layer(x)
+    macs = output.numel() * 2 * 9
+    calls = worth._AGAIN + macs / worth.MACS_A_CALL + 6 * output.nbytes / worth.MOVED_A_CALL
+    for smallest, expected in ((0.999 * output.nbytes / calls, True), (1.001 * output.nbytes / calls, False)):
+        assert worth.again_is_worth(output.numel(), 18, 4, smallest) == expected
+    assert not worth.again_is_worth(10**9, 1, 4, 2**15), "passes over a large tensor take time as well"
+
+
 @pytest.mark.parametrize("smallest", [-1, math.nan, True, "large", None])
 def test_what_is_no_price(smallest):
     with pytest.raises(SettingError, match="smallest is"):
