@@ -15,7 +15,7 @@ from classification.plans import METHODS, TRANSFORMER_METHODS, Sweep, is_transfo
 from experiment.command import finish, one_line
 from experiment.errors import is_mendable
 from experiment.jobs import Command, Program
-from experiment.sweep import do_sweep, numbers, parsed, shared_settings, sweep_parser
+from experiment.sweep import do_sweep, length_word, numbers, parsed, shared_settings, sweep_parser
 
 PROGRAM = "python -m classification"
 
@@ -29,13 +29,11 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     parser.add_argument("--dataset", nargs="+", choices=names("data"), required=True, metavar="DATASET")
     depths = "whole numbers, ranges such as 1-14, or 'all' (default: 2 and 4, and vanilla on all as well)"
     parser.add_argument("--layers", nargs="+", metavar="N", help=depths)
-    parser.add_argument("--epochs", type=int, metavar="N", help="of every training run, in place of the setup's")
+    parser.add_argument("--epochs", type=length_word, metavar="N", help="of every run, in place of the setup's")
     weights = "to start from, in place of pretraining (setup B) or of a download (setup A)"
     parser.add_argument("--weights", metavar="FILE", help=weights)
 
     def sweep_of(options: argparse.Namespace, extra: list[str]) -> Sweep:
-        if options.epochs is not None and options.epochs < 1:
-            parser.error(f"--epochs is {options.epochs}; allowed are whole numbers from 1")
         options.methods = options.methods or (TRANSFORMER_METHODS if is_transformer(options.model) else METHODS)
         return Sweep(
             stage=options.setup,

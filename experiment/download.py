@@ -42,13 +42,7 @@ def download(url: str, path: Path, checksum: str | None = None) -> Path:
             try:
                 _fetch(url, part)
                 break
-            except (
-                urllib.error.URLError,
-                http.client.HTTPException,
-                ConnectionError,
-                TimeoutError,
-                ssl.SSLError,
-            ) as error:
+            except _BROKEN as error:
                 if wait is None or getattr(error, "code", None) in _LASTING:
                     raise ExperimentError(
                         f"{url} cannot be downloaded ({error}); what there is of it is kept, so try again later, or "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import shlex
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -92,14 +94,18 @@ class Program:
     name: str
     command: Command
 
+    def line(self, job: Job) -> str:
+        """What a user types to do a job."""
+        return f"{self.name} {shlex.join(job.arguments)}"
+
 
 Doing = Callable[[Sequence[Job]], dict[Job, Outcome]]  # how jobs are done, of which each finds what it needs before it
 
 
-def list_jobs(jobs: Sequence[Job], program: str) -> None:
+def list_jobs(jobs: Sequence[Job], program: Program) -> None:
     """Print what a dry run shows: every job and its command."""
     for number, job in enumerate(jobs, start=1):
-        print(f"[{number}/{len(jobs)}] {job.title}\n  {program} {' '.join(job.arguments)}")
+        print(f"[{number}/{len(jobs)}] {job.title}\n  {program.line(job)}")
 
 
 def run_jobs(jobs: Sequence[Job], program: Program, root: Path, wait: bool = False, doing: Doing | None = None) -> int:
@@ -262,7 +268,7 @@ def do_job(job: Job, program: Program, root: Path) -> Outcome:
             raise stop from None
         cause = str(error) if is_mendable(error) else traceback.format_exc()
         print(f"  failed: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        write_log(job, root, f"{job.title}\n{program.name} {' '.join(job.arguments)}\n{cause}\n")
+        write_log(job, root, f"{job.title}\n{program.line(job)}\n{cause}\n")
         return Outcome.FAILED
     with contextlib.suppress(OSError):
         job.log(root).unlink(missing_ok=True)
@@ -279,6 +285,11 @@ def write_log(job: Job, root: Path, text: str) -> None:
         log.write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         print(f"  its log {log} cannot be written ({error.strerror})", file=sys.stderr)
+
+
+def write_report(root: Path) -> int:
+    """Write the report of all runs, in a process of its own; its exit code."""
+    return subprocess.run([sys.executable, "-m", "report", str(root)], check=False).returncode
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from experiment.errors import ExperimentError
-from experiment.jobs import Job, Program, run_jobs
+from experiment.jobs import Job, Program, run_jobs, write_report
 from experiment.launching import require_room
 
 SLURM = "--slurm."  # how options begin that are sbatch's
@@ -35,12 +35,14 @@ class Launcher:
         workers: how many are done at a time; None for one on this machine, and for as many as Slurm likes.
         slurm: options of sbatch, names without dashes ahead and their values; True for one that has none.
         wait: whether to wait for what other processes are doing, and for what Slurm was given.
+        report: whether to write the report of all runs in the end, which Slurm always does.
     """
 
     kind: Literal["local", "slurm"] = "local"
     workers: int | None = None
     slurm: tuple[tuple[str, str | bool], ...] = ()
     wait: bool = False
+    report: bool = False
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -54,11 +56,16 @@ class Launcher:
                 raise ExperimentError(f"{SLURM}{name} cannot be given: {_RESERVED[name]}")
 
     def run(self, jobs: Sequence[Job], program: Program, root: Path) -> int:
-        """Do jobs; the exit code as of `experiment.jobs.run_jobs`."""
+        """Do jobs; the exit code as of `experiment.jobs.run_jobs`, or else that of the report."""
         if self.kind == "slurm":
             from experiment.slurm import submit
 
             return submit(jobs, program, root, dict(self.slurm), self.workers, self.wait)
+        code = self._run_here(jobs, program, root)
+        reported = write_report(root) if self.report else 0
+        return code or reported
+
+    def _run_here(self, jobs: Sequence[Job], program: Program, root: Path) -> int:
         if self.workers in (None, 1):
             return run_jobs(jobs, program, root, self.wait)
         assert self.workers is not None
@@ -75,6 +82,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     several = "how many runs at a time, each with its share of the threads and of the accelerators (default: 1; of "
     several += "Slurm as many as it likes)"
     parser.add_argument("--workers", type=int, metavar="N", help=several)
+    written = "write the report of all runs in the end, whatever failed; Slurm always does"
+    parser.add_argument("--report", action="store_true", help=written)
     passed = "any option of sbatch, for every job: --slurm.partition gpu --slurm.time 4:00:00 --slurm.gpus 1"
     parser.add_argument(f"{SLURM}OPTION", metavar="VALUE", help=passed)
 
@@ -102,4 +111,4 @@ def launcher_of(options: argparse.Namespace) -> Launcher:
     Raises:
         ExperimentError: they do not go together.
     """
-    return Launcher(options.launcher, options.workers, options.slurm, options.wait)
+    return Launcher(options.launcher, options.workers, options.slurm, options.wait, options.report)

@@ -32,6 +32,7 @@ from experiment.jobs import (
     needed,
     note_plan,
     write_log,
+    write_report,
 )
 from experiment.lock import holder
 
@@ -204,7 +205,7 @@ def do(job: Job, needs: Sequence[Job], program: Program, root: Path) -> None:
         elif code >= 128 and int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= RESTARTS:
             why = f"started {RESTARTS + 1} times, it has saved nothing new in its time; give it more: --slurm.time"
             print(f"  failed: {why}", file=sys.stderr)
-            write_log(job, root, f"{job.title}\n{program.name} {' '.join(job.arguments)}\n{why}\n")
+            write_log(job, root, f"{job.title}\n{program.line(job)}\n{why}\n")
             code = 1
     raise SystemExit(code)
 
@@ -257,4 +258,4 @@ def _logged(path: Path) -> Iterator[None]:
 
 def report(root: Path) -> None:
     """Write the report of all runs, within a job of Slurm."""
-    raise SystemExit(subprocess.run([sys.executable, "-m", "report", str(root)], check=False).returncode)
+    raise SystemExit(write_report(root))

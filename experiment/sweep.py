@@ -181,7 +181,7 @@ def sweep_parser(
     )
     listed = f"of {', '.join(methods)} (default: {defaults})"
     parser.add_argument("--methods", nargs="+", choices=methods, metavar="METHOD", help=listed)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[SEED], metavar="SEED", help=f"(default: {SEED})")
+    parser.add_argument("--seeds", nargs="+", type=seed_word, default=[SEED], metavar="SEED", help=f"(default: {SEED})")
     parser.add_argument("--budget", nargs="+", type=budget_word, metavar="BUDGET", default=[], help=BUDGET_HELP)
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     parser.add_argument("--data-dir", metavar="DIR", help="folder that holds all data sets (default: data)")
@@ -189,6 +189,22 @@ def sweep_parser(
     parser.add_argument(WAIT, action="store_true", help=WAIT_HELP)
     add_options(parser)
     return parser
+
+
+def seed_word(text: str) -> int:
+    """A seed, as a command line takes it."""
+    return _whole(text, 0, 2**32 - 1)  # numpy's generators have no others
+
+
+def length_word(text: str) -> int:
+    """How long a run is, in epochs or iterations, as a command line takes it."""
+    return _whole(text, 1, 10**9)
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} to {most}")
+    return int(text)
 
 
 def shared_settings(options: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any]:
@@ -256,6 +272,6 @@ def do_sweep(sweep: Sweep, dry_run: bool, program: Program) -> int:
     """Run or list a sweep; the exit code as of `experiment.jobs.run_jobs`."""
     jobs = sweep.jobs()
     if dry_run:
-        list_jobs(jobs, program.name)
+        list_jobs(jobs, program)
         return 0
     return sweep.launcher.run(jobs, program, sweep.runs_dir)

@@ -182,8 +182,7 @@ class Workers:
         why = "its process was killed, by the system if memory ran out; the same command goes on"
         print(tally.heading(job), flush=True)
         print(f"  failed: {why}", file=sys.stderr, flush=True)
-        command = f"{self._program.name} {' '.join(job.arguments)}"
-        write_log(job, self._root, f"{job.title}\n{command}\n{why}\n{worker.last_words}\n")
+        write_log(job, self._root, f"{job.title}\n{self._program.line(job)}\n{why}\n{worker.last_words}\n")
         tally.add(job, Outcome.FAILED)
 
     def _end(self) -> None:

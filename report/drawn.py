@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiment import fingerprint
 from report.summary import Group
 
 NOTES = ".figures.json"  # in the folder of all outputs: what each figure was drawn of, and what its files held
@@ -27,7 +27,9 @@ class Figures:
     def __init__(self, output: Path) -> None:
         self._output = output
         self._known = _read(output / NOTES)
-        self._code = _hash(*(path.read_bytes() for path in sorted(_CODE.glob("*.py"))), version("matplotlib").encode())
+        self._code = fingerprint(
+            [*(path.read_bytes() for path in sorted(_CODE.glob("*.py"))), version("matplotlib").encode()]
+        )
         self._notes: dict[str, dict[str, str]] = {}
 
     def of(
@@ -43,9 +45,9 @@ class Figures:
             more: what else it shows, told by its `repr`.
         """
         told = (draw.__name__, table.to_csv(), repr((group, more)))
-        shown = _hash(self._code.encode(), *(text.encode() for text in told))
+        shown = fingerprint(text.encode() for text in (self._code, *told))
         files = self._there(path, shown) or draw(table, group, *more)
-        self._notes[str(path)] = {"of": shown, **{ending: _hash(content) for ending, content in files.items()}}
+        self._notes[str(path)] = {"of": shown, **{ending: fingerprint([content]) for ending, content in files.items()}}
         return files
 
     def _there(self, path: PurePath, shown: str) -> dict[str, bytes]:
@@ -57,7 +59,7 @@ class Figures:
             files = {ending: (self._output / f"{path}.{ending}").read_bytes() for ending in known}
         except (OSError, ValueError):
             return {}
-        return files if all(_hash(content) == known[ending] for ending, content in files.items()) else {}
+        return files if all(fingerprint([content]) == known[ending] for ending, content in files.items()) else {}
 
     @property
     def notes(self) -> dict[Path, bytes]:
@@ -71,10 +73,3 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
         return {str(key): {str(name): str(text) for name, text in value.items()} for key, value in content.items()}
     except (OSError, ValueError, AttributeError, RecursionError):  # then all are drawn
         return {}
-
-
-def _hash(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()

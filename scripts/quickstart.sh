@@ -27,7 +27,6 @@ bash scripts/setup.sh
 python="${VENV:-.venv}/bin/python"
 runs="${RUNS_DIR:-runs}"
 [[ $# -gt 0 ]] || set -- 233
-"$python" -m classification sweep --setup b --model mcunet --dataset digits --layers 2 4 --seeds "$@" \
+exec "$python" -m classification sweep --setup b --model mcunet --dataset digits --layers 2 4 --seeds "$@" \
     --methods vanilla gradient_filter_r2 hosvd_0.8 asi asi_int8 --budget 1/20 --runs-dir "$runs" "${dry_run[@]}" \
-    --workers "${WORKERS:-1}" --launcher "${LAUNCHER:-local}"
-[[ ${#dry_run[@]} -gt 0 || "${LAUNCHER:-local}" == slurm ]] || "$python" -m report "$runs"
+    --workers "${WORKERS:-1}" --launcher "${LAUNCHER:-local}" --report

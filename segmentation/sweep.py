@@ -18,7 +18,7 @@ import yaml
 from experiment import ExperimentError, Run
 from experiment.checkpoints import FINAL
 from experiment.jobs import Command, Job, Program
-from experiment.sweep import SEED, do_sweep, parsed, shared_settings, sweep_parser
+from experiment.sweep import SEED, do_sweep, length_word, parsed, shared_settings, sweep_parser
 from experiment.sweep import Sweep as AnySweep
 from segmentation.compose import CONFIGS, load_config
 
@@ -127,7 +127,8 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     depths = ("5", "10", "all")
     parser.add_argument("--layers", nargs="+", choices=depths, default=depths[:2], metavar="N", help="(default: 5 10)")
     parser.add_argument("--weights", metavar="FILE", help="what to calibrate (default: published or pretrained here)")
-    parser.add_argument("--iterations", type=int, help="length of the fine-tuning runs (default: the recipe's)")
+    iterations = "length of the fine-tuning runs (default: the recipe's)"
+    parser.add_argument("--iterations", type=length_word, metavar="N", help=iterations)
 
     def sweep_of(options: argparse.Namespace, extra: list[str]) -> Sweep:
         options.methods = options.methods or methods

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,38 @@ def test_workers_and_launcher_go_to_the_sweep(
         done = subprocess.run(command, env=script_environment | changed, capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert message in done.stderr
+
+
+SAVES = """#!/usr/bin/env bash
+trap 'sleep 0.3; echo saved >> "$HOME/said"; exit 143' TERM
+echo "$*" >> "$HOME/said"
+for ((;;)); do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("classification/run.sh", ["a", "mcunet", "digits", "--report"]),
+        ("quickstart.sh", []),
+        ("segmentation/fcn.sh", ["voc12aug"]),
+        ("segmentation/quickstart.sh", []),
+    ],
+)
+def test_who_ends_a_script_ends_its_run_and_what_that_saves_is_waited_for(
+    script_environment: dict[str, str], script: str, words: list[str]
+) -> None:
+    Path(script_environment["VENV"], "bin", "python").write_text(SAVES)
+    said = Path(script_environment["HOME"], "said")
+    with subprocess.Popen(["bash", str(ROOT / "scripts" / script), *words], env=script_environment) as process:
+        while not said.exists() or not said.read_text().endswith("\n"):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(20) == 143
+    command, *rest = said.read_text().splitlines()
+    assert "--report" in command.split()
+    assert rest == ["saved"]
 
 
 def test_the_script_of_the_encoder_lists_its_runs(script_environment: dict[str, str]) -> None:

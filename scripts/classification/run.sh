@@ -49,11 +49,9 @@ options=(--setup "$1" --model "$2" --runs-dir "${RUNS_DIR:-runs}")
 setup="$1"
 shift 2
 datasets=()
-report=
 while [[ $# -gt 0 && "$1" != -- ]]; do
     case "$1" in
-        --dry-run) options+=(--dry-run) ;;
-        --report) report=yes ;;
+        --dry-run | --report) options+=("$1") ;;
         *) datasets+=("$1") ;;
     esac
     shift
@@ -76,15 +74,5 @@ done
 
 bash scripts/setup.sh
 python="${VENV:-.venv}/bin/python"
-sweep=("$python" -m classification sweep "${options[@]}" "$@")
-# Whoever stops or kills the script must reach the run: it takes the place of this shell, or is told by it.
-# Slurm writes the report itself, after the last run.
-if [[ -z "$report" || "${LAUNCHER:-local}" == slurm || " ${options[*]} " == *" --dry-run "* ]]; then
-    exec "${sweep[@]}"
-fi
-"${sweep[@]}" &
-trap 'kill "$!"; exit 130' INT TERM
-failed=0
-wait "$!" || failed=$?
-"$python" -m report "${RUNS_DIR:-runs}"
-exit "$failed"
+# The run takes the place of this shell, so that whoever stops or kills the script reaches it.
+exec "$python" -m classification sweep "${options[@]}" "$@"

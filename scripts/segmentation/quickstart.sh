@@ -23,7 +23,19 @@ fi
 network="${NETWORK:-pspnet_small}"
 export BUDGET="${BUDGET:-1/20}"
 export METHODS="${METHODS:-vanilla gradient_filter hosvd_0.8 asi}" LAYERS="${LAYERS:-10}" SEEDS="${SEEDS:-233}"
-bash scripts/segmentation/sweep.sh "$network" "$@" digit_scenes
+# Whoever ends the script ends the run, and waits for what it saves.
+bash scripts/segmentation/sweep.sh "$network" "$@" digit_scenes &
+sweep=$!
+trap 'kill "$sweep"' TERM
+trap : INT # a terminal's Ctrl-C reaches the run as well
+code=0
+wait "$sweep" || code=$?
+while kill -0 "$sweep" 2> /dev/null; do
+    code=0
+    wait "$sweep" || code=$?
+done
+trap - INT TERM
+[[ "$code" -eq 0 ]] || exit "$code"
 [[ "${1:-}" != --dry-run && "${LAUNCHER:-local}" != slurm ]] || exit 0
 runs="${RUNS_DIR:-runs}"
 read -ra methods <<< "$METHODS"

@@ -55,6 +55,4 @@ options+=(--runs-dir "$runs" --data-dir "${DATA_DIR:-data}" "${dry_run[@]}")
 [[ -z "${WEIGHTS:-}" ]] || options+=(--weights "$WEIGHTS")
 [[ -z "${WORKERS:-}" ]] || options+=(--workers "$WORKERS")
 [[ -z "${LAUNCHER:-}" ]] || options+=(--launcher "$LAUNCHER")
-"$python" -m segmentation sweep "${options[@]}" "$@"
-# Slurm writes the report itself, after the last run.
-[[ ${#dry_run[@]} -gt 0 || "${LAUNCHER:-local}" == slurm ]] || "$python" -m report "$runs"
+exec "$python" -m segmentation sweep "${options[@]}" --report "$@"

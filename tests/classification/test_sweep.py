@@ -232,9 +232,11 @@ def test_a_user_who_stops_a_sweep_stops_it(tmp_path):
         (["--budget", "published"], "no budget is published for mcunet on digits, setup B, last 2"),
         (["--layers", "3-1"], "--layers has '3-1'"),
         (["--layers", "1-"], "--layers has '1-'"),
-        (["--epochs", "0"], "--epochs is 0"),
+        (["--epochs", "0"], "--epochs: '0' is no whole number from 1"),
         (["--model", "lenet"], "lenet"),
         (["--seeds", "x"], "x"),
+        (["--seeds", "-1"], "--seeds: '-1' is no whole number from 0"),
+        (["--seeds", "4294967296"], "to 4294967295"),
     ],
 )
 def test_a_mistake_in_a_sweep_is_refused_before_any_job(tmp_path, capsys, options, message):

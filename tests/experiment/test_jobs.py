@@ -1,6 +1,7 @@
 """Jobs: none stops another, and one that is done elsewhere has not failed."""
 
 import re
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from experiment import ExperimentError, Record, Run
 from experiment import jobs as jobs_module
 from experiment.errors import InUseError
-from experiment.jobs import Job, Program, duration, needed, run_jobs
+from experiment.jobs import Job, Program, duration, list_jobs, needed, run_jobs
 
 
 def job(layers, *arguments):
@@ -59,6 +60,13 @@ def test_what_a_job_needs_is_found_below_any_folder_of_runs(root):
     first = job(1, "--out", root)
     second = job(2, "--weights", str(first.run.folder(Path(root)) / "checkpoints" / "best.ckpt"))
     assert needed([first, second], Path(root)) == {first: [], second: [first]}
+
+
+def test_a_listed_command_is_one_to_type(capsys):
+    words = ("fit", "--runs_dir", "mit leer ü", "a=(1,2)", "it's", "")
+    list_jobs([job(1, *words)], program()[0])
+    line = capsys.readouterr().out.splitlines()[1]
+    assert shlex.split(line) == ["python", "-m", "x", *words]
 
 
 def test_what_was_in_work_elsewhere_may_be_done_at_the_end(tmp_path, capsys):

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from experiment import ExperimentError
+from experiment import ExperimentError, launcher
 from experiment.jobs import WAIT
 from experiment.launcher import Launcher, add_options, launcher_of, take_slurm
 
@@ -23,11 +23,22 @@ def test_without_options_one_run_after_the_other_is_done_here():
     assert told() == (Launcher("local", None, (), False), [])
 
 
+@pytest.mark.parametrize(("failed", "reported", "code"), [(0, 0, 0), (0, 2, 2), (1, 0, 1), (1, 2, 1)])
+def test_the_report_is_written_in_the_end_whatever_failed(tmp_path, monkeypatch, failed, reported, code):
+    done = []
+    monkeypatch.setattr(launcher, "run_jobs", lambda *told: done.append("jobs") or failed)
+    monkeypatch.setattr(launcher, "write_report", lambda root: done.append(root) or reported)
+    assert told("--report")[0].run([], None, tmp_path) == code
+    assert done == ["jobs", tmp_path]
+    assert told()[0].run([], None, tmp_path) == failed
+    assert done == ["jobs", tmp_path, "jobs"]
+
+
 def test_every_option_of_sbatch_is_passed_through_and_no_other_is_taken():
     words = ["--slurm.partition", "gpu", "--data.batch-size", "8", "--slurm.exclusive", "--slurm.mem=4G", "--wait"]
-    launcher, extra = told("--launcher", "slurm", *words, "--workers", "3", "--slurm.requeues-not")
+    found, extra = told("--launcher", "slurm", *words, "--workers", "3", "--slurm.requeues-not")
     passed = (("partition", "gpu"), ("exclusive", True), ("mem", "4G"), ("requeues-not", True))
-    assert launcher == Launcher("slurm", 3, passed, True)
+    assert found == Launcher("slurm", 3, passed, True)
     assert extra == ["--data.batch-size", "8"]
 
 
