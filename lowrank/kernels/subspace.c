@@ -198,7 +198,8 @@ static int cut(view *v) {
     if (v->blocks > most) v->blocks = most;
   }
   v->together = columns / v->right;
-  if (v->layout == LYING && v->together * r * padded(v, v->right) > PRODUCT) v->together--;
+  if (v->layout == LYING && v->together * r * padded(v, v->right) > PRODUCT)
+    v->together = PRODUCT / (r * padded(v, v->right));
   if (v->together < 1) v->together = 1;
   v->tiles = v->blocks * ((v->left + v->together - 1) / v->together);
   v->pieces = all * n * r / WORK;
