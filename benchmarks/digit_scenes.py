@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.rows import Rows, spread, table
+from benchmarks.rows import spread, table
 from experiment import Record
+from experiment.files import write_whole
 from experiment.history import METRICS
 from experiment.record import RESULT, TABLE
 from segmentation.cli import main as command
@@ -102,14 +103,17 @@ def main() -> None:
     sweep, _ = parse(words)
     wholes = [(name, 1) for name in (EXACT, *options.methods)]
     ways = [*wholes, *itertools.product(("asi_int8",), options.parts)]
-    rows = Rows(options.out, KEY, summary)
+    rows = []
     for seed, (method, count) in itertools.product(options.seeds, ways):
         tag = method if method == EXACT else f"{method}_1of{DIVISOR}"
         result = sweep.run(DATASET, tag, LAYERS, seed).folder(sweep.runs_dir) / RESULT
         for call, result in in_parts(sweep, method, count, seed) if count > 1 else []:  # noqa: B007
             done(call)
-        if not rows.has(LAYERS, method, count, seed):
-            rows.add(row(result.parent, Record.load(result), method, count))
+        rows.append(row(result.parent, Record.load(result), method, count))
+    frame = pd.DataFrame(rows).sort_values(KEY)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(options.out, frame.to_csv(index=False))
+    write_whole(options.out.with_suffix(".md"), summary(frame))
 
 
 def done(call: list[str]) -> None:

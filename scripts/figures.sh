@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Regenerate everything that the README shows of results, in figures/: both quickstarts with three seeds, their tables and
-# pictures; the experiment on digits with two small transformers, with weights as factors too, and with the three larger
-# networks, and the ablations of ASI, as one page of tables. Run again, it does only what is missing. All of it takes
-# hours on two CPU cores.
+# pictures; long training on larger scenes; the experiment on digits with two small transformers, with weights as factors
+# too, and with the three larger networks, and the ablations of ASI, as one page of tables. Run again, it does only what
+# is missing. All of it takes hours on two CPU cores.
 #
 # Usage: bash scripts/figures.sh [--help]
 # Environment: see scripts/quickstart.sh and scripts/segmentation/quickstart.sh
@@ -28,6 +28,8 @@ for network in pspnet deeplabv3_mbv2; do
         cp "$runs/report/segmentation/finetune/${network}_small/digit_scenes/$file" "figures/${name}_$file"
     done
 done
+
+"${VENV:-.venv}/bin/python" -m benchmarks.digit_scenes --runs-dir "$runs" --data-dir "${DATA_DIR:-data}"
 
 for model in vit_mini swin_mini; do
     seeds="233 234 235"

@@ -90,7 +90,7 @@ def main() -> None:
     if not strangers:
         parser.error(f"no model has {arguments.only!r} in its name; tests and tables name them as in 'timm/resnet10t'")
     known = pd.read_csv(arguments.table) if arguments.table.exists() else pd.DataFrame({"model": []})
-    order = list(all_strangers())
+    order = [*all_strangers(), *known["model"]]  # also of a package that is not installed here
     for key, stranger in strangers.items():
         if key in set(known.dropna()["model"]):
             continue

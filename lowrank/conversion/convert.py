@@ -53,7 +53,6 @@ def convert(
       self-attention are computed again in the backward pass, from what is kept in any case; see `recompute`. That runs
       the linear layer in front of an activation or of attention once more. So are the outputs of convolutions of few
       products, such as depthwise ones, with the normalisation and the activation behind them.
-
     - A layer whose input can be computed again from what is kept in any case, such as one behind a normalisation,
       keeps nothing, and the gradient of its weight is exact, where the method would keep more than a 32nd of the input;
       see `everywhere`. Not so with methods whose bytes depend on the data.

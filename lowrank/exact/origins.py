@@ -27,7 +27,7 @@ Rebuild = Callable[..., Tensor]
 DEEPEST = 48  # steps from a source to a tensor; what is further away is kept itself
 LAYER = 1000  # what a linear layer or attention takes; one is on the way to a tensor at most
 BUDGET = 256  # and convolutions of so many products per number
-SHRINKING = 96  # of one that gives less than it is given, whose output takes little and serves those behind it
+SHRINKING = 144  # of one that gives less than it is given, whose output takes little and serves those behind it
 
 
 class Step:

@@ -186,20 +186,23 @@ def subspace(x: Tensor, steps: Sequence[tuple[int, Tensor, bool]]) -> tuple[Tens
         The core, and a basis for each step, the start itself where that is one; None: not for these.
     """
     starts = [start.contiguous() for _, start, _ in steps]
-    kernel = _kernel("subspace", x, *starts) if steps else None
-    if kernel is None:
+    kernel, room_of = (_kernel(name, x, *starts) if steps else None for name in ("subspace", "subspace_room"))
+    if kernel is None or room_of is None:
         return None
     sizes = tuple(x.shape)
     ranks = tuple([(mode, start.shape[1], held) for mode, start, held in steps])
     shape, plan = _subspace_plan(sizes, ranks)
-    core = x.new_empty(shape)
+    room = room_of(plan)  # type: ignore[operator]
+    if room < 0:
+        return None
+    core, scratch = x.new_empty(shape), x.new_empty(room)
     bases = [start if held else torch.empty_like(own) for own, (_, start, held) in zip(starts, steps, strict=True)]
-    pointers = [x.data_ptr(), core.data_ptr()]
+    pointers = [x.data_ptr(), core.data_ptr(), scratch.data_ptr()]
     for start, basis in zip(starts, bases, strict=True):
         pointers += start.data_ptr(), basis.data_ptr()
     memory = (ctypes.c_int64 * len(pointers))(*pointers)
-    done = kernel(plan, memory, torch.get_num_threads())  # type: ignore[operator]
-    return (core, bases) if done else None
+    kernel(plan, memory, torch.get_num_threads())  # type: ignore[operator]
+    return core, bases
 
 
 @lru_cache(maxsize=4096)

@@ -3,7 +3,6 @@
    and to project on the basis. */
 
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "team.h"
@@ -280,36 +279,54 @@ static void iterate(view *v, const float *start, float *basis, float *scratch, i
     for (int64_t i = 0; i < n; i++) basis[i * r + k] = scratch[k * n + i];
 }
 
-/* `plan`: the number of modes, their sizes, the number of steps, and for each of these the mode, its rank, and whether
-   its start is a basis already. `memory`: x, core, and for each step start and basis. Returns whether it was done. */
-int lowrank_subspace_float(const int64_t *plan, const int64_t *memory, int threads) {
+/* How each step sees the tensor, and the numbers that all of them need for their images, and for a tensor between two. */
+typedef struct {
+  view views[8];
+  int64_t images, between;
+} course;
+
+static int look(course *c, const int64_t *plan) {
   const int64_t modes = plan[0], steps = plan[1 + modes], *step = plan + modes + 2;
-  int64_t now[8], images = 0, between = 0;
-  view views[8] = {{0}};
+  int64_t now[8];
   const struct tile_kernels *with = best();
   if (modes > 8 || steps > modes) return 0;
+  memset(c, 0, sizeof *c);
   memcpy(now, plan + 1, sizeof(int64_t) * (size_t)modes);
   for (int64_t at = 0; at < steps; at++) {
-    view *v = views + at;
+    view *v = c->views + at;
     v->with = with, v->n = now[step[3 * at]], v->r = step[3 * at + 1], v->left = v->right = 1;
     for (int64_t m = 0; m < modes; m++)
       if (m != step[3 * at]) *(m < step[3 * at] ? &v->left : &v->right) *= now[m];
     now[step[3 * at]] = v->r;
     if (!cut(v)) return 0;
-    if (images < (v->pieces + 1) * v->image) images = (v->pieces + 1) * v->image;
-    if (between < v->left * v->r * v->right) between = v->left * v->r * v->right;
+    const int64_t images = (v->pieces + 1) * v->image, between = at + 1 < steps ? v->left * v->r * v->right : 0;
+    if (c->images < images) c->images = images;
+    if (c->between < between) c->between = between;
   }
-  float *scratch = malloc(sizeof(float) * (size_t)(images + 2 * between));
-  if (!scratch) return 0;
+  return 1;
+}
+
+/* `plan`: the number of modes, their sizes, the number of steps, and for each of these the mode, its rank, and whether
+   its start is a basis already. Returns the numbers of scratch that it takes, which the caller has from PyTorch, whose
+   meters see them; -1 where it cannot be done. */
+int64_t lowrank_subspace_room_float(const int64_t *plan) {
+  course c;
+  return look(&c, plan) ? c.images + 2 * c.between : -1;
+}
+
+/* `memory`: x, core, scratch, and for each step start and basis. */
+void lowrank_subspace_float(const int64_t *plan, const int64_t *memory, int threads) {
+  const int64_t steps = plan[1 + plan[0]], *step = plan + plan[0] + 2;
+  course c;
+  if (!look(&c, plan)) return;
   const float *x = (const float *)memory[0];
+  float *scratch = (float *)memory[2];
   for (int64_t at = 0; at < steps; at++) {
-    float *start = (float *)memory[2 + 2 * at], *basis = (float *)memory[3 + 2 * at];
-    float *out = at + 1 < steps ? scratch + images + at % 2 * between : (float *)memory[1];
-    views[at].x = x;
-    if (!step[3 * at + 2]) iterate(views + at, start, basis, scratch, threads);
-    over_tiles(views + at, 1, arranged(views + at, basis, scratch), out, threads);
+    float *start = (float *)memory[3 + 2 * at], *basis = (float *)memory[4 + 2 * at];
+    float *out = at + 1 < steps ? scratch + c.images + at % 2 * c.between : (float *)memory[1];
+    c.views[at].x = x;
+    if (!step[3 * at + 2]) iterate(c.views + at, start, basis, scratch, threads);
+    over_tiles(c.views + at, 1, arranged(c.views + at, basis, scratch), out, threads);
     x = out;
   }
-  free(scratch);
-  return 1;
 }

@@ -65,11 +65,9 @@ class LowRankLayer(Changed):
         if torch.compiler.is_compiling():
             return self._compiled(input)
         if type(input) not in _OWN:
-            y = self._run(input)
-        else:
-            with torch._C.DisableTorchFunctionSubclass():
-                y = self._run(input)
-        return watch(y) if self._lowrank.watched and trains_plainly(y) else y
+            return self._run(input)
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._run(input)
 
     def _compiled(self, input: Tensor) -> Tensor:
         """A compiler decides itself what to keep of a layer that keeps its input; other methods go into its graph."""
@@ -85,8 +83,13 @@ class LowRankLayer(Changed):
         weight, bias = self.kind.weight(self), self.bias
         if not trains_plainly(input, weight, bias):
             return self._stock(input)
+        y = self._plain(input, weight, bias)
+        return watch(y) if self._lowrank.watched else y
+
+    def _plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """In plain eager training."""
         x = real(input)
-        if any(tensor is not None and tensor.requires_grad for tensor in (input, weight, bias)):
+        if weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad):
             if self._lowrank.smallest and _is_best_as_stock(self, input, weight):
                 return self._kept_whole(x)
             return _tracked(self, input_of(self, x), weight, bias)

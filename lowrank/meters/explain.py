@@ -146,7 +146,8 @@ def _asked_for(method: Method) -> str:
 def _reason(module: nn.Module) -> str:
     if isinstance(module, LowRankLayer):
         if module._lowrank.chosen:
-            return f"its input, as {_asked_for(module._lowrank.method)} keeps it"
+            asked = _asked_for(module._lowrank.method)
+            return f"its input, as {asked} keeps it, or what it is computed from, where that takes less"
         return "its input, for the gradient of its weight or of its normalisation; name it in convert to keep less"
     if isinstance(module, nn.BatchNorm2d):
         if module.training or module.running_mean is None:
