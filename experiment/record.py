@@ -14,6 +14,7 @@ from experiment.files import write_whole
 
 SCHEMA = 1
 RESULT, TABLE = "result.json", "perplexity.json"  # what a finished training run leaves, and a perplexity measurement
+NUMBERS = ("accuracy", "memory_bytes", "flops", "time_s", "loss")  # parts of a record that hold numbers alone
 RANKS, MEMORY, CURVES = "ranks.json", "memory.json", "curves.png"  # beside a result, for people; see `leavings`
 
 
@@ -116,8 +117,17 @@ class Record:
         return {f"{part}/{name}": float(value) for part in parts for name, value in getattr(self, part).items()}
 
     def save(self, folder: Path) -> Path:
-        """Write `result.json`, whole or not at all."""
+        """Write `result.json`, whole or not at all.
+
+        Raises:
+            ExperimentError: a number is none, or infinite, so that it could not be read.
+        """
         path = folder / RESULT
+        try:
+            for part in NUMBERS:
+                _finite(getattr(self, part), part)
+        except ValueError as error:
+            raise ExperimentError(f"{path} is not written, as {error}, which is no result; look at the data") from None
         write_whole(path, json.dumps({"schema": SCHEMA, "status": "done", **asdict(self)}, indent=1) + "\n")
         return path
 
@@ -132,7 +142,7 @@ class Record:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["schema"] != SCHEMA or content["status"] != "done":
                 raise ValueError(f"schema {content['schema']} and status {content['status']!r}")
-            parts = {key: _finite(content[key], key) for key in ("accuracy", "memory_bytes", "flops", "time_s")}
+            parts = {key: _finite(content[key], key) for key in NUMBERS if key != "loss"}
             parts["loss"] = _finite(content.get("loss", {}), "loss")
             told = {"provenance": content["provenance"], "recipe": content.get("recipe", {})}
             for key, value in told.items():

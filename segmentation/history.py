@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 
+from experiment import ExperimentError
 from experiment.history import History as RunHistory
 from experiment.history import read_rows
 from experiment.jobs import duration
@@ -80,8 +82,8 @@ class History(Hook):
             {
                 "iteration": float(runner.iter),
                 "train_loss": self.history.mean_loss,
-                "miou": round(float(metrics["mIoU"]) / 100, 6),
-                "macc": round(float(metrics["mAcc"]) / 100, 6),
+                "miou": _share(metrics, "mIoU"),
+                "macc": _share(metrics, "mAcc"),
             }
         )
         if is_first():
@@ -104,3 +106,12 @@ class History(Hook):
         state = checkpoint.pop(KEY, None)
         if state is not None:
             self.history.load_state_dict(state)
+
+
+def _share(metrics: Mapping[str, float], name: str) -> float:
+    value = float(metrics[name]) / 100
+    if not math.isfinite(value):
+        raise ExperimentError(
+            f"{name} of the validation images is {value}: no pixel of their label maps is of a class; look at the data"
+        )
+    return round(value, 6)

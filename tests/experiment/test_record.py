@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,15 @@ def test_a_file_that_is_no_record_is_refused(tmp_path, content):
 def test_a_missing_record_is_an_error_of_one_line(tmp_path):
     with pytest.raises(ExperimentError, match="cannot be read: No such file"):
         Record.load(tmp_path / "result.json")
+
+
+@pytest.mark.parametrize("part", ["accuracy", "memory_bytes", "flops", "time_s", "loss"])
+def test_a_record_that_could_not_be_read_is_not_written(tmp_path, part):
+    for value in (float("nan"), float("inf")):
+        record = replace(a_record(), **{part: {"x": value}})
+        with pytest.raises(ExperimentError, match=rf"{part}\.x is (nan|inf), which is no result"):
+            record.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_record_of_before_the_loss_was_noted_is_read(tmp_path):

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from mmseg.registry import DATASETS
 from mmseg.utils import register_all_modules
 from PIL import Image
@@ -14,6 +16,7 @@ from experiment import ExperimentError, Run
 from experiment.record import RESULT
 from segmentation.compose import choose_depth, load_config, move_data, with_naming_readers
 from segmentation.data.registry import data_of
+from segmentation.history import History
 from segmentation.training import Task
 
 
@@ -88,6 +91,14 @@ def test_a_label_map_that_is_none_of_its_image_is_named(task, part, name):
     Image.fromarray(labels).save(path)
     with pytest.raises(ExperimentError, match=f"{path.name} cannot be read .*{message}"):
         dataset[0]
+
+
+def test_a_validation_without_a_labelled_pixel_ends_the_run(tmp_path):
+    history, runner = History(tmp_path), SimpleNamespace(model=torch.nn.Linear(1, 1), iter=1)
+    history.history.step_end(runner.model, 0.5)
+    with pytest.raises(ExperimentError, match="mIoU of the validation images is nan: no pixel"):
+        history.after_val_epoch(runner, {"mIoU": float("nan"), "mAcc": float("nan")})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_network_of_other_classes_than_the_data_is_refused(task):
