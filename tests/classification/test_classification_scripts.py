@@ -75,7 +75,7 @@ def test_variables_reach_the_runs(script_environment):
         f"digits: asi_hosvd_0.8, last {depth}, seed 233" for depth in ("1", "2", "all")
     ]
     lines = [line for line in printed.splitlines() if line.startswith("  python")]
-    assert all("--data.root a folder" in line and "--model.weights some file.pt" in line for line in lines)
+    assert all("--data.root 'a folder'" in line and "--model.weights 'some file.pt'" in line for line in lines)
     assert sum("--trainer.max_epochs 3" in line for line in lines) == 2 * 9
 
 

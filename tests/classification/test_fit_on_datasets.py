@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from commands import TINY, Interruption, config, execute, finish
 from miniatures import CLASSES, TEST, TRAIN, WRITERS, write_image_folder, write_prepared
+from PIL import Image
 from torch import nn
 
 from classification.backbones.registry import backbone
@@ -99,7 +100,7 @@ def test_a_damaged_image_is_one_line(tmp_path, capsys, workers):
 def test_prepared_images_that_changed_since_are_one_line(tmp_path, capsys):
     folder = write_prepared("pets", tmp_path / "data")
     for path in (folder / "images").iterdir():
-        path.write_bytes(b"x" * path.stat().st_size)
+        Image.new("RGB", (9, 9)).save(path)
     refused(command(tmp_path / "data", tmp_path / "runs", "pets"), capsys, r"^error: the data set has changed since .*")
     assert not list(tmp_path.rglob("result.json"))
 

@@ -63,7 +63,7 @@ def test_padding_takes_nothing_of_the_rank():
     def error(masked):
         """Of the weight gradient at ranks that are too small for everything, after some iterations."""
         model = copy.deepcopy(stock)
-        lowrank.convert(model, [name], ASI([4, 4, 12]))
+        lowrank.convert(model, [name], ASI([4, 4, 12]), everywhere=True)
         for _ in range(3):
             model.zero_grad()
             y = model(tokens) if masked else model.model(tokens, attention_mask=(tokens != 0).long()).logits

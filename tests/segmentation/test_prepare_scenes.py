@@ -163,18 +163,19 @@ def test_scenes_are_the_same_every_time_and_of_the_classes_they_say(tmp_path):
         write_scenes(tmp_path / "a", small)
 
 
-def test_no_scan_is_in_two_splits_or_two_sets(tmp_path, monkeypatch):
-    pools = {}
+@pytest.mark.parametrize("name", ["digit_scenes", "digit_scenes_96"])
+def test_no_scan_is_in_two_splits_or_two_sets(tmp_path, monkeypatch, name):
+    pools, sets = {}, (name, f"{name}_pretrain")
 
     def note(random, found, size):
         pools.setdefault(current, [array.tobytes() for pool in found for array in pool])
         return np.zeros((size, size, 3), np.uint8), np.zeros((size, size), np.uint8)
 
     monkeypatch.setattr(scenes, "compose", note)
-    for name, whole in SETS.items():
+    for name in sets:
         for split in ("train", "val"):
             current = (name, split)
-            write_scenes(tmp_path / name / split, Scenes(whole.digits, **{"train": 0, "val": 0, split: 1}, size=8))
+            write_scenes(tmp_path / name / split, Scenes(SETS[name].digits, **{"train": 0, "val": 0, split: 1}, size=8))
     everything = [scan for pool in pools.values() for scan in set(pool)]
     assert len(pools) == 4
     assert len(everything) == len(set(everything)) == 1797
