@@ -33,14 +33,14 @@ def vanilla(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
 
 
 def _converted(method: lowrank.Method, model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
-    lowrank.convert(model, names, method)
+    lowrank.convert(model, names, method, everywhere=True)  # the methods as the papers have them
     return loss_of
 
 
-def asi(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
+def asi(model: nn.Module, names: list[str], batch: Batch, storage: lowrank.Storage = "float32") -> LossFunction:
     """ASI at fixed ranks, cut to the number of modes of the layers."""
     ranks = RANKS if isinstance(model.get_submodule(names[0]), nn.Conv2d) else RANKS[:3]
-    return _converted(lowrank.ASI(ranks=ranks), model, names, batch)
+    return _converted(lowrank.ASI(ranks=ranks, storage=storage), model, names, batch)
 
 
 def wasi(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
@@ -82,9 +82,9 @@ def micro_batches(size: int, model: nn.Module, names: list[str], batch: Batch) -
     return loss
 
 
-def micro_batched_asi(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
-    """`asi` over micro-batches of 2."""
-    asi(model, names, batch)
+def micro_batched(peer: Peer, model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
+    """A peer that converts layers, over micro-batches of 2."""
+    peer(model, names, batch)
     return micro_batches(2, model, names, batch)
 
 
@@ -157,13 +157,20 @@ def quantised(bits: int, model: nn.Module, names: list[str], batch: Batch) -> Lo
     return loss
 
 
-def lora(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
+def lora(model: nn.Module, names: list[str], batch: Batch, **options: object) -> LossFunction:
     """Low-rank updates of the same layers' weights, everything else frozen; peft refuses depthwise ones."""
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = [name for name in names if getattr(model.get_submodule(name), "groups", 1) == 1]
-    inject_adapter_in_model(LoraConfig(r=LORA_RANK, target_modules=targets), model)
+    inject_adapter_in_model(LoraConfig(r=LORA_RANK, target_modules=targets, **options), model)  # type: ignore[arg-type]
     return loss_of
+
+
+def velora(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
+    """`lora` whose inputs are projected on a vector for each of 64 groups of features, for linear layers alone."""
+    from peft import VeloraConfig
+
+    return lora(model, names, batch, velora_config=VeloraConfig())
 
 
 def svd_llm(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
@@ -183,18 +190,21 @@ PEERS: dict[str, Peer] = {
     "micro_batch_1": partial(micro_batches, 1),
     "micro_batch_2": partial(micro_batches, 2),
     "micro_batch_4": partial(micro_batches, 4),
+    "micro_batch_2_fused": partial(micro_batched, partial(_converted, lowrank.Vanilla())),
     "compile_budget_0.5": compiled,
     "autocast_bf16": autocast,
     "quantised_8_bit": partial(quantised, 8),
     "quantised_4_bit": partial(quantised, 4),
     "lora_8": lora,
+    "velora_8": velora,
     "gradient_filter_r2": partial(_converted, lowrank.GradientFilter(2)),
     "gradient_filter_r7": partial(_converted, lowrank.GradientFilter(7)),
     "svd_0.8": partial(_converted, lowrank.SVD(0.8)),
     "hosvd_0.8": partial(_converted, lowrank.HOSVD(0.8)),
     "asi": asi,
+    "asi_int8": partial(asi, storage="int8"),
     "asi_checkpointed": checkpointed_asi,
-    "asi_micro_batch_2": micro_batched_asi,
+    "asi_micro_batch_2": partial(micro_batched, asi),
     "fixed_bases": fixed_bases,
     "svd_llm_0.9": svd_llm,
     "wasi_0.9": wasi,

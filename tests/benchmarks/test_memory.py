@@ -13,7 +13,7 @@ from benchmarks.plots import draw, ratios
 from lowrank.meters.memory import held_bytes
 
 NOT_FOR_EVERYTHING = {("gradient_filter_r2", "vit_small"), ("gradient_filter_r7", "vit_small")}
-FOR_LINEAR_LAYERS = {"svd_llm_0.9", "wasi_0.9"}
+FOR_LINEAR_LAYERS = {"svd_llm_0.9", "velora_8", "wasi_0.9"}
 
 
 def gradients(network, peer):
