@@ -23,6 +23,8 @@ def build(name: str, size: int) -> nn.Module:
         model: nn.Module = VisionTransformer(
             image_size=size, patch_size=16, num_layers=8, num_heads=6, hidden_dim=384, mlp_dim=1536, num_classes=CLASSES
         )
+        for weight in model.get_submodule("heads").parameters():  # from zeros no gradient would reach what is ahead
+            nn.init.normal_(weight, std=0.02)
     else:
         model = build_model(name, CLASSES)
     for layer in model.train().modules():

@@ -45,6 +45,11 @@ def test_every_peer_trains_every_network(peer, network):
             torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_gradients_of_a_network_compare(network):
+    assert 0 < measure(Row(network, "2", "asi", 2, 32), ["memory"], 0)["gradient_error"] < 1
+
+
 @pytest.mark.parametrize("network", ["resnet18", "mcunet"])
 def test_held_and_saved_bytes_agree(network):
     model, batch = build(network, 64), batch_of(4, 64)
