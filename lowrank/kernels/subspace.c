@@ -44,14 +44,6 @@ struct tile_kernels {
 #define FIRST 0, 1, 4, 5
 #define LAST 2, 3, 6, 7
 #include "tile.h"
-#undef WIDTH
-#undef PARTS
-#undef TARGET
-#undef NAME
-#undef LOW
-#undef HIGH
-#undef FIRST
-#undef LAST
 
 #if defined(__x86_64__)
 #define WIDTH 8
@@ -63,14 +55,6 @@ struct tile_kernels {
 #define FIRST 0, 1, 8, 9, 4, 5, 12, 13
 #define LAST 2, 3, 10, 11, 6, 7, 14, 15
 #include "tile.h"
-#undef WIDTH
-#undef PARTS
-#undef TARGET
-#undef NAME
-#undef LOW
-#undef HIGH
-#undef FIRST
-#undef LAST
 
 #define WIDTH 16
 #define PARTS 4
@@ -81,14 +65,6 @@ struct tile_kernels {
 #define FIRST 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
 #define LAST 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
 #include "tile.h"
-#undef WIDTH
-#undef PARTS
-#undef TARGET
-#undef NAME
-#undef LOW
-#undef HIGH
-#undef FIRST
-#undef LAST
 #endif
 
 static int most_width = 16;

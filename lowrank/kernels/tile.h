@@ -130,3 +130,11 @@ static const struct tile_kernels NAME(kernels) = {
 #undef READ
 #undef INLINE
 #undef PADDED
+#undef WIDTH
+#undef PARTS
+#undef TARGET
+#undef NAME
+#undef LOW
+#undef HIGH
+#undef FIRST
+#undef LAST
