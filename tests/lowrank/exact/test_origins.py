@@ -3,6 +3,7 @@
 import copy
 import gc
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -211,6 +212,28 @@ def test_a_factor_that_is_changed_in_place_is_an_error_as_in_the_stock_model():
         with pytest.raises(RuntimeError) as caught:
             model(tokens().requires_grad_() * 1).sum().backward()
         assert isinstance(caught.value, ChangedError) or "inplace operation" in str(caught.value)
+
+
+class Indexed(Gated):
+    """Its code changes an index of NumPy, of which nobody keeps a version, once it has used it."""
+
+    def __init__(self):
+        super().__init__()
+        self.index = np.arange(WIDTH)
+
+    def forward(self, x):
+        y = self.norm(x)[..., self.index]
+        y = torch.einsum(y, [0, 1, 2], self.index_in(y), [0, 2, 3], [0, 1, 3])
+        self.index[:] = self.index[::-1].copy()
+        return x + self.last(self.gate(self.first(y), self.second(y)))
+
+    def index_in(self, y):
+        return y.mT[:, self.index[::-1].copy()] @ y
+
+
+def test_an_argument_that_is_changed_behind_its_use_is_not_used_again():
+    expected, found = results(stack(Indexed), tokens()), results(converted(stack(Indexed)), tokens())
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_gradient_of_a_product_that_is_computed_again_is_differentiated_again():
