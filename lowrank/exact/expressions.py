@@ -41,7 +41,7 @@ def noted(stock: Callable[..., Any], lean: Callable[..., Any] | None = None) -> 
 
 
 def is_fixed(argument: Any) -> bool:
-    """Whether nobody can change an argument, as they can an index of NumPy, until a function is called with it again."""
+    """Whether an argument is the same when a function is called with it again; not so an array of NumPy."""
     if isinstance(argument, slice):
         return all(map(is_fixed, (argument.start, argument.stop, argument.step)))
     return isinstance(argument, _FIXED)

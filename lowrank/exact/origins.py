@@ -164,7 +164,9 @@ def is_parameter(x: Tensor) -> bool:
 
 
 def is_kept(x: Tensor) -> None:
-    """A node keeps this tensor in full: whatever else is computed from it takes nothing."""
+    """A node keeps this tensor in full: whatever else is computed from it takes nothing. A compiler sees for itself."""
+    if torch.compiler.is_compiling():
+        return
     slots.is_kept(x)
     _KEPT.note(x, place_of_saving())
 
