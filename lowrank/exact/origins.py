@@ -188,6 +188,8 @@ def find(x: Tensor) -> Origin | None:
 
 def place_of_saving() -> int:
     """What becomes of what autograd saves: 0, or a number for whoever takes it instead, such as a checkpoint."""
+    if torch.compiler.is_compiling():
+        return 0
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is None:
         return 0
