@@ -326,7 +326,7 @@ def _merged(
         z = geometry.forward(x, weight.to(dtype), None)  # scaling the output takes less than scaling the weight
         z = torch.addcmul(per_output(shift.to(z.dtype), 4), z, per_output(scale.to(z.dtype), 4))
     else:
-        z = geometry.forward(x, (weight * per_output(scale, 4, 0)).to(dtype), shift.to(dtype))
+        z = geometry.affine(x, (weight * per_output(scale, 4, 0)).to(dtype), shift.to(dtype))
     return laid_out(z, strides)
 
 

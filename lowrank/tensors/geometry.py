@@ -20,16 +20,13 @@ Shape = tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
+_PRODUCT_TYPES = (torch.float32, torch.float64)
 
 
 def _placeholder(like: Tensor, shape: Shape) -> Tensor:
-    """A tensor of which only the shape is read; of a large one, one element of memory. A small one has its own on a
-    CPU, where the operators copy what is not laid out as they like, which takes longer than the memory is worth."""
-    whole = like.device.type == "cpu" and prod(shape) <= _SMALL
-    return like.new_empty(shape) if whole else like.new_empty(1).expand(shape)
-
-
-_SMALL = 2**16  # numbers
+    """A tensor of which only the shape is read, on a GPU of one element's memory. The operators of a CPU copy what is
+    not laid out as they like, so that there it has memory of its own, which nothing is written to."""
+    return like.new_empty(shape) if like.device.type == "cpu" else like.new_empty(1).expand(shape)
 
 
 @dataclass(frozen=True)
@@ -110,6 +107,21 @@ class ConvGeometry:
             grad = target.index_add_(axis, source, grad)
         return grad
 
+    def _is_product(self, x: Tensor) -> bool:
+        """Whether a layer is a product of matrices for each sample of its input or its output's gradient, `x`, and is
+        computed as one in less time: on a CPU 1 x 1 convolutions take 1 to 3 times as long as their products."""
+        plain = self.pointwise and self.groups == 1 and prod(self.stride) == 1 and not torch.compiler.is_compiling()
+        return plain and x.device.type == "cpu" and x.dtype in _PRODUCT_TYPES and x.is_contiguous() and x.numel() > 0
+
+    def affine(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The layer's output, up to rounding; not for autograd."""
+        if not self._is_product(x):
+            return self.forward(x, weight, bias)
+        y = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
+        weights = weight.flatten(1).expand(x.shape[0], -1, -1)
+        torch.baddbmm(bias[:, None], weights, x.flatten(2), out=y.flatten(2))
+        return y
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
         stride, padding, dilation = self._arguments()
@@ -117,6 +129,9 @@ class ConvGeometry:
 
     def input_gradient(self, grad: Tensor, weight: Tensor, shape: Shape) -> Tensor:
         """Gradient with respect to an input of shape `shape`, from the gradient `grad` of the output."""
+        if self._is_product(grad):
+            weights = weight.flatten(1).mT.expand(grad.shape[0], -1, -1)
+            return torch.bmm(weights, grad.flatten(2)).view(shape)
         stride, padding, dilation = self._arguments()
         x = _placeholder(grad, self._padded_shape(shape))
         options = (stride, padding, dilation, False, [0] * len(stride), self.groups, [True, False, False])
@@ -131,6 +146,8 @@ class ConvGeometry:
             sizes = (tuple(x.shape[2:]), tuple(grad.shape[2:]), self.kernel)
             pairs = positions.joined_pairs(*sizes, self.stride, tuple(padding), self.dilation)
             return positions.weight_gradient(x, grad, pairs, self.kernel, groups)
+        if groups == self.groups and self._is_product(x) and grad.is_contiguous():
+            return positions.sum_of_products(x, grad).view(grad.shape[1], x.shape[1], *self.kernel)
         weight = _placeholder(grad, (grad.shape[1], x.shape[1] // groups, *self.kernel))
         options = (stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False])
         return _convolution_backward(grad, x, weight, None, *options)[1]
