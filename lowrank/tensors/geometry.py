@@ -24,9 +24,13 @@ _PRODUCT_TYPES = (torch.float32, torch.float64)
 
 
 def _placeholder(like: Tensor, shape: Shape) -> Tensor:
-    """A tensor of which only the shape is read, on a GPU of one element's memory. The operators of a CPU copy what is
-    not laid out as they like, so that there it has memory of its own, which nothing is written to."""
-    return like.new_empty(shape) if like.device.type == "cpu" else like.new_empty(1).expand(shape)
+    """A tensor of which only the shape is read; of a large one, one element of memory. A small one has its own on a
+    CPU, where the operators copy what is not laid out as they like, which takes longer than the memory is worth."""
+    whole = like.device.type == "cpu" and prod(shape) <= _SMALL
+    return like.new_empty(shape) if whole else like.new_empty(1).expand(shape)
+
+
+_SMALL = 2**16  # numbers
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,14 @@ class ConvGeometry:
             weights = weight.flatten(1).mT.expand(grad.shape[0], -1, -1)
             return torch.bmm(weights, grad.flatten(2)).view(shape)
         stride, padding, dilation = self._arguments()
-        x = _placeholder(grad, self._padded_shape(shape))
+        padded = self._padded_shape(shape)
+        if _transposes_well(grad):  # and needs no input to know the shape of
+            spans = [d * (k - 1) + 1 for d, k in zip(dilation, self.kernel, strict=True)]
+            sizes = zip(padded[2:], grad.shape[2:], stride, padding, spans, strict=True)
+            rest = [n - (m - 1) * s + 2 * pad - span for n, m, s, pad, span in sizes]
+            found = torch.convolution(grad, weight, None, stride, padding, dilation, True, rest, self.groups)
+            return self._unpad(found, shape)
+        x = _placeholder(grad, padded)
         options = (stride, padding, dilation, False, [0] * len(stride), self.groups, [True, False, False])
         return self._unpad(_convolution_backward(grad, x, weight, None, *options)[0], shape)
 
@@ -281,6 +292,12 @@ Geometry = ConvGeometry | LinearGeometry
 
 
 _FORWARD: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def _transposes_well(grad: Tensor) -> bool:
+    """Whether oneDNN takes a transposed convolution, which then is that of its backward pass, bit for bit."""
+    own = grad.device.type == "cpu" and grad.dtype is torch.float32 and grad.numel() > 0
+    return own and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
 
 
 def _each(dimensions: int, value: Any) -> Shape:
