@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank.kernels import passes
 from lowrank.tensors import positions
 
 Shape = tuple[int, ...]
@@ -153,6 +154,10 @@ class ConvGeometry:
         groups = self.groups if groups is None else groups
         stride, padding, dilation = self._arguments()
         x = self._pad(x)
+        if len(self.kernel) == 2 and self.kernel != positions.FAST and groups == x.shape[1] == grad.shape[1] > 1:
+            made = passes.depthwise(x, grad, self.kernel, self.stride, tuple(padding), self.dilation)
+            if made is not None:
+                return made
         if positions.pays(x, self.kernel, groups, grad.shape[1]):
             sizes = (tuple(x.shape[2:]), tuple(grad.shape[2:]), self.kernel)
             pairs = positions.joined_pairs(*sizes, self.stride, tuple(padding), self.dilation)
@@ -212,6 +217,9 @@ class TransposedConvGeometry(ConvGeometry):
     def pointwise(self) -> bool:
         """Whether each output position reads one input position, and all do."""
         return super().pointwise and prod(self.stride) == 1
+
+    def _is_product(self, x: Tensor) -> bool:
+        return False
 
     def _options(self, groups: int | None = None) -> tuple[Any, ...]:
         groups = self.groups if groups is None else groups

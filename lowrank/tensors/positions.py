@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Sizes = tuple[int, ...]
-_FAST = (3, 3)  # the kernel for which a depthwise convolution is fast
+FAST = (3, 3)  # the kernel for which a depthwise convolution is fast
 _MOST_POSITIONS = 8  # of a depthwise layer's input for each weight of a kernel; all pairs are computed
 _MANY_WEIGHTS = 8  # for each number of a sample: then the products take less than adding one up for each sample
 _AT_ONCE = 2**18  # pairs of positions, over all channels
@@ -59,7 +59,7 @@ def pays(x: Tensor, kernel: Sizes, groups: int, out_channels: int) -> bool:
         return positions < size
     if not groups == x.shape[1] == out_channels:
         return False
-    return positions < size if kernel == _FAST else positions <= _MOST_POSITIONS * size
+    return positions < size if kernel == FAST else positions <= _MOST_POSITIONS * size
 
 
 def weight_gradient(x: Tensor, grad: Tensor, pairs: Pairs, kernel: Sizes, groups: int) -> Tensor:
