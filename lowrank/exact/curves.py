@@ -73,9 +73,8 @@ class _Curved(Node):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x = ctx.reader.one(*saved(ctx, ctx.curve.name))
-        if (
-            torch.is_grad_enabled() and not ctx.curve.by_output
-        ):  # not every derivative of PyTorch has one of its own, but every function has two
+        # Not every derivative of PyTorch has one of its own, but every function has two.
+        if torch.is_grad_enabled() and not ctx.curve.by_output:
             found = torch.autograd.grad(ctx.curve.function(x), x, grad, create_graph=True)
             return *found, None, None, None, None
         return ctx.curve.derivative(grad, x), None, None, None, None
