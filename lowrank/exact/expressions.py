@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from numbers import Number
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lowrank.tensors.eager import ORDINARY, Node, saved
 _SUMS = {torch.add, Tensor.add, torch.sub, Tensor.sub}
 _PARTS = (torch.cat, torch.concat, torch.concatenate)
 _PLAIN = {*ORDINARY, int, float, bool, type(None), torch.dtype}  # what holds no further arguments
+_FIXED = (Number, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 def noted(stock: Callable[..., Any], lean: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -38,10 +40,19 @@ def noted(stock: Callable[..., Any], lean: Callable[..., Any] | None = None) -> 
     return function
 
 
+def is_fixed(argument: Any) -> bool:
+    """Whether an argument is the same when a function is called with it again; not so an array of NumPy."""
+    if isinstance(argument, slice):
+        return all(map(is_fixed, (argument.start, argument.stop, argument.step)))
+    return isinstance(argument, _FIXED)
+
+
 def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> None:
     leaves, layout = args, None
     if kwargs or not _PLAIN.issuperset(map(type, args)):
         leaves, layout = tree_flatten((args, kwargs))
+        if not all(isinstance(leaf, Tensor) or is_fixed(leaf) for leaf in leaves):
+            return
     places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[at] for at in places]
     parts = stock in _PARTS

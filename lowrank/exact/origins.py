@@ -198,7 +198,9 @@ def is_parameter(x: Tensor) -> bool:
 
 
 def is_kept(x: Tensor) -> None:
-    """A node keeps this tensor in full: whatever else is computed from it takes nothing."""
+    """A node keeps this tensor in full: whatever else is computed from it takes nothing. A compiler sees for itself."""
+    if torch.compiler.is_compiling():
+        return
     slots.is_kept(x)
     _KEPT.note(x, place_of_saving())
 
@@ -220,6 +222,8 @@ def find(x: Tensor) -> Origin | None:
 
 def place_of_saving() -> int:
     """What becomes of what autograd saves: 0, or a number for whoever takes it instead, such as a checkpoint."""
+    if torch.compiler.is_compiling():
+        return 0
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is None:
         return 0

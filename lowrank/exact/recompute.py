@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.exact.expressions import keeps_its_input, note_of
+from lowrank.exact.expressions import is_fixed, keeps_its_input, note_of
 from lowrank.exact.origins import (
     LAYER,
     Origin,
@@ -266,7 +266,8 @@ def products_of(stock: Callable[..., Tensor], costs: bool = True) -> Callable[..
     def function(*args: Any, **kwargs: Any) -> Tensor:
         tensors = [argument for argument in args if isinstance(argument, Tensor)]
         lean = any(map(lean_mode, tensors)) and any(map(takes_nothing, tensors))
-        if not lean or kwargs.get("out") is not None or any(isinstance(value, Tensor) for value in kwargs.values()):
+        others = [argument for argument in args if not isinstance(argument, Tensor)]
+        if not lean or not all(map(is_fixed, (*others, *kwargs.values()))):
             return stock(*args, **kwargs)
         places = [(True, None) if isinstance(argument, Tensor) else (False, argument) for argument in args]
 

@@ -6,7 +6,7 @@ A geometry is the layer without its parameters: hashable, so that plans can be r
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from math import prod
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowrank.kernels import passes
 from lowrank.tensors import positions
+from lowrank.tensors.eager import remembered
 
 Shape = tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -315,7 +316,7 @@ def _each(dimensions: int, value: Any) -> Shape:
     return tuple(int(one) for one in (value if len(value) == dimensions else [*value] * dimensions))
 
 
-@lru_cache(maxsize=1024)
+@remembered
 def _conv_geometry(
     kernel: Shape,
     stride: Any,
