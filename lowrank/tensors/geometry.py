@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.tensors import positions
+from lowrank.tensors.memory_layout import dense_strides
 
 Shape = tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -23,13 +24,16 @@ _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 def _placeholder(like: Tensor, shape: Shape) -> Tensor:
-    """A tensor of which only the shape is read; of a large one, one element of memory. A small one has its own on a
-    CPU, where the operators copy what is not laid out as they like, which takes longer than the memory is worth."""
-    whole = like.device.type == "cpu" and prod(shape) <= _SMALL
+    """A tensor of which only the shape is read: on a CPU in the order of its dimensions, since operators copy any
+    other, in memory that is there; of a large one that has none, one element of memory."""
+    count = prod(shape)
+    if like.device.type == "cpu" and like.is_contiguous() and not like.requires_grad and like.numel() >= count:
+        return like.as_strided(shape, dense_strides(shape))
+    whole = like.device.type == "cpu" and count <= _SMALL
     return like.new_empty(shape) if whole else like.new_empty(1).expand(shape)
 
 
-_SMALL = 2**16  # numbers
+_SMALL = 2**20  # numbers
 
 
 @dataclass(frozen=True)
