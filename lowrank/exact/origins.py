@@ -220,6 +220,11 @@ def find(x: Tensor) -> Origin | None:
         return origin if origin.holds() else None
 
 
+def is_noted(x: Tensor) -> bool:
+    """Whether anything may be known of how a tensor comes about; by little, and not whether it still holds."""
+    return _ORIGINS.may_know(x)
+
+
 def place_of_saving() -> int:
     """What becomes of what autograd saves: 0, or a number for whoever takes it instead, such as a checkpoint."""
     if torch.compiler.is_compiling():

@@ -17,6 +17,7 @@ from torch import Tensor
 from lowrank.kernels import passes
 from lowrank.tensors import positions
 from lowrank.tensors.eager import remembered
+from lowrank.tensors.memory_layout import dense_strides
 
 Shape = tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -26,9 +27,12 @@ _PRODUCT_TYPES = (torch.float32, torch.float64)
 
 
 def _placeholder(like: Tensor, shape: Shape) -> Tensor:
-    """A tensor of which only the shape is read; of a large one, one element of memory. A small one has its own on a
-    CPU, where the operators copy what is not laid out as they like, which takes longer than the memory is worth."""
-    whole = like.device.type == "cpu" and prod(shape) <= _SMALL
+    """A tensor of which only the shape is read: on a CPU in the order of its dimensions, since operators copy any
+    other, in memory that is there; of a large one that has none, one element of memory."""
+    count = prod(shape)
+    if like.device.type == "cpu" and like.is_contiguous() and not like.requires_grad and like.numel() >= count:
+        return like.as_strided(shape, dense_strides(shape))
+    whole = like.device.type == "cpu" and count <= _SMALL
     return like.new_empty(shape) if whole else like.new_empty(1).expand(shape)
 
 
