@@ -75,7 +75,7 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
             if isinstance(one, Tensor):
                 note(one, lambda *values, at=at: again(*values)[at], origins)
     elif y is not tensors[0]:
-        note(y, again, origins, parts)
+        note(y, again, origins, parts=parts)
 
 
 def _starts_anew(y: Tensor, tensors: list[Tensor], origins: list[Origin]) -> bool:
@@ -95,7 +95,8 @@ def _noted_in_place(stock: Callable[..., Any], again: Callable[..., Any]) -> Cal
         ahead = [origin_of(input), origin_of(other)] if both and (find(input) or find(other)) else None
         y = stock(input, other, **options)
         if ahead is not None and lean_mode(y) and not _starts_anew(y, [input, other], ahead):
-            note(y, lambda a, b: again(a, b, **options), ahead)
+            change = lambda a, b: stock(a, b, **options)  # noqa: E731
+            note(y, lambda a, b: again(a, b, **options), ahead, change=change, fresh=True)
         return y
 
     return function
@@ -151,7 +152,7 @@ def keeps_its_input(stock: Callable[..., Tensor], input: Tensor, *parameters: Te
     """Note that `y` is `stock(input, *parameters)`, of which autograd keeps the input anyway."""
     if lean_mode(y):
         is_kept(input)
-        note_of(y, stock, itself(input, kept=True), parameters)
+        note_of(y, stock, itself(input, kept=True), parameters, fresh=True)
     return y
 
 
@@ -161,6 +162,7 @@ def note_of(
     first: Origin,
     parameters: tuple[Tensor | None, ...],
     cost: int = 0,
+    fresh: bool = False,
 ) -> None:
     """Note that `y` is `apply(x, *parameters)`, of an x that comes about so; parameters may be None."""
     present = tuple(parameter is not None for parameter in parameters)
@@ -170,7 +172,7 @@ def note_of(
         return apply(x, *(next(given) if there else None for there in present))
 
     own = [itself(parameter, True) for parameter in parameters if parameter is not None]
-    note(y, again, [first, *own], cost=cost)
+    note(y, again, [first, *own], cost=cost, fresh=fresh)
 
 
 _METHODS = (

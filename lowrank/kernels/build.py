@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("team.c", "kernels.c", "int8.c", "subspace.c")
+SOURCES = ("team.c", "kernels.c", "int8.c", "subspace.c", "depthwise.c")
 HEADERS = ("team.h", "tile.h")
 # For any processor of its kind: homes are shared among machines.
 OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fPIC", "-shared")

@@ -41,6 +41,7 @@ class LayerState:
         whole: whether it kept its input as it is since keeping less was not worth it.
         exact: whether it kept what its exact input is computed from, where the method would have kept more.
         judged: of geometries and shapes, whether keeping less is worth it.
+        settled: of calls that are the stock layer's, by the same rule, the bytes that are kept.
     """
 
     method: Method
@@ -57,6 +58,7 @@ class LayerState:
     whole: bool = False
     exact: bool = False
     judged: dict[Any, bool] = field(default_factory=dict, repr=False)
+    settled: dict[tuple[Any, ...], int] = field(default_factory=dict, repr=False)
 
     def method_for(self, geometry: Geometry, x: Tensor, out_channels: int) -> Method:
         """How an input (B, ...) is kept: by the method, or, where that is not worth its time, as it is."""
