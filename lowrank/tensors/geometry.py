@@ -24,8 +24,8 @@ _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
 def _placeholder(like: Tensor, shape: Shape) -> Tensor:
-    """A tensor of which only the shape is read: on a CPU in the order of its dimensions, since operators copy any
-    other, in memory that is there; of a large one that has none, one element of memory."""
+    """A tensor of which only the shape is read: on a CPU in memory that is there, in the order of its dimensions, since
+    operators copy what is not laid out as they like; a small one has its own, any other one element of memory."""
     count = prod(shape)
     if like.device.type == "cpu" and like.is_contiguous() and not like.requires_grad and like.numel() >= count:
         return like.as_strided(shape, dense_strides(shape))
@@ -33,7 +33,7 @@ def _placeholder(like: Tensor, shape: Shape) -> Tensor:
     return like.new_empty(shape) if whole else like.new_empty(1).expand(shape)
 
 
-_SMALL = 2**20  # numbers
+_SMALL = 2**16  # numbers
 
 
 @dataclass(frozen=True)
