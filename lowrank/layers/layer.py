@@ -218,7 +218,7 @@ def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | 
     single = is_single(layer, x)
     with outside:
         geometry = geometry_of(layer)
-        keep: Callable[[], Kept] = partial(kept_of, layer, geometry, input, x)
+        keep: Callable[[], Kept] = partial(kept_of, layer, geometry, weight, input, x)
         method: Method = state.method
         kept: Tensors = ()
         if weight.requires_grad:
@@ -301,7 +301,9 @@ def _untracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor 
         settings = Settings(state.name, geometry, state.method, dtype)
         if not _may_be_lazy(layer, settings, input, x):
             return None
-        y = lazy_output(Call(settings, x, weight, bias, partial(kept_of, layer, geometry, input, x)), state.watched)
+        y = lazy_output(
+            Call(settings, x, weight, bias, partial(kept_of, layer, geometry, weight, input, x)), state.watched
+        )
     if x is input:
         hold(x, y)
     return y
