@@ -27,8 +27,8 @@ _PRODUCT_TYPES = (torch.float32, torch.float64)
 
 
 def _placeholder(like: Tensor, shape: Shape) -> Tensor:
-    """A tensor of which only the shape is read: on a CPU in the order of its dimensions, since operators copy any
-    other, in memory that is there; of a large one that has none, one element of memory."""
+    """A tensor of which only the shape is read: on a CPU in memory that is there, in the order of its dimensions, since
+    operators copy what is not laid out as they like; a small one has its own, any other one element of memory."""
     count = prod(shape)
     if like.device.type == "cpu" and like.is_contiguous() and not like.requires_grad and like.numel() >= count:
         return like.as_strided(shape, dense_strides(shape))
