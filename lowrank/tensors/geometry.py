@@ -75,7 +75,8 @@ class ConvGeometry:
         try:
             return _conv_geometry(*settings)
         except TypeError:  # lists, as somebody may have set
-            return _conv_geometry(*(tuple(one) if isinstance(one, list) else one for one in settings))
+            hashable: tuple[Any, ...] = tuple(tuple(one) if isinstance(one, list) else one for one in settings)
+            return _conv_geometry(*hashable)
 
     @property
     def _pads(self) -> list[Shape]:

@@ -101,12 +101,14 @@ def test_gradients_are_stocks(seed):
     try:
         wanted = gradients(stock, x, way)
     except RuntimeError as error:  # changed in place what its gradient is computed from
-        assert "inplace" in str(error)
+        if "inplace" not in str(error):
+            raise
         return
     try:
         found = gradients(own, x, way)
     except lowrank.DoubleBackwardError:
-        assert way == "differentiated again"
+        if way != "differentiated again":
+            raise
         return
     torch.testing.assert_close(list(found), list(wanted), rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(own.state_dict(), stock.state_dict(), rtol=1e-8, atol=1e-10)
