@@ -75,7 +75,7 @@ class ConvGeometry:
         try:
             return _conv_geometry(*settings)
         except TypeError:  # lists, as somebody may have set
-            hashable: tuple[Any, ...] = tuple(tuple(one) if isinstance(one, list) else one for one in settings)
+            hashable: Any = (tuple(one) if isinstance(one, list) else one for one in settings)
             return _conv_geometry(*hashable)
 
     @property
