@@ -26,7 +26,8 @@ from lowrank.exact.bits import Gate, Slopes, masked, pack
 from lowrank.exact.slots import Slot, note_slot
 from lowrank.tensors.eager import Node, wants_gradient
 
-SIXTH = torch.tensor(1 / 6).item()  # PyTorch's slope of Hardsigmoid, a single-precision number in every dtype
+# PyTorch's slope of Hardsigmoid, a single-precision number in every dtype.
+SIXTH = torch.tensor(1 / 6, dtype=torch.float32, device="cpu").item()
 
 
 _aten = torch.ops.aten

@@ -20,7 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.exact import activations
-from lowrank.exact.origins import Reader, find, itself, lean_mode, note, origin_of, reading, takes_nothing
+from lowrank.exact.origins import (
+    Reader,
+    come_about,
+    find,
+    itself,
+    lean_mode,
+    note,
+    note_origin,
+    origin_of,
+    reading,
+    takes_nothing,
+)
 from lowrank.tensors.eager import Node, saved
 
 _aten = torch.ops.aten
@@ -35,16 +46,18 @@ class Curve:
         function: of the input.
         derivative: of the output gradient and the input, the input gradient.
         change: the function in place; None: by way of a copy.
+        by_output: whether the derivative is the same of the output in the place of the input.
     """
 
     name: str
     function: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor, Tensor], Tensor]
     change: Callable[[Tensor], Tensor] | None = None
+    by_output: bool = False
 
 
 class _Curved(Node):
-    """A curve whose input is computed again."""
+    """A curve whose input, or output, is computed again."""
 
     @staticmethod
     def forward(
@@ -60,7 +73,8 @@ class _Curved(Node):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x = ctx.reader.one(*saved(ctx, ctx.curve.name))
-        if torch.is_grad_enabled():  # not every derivative of PyTorch has one of its own, but every function has two
+        # Not every derivative of PyTorch has one of its own, but every function has two.
+        if torch.is_grad_enabled() and not ctx.curve.by_output:
             found = torch.autograd.grad(ctx.curve.function(x), x, grad, create_graph=True)
             return *found, None, None, None, None
         return ctx.curve.derivative(grad, x), None, None, None, None
@@ -71,9 +85,14 @@ def curved(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
     origin = origin_of(x)
     if inplace and any(source.tensor is x for source in origin.sources):
         origin = itself(x.clone())
-    reader, sources = reading(origin)
+    options: dict[str, Any] = {"change": curve.change, "fresh": True}
+    output = come_about(curve.function, [origin], **options) if curve.by_output else None
+    reader, sources = reading(origin if output is None else output)
     y: Tensor = _Curved.apply(x, curve, reader, inplace, sources)
-    note(y, curve.function, [origin.as_kept()])
+    if output is None:
+        note(y, curve.function, [origin.as_kept()], **options)
+    else:
+        note_origin(y, output.as_kept())
     return y
 
 
@@ -185,7 +204,7 @@ def _softmax_curve(dim: Any, _stacklevel: int = 3, dtype: Any = None) -> Curve:
 def _hardtanh_curve(name: str, low: float, high: float) -> Curve:
     backward = _aten.hardtanh_backward.default
     function, change = (lambda x: F.hardtanh(x, low, high)), (lambda x: _aten.hardtanh_.default(x, low, high))
-    return Curve(name, function, lambda grad, x: backward(grad, x, low, high), change)
+    return Curve(name, function, lambda grad, x: backward(grad, x, low, high), change, by_output=True)
 
 
 sigmoid = _where_input_takes_nothing(
@@ -193,7 +212,8 @@ sigmoid = _where_input_takes_nothing(
 )
 tanh = _where_input_takes_nothing(torch.tanh, torch.tanh, _by_output("tanh", torch.tanh, _aten.tanh_backward.default))
 softmax = _where_input_takes_nothing(F.softmax, F.softmax, _softmax_curve, _takes_little)
-_relu_curve = Curve("ReLU", F.relu, lambda grad, x: _aten.threshold_backward.default(grad, x, 0), _aten.relu_.default)
+_relu_slope = lambda grad, x: _aten.threshold_backward.default(grad, x, 0)  # noqa: E731
+_relu_curve = Curve("ReLU", F.relu, _relu_slope, _aten.relu_.default, by_output=True)
 _relu = _where_input_is_free(F.relu, activations.relu, lambda: _relu_curve)
 _relu6 = _where_input_is_free(F.relu6, activations.relu6, lambda: _hardtanh_curve("ReLU6", 0.0, 6.0))
 _hardtanh = _where_input_is_free(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from numbers import Number
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lowrank.tensors.eager import ORDINARY, Node, saved
 _SUMS = {torch.add, Tensor.add, torch.sub, Tensor.sub}
 _PARTS = (torch.cat, torch.concat, torch.concatenate)
 _PLAIN = {*ORDINARY, int, float, bool, type(None), torch.dtype}  # what holds no further arguments
+_FIXED = (Number, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 def noted(stock: Callable[..., Any], lean: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -38,10 +40,19 @@ def noted(stock: Callable[..., Any], lean: Callable[..., Any] | None = None) -> 
     return function
 
 
+def is_fixed(argument: Any) -> bool:
+    """Whether an argument is the same when a function is called with it again; not so an array of NumPy."""
+    if isinstance(argument, slice):
+        return all(map(is_fixed, (argument.start, argument.stop, argument.step)))
+    return isinstance(argument, _FIXED)
+
+
 def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> None:
     leaves, layout = args, None
     if kwargs or not _PLAIN.issuperset(map(type, args)):
         leaves, layout = tree_flatten((args, kwargs))
+        if not all(isinstance(leaf, Tensor) or is_fixed(leaf) for leaf in leaves):
+            return
     places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[at] for at in places]
     parts = stock in _PARTS
@@ -64,7 +75,7 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
             if isinstance(one, Tensor):
                 note(one, lambda *values, at=at: again(*values)[at], origins)
     elif y is not tensors[0]:
-        note(y, again, origins, parts)
+        note(y, again, origins, parts=parts)
 
 
 def _starts_anew(y: Tensor, tensors: list[Tensor], origins: list[Origin]) -> bool:
@@ -84,7 +95,8 @@ def _noted_in_place(stock: Callable[..., Any], again: Callable[..., Any]) -> Cal
         ahead = [origin_of(input), origin_of(other)] if both and (find(input) or find(other)) else None
         y = stock(input, other, **options)
         if ahead is not None and lean_mode(y) and not _starts_anew(y, [input, other], ahead):
-            note(y, lambda a, b: again(a, b, **options), ahead)
+            change = lambda a, b: stock(a, b, **options)  # noqa: E731
+            note(y, lambda a, b: again(a, b, **options), ahead, change=change, fresh=True)
         return y
 
     return function
@@ -140,7 +152,7 @@ def keeps_its_input(stock: Callable[..., Tensor], input: Tensor, *parameters: Te
     """Note that `y` is `stock(input, *parameters)`, of which autograd keeps the input anyway."""
     if lean_mode(y):
         is_kept(input)
-        note_of(y, stock, itself(input, kept=True), parameters)
+        note_of(y, stock, itself(input, kept=True), parameters, fresh=True)
     return y
 
 
@@ -150,6 +162,7 @@ def note_of(
     first: Origin,
     parameters: tuple[Tensor | None, ...],
     cost: int = 0,
+    fresh: bool = False,
 ) -> None:
     """Note that `y` is `apply(x, *parameters)`, of an x that comes about so; parameters may be None."""
     present = tuple(parameter is not None for parameter in parameters)
@@ -159,7 +172,7 @@ def note_of(
         return apply(x, *(next(given) if there else None for there in present))
 
     own = [itself(parameter, True) for parameter in parameters if parameter is not None]
-    note(y, again, [first, *own], cost=cost)
+    note(y, again, [first, *own], cost=cost, fresh=fresh)
 
 
 _METHODS = (

@@ -41,7 +41,7 @@ LEAN_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.hardsigmoid: hardsigmoid,
     F.leaky_relu: leaky_relu,
     F.dropout: dropout,
-    F.max_pool2d: noted(F.max_pool2d, max_pool2d),
+    F.max_pool2d: max_pool2d,
     F.avg_pool2d: noted(F.avg_pool2d, avg_pool2d),
     F.adaptive_avg_pool2d: noted(F.adaptive_avg_pool2d, adaptive_avg_pool2d),
     F.gelu: curves.gelu,

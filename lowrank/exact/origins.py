@@ -36,14 +36,24 @@ class Step:
     Attributes:
         function: of what the inputs give; None of a source.
         inputs: the steps ahead of it.
-        readers: backward nodes that have still to read it.
+        change: the same function, which writes its result to its first argument; None: there is none.
+        fresh: whether what it gives is new memory, that nothing else refers to.
+        readers: backward nodes that have still to read it, and steps that such nodes need and that need it.
         cost: of the layers on the costliest way to it, see `BUDGET` and `LAYER`.
     """
 
-    __slots__ = ("cost", "depth", "function", "inputs", "made", "readers")
+    __slots__ = ("change", "cost", "depth", "fresh", "function", "inputs", "made", "readers")
 
-    def __init__(self, function: Rebuild | None, inputs: Sequence[Step] = (), cost: int = 0) -> None:
+    def __init__(
+        self,
+        function: Rebuild | None,
+        inputs: Sequence[Step] = (),
+        cost: int = 0,
+        change: Rebuild | None = None,
+        fresh: bool = False,
+    ) -> None:
         self.function, self.inputs, self.readers = function, tuple(inputs), 0
+        self.change, self.fresh = change, fresh
         self.depth: int = 1 + max((step.depth for step in inputs), default=0)
         self.cost: int = cost + max((step.cost for step in inputs), default=0)
         self.made: Tensor | None = None
@@ -52,12 +62,26 @@ class Step:
         """What it gives for these sources, which it is written to as well."""
         found = known.get(self, self.made)
         if found is None:
-            assert self.function is not None
-            found = self.function(*(step.value(known) for step in self.inputs))
+            if self.change is not None and self.inputs[0].is_for_one(known):
+                first, *others = self.inputs
+                found = self.change(first.anew(known), *(step.value(known) for step in others))
+            else:
+                found = self.anew(known)
             if self.readers > 0:
                 self.made = found
+                for step in self.inputs:
+                    step.release()
         known[self] = found
         return found
+
+    def anew(self, known: dict[Step, Tensor]) -> Tensor:
+        """The same, which is not written anywhere."""
+        assert self.function is not None
+        return self.function(*(step.value(known) for step in self.inputs))
+
+    def is_for_one(self, known: dict[Step, Tensor]) -> bool:
+        """Whether who asks now may change what it gives: no layer, and nobody else has asked for it or will."""
+        return self.fresh and not self.cost and self.readers <= 1 and self.made is None and self not in known
 
     def followed(self, known: dict[Step, Tensor]) -> Tensor:
         """The same with a graph, anew; what others made has none."""
@@ -66,8 +90,18 @@ class Step:
             known[self] = self.function(*(step.followed(known) for step in self.inputs))
         return known[self]
 
-    def read(self) -> None:
+    def need(self) -> None:
+        """One reader more; the first one needs what it is computed from."""
+        self.readers += 1
+        if self.readers == 1:
+            for step in self.inputs:
+                step.need()
+
+    def release(self) -> None:
         """One reader less; the last one takes what was made."""
+        if self.readers == 1 and self.made is None:
+            for step in self.inputs:
+                step.release()
         self.readers = max(0, self.readers - 1)
         if not self.readers:
             self.made = None
@@ -164,7 +198,9 @@ def is_parameter(x: Tensor) -> bool:
 
 
 def is_kept(x: Tensor) -> None:
-    """A node keeps this tensor in full: whatever else is computed from it takes nothing."""
+    """A node keeps this tensor in full: whatever else is computed from it takes nothing. A compiler sees for itself."""
+    if torch.compiler.is_compiling():
+        return
     slots.is_kept(x)
     _KEPT.note(x, place_of_saving())
 
@@ -184,8 +220,15 @@ def find(x: Tensor) -> Origin | None:
         return origin if origin.holds() else None
 
 
+def is_noted(x: Tensor) -> bool:
+    """Whether anything may be known of how a tensor comes about; by little, and not whether it still holds."""
+    return _ORIGINS.may_know(x)
+
+
 def place_of_saving() -> int:
     """What becomes of what autograd saves: 0, or a number for whoever takes it instead, such as a checkpoint."""
+    if torch.compiler.is_compiling():
+        return 0
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is None:
         return 0
@@ -219,30 +262,46 @@ def takes_nothing(x: Tensor) -> bool:
     return origin is not None and origin.nbytes == 0
 
 
-def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = False, cost: int = 0) -> None:
+def come_about(
+    function: Rebuild,
+    inputs: Iterable[Origin],
+    parts: bool = False,
+    cost: int = 0,
+    change: Rebuild | None = None,
+    fresh: bool = False,
+) -> Origin | None:
+    """The origin of `function` of these, see `note`; None where that takes too much."""
+    origins = list(inputs)
+    sources = {source.step: source for origin in origins for source in origin.sources}
+    for origin in origins:  # of one that is kept for one input and not for another
+        sources |= {source.step: source for source in origin.sources if source.kept}
+    step = Step(function, [origin.step for origin in origins], cost, change, fresh)
+    parts, stream = parts or any(o.parts for o in origins), any(o.stream for o in origins)
+    affordable = step.depth <= DEEPEST and step.cost < 2 * LAYER and step.cost % LAYER <= BUDGET
+    return Origin(step, tuple(sources.values()), parts, place_of_saving(), stream) if affordable else None
+
+
+def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], **options: Any) -> None:
     """Note that `y` is `function` of these, unless that takes too much.
 
     Args:
         y: any tensor that autograd follows.
         function: the operation; refers to no tensor itself.
         inputs: origins of its arguments.
-        parts: see `Origin`.
-        cost: of a layer, see `BUDGET` and `LAYER`.
+        options: `parts`, see `Origin`; `cost` of a layer, see `BUDGET` and `LAYER`; `change` and `fresh`, see `Step`.
     """
-    origins = list(inputs)
-    sources = {source.step: source for origin in origins for source in origin.sources}
-    for origin in origins:  # of one that is kept for one input and not for another
-        sources |= {source.step: source for source in origin.sources if source.kept}
-    step = Step(function, [origin.step for origin in origins], cost)
-    parts, stream = parts or any(o.parts for o in origins), any(o.stream for o in origins)
-    found = Origin(step, tuple(sources.values()), parts, place_of_saving(), stream)
-    affordable = step.depth <= DEEPEST and step.cost < 2 * LAYER and step.cost % LAYER <= BUDGET
-    if affordable and all(source.tensor is not y for source in found.sources):
-        with torch._C.DisableTorchFunctionSubclass():
-            read = type(y).untyped_storage is Tensor.untyped_storage  # otherwise it has no memory yet
-            added, own = found.nbytes, y.untyped_storage().nbytes() if read else y.nbytes
-        if added < own or ((parts or stream) and added <= own):
-            _ORIGINS.note(y, found)
+    note_origin(y, come_about(function, inputs, **options))
+
+
+def note_origin(y: Tensor, found: Origin | None) -> None:
+    """Note how `y` comes about, unless that takes as much as itself."""
+    if found is None or any(source.tensor is y for source in found.sources):
+        return
+    with torch._C.DisableTorchFunctionSubclass():
+        read = type(y).untyped_storage is Tensor.untyped_storage  # otherwise it has no memory yet
+        added, own = found.nbytes, y.untyped_storage().nbytes() if read else y.nbytes
+    if added < own or ((found.parts or found.stream) and added <= own):
+        _ORIGINS.note(y, found)
 
 
 def hand_on(x: Tensor, same: Tensor) -> None:
@@ -263,7 +322,7 @@ class Reader:
         self._sources = list({source.step: None for origin in origins for source in origin.sources})
         self._waiting = True
         for step in self._steps:
-            step.readers += 1
+            step.need()
 
     def one(self, *saved: Tensor) -> Tensor:
         """The tensor, of a reader of one."""
@@ -282,7 +341,7 @@ class Reader:
         if self._waiting:
             self._waiting = False
             for step in self._steps:
-                step.read()
+                step.release()
 
     def __del__(self) -> None:
         self.done()

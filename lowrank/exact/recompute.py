@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.exact.expressions import keeps_its_input, note_of
+from lowrank.exact.expressions import is_fixed, keeps_its_input, note_of
 from lowrank.exact.origins import (
     LAYER,
     Origin,
@@ -113,12 +113,32 @@ def stock_batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`; keeps its input, with stored statistics the origin of it."""
+    if training and _knows_its_statistics(input, running_mean, running_var, weight, bias):
+        y, mean, inverse = torch.native_batch_norm(input, weight, bias, running_mean, running_var, True, momentum, eps)
+        return keeps_its_input(_by_statistics, input, weight, bias, mean, inverse, y=y)
     if training or running_mean is None:
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         again = lambda x, w, b: F.batch_norm(x, None, None, w, b, True, 0.0, eps)  # noqa: E731
         return keeps_its_input(again, input, weight, bias, y=y)
     stored = lambda x, w, b, mean, var: F.batch_norm(x, mean, var, w, b, False, 0.0, eps)  # noqa: E731
     return _normalised(stored, input, weight, bias, running_mean, running_var)
+
+
+def _knows_its_statistics(input: Tensor, *vectors: Tensor | None) -> bool:
+    """Whether a normalisation by the batch's statistics, with these running ones and parameters, gives the statistics
+    as well, and refuses nothing."""
+    own = (torch.float32, torch.float64)
+    if not lean_mode(input) or input.device.type != "cpu" or input.dtype not in own or input.ndim < 2:
+        return False
+    fit = all(one is None or (one.shape == input.shape[1:2] and one.dtype == input.dtype) for one in vectors)
+    return fit and input.numel() > input.shape[1]
+
+
+def _by_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse: Tensor) -> Tensor:
+    """A normalisation by known statistics, `mean` and `inverse` deviation (C,), in one pass; bit for bit what it was
+    by those of the batch, since PyTorch multiplies the deviation by the weight first."""
+    scale = inverse if weight is None else inverse * weight
+    return F.batch_norm(x, mean, torch.ones_like(mean), scale, bias, False, 0.0, 0.0)
 
 
 def _normalised(stock: Callable[..., Tensor], input: Tensor, *parameters: Tensor | None) -> Tensor:
@@ -246,7 +266,8 @@ def products_of(stock: Callable[..., Tensor], costs: bool = True) -> Callable[..
     def function(*args: Any, **kwargs: Any) -> Tensor:
         tensors = [argument for argument in args if isinstance(argument, Tensor)]
         lean = any(map(lean_mode, tensors)) and any(map(takes_nothing, tensors))
-        if not lean or kwargs.get("out") is not None or any(isinstance(value, Tensor) for value in kwargs.values()):
+        others = [argument for argument in args if not isinstance(argument, Tensor)]
+        if not lean or not all(map(is_fixed, (*others, *kwargs.values()))):
             return stock(*args, **kwargs)
         places = [(True, None) if isinstance(argument, Tensor) else (False, argument) for argument in args]
 

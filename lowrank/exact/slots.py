@@ -92,6 +92,11 @@ def note_slot(output: Tensor, slot: Slot) -> None:
     _SLOTS.note(output, weakref.ref(slot))
 
 
+def has_slot(tensor: Tensor) -> bool:
+    """Whether a node that gave a tensor may wait to know that it is kept; by little."""
+    return _SLOTS.may_know(tensor)
+
+
 def is_kept(tensor: Tensor) -> None:
     """A node keeps this tensor in full: so the one that gave it may let go of what it kept of its own."""
     found = _SLOTS.find(tensor)

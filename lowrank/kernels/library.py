@@ -30,6 +30,8 @@ _SIGNATURES = {
     **{f"{way}_columns_{kind}": (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT) for way, kind in _INT8},
     "subspace_room_float": (_POINTER,),
     "subspace_float": (_POINTER, _POINTER, _INT),
+    "depthwise_room_float": (_POINTER,),
+    "depthwise_float": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT),
     "set_width": (_INT,),
 }
 
@@ -97,7 +99,7 @@ class _Library:
         loaded = ctypes.CDLL(str(path))
         for name, types in _SIGNATURES.items():
             function = getattr(loaded, f"lowrank_{name}")
-            function.argtypes, function.restype = types, _COUNT if name == "subspace_room_float" else None
+            function.argtypes, function.restype = types, _COUNT if "_room_" in name else None
             setattr(self, name, function)
         team = _team()
         loaded.lowrank_set_team.argtypes = (_POINTER,)

@@ -213,3 +213,39 @@ def _subspace_plan(sizes: tuple[int, ...], steps: tuple[tuple[int, int, bool], .
         shape[mode] = rank
     plan = [len(sizes), *sizes, len(steps), *[int(number) for step in steps for number in step]]
     return shape, (ctypes.c_int64 * len(plan))(*plan)
+
+
+def depthwise(
+    x: Tensor,
+    grad: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor | None:
+    """Weight gradient of a convolution of two dimensions with a group for each channel.
+
+    Args:
+        x: its input, (B, C, H, W), float32, or nothing is done.
+        grad: of its output, (B, C, H', W').
+        kernel, stride, padding, dilation: two numbers each; `padding` is that ahead of the image, of zeros.
+
+    Returns:
+        (C, 1, K_h, K_w); None: not for these.
+    """
+    work = None if library() is None else _kernel("depthwise", x := x.contiguous(), grad := grad.contiguous())
+    if work is None or not grad.numel():
+        return None
+    plan, room = _depthwise_plan((*x.shape, *grad.shape[2:], *kernel, *stride, *padding, *dilation))
+    threads = torch.get_num_threads()
+    out, scratch = x.new_empty(x.shape[1], 1, *kernel), x.new_empty(threads * room)
+    work(x.data_ptr(), grad.data_ptr(), out.data_ptr(), scratch.data_ptr(), plan, threads)  # type: ignore[operator]
+    return out
+
+
+@lru_cache(maxsize=4096)
+def _depthwise_plan(numbers: tuple[int, ...]) -> tuple[Any, int]:
+    """What the kernel is told of the sizes, and the numbers of scratch memory that each thread takes."""
+    plan = (ctypes.c_int64 * len(numbers))(*numbers)
+    found: Any = library()
+    return plan, found.depthwise_room_float(plan)

@@ -67,15 +67,11 @@ struct tile_kernels {
 #include "tile.h"
 #endif
 
-static int most_width = 16;
-
-/* Vectors of more numbers are not used from here on, though the processor has them. */
-void lowrank_set_width(int numbers) { most_width = numbers; }
-
 static const struct tile_kernels *best(void) {
 #if defined(__x86_64__)
-  if (most_width >= 16 && __builtin_cpu_supports("avx512f")) return &kernels_avx512;
-  if (most_width >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kernels_avx2;
+  const int width = lowrank_width();
+  if (width == 16) return &kernels_avx512;
+  if (width == 8) return &kernels_avx2;
 #endif
   return &kernels_plain;
 }

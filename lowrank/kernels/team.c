@@ -25,3 +25,16 @@ void lowrank_run(task *t, int threads) {
   else
     work(t);
 }
+
+static int most_width = 16;
+
+/* Vectors of more numbers are not used from here on, though the processor has them. */
+void lowrank_set_width(int numbers) { most_width = numbers; }
+
+int lowrank_width(void) {
+#if defined(__x86_64__)
+  if (most_width >= 16 && __builtin_cpu_supports("avx512f")) return 16;
+  if (most_width >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 8;
+#endif
+  return 4;
+}

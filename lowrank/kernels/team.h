@@ -7,7 +7,7 @@ typedef struct task task;
 struct task {
   void (*piece)(const task *, int64_t from, int64_t to);
   const void *a, *b;
-  void *out, *bits;
+  void *out, *bits, *room;
   int64_t count, step, columns; /* step: that one thread takes at a time */
   double low, high;
   int rule;
@@ -15,3 +15,6 @@ struct task {
 };
 
 void lowrank_run(task *t, int threads);
+
+/* Numbers in a vector of the widest kind that the processor has and that may be used. */
+int lowrank_width(void);

@@ -23,7 +23,7 @@ from lowrank.kernels import passes
 from lowrank.layers.lazy import Lazy, real, unread
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.eager import Node, refuse_double_backward, saved
-from lowrank.tensors.geometry import Geometry, Shape
+from lowrank.tensors.geometry import ConvGeometry, Geometry, Shape
 from lowrank.tensors.memory_layout import dense_strides, laid_out, suggests_channels_last
 
 
@@ -326,7 +326,8 @@ def _merged(
         z = geometry.forward(x, weight.to(dtype), None)  # scaling the output takes less than scaling the weight
         z = torch.addcmul(per_output(shift.to(z.dtype), 4), z, per_output(scale.to(z.dtype), 4))
     else:
-        z = geometry.forward(x, (weight * per_output(scale, 4, 0)).to(dtype), shift.to(dtype))
+        assert isinstance(geometry, ConvGeometry)
+        z = geometry.affine(x, (weight * per_output(scale, 4, 0)).to(dtype), shift.to(dtype))
     return laid_out(z, strides)
 
 

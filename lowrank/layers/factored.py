@@ -107,13 +107,13 @@ class FactoredLinear(LowRankLinear):
             method: Method = state.method
             kept: Tensors = ()
             if _wants_gradient(self.left, self.right):
-                method, kept = kept_of(self, LinearGeometry(), input, x)
+                method, kept = kept_of(self, LinearGeometry(), self.left, input, x)
             rebuild = method.rebuild if isinstance(method, Rebuilt) else None
-            settings = FactoredSettings(state.name, dtype, state.method.keeps_input, rebuild)
+            settings = FactoredSettings(state.name, dtype, method.keeps_input, rebuild)
             y = FactoredFunction.apply(x, *parameters, settings, *kept)
-        if x is input and not is_single(self, x) and state.recompute:
+        if x is input and not is_single(self, x) and state.recompute and not torch.compiler.is_compiling():
             ahead = origin_of(input)
-            keeps_x = bool(kept) and state.method.keeps_input
+            keeps_x = bool(kept) and method.keeps_input
             note_layer(ahead.as_kept() if keeps_x else ahead, y, forward_factored, parameters)
         return y
 

@@ -41,6 +41,7 @@ class LayerState:
         whole: whether it kept its input as it is since keeping less was not worth it.
         exact: whether it kept what its exact input is computed from, where the method would have kept more.
         judged: of geometries and shapes, whether keeping less is worth it.
+        settled: of calls that are the stock layer's, by the same rule, the bytes that are kept.
     """
 
     method: Method
@@ -57,24 +58,31 @@ class LayerState:
     whole: bool = False
     exact: bool = False
     judged: dict[Any, bool] = field(default_factory=dict, repr=False)
+    settled: dict[tuple[Any, ...], int] = field(default_factory=dict, repr=False)
 
     def method_for(self, geometry: Geometry, x: Tensor, out_channels: int) -> Method:
         """How an input (B, ...) is kept: by the method, or, where that is not worth its time, as it is."""
         if not self.smallest:
             return self.method
+        if torch.compiler.is_compiling():  # which remembers by itself
+            return self.method if self._is_worth(geometry, x, out_channels) else _WHOLE
         case = (geometry, x.shape, x.dtype, out_channels, self.smallest)
         if case not in self.judged:
-            price = self.method.price(x, geometry, out_channels)
-            self.judged = {**self.judged, case: price is None or is_worth(*price, self.smallest)}
+            self.judged = {**self.judged, case: self._is_worth(geometry, x, out_channels)}
         return self.method if self.judged[case] else _WHOLE
 
+    def _is_worth(self, geometry: Geometry, x: Tensor, out_channels: int) -> bool:
+        price = self.method.price(x, geometry, out_channels)
+        return price is None or is_worth(*price, self.smallest)
 
-def kept_of(layer: Any, geometry: Geometry, input: Tensor, x: Tensor) -> Kept:
+
+def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Tensor) -> Kept:
     """What a layer keeps of its input, and the method that reads it; made once for all that are given the same input.
 
     Args:
         layer: a converted layer.
         geometry: of the layer.
+        weight: of the layer, as its geometry takes it, or another tensor with as many outputs.
         input: what the layer was given.
         x: the same as the layer computes with it.
     """
@@ -83,7 +91,7 @@ def kept_of(layer: Any, geometry: Geometry, input: Tensor, x: Tensor) -> Kept:
     batched = Tensor.detach(x).unsqueeze(0) if single else Tensor.detach(x)
     method = state.method
     if state.smallest:
-        method = state.method_for(geometry, batched, geometry.by_output(layer.kind.weight(layer)).shape[0])
+        method = state.method_for(geometry, batched, geometry.by_output(weight).shape[0])
     lighter = None
     if not torch.compiler.is_compiling():
         lighter = _lighter_origin(state, method, geometry, input) if x is input and not single else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import lru_cache, partial
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -23,10 +24,12 @@ from lowrank.exact.origins import (
     SHRINKING,
     find,
     is_kept,
+    is_noted,
     itself,
     origin_of,
 )
 from lowrank.exact.recompute import note_layer
+from lowrank.exact.slots import has_slot
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
 from lowrank.layers.held import Held, can_be_held, hold
@@ -37,7 +40,7 @@ from lowrank.layers.swap import Changed, is_parametrized_class, own_of, plain_cl
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.eager import in_autocast, in_compiled_graph, trains_plainly, without_autocast
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry
-from lowrank.tensors.worth import again_is_worth, merging_is_worth
+from lowrank.tensors.worth import again_is_worth, bits_are_worth, merging_ahead_is_worth, merging_is_worth
 
 _OWN = {Watched, Held, Lazy}
 
@@ -53,6 +56,12 @@ class LowRankLayer(Changed):
     def forward(self, input: Tensor, *sizes: Any, **options: Any) -> Tensor:
         """Output of the stock layer; keeps what the method keeps. With the size of a transposed convolution's output
         given at the call it is the stock layer."""
+        if type(input) is Tensor and (settled := self._lowrank.settled) and not torch.compiler.is_compiling():
+            kept = settled.get(_call_of(self, input))  # asked first, and by little: a settled call takes stock's time
+            if kept == 0 or (kept and not is_noted(input) and torch.is_grad_enabled()):
+                if kept:
+                    self._note_whole(input, kept)
+                return super().forward(input, *sizes, **options)
         if sizes or options:
             y: Tensor = super().forward(real(input), *sizes, **options)
             return y
@@ -84,7 +93,10 @@ class LowRankLayer(Changed):
         if not trains_plainly(input, weight, bias):
             return self._stock(input)
         y = self._plain(input, weight, bias)
-        return watch(y) if self._lowrank.watched else y
+        state = self._lowrank
+        if not state.watched or (state.smallest and type(y) is Tensor and not bits_are_worth(y, state.smallest)):
+            return y
+        return watch(y)
 
     def _plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """In plain eager training."""
@@ -93,20 +105,39 @@ class LowRankLayer(Changed):
             if self._lowrank.smallest and _is_best_as_stock(self, input, weight):
                 return self._kept_whole(x)
             return _tracked(self, input_of(self, x), weight, bias)
-        y = _untracked(self, input_of(self, x), weight, bias)
-        return self._stock(x) if y is None else y
+        found = _untracked(self, input_of(self, x), weight, bias)
+        if found is not None:
+            return found
+        y = self._stock(x)
+        state = self._lowrank
+        if not state.lazy or not _merging_is_worth(self, geometry_of(self), x, weight):
+            self._settle(x, y, 0)
+        return y
 
     def _stock(self, input: Tensor) -> Tensor:
         return super().forward(input)
 
     def _kept_whole(self, input: Tensor) -> Tensor:
         """The stock layer, which keeps its input."""
-        state = self._lowrank
-        state.kept_bytes = state.formula_bytes = input.nbytes
-        state.whole = not state.method.keeps_input
+        self._note_whole(input, input.nbytes)
         y = self._stock(input)
-        is_kept(input)
+        self._settle(input, y, input.nbytes)
         return y
+
+    def _note_whole(self, input: Tensor, nbytes: int) -> None:
+        """It keeps its input; where nothing waits to know that, no note is made, which takes as long as all the rest."""
+        state = self._lowrank
+        state.kept_bytes = state.formula_bytes = nbytes
+        state.whole = not state.method.keeps_input
+        if has_slot(input):
+            is_kept(input)
+
+    def _settle(self, input: Tensor, y: Tensor, kept: int) -> None:
+        """Remember that calls like this one are the stock layer's, if the rule of `smallest` says so."""
+        state = self._lowrank
+        known = "weight" in self._parameters and not (state.watched and bits_are_worth(y, state.smallest))
+        if known and state.smallest:
+            state.settled = {**state.settled, _call_of(self, input): kept}
 
     def extra_repr(self) -> str:
         """The stock description and the method."""
@@ -187,7 +218,7 @@ def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | 
     single = is_single(layer, x)
     with outside:
         geometry = geometry_of(layer)
-        keep: Callable[[], Kept] = partial(kept_of, layer, geometry, input, x)
+        keep: Callable[[], Kept] = partial(kept_of, layer, geometry, weight, input, x)
         method: Method = state.method
         kept: Tensors = ()
         if weight.requires_grad:
@@ -225,16 +256,38 @@ def _note_way(
 
 
 def _is_best_as_stock(layer: LowRankLayer, input: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution keeps its input whatever is done, and is not worth computing with a normalisation."""
+    """Whether a layer keeps its input whatever is done, and neither computing it with a normalisation is worth its time
+    nor computing its output again."""
     state, geometry = layer._lowrank, geometry_of(layer)
-    unlike = type(geometry) is not ConvGeometry or layer.kind.prepare is not None
-    if unlike or not weight.requires_grad or is_single(layer, input):
+    linear = type(geometry) is LinearGeometry
+    unlike = not (linear or type(geometry) is ConvGeometry) or layer.kind.prepare is not None
+    if unlike or not weight.requires_grad or is_single(layer, input) or find(input) is not None:
         return False
+    if not state.method.keeps_input and not state.method_for(geometry, input, weight.shape[0]).keeps_input:
+        return False
+    if linear:
+        outputs = input.numel() // input.shape[-1] * weight.shape[0]
+        return not (state.recompute and again_is_worth(outputs, weight.shape[1], input.itemsize, state.smallest))
+    return not (state.lazy and _merging_is_worth(layer, geometry, input, weight))
+
+
+def _merging_is_worth(layer: LowRankLayer, geometry: Geometry, input: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution is worth computing with the normalisation behind it, by the rule of `smallest`."""
+    smallest = layer._lowrank.smallest
+    if not smallest or type(geometry) is not ConvGeometry or input.ndim != 4:
+        return True
     shape, outputs = tuple(input.shape), weight.shape[0]
-    if not state.method.keeps_input and not state.method_for(geometry, input, outputs).keeps_input:
-        return False
-    lazy = state.lazy and merging_is_worth(geometry, shape, outputs, weight.itemsize, state.smallest)
-    return not lazy and find(input) is None
+    if not weight.requires_grad and not input.requires_grad:
+        return merging_ahead_is_worth(input.itemsize * prod(geometry.output_shape(shape, outputs)))
+    return merging_is_worth(geometry, shape, outputs, input.itemsize, smallest)
+
+
+def _call_of(layer: nn.Module, input: Tensor) -> tuple[Any, ...]:
+    """What tells calls of a layer apart that are judged apart."""
+    own = layer._parameters
+    weight, bias = own.get("weight"), own.get("bias")  # of a weight that is computed this is not known ahead
+    trained = weight is not None and weight.requires_grad, bias is not None and bias.requires_grad
+    return input.shape, input.dtype, input.requires_grad, trained
 
 
 def _untracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -248,7 +301,9 @@ def _untracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor 
         settings = Settings(state.name, geometry, state.method, dtype)
         if not _may_be_lazy(layer, settings, input, x):
             return None
-        y = lazy_output(Call(settings, x, weight, bias, partial(kept_of, layer, geometry, input, x)), state.watched)
+        y = lazy_output(
+            Call(settings, x, weight, bias, partial(kept_of, layer, geometry, weight, input, x)), state.watched
+        )
     if x is input:
         hold(x, y)
     return y
@@ -262,8 +317,7 @@ def _may_be_lazy(layer: LowRankLayer, settings: Settings, input: Tensor, x: Tens
     if type(geometry) is not ConvGeometry or geometry.padding_mode != "zeros":  # others may lay out a copy anew
         return False
     assert isinstance(weight, Tensor)
-    outputs, smallest = weight.shape[0], layer._lowrank.smallest
-    if smallest and not merging_is_worth(geometry, tuple(x.shape), outputs, x.itemsize, smallest):
+    if not _merging_is_worth(layer, geometry, x, weight):
         return False
     hooked = layer._forward_hooks or torch_module._global_forward_hooks
     if hooked or not can_be_held(input) or x.ndim != 4 or x.numel() == 0 or x.dtype != settings.dtype:

@@ -49,6 +49,7 @@ class Lazy(Tensor):
     ) -> Lazy:
         options: Any = {"dtype": dtype, "device": like.device, "strides": strides}
         self: Lazy = Tensor._make_wrapper_subclass(cls, shape, **options)
+        torch._C._set_throw_on_mutable_data_ptr(self)  # an error, no crash, where code in C++ goes by no operator
         self._make, self._value, self.origin, self._watched = make, None, origin, watched
         return self
 

@@ -31,6 +31,8 @@ class LeanModule(Changed):
         if isinstance(self, nn.Embedding):  # of indices; what counts is that its output is watched
             y = super().forward(input)
             return watch(y) if self._lowrank_watched and trains_plainly(y) else y
+        if kind is Tensor and self._lowrank_smallest and not bits_are_worth(input, self._lowrank_smallest):
+            return super().forward(input)
         if kind is not Lazy and (kind not in _OWN or not trains_plainly(input)):
             return super().forward(input)
         if kind is Held and getattr(self, "inplace", False):

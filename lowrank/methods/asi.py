@@ -19,12 +19,12 @@ from lowrank.tensors.decompose import ALGORITHMS, Algorithm, subspace_iteration
 from lowrank.tensors.geometry import Geometry, Shape
 from lowrank.tensors.storage import columns, store
 from lowrank.tensors.tucker import Tucker
-from lowrank.tensors.worth import MACS_A_CALL, MOVED_A_CALL
+from lowrank.tensors.worth import CONVOLVED_A_CALL, MACS_A_CALL, MOVED_A_CALL
 
 Bases = list[Tensor | None]
 Found = tuple[Tucker, Bases]
-# What keeping an input takes in operator calls, see `price`: for itself, for each mode that has a factor, and in reads.
-_CALLS, _CALLS_A_MODE, _READS = 30, 25, 4
+# What keeping an input takes in operator calls, see `price`: for each mode that has a factor, and in reads of the input.
+_CALLS_A_MODE, _READS = 18, 3
 _KEPT_SHARE = 0.99  # of the captured energy; less makes the bases due
 
 
@@ -176,8 +176,9 @@ class ASI(RankedMethod):
         shape = tuple(x.shape)
         ranks = self.ranks_for(shape)
         modes = sum(rank < size for rank, size in zip(ranks, shape, strict=True))
-        macs = self.gradient_flops(geometry, shape, ranks, out_channels) / 2 - geometry.macs(shape, out_channels)
-        calls = _CALLS + _CALLS_A_MODE * modes + _READS * x.nbytes / MOVED_A_CALL + macs / MACS_A_CALL
+        calls = _CALLS_A_MODE * modes + _READS * x.nbytes / MOVED_A_CALL
+        calls += self.gradient_flops(geometry, shape, ranks, out_channels) / 2 / MACS_A_CALL
+        calls -= geometry.macs(shape, out_channels) / CONVOLVED_A_CALL
         return x.nbytes - self.form_bytes(x, ranks), calls
 
     def cost(self, x: Tensor, geometry: Geometry, out_channels: int, input_gradient: bool) -> LayerCost:

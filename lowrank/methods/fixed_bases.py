@@ -48,6 +48,7 @@ class FixedBases(RankedMethod):
         if ranks == shape:
             return store(x, Tucker(x, (None,) * x.ndim), self.storage), state
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        state = tuple(None if tensor is None else tensor.to(x.device) for tensor in state)
         fixed = self._fixed(state, shape, ranks)
         if fixed is None:
             modes = spectra(wide)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.conversion.select import named_layers
-from lowrank.errors import ConversionError, NonFiniteError
+from lowrank.errors import ConversionError, NonFiniteError, SettingError
 from lowrank.layers.layer import can_be_converted, geometry_of, input_of, is_single
 from lowrank.layers.lazy import real
 from lowrank.layers.preserve import LossFunction, preserved, tensors_in
@@ -71,10 +71,11 @@ def measure_perplexity(
     Raises:
         ConversionError: a layer that is unknown, not supported, not called, or called more than once.
         NonFiniteError: the loss is not finite.
+        SettingError: energies or a storage out of what is allowed.
     """
-    energies, mode_energies = (tuple(sorted(set(given))) for given in (energies, mode_energies))
-    for energy in energies + mode_energies:
-        check_energy(energy)
+    energies, mode_energies = _ascending(energies), _ascending(mode_energies)
+    if not energies:
+        raise SettingError("no energy is given; give some above 0 and at most 1, such as (0.4, 0.6, 0.8)")
     for storage in storages:
         check_storage(storage)
     layers = named_layers(model, names)
@@ -264,6 +265,14 @@ class _Trials:
         energies, ranks = zip(*named, strict=True)
         nbytes, perplexity = tuple(map(self.nbytes, ranks)), tuple(map(self.perplexity, ranks))
         return Candidates(energies, ranks, nbytes, perplexity, (self.storage,) * len(ranks))
+
+
+def _ascending(energies: Iterable[float]) -> tuple[float, ...]:
+    """Each energy once."""
+    given = list(energies) if isinstance(energies, Iterable) else [energies]
+    for energy in given:
+        check_energy(energy)
+    return tuple(sorted(set(given)))
 
 
 def _notches(mode: Spectrum, energies: tuple[float, ...]) -> dict[int, float]:

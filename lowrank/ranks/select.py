@@ -73,7 +73,7 @@ def select_ranks(
         storages: to choose from.
 
     Raises:
-        BudgetError: the budget is below the least that the layers need; states that least.
+        BudgetError: the budget is no number, or below the least that the layers need; states that least.
         SettingError: a storage that does not exist.
         TableError: a name that the table does not have, none of the storages for a layer, or a perplexity that is not
             finite.
@@ -91,7 +91,10 @@ def select_ranks(
             raise TableError(f"the perplexity of layer {name!r} is not finite; measure it again")
     options = [_undominated(candidates) for candidates in layers.values()]
     least = sum(int(nbytes[0]) for nbytes, _, _ in options)
-    unlimited = budget_bytes >= MOST_BYTES
+    try:
+        unlimited = budget_bytes >= MOST_BYTES
+    except TypeError:
+        raise BudgetError(f"the budget is {budget_bytes!r}; allowed is a number of bytes, such as 200_000") from None
     budget_bytes = max(min(budget_bytes, MOST_BYTES), -MOST_BYTES)  # whole numbers may be beyond what floats can hold
     if not budget_bytes >= least:
         raise BudgetError(

@@ -276,7 +276,7 @@ def _numbers(row: dict[str, Any], key: str) -> tuple[float, ...]:
         raise TableError(f"{key!r} must be a list of numbers")
     if not all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in values):
         raise TableError(f"{key!r} must hold finite numbers only")
-    return tuple(values)
+    return tuple(map(float, values))
 
 
 def _whole(row: dict[str, Any], key: str) -> tuple[int, ...]:

@@ -132,7 +132,8 @@ def ordinary(tensor: Tensor | None) -> Tensor | None:
 class Node(torch.autograd.Function):
     """An autograd function whose backward pass also takes a batch of gradients (`is_grads_batched=True`), one by one.
 
-    PyTorch has rules for few operators on such a batch.
+    PyTorch has rules for few operators on such a batch. Nor does autocast reach the backward pass: what is computed
+    again there was computed without.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -143,6 +144,12 @@ class Node(torch.autograd.Function):
 def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def each(ctx: Any, *grads: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch._C._is_any_autocast_enabled():
+            return run(ctx, *grads)
+        with without_autocast(grads[0].device.type):
+            return run(ctx, *grads)
+
+    def run(ctx: Any, *grads: Any) -> Any:
         batched = None if torch.compiler.is_compiling() else next(filter(_is_batched, grads), None)
         if batched is None:
             return backward(ctx, *grads)

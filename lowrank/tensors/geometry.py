@@ -6,7 +6,7 @@ A geometry is the layer without its parameters: hashable, so that plans can be r
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from math import prod
 from typing import Any, Literal
 
@@ -14,18 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank.kernels import passes
 from lowrank.tensors import positions
+from lowrank.tensors.eager import remembered
+from lowrank.tensors.memory_layout import dense_strides
 
 Shape = tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
+_PRODUCT_TYPES = (torch.float32, torch.float64)
 
 
 def _placeholder(like: Tensor, shape: Shape) -> Tensor:
-    """A tensor of which only the shape is read; of a large one, one element of memory. A small one has its own on a
-    CPU, where the operators copy what is not laid out as they like, which takes longer than the memory is worth."""
-    whole = like.device.type == "cpu" and prod(shape) <= _SMALL
+    """A tensor of which only the shape is read: on a CPU in the order of its dimensions, since operators copy any
+    other, in memory that is there; of a large one that has none, one element of memory."""
+    count = prod(shape)
+    if like.device.type == "cpu" and like.is_contiguous() and not like.requires_grad and like.numel() >= count:
+        return like.as_strided(shape, dense_strides(shape))
+    whole = like.device.type == "cpu" and count <= _SMALL
     return like.new_empty(shape) if whole else like.new_empty(1).expand(shape)
 
 
@@ -110,6 +117,21 @@ class ConvGeometry:
             grad = target.index_add_(axis, source, grad)
         return grad
 
+    def _is_product(self, x: Tensor) -> bool:
+        """Whether a layer is a product of matrices for each sample of its input or its output's gradient, `x`, and is
+        computed as one in less time: on a CPU 1 x 1 convolutions take 1 to 3 times as long as their products."""
+        plain = self.pointwise and self.groups == 1 and prod(self.stride) == 1 and not torch.compiler.is_compiling()
+        return plain and x.device.type == "cpu" and x.dtype in _PRODUCT_TYPES and x.is_contiguous() and x.numel() > 0
+
+    def affine(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The layer's output, up to rounding; not for autograd."""
+        if not self._is_product(x):
+            return self.forward(x, weight, bias)
+        y = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
+        weights = weight.flatten(1).expand(x.shape[0], -1, -1)
+        torch.baddbmm(bias[:, None], weights, x.flatten(2), out=y.flatten(2))
+        return y
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
         stride, padding, dilation = self._arguments()
@@ -117,8 +139,18 @@ class ConvGeometry:
 
     def input_gradient(self, grad: Tensor, weight: Tensor, shape: Shape) -> Tensor:
         """Gradient with respect to an input of shape `shape`, from the gradient `grad` of the output."""
+        if self._is_product(grad):
+            weights = weight.flatten(1).mT.expand(grad.shape[0], -1, -1)
+            return torch.bmm(weights, grad.flatten(2)).view(shape)
         stride, padding, dilation = self._arguments()
-        x = _placeholder(grad, self._padded_shape(shape))
+        padded = self._padded_shape(shape)
+        if _transposes_well(grad):  # and needs no input to know the shape of
+            spans = [d * (k - 1) + 1 for d, k in zip(dilation, self.kernel, strict=True)]
+            sizes = zip(padded[2:], grad.shape[2:], stride, padding, spans, strict=True)
+            rest = [n - (m - 1) * s + 2 * pad - span for n, m, s, pad, span in sizes]
+            found = torch.convolution(grad, weight, None, stride, padding, dilation, True, rest, self.groups)
+            return self._unpad(found, shape)
+        x = _placeholder(grad, padded)
         options = (stride, padding, dilation, False, [0] * len(stride), self.groups, [True, False, False])
         return self._unpad(_convolution_backward(grad, x, weight, None, *options)[0], shape)
 
@@ -127,10 +159,16 @@ class ConvGeometry:
         groups = self.groups if groups is None else groups
         stride, padding, dilation = self._arguments()
         x = self._pad(x)
+        if len(self.kernel) == 2 and self.kernel != positions.FAST and groups == x.shape[1] == grad.shape[1] > 1:
+            made = passes.depthwise(x, grad, self.kernel, self.stride, tuple(padding), self.dilation)
+            if made is not None:
+                return made
         if positions.pays(x, self.kernel, groups, grad.shape[1]):
             sizes = (tuple(x.shape[2:]), tuple(grad.shape[2:]), self.kernel)
             pairs = positions.joined_pairs(*sizes, self.stride, tuple(padding), self.dilation)
             return positions.weight_gradient(x, grad, pairs, self.kernel, groups)
+        if groups == self.groups and self._is_product(x) and grad.is_contiguous():
+            return positions.sum_of_products(x, grad).view(grad.shape[1], x.shape[1], *self.kernel)
         weight = _placeholder(grad, (grad.shape[1], x.shape[1] // groups, *self.kernel))
         options = (stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False])
         return _convolution_backward(grad, x, weight, None, *options)[1]
@@ -184,6 +222,9 @@ class TransposedConvGeometry(ConvGeometry):
     def pointwise(self) -> bool:
         """Whether each output position reads one input position, and all do."""
         return super().pointwise and prod(self.stride) == 1
+
+    def _is_product(self, x: Tensor) -> bool:
+        return False
 
     def _options(self, groups: int | None = None) -> tuple[Any, ...]:
         groups = self.groups if groups is None else groups
@@ -266,6 +307,12 @@ Geometry = ConvGeometry | LinearGeometry
 _FORWARD: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
+def _transposes_well(grad: Tensor) -> bool:
+    """Whether oneDNN takes a transposed convolution, which then is that of its backward pass, bit for bit."""
+    own = grad.device.type == "cpu" and grad.dtype is torch.float32 and grad.numel() > 0
+    return own and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
+
+
 def _each(dimensions: int, value: Any) -> Shape:
     """A setting per dimension, given as one number or as several, of which one stands for all."""
     if isinstance(value, int):
@@ -273,7 +320,7 @@ def _each(dimensions: int, value: Any) -> Shape:
     return tuple(int(one) for one in (value if len(value) == dimensions else [*value] * dimensions))
 
 
-@lru_cache(maxsize=1024)
+@remembered
 def _conv_geometry(
     kernel: Shape,
     stride: Any,

@@ -24,10 +24,16 @@ class Notes(Generic[Fact]):
 
     def note(self, tensor: Tensor, fact: Fact) -> None:
         """Note a fact in the place of an earlier one."""
+        if type(tensor) is Tensor:  # a context takes as long as all the rest
+            self._note(tensor, fact)
+            return
         with torch._C.DisableTorchFunctionSubclass():
-            if not torch.compiler.is_compiling() and not tensor.is_inference():
-                key = id(tensor)  # by address, since a look-up comes with every operation
-                self._facts[key] = (weakref.ref(tensor, partial(self._ended, key)), tensor._version, fact)
+            self._note(tensor, fact)
+
+    def _note(self, tensor: Tensor, fact: Fact) -> None:
+        if not torch.compiler.is_compiling() and not tensor.is_inference():
+            key = id(tensor)  # by address, since a look-up comes with every operation
+            self._facts[key] = (weakref.ref(tensor, partial(self._ended, key)), tensor._version, fact)
 
     def find(self, tensor: Tensor) -> Fact | None:
         """The fact, if the tensor is still as it was."""
@@ -38,6 +44,10 @@ class Notes(Generic[Fact]):
             return None
         with torch._C.DisableTorchFunctionSubclass():
             return found[2] if found[1] == tensor._version else None
+
+    def may_know(self, tensor: Tensor) -> bool:
+        """Whether there is a fact, of this tensor or of an earlier one in its place."""
+        return id(tensor) in self._facts
 
     def _ended(self, key: int, reference: weakref.ref[Tensor]) -> None:
         found = self._facts.get(key)

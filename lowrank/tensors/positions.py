@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 Sizes = tuple[int, ...]
-_FAST = (3, 3)  # the kernel for which a depthwise convolution is fast
+FAST = (3, 3)  # the kernel for which a depthwise convolution is fast
 _MOST_POSITIONS = 8  # of a depthwise layer's input for each weight of a kernel; all pairs are computed
+_MANY_WEIGHTS = 8  # for each number of a sample: then the products take less than adding one up for each sample
 _AT_ONCE = 2**18  # pairs of positions, over all channels
 
 
@@ -58,7 +59,7 @@ def pays(x: Tensor, kernel: Sizes, groups: int, out_channels: int) -> bool:
         return positions < size
     if not groups == x.shape[1] == out_channels:
         return False
-    return positions < size if kernel == _FAST else positions <= _MOST_POSITIONS * size
+    return positions < size if kernel == FAST else positions <= _MOST_POSITIONS * size
 
 
 def weight_gradient(x: Tensor, grad: Tensor, pairs: Pairs, kernel: Sizes, groups: int) -> Tensor:
@@ -77,6 +78,16 @@ def weight_gradient(x: Tensor, grad: Tensor, pairs: Pairs, kernel: Sizes, groups
     x, grad = x.flatten(2), grad.flatten(2)
     found = _dense(x, grad, pairs, prod(kernel)) if groups == 1 else _depthwise(x, grad, pairs, prod(kernel))
     return found.view(grad.shape[1], -1, *kernel)
+
+
+def sum_of_products(x: Tensor, grad: Tensor) -> Tensor:
+    """Weight gradient of a 1 x 1 convolution, (O, C): per sample a product of the output's gradient, (B, O, ...), and
+    the input, (B, C, ...), both contiguous; of few positions all samples in one."""
+    x, grad = x.flatten(2), grad.flatten(2)
+    channels, outputs = x.shape[1], grad.shape[1]
+    if channels * outputs >= _MANY_WEIGHTS * (channels + outputs) * x.shape[2]:
+        return grad.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).mT
+    return torch.addbmm(grad.new_empty(outputs, channels), grad, x.mT, beta=0)
 
 
 def _dense(x: Tensor, grad: Tensor, pairs: Pairs, size: int) -> Tensor:

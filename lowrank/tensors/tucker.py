@@ -168,8 +168,6 @@ class Tucker:
         return x
 
     def to(self, dtype: torch.dtype) -> Tucker:
-        """The same tensor with core and factors in another dtype."""
-        if dtype == self.core.dtype:
-            return self
+        """The same tensor with core and factors in one dtype, in whichever they are."""
         factors = tuple(None if factor is None else factor.to(dtype) for factor in self.factors)
         return Tucker(self.core.to(dtype), factors)

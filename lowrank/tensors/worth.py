@@ -4,7 +4,8 @@ What is kept less of a small tensor is few bytes, and the operators that do it t
 rule counts both: what is saved, in bytes, and the time that it takes more, in operator calls. An *operator call* is
 what starting an operator from Python takes in a step, about 10 microseconds; in that time one core moves
 `MOVED_A_CALL` bytes or does `MACS_A_CALL` multiplications. What saves less than `smallest` bytes a call stays as it is
-in PyTorch.
+in PyTorch. So a step takes at most 10 microseconds longer for every `smallest` bytes that it saves, and with infinity
+nothing is done that takes longer.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from torch import Tensor
 from lowrank.errors import SettingError
 from lowrank.tensors.geometry import ConvGeometry, Shape
 
-# Fitted to steps of MobileNetV2 and ResNet-18 on one core of an x86-64 server (`benchmarks.speed`, "batch"); what
-# copies and normalisations take by themselves agrees with `MOVED_A_CALL`. MCUNet was not used for it.
+# Fitted to the layers of MobileNetV2 and ResNet-18 at batch 1, 4 and 16 of 160 pixels, each against its stock step on
+# one core of an x86-64 server: the middle error is 6 to 8 % of that step. MCUNet was not used for it.
 MOVED_A_CALL = 2**17
 MACS_A_CALL = 2**18
-_MERGING = 80  # calls of a convolution and a normalisation that leave their output to each other
-_BITS = 25  # calls of an activation that keeps bits
+CONVOLVED_A_CALL = 3 * 2**18  # multiplications of a convolution, which do more at once
+_CACHE = 2**20  # bytes of an output to which a further pass takes next to nothing
+_MERGING = 46  # calls of a convolution and a normalisation that leave their output to each other
+_COLD, _COLDEST = 2, 2**21  # passes over input and output, of so many bytes, which drive Python's own code out of cache
 _WEIGHT_PASSES = 4  # over the weight and its gradient, that merging takes more
-_OUTPUT_PASSES = 3  # over the output, that it takes less
+_OUTPUT_PASSES = 4  # over what of the output is beyond the cache, that it takes less
+_AHEAD, _AHEAD_PASSES = 12, 5  # the same of both ahead of everything trained, where only the forward pass counts
+_BITS = 11  # calls of an activation that keeps bits
 _AGAIN, _AGAIN_PASSES = 40, 6  # calls of computing a layer's output again, and passes over it, beside its products
 
 
@@ -56,10 +61,19 @@ def merging_is_worth(geometry: ConvGeometry, shape: Shape, out_channels: int, it
         itemsize: bytes of a number.
         smallest: bytes a call.
     """
-    output = itemsize * prod(geometry.output_shape(shape, out_channels))
+    input, output = itemsize * prod(shape), itemsize * prod(geometry.output_shape(shape, out_channels))
     weight = itemsize * out_channels * (shape[1] // geometry.groups) * prod(geometry.kernel)
-    moved = _WEIGHT_PASSES * weight - _OUTPUT_PASSES * output
+    moved = _COLD * min(input + output, _COLDEST) + _WEIGHT_PASSES * weight - _OUTPUT_PASSES * max(output - _CACHE, 0)
     return is_worth(output, _MERGING + moved / MOVED_A_CALL, smallest)
+
+
+def merging_ahead_is_worth(output: int) -> bool:
+    """The same ahead of everything trained, where nothing is kept in any case: whether it takes no longer.
+
+    Args:
+        output: bytes of the output.
+    """
+    return max(output - _CACHE, 0) * _AHEAD_PASSES >= _AHEAD * MOVED_A_CALL
 
 
 def again_is_worth(output: int, products: int, itemsize: int, smallest: float) -> bool:

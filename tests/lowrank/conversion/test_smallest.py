@@ -9,7 +9,7 @@ from references import random_tensor
 from torch import nn
 
 import lowrank
-from lowrank import ASI, HOSVD, SettingError, Vanilla
+from lowrank import ASI, HOSVD, WASI, WSI, SettingError, Vanilla
 
 RANKS = (2, 3, 2, 2)
 PRICES = (0, 1, 8, 64, 512, 4096, math.inf)
@@ -51,6 +51,15 @@ def test_where_nothing_is_worth_it_the_step_is_stock_s(method):
     stock, own = network(), converted(method, smallest=math.inf)
     assert all(torch.equal(*pair) for pair in zip(step(own, x), step(stock, x), strict=True))
     assert lowrank.saved_bytes(own, loss, x) == lowrank.saved_bytes(stock, loss, x)
+
+
+def test_factored_weights_then_get_the_gradients_of_the_exact_input():
+    x, found = random_tensor(4, 5, 6).float(), []
+    for method, options in ((WSI(0.9), {}), (WASI(2, energy=0.9), {"smallest": math.inf})):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        found.append(step(lowrank.convert(model, ["0", "2"], method, **options), x))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("method", [Vanilla(), ASI(RANKS)], ids=str)

@@ -156,8 +156,15 @@ def test_what_is_not_plain_memory_is_left_alone():
 
 TRAINED = """
 import torch
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("meta")
 from lowrank import kernels
-from lowrank.exact.activations import relu
+from lowrank.exact.activations import hardsigmoid, relu
+torch.set_default_device("cpu")
+x = torch.zeros(1, requires_grad=True)
+own, stock = (torch.autograd.grad(f(x), x)[0] for f in (hardsigmoid, torch.nn.functional.hardsigmoid))
+assert own == stock  # whatever the defaults were
+torch.set_default_dtype(torch.float32)
 x = torch.arange(-8.0, 8).requires_grad_()
 relu(x).backward(torch.ones(16))
 assert torch.equal(x.grad, (x.detach() > 0).float())
@@ -182,6 +189,9 @@ def test_a_missing_compiler_and_a_folder_that_cannot_be_written(tmp_path, monkey
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(build.Unavailable, match="no C compiler: CC names 'no-such-compiler'"):
         build.built()
+    monkeypatch.setenv("CC", "cc '")
+    with pytest.raises(build.Unavailable, match="no command"):
+        build.built()
     monkeypatch.setenv("CC", sys.executable)
     (tmp_path / "file").touch()
     monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "file"))
@@ -190,12 +200,17 @@ def test_a_missing_compiler_and_a_folder_that_cannot_be_written(tmp_path, monkey
 
 
 @needs_kernels
-def test_what_builds_at_once_leaves_one_library(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "new"))
-    with ThreadPoolExecutor(3) as pool:
-        paths = set(pool.map(lambda _: build.built(), range(3)))
+def test_what_builds_at_once_leaves_one_library_and_a_damaged_one_is_built_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOWRANK_CACHE", "new")
+    with ThreadPoolExecutor(2) as pool:
+        paths = set(pool.map(lambda _: build.built(), range(2)))
     assert paths == set((tmp_path / "new").iterdir())
     assert len(paths) == 1
+    (path,) = paths
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000])  # to load this one would end the process
+    assert build.built().read_bytes() == whole
 
 
 @needs_kernels

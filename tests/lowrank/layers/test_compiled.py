@@ -12,7 +12,7 @@ from references import random_tensor
 from torch import nn
 
 import lowrank
-from lowrank import ASI, HOSVD, GradientFilter, Vanilla
+from lowrank import ASI, HOSVD, WASI, GradientFilter, Vanilla
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,21 @@ def test_one_compiled_part_among_others(part):
         y.square().sum().backward()
     for (_, found), (_, expected) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "method", "smallest"),
+    [(nn.Conv2d(3, 4, 3), ASI(99), 0), (nn.Conv2d(3, 4, 3), ASI(2), 2**15), (nn.Linear(6, 5), WASI(2, energy=0.9), 1)],
+)
+def test_one_graph_where_the_input_is_kept_whole_after_all_and_with_factored_weights(layer, method, smallest):
+    torch._dynamo.reset()
+    model = lowrank.convert(nn.Sequential(layer, nn.ReLU()), ["0"], method, smallest=smallest)
+    x, fast = random_tensor(4, 3, 6, 6, dtype=torch.float32), copy.deepcopy(model)
+    expected = step(model, x)
+    y = torch.compile(fast, backend="eager", fullgraph=True)(x)
+    y.backward(random_tensor(*y.shape, dtype=y.dtype))
+    found = {name: parameter.grad for name, parameter in fast.named_parameters()}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_compiled_loss_of_a_converted_models_output():

@@ -29,7 +29,7 @@ from references import (
 from torch import nn
 
 import lowrank
-from lowrank import ASI, HOSVD, SVD, NonFiniteError, SettingError, Vanilla
+from lowrank import ASI, HOSVD, SVD, FixedBases, NonFiniteError, SettingError, Vanilla
 
 
 @BOTH
@@ -197,9 +197,16 @@ def test_without_gradients_nothing_is_stored(mode):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("start", [torch.float64, torch.float32, torch.bfloat16])
-@BOTH
-def test_a_model_changes_its_dtype_between_steps(start, dtype, algorithm):
-    model = conv_model(ASI(2, algorithm=algorithm)).to(start)
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(ASI(2), ASI(2, algorithm="published"), ASI(2, refresh=2), ASI(2, refresh="energy")),
+        *(FixedBases(2), FixedBases(2, storage="bfloat16")),
+    ],
+    ids=repr,
+)
+def test_a_model_changes_its_dtype_between_steps(start, dtype, method):
+    model = conv_model(method).to(start)
     step(model, random_tensor(5, 4, 7, 6, dtype=start))
     model.to(dtype)
     gradients = step(model, random_tensor(5, 4, 7, 6, seed=1, dtype=dtype))

@@ -87,6 +87,12 @@ def test_every_reader(reader, then):
     assert_the_same(use)
 
 
+def test_code_that_goes_by_no_operator_gets_an_error_and_no_empty_memory():
+    y = pair()[1][0](random_tensor(*SHAPE))
+    with torch._C.DisableTorchFunctionSubclass(), pytest.raises(RuntimeError, match="data pointer"):
+        torch._C.TensorBase.data_ptr(y)  # as an extension in C++ does
+
+
 def in_place(change):
     def use(model, x):
         y = model[0](x)

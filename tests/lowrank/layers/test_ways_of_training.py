@@ -55,6 +55,20 @@ def test_autocast_off_inside_computes_in_float32():
         assert model(x).dtype == torch.float32
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(6).eval(), nn.GroupNorm(2, 6)])
+def test_a_backward_pass_alone_within_autocast(norm):
+    """What is computed again was computed without."""
+    layers = (nn.Conv2d(4, 6, 3), norm, nn.GELU(), nn.Conv2d(6, 6, 3, groups=6), nn.GroupNorm(2, 6), nn.Conv2d(6, 2, 1))
+    stock, x = nn.Sequential(*copy.deepcopy(layers)), random_tensor(3, 4, 8, 8, dtype=torch.float32)
+    expected = step(stock, x)
+    model = lowrank.convert(copy.deepcopy(stock), ["0", "3", "5"], Vanilla())
+    y = model(x)
+    model.zero_grad()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        y.backward(random_tensor(*y.shape, dtype=torch.float32))
+    torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, expected, rtol=0.03, atol=0.03)
+
+
 @pytest.mark.parametrize("method", EVERY_CONV)
 def test_gradients_accumulate_over_steps(method):
     model, x = conv_model(method), [random_tensor(5, 4, 7, 6, seed=seed) for seed in range(2)]

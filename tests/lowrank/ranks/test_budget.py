@@ -234,7 +234,7 @@ def test_a_budget_below_the_minimum_is_refused_and_the_minimum_stated(short):
         select_ranks(table, least - short)
 
 
-@pytest.mark.parametrize("budget", [0, -1, float("nan"), float("-inf")])
+@pytest.mark.parametrize("budget", [0, -1, float("nan"), float("-inf"), None, "1e6", [10**6]])
 def test_a_budget_that_is_no_size_is_refused(budget):
     with pytest.raises(BudgetError):
         select_ranks(released_table(), budget)

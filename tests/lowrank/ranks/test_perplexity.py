@@ -234,9 +234,12 @@ def test_layers_that_cannot_be_measured_are_named(names, message):
         lowrank.measure_perplexity(Twice(), names, lambda m, b: m(b).sum(), torch.randn(2, 4))
 
 
-def test_an_energy_out_of_range_is_refused():
-    with pytest.raises(SettingError, match=r"1\.2"):
-        lowrank.measure_perplexity(TwoConvolutions(), NAMES, cross_entropy, labelled_batch(), (0.5, 1.2))
+@pytest.mark.parametrize(
+    ("energies", "message"), [((0.5, 1.2), r"1\.2"), ((), "no energy"), (None, "None"), ((0.5, "a"), "'a'")]
+)
+def test_an_energy_out_of_range_is_refused(energies, message):
+    with pytest.raises(SettingError, match=message):
+        lowrank.measure_perplexity(TwoConvolutions(), NAMES, cross_entropy, labelled_batch(), energies)
 
 
 def test_a_loss_that_is_not_finite_is_refused():

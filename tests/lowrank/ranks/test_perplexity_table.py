@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from references import TwoConvolutions, cross_entropy, labelled_batch
 
 import lowrank
-from lowrank import LayerPerplexity, PerplexityTable, TableError
+from lowrank import LayerPerplexity, PerplexityTable, TableError, select_ranks
 
 NAMES = ["first", "second", "head"]
 ENERGIES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -128,6 +128,14 @@ def test_a_damaged_table_is_refused(content, tmp_path, damage):
     path.write_text(json.dumps(content))
     with pytest.raises(TableError, match=r"damaged\.json"):
         PerplexityTable.load(path)
+
+
+def test_a_perplexity_that_is_a_large_whole_number_is_a_number(content, tmp_path):
+    set_in("layers", 0, "perplexity", 0, 2**70)(content)
+    (tmp_path / "table.json").write_text(json.dumps(content))
+    table = PerplexityTable.load(tmp_path / "table.json")
+    assert table.layers[0].perplexity[0] == float(2**70)
+    assert select_ranks(table, 1e9).perplexity < 2**70
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, -3])
