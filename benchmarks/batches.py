@@ -13,7 +13,7 @@ from benchmarks.pairs import Work
 from benchmarks.peers import RANKS
 from lowrank.methods.base import Method
 
-FEW_CALLS = 2**15  # `smallest` of convert
+FEW_CALLS = 2**18  # `smallest` of convert
 # Ways of `batch_steps`: a method, in how many parts the batch is taken, and `smallest` of convert.
 WAYS: dict[str, tuple[Method | None, int, float]] = {
     "vanilla": (None, 1, 0),

@@ -68,10 +68,10 @@ def convert(
         recompute: False keeps the outputs of layers and attention, and computes none of these again: a step takes
             hardly longer than stock's then, and more is kept.
         smallest: bytes that keeping less of a tensor has to save for each operator call that it takes more; where it
-            saves less, the layer is the stock layer. That is decided by shapes alone, see `lowrank.tensors.worth`; a
-            step says so in `lowrank.account` and `lowrank.explain`. 0: whatever saves anything, as published numbers
-            and tables have it. 2**15: with batches of one to four images a step takes hardly longer than stock's, and
-            keeps more.
+            saves less, the layer is the stock layer, and takes hardly longer than that. It is decided by shapes alone,
+            see `lowrank.tensors.worth`; a step says so in `lowrank.account` and `lowrank.explain`. 0: whatever saves
+            anything, as published numbers and tables have it. 2**18: at no batch does a step take much longer than
+            stock's, and small batches keep more, at one image all. 2**15: some longer, and less is kept.
         everywhere: True uses the method also where the exact input takes no more than what it keeps, as the papers do.
 
     Returns:

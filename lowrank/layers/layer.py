@@ -125,7 +125,7 @@ class LowRankLayer(Changed):
         return y
 
     def _note_whole(self, input: Tensor, nbytes: int) -> None:
-        """It keeps its input; where nothing waits to know that, no note is made, which takes as long as all the rest."""
+        """It keeps its input; of which a note, which takes as long as all the rest, is made where somebody waits."""
         state = self._lowrank
         state.kept_bytes = state.formula_bytes = nbytes
         state.whole = not state.method.keeps_input

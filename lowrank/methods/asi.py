@@ -23,7 +23,7 @@ from lowrank.tensors.worth import CONVOLVED_A_CALL, MACS_A_CALL, MOVED_A_CALL
 
 Bases = list[Tensor | None]
 Found = tuple[Tucker, Bases]
-# What keeping an input takes in operator calls, see `price`: for each mode that has a factor, and in reads of the input.
+# What keeping an input takes in operator calls, see `price`: for each mode that has a factor, and in reads of it.
 _CALLS_A_MODE, _READS = 18, 3
 _KEPT_SHARE = 0.99  # of the captured energy; less makes the bases due
 

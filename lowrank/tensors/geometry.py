@@ -27,8 +27,8 @@ _PRODUCT_TYPES = (torch.float32, torch.float64)
 
 
 def _placeholder(like: Tensor, shape: Shape) -> Tensor:
-    """A tensor of which only the shape is read: on a CPU in the order of its dimensions, since operators copy any
-    other, in memory that is there; of a large one that has none, one element of memory."""
+    """A tensor of which only the shape is read: on a CPU in memory that is there, in the order of its dimensions, since
+    operators copy what is not laid out as they like; a small one has its own, any other one element of memory."""
     count = prod(shape)
     if like.device.type == "cpu" and like.is_contiguous() and not like.requires_grad and like.numel() >= count:
         return like.as_strided(shape, dense_strides(shape))
@@ -75,7 +75,8 @@ class ConvGeometry:
         try:
             return _conv_geometry(*settings)
         except TypeError:  # lists, as somebody may have set
-            return _conv_geometry(*(tuple(one) if isinstance(one, list) else one for one in settings))
+            hashable: Any = (tuple(one) if isinstance(one, list) else one for one in settings)
+            return _conv_geometry(*hashable)
 
     @property
     def _pads(self) -> list[Shape]:
@@ -124,8 +125,8 @@ class ConvGeometry:
         return plain and x.device.type == "cpu" and x.dtype in _PRODUCT_TYPES and x.is_contiguous() and x.numel() > 0
 
     def affine(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The layer's output, up to rounding; not for autograd."""
-        if not self._is_product(x):
+        """The layer's output, up to rounding."""
+        if torch.is_grad_enabled() or not self._is_product(x):
             return self.forward(x, weight, bias)
         y = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
         weights = weight.flatten(1).expand(x.shape[0], -1, -1)

@@ -28,7 +28,7 @@ _MERGING = 46  # calls of a convolution and a normalisation that leave their out
 _COLD, _COLDEST = 2, 2**21  # passes over input and output, of so many bytes, which drive Python's own code out of cache
 _WEIGHT_PASSES = 4  # over the weight and its gradient, that merging takes more
 _OUTPUT_PASSES = 4  # over what of the output is beyond the cache, that it takes less
-_AHEAD, _AHEAD_PASSES = 12, 5  # the same of both ahead of everything trained, where only the forward pass counts
+_AHEAD = 2**23  # bytes of an output from which merging takes less ahead of everything trained, by steps of networks
 _BITS = 11  # calls of an activation that keeps bits
 _AGAIN, _AGAIN_PASSES = 40, 6  # calls of computing a layer's output again, and passes over it, beside its products
 
@@ -73,7 +73,7 @@ def merging_ahead_is_worth(output: int) -> bool:
     Args:
         output: bytes of the output.
     """
-    return max(output - _CACHE, 0) * _AHEAD_PASSES >= _AHEAD * MOVED_A_CALL
+    return output >= _AHEAD
 
 
 def again_is_worth(output: int, products: int, itemsize: int, smallest: float) -> bool:

@@ -25,6 +25,19 @@ def test_forward_and_every_gradient_equal_autograd(setting):
         torch.testing.assert_close(geometry.bias_gradient(grad), gradients["bias"], **TOLERANCE)
 
 
+@given(convolutions())
+def test_single_precision_has_ways_of_its_own_to_the_same(setting):
+    layer, x, grad = setting.layer(), setting.x(), setting.grad()
+    geometry = geometry_of(layer)
+    y, grad_x, gradients = autograd(layer, x, grad)
+    x32, weight, grad32 = (tensor.detach().float() for tensor in (x, layer.weight, grad))
+    close = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
+    if layer.bias is not None:
+        torch.testing.assert_close(geometry.affine(x32, weight, layer.bias.detach().float()), y.detach(), **close)
+    torch.testing.assert_close(geometry.input_gradient(grad32, weight, tuple(x.shape)), grad_x, **close)
+    torch.testing.assert_close(geometry.weight_gradient(x32, grad32), gradients["weight"], **close)
+
+
 @given(LAYERS)
 def test_output_shape_is_that_of_the_layer(setting):
     layer = setting.layer()

@@ -39,8 +39,8 @@ def test_a_large_output_is_worth_it_and_a_large_weight_is_not():
 
 
 def test_ahead_of_everything_trained_only_time_counts():
-    assert not worth.merging_ahead_is_worth(2**20)
-    assert worth.merging_ahead_is_worth(2**21)
+    assert not worth.merging_ahead_is_worth(2**22)
+    assert worth.merging_ahead_is_worth(2**24)
 
 
 def test_computing_again_counts_the_output_and_its_products():
