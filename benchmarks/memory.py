@@ -152,7 +152,7 @@ def run(rows: list[Row], pairs: int, table: Path) -> pd.DataFrame:
         parts = _lacking(results.get(key, {}), pairs)
         if not parts:
             continue
-        print(f"[{number}/{len(rows)}] {row.network}, last {row.layers}: {row.peer}", flush=True)
+        print(f"[{number}/{len(rows)}] {row.network}, last {row.layers}, batch {row.batch}: {row.peer}", flush=True)
         results[key] = results.get(key, {}) | _in_a_process(row, parts, pairs)
         frame = _in_order(pd.DataFrame(results.values()))
         table.parent.mkdir(parents=True, exist_ok=True)
@@ -169,15 +169,15 @@ def _lacking(record: dict[str, Any], pairs: int) -> list[str]:
 
 
 def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows in the order of networks, depths and peers, whenever they were measured."""
+    """Rows in the order of networks, depths, batches and peers, whenever they were measured."""
     places = {"network": NETWORKS, "peer": tuple(PEERS)}
 
     def place(column: pd.Series) -> pd.Series:
         if column.name in places:
             return column.map(places[column.name].index)
-        return column.map(lambda layers: float("inf") if layers == "all" else int(layers))
+        return column.map(lambda count: float("inf") if count == "all" else int(count))
 
-    return frame.sort_values(["network", "layers", "peer"], key=place, kind="stable", ignore_index=True)
+    return frame.sort_values(["network", "layers", "batch", "peer"], key=place, kind="stable", ignore_index=True)
 
 
 def main() -> None:
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--layers", nargs="+", default=["2", "4", "all"], metavar="N")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="PEER")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, nargs="+", default=[64], help="images; several in one table")
     parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
     parser.add_argument("--pairs", type=int, default=3, help="pairs of steps for the ratio of times; 0: none")
     parser.add_argument("--output", type=Path, default=Path("figures"))
@@ -197,9 +197,10 @@ def main() -> None:
         print(json.dumps(measure(Row(**json.loads(options.row)), options.parts, options.pairs)))
         return
     rows = [
-        Row(network, layers, peer, options.batch, options.size)
+        Row(network, layers, peer, batch, options.size)
         for network in options.networks
         for layers in options.layers
+        for batch in options.batch
         for peer in options.peers
     ]
     torch.manual_seed(233)

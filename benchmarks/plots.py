@@ -22,8 +22,8 @@ _COLOURS = {"vanilla": "#000000", "lean": "#0072b2", "asi": "#d55e00", "asi_int8
 def ratios(frame: pd.DataFrame) -> pd.DataFrame:
     """Per row: kept bytes of vanilla over the row's, peak over the row's inference peak, resident over vanilla's."""
     frame = frame.copy()
-    if "failed" not in frame:
-        frame["failed"] = None
+    if "step_over_vanilla" not in frame:  # no times were asked for
+        frame["step_over_vanilla"] = float("nan")
     group = ["network", "layers", "batch", "size"]
     vanilla = frame[frame.peer == BASELINE].set_index(group)
     index = pd.MultiIndex.from_frame(frame[group])
@@ -35,12 +35,13 @@ def ratios(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """One table, a row per network, depth and peer."""
+    """One table, a row per network, depth, batch and peer; the batch is said where there are several."""
     table = ratios(frame)
     shown = pd.DataFrame(
         {
             "network": table.network,
             "last": table.layers,
+            **({"batch": table.batch.astype(str)} if table.batch.nunique() > 1 else {}),
             "peer": table.peer,
             "kept (MiB)": (table.kept_bytes / 2**20).map("{:.2f}".format),
             "kept, times less": table.kept_times_less.map("{:.1f}".format),
@@ -57,21 +58,23 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def draw(frame: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write memory.md, memory.png and memory.svg: kept bytes of each peer, a panel per network and depth."""
+    """Write memory.md, memory.png and memory.svg: kept bytes of each peer, a panel per network, depth and batch."""
     table = ratios(frame)
-    panels = list(table[table.kept_bytes.notna()].groupby(["network", "layers"], sort=False))
+    panels = list(table[table.kept_bytes.notna()].groupby(["network", "layers", "batch"], sort=False))
+    several = table.batch.nunique() > 1
     columns = max(1, min(3, len(panels)))
     lines = max(1, -(-len(panels) // columns))
     slots = [max((len(rows) for _, rows in panels[n * columns : (n + 1) * columns]), default=1) for n in range(lines)]
     heights = [1.1 + 0.24 * count for count in slots]
     options = {"figsize": (5 * columns, sum(heights)), "height_ratios": heights, "squeeze": False}
     figure, axes = plt.subplots(lines, columns, **options)  # type: ignore[arg-type]
-    for index, (axis, ((network, layers), rows)) in enumerate(zip(axes.flat, panels, strict=False)):
+    for index, (axis, ((network, layers, batch), rows)) in enumerate(zip(axes.flat, panels, strict=False)):
         mebibytes = rows.kept_bytes / 2**20
         colours = ["#000000" if peer == BASELINE else "#d55e00" if peer == "asi" else "#8da0b8" for peer in rows.peer]
         bars = axis.barh(rows.peer, mebibytes, color=colours)
         axis.bar_label(bars, [f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in mebibytes], padding=3, fontsize=8)
-        axis.set(title=f"{network}, last {layers}", xscale="log", xlabel="kept (MiB)")
+        title = f"{network}, last {layers}{f', batch {batch}' if several else ''}"
+        axis.set(title=title, xscale="log", xlabel="kept (MiB)")
         axis.set_xlim(mebibytes.min() / 2, mebibytes.max() * 4)
         axis.set_ylim(slots[index // columns] - 0.4, -0.6)  # bars of one thickness, the first on top
         axis.tick_params(axis="x", which="minor", labelbottom=False)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The suite's main job on real images, with no download: setup B with MCUNet on handwritten digits. Pretrains on one
+# The suite's main job on real images, with no download: setup B with ResNet-18 on handwritten digits. Pretrains on one
 # half of the data, measures perplexity, trains vanilla, gradient filter, HOSVD and, at a twentieth of vanilla's memory,
 # ASI with factors in float32 and in int8 on the last 2 and 4 layers of the other half, and writes the table and the
 # Pareto plot. Run again, it does only what is missing.
@@ -27,6 +27,6 @@ bash scripts/setup.sh
 python="${VENV:-.venv}/bin/python"
 runs="${RUNS_DIR:-runs}"
 [[ $# -gt 0 ]] || set -- 233
-exec "$python" -m classification sweep --setup b --model mcunet --dataset digits --layers 2 4 --seeds "$@" \
+exec "$python" -m classification sweep --setup b --model resnet18 --dataset digits --layers 2 4 --seeds "$@" \
     --methods vanilla gradient_filter_r2 hosvd_0.8 asi asi_int8 --budget 1/20 --runs-dir "$runs" "${dry_run[@]}" \
     --workers "${WORKERS:-1}" --launcher "${LAUNCHER:-local}" --report

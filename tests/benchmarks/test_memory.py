@@ -157,6 +157,14 @@ def test_the_table_grows_and_nothing_is_measured_twice(tmp_path, fake):
     assert "| mcunet    | all    | asi     | 0.00         | 5.0" in paths[0].read_text()
 
 
+def test_several_batches_are_told_apart_in_one_table(tmp_path, fake):
+    rows = [Row("mcunet", "2", peer, batch, 64) for batch in (16, 8) for peer in ("asi", "vanilla")]
+    frame = memory.run(rows, 0, tmp_path / "memory.csv")
+    assert list(zip(frame.batch, frame.peer, strict=True)) == [(8, "vanilla"), (8, "asi"), (16, "vanilla"), (16, "asi")]
+    text = draw(frame, tmp_path)[0].read_text()
+    assert [line.split("|")[3].strip() for line in text.splitlines()[2:]] == ["8", "8", "16", "16"]
+
+
 def test_of_a_row_without_a_ratio_of_times_only_that_is_measured(tmp_path, fake):
     rows = [Row("mcunet", "2", peer, 8, 64) for peer in ("vanilla", "lora_8", "asi")]
     memory.run(rows, 0, tmp_path / "memory.csv")
