@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -115,11 +115,12 @@ def stock_batch_norm(
     """`torch.nn.functional.batch_norm`; keeps its input, with stored statistics the origin of it."""
     if training and _knows_its_statistics(input, running_mean, running_var, weight, bias):
         y, mean, inverse = torch.native_batch_norm(input, weight, bias, running_mean, running_var, True, momentum, eps)
-        return keeps_its_input(_by_statistics, input, weight, bias, mean, inverse, y=y)
+        again = partial(_by_statistics, eps)
+        return keeps_its_input(again, input, weight, bias, mean, inverse, y=y)
     if training or running_mean is None:
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        again = lambda x, w, b: F.batch_norm(x, None, None, w, b, True, 0.0, eps)  # noqa: E731
-        return keeps_its_input(again, input, weight, bias, y=y)
+        anew = lambda x, w, b: F.batch_norm(x, None, None, w, b, True, 0.0, eps)  # noqa: E731
+        return keeps_its_input(anew, input, weight, bias, y=y)
     stored = lambda x, w, b, mean, var: F.batch_norm(x, mean, var, w, b, False, 0.0, eps)  # noqa: E731
     return _normalised(stored, input, weight, bias, running_mean, running_var)
 
@@ -134,9 +135,14 @@ def _knows_its_statistics(input: Tensor, *vectors: Tensor | None) -> bool:
     return fit and input.numel() > input.shape[1]
 
 
-def _by_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse: Tensor) -> Tensor:
+def _by_statistics(
+    eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse: Tensor
+) -> Tensor:
     """A normalisation by known statistics, `mean` and `inverse` deviation (C,), in one pass; bit for bit what it was
-    by those of the batch, since PyTorch multiplies the deviation by the weight first."""
+    by those of the batch, since PyTorch multiplies the deviation by the weight first. With a graph, which leads through
+    the statistics as well, by those of the batch."""
+    if torch.is_grad_enabled():
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
     scale = inverse if weight is None else inverse * weight
     return F.batch_norm(x, mean, torch.ones_like(mean), scale, bias, False, 0.0, 0.0)
 

@@ -75,7 +75,8 @@ class ConvGeometry:
         try:
             return _conv_geometry(*settings)
         except TypeError:  # lists, as somebody may have set
-            return _conv_geometry(*(tuple(one) if isinstance(one, list) else one for one in settings))
+            hashable: Any = (tuple(one) if isinstance(one, list) else one for one in settings)
+            return _conv_geometry(*hashable)
 
     @property
     def _pads(self) -> list[Shape]:
@@ -124,8 +125,8 @@ class ConvGeometry:
         return plain and x.device.type == "cpu" and x.dtype in _PRODUCT_TYPES and x.is_contiguous() and x.numel() > 0
 
     def affine(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The layer's output, up to rounding; not for autograd."""
-        if not self._is_product(x):
+        """The layer's output, up to rounding."""
+        if torch.is_grad_enabled() or not self._is_product(x):
             return self.forward(x, weight, bias)
         y = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
         weights = weight.flatten(1).expand(x.shape[0], -1, -1)

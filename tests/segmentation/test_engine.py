@@ -96,6 +96,7 @@ def test_a_sweep_gives_every_method_that_needs_ranks_a_budget(tmp_path, monkeypa
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_in_one_line_and_the_same_command_goes_on(number, code, data_dir, tmp_path, capsys):
     words = arguments("train", "hosvd_0.8", data_dir, tmp_path, "--iterations", "40")
+    words += ["train_cfg.val_interval=10", "default_hooks.checkpoint.interval=10"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-m", "segmentation", *words]
@@ -110,7 +111,7 @@ def test_a_signal_ends_a_run_in_one_line_and_the_same_command_goes_on(number, co
     assert main(words) == 0
     assert "resuming: " in capsys.readouterr().out
     with (run / "metrics.csv").open() as file:
-        assert [float(row["iteration"]) for row in csv.DictReader(file)] == list(range(2, 41, 2))
+        assert [float(row["iteration"]) for row in csv.DictReader(file)] == list(range(10, 41, 10))
 
 
 def test_an_unknown_error_is_one_line_with_the_run_and_its_log(data_dir, tmp_path, capsys, monkeypatch):
