@@ -35,26 +35,33 @@ from lowrank.meters.memory import held_bytes
 SIDE, CLASSES, TOKENS, WORDS = 128, 100, 128, 1000
 KEY = ["model", "statistics", "way"]
 BLOCKS = ("Bottleneck", "MBConv", "CNBlock", "EncoderBlock", "LlamaDecoderLayer")  # what a checkpoint is put around
-VIT = partial(models.VisionTransformer, SIDE, 16, 6, 6, 192, 768, num_classes=CLASSES)
 
 
-def _llama() -> nn.Module:
+def _vit(width: int) -> nn.Module:
+    return models.VisionTransformer(SIDE, 16, 6, 6, width, 4 * width, num_classes=CLASSES)
+
+
+def _llama(width: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": WORDS}
+    sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_hidden_layers": 4, "vocab_size": WORDS}
     config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=4, use_cache=False)
     return LlamaForCausalLM(config)
 
 
 def networks() -> Iterator[Stranger]:
-    """Images of 128 x 128, of a ViT in 64 patches; a Llama of four layers on 128 tokens."""
+    """Images of 128 x 128, of a ViT in 64 patches; a Llama of four layers on 128 tokens; both in two widths."""
     make: dict[str, Callable[[], nn.Module]] = {
         name: partial(models.get_model, name, weights=None, num_classes=CLASSES)
         for name in ("resnet50", "efficientnet_b0", "convnext_tiny")
     }
-    for name, build in {**make, "vit": VIT}.items():
+    for width in (192, 384):
+        make[f"vit {width}"] = partial(_vit, width)
+    for name, build in make.items():
         yield Stranger(name, "torchvision", build, lambda samples: torch.randn(samples, 3, SIDE, SIDE))
-    yield Stranger("llama", "transformers", _llama, lambda samples: torch.randint(WORDS, (samples, TOKENS)))
+    for width in (256, 512):
+        build = partial(_llama, width)
+        yield Stranger(f"llama {width}", "transformers", build, lambda samples: torch.randint(WORDS, (samples, TOKENS)))
 
 
 def checkpointed(_: Stranger, model: nn.Module) -> nn.Module:

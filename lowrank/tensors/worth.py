@@ -36,7 +36,7 @@ _AGAIN, _AGAIN_PASSES = 40, 6  # calls of computing a layer's output again, and 
 def check_smallest(smallest: object) -> None:
     """Raise `SettingError` unless it is a number from 0, infinity included."""
     if isinstance(smallest, bool) or not isinstance(smallest, int | float) or not smallest >= 0:
-        raise SettingError(f"smallest is {smallest!r}; allowed: bytes an operator call, from 0, such as 2**15")
+        raise SettingError(f"smallest is {smallest!r}; allowed: bytes an operator call, from 0, such as 2**18")
 
 
 def is_worth(saved: int, calls: float, smallest: float) -> bool:
