@@ -135,6 +135,9 @@ def _knows_its_statistics(input: Tensor, *vectors: Tensor | None) -> bool:
     return fit and input.numel() > input.shape[1]
 
 
+_NOTHING = 1e-30  # beside a variance of one; PyTorch takes no zero
+
+
 def _by_statistics(
     eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse: Tensor
 ) -> Tensor:
@@ -144,7 +147,7 @@ def _by_statistics(
     if torch.is_grad_enabled():
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
     scale = inverse if weight is None else inverse * weight
-    return F.batch_norm(x, mean, torch.ones_like(mean), scale, bias, False, 0.0, 0.0)
+    return F.batch_norm(x, mean, torch.ones_like(mean), scale, bias, False, 0.0, _NOTHING)
 
 
 def _normalised(stock: Callable[..., Tensor], input: Tensor, *parameters: Tensor | None) -> Tensor:
