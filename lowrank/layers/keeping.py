@@ -19,6 +19,7 @@ from lowrank.tensors.worth import is_worth
 
 Kept = tuple[Method, Tensors]
 LITTLE = 32  # a form of so small a part of an input takes hardly anything, and less time than the exact gradient
+_MOST_JUDGED = 256  # cases that a layer remembers; sizes of images or texts may never end
 _WHOLE = Vanilla()  # of this one object: the method of layers whose own is not worth it
 
 
@@ -67,9 +68,12 @@ class LayerState:
         if torch.compiler.is_compiling():  # which remembers by itself
             return self.method if self._is_worth(geometry, x, out_channels) else _WHOLE
         case = (geometry, x.shape, x.dtype, out_channels, self.smallest)
-        if case not in self.judged:
-            self.judged = {**self.judged, case: self._is_worth(geometry, x, out_channels)}
-        return self.method if self.judged[case] else _WHOLE
+        worth = self.judged.get(case)
+        if worth is None:
+            worth = self._is_worth(geometry, x, out_channels)
+            if len(self.judged) < _MOST_JUDGED:
+                self.judged = {**self.judged, case: worth}
+        return self.method if worth else _WHOLE
 
     def _is_worth(self, geometry: Geometry, x: Tensor, out_channels: int) -> bool:
         price = self.method.price(x, geometry, out_channels)

@@ -43,6 +43,7 @@ from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry
 from lowrank.tensors.worth import again_is_worth, bits_are_worth, merging_ahead_is_worth, merging_is_worth
 
 _OWN = {Watched, Held, Lazy}
+_MOST_SETTLED = 256  # calls that a layer remembers; sizes of images or texts may never end
 
 
 class LowRankLayer(Changed):
@@ -136,7 +137,7 @@ class LowRankLayer(Changed):
         """Remember that calls like this one are the stock layer's, if the rule of `smallest` says so."""
         state = self._lowrank
         known = "weight" in self._parameters and not (state.watched and bits_are_worth(y, state.smallest))
-        if known and state.smallest:
+        if known and state.smallest and len(state.settled) < _MOST_SETTLED:
             state.settled = {**state.settled, _call_of(self, input): kept}
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -128,3 +129,12 @@ def test_a_price_that_is_none_changes_nothing():
     with pytest.raises(SettingError, match="from 0"):
         lowrank.convert(model, ["0"], Vanilla(), smallest=-1)
     assert type(model[0]) is nn.Conv2d
+
+
+def test_what_a_layer_remembers_does_not_grow_with_every_size():
+    layer = lowrank.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), ["0"], ASI(2), smallest=2**18)
+    sizes = []
+    for side in range(3, 303):
+        layer(torch.rand(1, 3, 3, side)).sum().backward()
+        sizes.append(len(pickle.dumps(layer)))
+    assert sizes[-1] == sizes[-20], "a copy of the layer holds what it remembers"
