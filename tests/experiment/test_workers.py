@@ -101,7 +101,7 @@ def test_one_signal_ends_all_with_what_they_have_saved(tmp_path, sent, code):
     with subprocess.Popen([sys.executable, "-c", SWEEP, str(tmp_path)], stderr=subprocess.PIPE, text=True) as sweep:
         folders = [run_of(seed).folder(tmp_path) for seed in (1, 2)]
         end = time.monotonic() + 60
-        while not all((folder / "times").exists() for folder in folders) and time.monotonic() < end:
+        while not all((folder / "waiting").exists() for folder in folders) and time.monotonic() < end:
             time.sleep(0.05)
         sweep.send_signal(sent)
         said = sweep.communicate(timeout=60)[1]

@@ -53,6 +53,7 @@ def do(arguments: Sequence[str]) -> None:
             _wait(lambda: len(list(Path(root).rglob("times"))) > 1)
         if what == "last":
             try:
+                (folder.path / "waiting").touch()  # from here on a signal finds it where it saves
                 _wait(lambda: False)
             finally:
                 (folder.checkpoints / "last.ckpt").write_text("saved")
