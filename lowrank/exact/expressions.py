@@ -17,7 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lowrank.exact.origins import LAYER, Origin, Reader, find, is_kept, itself, lean_mode, note, origin_of, reading
+from lowrank.exact.origins import (
+    LAYER,
+    Origin,
+    Reader,
+    find,
+    is_kept,
+    itself,
+    lean_mode,
+    least_of,
+    note,
+    origin_of,
+    reading,
+)
 from lowrank.tensors.eager import ORDINARY, Node, saved
 
 _SUMS = {torch.add, Tensor.add, torch.sub, Tensor.sub}
@@ -32,7 +44,7 @@ def noted(stock: Callable[..., Any], lean: Callable[..., Any] | None = None) -> 
     @wraps(stock)
     def function(*args: Any, **kwargs: Any) -> Any:
         y = (stock if lean is None else lean)(*args, **kwargs)
-        first = y[0] if isinstance(y, tuple | list) and y else y
+        first = y[0] if isinstance(y, (tuple, list)) and y else y
         if lean_mode(first) and not kwargs.get("out"):
             _note_call(stock, args, kwargs, y)
         return y
@@ -56,7 +68,8 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
     places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[at] for at in places]
     parts = stock in _PARTS
-    if not parts and all(find(tensor) is None for tensor in tensors):
+    known = [find(tensor) for tensor in tensors]
+    if not parts and known.count(None) == len(known):
         return  # of nothing that is kept
     others = [None if at in places else leaf for at, leaf in enumerate(leaves)]
 
@@ -67,7 +80,7 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
         args, kwargs = (filled, {}) if layout is None else tree_unflatten(filled, layout)
         return stock(*args, **kwargs)
 
-    origins = [origin_of(tensor, stream=True) for tensor in tensors]
+    origins = [least_of(tensor, origin, stream=True) for tensor, origin in zip(tensors, known, strict=True)]
     if stock in _SUMS and _starts_anew(y, tensors, origins):
         return
     if isinstance(y, tuple | list):

@@ -54,8 +54,11 @@ class Step:
     ) -> None:
         self.function, self.inputs, self.readers = function, tuple(inputs), 0
         self.change, self.fresh = change, fresh
-        self.depth: int = 1 + max((step.depth for step in inputs), default=0)
-        self.cost: int = cost + max((step.cost for step in inputs), default=0)
+        depth = costs = 0
+        for step in inputs:
+            depth, costs = max(depth, step.depth), max(costs, step.cost)
+        self.depth: int = 1 + depth
+        self.cost: int = cost + costs
         self.made: Tensor | None = None
 
     def value(self, known: dict[Step, Tensor]) -> Tensor:
@@ -77,7 +80,7 @@ class Step:
     def anew(self, known: dict[Step, Tensor]) -> Tensor:
         """The same, which is not written anywhere."""
         assert self.function is not None
-        return self.function(*(step.value(known) for step in self.inputs))
+        return self.function(*[step.value(known) for step in self.inputs])
 
     def is_for_one(self, known: dict[Step, Tensor]) -> bool:
         """Whether who asks now may change what it gives: no layer, and nobody else has asked for it or will."""
@@ -107,7 +110,7 @@ class Step:
             self.made = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Source:
     """A tensor that others are computed from, or a reference to one that nothing may keep.
 
@@ -129,13 +132,8 @@ class Source:
         assert found is not None, "whoever finds an origin has all of its sources"
         return found
 
-    def holds(self) -> bool:
-        """Whether the tensor is there, and as it was."""
-        found = self.held if isinstance(self.held, Tensor) else self.held()
-        return found is not None and self.version == version_of(found)
 
-
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Origin:
     """The step that gives a tensor, and the sources of that.
 
@@ -161,18 +159,28 @@ class Origin:
             if not source.kept:
                 storage = source.tensor.untyped_storage()
                 sizes[storage._cdata] = storage.nbytes()
-        return sum(sizes.values())
+        return sum(sizes.values()) if sizes else 0
 
     def as_kept(self) -> Origin:
         """The same, now that its sources are kept."""
-        if all(source.kept for source in self.sources):
+        for source in self.sources:
+            if not source.kept:
+                break
+        else:
             return self
-        kept = tuple(Source(source.step, source.tensor, True, source.version) for source in self.sources)
+        kept = tuple(
+            source if source.kept else Source(source.step, source.tensor, True, source.version)
+            for source in self.sources
+        )
         return Origin(self.step, kept, self.parts, self.place, self.stream)
 
     def holds(self) -> bool:
-        """Whether its sources are as they were."""
-        return all(source.holds() for source in self.sources)
+        """Whether its sources are there, and as they were."""
+        for source in self.sources:
+            found = source.held() if type(source.held) is weakref.ref else source.held
+            if found is None or (source.version >= 0 and source.version != found._version):  # type: ignore[union-attr]
+                return False
+        return True
 
 
 _ORIGINS: Notes[Origin] = Notes()
@@ -199,8 +207,6 @@ def is_parameter(x: Tensor) -> bool:
 
 def is_kept(x: Tensor) -> None:
     """A node keeps this tensor in full: whatever else is computed from it takes nothing. A compiler sees for itself."""
-    if torch.compiler.is_compiling():
-        return
     slots.is_kept(x)
     _KEPT.note(x, place_of_saving())
 
@@ -208,13 +214,13 @@ def is_kept(x: Tensor) -> None:
 def is_known_as_kept(x: Tensor) -> bool:
     """Whether a node keeps this tensor in full."""
     place = _KEPT.find(x)
-    return place is not None and place == place_of_saving()
+    return place is not None and place == _place()
 
 
 def find(x: Tensor) -> Origin | None:
     """How a tensor comes about, if that is known and its sources are as they were."""
     origin = _ORIGINS.find(x)
-    if origin is None or origin.place != place_of_saving():
+    if origin is None or origin.place != _place():
         return None
     with torch._C.DisableTorchFunctionSubclass():
         return origin if origin.holds() else None
@@ -227,8 +233,10 @@ def is_noted(x: Tensor) -> bool:
 
 def place_of_saving() -> int:
     """What becomes of what autograd saves: 0, or a number for whoever takes it instead, such as a checkpoint."""
-    if torch.compiler.is_compiling():
-        return 0
+    return 0 if torch.compiler.is_compiling() else _place()
+
+
+def _place() -> int:
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is None:
         return 0
@@ -247,10 +255,16 @@ def origin_of(x: Tensor, stream: bool = False) -> Origin:
 
     `stream`: of two that take as much, the one further ahead, see `Origin`.
     """
-    origin = find(x)
+    return least_of(x, find(x), stream)
+
+
+def least_of(x: Tensor, origin: Origin | None, stream: bool = False) -> Origin:
+    """The same, where `find` has been asked."""
+    if origin is None:
+        return itself(x)
     with torch._C.DisableTorchFunctionSubclass():
-        if origin is None or is_known_as_kept(x):
-            return itself(x)
+        if is_known_as_kept(x):
+            return itself(x, kept=True)
         added, own = origin.nbytes, x.untyped_storage().nbytes()
         equal = origin.parts or (stream and origin.stream)
         return origin if added < own or (equal and added <= own) else itself(x)
@@ -272,13 +286,17 @@ def come_about(
 ) -> Origin | None:
     """The origin of `function` of these, see `note`; None where that takes too much."""
     origins = list(inputs)
-    sources = {source.step: source for origin in origins for source in origin.sources}
-    for origin in origins:  # of one that is kept for one input and not for another
-        sources |= {source.step: source for source in origin.sources if source.kept}
     step = Step(function, [origin.step for origin in origins], cost, change, fresh)
-    parts, stream = parts or any(o.parts for o in origins), any(o.stream for o in origins)
-    affordable = step.depth <= DEEPEST and step.cost < 2 * LAYER and step.cost % LAYER <= BUDGET
-    return Origin(step, tuple(sources.values()), parts, place_of_saving(), stream) if affordable else None
+    if step.depth > DEEPEST or step.cost >= 2 * LAYER or step.cost % LAYER > BUDGET:
+        return None
+    sources: dict[Step, Source] = {}
+    stream = False
+    for origin in origins:
+        parts, stream = parts or origin.parts, stream or origin.stream
+        for source in origin.sources:
+            if source.kept or source.step not in sources:  # of one that is kept for one input and not for another
+                sources[source.step] = source
+    return Origin(step, tuple(sources.values()), parts, place_of_saving(), stream)
 
 
 def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], **options: Any) -> None:
@@ -295,8 +313,11 @@ def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], **options: Any)
 
 def note_origin(y: Tensor, found: Origin | None) -> None:
     """Note how `y` comes about, unless that takes as much as itself."""
-    if found is None or any(source.tensor is y for source in found.sources):
+    if found is None:
         return
+    for source in found.sources:
+        if source.tensor is y:
+            return
     with torch._C.DisableTorchFunctionSubclass():
         read = type(y).untyped_storage is Tensor.untyped_storage  # otherwise it has no memory yet
         added, own = found.nbytes, y.untyped_storage().nbytes() if read else y.nbytes
@@ -319,7 +340,7 @@ class Reader:
 
     def __init__(self, origins: Sequence[Origin]) -> None:
         self._steps = [origin.step for origin in origins]
-        self._sources = list({source.step: None for origin in origins for source in origin.sources})
+        self._sources = list(dict.fromkeys([source.step for origin in origins for source in origin.sources]))
         self._waiting = True
         for step in self._steps:
             step.need()
@@ -349,9 +370,13 @@ class Reader:
 
 def reading(*origins: Origin) -> tuple[Reader, tuple[Tensor, ...]]:
     """A reader of these, and what autograd has to save for it."""
-    sources = {source.step: source.tensor for origin in origins for source in origin.sources}
-    for tensor in sources.values():
-        is_kept(tensor)
+    sources: dict[Step, Tensor] = {}
+    for origin in origins:
+        for source in origin.sources:
+            if source.step not in sources:
+                sources[source.step] = source.tensor
+                if not source.kept:
+                    is_kept(sources[source.step])
     return Reader(origins), tuple(sources.values())
 
 
@@ -359,4 +384,4 @@ def lean_mode(x: Any) -> bool:
     """Whether what autograd keeps for `x` is this package's to decide: in plain eager training without autocast."""
     if not isinstance(x, Tensor) or not wants_gradient(x):
         return False
-    return not in_autocast(x.device.type)
+    return not torch._C._is_any_autocast_enabled() or not in_autocast(x.device.type)
