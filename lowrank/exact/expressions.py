@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lowrank.exact import chains
 from lowrank.exact.origins import (
     LAYER,
     Origin,
@@ -32,7 +33,8 @@ from lowrank.exact.origins import (
 )
 from lowrank.tensors.eager import ORDINARY, Node, saved
 
-_SUMS = {torch.add, Tensor.add, torch.sub, Tensor.sub}
+_ADDED = {torch.add, Tensor.add}
+_SUMS = {*_ADDED, torch.sub, Tensor.sub}
 _PARTS = (torch.cat, torch.concat, torch.concatenate)
 _PLAIN = {*ORDINARY, int, float, bool, type(None), torch.dtype}  # what holds no further arguments
 _FIXED = (Number, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -88,7 +90,8 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
             if isinstance(one, Tensor):
                 note(one, lambda *values, at=at: again(*values)[at], origins)
     elif y is not tensors[0]:
-        note(y, again, origins, parts=parts)
+        chained = stock in _ADDED and len(leaves) == len(tensors) == 2 and layout is None
+        note(y, again, origins, parts=parts, fresh=chained, link=chains.SUM if chained else None)
 
 
 def _starts_anew(y: Tensor, tensors: list[Tensor], origins: list[Origin]) -> bool:
@@ -109,7 +112,8 @@ def _noted_in_place(stock: Callable[..., Any], again: Callable[..., Any]) -> Cal
         y = stock(input, other, **options)
         if ahead is not None and lean_mode(y) and not _starts_anew(y, [input, other], ahead):
             change = lambda a, b: stock(a, b, **options)  # noqa: E731
-            note(y, lambda a, b: again(a, b, **options), ahead, change=change, fresh=True)
+            link = chains.SUM if again is torch.add and not options else None
+            note(y, lambda a, b: again(a, b, **options), ahead, change=change, fresh=True, link=link)
         return y
 
     return function
@@ -161,11 +165,13 @@ def product(input: Any, other: Any, **options: Any) -> Any:
 _scaled = noted(torch.mul)
 
 
-def keeps_its_input(stock: Callable[..., Tensor], input: Tensor, *parameters: Tensor | None, y: Tensor) -> Tensor:
-    """Note that `y` is `stock(input, *parameters)`, of which autograd keeps the input anyway."""
+def keeps_its_input(
+    stock: Callable[..., Tensor], input: Tensor, *parameters: Tensor | None, y: Tensor, link: Any = None
+) -> Tensor:
+    """Note that `y` is `stock(input, *parameters)`, of which autograd keeps the input anyway; `link`: see `Step`."""
     if lean_mode(y):
         is_kept(input)
-        note_of(y, stock, itself(input, kept=True), parameters, fresh=True)
+        note_of(y, stock, itself(input, kept=True), parameters, fresh=True, link=link)
     return y
 
 
@@ -176,6 +182,7 @@ def note_of(
     parameters: tuple[Tensor | None, ...],
     cost: int = 0,
     fresh: bool = False,
+    link: Any = None,
 ) -> None:
     """Note that `y` is `apply(x, *parameters)`, of an x that comes about so; parameters may be None."""
     present = tuple(parameter is not None for parameter in parameters)
@@ -185,7 +192,7 @@ def note_of(
         return apply(x, *(next(given) if there else None for there in present))
 
     own = [itself(parameter, True) for parameter in parameters if parameter is not None]
-    note(y, again, [first, *own], cost=cost, fresh=fresh)
+    note(y, again, [first, *own], cost=cost, fresh=fresh, link=link)
 
 
 _METHODS = (

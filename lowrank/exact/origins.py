@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.exact import slots
+from lowrank.exact import chains, slots
 from lowrank.tensors.eager import in_autocast, wants_gradient
 from lowrank.tensors.notes import Notes
 
@@ -37,12 +37,13 @@ class Step:
         function: of what the inputs give; None of a source.
         inputs: the steps ahead of it.
         change: the same function, which writes its result to its first argument; None: there is none.
+        link: what it is of a chain that is computed in one pass, see `chains`; None: nothing.
         fresh: whether what it gives is new memory, that nothing else refers to.
         readers: backward nodes that have still to read it, and steps that such nodes need and that need it.
         cost: of the layers on the costliest way to it, see `BUDGET` and `LAYER`.
     """
 
-    __slots__ = ("change", "cost", "depth", "fresh", "function", "inputs", "made", "readers")
+    __slots__ = ("change", "cost", "depth", "fresh", "function", "inputs", "link", "made", "readers")
 
     def __init__(
         self,
@@ -51,9 +52,10 @@ class Step:
         cost: int = 0,
         change: Rebuild | None = None,
         fresh: bool = False,
+        link: Any = None,
     ) -> None:
         self.function, self.inputs, self.readers = function, tuple(inputs), 0
-        self.change, self.fresh = change, fresh
+        self.change, self.fresh, self.link = change, fresh, link
         depth = costs = 0
         for step in inputs:
             depth, costs = max(depth, step.depth), max(costs, step.cost)
@@ -65,17 +67,21 @@ class Step:
         """What it gives for these sources, which it is written to as well."""
         found = known.get(self, self.made)
         if found is None:
-            if self.change is not None and self.inputs[0].is_for_one(known):
-                first, *others = self.inputs
-                found = self.change(first.anew(known), *(step.value(known) for step in others))
-            else:
-                found = self.anew(known)
+            found = None if self.link is None else chains.joined(self, known)
+            if found is None:
+                found = self._alone(known)
             if self.readers > 0:
                 self.made = found
                 for step in self.inputs:
                     step.release()
         known[self] = found
         return found
+
+    def _alone(self, known: dict[Step, Tensor]) -> Tensor:
+        if self.change is not None and self.inputs[0].is_for_one(known):
+            first, *others = self.inputs
+            return self.change(first.anew(known), *[step.value(known) for step in others])
+        return self.anew(known)
 
     def anew(self, known: dict[Step, Tensor]) -> Tensor:
         """The same, which is not written anywhere."""
@@ -283,10 +289,11 @@ def come_about(
     cost: int = 0,
     change: Rebuild | None = None,
     fresh: bool = False,
+    link: Any = None,
 ) -> Origin | None:
     """The origin of `function` of these, see `note`; None where that takes too much."""
     origins = list(inputs)
-    step = Step(function, [origin.step for origin in origins], cost, change, fresh)
+    step = Step(function, [origin.step for origin in origins], cost, change, fresh, link)
     if step.depth > DEEPEST or step.cost >= 2 * LAYER or step.cost % LAYER > BUDGET:
         return None
     sources: dict[Step, Source] = {}
@@ -306,7 +313,8 @@ def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], **options: Any)
         y: any tensor that autograd follows.
         function: the operation; refers to no tensor itself.
         inputs: origins of its arguments.
-        options: `parts`, see `Origin`; `cost` of a layer, see `BUDGET` and `LAYER`; `change` and `fresh`, see `Step`.
+        options: `parts`, see `Origin`; `cost` of a layer, see `BUDGET` and `LAYER`; `change`, `fresh` and `link`, see
+            `Step`.
     """
     note_origin(y, come_about(function, inputs, **options))
 

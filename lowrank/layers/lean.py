@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from lowrank.exact.functions import LEAN_FUNCTIONS
 from lowrank.exact.watched import LeanFunctions, Watched, watch
-from lowrank.layers import normalisation  # noqa: F401 - its function is among those that keep less
+from lowrank.layers import gates, normalisation  # noqa: F401 - their functions are among those that keep less
+from lowrank.layers.autograd_function import Call
 from lowrank.layers.held import Held, let_go
-from lowrank.layers.lazy import Lazy, read
+from lowrank.layers.lazy import Lazy, read, unread
 from lowrank.layers.swap import Changed
 from lowrank.tensors.eager import trains_plainly
 from lowrank.tensors.worth import bits_are_worth
@@ -41,6 +42,8 @@ class LeanModule(Changed):
             with torch._C.DisableTorchFunctionSubclass():
                 y = super().forward(input)
         elif (called := CALLS[self.stock_class](self) if self.stock_class in CALLS else None) is None:
+            if kind is Lazy and self.training and (call := unread(input, Call)) is not None and call.note_reader:
+                call.note_reader(self)
             with nullcontext() if kind is Lazy else LeanFunctions():  # a lazy tensor does so itself
                 y = super().forward(input)
         elif kind is Lazy:
