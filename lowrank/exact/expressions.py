@@ -37,7 +37,7 @@ _ADDED = {torch.add, Tensor.add}
 _SUMS = {*_ADDED, torch.sub, Tensor.sub}
 _PARTS = (torch.cat, torch.concat, torch.concatenate)
 _PLAIN = {*ORDINARY, int, float, bool, type(None), torch.dtype}  # what holds no further arguments
-_FIXED = (Number, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_FIXED = (int, float, str, Number, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 def noted(stock: Callable[..., Any], lean: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -56,14 +56,16 @@ def noted(stock: Callable[..., Any], lean: Callable[..., Any] | None = None) -> 
 
 def is_fixed(argument: Any) -> bool:
     """Whether an argument is the same when a function is called with it again; not so an array of NumPy."""
+    if isinstance(argument, _FIXED):
+        return True
     if isinstance(argument, slice):
         return all(map(is_fixed, (argument.start, argument.stop, argument.step)))
-    return isinstance(argument, _FIXED)
+    return isinstance(argument, tuple) and all(map(is_fixed, argument))
 
 
 def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> None:
     leaves, layout = args, None
-    if kwargs or not _PLAIN.issuperset(map(type, args)):
+    if not _is_flat(args, kwargs):
         leaves, layout = tree_flatten((args, kwargs))
         if not all(isinstance(leaf, Tensor) or is_fixed(leaf) for leaf in leaves):
             return
@@ -79,19 +81,28 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
         filled = list(others)
         for at, value in zip(places, values, strict=True):
             filled[at] = value
-        args, kwargs = (filled, {}) if layout is None else tree_unflatten(filled, layout)
-        return stock(*args, **kwargs)
+        own, options = (filled, kwargs) if layout is None else tree_unflatten(filled, layout)
+        return stock(*own, **options)
 
     origins = [least_of(tensor, origin, stream=True) for tensor, origin in zip(tensors, known, strict=True)]
     if stock in _SUMS and _starts_anew(y, tensors, origins):
         return
-    if isinstance(y, tuple | list):
+    if isinstance(y, (tuple, list)):
         for at, one in enumerate(y):
             if isinstance(one, Tensor):
                 note(one, lambda *values, at=at: again(*values)[at], origins)
     elif y is not tensors[0]:
-        chained = stock in _ADDED and len(leaves) == len(tensors) == 2 and layout is None
+        chained = stock in _ADDED and len(leaves) == len(tensors) == 2 and layout is None and not kwargs
         note(y, again, origins, parts=parts, fresh=chained, link=chains.SUM if chained else None)
+
+
+def _is_flat(args: Any, kwargs: Any) -> bool:
+    """Whether tensors stand among the arguments themselves alone, and all others are fixed."""
+    if not _PLAIN.issuperset(map(type, args)):
+        for argument in args:
+            if not isinstance(argument, Tensor) and not is_fixed(argument):
+                return False
+    return not kwargs or all(map(is_fixed, kwargs.values()))
 
 
 def _starts_anew(y: Tensor, tensors: list[Tensor], origins: list[Origin]) -> bool:

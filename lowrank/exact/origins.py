@@ -134,7 +134,9 @@ class Source:
 
     @property
     def tensor(self) -> Tensor:
-        found = self.held if isinstance(self.held, Tensor) else self.held()
+        if type(self.held) is not weakref.ref:
+            return self.held  # type: ignore[return-value]
+        found = self.held()
         assert found is not None, "whoever finds an origin has all of its sources"
         return found
 
