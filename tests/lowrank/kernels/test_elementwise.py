@@ -96,5 +96,9 @@ def test_other_tensors_are_left_to_the_operators():
     assert passes.gate(x, x[:1]) is None
     assert passes.gate(x.mT, x.mT) is None
     assert passes.gate_gradients(x, x, x.double()) is None
+    for narrow in (x.bfloat16(), x.to(torch.int8), x.to(torch.uint8)):
+        assert passes.affine(x, vector, vector, narrow) is None
+        assert not passes.can_gate(x, narrow)
+        assert passes.gate_gradients(x, x, narrow) is None
     with library.plain():
         assert passes.gate(x, x) is None

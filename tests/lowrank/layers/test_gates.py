@@ -15,6 +15,7 @@ class Gated(nn.Module):
     def __init__(self, use):
         super().__init__()
         self.norm, self.use = nn.LayerNorm(12), use
+        self.named = F.silu  # as far as can be seen, any output may reach it
         self.gate, self.up, self.down = nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(20, 12)
 
     def forward(self, x):
@@ -54,6 +55,8 @@ USES = {
     "a gate with itself": lambda m, g, u: m.down((s := F.silu(g)) * s),
     "a gate of what it multiplies": lambda m, g, u: m.down(F.silu(g) * g),
     "of one row": lambda m, g, u: m.down(F.silu(g[:1]) * u),
+    "of half the precision": lambda m, g, u: m.down(F.silu(g) * u.bfloat16()),
+    "of a gate of half the precision": lambda m, g, u: m.down(F.silu(g.bfloat16()) * u),
     "a gradient that is seen": hooked(lambda grad: SEEN.append(grad.clone())),
     "a gradient that is replaced": hooked(lambda grad: grad * 2),
     "a gradient that is kept": retained,
@@ -98,6 +101,19 @@ def test_the_second_derivative_is_stocks_or_refused(recompute):
     own = lowrank.convert(copy.deepcopy(stock), ["gate", "up", "down"], lowrank.Vanilla(), recompute=recompute)
     x = torch.randn(3, 7, 12, requires_grad=True)
     torch.testing.assert_close(steps(own, x, True), steps(stock, x, True), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cpu_only("compiled kernels work in its memory")
+@pytest.mark.skipif(not lowrank.kernels.status().active, reason=str(lowrank.kernels.status()))
+def test_gradients_are_made_in_one_compiled_pass(monkeypatch):
+    """Otherwise nothing is tested here."""
+    made, passes = [], lowrank.kernels.passes
+    stock = passes.gate_gradients
+    monkeypatch.setattr(passes, "gate_gradients", lambda *given: made.append(stock(*given)) or made[-1])
+    own = lowrank.convert(Gated(USES["as in a language model"]), ["gate", "up", "down"], lowrank.Vanilla())
+    own(torch.randn(3, 7, 12)).square().sum().backward()
+    assert len(made) == 1
+    assert made[0] is not None
 
 
 def test_a_gate_keeps_no_more_than_without_compiled_passes():
