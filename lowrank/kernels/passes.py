@@ -294,13 +294,14 @@ def _affine(
 def rounds_as_batch_norm() -> bool:
     """Whether the kernel multiplies and adds as PyTorch's normalisation does: both at once, on processors that can, or
     one after the other."""
+    own: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are here
     with torch.no_grad(), torch.inference_mode(False):
-        x = torch.linspace(-3, 3, 2 * 3 * 5 * 41).sin_().mul_(7).view(2, 3, 5, 41)
-        weight, bias, mean, variance = torch.linspace(0.3, 1.7, 12).view(4, 3)
-        scale, found = variance.rsqrt() * weight, library()
-        y = F.batch_norm(x, mean, torch.ones(3), scale, bias, False, 0.0, 1e-30)
+        x = torch.linspace(-3, 3, 2 * 3 * 5 * 41, **own).sin_().mul_(7).view(2, 3, 5, 41)
+        weight, bias, mean, variance = torch.linspace(0.3, 1.7, 12, **own).view(4, 3)
+        scale = variance.rsqrt() * weight
         shift = torch.addcmul(bias, mean, scale, value=-1)
-        return torch.equal(y, _affine(getattr(found, "affine_float"), x, scale, shift, None, -inf, inf))  # noqa: B009
+        y = F.batch_norm(x, mean, torch.ones(3, **own), scale, bias, False, 0.0, 1e-30)
+        return torch.equal(y, _affine(_kernel("affine", x, scale, shift), x, scale, shift, None, -inf, inf))
 
 
 def can_gate(g: Tensor, u: Tensor) -> bool:

@@ -65,6 +65,18 @@ def test_the_widest_kernel_of_this_processor_rounds_as_pytorch(width):
         assert passes.rounds_as_batch_norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_how_it_rounds_is_found_whatever_the_default_dtype(dtype):
+    expected = passes.rounds_as_batch_norm()
+    passes.rounds_as_batch_norm.cache_clear()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert passes.rounds_as_batch_norm() == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("count", [0, 1, 3, 15, 16, 1001, 3 * 16384 + 5])
 def test_gates_and_their_gradients_are_those_of_double_precision(count, threads):
     g, u, grad = (drawn(count, seed) for seed in (1, 2, 3))
