@@ -14,7 +14,7 @@ from lowrank.exact.curves import Sloped
 from lowrank.exact.functions import LEAN_FUNCTIONS
 from lowrank.exact.origins import Origin, Reader, lean_mode, note, origin_of, reading
 from lowrank.kernels import passes
-from lowrank.layers.lazy import Lazy
+from lowrank.layers.lazy import lazy_gradient
 from lowrank.tensors.eager import Node, saved
 
 
@@ -38,7 +38,7 @@ class _Gated(Node):
             return grad * u, grad * F.silu(g), None, None
         of_g, of_u = made
         make = lambda: grad * u  # noqa: E731
-        return Lazy(tuple(g.shape), grad, grad.dtype, grad.stride(), make, Sloped(of_g)), of_u, None, None
+        return lazy_gradient(grad, grad.stride(), make, Sloped(of_g, ctx.reader.first)), of_u, None, None
 
 
 def product(input: Any, other: Any, **options: Any) -> Any:

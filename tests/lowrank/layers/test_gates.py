@@ -35,6 +35,18 @@ def hooked(hook):
     return use
 
 
+def crossed(curve):
+    """The gradient of a gate is handed to another curve, by hooks."""
+
+    def use(m, g, u):
+        seen, other, gate = [], curve(g, u), F.silu(g)
+        gate.register_hook(seen.append)
+        other.register_hook(lambda grad: seen[0])
+        return m.down(other * u + gate * u)
+
+    return use
+
+
 def retained(m, g, u):
     s = F.silu(g)
     s.retain_grad()
@@ -59,6 +71,8 @@ USES = {
     "of a gate of half the precision": lambda m, g, u: m.down(F.silu(g.bfloat16()) * u),
     "a gradient that is seen": hooked(lambda grad: SEEN.append(grad.clone())),
     "a gradient that is replaced": hooked(lambda grad: grad * 2),
+    "a gradient that another gate is given": crossed(lambda g, u: F.silu(u)),
+    "a gradient that another curve is given": crossed(lambda g, u: F.gelu(g)),
     "a gradient that is kept": retained,
     "a product that is changed": in_place,
     "a frozen gate": lambda m, g, u: m.down(F.silu(g.detach()) * u),
@@ -101,6 +115,16 @@ def test_the_second_derivative_is_stocks_or_refused(recompute):
     own = lowrank.convert(copy.deepcopy(stock), ["gate", "up", "down"], lowrank.Vanilla(), recompute=recompute)
     x = torch.randn(3, 7, 12, requires_grad=True)
     torch.testing.assert_close(steps(own, x, True), steps(stock, x, True), rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_that_is_kept_stays_as_it_is():
+    torch.manual_seed(0)
+    stock, found = Gated(lambda m, g, u: [s := F.silu(g), s * u]), []
+    for model in (lowrank.convert(copy.deepcopy(stock), ["gate", "up", "down"], lowrank.Vanilla()), stock):
+        (s, y), grad = model(torch.ones(3, 7, 12)), torch.ones(3, 7, 20)
+        found += torch.autograd.grad(y, s, grad)
+        grad.zero_()
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.cpu_only("compiled kernels work in its memory")
