@@ -23,6 +23,9 @@ SUMS = {
     "with half the precision": lambda y, other: y + other.bfloat16(),
     "with half the precision, in place": lambda y, other: in_place(y, other.bfloat16()),
     "with twice the precision, in place": lambda y, other: in_place(y, other.double()),
+    "with twice the precision, in place, of what is read": lambda y, other: (
+        torch.sigmoid(y) + F.gelu(in_place(y, other.double()))
+    ),
     "with whole numbers": lambda y, other: y + MASK.to(torch.uint8),
     "with whole numbers, in place": lambda y, other: in_place(y, MASK.to(torch.int8)),
     "with one number a channel": lambda y, other: y + other.mean((2, 3), keepdim=True),
