@@ -1,4 +1,4 @@
-"""What all tests share: one thread, and an environment in which scripts install nothing."""
+"""What all tests share: one thread, the same draws in every run, and scripts that install nothing."""
 
 import os
 import subprocess
@@ -7,8 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 ROOT = Path(__file__).parent.parent
+settings.register_profile(
+    "suite",  # no judgement of speed either
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+settings.load_profile("suite")
+# It draws also from the numbers and texts in the source of all modules that are imported, which are others in each
+# process and after each commit.
+providers._get_local_constants = providers.Constants
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -22,6 +36,18 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """What a test draws by PyTorch is the same in every run and in every order."""
+    torch.manual_seed(0)
+
+
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    """And so is what a fixture of several tests draws, which is made ahead of that."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
 
 
 @pytest.fixture
