@@ -28,6 +28,7 @@ SlurmUser={user}
 SlurmdUser={user}
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
+FirstJobId={first}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -110,6 +111,7 @@ class Cluster:
         told = {"host": socket.gethostname().partition(".")[0], "user": getpass.getuser(), "folder": self.folder}
         cpus = os.cpu_count() or 1
         told |= {"ports": free_ports(2), "cpus": cpus, "share": -(-self._jobs // cpus)}
+        told["first"] = 1 + secrets.randbelow(4_000)  # the processes of a job meet at a port that follows from it
         (self.folder / "slurm.conf").write_text(_CONFIG.format(**told))
 
     def _wait(self) -> None:
