@@ -10,6 +10,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
 
+from lowrank.kernels.build import cache_folder
+
 ROOT = Path(__file__).parent.parent
 settings.register_profile(
     "suite",  # no judgement of speed either
@@ -65,7 +67,7 @@ def script_environment(tmp_path: Path) -> dict[str, str]:
     runs = tmp_path / "runs"
     return {
         **{"PATH": "/usr/bin:/bin", "VENV": str(venv), "RUNS_DIR": str(runs), "HOME": str(tmp_path)},
-        **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LOWRANK_CACHE": str(cache_folder())},
     }
 
 
