@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.exact import activations
-from lowrank.exact.chains import SILU, Limits
+from lowrank.exact.chains import GELU, SILU, Limits
 from lowrank.exact.origins import (
     Reader,
     come_about,
@@ -116,7 +116,8 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         return F.gelu(input, approximate=approximate)
     backward = _aten.gelu_backward.default
     forward = lambda x: F.gelu(x, approximate=approximate)  # noqa: E731
-    return curved(input, Curve("GELU", forward, lambda grad, x: backward(grad, x, approximate=approximate)))
+    derivative = lambda grad, x: backward(grad, x, approximate=approximate)  # noqa: E731
+    return curved(input, Curve("GELU", forward, derivative, link=GELU if approximate == "tanh" else None))
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:

@@ -49,6 +49,8 @@ def in_place(m, g, u):
 
 USES = {
     "as in a language model": lambda m, g, u: m.down(F.silu(g) * u),
+    "by GELU": lambda m, g, u: m.down(F.gelu(g, approximate="tanh") * u),
+    "by another GELU": lambda m, g, u: m.down(F.gelu(g) * u),
     "the gate behind": lambda m, g, u: m.down(u * F.silu(g)),
     "a gate that is read again": lambda m, g, u: m.down((s := F.silu(g)) * u) + s[..., :12],
     "a gate with itself": lambda m, g, u: m.down((s := F.silu(g)) * s),
