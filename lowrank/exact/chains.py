@@ -11,6 +11,7 @@ from math import inf
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.kernels import passes
@@ -52,11 +53,21 @@ class Normalisation:
 
 
 @dataclass(frozen=True)
-class SiLU:
-    """A step that is the gate of a product."""
+class Gate:
+    """A step that may be the gate of a product.
+
+    Attributes:
+        by: its function, see `passes.gate`.
+    """
+
+    by: passes.GateOf
+
+    def function(self, g: Tensor) -> Tensor:
+        """The step's function of its input."""
+        return F.silu(g) if self.by == "SiLU" else F.gelu(g, approximate="tanh")
 
 
-NO_LIMITS, SUM, SILU = Limits(), Sum(), SiLU()
+NO_LIMITS, SUM, SILU, GELU = Limits(), Sum(), Gate("SiLU"), Gate("GELU")
 
 
 def joined(step: Any, known: dict[Any, Tensor]) -> Tensor | None:

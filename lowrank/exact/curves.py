@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.exact import activations
-from lowrank.exact.chains import SILU, Limits
+from lowrank.exact.chains import GELU, SILU, Limits
 from lowrank.exact.origins import (
     Reader,
     come_about,
@@ -61,14 +61,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class Sloped:
-    """What an unread gradient of a SiLU's output is computed with.
+    """What an unread gradient of a gate is computed with.
 
     Attributes:
         grad: the gradient of its input.
-        input: the step that gives the input; a hook may hand the gradient to another curve.
+        gate, input: the gate, and the step that gives its input; a hook may hand the gradient to another curve.
     """
 
     grad: Tensor
+    gate: Any
     input: Any
 
 
@@ -89,7 +90,7 @@ class _Curved(Node):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         made: Any = getattr(grad, "origin", None)
-        mine = type(made) is Sloped and made.input is ctx.reader.first and ctx.curve is _silu
+        mine = type(made) is Sloped and made.input is ctx.reader.first and made.gate is ctx.curve.link
         if mine and not torch.is_grad_enabled():
             ctx.reader.done()
             return made.grad, None, None, None, None
@@ -123,7 +124,8 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         return F.gelu(input, approximate=approximate)
     backward = _aten.gelu_backward.default
     forward = lambda x: F.gelu(x, approximate=approximate)  # noqa: E731
-    return curved(input, Curve("GELU", forward, lambda grad, x: backward(grad, x, approximate=approximate)))
+    derivative = lambda grad, x: backward(grad, x, approximate=approximate)  # noqa: E731
+    return curved(input, Curve("GELU", forward, derivative, link=GELU if approximate == "tanh" else None))
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:

@@ -170,7 +170,9 @@ def product(input: Any, other: Any, **options: Any) -> Any:
         y = _Product.apply(input, other, reader, sources)
     first = origin_of(input) if needed[1] is None else needed[1].as_kept()
     second = origin_of(other) if needed[0] is None else needed[0].as_kept()
-    note(y, torch.mul, [first, second])
+    ahead, large = ([first, second], input) if input.shape == y.shape else ([second, first], other)
+    fits = large.shape == y.shape and large.dtype == y.dtype
+    note(y, torch.mul, ahead, change=Tensor.mul_ if fits else None, fresh=True)
     return y
 
 

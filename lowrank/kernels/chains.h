@@ -66,44 +66,72 @@ static TARGET void NAME(affine)(const task *t, int64_t from, int64_t to) {
   }
 }
 
-/* --- Gates: SiLU(g) u, and its gradients. */
+/* --- Gates: g sigma(p) u, and its gradients, with p(g) = g of SiLU, and of GELU's approximation
+   p(g) = 2 sqrt(2 / pi) (g + 0.044715 g^3). */
 
-INLINE LANES NAME(gated)(LANES g, LANES u) { return g / (1.0f + NAME(exponential)(-g)) * u; }
+#define BEND 0.044715f
+#define STEEP 1.59576912f
 
-static TARGET void NAME(gate)(const task *t, int64_t from, int64_t to) {
+INLINE LANES NAME(sigmoid)(LANES g, const int rule) {
+  LANES p = g;
+  if (rule == GELU) p = STEEP * (g + BEND * g * g * g);
+  return 1.0f / (1.0f + NAME(exponential)(-p));
+}
+
+INLINE LANES NAME(gated)(LANES g, LANES u, const int rule) { return g * NAME(sigmoid)(g, rule) * u; }
+
+INLINE void NAME(gate_by)(const task *t, int64_t from, int64_t to, const int rule) {
   const float *g = t->a, *u = t->b;
   float *out = t->out;
-  for (; from + WIDTH <= to; from += WIDTH) WRITE(out + from) = NAME(gated)(READ(g + from), READ(u + from));
+  for (; from + WIDTH <= to; from += WIDTH) WRITE(out + from) = NAME(gated)(READ(g + from), READ(u + from), rule);
   if (from < to) {
-    const LANES found = NAME(gated)(NAME(some)(g + from, to - from), NAME(some)(u + from, to - from));
+    const LANES found = NAME(gated)(NAME(some)(g + from, to - from), NAME(some)(u + from, to - from), rule);
     memcpy(out + from, &found, sizeof(float) * (size_t)(to - from));
   }
 }
 
-INLINE LANES NAME(sloped)(LANES grad, LANES g, LANES u, LANES *for_u) {
-  const LANES sigmoid = 1.0f / (1.0f + NAME(exponential)(-g));
-  *for_u = grad * (g * sigmoid);
-  return grad * u * (sigmoid * (1.0f + g * (1.0f - sigmoid)));
+static TARGET void NAME(gate)(const task *t, int64_t from, int64_t to) {
+  if (t->rule == SILU)
+    NAME(gate_by)(t, from, to, SILU);
+  else
+    NAME(gate_by)(t, from, to, GELU);
 }
 
-static TARGET void NAME(slopes)(const task *t, int64_t from, int64_t to) {
+INLINE LANES NAME(sloped)(LANES grad, LANES g, LANES u, LANES *for_u, const int rule) {
+  const LANES sigmoid = NAME(sigmoid)(g, rule);
+  LANES along = g * (1.0f - sigmoid);
+  if (rule == GELU) along *= STEEP * (1.0f + 3.0f * BEND * g * g);
+  *for_u = grad * (g * sigmoid);
+  return grad * u * (sigmoid * (1.0f + along));
+}
+
+INLINE void NAME(slopes_by)(const task *t, int64_t from, int64_t to, const int rule) {
   const float *grad = t->a, *g = t->b, *u = t->bits;
   float *for_g = t->out, *for_u = t->room;
   for (; from + WIDTH <= to; from += WIDTH)
-    WRITE(for_g + from) = NAME(sloped)(READ(grad + from), READ(g + from), READ(u + from), &WRITE(for_u + from));
+    WRITE(for_g + from) = NAME(sloped)(READ(grad + from), READ(g + from), READ(u + from), &WRITE(for_u + from), rule);
   if (from < to) {
     const int64_t rest = to - from;
+    const LANES given = NAME(some)(grad + from, rest), by = NAME(some)(g + from, rest);
     LANES other;
-    const LANES given = NAME(some)(grad + from, rest), found = NAME(sloped)(given, NAME(some)(g + from, rest),
-                                                                             NAME(some)(u + from, rest), &other);
+    const LANES found = NAME(sloped)(given, by, NAME(some)(u + from, rest), &other, rule);
     memcpy(for_g + from, &found, sizeof(float) * (size_t)rest);
     memcpy(for_u + from, &other, sizeof(float) * (size_t)rest);
   }
 }
 
+static TARGET void NAME(slopes)(const task *t, int64_t from, int64_t to) {
+  if (t->rule == SILU)
+    NAME(slopes_by)(t, from, to, SILU);
+  else
+    NAME(slopes_by)(t, from, to, GELU);
+}
+
 static const struct chains NAME(chains) = {NAME(affine), NAME(gate), NAME(slopes)};
 
 #undef INLINE
+#undef STEEP
+#undef BEND
 #undef ALL
 #undef WRITE
 #undef READ

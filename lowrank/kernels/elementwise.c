@@ -7,6 +7,8 @@
 
 #define PIECE 16384 /* elements that one thread takes at a time */
 
+enum { SILU, GELU };
+
 struct vectors { /* one number for each channel */
   const float *scale, *shift;
   int64_t channels;
@@ -51,15 +53,16 @@ void lowrank_affine_float(const float *x, const float *scale, const float *shift
   lowrank_run(&t, threads);
 }
 
-/* out = SiLU(g) u. */
-void lowrank_gate_float(const float *g, const float *u, float *out, int64_t count, int threads) {
-  task t = {.piece = own()->gate, .a = g, .b = u, .out = out, .count = count, .step = PIECE};
+/* out = f(g) u, f by the rule. */
+void lowrank_gate_float(const float *g, const float *u, float *out, int64_t count, int rule, int threads) {
+  task t = {.piece = own()->gate, .a = g, .b = u, .out = out, .count = count, .rule = rule, .step = PIECE};
   lowrank_run(&t, threads);
 }
 
-/* Of the gradient of SiLU(g) u, those of g and of u. */
+/* Of the gradient of f(g) u, those of g and of u. */
 void lowrank_slopes_float(const float *grad, const float *g, float *u, float *for_g, float *for_u, int64_t count,
-                          int threads) {
-  task t = {.piece = own()->slopes, .a = grad, .b = g, .bits = u, .out = for_g, .room = for_u, .count = count, .step = PIECE};
+                          int rule, int threads) {
+  task t = {.piece = own()->slopes, .a = grad, .b = g, .bits = u, .out = for_g, .room = for_u, .count = count,
+            .rule = rule, .step = PIECE};
   lowrank_run(&t, threads);
 }

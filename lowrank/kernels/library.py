@@ -33,8 +33,8 @@ _SIGNATURES = {
     "depthwise_room_float": (_POINTER,),
     "depthwise_float": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT),
     "affine_float": (*[_POINTER] * 5, _COUNT, _COUNT, _COUNT, _NUMBER, _NUMBER, _INT),
-    "gate_float": (*[_POINTER] * 3, _COUNT, _INT),
-    "slopes_float": (*[_POINTER] * 5, _COUNT, _INT),
+    "gate_float": (*[_POINTER] * 3, _COUNT, _INT, _INT),
+    "slopes_float": (*[_POINTER] * 5, _COUNT, _INT, _INT),
     "set_width": (_INT,),
 }
 

@@ -16,6 +16,8 @@ from lowrank.kernels.library import gpu, library
 
 Gate = Literal["above", "between", "within", "strictly above", "not zero"]
 _GATES: dict[Gate, int] = {"above": 0, "between": 1, "within": 1, "strictly above": 2, "not zero": 3}
+GateOf = Literal["SiLU", "GELU"]
+_GATES_OF: dict[GateOf, int] = {"SiLU": 0, "GELU": 1}
 _KINDS = {torch.float32: "float", torch.float64: "double", torch.int8: "int8"}
 
 
@@ -309,11 +311,12 @@ def can_gate(g: Tensor, u: Tensor) -> bool:
     return _kernel("gate", g, u) is not None
 
 
-def gate(g: Tensor, u: Tensor) -> Tensor | None:
-    """`SiLU(g) * u` in one pass, up to rounding.
+def gate(g: Tensor, u: Tensor, by: GateOf = "SiLU") -> Tensor | None:
+    """`f(g) * u` in one pass, up to rounding.
 
     Args:
         g, u: of one shape, float32, or nothing is done.
+        by: f, SiLU or GELU as approximated with a tanh.
 
     Returns:
         Of the same shape; None: not for these.
@@ -322,15 +325,17 @@ def gate(g: Tensor, u: Tensor) -> Tensor | None:
     if kernel is None:
         return None
     out = torch.empty_like(g)
-    kernel(g.data_ptr(), u.data_ptr(), out.data_ptr(), g.numel(), torch.get_num_threads())  # type: ignore[operator]
+    numbers = g.numel(), _GATES_OF[by], torch.get_num_threads()
+    kernel(g.data_ptr(), u.data_ptr(), out.data_ptr(), *numbers)  # type: ignore[operator]
     return out
 
 
-def gate_gradients(grad: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Gradients of `g` and of `u` from that of `SiLU(g) * u`, in one pass, up to rounding.
+def gate_gradients(grad: Tensor, g: Tensor, u: Tensor, by: GateOf = "SiLU") -> tuple[Tensor, Tensor] | None:
+    """Gradients of `g` and of `u` from that of `f(g) * u`, in one pass, up to rounding.
 
     Args:
         grad, g, u: of one shape, float32, or nothing is done.
+        by: f, see `gate`.
 
     Returns:
         Both of the same shape; None: not for these.
@@ -340,5 +345,5 @@ def gate_gradients(grad: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor] 
         return None
     for_g, for_u = torch.empty_like(g), torch.empty_like(u)
     pointers = grad.data_ptr(), g.data_ptr(), u.data_ptr(), for_g.data_ptr(), for_u.data_ptr()
-    kernel(*pointers, g.numel(), torch.get_num_threads())  # type: ignore[operator]
+    kernel(*pointers, g.numel(), _GATES_OF[by], torch.get_num_threads())  # type: ignore[operator]
     return for_g, for_u

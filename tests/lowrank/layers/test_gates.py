@@ -62,6 +62,8 @@ def in_place(m, g, u):
 
 USES = {
     "as in a language model": lambda m, g, u: m.down(F.silu(g) * u),
+    "by GELU": lambda m, g, u: m.down(F.gelu(g, approximate="tanh") * u),
+    "by another GELU": lambda m, g, u: m.down(F.gelu(g) * u),
     "the gate behind": lambda m, g, u: m.down(u * F.silu(g)),
     "a gate that is read again": lambda m, g, u: m.down((s := F.silu(g)) * u) + s[..., :12],
     "a gate with itself": lambda m, g, u: m.down((s := F.silu(g)) * s),
@@ -72,7 +74,7 @@ USES = {
     "a gradient that is seen": hooked(lambda grad: SEEN.append(grad.clone())),
     "a gradient that is replaced": hooked(lambda grad: grad * 2),
     "a gradient that another gate is given": crossed(lambda g, u: F.silu(u)),
-    "a gradient that another curve is given": crossed(lambda g, u: F.gelu(g)),
+    "a gradient that another curve is given": crossed(lambda g, u: F.gelu(g, approximate="tanh")),
     "a gradient that is kept": retained,
     "a product that is changed": in_place,
     "a frozen gate": lambda m, g, u: m.down(F.silu(g.detach()) * u),
