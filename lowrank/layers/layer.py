@@ -32,6 +32,7 @@ from lowrank.exact.recompute import note_layer
 from lowrank.exact.slots import has_slot
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
+from lowrank.layers.direct import DIRECT, nothing
 from lowrank.layers.held import Held, can_be_held, hold
 from lowrank.layers.keeping import Kept, LayerState, kept_of
 from lowrank.layers.kinds import KINDS, Kind, kind_of
@@ -50,6 +51,7 @@ class LowRankLayer(Changed):
     """What every converted layer has in common; its state is `_lowrank`."""
 
     kind: ClassVar[Kind]
+    _direct: Any = nothing
     weight: nn.Parameter
     bias: nn.Parameter | None
     _lowrank: LayerState
@@ -62,7 +64,8 @@ class LowRankLayer(Changed):
             if kept == 0 or (kept and not is_noted(input) and torch.is_grad_enabled()):
                 if kept:
                     self._note_whole(input, kept)
-                return super().forward(input, *sizes, **options)
+                direct = None if sizes or options else self._direct(input)
+                return super().forward(input, *sizes, **options) if direct is None else direct
         if sizes or options:
             y: Tensor = super().forward(real(input), *sizes, **options)
             return y
@@ -149,12 +152,14 @@ class LowRankConv2d(LowRankLayer, nn.Conv2d):  # type: ignore[misc]
     """A converted `nn.Conv2d`."""
 
     stock_class, kind = nn.Conv2d, KINDS[nn.Conv2d]
+    _direct = DIRECT[nn.Conv2d]
 
 
 class LowRankLinear(LowRankLayer, nn.Linear):  # type: ignore[misc]
     """A converted `nn.Linear`."""
 
     stock_class, kind = nn.Linear, KINDS[nn.Linear]
+    _direct = DIRECT[nn.Linear]
 
 
 _LAYERS: dict[type[nn.Module], type[LowRankLayer]] = {nn.Conv2d: LowRankConv2d, nn.Linear: LowRankLinear}
