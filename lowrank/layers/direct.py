@@ -20,7 +20,7 @@ _ABSENT = object()  # of a parameter that is computed, which is an attribute or 
 def _convolution(m: Any, input: Tensor) -> Tensor | None:
     own = m._parameters
     weight, bias = own.get("weight"), own.get("bias", _ABSENT)
-    if weight is None or bias is _ABSENT or m.padding_mode != "zeros":
+    if weight is None or bias is _ABSENT or m.padding_mode != "zeros" or _is_seen():
         return None
     return torch.conv2d(input, weight, bias, m.stride, m.padding, m.dilation, m.groups)
 
@@ -28,7 +28,7 @@ def _convolution(m: Any, input: Tensor) -> Tensor | None:
 def _linear(m: Any, input: Tensor) -> Tensor | None:
     own = m._parameters
     weight, bias = own.get("weight"), own.get("bias", _ABSENT)
-    return None if weight is None or bias is _ABSENT else F.linear(input, weight, bias)
+    return None if weight is None or bias is _ABSENT or _is_seen() else F.linear(input, weight, bias)
 
 
 def _normalisation(m: Any, input: Tensor) -> Tensor | None:
@@ -58,8 +58,10 @@ def _relu(m: Any, input: Tensor) -> Tensor | None:
 
 
 def _is_seen() -> bool:
-    """Whether a compiler or a mode sees the functions of `torch.nn.functional` themselves."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_function_stack() > 0
+    """Whether a mode sees the functions of `torch.nn.functional`, or a compiler or tracer how parameters are read."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    return torch._C._len_torch_function_stack() > 0
 
 
 def nothing(m: Any, input: Tensor) -> Tensor | None:

@@ -97,10 +97,12 @@ class LowRankLayer(Changed):
         if not trains_plainly(input, weight, bias):
             return self._stock(input)
         y = self._plain(input, weight, bias)
+        return watch(y) if type(y) is Tensor and self._is_to_be_watched(y) else y
+
+    def _is_to_be_watched(self, y: Tensor) -> bool:
+        """Whether functions of an output may keep less; where it wants no gradient, they keep nothing as it is."""
         state = self._lowrank
-        if not state.watched or (state.smallest and type(y) is Tensor and not bits_are_worth(y, state.smallest)):
-            return y
-        return watch(y)
+        return state.watched and y.requires_grad and (not state.smallest or bits_are_worth(y, state.smallest))
 
     def _plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """In plain eager training."""
@@ -139,7 +141,7 @@ class LowRankLayer(Changed):
     def _settle(self, input: Tensor, y: Tensor, kept: int) -> None:
         """Remember that calls like this one are the stock layer's, if the rule of `smallest` says so."""
         state = self._lowrank
-        known = "weight" in self._parameters and not (state.watched and bits_are_worth(y, state.smallest))
+        known = "weight" in self._parameters and not self._is_to_be_watched(y)
         if known and state.smallest and len(state.settled) < _MOST_SETTLED:
             state.settled = {**state.settled, _call_of(self, input): kept}
 
@@ -307,9 +309,8 @@ def _untracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor 
         settings = Settings(state.name, geometry, state.method, dtype)
         if not _may_be_lazy(layer, settings, input, x):
             return None
-        y = lazy_output(
-            Call(settings, x, weight, bias, partial(kept_of, layer, geometry, weight, input, x)), state.watched
-        )
+        call = Call(settings, x, weight, bias, partial(kept_of, layer, geometry, weight, input, x))
+        y = lazy_output(call, watched=False)
     if x is input:
         hold(x, y)
     return y

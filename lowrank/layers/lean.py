@@ -30,7 +30,7 @@ class LeanModule(Changed):
 
     def forward(self, input: Tensor) -> Any:
         kind = type(input)
-        if kind is Tensor and self._lowrank_smallest and not bits_are_worth(input, self._lowrank_smallest):
+        if kind is Tensor and (self._wants_nothing(input) or not bits_are_worth(input, self._lowrank_smallest)):
             y = self._direct(input)
             return super().forward(input) if y is None else y
         if kind is not Lazy and (kind not in _OWN or not trains_plainly(input)):
@@ -49,6 +49,12 @@ class LeanModule(Changed):
             with torch._C.DisableTorchFunctionSubclass():
                 y = LEAN_FUNCTIONS[called[0]](input, *called[1:])
         return watch(y) if self._lowrank_watched or kind is Watched else y
+
+    def _wants_nothing(self, input: Tensor) -> bool:
+        """Whether no gradient passes here, so that stock keeps nothing, and who reads the output knows it."""
+        if input.requires_grad:
+            return False
+        return not any(own is not None and own.requires_grad for own in self._parameters.values())
 
 
 class _LeanEmbedding(LeanModule):
