@@ -27,7 +27,8 @@ _CACHE = 2**20  # bytes of an output to which a further pass takes next to nothi
 _MERGING = 46  # calls of a convolution and a normalisation that leave their output to each other
 _COLD, _COLDEST = 2, 2**21  # passes over input and output, of so many bytes, which drive Python's own code out of cache
 _WEIGHT_PASSES = 4  # over the weight and its gradient, that merging takes more
-_OUTPUT_PASSES = 4  # over what of the output is beyond the cache, that it takes less
+_OUTPUT_PASSES = -4  # over what of the output is beyond the cache, that it takes less
+TERMS = "input and output, the weight, the output beyond the cache"
 _AHEAD = 2**23  # bytes of an output from which merging takes less ahead of everything trained, by steps of networks
 _BITS = 11  # calls of an activation that keeps bits
 _AGAIN, _AGAIN_PASSES = 40, 6  # calls of computing a layer's output again, and passes over it, beside its products
@@ -61,10 +62,22 @@ def merging_is_worth(geometry: ConvGeometry, shape: Shape, out_channels: int, it
         itemsize: bytes of a number.
         smallest: bytes a call.
     """
+    output = itemsize * prod(geometry.output_shape(shape, out_channels))
+    return is_worth(output, merging_calls(geometry, shape, out_channels, itemsize), smallest)
+
+
+def merging_calls(geometry: ConvGeometry, shape: Shape, out_channels: int, itemsize: int) -> float:
+    """What that takes more than one after the other, in operator calls; arguments as of `merging_is_worth`."""
+    cold, weight, beyond = merging_terms(geometry, shape, out_channels, itemsize)
+    return _MERGING + _COLD * cold + _WEIGHT_PASSES * weight + _OUTPUT_PASSES * beyond
+
+
+def merging_terms(geometry: ConvGeometry, shape: Shape, out_channels: int, itemsize: int) -> tuple[float, float, float]:
+    """What those calls are a sum over, see `TERMS`: bytes, by what is moved in a call."""
     input, output = itemsize * prod(shape), itemsize * prod(geometry.output_shape(shape, out_channels))
     weight = itemsize * out_channels * (shape[1] // geometry.groups) * prod(geometry.kernel)
-    moved = _COLD * min(input + output, _COLDEST) + _WEIGHT_PASSES * weight - _OUTPUT_PASSES * max(output - _CACHE, 0)
-    return is_worth(output, _MERGING + moved / MOVED_A_CALL, smallest)
+    terms = min(input + output, _COLDEST), weight, max(output - _CACHE, 0)
+    return terms[0] / MOVED_A_CALL, terms[1] / MOVED_A_CALL, terms[2] / MOVED_A_CALL
 
 
 def merging_ahead_is_worth(output: int) -> bool:
