@@ -4,8 +4,9 @@
 
 Every distinct convolution of the networks is trained alone: with the normalisation behind it computed together with it,
 which the rule calls merging, and with its input compressed by ASI; each alternates with the stock layers, by processor
-time on one thread. Both numbers are in operator calls, of 10 microseconds. The last lines have the constants of merging
-in `lowrank.tensors.worth` that fit what was measured best, by least squares of the errors relative to the stock step.
+time on one thread. Both numbers are in operator calls, of 10 microseconds. The last line has the
+constants of merging in `lowrank.tensors.worth` that fit what was measured best, by least squares relative to the stock
+step. A layer alone finds its tensors in the cache sooner than in its network: steps of networks have the last word.
 """
 
 from __future__ import annotations
@@ -88,15 +89,14 @@ def rows_of(layer: Layer, pairs: int) -> Iterator[dict[str, object]]:
     geometry, shape, out_channels, _ = layer.rule
     price = ASI.price(x, geometry, out_channels)
     assert price is not None
-    for what, both, foretold in (
-        ("merging", merging(layer), worth.merging_calls(*layer.rule)),
-        ("compressing", compressing(layer), price[1]),
+    for what, both, foretold, terms in (
+        ("merging", merging, worth.merging_calls(*layer.rule), worth.merging_terms(*layer.rule)),
+        ("compressing", compressing, price[1], ()),
     ):
-        own, stock = (step_on(model, x) for model in both)
+        own, stock = (step_on(model, x) for model in both(layer))
         measured, step = more(own, stock, pairs)
         names = {"what": what, "network": layer.network, "kind": kind_of_convolution(layer.convolution)}
         sizes = {"in": shape[1], "out": out_channels, "batch": shape[0], "side": shape[3]}
-        terms = worth.merging_terms(*layer.rule) if what == "merging" else ()
         yield {**names, **sizes, "stock": step, "measured": measured, "foretold": foretold, "terms": terms}
 
 
@@ -108,12 +108,12 @@ def errors(frame: pd.DataFrame) -> pd.DataFrame:
     return found.assign(layers=groups.size()).reset_index()
 
 
-def fitted(frame: pd.DataFrame) -> list[float]:
-    """Calls of merging, and passes over what `merging_terms` has, in its order."""
+def fitted(frame: pd.DataFrame) -> str:
+    """The constants of merging, in the order of `merging_terms`."""
     rows = frame[frame.what == "merging"]
-    terms = np.array([[1.0, *terms] for terms in rows.terms])
     weights = 1 / rows.stock.to_numpy()
-    return [float(one) for one in np.linalg.lstsq(terms * weights[:, None], rows.measured * weights, rcond=None)[0]]
+    terms = np.array(list(rows.terms)) * weights[:, None]
+    return ", ".join(f"{one:.2f}" for one in np.linalg.lstsq(terms, rows.measured * weights, rcond=None)[0])
 
 
 def main() -> None:
@@ -131,10 +131,10 @@ def main() -> None:
     settings = [Setting(batch, options.size, tuple(options.networks)) for batch in options.batch]
     rows = [row for setting in settings for layer in layers_of(setting) for row in rows_of(layer, options.pairs)]
     frame = pd.DataFrame(rows)
-    found = ", ".join(f"{one:.2f}" for one in fitted(frame))
+    found = fitted(frame)
     tables = [errors(frame).round(3), frame.drop(columns="terms").round(1)]
     text = "\n\n".join(table.to_markdown(index=False) for table in tables)
-    write_whole(options.output, f"{text}\n\nFitted: calls of merging, passes over {worth.TERMS}: {found}\n")
+    write_whole(options.output, f"{text}\n\nFitted constants of merging: {found}\n")
     print(errors(frame).round(3).to_string(index=False))
     print(f"fitted: {found}")
 
