@@ -61,9 +61,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Sloped:
-    """What an unread gradient of a curve's output is computed with: the gradient of its input."""
+    """What an unread gradient of a curve's output is computed with.
+
+    Attributes:
+        grad: the gradient of its input.
+        input: the step that gives the input; a hook may hand the gradient to another curve.
+        link: of the curve, for the same reason.
+    """
 
     grad: Tensor
+    input: Any
+    link: Any
 
 
 class _Curved(Node):
@@ -82,8 +90,9 @@ class _Curved(Node):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        made = getattr(grad, "origin", None)
-        if type(made) is Sloped and not torch.is_grad_enabled():
+        made: Any = getattr(grad, "origin", None)
+        mine = type(made) is Sloped and made.input is ctx.reader.first and made.link is ctx.curve.link
+        if mine and not torch.is_grad_enabled():
             ctx.reader.done()
             return made.grad, None, None, None, None
         x = ctx.reader.one(*saved(ctx, ctx.curve.name))

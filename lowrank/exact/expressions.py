@@ -119,6 +119,7 @@ def _noted_in_place(stock: Callable[..., Any], again: Callable[..., Any]) -> Cal
     @wraps(stock)
     def function(input: Any, other: Any, **options: Any) -> Any:
         both = isinstance(other, Tensor) and (lean_mode(input) or lean_mode(other))
+        both = both and torch.result_type(input, other) is input.dtype  # otherwise `again` gives another dtype
         ahead = [origin_of(input), origin_of(other)] if both and (find(input) or find(other)) else None
         y = stock(input, other, **options)
         if ahead is not None and lean_mode(y) and not _starts_anew(y, [input, other], ahead):

@@ -355,6 +355,11 @@ class Reader:
         for step in self._steps:
             step.need()
 
+    @property
+    def first(self) -> Step:
+        """The step that gives the first tensor."""
+        return self._steps[0]
+
     def one(self, *saved: Tensor) -> Tensor:
         """The tensor, of a reader of one."""
         return self(*saved)[0]

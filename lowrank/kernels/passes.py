@@ -18,7 +18,6 @@ Gate = Literal["above", "between", "within", "strictly above", "not zero"]
 _GATES: dict[Gate, int] = {"above": 0, "between": 1, "within": 1, "strictly above": 2, "not zero": 3}
 GateOf = Literal["SiLU", "GELU"]
 _GATES_OF: dict[GateOf, int] = {"SiLU": 0, "GELU": 1}
-_STORED = (torch.uint8, torch.int8, torch.bfloat16)
 _KINDS = {torch.float32: "float", torch.float64: "double", torch.int8: "int8"}
 
 
@@ -36,22 +35,29 @@ _KEYS = _plain_keys("cpu")
 _OWN = (Tensor, nn.Parameter)
 
 
-def _kernel(name: str, *tensors: Tensor) -> object | None:
-    """A kernel for these tensors; None if it cannot take them: not memory of a kind it knows, filled in order.
+def _kernel(name: str, *tensors: Tensor, stored: tuple[Tensor, torch.dtype] | None = None) -> object | None:
+    """A kernel for these tensors, all of one dtype; None if it cannot take them: not memory of a kind it knows, filled
+    in order. Nor where somebody watches the operators, a compiler or a dispatch mode, who would not see a kernel.
 
-    Nor where somebody watches the operators, a compiler or a dispatch mode, who would not see a kernel.
+    `stored`: what another kernel writes, and of which dtype.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return None
     found = library()
     if found is None:
         return None
-    kind = _KINDS.get(tensors[0].dtype)
+    dtype = tensors[0].dtype
     for tensor in tensors:
-        own = type(tensor) in _OWN and torch._C._dispatch_keys(tensor).raw_repr() in _KEYS
-        if not own or not tensor.is_contiguous() or tensor.dtype not in (tensors[0].dtype, *_STORED):
+        if tensor.dtype is not dtype or not _is_plain(tensor):
             return None
-    return getattr(found, f"{name}_{kind}", None)
+    if stored is not None and (stored[0].dtype is not stored[1] or not _is_plain(stored[0])):
+        return None
+    return getattr(found, f"{name}_{_KINDS.get(dtype)}", None)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    own = type(tensor) in _OWN and torch._C._dispatch_keys(tensor).raw_repr() in _KEYS
+    return own and tensor.is_contiguous()
 
 
 def _on_gpu(*tensors: Tensor) -> Any | None:
@@ -83,7 +89,7 @@ def pack(x: Tensor, gate: Gate, low: float, high: float, bits: Tensor) -> bool:
     if x.is_cuda:
         found = _on_gpu(x, bits)
         return found is not None and found.pack(x, gate, low, high, bits)
-    kernel = _kernel("pack", x, bits)
+    kernel = _kernel("pack", x, stored=(bits, torch.uint8))
     if kernel is None:
         return False
     threads = torch.get_num_threads()
@@ -107,7 +113,7 @@ def apply(grad: Tensor, bits: Tensor, inner: float, outer: float | None, out: Te
     if grad.is_cuda:
         found = _on_gpu(grad, bits, out)
         return found is not None and found.apply(grad, bits, inner, outer, out)
-    kernel = _kernel("apply", grad, bits, out)
+    kernel = _kernel("apply", grad, out, stored=(bits, torch.uint8))
     if kernel is None:
         return False
     pointers = grad.data_ptr(), bits.data_ptr(), out.data_ptr()
@@ -159,7 +165,7 @@ def round_blocks(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def restore_columns(values: Tensor, scales: Tensor) -> Tensor | None:
     """What `round_columns` rounded, in float32; None: not for these."""
-    kernel = _kernel("restore_columns", values, scales)
+    kernel = _kernel("restore_columns", values, stored=(scales, torch.bfloat16))
     if kernel is None:
         return None
     out = values.new_empty(values.shape, dtype=torch.float32)
@@ -169,7 +175,7 @@ def restore_columns(values: Tensor, scales: Tensor) -> Tensor | None:
 
 def restore_blocks(values: Tensor, scales: Tensor) -> Tensor | None:
     """What `round_blocks` rounded, in float32; None: not for these."""
-    kernel = _kernel("restore_blocks", values, scales)
+    kernel = _kernel("restore_blocks", values, stored=(scales, torch.bfloat16))
     if kernel is None:
         return None
     out = values.new_empty(values.shape, dtype=torch.float32)
@@ -290,13 +296,14 @@ def _affine(
 def rounds_as_batch_norm() -> bool:
     """Whether the kernel multiplies and adds as PyTorch's normalisation does: both at once, on processors that can, or
     one after the other."""
+    own: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are here
     with torch.no_grad(), torch.inference_mode(False):
-        x = torch.linspace(-3, 3, 2 * 3 * 5 * 41).sin_().mul_(7).view(2, 3, 5, 41)
-        weight, bias, mean, variance = torch.linspace(0.3, 1.7, 12).view(4, 3)
-        scale, found = variance.rsqrt() * weight, library()
-        y = F.batch_norm(x, mean, torch.ones(3), scale, bias, False, 0.0, 1e-30)
+        x = torch.linspace(-3, 3, 2 * 3 * 5 * 41, **own).sin_().mul_(7).view(2, 3, 5, 41)
+        weight, bias, mean, variance = torch.linspace(0.3, 1.7, 12, **own).view(4, 3)
+        scale = variance.rsqrt() * weight
         shift = torch.addcmul(bias, mean, scale, value=-1)
-        return torch.equal(y, _affine(getattr(found, "affine_float"), x, scale, shift, None, -inf, inf))  # noqa: B009
+        y = F.batch_norm(x, mean, torch.ones(3, **own), scale, bias, False, 0.0, 1e-30)
+        return torch.equal(y, _affine(_kernel("affine", x, scale, shift), x, scale, shift, None, -inf, inf))
 
 
 def can_gate(g: Tensor, u: Tensor) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowrank.errors import ChangedError
 from lowrank.exact.origins import Origin
 from lowrank.kernels import passes
-from lowrank.layers.lazy import Lazy, real, unread
+from lowrank.layers.lazy import Lazy, lazy_gradient, real, unread
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.eager import Node, refuse_double_backward, saved
 from lowrank.tensors.geometry import ConvGeometry, Geometry, Shape
@@ -129,12 +129,14 @@ class ScaledGradient:
         scale: (O,).
         bias_gradient: (O,), the sum of `grad`; None: not made.
         weight_gradient: of the layer for `grad * scale`, (O, C/g, K_h, K_w); None: not made.
+        settings: of the call of the layer that it is for; a hook may hand it to another one.
     """
 
     grad: Tensor
     scale: Tensor
     bias_gradient: Tensor | None
     weight_gradient: Tensor | None
+    settings: Settings
 
     def product(self) -> Tensor:
         """The gradient itself."""
@@ -183,6 +185,7 @@ class LowRankFunction(Node):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         again = torch.is_grad_enabled()
         scaled = None if again else unread(grad, ScaledGradient)
+        scaled = None if scaled is None or scaled.settings is not settings else scaled
         grad, scale = (real(grad), None) if scaled is None else (scaled.grad, scaled.scale)
         shape = ctx.shape
         if settings.single:
@@ -234,7 +237,7 @@ class MergedNormFunction(Node):
             settings: of the call, with the method that keeps the convolution's input.
             kept: what that method keeps of the convolution's input, for the gradient of `gamma`.
         """
-        ctx.settings, ctx.eps, ctx.anchor = settings, eps, call.weight
+        ctx.settings, ctx.own, ctx.eps, ctx.anchor = settings, call.settings, eps, call.weight
         ctx.shape, ctx.weight_shape = tuple(call.x.shape), tuple(call.weight.shape)
         wants_gamma, ctx.wants_weight = ctx.needs_input_grad[1], call.weight.requires_grad
         own = (call.weight.detach(), _detached(call.bias)) if wants_gamma else (None, None)
@@ -267,9 +270,9 @@ class MergedNormFunction(Node):
             grad_y = grad * per_output(scale.to(grad.dtype), 4) if wants_y else None
             grad_gamma, grad_beta = refuse(grad_gamma), refuse(grad_beta)
         elif wants_y:
-            scaled = ScaledGradient(grad, scale, grad_beta, grad_weight)
+            scaled = ScaledGradient(grad, scale, grad_beta, grad_weight, ctx.own)
             strides = dense_strides(tuple(grad.shape), suggests_channels_last(grad))
-            grad_y = Lazy(tuple(grad.shape), grad, grad.dtype, strides, scaled.product, scaled)
+            grad_y = lazy_gradient(grad, strides, scaled.product, scaled)
         return grad_y, grad_gamma, grad_beta if wants_beta else None, *[None] * (5 + len(kept))
 
 

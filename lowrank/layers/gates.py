@@ -15,7 +15,7 @@ from lowrank.exact.curves import Sloped
 from lowrank.exact.functions import LEAN_FUNCTIONS
 from lowrank.exact.origins import Origin, Reader, lean_mode, note, origin_of, reading
 from lowrank.kernels import passes
-from lowrank.layers.lazy import Lazy
+from lowrank.layers.lazy import lazy_gradient
 from lowrank.tensors.eager import Node, saved
 
 
@@ -39,7 +39,8 @@ class _Gated(Node):
             return grad * u, grad * ctx.gate.function(g), None, None, None
         of_g, of_u = made
         make = lambda: grad * u  # noqa: E731
-        return Lazy(tuple(g.shape), grad, grad.dtype, grad.stride(), make, Sloped(of_g)), of_u, None, None, None
+        sloped = Sloped(of_g, ctx.reader.first, ctx.gate)
+        return lazy_gradient(grad, grad.stride(), make, sloped), of_u, None, None, None
 
 
 def product(input: Any, other: Any, **options: Any) -> Any:

@@ -8,7 +8,9 @@ on its value. In the backward pass the normalisation hands its convolution a laz
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -165,6 +167,25 @@ def read(func: Any, args: Any, kwargs: Any = MappingProxyType({})) -> Any:
         if func in LEAN_FUNCTIONS:
             args, kwargs = _mapped(real, args), _mapped(real, dict(kwargs))
         return LEAN_FUNCTIONS.get(func, func)(*args, **kwargs)
+
+
+def lazy_gradient(grad: Tensor, strides: tuple[int, ...], make: Callable[[], Tensor], origin: Any) -> Lazy:
+    """A gradient of the shape and dtype of `grad`, which a backward pass hands on unread.
+
+    Who keeps it has its value at the end of the pass: what that is made of may change from then on.
+    """
+    found = Lazy(tuple(grad.shape), grad, grad.dtype, strides, make, origin)
+    _ENGINE.queue_callback(partial(_settle, weakref.ref(found)))
+    return found
+
+
+_ENGINE: Any = torch.autograd.Variable._execution_engine
+
+
+def _settle(reference: weakref.ref[Lazy]) -> None:
+    lazy = reference()
+    if lazy is not None:
+        lazy.value()
 
 
 def unread(x: Tensor, kind: type[Any]) -> Any:

@@ -66,6 +66,18 @@ def test_the_widest_kernel_of_this_processor_rounds_as_pytorch(width):
         assert passes.rounds_as_batch_norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_how_it_rounds_is_found_whatever_the_default_dtype(dtype):
+    expected = passes.rounds_as_batch_norm()
+    passes.rounds_as_batch_norm.cache_clear()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert passes.rounds_as_batch_norm() == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
 GATES = {"SiLU": F.silu, "GELU": partial(F.gelu, approximate="tanh")}
 
 
@@ -105,5 +117,9 @@ def test_other_tensors_are_left_to_the_operators():
     assert passes.gate(x, x[:1]) is None
     assert passes.gate(x.mT, x.mT) is None
     assert passes.gate_gradients(x, x, x.double()) is None
+    for narrow in (x.bfloat16(), x.to(torch.int8), x.to(torch.uint8)):
+        assert passes.affine(x, vector, vector, narrow) is None
+        assert not passes.can_gate(x, narrow)
+        assert passes.gate_gradients(x, x, narrow) is None
     with library.plain():
         assert passes.gate(x, x) is None

@@ -15,6 +15,7 @@ class Gated(nn.Module):
     def __init__(self, use):
         super().__init__()
         self.norm, self.use = nn.LayerNorm(12), use
+        self.named = F.silu  # as far as can be seen, any output may reach it
         self.gate, self.up, self.down = nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(20, 12)
 
     def forward(self, x):
@@ -30,6 +31,18 @@ def hooked(hook):
         s = F.silu(g)
         s.register_hook(hook)
         return m.down(s * u)
+
+    return use
+
+
+def crossed(curve):
+    """The gradient of a gate is handed to another curve, by hooks."""
+
+    def use(m, g, u):
+        seen, other, gate = [], curve(g, u), F.silu(g)
+        gate.register_hook(seen.append)
+        other.register_hook(lambda grad: seen[0])
+        return m.down(other * u + gate * u)
 
     return use
 
@@ -56,8 +69,12 @@ USES = {
     "a gate with itself": lambda m, g, u: m.down((s := F.silu(g)) * s),
     "a gate of what it multiplies": lambda m, g, u: m.down(F.silu(g) * g),
     "of one row": lambda m, g, u: m.down(F.silu(g[:1]) * u),
+    "of half the precision": lambda m, g, u: m.down(F.silu(g) * u.bfloat16()),
+    "of a gate of half the precision": lambda m, g, u: m.down(F.silu(g.bfloat16()) * u),
     "a gradient that is seen": hooked(lambda grad: SEEN.append(grad.clone())),
     "a gradient that is replaced": hooked(lambda grad: grad * 2),
+    "a gradient that another gate is given": crossed(lambda g, u: F.silu(u)),
+    "a gradient that another curve is given": crossed(lambda g, u: F.gelu(g)),
     "a gradient that is kept": retained,
     "a product that is changed": in_place,
     "a frozen gate": lambda m, g, u: m.down(F.silu(g.detach()) * u),
@@ -100,6 +117,29 @@ def test_the_second_derivative_is_stocks_or_refused(recompute):
     own = lowrank.convert(copy.deepcopy(stock), ["gate", "up", "down"], lowrank.Vanilla(), recompute=recompute)
     x = torch.randn(3, 7, 12, requires_grad=True)
     torch.testing.assert_close(steps(own, x, True), steps(stock, x, True), rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_that_is_kept_stays_as_it_is():
+    torch.manual_seed(0)
+    stock, found = Gated(lambda m, g, u: [s := F.silu(g), s * u]), []
+    for model in (lowrank.convert(copy.deepcopy(stock), ["gate", "up", "down"], lowrank.Vanilla()), stock):
+        (s, y), grad = model(torch.ones(3, 7, 12)), torch.ones(3, 7, 20)
+        found += torch.autograd.grad(y, s, grad)
+        grad.zero_()
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.cpu_only("compiled kernels work in its memory")
+@pytest.mark.skipif(not lowrank.kernels.status().active, reason=str(lowrank.kernels.status()))
+def test_gradients_are_made_in_one_compiled_pass(monkeypatch):
+    """Otherwise nothing is tested here."""
+    made, passes = [], lowrank.kernels.passes
+    stock = passes.gate_gradients
+    monkeypatch.setattr(passes, "gate_gradients", lambda *given: made.append(stock(*given)) or made[-1])
+    own = lowrank.convert(Gated(USES["as in a language model"]), ["gate", "up", "down"], lowrank.Vanilla())
+    own(torch.randn(3, 7, 12)).square().sum().backward()
+    assert len(made) == 1
+    assert made[0] is not None
 
 
 def test_a_gate_keeps_no_more_than_without_compiled_passes():

@@ -55,6 +55,28 @@ def test_the_gradient_with_respect_to_it(again):
     assert_the_same(use)
 
 
+def test_a_gradient_that_is_kept_stays_as_it_is():
+    def use(model, x):
+        y = model[0](x)
+        z = model[1](y)
+        grad = torch.ones_like(z)
+        (found,) = torch.autograd.grad(z, y, grad, retain_graph=True)
+        grad.zero_()
+        return [z, found]
+
+    assert_the_same(use)
+
+
+def test_a_gradient_that_a_hook_hands_to_another_call():
+    def use(model, x):
+        seen, other, y = [], model[0](x.flip(3)), model[0](x)
+        y.register_hook(seen.append)
+        other.register_hook(lambda grad: seen[0])
+        return model[1](other).cos() + model[1](y)
+
+    assert_the_same(use)
+
+
 def test_it_becomes_a_leaf_behind_a_frozen_start():
     """Features whose gradient is asked for, as attribution does."""
 
