@@ -93,7 +93,10 @@ class LowRankLayer(Changed):
         weight, bias = self.kind.weight(self), self.bias
         if not trains_plainly(input, weight, bias):
             return self._stock(input)
-        y = self._plain(input, weight, bias)
+        return self._watched(self._plain(input, weight, bias))
+
+    def _watched(self, y: Tensor) -> Tensor:
+        """An output as functions are called with it that keep less."""
         state = self._lowrank
         if not state.watched or (state.smallest and type(y) is Tensor and not bits_are_worth(y, state.smallest)):
             return y
