@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -27,6 +28,7 @@ SlurmUser={user}
 SlurmdUser={user}
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
+FirstJobId={first}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -108,7 +110,8 @@ class Cluster:
         key.chmod(0o600)
         told = {"host": socket.gethostname().partition(".")[0], "user": getpass.getuser(), "folder": self.folder}
         cpus = os.cpu_count() or 1
-        told |= {"ports": _free_ports(2), "cpus": cpus, "share": -(-self._jobs // cpus)}
+        told |= {"ports": free_ports(2), "cpus": cpus, "share": -(-self._jobs // cpus)}
+        told["first"] = 1 + secrets.randbelow(4_000)  # the processes of a job meet at a port that follows from it
         (self.folder / "slurm.conf").write_text(_CONFIG.format(**told))
 
     def _wait(self) -> None:
@@ -204,9 +207,12 @@ def _output(command: Sequence[str]) -> str:
     return _run(command).stdout
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in taken:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in taken]
+def free_ports(count: int) -> list[int]:
+    """Ports at which nobody listens, of those that the system gives to nobody who does not ask for them."""
+    found: set[int] = set()
+    while len(found) < count:
+        port = 20_000 + secrets.randbelow(9_000)
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.bind(("127.0.0.1", port))
+            found.add(port)
+    return sorted(found)

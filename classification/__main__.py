@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from classification import help
-from experiment.command import Work, dashed, finish
+from experiment.command import Work, dashed, finish, importing
 from experiment.errors import ExperimentError
 from experiment.processes import leave
 
@@ -36,7 +36,8 @@ def _command(arguments: list[str], work: Work) -> int:
         from classification import convert_weights
 
         return convert_weights.main(dashed(rest))
-    from classification import cli
+    with importing():
+        from classification import cli
 
     return cli.main(arguments)
 

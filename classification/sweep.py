@@ -12,7 +12,7 @@ import gc
 from collections.abc import Sequence
 
 from classification.plans import METHODS, TRANSFORMER_METHODS, Sweep, is_transformer, names
-from experiment.command import finish, one_line
+from experiment.command import finish, importing, one_line
 from experiment.errors import is_mendable
 from experiment.jobs import Command, Program
 from experiment.sweep import do_sweep, length_word, numbers, parsed, shared_settings, sweep_parser
@@ -48,7 +48,8 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
 
 def _problem(arguments: Sequence[str]) -> str | None:
     """What is wrong with the options and settings of a run."""
-    from classification.cli import check  # takes seconds
+    with importing():
+        from classification.cli import check  # takes seconds
 
     try:
         check(arguments)
@@ -60,7 +61,8 @@ def _problem(arguments: Sequence[str]) -> str | None:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    from classification.cli import run  # not before the first run, as it takes seconds
+    with importing():
+        from classification.cli import run  # not before the first run, as it takes seconds
 
     gc.collect()  # the run before leaves its network and images in reference cycles
     run(arguments)

@@ -135,7 +135,7 @@ def damage_of(file: Any) -> str | None:
             name = archive.testzip()
     except Exception as error:  # of a damaged file anything can be raised
         return " ".join(str(error).split()) or type(error).__name__
-    return None if name is None else f"wrong checksum of {name}"
+    return None if name is None else f"wrong checksum of {name!r}"
 
 
 def _keep(path: Path, other: Path) -> None:

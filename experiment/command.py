@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +64,18 @@ def finish(command: Callable[[Work], int | None]) -> int:
             if stop is None:
                 raise
             return _interrupted(stop, work)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """While modules are imported in this block nothing is garbage, and looking for some would take a tenth of it."""
+    looked_for = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looked_for:
+            gc.enable()
 
 
 def one_line(error: BaseException) -> str:

@@ -18,4 +18,4 @@ bin="${VENV:-.venv}/bin"
 "$bin/mypy"
 shopt -s globstar
 "$bin/shellcheck" .ci/run scripts/**/*.sh
-"$bin/python" -m pytest -n auto --maxprocesses 4 "$@"
+"$bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mmengine.config import Config, DictAction
 
 from experiment import ExperimentError
-from experiment.command import Work, dashed, finish
+from experiment.command import Work, dashed, finish, importing
 from experiment.launching import run_all
 from experiment.processes import alone, place
 from segmentation import register, sweep
@@ -173,14 +173,16 @@ def run(arguments: Sequence[str], work: Work | None = None) -> None:
     if options.command == "prepare":
         prepare(options.dataset, options.data_dir, options.archives or options.data_dir)
         return
-    register()
+    with importing():
+        register()
     if options.command == "picture":
         from segmentation.pictures import picture
 
         picture(options.runs, options.output, options.count)
         return
-    from segmentation.start import join_others
-    from segmentation.training import is_due, measure, train
+    with importing():
+        from segmentation.start import join_others
+        from segmentation.training import is_due, measure, train
 
     with alone():
         join_others(options)

@@ -86,7 +86,7 @@ class Browser:
             raise RuntimeError(json.dumps(answer["exceptionDetails"])[:600])
         return answer["result"].get("value")
 
-    def until(self, condition: str, seconds: float = 30) -> None:
+    def until(self, condition: str, seconds: float = 120) -> None:
         """Wait for a condition, looked at in every frame of the page."""
         wait = (
             "new Promise((done, fail) => { const end = performance.now() + %d; const look = () => (%s) ? done() : "
@@ -136,4 +136,4 @@ def browser(profile: Path) -> Iterator[Browser]:
         os.close(own_write)
         os.close(own_read)
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=120)

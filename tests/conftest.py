@@ -1,18 +1,45 @@
-"""What all tests share: one thread, and an environment in which scripts install nothing."""
+"""What all tests share: one thread, the same draws in every run, and scripts that install nothing."""
 
+import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
+
+from lowrank.kernels.build import cache_folder
 
 ROOT = Path(__file__).parent.parent
+settings.register_profile(
+    "suite",  # no judgement of speed either
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+settings.load_profile("suite")
+# It draws also from the numbers and texts in the source of all modules that are imported, which are others in each
+# process and after each commit.
+providers._get_local_constants = providers.Constants
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported stays, so that the collector need not go through it now, nor whenever a test asks for it."""
+    gc.disable()
+    yield
+    gc.enable()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,6 +49,18 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """What a test draws by PyTorch is the same in every run and in every order."""
+    torch.manual_seed(0)
+
+
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    """And so is what a fixture of several tests draws, which is made ahead of that."""
+    if fixturedef.scope != "function":
+        torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -39,7 +78,7 @@ def script_environment(tmp_path: Path) -> dict[str, str]:
     runs = tmp_path / "runs"
     return {
         **{"PATH": "/usr/bin:/bin", "VENV": str(venv), "RUNS_DIR": str(runs), "HOME": str(tmp_path)},
-        **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LOWRANK_CACHE": str(cache_folder())},
     }
 
 

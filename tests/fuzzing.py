@@ -7,14 +7,8 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-# The same examples in every run, some seconds of them.
-SECONDS = settings(
-    derandomize=True,
-    database=None,
-    max_examples=150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+# Some seconds of examples.
+SECONDS = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 NUMBERS = st.one_of(
     st.integers(), st.floats(), st.sampled_from([0, -1, 2**63, 2**70, 10**400, 1e308, -0.0, True, False, None])
 )

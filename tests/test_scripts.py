@@ -130,7 +130,7 @@ def test_who_ends_a_script_ends_its_run_and_what_that_saves_is_waited_for(
             assert process.poll() is None
             time.sleep(0.02)
         process.terminate()
-        assert process.wait(20) == 143
+        assert process.wait(100) == 143
     command, *rest = said.read_text().splitlines()
     assert "--report" in command.split()
     assert rest == ["saved"]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.exact import activations
+from lowrank.exact.chains import GELU, SILU, Limits
 from lowrank.exact.origins import (
     Reader,
     come_about,
@@ -47,6 +48,7 @@ class Curve:
         derivative: of the output gradient and the input, the input gradient.
         change: the function in place; None: by way of a copy.
         by_output: whether the derivative is the same of the output in the place of the input.
+        link: what it is of a chain, see `chains`; None: nothing.
     """
 
     name: str
@@ -54,6 +56,14 @@ class Curve:
     derivative: Callable[[Tensor, Tensor], Tensor]
     change: Callable[[Tensor], Tensor] | None = None
     by_output: bool = False
+    link: Any = None
+
+
+@dataclass(frozen=True)
+class Sloped:
+    """What an unread gradient of a curve's output is computed with: the gradient of its input."""
+
+    grad: Tensor
 
 
 class _Curved(Node):
@@ -72,6 +82,10 @@ class _Curved(Node):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        made = getattr(grad, "origin", None)
+        if type(made) is Sloped and not torch.is_grad_enabled():
+            ctx.reader.done()
+            return made.grad, None, None, None, None
         x = ctx.reader.one(*saved(ctx, ctx.curve.name))
         # Not every derivative of PyTorch has one of its own, but every function has two.
         if torch.is_grad_enabled() and not ctx.curve.by_output:
@@ -85,7 +99,7 @@ def curved(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
     origin = origin_of(x)
     if inplace and any(source.tensor is x for source in origin.sources):
         origin = itself(x.clone())
-    options: dict[str, Any] = {"change": curve.change, "fresh": True}
+    options: dict[str, Any] = {"change": curve.change, "fresh": True, "link": curve.link}
     output = come_about(curve.function, [origin], **options) if curve.by_output else None
     reader, sources = reading(origin if output is None else output)
     y: Tensor = _Curved.apply(x, curve, reader, inplace, sources)
@@ -102,14 +116,18 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         return F.gelu(input, approximate=approximate)
     backward = _aten.gelu_backward.default
     forward = lambda x: F.gelu(x, approximate=approximate)  # noqa: E731
-    return curved(input, Curve("GELU", forward, lambda grad, x: backward(grad, x, approximate=approximate)))
+    derivative = lambda grad, x: backward(grad, x, approximate=approximate)  # noqa: E731
+    return curved(input, Curve("GELU", forward, derivative, link=GELU if approximate == "tanh" else None))
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.silu`; keeps the origin of its input."""
     if not lean_mode(input):
         return F.silu(input, inplace)
-    return curved(input, Curve("SiLU", F.silu, _aten.silu_backward.default, _aten.silu_.default), inplace)
+    return curved(input, _silu, inplace)
+
+
+_silu = Curve("SiLU", F.silu, _aten.silu_backward.default, _aten.silu_.default, link=SILU)
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
@@ -207,7 +225,7 @@ def _softmax_curve(dim: Any, _stacklevel: int = 3, dtype: Any = None) -> Curve:
 def _hardtanh_curve(name: str, low: float, high: float) -> Curve:
     backward = _aten.hardtanh_backward.default
     function, change = (lambda x: F.hardtanh(x, low, high)), (lambda x: _aten.hardtanh_.default(x, low, high))
-    return Curve(name, function, lambda grad, x: backward(grad, x, low, high), change, by_output=True)
+    return Curve(name, function, lambda grad, x: backward(grad, x, low, high), change, True, Limits(low, high))
 
 
 sigmoid = _where_input_takes_nothing(
@@ -216,7 +234,7 @@ sigmoid = _where_input_takes_nothing(
 tanh = _where_input_takes_nothing(torch.tanh, torch.tanh, _by_output("tanh", torch.tanh, _aten.tanh_backward.default))
 softmax = _where_input_takes_nothing(F.softmax, F.softmax, _softmax_curve, _takes_little)
 _relu_slope = lambda grad, x: _aten.threshold_backward.default(grad, x, 0)  # noqa: E731
-_relu_curve = Curve("ReLU", F.relu, _relu_slope, _aten.relu_.default, by_output=True)
+_relu_curve = Curve("ReLU", F.relu, _relu_slope, _aten.relu_.default, True, Limits(low=0.0))
 _relu = _where_input_is_free(F.relu, activations.relu, lambda: _relu_curve)
 _relu6 = _where_input_is_free(F.relu6, activations.relu6, lambda: _hardtanh_curve("ReLU6", 0.0, 6.0))
 _hardtanh = _where_input_is_free(

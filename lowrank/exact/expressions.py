@@ -17,13 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lowrank.exact.origins import LAYER, Origin, Reader, find, is_kept, itself, lean_mode, note, origin_of, reading
+from lowrank.exact import chains
+from lowrank.exact.origins import (
+    LAYER,
+    Origin,
+    Reader,
+    find,
+    is_kept,
+    itself,
+    lean_mode,
+    least_of,
+    note,
+    origin_of,
+    reading,
+)
 from lowrank.tensors.eager import ORDINARY, Node, saved
 
-_SUMS = {torch.add, Tensor.add, torch.sub, Tensor.sub}
+_ADDED = {torch.add, Tensor.add}
+_SUMS = {*_ADDED, torch.sub, Tensor.sub}
 _PARTS = (torch.cat, torch.concat, torch.concatenate)
 _PLAIN = {*ORDINARY, int, float, bool, type(None), torch.dtype}  # what holds no further arguments
-_FIXED = (Number, str, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
+_FIXED = (int, float, str, Number, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 def noted(stock: Callable[..., Any], lean: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -32,7 +46,7 @@ def noted(stock: Callable[..., Any], lean: Callable[..., Any] | None = None) -> 
     @wraps(stock)
     def function(*args: Any, **kwargs: Any) -> Any:
         y = (stock if lean is None else lean)(*args, **kwargs)
-        first = y[0] if isinstance(y, tuple | list) and y else y
+        first = y[0] if isinstance(y, (tuple, list)) and y else y
         if lean_mode(first) and not kwargs.get("out"):
             _note_call(stock, args, kwargs, y)
         return y
@@ -42,21 +56,24 @@ def noted(stock: Callable[..., Any], lean: Callable[..., Any] | None = None) -> 
 
 def is_fixed(argument: Any) -> bool:
     """Whether an argument is the same when a function is called with it again; not so an array of NumPy."""
+    if isinstance(argument, _FIXED):
+        return True
     if isinstance(argument, slice):
         return all(map(is_fixed, (argument.start, argument.stop, argument.step)))
-    return isinstance(argument, _FIXED)
+    return isinstance(argument, tuple) and all(map(is_fixed, argument))
 
 
 def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> None:
     leaves, layout = args, None
-    if kwargs or not _PLAIN.issuperset(map(type, args)):
+    if not _is_flat(args, kwargs):
         leaves, layout = tree_flatten((args, kwargs))
         if not all(isinstance(leaf, Tensor) or is_fixed(leaf) for leaf in leaves):
             return
     places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[at] for at in places]
     parts = stock in _PARTS
-    if not parts and all(find(tensor) is None for tensor in tensors):
+    known = [find(tensor) for tensor in tensors]
+    if not parts and known.count(None) == len(known):
         return  # of nothing that is kept
     others = [None if at in places else leaf for at, leaf in enumerate(leaves)]
 
@@ -64,18 +81,28 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
         filled = list(others)
         for at, value in zip(places, values, strict=True):
             filled[at] = value
-        args, kwargs = (filled, {}) if layout is None else tree_unflatten(filled, layout)
-        return stock(*args, **kwargs)
+        own, options = (filled, kwargs) if layout is None else tree_unflatten(filled, layout)
+        return stock(*own, **options)
 
-    origins = [origin_of(tensor, stream=True) for tensor in tensors]
+    origins = [least_of(tensor, origin, stream=True) for tensor, origin in zip(tensors, known, strict=True)]
     if stock in _SUMS and _starts_anew(y, tensors, origins):
         return
-    if isinstance(y, tuple | list):
+    if isinstance(y, (tuple, list)):
         for at, one in enumerate(y):
             if isinstance(one, Tensor):
                 note(one, lambda *values, at=at: again(*values)[at], origins)
     elif y is not tensors[0]:
-        note(y, again, origins, parts=parts)
+        chained = stock in _ADDED and len(leaves) == len(tensors) == 2 and layout is None and not kwargs
+        note(y, again, origins, parts=parts, fresh=chained, link=chains.SUM if chained else None)
+
+
+def _is_flat(args: Any, kwargs: Any) -> bool:
+    """Whether tensors stand among the arguments themselves alone, and all others are fixed."""
+    if not _PLAIN.issuperset(map(type, args)):
+        for argument in args:
+            if not isinstance(argument, Tensor) and not is_fixed(argument):
+                return False
+    return not kwargs or all(map(is_fixed, kwargs.values()))
 
 
 def _starts_anew(y: Tensor, tensors: list[Tensor], origins: list[Origin]) -> bool:
@@ -96,7 +123,8 @@ def _noted_in_place(stock: Callable[..., Any], again: Callable[..., Any]) -> Cal
         y = stock(input, other, **options)
         if ahead is not None and lean_mode(y) and not _starts_anew(y, [input, other], ahead):
             change = lambda a, b: stock(a, b, **options)  # noqa: E731
-            note(y, lambda a, b: again(a, b, **options), ahead, change=change, fresh=True)
+            link = chains.SUM if again is torch.add and not options else None
+            note(y, lambda a, b: again(a, b, **options), ahead, change=change, fresh=True, link=link)
         return y
 
     return function
@@ -141,18 +169,22 @@ def product(input: Any, other: Any, **options: Any) -> Any:
         y = _Product.apply(input, other, reader, sources)
     first = origin_of(input) if needed[1] is None else needed[1].as_kept()
     second = origin_of(other) if needed[0] is None else needed[0].as_kept()
-    note(y, torch.mul, [first, second])
+    ahead, large = ([first, second], input) if input.shape == y.shape else ([second, first], other)
+    fits = large.shape == y.shape and large.dtype == y.dtype
+    note(y, torch.mul, ahead, change=Tensor.mul_ if fits else None, fresh=True)
     return y
 
 
 _scaled = noted(torch.mul)
 
 
-def keeps_its_input(stock: Callable[..., Tensor], input: Tensor, *parameters: Tensor | None, y: Tensor) -> Tensor:
-    """Note that `y` is `stock(input, *parameters)`, of which autograd keeps the input anyway."""
+def keeps_its_input(
+    stock: Callable[..., Tensor], input: Tensor, *parameters: Tensor | None, y: Tensor, link: Any = None
+) -> Tensor:
+    """Note that `y` is `stock(input, *parameters)`, of which autograd keeps the input anyway; `link`: see `Step`."""
     if lean_mode(y):
         is_kept(input)
-        note_of(y, stock, itself(input, kept=True), parameters, fresh=True)
+        note_of(y, stock, itself(input, kept=True), parameters, fresh=True, link=link)
     return y
 
 
@@ -163,6 +195,7 @@ def note_of(
     parameters: tuple[Tensor | None, ...],
     cost: int = 0,
     fresh: bool = False,
+    link: Any = None,
 ) -> None:
     """Note that `y` is `apply(x, *parameters)`, of an x that comes about so; parameters may be None."""
     present = tuple(parameter is not None for parameter in parameters)
@@ -172,7 +205,7 @@ def note_of(
         return apply(x, *(next(given) if there else None for there in present))
 
     own = [itself(parameter, True) for parameter in parameters if parameter is not None]
-    note(y, again, [first, *own], cost=cost, fresh=fresh)
+    note(y, again, [first, *own], cost=cost, fresh=fresh, link=link)
 
 
 _METHODS = (

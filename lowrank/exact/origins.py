@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.exact import slots
+from lowrank.exact import chains, slots
 from lowrank.tensors.eager import in_autocast, wants_gradient
 from lowrank.tensors.notes import Notes
 
@@ -37,12 +37,13 @@ class Step:
         function: of what the inputs give; None of a source.
         inputs: the steps ahead of it.
         change: the same function, which writes its result to its first argument; None: there is none.
+        link: what it is of a chain that is computed in one pass, see `chains`; None: nothing.
         fresh: whether what it gives is new memory, that nothing else refers to.
         readers: backward nodes that have still to read it, and steps that such nodes need and that need it.
         cost: of the layers on the costliest way to it, see `BUDGET` and `LAYER`.
     """
 
-    __slots__ = ("change", "cost", "depth", "fresh", "function", "inputs", "made", "readers")
+    __slots__ = ("change", "cost", "depth", "fresh", "function", "inputs", "link", "made", "readers")
 
     def __init__(
         self,
@@ -51,22 +52,24 @@ class Step:
         cost: int = 0,
         change: Rebuild | None = None,
         fresh: bool = False,
+        link: Any = None,
     ) -> None:
         self.function, self.inputs, self.readers = function, tuple(inputs), 0
-        self.change, self.fresh = change, fresh
-        self.depth: int = 1 + max((step.depth for step in inputs), default=0)
-        self.cost: int = cost + max((step.cost for step in inputs), default=0)
+        self.change, self.fresh, self.link = change, fresh, link
+        depth = costs = 0
+        for step in inputs:
+            depth, costs = max(depth, step.depth), max(costs, step.cost)
+        self.depth: int = 1 + depth
+        self.cost: int = cost + costs
         self.made: Tensor | None = None
 
     def value(self, known: dict[Step, Tensor]) -> Tensor:
         """What it gives for these sources, which it is written to as well."""
         found = known.get(self, self.made)
         if found is None:
-            if self.change is not None and self.inputs[0].is_for_one(known):
-                first, *others = self.inputs
-                found = self.change(first.anew(known), *(step.value(known) for step in others))
-            else:
-                found = self.anew(known)
+            found = None if self.link is None else chains.joined(self, known)
+            if found is None:
+                found = self._alone(known)
             if self.readers > 0:
                 self.made = found
                 for step in self.inputs:
@@ -74,10 +77,16 @@ class Step:
         known[self] = found
         return found
 
+    def _alone(self, known: dict[Step, Tensor]) -> Tensor:
+        if self.change is not None and self.inputs[0].is_for_one(known):
+            first, *others = self.inputs
+            return self.change(first.anew(known), *[step.value(known) for step in others])
+        return self.anew(known)
+
     def anew(self, known: dict[Step, Tensor]) -> Tensor:
         """The same, which is not written anywhere."""
         assert self.function is not None
-        return self.function(*(step.value(known) for step in self.inputs))
+        return self.function(*[step.value(known) for step in self.inputs])
 
     def is_for_one(self, known: dict[Step, Tensor]) -> bool:
         """Whether who asks now may change what it gives: no layer, and nobody else has asked for it or will."""
@@ -107,7 +116,7 @@ class Step:
             self.made = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Source:
     """A tensor that others are computed from, or a reference to one that nothing may keep.
 
@@ -125,17 +134,14 @@ class Source:
 
     @property
     def tensor(self) -> Tensor:
-        found = self.held if isinstance(self.held, Tensor) else self.held()
+        if type(self.held) is not weakref.ref:
+            return self.held  # type: ignore[return-value]
+        found = self.held()
         assert found is not None, "whoever finds an origin has all of its sources"
         return found
 
-    def holds(self) -> bool:
-        """Whether the tensor is there, and as it was."""
-        found = self.held if isinstance(self.held, Tensor) else self.held()
-        return found is not None and self.version == version_of(found)
 
-
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Origin:
     """The step that gives a tensor, and the sources of that.
 
@@ -161,18 +167,28 @@ class Origin:
             if not source.kept:
                 storage = source.tensor.untyped_storage()
                 sizes[storage._cdata] = storage.nbytes()
-        return sum(sizes.values())
+        return sum(sizes.values()) if sizes else 0
 
     def as_kept(self) -> Origin:
         """The same, now that its sources are kept."""
-        if all(source.kept for source in self.sources):
+        for source in self.sources:
+            if not source.kept:
+                break
+        else:
             return self
-        kept = tuple(Source(source.step, source.tensor, True, source.version) for source in self.sources)
+        kept = tuple(
+            source if source.kept else Source(source.step, source.tensor, True, source.version)
+            for source in self.sources
+        )
         return Origin(self.step, kept, self.parts, self.place, self.stream)
 
     def holds(self) -> bool:
-        """Whether its sources are as they were."""
-        return all(source.holds() for source in self.sources)
+        """Whether its sources are there, and as they were."""
+        for source in self.sources:
+            found = source.held() if type(source.held) is weakref.ref else source.held
+            if found is None or (source.version >= 0 and source.version != found._version):  # type: ignore[union-attr]
+                return False
+        return True
 
 
 _ORIGINS: Notes[Origin] = Notes()
@@ -199,8 +215,6 @@ def is_parameter(x: Tensor) -> bool:
 
 def is_kept(x: Tensor) -> None:
     """A node keeps this tensor in full: whatever else is computed from it takes nothing. A compiler sees for itself."""
-    if torch.compiler.is_compiling():
-        return
     slots.is_kept(x)
     _KEPT.note(x, place_of_saving())
 
@@ -208,13 +222,13 @@ def is_kept(x: Tensor) -> None:
 def is_known_as_kept(x: Tensor) -> bool:
     """Whether a node keeps this tensor in full."""
     place = _KEPT.find(x)
-    return place is not None and place == place_of_saving()
+    return place is not None and place == _place()
 
 
 def find(x: Tensor) -> Origin | None:
     """How a tensor comes about, if that is known and its sources are as they were."""
     origin = _ORIGINS.find(x)
-    if origin is None or origin.place != place_of_saving():
+    if origin is None or origin.place != _place():
         return None
     with torch._C.DisableTorchFunctionSubclass():
         return origin if origin.holds() else None
@@ -227,8 +241,10 @@ def is_noted(x: Tensor) -> bool:
 
 def place_of_saving() -> int:
     """What becomes of what autograd saves: 0, or a number for whoever takes it instead, such as a checkpoint."""
-    if torch.compiler.is_compiling():
-        return 0
+    return 0 if torch.compiler.is_compiling() else _place()
+
+
+def _place() -> int:
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is None:
         return 0
@@ -247,10 +263,16 @@ def origin_of(x: Tensor, stream: bool = False) -> Origin:
 
     `stream`: of two that take as much, the one further ahead, see `Origin`.
     """
-    origin = find(x)
+    return least_of(x, find(x), stream)
+
+
+def least_of(x: Tensor, origin: Origin | None, stream: bool = False) -> Origin:
+    """The same, where `find` has been asked."""
+    if origin is None:
+        return itself(x)
     with torch._C.DisableTorchFunctionSubclass():
-        if origin is None or is_known_as_kept(x):
-            return itself(x)
+        if is_known_as_kept(x):
+            return itself(x, kept=True)
         added, own = origin.nbytes, x.untyped_storage().nbytes()
         equal = origin.parts or (stream and origin.stream)
         return origin if added < own or (equal and added <= own) else itself(x)
@@ -269,16 +291,21 @@ def come_about(
     cost: int = 0,
     change: Rebuild | None = None,
     fresh: bool = False,
+    link: Any = None,
 ) -> Origin | None:
     """The origin of `function` of these, see `note`; None where that takes too much."""
     origins = list(inputs)
-    sources = {source.step: source for origin in origins for source in origin.sources}
-    for origin in origins:  # of one that is kept for one input and not for another
-        sources |= {source.step: source for source in origin.sources if source.kept}
-    step = Step(function, [origin.step for origin in origins], cost, change, fresh)
-    parts, stream = parts or any(o.parts for o in origins), any(o.stream for o in origins)
-    affordable = step.depth <= DEEPEST and step.cost < 2 * LAYER and step.cost % LAYER <= BUDGET
-    return Origin(step, tuple(sources.values()), parts, place_of_saving(), stream) if affordable else None
+    step = Step(function, [origin.step for origin in origins], cost, change, fresh, link)
+    if step.depth > DEEPEST or step.cost >= 2 * LAYER or step.cost % LAYER > BUDGET:
+        return None
+    sources: dict[Step, Source] = {}
+    stream = False
+    for origin in origins:
+        parts, stream = parts or origin.parts, stream or origin.stream
+        for source in origin.sources:
+            if source.kept or source.step not in sources:  # of one that is kept for one input and not for another
+                sources[source.step] = source
+    return Origin(step, tuple(sources.values()), parts, place_of_saving(), stream)
 
 
 def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], **options: Any) -> None:
@@ -288,15 +315,19 @@ def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], **options: Any)
         y: any tensor that autograd follows.
         function: the operation; refers to no tensor itself.
         inputs: origins of its arguments.
-        options: `parts`, see `Origin`; `cost` of a layer, see `BUDGET` and `LAYER`; `change` and `fresh`, see `Step`.
+        options: `parts`, see `Origin`; `cost` of a layer, see `BUDGET` and `LAYER`; `change`, `fresh` and `link`, see
+            `Step`.
     """
     note_origin(y, come_about(function, inputs, **options))
 
 
 def note_origin(y: Tensor, found: Origin | None) -> None:
     """Note how `y` comes about, unless that takes as much as itself."""
-    if found is None or any(source.tensor is y for source in found.sources):
+    if found is None:
         return
+    for source in found.sources:
+        if source.tensor is y:
+            return
     with torch._C.DisableTorchFunctionSubclass():
         read = type(y).untyped_storage is Tensor.untyped_storage  # otherwise it has no memory yet
         added, own = found.nbytes, y.untyped_storage().nbytes() if read else y.nbytes
@@ -319,7 +350,7 @@ class Reader:
 
     def __init__(self, origins: Sequence[Origin]) -> None:
         self._steps = [origin.step for origin in origins]
-        self._sources = list({source.step: None for origin in origins for source in origin.sources})
+        self._sources = list(dict.fromkeys([source.step for origin in origins for source in origin.sources]))
         self._waiting = True
         for step in self._steps:
             step.need()
@@ -349,9 +380,13 @@ class Reader:
 
 def reading(*origins: Origin) -> tuple[Reader, tuple[Tensor, ...]]:
     """A reader of these, and what autograd has to save for it."""
-    sources = {source.step: source.tensor for origin in origins for source in origin.sources}
-    for tensor in sources.values():
-        is_kept(tensor)
+    sources: dict[Step, Tensor] = {}
+    for origin in origins:
+        for source in origin.sources:
+            if source.step not in sources:
+                sources[source.step] = source.tensor
+                if not source.kept:
+                    is_kept(sources[source.step])
     return Reader(origins), tuple(sources.values())
 
 
@@ -359,4 +394,4 @@ def lean_mode(x: Any) -> bool:
     """Whether what autograd keeps for `x` is this package's to decide: in plain eager training without autocast."""
     if not isinstance(x, Tensor) or not wants_gradient(x):
         return False
-    return not in_autocast(x.device.type)
+    return not torch._C._is_any_autocast_enabled() or not in_autocast(x.device.type)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank.exact.chains import Normalisation
 from lowrank.exact.expressions import is_fixed, keeps_its_input, note_of
 from lowrank.exact.origins import (
     LAYER,
@@ -115,8 +116,8 @@ def stock_batch_norm(
     """`torch.nn.functional.batch_norm`; keeps its input, with stored statistics the origin of it."""
     if training and _knows_its_statistics(input, running_mean, running_var, weight, bias):
         y, mean, inverse = torch.native_batch_norm(input, weight, bias, running_mean, running_var, True, momentum, eps)
-        again = partial(_by_statistics, eps)
-        return keeps_its_input(again, input, weight, bias, mean, inverse, y=y)
+        again, link = partial(_by_statistics, eps), Normalisation(weight is not None, bias is not None)
+        return keeps_its_input(again, input, weight, bias, mean, inverse, y=y, link=link)
     if training or running_mean is None:
         y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         anew = lambda x, w, b: F.batch_norm(x, None, None, w, b, True, 0.0, eps)  # noqa: E731

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +26,9 @@ class Watched(Tensor):
         if foreign(types):
             args, kwargs = tree_map_only(Watched, lambda x: x.as_subclass(Tensor), (args, kwargs or {}))
             return func(*args, **kwargs)
-        watched = [*of_class(Watched, args), *(of_class(Watched, kwargs.values()) if kwargs else ())]
+        watched = of_class(Watched, args)
+        if kwargs:
+            watched += of_class(Watched, kwargs.values())
         lean = is_watched_for(func) and _is_from_here(watched)
         with unwatched(watched):
             y = (LEAN_FUNCTIONS.get(func, func) if lean else func)(*args, **(kwargs or {}))
@@ -50,18 +51,21 @@ BACKWARD = {Tensor.backward, torch.autograd.backward, torch.autograd.grad}
 _SUMS = {torch.add, Tensor.add, Tensor.add_}
 
 
-@contextmanager
-def unwatched(tensors: Sequence[Tensor]) -> Iterator[None]:
+class unwatched:
     """Ordinary tensors in the place of these, for a function in which all others are watched as ever.
 
     A backward pass may run a model's code again; a compiled part of a model takes ordinary tensors alone.
     """
-    for tensor in tensors:
-        tensor.__class__ = Tensor
-    try:
-        yield
-    finally:
-        for tensor in tensors:
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+
+    def __enter__(self) -> None:
+        for tensor in self._tensors:
+            tensor.__class__ = Tensor
+
+    def __exit__(self, *_: object) -> None:
+        for tensor in self._tensors:
             tensor.__class__ = Watched
 
 
@@ -73,15 +77,17 @@ class LeanFunctions(TorchFunctionMode):
             return LEAN_FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
 
 
-def of_class(kind: type[Tensor], arguments: Iterable[Any]) -> Iterator[Any]:
+def of_class(kind: type[Tensor], arguments: Iterable[Any]) -> list[Any]:
     """The tensors of a class among the arguments of a function, and in the lists, tuples and dicts among these."""
+    found = []
     for argument in arguments:
         if type(argument) is kind:
-            yield argument
-        elif isinstance(argument, tuple | list):
-            yield from of_class(kind, argument)
+            found.append(argument)
+        elif isinstance(argument, (tuple, list)):
+            found += of_class(kind, argument)
         elif isinstance(argument, dict):
-            yield from of_class(kind, argument.values())
+            found += of_class(kind, argument.values())
+    return found
 
 
 def is_watched_for(func: Any) -> bool:
@@ -91,14 +97,17 @@ def is_watched_for(func: Any) -> bool:
 
 def foreign(types: Any) -> bool:
     """Whether one of the tensors is of a class that is neither PyTorch's nor this package's, and decides for itself."""
-    return not all(kind in ORDINARY for kind in types)
+    return not ORDINARY.issuperset(types)
 
 
 def _is_from_here(watched: Sequence[Tensor]) -> bool:
     """Whether one of these was watched within the same checkpoint: what is given to one may be of any class when it is
     run again."""
     place = place_of_saving()
-    return any(vars(leaf).get("_lowrank_place", 0) == place for leaf in watched)
+    for leaf in watched:  # noqa: SIM110 - for every operation, so no generator
+        if vars(leaf).get("_lowrank_place", 0) == place:
+            return True
+    return False
 
 
 def watch(y: Any) -> Any:
@@ -108,7 +117,7 @@ def watch(y: Any) -> Any:
         place = place_of_saving()
         if place:
             y._lowrank_place = place  # type: ignore[attr-defined]
-    elif isinstance(y, tuple | list):
+    elif isinstance(y, (tuple, list)):
         for one in y:
             watch(one)
     return y

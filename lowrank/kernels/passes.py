@@ -5,15 +5,19 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from math import inf, prod
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.kernels.library import gpu, library
 
 Gate = Literal["above", "between", "within", "strictly above", "not zero"]
 _GATES: dict[Gate, int] = {"above": 0, "between": 1, "within": 1, "strictly above": 2, "not zero": 3}
+GateOf = Literal["SiLU", "GELU"]
+_GATES_OF: dict[GateOf, int] = {"SiLU": 0, "GELU": 1}
 _STORED = (torch.uint8, torch.int8, torch.bfloat16)
 _KINDS = {torch.float32: "float", torch.float64: "double", torch.int8: "int8"}
 
@@ -249,3 +253,90 @@ def _depthwise_plan(numbers: tuple[int, ...]) -> tuple[Any, int]:
     plan = (ctypes.c_int64 * len(numbers))(*numbers)
     found: Any = library()
     return plan, found.depthwise_room_float(plan)
+
+
+def affine(
+    x: Tensor, scale: Tensor, shift: Tensor, other: Tensor | None = None, low: float = -inf, high: float = inf
+) -> Tensor | None:
+    """`clamp(x * scale + shift + other, low, high)` in one pass, bit for bit what PyTorch's operators make of it.
+
+    Args:
+        x: (B, C, ...), float32, or nothing is done.
+        scale, shift: (C,).
+        other: of the shape of `x`.
+        low, high: limits; NaN stays.
+
+    Returns:
+        Of the shape of `x`; None: not for these.
+    """
+    given = (x, scale, shift) if other is None else (x, scale, shift, other)
+    kernel = _kernel("affine", *given) if x.ndim > 2 and (other is None or other.shape == x.shape) else None
+    if kernel is None or not rounds_as_batch_norm():
+        return None
+    return _affine(kernel, x, scale, shift, other, low, high)
+
+
+def _affine(
+    kernel: Any, x: Tensor, scale: Tensor, shift: Tensor, other: Tensor | None, low: float, high: float
+) -> Tensor:
+    out, (samples, channels, *sizes) = torch.empty_like(x), x.shape
+    pointers = x.data_ptr(), scale.data_ptr(), shift.data_ptr(), None if other is None else other.data_ptr()
+    limits = low, high, torch.get_num_threads()
+    kernel(*pointers, out.data_ptr(), samples * channels, channels, prod(sizes), *limits)
+    return out
+
+
+@lru_cache(maxsize=1)
+def rounds_as_batch_norm() -> bool:
+    """Whether the kernel multiplies and adds as PyTorch's normalisation does: both at once, on processors that can, or
+    one after the other."""
+    with torch.no_grad(), torch.inference_mode(False):
+        x = torch.linspace(-3, 3, 2 * 3 * 5 * 41).sin_().mul_(7).view(2, 3, 5, 41)
+        weight, bias, mean, variance = torch.linspace(0.3, 1.7, 12).view(4, 3)
+        scale, found = variance.rsqrt() * weight, library()
+        y = F.batch_norm(x, mean, torch.ones(3), scale, bias, False, 0.0, 1e-30)
+        shift = torch.addcmul(bias, mean, scale, value=-1)
+        return torch.equal(y, _affine(getattr(found, "affine_float"), x, scale, shift, None, -inf, inf))  # noqa: B009
+
+
+def can_gate(g: Tensor, u: Tensor) -> bool:
+    """Whether there are kernels for gates of such tensors."""
+    return _kernel("gate", g, u) is not None
+
+
+def gate(g: Tensor, u: Tensor, by: GateOf = "SiLU") -> Tensor | None:
+    """`f(g) * u` in one pass, up to rounding.
+
+    Args:
+        g, u: of one shape, float32, or nothing is done.
+        by: f, SiLU or GELU as approximated with a tanh.
+
+    Returns:
+        Of the same shape; None: not for these.
+    """
+    kernel = _kernel("gate", g, u) if g.shape == u.shape else None
+    if kernel is None:
+        return None
+    out = torch.empty_like(g)
+    numbers = g.numel(), _GATES_OF[by], torch.get_num_threads()
+    kernel(g.data_ptr(), u.data_ptr(), out.data_ptr(), *numbers)  # type: ignore[operator]
+    return out
+
+
+def gate_gradients(grad: Tensor, g: Tensor, u: Tensor, by: GateOf = "SiLU") -> tuple[Tensor, Tensor] | None:
+    """Gradients of `g` and of `u` from that of `f(g) * u`, in one pass, up to rounding.
+
+    Args:
+        grad, g, u: of one shape, float32, or nothing is done.
+        by: f, see `gate`.
+
+    Returns:
+        Both of the same shape; None: not for these.
+    """
+    kernel = _kernel("slopes", grad, g, u) if grad.shape == g.shape == u.shape else None
+    if kernel is None:
+        return None
+    for_g, for_u = torch.empty_like(g), torch.empty_like(u)
+    pointers = grad.data_ptr(), g.data_ptr(), u.data_ptr(), for_g.data_ptr(), for_u.data_ptr()
+    kernel(*pointers, g.numel(), _GATES_OF[by], torch.get_num_threads())  # type: ignore[operator]
+    return for_g, for_u

@@ -15,7 +15,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank.errors import ChangedError
 from lowrank.exact.origins import Origin
@@ -63,10 +63,12 @@ class Call:
         x, weight, bias: what it was called with, `x` (B, C, H, W).
         keep: the method and what it keeps of `x` for the weight gradient, made when it is asked for.
         ahead, cost: origin of `x`, where what is made of it may be computed again, and what that takes, see `origins`.
+        note_reader: told of the module that reads the output as it is; None: nobody wants to know.
     """
 
     ahead: Origin | None = None
     cost = 0
+    note_reader: Callable[[nn.Module], None] | None = None
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ class Held(Watched):
             for leaf in tree_iter((args, kwargs)):
                 let_go(leaf)
             return func(*args, **kwargs)
-        held = [*of_class(Held, args), *of_class(Held, kwargs.values())]
+        held = of_class(Held, args) + of_class(Held, kwargs.values())
         watched = is_watched_for(func) and any(_stock_class(leaf) is Watched for leaf in held)
         with torch._C.DisableTorchFunctionSubclass():
             y = (LEAN_FUNCTIONS.get(func, func) if watched else func)(*args, **kwargs)

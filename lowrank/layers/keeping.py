@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank.errors import LowRankError
 from lowrank.exact.origins import Origin, Rebuild, find, is_kept, is_known_as_kept, origin_of, reading
@@ -43,6 +44,7 @@ class LayerState:
         exact: whether it kept what its exact input is computed from, where the method would have kept more.
         judged: of geometries and shapes, whether keeping less is worth it.
         settled: of calls that are the stock layer's, by the same rule, the bytes that are kept.
+        reader: the normalisation that has read the latest lazy output by the batch's statistics.
     """
 
     method: Method
@@ -60,6 +62,19 @@ class LayerState:
     exact: bool = False
     judged: dict[Any, bool] = field(default_factory=dict, repr=False)
     settled: dict[tuple[Any, ...], int] = field(default_factory=dict, repr=False)
+    reader: weakref.ref[nn.Module] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"reader": None}  # of this model, not of its copies
+
+    def note_reader(self, module: nn.Module) -> None:
+        """Note who has read the latest lazy output as it is."""
+        self.reader = weakref.ref(module)
+
+    def is_read(self) -> bool:
+        """Whether the output is read as it is, as far as can be told: laziness would be for nothing."""
+        reader = None if self.reader is None else self.reader()
+        return reader is not None and reader.training
 
     def method_for(self, geometry: Geometry, x: Tensor, out_channels: int) -> Method:
         """How an input (B, ...) is kept: by the method, or, where that is not worth its time, as it is."""

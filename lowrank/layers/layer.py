@@ -229,7 +229,10 @@ def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | 
             method, kept = found = keep()
             keep = lambda: found  # noqa: E731
         settings = Settings(state.name, geometry, method, dtype, single)
-        call = Call(settings, Tensor.detach(x), weight, bias, keep) if _may_be_lazy(layer, settings, input, x) else None
+        call = None
+        if _may_be_lazy(layer, settings, input, x):
+            call = Call(settings, Tensor.detach(x), weight, bias, keep)
+            call.note_reader = state.note_reader
         y = LowRankFunction.apply(x, weight, bias, settings, call, state.watched, *kept)
     if x is input and not single and state.recompute and not torch.compiler.is_compiling():
         products = weight.shape[-1] if isinstance(geometry, LinearGeometry) else weight.numel() // y.shape[1]
@@ -316,7 +319,7 @@ def _untracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor 
 def _may_be_lazy(layer: LowRankLayer, settings: Settings, input: Tensor, x: Tensor) -> bool:
     """Whether an output may be left to who reads it: nothing can fail then that fails here."""
     geometry, weight, bias = settings.geometry, layer.weight, layer.bias
-    if not layer._lowrank.lazy or torch.compiler.is_compiling():
+    if not layer._lowrank.lazy or torch.compiler.is_compiling() or layer._lowrank.is_read():
         return False
     if type(geometry) is not ConvGeometry or geometry.padding_mode != "zeros":  # others may lay out a copy anew
         return False

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from lowrank.exact.functions import LEAN_FUNCTIONS
 from lowrank.exact.watched import LeanFunctions, Watched, watch
-from lowrank.layers import normalisation  # noqa: F401 - its function is among those that keep less
+from lowrank.layers import gates, normalisation  # noqa: F401 - their functions are among those that keep less
+from lowrank.layers.autograd_function import Call
 from lowrank.layers.held import Held, let_go
-from lowrank.layers.lazy import Lazy, read
+from lowrank.layers.lazy import Lazy, read, unread
 from lowrank.layers.swap import Changed
 from lowrank.tensors.eager import trains_plainly
 from lowrank.tensors.worth import bits_are_worth
@@ -37,10 +38,14 @@ class LeanModule(Changed):
             return super().forward(input)
         if kind is Held and getattr(self, "inplace", False):
             let_go(input)
+        if kind is Lazy and self.training and isinstance(self, nn.BatchNorm2d):
+            call = unread(input, Call)
+            if call is not None and call.note_reader is not None:
+                call.note_reader(self)
         if kind is not Lazy and self._lowrank_smallest and not _are_worth(input, self._lowrank_smallest):
             with torch._C.DisableTorchFunctionSubclass():
                 y = super().forward(input)
-        elif (called := CALLS[self.stock_class](self) if self.stock_class in CALLS else None) is None:
+        elif (called := _called(self, input)) is None:
             with nullcontext() if kind is Lazy else LeanFunctions():  # a lazy tensor does so itself
                 y = super().forward(input)
         elif kind is Lazy:
@@ -65,10 +70,21 @@ def _own(stock: type[nn.Module]) -> dict[str, Any]:
     return {"stock_class": stock, "_place": (__name__, "lean_class"), "__module__": stock.__module__}
 
 
-def _batch_norm(m: Any) -> tuple[Any, ...] | None:
-    if m.training or m.running_mean is None or m.running_var is None:
+def _called(module: Any, input: Tensor) -> tuple[Any, ...] | None:
+    """The function that a stock module calls, and with what behind its input; None: its forward pass says."""
+    if module.stock_class is nn.BatchNorm2d and input.ndim != 4:  # which the stock forward pass refuses
         return None
-    return F.batch_norm, m.running_mean, m.running_var, m.weight, m.bias, False, 0.0, m.eps
+    return CALLS[module.stock_class](module) if module.stock_class in CALLS else None
+
+
+def _batch_norm(m: Any) -> tuple[Any, ...] | None:
+    if m.running_mean is None or m.running_var is None:
+        return None
+    if m.training and (m.momentum is None or not m.track_running_stats):  # what these do, the stock forward pass knows
+        return None
+    if m.training and m.num_batches_tracked is not None:
+        m.num_batches_tracked.add_(1)
+    return F.batch_norm, m.running_mean, m.running_var, m.weight, m.bias, m.training, m.momentum or 0.0, m.eps
 
 
 def _hardtanh(m: Any) -> tuple[Any, ...]:

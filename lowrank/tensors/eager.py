@@ -84,6 +84,8 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 def in_autocast(device: str) -> bool:
     """Whether autocast is on for a kind of device."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return False
     return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
@@ -144,13 +146,15 @@ class Node(torch.autograd.Function):
 def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def each(ctx: Any, *grads: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch._C._is_any_autocast_enabled():
+        if torch.compiler.is_compiling():
+            return backward(ctx, *grads)
+        if not torch._C._is_any_autocast_enabled():
             return run(ctx, *grads)
         with without_autocast(grads[0].device.type):
             return run(ctx, *grads)
 
     def run(ctx: Any, *grads: Any) -> Any:
-        batched = None if torch.compiler.is_compiling() else next(filter(_is_batched, grads), None)
+        batched = next(filter(_is_batched, grads), None)
         if batched is None:
             return backward(ctx, *grads)
         level = _innermost_level(batched)

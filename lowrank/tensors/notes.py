@@ -42,6 +42,8 @@ class Notes(Generic[Fact]):
         found = self._facts.get(id(tensor))
         if found is None or found[0]() is not tensor:
             return None
+        if type(tensor) is Tensor:
+            return found[2] if found[1] == tensor._version else None
         with torch._C.DisableTorchFunctionSubclass():
             return found[2] if found[1] == tensor._version else None
 

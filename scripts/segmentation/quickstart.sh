@@ -23,11 +23,11 @@ fi
 network="${NETWORK:-pspnet_small}"
 export BUDGET="${BUDGET:-1/20}"
 export METHODS="${METHODS:-vanilla gradient_filter hosvd_0.8 asi}" LAYERS="${LAYERS:-10}" SEEDS="${SEEDS:-233}"
-# Whoever ends the script ends the run, and waits for what it saves.
+# Whoever ends the script ends the run, from its first moment on, and waits for what it saves.
+trap 'kill "${!-}" 2> /dev/null || exit 143' TERM
+trap : INT # a terminal's Ctrl-C reaches the run as well
 bash scripts/segmentation/sweep.sh "$network" "$@" digit_scenes &
 sweep=$!
-trap 'kill "$sweep"' TERM
-trap : INT # a terminal's Ctrl-C reaches the run as well
 code=0
 wait "$sweep" || code=$?
 while kill -0 "$sweep" 2> /dev/null; do

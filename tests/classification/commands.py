@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -112,6 +113,21 @@ class HaltInEpoch(CrashInEpoch):
         print("halted", flush=True)
         while not pending():
             time.sleep(0.01)
+
+
+class KillInEpoch(CrashInEpoch):
+    """Kills the process in the middle of an epoch of the run whose folder's path has a word in it."""
+
+    def __init__(self, epoch: int, word: str) -> None:
+        super().__init__(epoch)
+        self.word = word
+
+    def on_train_batch_start(self, trainer, *words):
+        if self.word in trainer.default_root_dir:
+            super().on_train_batch_start(trainer, *words)
+
+    def interrupt(self):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class SignalIn(pl.Callback):

@@ -161,7 +161,7 @@ def test_a_signal_ends_a_run_with_its_exit_code_and_nothing_is_lost(whole, tmp_p
         words += ["--data.workers", "1"]  # which such a signal ends as well, if it may
     process = started([*words, *halted], "halted")
     os.killpg(process.pid, number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == code, said
     assert re.fullmatch(r"interrupted during .*digits.*; the same command goes on\n", said)
     assert not list(tmp_path.rglob("*.part"))

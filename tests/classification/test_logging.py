@@ -1,11 +1,13 @@
 """What a run logs by itself, and what it shows of its progress."""
 
+import contextlib
 import json
 import os
 import pty
 import re
 import sys
 import termios
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from commands import arguments, finish, metrics
@@ -94,14 +96,24 @@ def command(runs, weights):
     return [*words[:place], *words[place + 2 :]]
 
 
+def until_closed(terminal):
+    """All that is written to a terminal, which holds some kilobytes and hands them on when it likes."""
+    parts = []
+    with contextlib.suppress(OSError):  # nobody has its other end any more
+        while part := os.read(terminal, 1 << 16):
+            parts.append(part)
+    return b"".join(parts).decode()
+
+
 def test_progress_is_a_bar_on_a_terminal(tmp_path, weights, monkeypatch):
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
-    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", terminal)
-        assert main(command(tmp_path, weights)) == 0
-        terminal.flush()
-        text = os.read(ours, 1 << 16).decode()
+    with ThreadPoolExecutor(1) as reader:
+        shown = reader.submit(until_closed, ours)
+        with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", terminal)
+            assert main(command(tmp_path, weights)) == 0
+        text = shown.result()
     os.close(ours)
     assert re.search(r"100 %.* 4/4 steps, .*epoch 2/2, val accuracy \d+\.\d %, 0 s left", text)
     assert not re.search(r"^  epoch", text, re.MULTILINE)

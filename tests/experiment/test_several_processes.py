@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiment import processes
+from benchmarks.cluster import free_ports
+from experiment import launching, processes
 from experiment.errors import ExperimentError
 from experiment.launching import GROUP, run_all
 from experiment.processes import OTHERS, Place, first_does, gather, is_first, join, leave, own_part, place, with_others
@@ -47,6 +48,7 @@ def test_the_first_decides_writes_and_speaks(tmp_path, capfd):
 @pytest.mark.parametrize("late", ["0", "0.3"])  # s; the first may be gone before the second hears of it
 def test_what_the_first_refuses_ends_all_with_its_code_and_one_line(tmp_path, monkeypatch, late):
     monkeypatch.setenv("LATE", late)
+    monkeypatch.setattr(launching, "SETTLE", 100.0)
     with pytest.raises(ExperimentError, match=r"^there is no more room$"):
         run_all("meeting", ["refused", str(tmp_path)], 2)
     assert [(tmp_path / name).read_text() for name in "01"] == ["ExperimentError 2", "FirstFailed 2"]
@@ -54,7 +56,7 @@ def test_what_the_first_refuses_ends_all_with_its_code_and_one_line(tmp_path, mo
 
 @needs_gloo
 def test_processes_of_another_launcher_say_who_they_are(tmp_path):
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(*free_ports(1))}
     command = [sys.executable, "-m", "meeting", "refused", str(tmp_path)]
     started = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
@@ -72,14 +74,6 @@ def test_one_that_waits_for_the_others_in_vain_says_so(tmp_path, monkeypatch):
         join(Place(0, 2))
     assert place() == Place(0, 1)
     assert not torch.distributed.is_initialized()
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def test_one_process_decides_for_itself():

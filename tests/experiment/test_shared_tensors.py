@@ -77,6 +77,6 @@ def test_of_processes_that_come_at_once_one_makes_it(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(120)
     assert [process.exitcode for process in processes] == [0] * 4
     assert (tmp_path / "made").read_text() == "x"

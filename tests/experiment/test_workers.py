@@ -52,6 +52,13 @@ def swept(root, jobs, count, capfd):
     return code, [line for line in lines if " runs done, " not in line], said.err.replace(str(root), "")
 
 
+def wait_for(condition):
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def records(root):
     return {path.parent.name: Record.load(path) for path in root.rglob("result.json")}
 
@@ -100,14 +107,11 @@ def test_two_are_at_work_at_once_and_one_that_is_killed_stops_no_other(tmp_path,
 def test_one_signal_ends_all_with_what_they_have_saved(tmp_path, sent, code):
     with subprocess.Popen([sys.executable, "-c", SWEEP, str(tmp_path)], stderr=subprocess.PIPE, text=True) as sweep:
         folders = [run_of(seed).folder(tmp_path) for seed in (1, 2)]
-        end = time.monotonic() + 60
-        while not all((folder / "waiting").exists() for folder in folders) and time.monotonic() < end:
-            time.sleep(0.05)
+        wait_for(lambda: all((folder / "waiting").exists() for folder in folders))
         sweep.send_signal(sent)
-        said = sweep.communicate(timeout=60)[1]
+        said = sweep.communicate(timeout=120)[1]
     assert sweep.returncode == code
-    while any(holder(folder) for folder in folders) and time.monotonic() < end:  # they see that it is gone
-        time.sleep(0.05)
+    wait_for(lambda: not any(holder(folder) for folder in folders))  # they see that it is gone
     assert [(folder / "checkpoints" / "last.ckpt").read_text() for folder in folders] == ["saved", "saved"]
     assert records(tmp_path) == {}
     if sent == signal.SIGINT:

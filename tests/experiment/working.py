@@ -61,17 +61,19 @@ def do(arguments: Sequence[str]) -> None:
 
 
 def _epochs(folder: RunFolder, count: int, held: bool) -> None:
-    """Epochs of half a second, each written down when it is saved; a killed run goes on where it was saved.
+    """Epochs, each written down when it is saved; a killed run goes on where it was saved.
 
-    One that is held does not end in the first start of its job of Slurm, as long as that may be.
+    In a job of Slurm, where it may be killed, each lasts for a moment. One that is held does not end in the first start
+    of its job, as long as that may be.
     """
-    held = held and os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and "SLURM_JOB_ID" in os.environ
+    within = "SLURM_JOB_ID" in os.environ
+    held = held and os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and within
     last = folder.checkpoints / "last.ckpt"
     done = last.read_text() if last.exists() else ""
     for epoch in range(len(done.split()), count):
         if held and epoch == count - 1:
             _wait(lambda: False)
-        end = time.monotonic() + 0.5
+        end = time.monotonic() + 0.3 * within
         while time.monotonic() < end:
             check()
             time.sleep(0.02)

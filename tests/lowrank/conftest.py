@@ -1,4 +1,4 @@
-"""One hypothesis profile for the folder: the same examples in every run, and no judgement of speed.
+"""Where tensors are made, and threads that take turns.
 
 With `--device cuda` every tensor and layer of a test is made on the GPU; what has no meaning there is skipped.
 """
@@ -7,17 +7,6 @@ import sys
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-
-settings.register_profile(
-    "lowrank",
-    deadline=None,
-    derandomize=True,
-    max_examples=60,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
-settings.load_profile("lowrank")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,12 +30,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         mark = item.get_closest_marker("cpu_only")
         if mark is not None:
             item.add_marker(pytest.mark.skip(reason=f"on the CPU alone: {mark.args[0]}"))
-
-
-@pytest.fixture(autouse=True)
-def _fixed_seed() -> None:
-    """Layers built inside a test start from the same weights in every run and in every order."""
-    torch.manual_seed(0)
 
 
 @pytest.fixture

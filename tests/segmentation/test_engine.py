@@ -93,15 +93,24 @@ def test_a_sweep_gives_every_method_that_needs_ranks_a_budget(tmp_path, monkeypa
     assert needing == dict.fromkeys(["perplexity", "asi_rank4", "vanilla"], False) | dict.fromkeys(ranked, True)
 
 
+HALTING = """
+custom_imports = dict(imports=["killing"], allow_failed_imports=False)
+custom_hooks = [dict(type="Halt")]
+"""
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_in_one_line_and_the_same_command_goes_on(number, code, data_dir, tmp_path, capsys):
-    words = arguments("train", "hosvd_0.8", data_dir, tmp_path, "--iterations", "40")
-    words += ["train_cfg.val_interval=10", "default_hooks.checkpoint.interval=10"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    config = tmp_path / "halting.py"
+    config.write_text(HALTING)
+    words = arguments("train", "hosvd_0.8", data_dir, tmp_path, "--iterations", "8")
+    words.insert(words.index("--layers"), str(config))
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "HALT": "3"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-m", "segmentation", *words]
     with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as process:
-        assert any(line.startswith("  iteration ") for line in process.stdout)
+        assert any(line == "halted\n" for line in process.stdout)
         process.send_signal(number)
         _, said = process.communicate()
     assert process.returncode == code
@@ -111,7 +120,7 @@ def test_a_signal_ends_a_run_in_one_line_and_the_same_command_goes_on(number, co
     assert main(words) == 0
     assert "resuming: " in capsys.readouterr().out
     with (run / "metrics.csv").open() as file:
-        assert [float(row["iteration"]) for row in csv.DictReader(file)] == list(range(10, 41, 10))
+        assert [float(row["iteration"]) for row in csv.DictReader(file)] == [2, 4, 6, 8]
 
 
 def test_an_unknown_error_is_one_line_with_the_run_and_its_log(data_dir, tmp_path, capsys, monkeypatch):

@@ -30,15 +30,18 @@ FUNCTIONS = {
 }
 
 
+SMALL = (2, 2, 5, 4)  # every element's own derivatives are compared
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_activations_and_pooling(name):
-    x = random_tensor(*X).requires_grad_()
+    x = random_tensor(*SMALL).requires_grad_()
     assert torch.autograd.gradcheck(FUNCTIONS[name], x)
     assert torch.autograd.gradgradcheck(FUNCTIONS[name], x)
 
 
 def test_dropout():
-    x = random_tensor(*X).requires_grad_()
+    x = random_tensor(*SMALL).requires_grad_()
 
     def seeded(x):
         torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lowrank
+from lowrank.kernels import library
 
 CHANNELS = 6
 ACTIVATIONS = [
@@ -38,7 +40,17 @@ class Block(nn.Module):
         self.second, self.other = nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS)
         self.act, self.joined = copy.deepcopy(draw.choice(ACTIVATIONS)), nn.Conv2d(2 * CHANNELS, CHANNELS, 1)
         self.way = draw.choice(
-            [self.sum, self.residual, self.gated, self.pooled, self.shared, self.cat, self.twice, self.in_place]
+            [
+                self.sum,
+                self.residual,
+                self.gated,
+                self.pooled,
+                self.shared,
+                self.cat,
+                self.twice,
+                self.in_place,
+                self.glu,
+            ]
         ).__name__
 
     def forward(self, x):
@@ -63,6 +75,9 @@ class Block(nn.Module):
         z = y + x
         return self.second(self.act(z.clone())) + self.other(z)
 
+    def glu(self, x, y):
+        return self.second(F.silu(y) * self.other(x)) + x
+
     def cat(self, x, y):
         return self.joined(torch.cat([F.relu(y), F.relu(y + 1)], 1))
 
@@ -85,9 +100,8 @@ def gradients(network, x, way):
     return [*first, *torch.autograd.grad(loss, wanted, allow_unused=True)] if way == "twice" else first
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_gradients_are_stocks(seed):
-    draw = random.Random(seed)
+def drawn(draw, seed):
+    """A stock network and one that keeps less."""
     torch.manual_seed(seed)
     stock = nn.Sequential(*[Block(draw) for _ in range(draw.randint(2, 5))]).double().train(draw.random() < 0.6)
     for module in stock.modules():
@@ -95,7 +109,13 @@ def test_gradients_are_stocks(seed):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     names = lowrank.trailing_layers(stock, "all", kind="conv")
-    own = lowrank.convert(copy.deepcopy(stock), names, lowrank.Vanilla(), recompute=draw.random() < 0.7)
+    return stock, lowrank.convert(copy.deepcopy(stock), names, lowrank.Vanilla(), recompute=draw.random() < 0.7)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_gradients_are_stocks(seed):
+    draw = random.Random(seed)
+    stock, own = drawn(draw, seed)
     x = torch.randn(4, CHANNELS, 9, 9, dtype=torch.float64, requires_grad=True)
     way = draw.choice(["once", "twice", "differentiated again", "of a part"])
     try:
@@ -112,3 +132,23 @@ def test_gradients_are_stocks(seed):
         return
     torch.testing.assert_close(list(found), list(wanted), rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(own.state_dict(), stock.state_dict(), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(40, 60))
+def test_compiled_passes_give_what_the_operators_give(seed):
+    """In single precision, which they are for; a slope that rounding turns around would be far off."""
+    draw = random.Random(seed)
+    _, own = drawn(draw, seed)
+    own, x = own.float(), torch.randn(4, CHANNELS, 9, 9)
+    found = []
+    for context in (nullcontext(), library.plain()):
+        network, leaf = copy.deepcopy(own), x.clone().requires_grad_()
+        with context:
+            try:
+                found.append(gradients(network, leaf, "twice"))
+            except RuntimeError as error:
+                if "inplace" not in str(error):
+                    raise
+                found.append(())
+    largest = max((grad.abs().max().item() for grad in found[1] if grad is not None), default=0.0)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5 * largest)

@@ -118,3 +118,25 @@ def test_a_module_that_keeps_the_rest_of_the_model_lean():
         kept(lambda v: model(v), x)
         == x.nbytes + model[0].weight.nbytes + elements // 8 + elements // 4 + elements // 16 // 8
     )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_input_of_other_dimensions_is_refused_as_ever(training):
+    stock = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train(training)
+    own = lowrank.convert(copy.deepcopy(stock), ["0"], lowrank.Vanilla())
+    for given in (torch.randn(3, 5, 5), torch.randn(3, 5, 5, requires_grad=True)):
+        for model in (stock, own):
+            with pytest.raises(ValueError, match="expected 4D input"):
+                model(given)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"momentum": 0.3}, {"track_running_stats": False}])
+def test_running_statistics_are_those_of_the_stock_module(options):
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, **options), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    stock[3].track_running_stats = False
+    own = lowrank.convert(copy.deepcopy(stock), ["0", "2"], lowrank.Vanilla())
+    for seed in range(3):
+        x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(own(x), stock(x))
+    torch.testing.assert_close(own.state_dict(), stock.state_dict(), rtol=0, atol=0)

@@ -1,6 +1,7 @@
 """A batch normalisation with running statistics: with its convolution in one, or by itself; its scale's gradient."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 import lowrank
 from lowrank import ASI, HOSVD, Vanilla
+from lowrank.meters.memory import held_bytes
 
 
 def pair(*layers, method=HOSVD(1.0), names=("0",), freeze=()):  # noqa: B008
@@ -167,3 +169,23 @@ def test_what_the_convolution_keeps_serves_the_scale_as_well():
     x = torch.randn(2, 3, 9, 8)
     compressed = 4 * (1 * 2 * 2 * 2 + 2 * 1 + 3 * 2 + 9 * 2 + 8 * 2)
     assert lowrank.saved_bytes(model, lambda m, b: m(b).sum(), x) == compressed
+
+
+@pytest.mark.parametrize(
+    "carried", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_convolution_read_by_batch_statistics_is_merged_again_once_these_are_frozen(carried):
+    def loss(model, x):
+        return model(x).square().sum()
+
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).train()
+    used = lowrank.convert(copy.deepcopy(stock), ["0", "3"], lowrank.Vanilla())
+    fresh, x = copy.deepcopy(used), torch.randn(4, 3, 9, 9)
+    for _ in range(2):
+        loss(used, x).backward()
+    used = carried(used)
+    fresh[1].eval()
+    used[1].eval()
+    held_bytes(fresh, loss, x)  # the first time with what is made once, such as eps as a tensor
+    assert held_bytes(used, loss, x) == held_bytes(fresh, loss, x)

@@ -313,7 +313,7 @@ def test_distributed_data_parallel_with_images_of_another_size_on_each_rank(tmp_
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(200)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
