@@ -96,7 +96,10 @@ class LowRankLayer(Changed):
         weight, bias = self.kind.weight(self), self.bias
         if not trains_plainly(input, weight, bias):
             return self._stock(input)
-        y = self._plain(input, weight, bias)
+        return self._watched(self._plain(input, weight, bias))
+
+    def _watched(self, y: Tensor) -> Tensor:
+        """An output as functions are called with it that keep less."""
         return watch(y) if type(y) is Tensor and self._is_to_be_watched(y) else y
 
     def _is_to_be_watched(self, y: Tensor) -> bool:
