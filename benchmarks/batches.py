@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import product
 
+import torch
+
 import lowrank
 from benchmarks.comparisons import Comparison, NoWeightGradient, Setting, training_step
 from benchmarks.pairs import Work
@@ -30,12 +32,14 @@ WAYS: dict[str, tuple[Method | None, int, float]] = {
 def batch_steps(setting: Setting) -> Iterator[Comparison]:
     """The same for small batches: lean layers alone and halves one after the other too, and vanilla over itself.
 
-    By processor time, since a step of one image is short, and whatever else the machine does would count.
+    One thread by processor time, since a step of one image is short, and whatever else the machine does would count;
+    of several, that would count a thread that waits.
     """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for network, layers, name in product(setting.networks, ("4", "all"), WAYS):
         for other in ("vanilla", "limit") if name == "asi" else ("vanilla",):
             pair = partial(_both_ways, network, layers, name, other, setting)
-            yield Comparison("batch step", f"{network}, last {layers}", name, other, pair, time.process_time)
+            yield Comparison("batch step", f"{network}, last {layers}", name, other, pair, clock)
 
 
 def _both_ways(network: str, layers: str, way: str, other: str, setting: Setting) -> tuple[Work, Work]:

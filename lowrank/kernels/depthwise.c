@@ -7,6 +7,7 @@
 
 #define LANES 16 /* channels at a time */
 #define AT_ONCE 6 /* places of a kernel's row */
+#define WORK 262144 /* multiplications that a thread is worth */
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* As `plan` of `lowrank_depthwise_float` has it, and of the padded image: that all places of the kernel lie on. */
@@ -103,7 +104,10 @@ PIECE(piece_avx512, __attribute__((target("avx512f"))))
 /* out (C, K_h K_w) of x (B, C, H, W) and grad (B, C, H', W'); room: `lowrank_depthwise_room_float` numbers for each
    thread; plan: a `layer`. */
 void lowrank_depthwise_float(const float *x, float *grad, float *out, float *room, const int64_t *plan, int threads) {
-  const int64_t blocks = (((const layer *)plan)->channels + LANES - 1) / LANES;
+  const layer *l = (const layer *)plan;
+  const int64_t blocks = (l->channels + LANES - 1) / LANES,
+                worth = l->samples * l->channels * l->out_height * l->out_width * l->kernel_height * l->kernel_width / WORK;
+  if (worth < threads) threads = worth < 1 ? 1 : (int)worth;
   task t = {.piece = piece_plain, .a = x, .bits = grad, .b = plan, .out = out, .room = room, .count = blocks,
             .step = (blocks + threads - 1) / threads, .columns = lowrank_depthwise_room_float(plan)};
 #if defined(__x86_64__)

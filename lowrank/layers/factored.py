@@ -98,7 +98,7 @@ class FactoredLinear(LowRankLinear):
         if not plain or not _wants_gradient(input, *parameters):
             return forward_factored(input, *parameters)
         self._link()
-        return self._tracked(real(input))
+        return self._watched(self._tracked(real(input)))
 
     def _tracked(self, input: Tensor) -> Tensor:
         state, parameters = self._lowrank, (self.left, self.right, self.bias)

@@ -39,8 +39,8 @@ class _Gated(Node):
             return grad * u, grad * ctx.gate.function(g), None, None, None
         of_g, of_u = made
         make = lambda: grad * u  # noqa: E731
-        made_with = Sloped(of_g, ctx.gate, ctx.reader.first)
-        return lazy_gradient(grad, grad.stride(), make, made_with), of_u, None, None, None
+        sloped = Sloped(of_g, ctx.reader.first, ctx.gate)
+        return lazy_gradient(grad, grad.stride(), make, sloped), of_u, None, None, None
 
 
 def product(input: Any, other: Any, **options: Any) -> Any:

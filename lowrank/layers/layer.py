@@ -32,6 +32,7 @@ from lowrank.exact.recompute import note_layer
 from lowrank.exact.slots import has_slot
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
+from lowrank.layers.direct import DIRECT, nothing
 from lowrank.layers.held import Held, can_be_held, hold
 from lowrank.layers.keeping import Kept, LayerState, kept_of
 from lowrank.layers.kinds import KINDS, Kind, kind_of
@@ -50,6 +51,7 @@ class LowRankLayer(Changed):
     """What every converted layer has in common; its state is `_lowrank`."""
 
     kind: ClassVar[Kind]
+    _direct: Any = nothing
     weight: nn.Parameter
     bias: nn.Parameter | None
     _lowrank: LayerState
@@ -62,7 +64,8 @@ class LowRankLayer(Changed):
             if kept == 0 or (kept and not is_noted(input) and torch.is_grad_enabled()):
                 if kept:
                     self._note_whole(input, kept)
-                return super().forward(input, *sizes, **options)
+                direct = None if sizes or options else self._direct(input)
+                return super().forward(input, *sizes, **options) if direct is None else direct
         if sizes or options:
             y: Tensor = super().forward(real(input), *sizes, **options)
             return y
@@ -93,11 +96,16 @@ class LowRankLayer(Changed):
         weight, bias = self.kind.weight(self), self.bias
         if not trains_plainly(input, weight, bias):
             return self._stock(input)
-        y = self._plain(input, weight, bias)
+        return self._watched(self._plain(input, weight, bias))
+
+    def _watched(self, y: Tensor) -> Tensor:
+        """An output as functions are called with it that keep less."""
+        return watch(y) if type(y) is Tensor and self._is_to_be_watched(y) else y
+
+    def _is_to_be_watched(self, y: Tensor) -> bool:
+        """Whether functions of an output may keep less; where it wants no gradient, they keep nothing as it is."""
         state = self._lowrank
-        if not state.watched or (state.smallest and type(y) is Tensor and not bits_are_worth(y, state.smallest)):
-            return y
-        return watch(y)
+        return state.watched and y.requires_grad and (not state.smallest or bits_are_worth(y, state.smallest))
 
     def _plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """In plain eager training."""
@@ -136,7 +144,7 @@ class LowRankLayer(Changed):
     def _settle(self, input: Tensor, y: Tensor, kept: int) -> None:
         """Remember that calls like this one are the stock layer's, if the rule of `smallest` says so."""
         state = self._lowrank
-        known = "weight" in self._parameters and not (state.watched and bits_are_worth(y, state.smallest))
+        known = "weight" in self._parameters and not self._is_to_be_watched(y)
         if known and state.smallest and len(state.settled) < _MOST_SETTLED:
             state.settled = {**state.settled, _call_of(self, input): kept}
 
@@ -149,12 +157,14 @@ class LowRankConv2d(LowRankLayer, nn.Conv2d):  # type: ignore[misc]
     """A converted `nn.Conv2d`."""
 
     stock_class, kind = nn.Conv2d, KINDS[nn.Conv2d]
+    _direct = DIRECT[nn.Conv2d]
 
 
 class LowRankLinear(LowRankLayer, nn.Linear):  # type: ignore[misc]
     """A converted `nn.Linear`."""
 
     stock_class, kind = nn.Linear, KINDS[nn.Linear]
+    _direct = DIRECT[nn.Linear]
 
 
 _LAYERS: dict[type[nn.Module], type[LowRankLayer]] = {nn.Conv2d: LowRankConv2d, nn.Linear: LowRankLinear}
@@ -305,9 +315,8 @@ def _untracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor 
         settings = Settings(state.name, geometry, state.method, dtype)
         if not _may_be_lazy(layer, settings, input, x):
             return None
-        y = lazy_output(
-            Call(settings, x, weight, bias, partial(kept_of, layer, geometry, weight, input, x)), state.watched
-        )
+        call = Call(settings, x, weight, bias, partial(kept_of, layer, geometry, weight, input, x))
+        y = lazy_output(call, watched=False)
     if x is input:
         hold(x, y)
     return y

@@ -14,6 +14,7 @@ from lowrank.exact.functions import LEAN_FUNCTIONS
 from lowrank.exact.watched import LeanFunctions, Watched, watch
 from lowrank.layers import gates, normalisation  # noqa: F401 - their functions are among those that keep less
 from lowrank.layers.autograd_function import Call
+from lowrank.layers.direct import DIRECT, nothing
 from lowrank.layers.held import Held, let_go
 from lowrank.layers.lazy import Lazy, read, unread
 from lowrank.layers.swap import Changed
@@ -26,14 +27,13 @@ class LeanModule(Changed):
 
     _lowrank_watched = False  # whether the code around it calls activations and the like as functions
     _lowrank_smallest = 0.0  # bytes that keeping less has to save for each operator call
+    _direct: Any = nothing
 
     def forward(self, input: Tensor) -> Any:
         kind = type(input)
-        if isinstance(self, nn.Embedding):  # of indices; what counts is that its output is watched
-            y = super().forward(input)
-            return watch(y) if self._lowrank_watched and trains_plainly(y) else y
-        if kind is Tensor and self._lowrank_smallest and not bits_are_worth(input, self._lowrank_smallest):
-            return super().forward(input)
+        if kind is Tensor and (self._wants_nothing(input) or not bits_are_worth(input, self._lowrank_smallest)):
+            y = self._direct(input)
+            return super().forward(input) if y is None else y
         if kind is not Lazy and (kind not in _OWN or not trains_plainly(input)):
             return super().forward(input)
         if kind is Held and getattr(self, "inplace", False):
@@ -55,6 +55,20 @@ class LeanModule(Changed):
                 y = LEAN_FUNCTIONS[called[0]](input, *called[1:])
         return watch(y) if self._lowrank_watched or kind is Watched else y
 
+    def _wants_nothing(self, input: Tensor) -> bool:
+        """Whether no gradient passes here, so that stock keeps nothing, and who reads the output knows it."""
+        if input.requires_grad:
+            return False
+        return not any(own is not None and own.requires_grad for own in self._parameters.values())
+
+
+class _LeanEmbedding(LeanModule):
+    """Of indices; what counts is that its output is watched."""
+
+    def forward(self, input: Tensor) -> Any:
+        y = super(LeanModule, self).forward(input)
+        return watch(y) if self._lowrank_watched and trains_plainly(y) else y
+
 
 def _are_worth(input: Tensor, smallest: float) -> bool:
     with torch._C.DisableTorchFunctionSubclass():  # which would be asked for the size
@@ -67,7 +81,8 @@ def lean_class(stock: type[nn.Module]) -> type[LeanModule]:
 
 
 def _own(stock: type[nn.Module]) -> dict[str, Any]:
-    return {"stock_class": stock, "_place": (__name__, "lean_class"), "__module__": stock.__module__}
+    own = {"stock_class": stock, "_place": (__name__, "lean_class"), "__module__": stock.__module__}
+    return {**own, "_direct": DIRECT.get(stock, nothing)}
 
 
 def _called(module: Any, input: Tensor) -> tuple[Any, ...] | None:
@@ -123,7 +138,7 @@ _NORMS = (
 CURVES = (nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Softmax)
 RECOMPUTED = (*_NORMS, *CURVES)  # behind or in front of which tensors are computed again
 LEAN_MODULES: dict[type[nn.Module], type[LeanModule]] = {
-    stock: type(f"Lean{stock.__name__}", (LeanModule, stock), _own(stock))
+    stock: type(f"Lean{stock.__name__}", (_LeanEmbedding if stock is nn.Embedding else LeanModule, stock), _own(stock))
     for stock in (
         *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid, nn.LeakyReLU, nn.Dropout),
         *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Embedding, *RECOMPUTED),

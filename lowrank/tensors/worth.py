@@ -19,15 +19,16 @@ from lowrank.errors import SettingError
 from lowrank.tensors.geometry import ConvGeometry, Shape
 
 # Fitted to the layers of MobileNetV2 and ResNet-18 at batch 1, 4 and 16 of 160 pixels, each against its stock step on
-# one core of an x86-64 server: the middle error is 6 to 8 % of that step. MCUNet was not used for it.
+# one core of an x86-64 server; MCUNet was not used for it. `python -m benchmarks.worth` compares and fits anew.
 MOVED_A_CALL = 2**17
 MACS_A_CALL = 2**18
 CONVOLVED_A_CALL = 3 * 2**18  # multiplications of a convolution, which do more at once
-_CACHE = 2**20  # bytes of an output to which a further pass takes next to nothing
-_MERGING = 46  # calls of a convolution and a normalisation that leave their output to each other
-_COLD, _COLDEST = 2, 2**21  # passes over input and output, of so many bytes, which drive Python's own code out of cache
-_WEIGHT_PASSES = 4  # over the weight and its gradient, that merging takes more
-_OUTPUT_PASSES = 4  # over what of the output is beyond the cache, that it takes less
+_CACHE = 2**20  # bytes of a tensor to which a further pass takes next to nothing
+_COLDEST = 2**21  # bytes of input and output that drive all of Python's own code out of cache
+# What each of `merging_terms` takes. Beyond the cache it takes passes less, of 1 x 1 layers most, which PyTorch does in
+# more passes than their products take. Of two sets that fit single layers about as well (errors of 9 to 11 % of the
+# step), the one with which steps of whole networks take less.
+_MERGING = (46, 2, 4, -4, -2, -4)
 _AHEAD = 2**23  # bytes of an output from which merging takes less ahead of everything trained, by steps of networks
 _BITS = 11  # calls of an activation that keeps bits
 _AGAIN, _AGAIN_PASSES = 40, 6  # calls of computing a layer's output again, and passes over it, beside its products
@@ -61,10 +62,25 @@ def merging_is_worth(geometry: ConvGeometry, shape: Shape, out_channels: int, it
         itemsize: bytes of a number.
         smallest: bytes a call.
     """
+    output = itemsize * prod(geometry.output_shape(shape, out_channels))
+    return is_worth(output, merging_calls(geometry, shape, out_channels, itemsize), smallest)
+
+
+def merging_calls(geometry: ConvGeometry, shape: Shape, out_channels: int, itemsize: int) -> float:
+    """What that takes more than one after the other, in operator calls; arguments as of `merging_is_worth`."""
+    terms = merging_terms(geometry, shape, out_channels, itemsize)
+    return sum(constant * term for constant, term in zip(_MERGING, terms, strict=True))
+
+
+def merging_terms(geometry: ConvGeometry, shape: Shape, out_channels: int, itemsize: int) -> tuple[float, ...]:
+    """What those calls are a sum over: one; the input and output that make Python's code cold, the weight, what of the
+    output is beyond the cache, and of a product's output and input, each in bytes, by what is moved in a call."""
     input, output = itemsize * prod(shape), itemsize * prod(geometry.output_shape(shape, out_channels))
     weight = itemsize * out_channels * (shape[1] // geometry.groups) * prod(geometry.kernel)
-    moved = _COLD * min(input + output, _COLDEST) + _WEIGHT_PASSES * weight - _OUTPUT_PASSES * max(output - _CACHE, 0)
-    return is_worth(output, _MERGING + moved / MOVED_A_CALL, smallest)
+    far_input, far_output = max(input - _CACHE, 0), max(output - _CACHE, 0)
+    product = geometry.is_product
+    moved = min(input + output, _COLDEST), weight, far_output, product * far_output, product * far_input
+    return (1, *(nbytes / MOVED_A_CALL for nbytes in moved))
 
 
 def merging_ahead_is_worth(output: int) -> bool:

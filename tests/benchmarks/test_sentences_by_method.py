@@ -63,6 +63,7 @@ def test_every_method_has_its_row_and_no_run_is_made_again(options, tmp_path, mo
     assert {*rows.index} == {*review_sentences.METHODS}
     assert rows.test_accuracy.between(0, 100).all()
     assert (rows.kept_bytes.drop(["vanilla", "lora_8"]) < rows.kept_bytes["vanilla"]).all()
+    assert rows.kept_bytes["wsi_0.9"] <= rows.kept_bytes["vanilla_fused"]  # the same inputs, nothing beside them
     assert rows.train_loss["vanilla_fused"] == pytest.approx(rows.train_loss["vanilla"], rel=1e-4)  # it is exact
     assert rows.train_loss["asi"] != pytest.approx(rows.train_loss["vanilla"], rel=1e-4)
     attention, mlp = 32 * 32 + 32, 32 * 64 * 2 + 32 + 64
@@ -78,14 +79,16 @@ def test_every_method_has_its_row_and_no_run_is_made_again(options, tmp_path, mo
     assert f"| {gap:+.2f} |" in line
 
 
-def test_the_accuracy_is_that_of_each_sentence_alone(options):
+def test_accuracy_and_loss_are_those_of_each_sentence_alone(options):
     torch.manual_seed(1)
     model = minilm.sentence_encoder(2, **SMALL)
     tokens = review_sentences.TokenSet(part(30), "bytes", 20).tokens
     with torch.no_grad():
-        labels = torch.cat([model(text[text > 0][None]).argmax(1) for text in tokens])
+        outputs = torch.cat([model(text[text > 0][None]) for text in tokens])
+    labels = outputs.argmax(1)
     labels[:6] = 1 - labels[:6]
-    assert review_sentences.accuracy(model, (tokens, labels)) == pytest.approx(80)
+    loss = -outputs.double().log_softmax(1)[range(30), labels].mean()
+    assert review_sentences.told(model, (tokens, labels)) == pytest.approx((80, float(loss)))
 
 
 def test_rows_are_sorted_and_written_as_they_come(tmp_path):

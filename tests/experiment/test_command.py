@@ -1,6 +1,8 @@
 """How commands end: exit codes, one line, a log, signals."""
 
 import contextlib
+import gc
+import importlib
 import os
 import signal
 import subprocess
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiment import ExperimentError
-from experiment.command import finish, underscored
+from experiment.command import finish, importing, underscored
 from experiment.files import write_whole
 from experiment.signals import Stopped, check, held
 
@@ -106,6 +108,20 @@ def test_without_a_folder_the_log_is_among_the_temporary_files(tmp_path, capsys,
 def test_what_a_user_can_mend_is_one_line(capsys, error):
     assert finish(raising(error)) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("looked_for", [True, False])
+def test_no_garbage_is_looked_for_while_modules_are_imported(looked_for):
+    (gc.enable if looked_for else gc.disable)()
+    try:
+        with importing():
+            assert not gc.isenabled()
+        assert gc.isenabled() is looked_for
+        with pytest.raises(ImportError), importing():
+            importlib.import_module("nothing_of_this_name")
+        assert gc.isenabled() is looked_for
+    finally:
+        gc.enable()
 
 
 def test_options_may_be_spelled_with_a_dash():

@@ -49,6 +49,27 @@ def test_it_is_the_truncation_of_the_whitened_weight_with_the_whitening_taken_ba
     torch.testing.assert_close(whitened_truncation(weight, x.mT @ x, 3).dense(), expected, rtol=1e-6, atol=1e-6)
 
 
+def weighed_error(x, weight, factors, weighing):
+    """Of the outputs' change, each direction by its square root of importance."""
+    return torch.linalg.norm(x @ (weight - factors.dense()).mT @ weighing)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+@pytest.mark.parametrize("pulls", [30, 2])
+def test_weighed_by_gradients_the_error_is_the_least_in_their_metric(rank, pulls):
+    weight, x = case()
+    g = torch.randn(pulls, 7).double() * torch.logspace(0, 2, 7).double()
+    found = whitened_truncation(weight, x.mT @ x, rank, g.mT @ g)
+    metric = g.mT @ g + 0.5 * (g.mT @ g).diagonal().mean() * torch.eye(7).double()  # as documented
+    values, vectors = torch.linalg.eigh(metric)
+    weighing = vectors * values.sqrt()
+    error = weighed_error(x, weight, found, weighing)
+    lengths = torch.linalg.svdvals(x @ weight.mT @ weighing)  # Eckart and Young, of the outputs in that metric
+    torch.testing.assert_close(error, lengths[rank:].square().sum().sqrt(), rtol=1e-6, atol=1e-4 * float(lengths[0]))
+    assert error < 0.98 * weighed_error(x, weight, whitened_truncation(weight, x.mT @ x, rank), weighing)
+    assert found.left.shape == (7, rank)
+
+
 def network():
     """Two linear layers on inputs of very different sizes, with a batch of tokens."""
     torch.manual_seed(1)
@@ -101,6 +122,68 @@ def test_padding_has_no_part_in_it():
     torch.testing.assert_close(other[0].weight, model[0].weight, rtol=1e-3, atol=1e-4)
 
 
+class Calls(nn.Module):
+    """A frozen layer, whose output is changed in place, ahead of one that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.ahead, self.twice = nn.Linear(9, 8).requires_grad_(False), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.ahead(x).relu_()
+        return self.twice(torch.tanh(self.twice(y)))
+
+
+def test_weighing_is_by_the_gradients_at_the_outputs_of_all_calls_of_all_batches():
+    model, _ = Calls(), torch.manual_seed(3)
+    batches = [torch.randn(5, 6, 9) * torch.logspace(0, 1, 9) for _ in range(2)]
+    loss_fn = lambda model, x: (model(x) * torch.linspace(0, 3, 8)).square().sum()  # noqa: E731
+    expected = {}
+    for name, calls in (("ahead", 1), ("twice", 2)):  # with zeros added to each call's output, whose gradients are read
+        inputs, zeros = [], [torch.zeros(5, 6, 8, requires_grad=True) for _ in range(2 * calls)]
+        add = iter(zeros)
+        layer = copy.deepcopy(model).get_submodule(name)
+        other = copy.deepcopy(model)
+
+        class Read(nn.Module):
+            def forward(self, x, layer=layer, inputs=inputs, add=add):
+                inputs.append(x.detach())
+                return layer(x) + next(add)
+
+        other.set_submodule(name, Read())
+        for x in batches:
+            loss_fn(other, x).backward()
+        x, g = (
+            torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).double()
+            for parts in (inputs, [zero.grad for zero in zeros])
+        )
+        expected[name] = (x.mT @ x, g.mT @ g)
+    stock = copy.deepcopy(model)
+    ranks = lowrank.truncate_weights(
+        model, ["ahead", "twice"], loss_fn, batches[0], energy=0.7, weigh_outputs=True, more=batches[1:]
+    )
+    for name, grams in expected.items():
+        weight = stock.get_submodule(name).weight
+        best = whitened_truncation(weight.detach(), grams[0], ranks[name], grams[1]).dense()
+        torch.testing.assert_close(model.get_submodule(name).weight.detach(), best, rtol=1e-3, atol=1e-4)
+        assert ranks[name] < 8
+    assert not model.ahead.weight.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_weighing_moves_the_network_less():
+    model, batch = network()
+    model.eval()
+    expected, plain = model(batch), copy.deepcopy(model)
+    probe = lambda model, batch: (out := model(batch)).mul(torch.randn_like(out)).sum()  # noqa: E731
+    torch.manual_seed(0)
+    lowrank.truncate_weights(model, ["0"], probe, batch, energy=0.8, weigh_outputs=True)
+    lowrank.truncate_weights(plain, ["0"], probe, batch, energy=0.8)
+    moved, moved_plain = (torch.linalg.norm(cut(batch) - expected).item() for cut in (model, plain))
+    assert moved < 0.95 * moved_plain
+
+
 @pytest.mark.parametrize(
     ("names", "change", "error", "message"),
     [
@@ -109,6 +192,8 @@ def test_padding_has_no_part_in_it():
         (["0", "2"], "converted", lowrank.ConversionError, "ahead of convert"),
         (["0", "2"], "not called", lowrank.ConversionError, "layer '2' is not called"),
         (["0", "2"], "nan", lowrank.NonFiniteError, "input of layer '0'"),
+        (["0", "2"], "no gradient", lowrank.ConversionError, "layer '2' gets no gradient"),
+        (["0", "2"], "nan gradient", lowrank.NonFiniteError, "gradient at the output of layer '0'"),
     ],
 )
 def test_what_cannot_be_truncated_is_refused_and_nothing_changes(names, change, error, message):
@@ -117,8 +202,13 @@ def test_what_cannot_be_truncated_is_refused_and_nothing_changes(names, change, 
         lowrank.convert(model, ["2"], lowrank.WSI(energy=0.8))
     before = copy.deepcopy(model.state_dict())
     batch = batch * float("nan") if change == "nan" else batch
-    called = (lambda m, b: m[0](b).sum()) if change == "not called" else loss_fn
+    called = {
+        "not called": lambda m, b: m[0](b).sum(),
+        "no gradient": lambda m, b: m[0](b).sum() + m(b).detach().sum(),
+        "nan gradient": lambda m, b: m(b).sum() * float("inf") * 0,
+    }.get(change, loss_fn)
+    weigh = change in ("no gradient", "nan gradient")
     with pytest.raises(error, match=message):
-        lowrank.truncate_weights(model, names, called, batch)
+        lowrank.truncate_weights(model, names, called, batch, weigh_outputs=weigh)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])

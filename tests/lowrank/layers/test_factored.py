@@ -192,3 +192,27 @@ def test_code_that_changes_an_output_in_place_trains_as_ever(method):
         y.square().sum().backward()
         results.append(one[0].bias.grad)
     torch.testing.assert_close(*results)
+
+
+class FunctionBlock(nn.Module):
+    """A block of a transformer that calls its activation as a function, as many models' code does."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(12), nn.Linear(12, 48), nn.Linear(48, 12)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+@pytest.mark.parametrize("method", [WSI(energy=1), WASI(ranks=[2, 2, 2], energy=1)], ids=lambda method: method.tag)
+def test_functions_behind_factors_keep_no_more_than_behind_exact_layers(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), FunctionBlock(), FunctionBlock())
+    x, names = torch.randn(4, 40, 12), [f"{block}.{name}" for block in (1, 2) for name in ("up", "down")]
+    loss = lambda model, x: model(x).square().sum()  # noqa: E731
+    exact = lowrank.saved_bytes(lowrank.convert(copy.deepcopy(model), names, lowrank.Vanilla()), loss, x)
+    kept = lowrank.saved_bytes(lowrank.convert(copy.deepcopy(model), names, method), loss, x)
+    wide = 4 * 40 * 48 * x.element_size()  # the input of one activation
+    assert lowrank.saved_bytes(model, loss, x) > exact + 2 * wide
+    assert kept < exact + wide // 2
