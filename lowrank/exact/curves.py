@@ -91,7 +91,7 @@ class _Curved(Node):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         made: Any = getattr(grad, "origin", None)
-        mine = type(made) is Sloped and made.input is ctx.reader.first and made.link is ctx.curve.link
+        mine = type(made) is Sloped and made.input is ctx.reader.steps[0] and made.link is ctx.curve.link
         if mine and not torch.is_grad_enabled():
             ctx.reader.done()
             return made.grad, None, None, None, None

@@ -345,20 +345,15 @@ def hand_on(x: Tensor, same: Tensor) -> None:
 class Reader:
     """What one backward node computes again. Refers to no tensor; the sources are saved by autograd.
 
-    Called with the saved sources, it gives the tensors.
+    Called with the saved sources, it gives the tensors, of which its `steps` are.
     """
 
     def __init__(self, origins: Sequence[Origin]) -> None:
-        self._steps = [origin.step for origin in origins]
+        self.steps = [origin.step for origin in origins]
         self._sources = list(dict.fromkeys([source.step for origin in origins for source in origin.sources]))
         self._waiting = True
-        for step in self._steps:
+        for step in self.steps:
             step.need()
-
-    @property
-    def first(self) -> Step:
-        """The step that gives the first tensor."""
-        return self._steps[0]
 
     def one(self, *saved: Tensor) -> Tensor:
         """The tensor, of a reader of one."""
@@ -367,8 +362,8 @@ class Reader:
     def __call__(self, *saved: Tensor) -> list[Tensor]:
         known = dict(zip(self._sources, saved, strict=True))
         if torch.is_grad_enabled():  # the backward pass is itself differentiated: with the graph to the sources
-            return [step.followed(known) for step in self._steps]
-        found = [step.value(known) for step in self._steps]
+            return [step.followed(known) for step in self.steps]
+        found = [step.value(known) for step in self.steps]
         self.done()
         return found
 
@@ -376,7 +371,7 @@ class Reader:
         """It has read; once is enough."""
         if self._waiting:
             self._waiting = False
-            for step in self._steps:
+            for step in self.steps:
                 step.release()
 
     def __del__(self) -> None:

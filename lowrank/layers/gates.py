@@ -39,7 +39,7 @@ class _Gated(Node):
             return grad * u, grad * ctx.gate.function(g), None, None, None
         of_g, of_u = made
         make = lambda: grad * u  # noqa: E731
-        sloped = Sloped(of_g, ctx.reader.first, ctx.gate)
+        sloped = Sloped(of_g, ctx.reader.steps[0], ctx.gate)
         return lazy_gradient(grad, grad.stride(), make, sloped), of_u, None, None, None
 
 
