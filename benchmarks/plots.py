@@ -142,32 +142,32 @@ def draw_depths(frame: pd.DataFrame, path: Path) -> None:
 
 def draw_batches(frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Write speed_by_batch.png and .svg: time of a step over vanilla's by the batch, a panel per network and depth that
-    has several batches.
+    has several batches, a line for each way, size of the images and number of threads.
 
     The band is vanilla over itself, lowest and highest pair: what lies in it is noise.
     """
     steps = frame[(frame.section == "batch step") & (frame.second == "vanilla")]
-    panels = [panel for panel in steps.groupby(["case", "size", "threads"], sort=False) if panel[1].batch.nunique() > 1]
+    panels = [panel for panel in steps.groupby("case", sort=False) if panel[1].batch.nunique() > 1]
     if not panels:
         return []
     paths = [folder / f"speed_by_batch.{kind}" for kind in ("png", "svg")]
     with _panels(len(panels), 3.2, paths, sharey=True) as axes:
-        for axis, ((case, size, threads), rows) in zip(axes, panels, strict=False):
-            for way, points in rows.groupby("first", sort=False):
+        for axis, (case, rows) in zip(axes, panels, strict=False):
+            named: set[str] = set()
+            for (way, _, _), points in rows.groupby(["first", "size", "threads"], sort=False):
                 points = points.sort_values("batch")
+                label = "_" if str(way) in named else "vanilla over itself" if way == BASELINE else way
+                named.add(str(way))
                 if way == BASELINE:
-                    axis.fill_between(
-                        points.batch, points.low, points.high, color="#cccccc", label="vanilla over itself"
-                    )
+                    axis.fill_between(points.batch, points.low, points.high, color="#cccccc", alpha=0.6, label=label)
                 else:
                     style = "-" if str(way) in _COLOURS else "--"  # dashed: a way of the one of the same colour
                     colour = _COLOURS[str(way).split(",")[0].split(" in ")[0]]
-                    axis.plot(points.batch, points.ratio, style, marker="o", markersize=4, color=colour, label=way)
+                    axis.plot(points.batch, points.ratio, style, marker="o", markersize=4, color=colour, label=label)
             axis.axhline(1, color="black", linewidth=1)
             batches = sorted(set(rows.batch))
             axis.set_xscale("log", base=2)
             axis.set_xticks(batches, [str(batch) for batch in batches])
-            title = f"{case.replace('last all', 'all layers')}, {size} pixels, {threads} thread{'s'[: threads - 1]}"
-            axis.set(title=title, xlabel="batch", ylabel="time / vanilla's")
+            axis.set(title=case.replace("last all", "all layers"), xlabel="batch", ylabel="time / vanilla's")
         axes[0].legend(fontsize=8)
     return paths
