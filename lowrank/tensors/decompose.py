@@ -219,7 +219,9 @@ def subspace_iteration(
         pairs = sorted(pairs, key=lambda pair: pair[0] not in held)
         if pairs and pairs[0][0] in known and pairs[0][0] not in held:
             once = pairs[0][0]
-        ways = {mode: passes.HELD if mode in held else passes.ONCE if mode == once else passes.TWICE for mode, _ in pairs}
+        ways = {
+            mode: passes.HELD if mode in held else passes.ONCE if mode == once else passes.TWICE for mode, _ in pairs
+        }
         found = passes.subspace(wide, [(place[mode], start, ways[mode]) for mode, start in pairs])
         if found is not None:
             core, made = found
