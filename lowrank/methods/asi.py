@@ -88,8 +88,8 @@ class ASI(RankedMethod):
             known = [mode for mode in _positions(geometry, x.ndim) if starts[mode] is held[mode]]
             tucker, bases = subspace_iteration(x, starts, self.algorithm, known=known)
         else:
-            known = all(start is old for start, old in zip(starts[1:], held[1:], strict=True))
-            tucker, bases, left = self._refreshed(x, starts, due if known else None)
+            there = all(start is old for start, old in zip(starts[1:], held[1:], strict=True))
+            tucker, bases, left = self._refreshed(x, starts, due if there else None)
         kept = store(x, tucker, self.storage)
         if not self.warm_start:
             return kept, ()
