@@ -270,4 +270,5 @@ def test_processes_would_get_weights_that_differ():
         with pytest.raises(lowrank.ConversionError, match="truncate the weights, then wrap it"):
             lowrank.truncate_weights(DistributedDataParallel(model), ["module.0"], loss_fn, batch)
     finally:
+        dist.barrier()  # its threads are done with every tensor then, and can be joined
         dist.destroy_process_group()
