@@ -205,7 +205,8 @@ def _where_input_is_free(stock: Callable[..., Tensor], otherwise: Callable[..., 
             return curved(input, curve(*arguments), inplace)
         y = otherwise(input, *arguments, **({"inplace": True} if inplace else {}))
         if origin is not None:
-            note(y, curve(*arguments).function, [origin])
+            own = curve(*arguments)
+            note(y, own.function, [origin], change=own.change, fresh=True)
         return y
 
     function.__name__, function.__doc__ = stock.__name__, f"`{stock.__name__}`; see the table of this module."

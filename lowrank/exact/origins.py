@@ -89,8 +89,8 @@ class Step:
         return self.function(*[step.value(known) for step in self.inputs])
 
     def is_for_one(self, known: dict[Step, Tensor]) -> bool:
-        """Whether who asks now may change what it gives: no layer, and nobody else has asked for it or will."""
-        return self.fresh and not self.cost and self.readers <= 1 and self.made is None and self not in known
+        """Whether who asks now may change what it gives: nobody else has asked for it or will."""
+        return self.fresh and self.readers <= 1 and self.made is None and self not in known
 
     def followed(self, known: dict[Step, Tensor]) -> Tensor:
         """The same with a graph, anew; what others made has none."""

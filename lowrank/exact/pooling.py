@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.exact.origins import find, itself, lean_mode, note, origin_of
-from lowrank.tensors.eager import Node, wants_gradient
+from lowrank.tensors.eager import Node, in_batch, wants_gradient
 
 Size = int | tuple[int, ...] | list[int]
 Settings = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int], bool]
@@ -72,22 +72,61 @@ class _MaxPool2d(Node):
     def forward(ctx: Any, x: Tensor, settings: Settings, made: list[Tensor]) -> Tensor:
         """`made` is given what is kept."""
         ctx.settings, ctx.shape = settings, x.shape
-        y, indices = torch.ops.aten.max_pool2d_with_indices(x, *settings)
-        kernel, stride, padding, dilation, _ = settings
-        offsets = _offsets(y, x.shape[-1], kernel, dilation)
-        span = (kernel[0] - 1) * dilation[0] * x.shape[-1] + (kernel[1] - 1) * dilation[1]
-        places = offsets.new_empty(span + 1, dtype=torch.uint8)  # of an offset: its place in the window
-        places[offsets] = torch.arange(offsets.numel(), dtype=torch.uint8, device=y.device)
-        made.append(places.take(indices.sub_(_window_corners(y, x.shape[-1], stride, padding))))
+        first, *others = _parts(x)
+        y, places = made_first = _pooled(x[first], settings)
+        if others:
+            y, places = (_room(one, len(x)) for one in made_first)
+            y[first], places[first] = made_first
+        for part in others:
+            y[part], places[part] = _pooled(x[part], settings)
+        made.append(places)
         ctx.save_for_backward(*made)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        indices = _indices(ctx.saved_tensors[0], ctx.shape[-1], ctx.settings)
-        backward = torch.ops.aten.max_pool2d_with_indices_backward.default
+        (places,) = ctx.saved_tensors
+        settings, width = ctx.settings, ctx.shape[-1]
         x = grad.new_empty(1).expand(ctx.shape)
-        return backward(grad, x, *ctx.settings, indices), None, None
+        first, *others = _parts(x)
+        if not others:
+            return _backward.default(grad, x, *settings, _indices(places, width, settings)), None, None
+        found = grad.new_empty(ctx.shape)
+        for part in (first, *others):
+            indices = _indices(places[part], width, settings)
+            _backward.grad_input(grad[part], x[part], *settings, indices, grad_input=found[part])
+        return found, None, None
+
+
+_backward = torch.ops.aten.max_pool2d_with_indices_backward
+_PARTS = 8  # of a large batch, whose indices, of eight bytes each, are there one after the other
+_LARGE = 2**20  # elements of it
+
+
+def _parts(x: Tensor) -> list[slice]:
+    """What is taken at a time of images (B, C, H, W), or channels (C, H, W)."""
+    count = len(x)
+    plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_meta or in_batch())
+    step = -(-count // _PARTS) if plain and x.numel() >= _LARGE else max(count, 1)
+    return [slice(at, at + step) for at in range(0, max(count, 1), step)]
+
+
+def _room(part: Tensor, count: int) -> Tensor:
+    """For `count` of what this is a part of, laid out as that is."""
+    last = not part.is_contiguous() and part.is_contiguous(memory_format=torch.channels_last)
+    form = torch.channels_last if last else torch.contiguous_format
+    return torch.empty((count, *part.shape[1:]), dtype=part.dtype, device=part.device, memory_format=form)
+
+
+def _pooled(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """The output, and the place of each element's source in its window."""
+    kernel, stride, padding, dilation, _ = settings
+    y, indices = torch.ops.aten.max_pool2d_with_indices(x, *settings)
+    offsets = _offsets(y, x.shape[-1], kernel, dilation)
+    span = (kernel[0] - 1) * dilation[0] * x.shape[-1] + (kernel[1] - 1) * dilation[1]
+    places = offsets.new_empty(span + 1, dtype=torch.uint8)  # of an offset: its place in the window
+    places[offsets] = torch.arange(offsets.numel(), dtype=torch.uint8, device=y.device)
+    return y, places.take(indices.sub_(_window_corners(y, x.shape[-1], stride, padding)))
 
 
 def _indices(places: Tensor, width: int, settings: Settings) -> Tensor:
@@ -128,14 +167,24 @@ def max_pool2d(
     made: list[Tensor] = []
     y: Tensor = _MaxPool2d.apply(input, settings, made)
     if lean_mode(y) and find(input) is not None:
-        chosen = lambda x, places: _chosen(x, _indices(places, x.shape[-1], settings))  # noqa: E731
+        chosen = lambda x, places: _chosen(x, places, settings)  # noqa: E731
         again = chosen if y.is_contiguous() else lambda x, _: F.max_pool2d(x, *settings)
         note(y, again, [origin_of(input, stream=True), itself(made[0], kept=True)])
     return y
 
 
-def _chosen(x: Tensor, indices: Tensor) -> Tensor:
-    """What lies at these places of each image, which takes a tenth of the time of looking for the greatest."""
+def _chosen(x: Tensor, places: Tensor, settings: Settings) -> Tensor:
+    """What lies at these places of each image's windows, in a tenth of the time of looking for the greatest."""
+    first, *others = _parts(x)
+    if not others:
+        return _gathered(x, _indices(places, x.shape[-1], settings))
+    found = x.new_empty(places.shape)
+    for part in (first, *others):
+        found[part] = _gathered(x[part], _indices(places[part], x.shape[-1], settings))
+    return found
+
+
+def _gathered(x: Tensor, indices: Tensor) -> Tensor:
     return x.flatten(-2).gather(-1, indices.flatten(-2)).view(indices.shape)
 
 

@@ -57,7 +57,7 @@ def note_layer(
         cost: see `note`.
     """
     if lean_mode(y):
-        note_of(y, apply, ahead, parameters, cost)
+        note_of(y, apply, ahead, parameters, cost, fresh=True)
 
 
 def layer_norm(

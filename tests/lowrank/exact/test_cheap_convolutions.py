@@ -118,3 +118,18 @@ def test_what_was_changed_in_place_is_not_computed_from():
         x = random_tensor(2, 3, 8, 8)
         with pytest.raises(RuntimeError, match=r"in place|inplace"):
             output(model).backward()
+
+
+def test_a_stem_that_is_computed_again_takes_two_tensors_of_its_size():
+    """The gradient of its output with and without the bits; of what is computed again for the layer behind, one."""
+    stem = block(3, 16, nn.ReLU(inplace=True), kernel_size=3, padding=1)
+    stock = nn.Sequential(*stem, nn.MaxPool2d(3, 2, 1), *block(16, 4, nn.ReLU(), kernel_size=1)).double().eval()
+    x = random_tensor(8, 3, 96, 96)
+
+    def peak(model):
+        return lowrank.peak_bytes(model, lambda model, x: model(x).sum(), x)
+
+    model = converted(stock)
+    torch.testing.assert_close(steps(model, x), steps(stock, x), **TOLERANCE)
+    size = 8 * 16 * 96 * 96 * 8
+    assert peak(model) < 2.6 * size < peak(stock)

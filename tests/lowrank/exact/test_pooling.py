@@ -38,6 +38,14 @@ def test_pooling_of_every_geometry(size, kernel, stride, padding, dilation, ceil
             compare(lambda v, a=average: F.avg_pool2d(v, *a), lambda v, a=average: pooling.avg_pool2d(v, *a), x)
 
 
+@pytest.mark.parametrize("shape", [(9, 8, 121, 121), (9, 364, 321)])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_a_large_batch_is_pooled_as_a_small_one(shape, form):
+    x = random_tensor(*shape)
+    x = x.contiguous(memory_format=form) if len(shape) == 4 else x
+    compare(lambda v: F.max_pool2d(v, 3, 2, 1), lambda v: pooling.max_pool2d(v, 3, 2, 1), x)
+
+
 def test_ties_go_to_the_element_that_pytorch_takes():
     x = torch.zeros(1, 1, 6, 6, dtype=torch.float64)
     compare(lambda v: F.max_pool2d(v, 3, 2, 1), lambda v: pooling.max_pool2d(v, 3, 2, 1), x)
