@@ -316,8 +316,10 @@ _FORWARD: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 def _transposes_well(grad: Tensor) -> bool:
     """Whether oneDNN takes a transposed convolution, which then is that of its backward pass, bit for bit."""
+    if torch.compiler.is_compiling():  # asked first: a compiler cannot look into what is asked next
+        return False
     own = grad.device.type == "cpu" and grad.dtype is torch.float32 and grad.numel() > 0
-    return own and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
+    return own and torch.backends.mkldnn.is_available()
 
 
 def _each(dimensions: int, value: Any) -> Shape:
