@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
 from lowrank.tensors.geometry import Geometry, Shape
-from lowrank.tensors.gradients import plan_gradient, weight_gradient
+from lowrank.tensors.gradients import gradients, plan_gradient, weight_gradient
 from lowrank.tensors.storage import Storage, check_storage, kept_ranks, restore, stored_bytes
 
 Tensors = tuple[Tensor | None, ...]
@@ -75,6 +75,10 @@ class Method(ABC):
 
         A new tensor, which the caller may change.
         """
+
+    def gradients(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Weight gradient and bias gradient, (O,), where both are wanted: one read of `grad` may give both."""
+        return self.weight_gradient(kept, grad, geometry, shape), geometry.bias_gradient(grad)
 
     def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
         """Bytes of what was kept of an input of shape `shape`, by the method's formula."""
@@ -152,6 +156,11 @@ class TuckerMethod(Method):
 
     def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
         return weight_gradient(restore(kept, grad.dtype), grad, geometry)
+
+    def gradients(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> tuple[Tensor, Tensor]:
+        if type(self).weight_gradient is not TuckerMethod.weight_gradient:  # a subclass has its own
+            return super().gradients(kept, grad, geometry, shape)
+        return gradients(restore(kept, grad.dtype), grad, geometry)
 
     def kept_ranks(self, shape: Shape, ranks: Shape) -> Shape:
         """The ranks at which an input is kept; its shape, where it is kept as it is."""

@@ -1,10 +1,11 @@
-"""Weight gradients straight from a Tucker form of the input, by the cheapest exact order of contractions.
+"""Weight gradients straight from a Tucker form of the input, by the exact order of contractions that takes least time.
 
 With the input X = core x_m U_m and the output gradient dY, a weight gradient is a product of three parts. Each mode
 other than the channels is handled on one of two sides: dY is projected on U_m, or the core is expanded by U_m.
-Spatial modes of a convolution with a kernel have to be expanded, since their positions are shifted against each other.
-The channel factor is applied to the core before the two sides meet, or to the small result afterwards. All choices give
-the same gradient; `plan` counts the multiplications of each and takes the least, which covers rebuilding X as well.
+Positions of a convolution with a kernel are shifted against each other: spatial modes are expanded, or dY is projected
+on U_m as each place of the kernel meets it. The channel factor is applied to the core before the two sides meet, or to
+the small result afterwards. All choices give the same gradient; `plan_gradient` takes the one of the least cost, which
+covers rebuilding X as well.
 
 Sources: AMC (NeurIPS 2024), sec. 3; ASI, sec. 3; WASI, app. A.1, for linear layers.
 """
@@ -14,13 +15,25 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import prod
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lowrank.kernels import passes
 from lowrank.tensors.eager import remembered
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
 from lowrank.tensors.tucker import Tucker, ascending, mode_correlation, mode_product
+
+# What else an order costs beside its multiplications, in numbers read, fitted to one core of an x86-64 server.
+_CALL = 2**14  # an operator call
+_WINDOWS = 2**17  # what each place of a kernel meets, of one mode
+_GATHERED = 8  # a number of dY projected on that, which is brought to where it is multiplied
+_DENSE, _DEPTHWISE, _WIDE = 1 / 6, 1.0, 1 / 4  # a multiplication of a convolution; of groups at 3 x 3, and otherwise
+
+
+Work = tuple[int, float]  # multiplications and cost
 
 
 @dataclass(frozen=True)
@@ -28,16 +41,19 @@ class Plan:
     """One order of contractions.
 
     Attributes:
-        pointwise: treat the layer as a product per position, so that spatial modes may be projected too.
+        meet: how the two sides meet: each position of dY with one of the input ("positions"), in a convolution of the
+            rebuilt input's positions ("shifts"), or in a product, as each place of the kernel meets it ("windows").
         project: modes in which dY is projected, in order.
         expand: modes in which the core is expanded, in order, channels last when among them.
         macs: multiplications that it takes.
+        cost: time that it takes, in numbers read from memory.
     """
 
-    pointwise: bool
+    meet: Literal["positions", "shifts", "windows"]
     project: tuple[int, ...]
     expand: tuple[int, ...]
     macs: int
+    cost: float
 
 
 def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry) -> Tensor:
@@ -52,27 +68,81 @@ def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry) -> Tensor:
         The gradient, (O, C/g, K_h, K_w), (O, I) or, of a transposed convolution, (C, O/g, K_h, K_w), equal to
         autograd's on `tucker.dense()`.
     """
+    return _gradients(tucker, grad, geometry, False)[0]
+
+
+def gradients(tucker: Tucker, grad: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Gradients of a layer's weight and bias, from one read of the output's gradient where a kernel makes both.
+
+    Args:
+        tucker, grad, geometry: as of `weight_gradient`.
+
+    Returns:
+        The weight gradient, and the bias gradient, (O,): the sum of `grad` over all else.
+    """
+    batch = tucker.factors[0]
+    joined = batch is not None and passes.can_project(grad, batch.shape[1] + 1)
+    weight, bias = _gradients(tucker, grad, geometry, joined)
+    return weight, geometry.bias_gradient(grad) if bias is None else bias
+
+
+def _gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, joined: bool) -> tuple[Tensor, Tensor | None]:
+    """The weight gradient and, where `joined` and the plan has it so, the bias gradient."""
     channel = geometry.channel_axis % grad.ndim
     factored = tuple(factor is not None for factor in tucker.factors)
-    plan = plan_gradient(geometry, tucker.shape, tucker.ranks, factored, grad.shape[channel])
-    core, factors = tucker.core, list(tucker.factors)
-    if plan.pointwise:
+    plan = plan_gradient(geometry, tucker.shape, tucker.ranks, factored, grad.shape[channel], joined)
+    core, factors, bias = tucker.core, list(tucker.factors), None
+    if plan.meet == "positions":
         core, factors = _sample(core, factors, geometry)
     for mode in plan.expand:
         core = mode_product(core, _matrix(factors[mode]), mode)
     for mode in plan.project:
-        grad = mode_product(grad, _matrix(factors[mode]).mT, mode)
+        if mode == 0 and plan.project[0] == 0:
+            grad, bias = _project_batch(grad, _matrix(factors[0]), geometry if joined else None)
+        elif mode > 1 and plan.meet == "windows":
+            assert isinstance(geometry, ConvGeometry)
+            grad = mode_product(grad, geometry.windows(_matrix(factors[mode]), mode - 2), mode)
+        else:
+            grad = mode_product(grad, _matrix(factors[mode]).mT, mode)
     remaining = None if channel in plan.expand else factors[channel]
-    if plan.pointwise:
+    if plan.meet == "positions":
         dense = mode_correlation(grad, core, channel)  # (O, r_1) or (O, C)
         result = _apply_channels(dense, remaining, geometry.groups)
         result = result.view(*result.shape, *geometry.kernel) if isinstance(geometry, ConvGeometry) else result
-    elif remaining is None:
-        return geometry.weight_gradient(core, grad)
+        return geometry.by_output(result), bias
+    groups = geometry.groups if remaining is None else 1
+    if plan.meet == "windows":
+        assert isinstance(geometry, ConvGeometry)
+        dense = _correlate_windows(grad, core, geometry.kernel, groups)
     else:
-        dense = geometry.by_output(geometry.weight_gradient(core, grad, groups=1), 1)
-        result = _apply_channels(dense, remaining, geometry.groups)
-    return geometry.by_output(result)
+        dense = geometry.weight_gradient(core, grad, groups=groups)
+    if remaining is None:
+        return dense, bias
+    return geometry.by_output(_apply_channels(geometry.by_output(dense, 1), remaining, geometry.groups)), bias
+
+
+def _project_batch(grad: Tensor, factor: Tensor, of_bias: Geometry | None) -> tuple[Tensor, Tensor | None]:
+    """The output's gradient projected on the factor (B, r) of its samples, and the bias gradient of a layer, if one is
+    given: the sum over samples is one more column, of ones."""
+    columns = factor if of_bias is None else F.pad(factor, (0, 1), value=1.0)
+    found = passes.project(grad.flatten(1), columns) if grad.is_contiguous() else None
+    if found is None:
+        return mode_product(grad, factor.mT, 0), None
+    found = found.view(-1, *grad.shape[1:])
+    return (found, None) if of_bias is None else (found[:-1], of_bias.bias_gradient(found[-1:]))
+
+
+def _correlate_windows(grad: Tensor, core: Tensor, kernel: Shape, groups: int) -> Tensor:
+    """Weight gradient (O, C/g, K_h, K_w), from the output's gradient (B, O, K_h r_2, K_w r_3) projected on what each
+    place of the kernel meets, and a core (B, C, r_2, r_3)."""
+    outputs, spatial = grad.shape[1], range(len(kernel))
+    apart = [size for k, rank in zip(kernel, core.shape[2:], strict=True) for size in (k, rank)]
+    places, ranks = [2 + 2 * axis for axis in spatial], [3 + 2 * axis for axis in spatial]
+    gathered = grad.view(grad.shape[0], outputs, *apart).permute(1, *places, 0, *ranks)
+    gathered = gathered.reshape(groups, outputs // groups * prod(kernel), -1)
+    inputs = core.transpose(0, 1).reshape(groups, core.shape[1] // groups, -1)
+    found = torch.bmm(gathered, inputs.mT).view(outputs, *kernel, -1)
+    return found.movedim(-1, 1).contiguous()
 
 
 def factor_gradients(
@@ -159,17 +229,27 @@ def _apply_channels(dense: Tensor, factor: Tensor | None, groups: int) -> Tensor
 
 @remembered
 def plan_gradient(
-    geometry: Geometry, shape: Shape, ranks: Shape, factored: tuple[bool, ...], out_channels: int
+    geometry: Geometry,
+    shape: Shape,
+    ranks: Shape,
+    factored: tuple[bool, ...],
+    out_channels: int,
+    joined: bool = True,
 ) -> Plan:
-    """The order with the fewest multiplications; arguments as of `candidate_plans`."""
-    best, *others = candidate_plans(geometry, shape, ranks, factored, out_channels)
+    """The order of the least cost; arguments as of `candidate_plans`."""
+    best, *others = candidate_plans(geometry, shape, ranks, factored, out_channels, joined)
     for plan in others:  # a plain loop, which torch.compile can trace
-        best = plan if plan.macs < best.macs else best
+        best = plan if plan.cost < best.cost else best
     return best
 
 
 def candidate_plans(
-    geometry: Geometry, shape: Shape, ranks: Shape, factored: tuple[bool, ...], out_channels: int
+    geometry: Geometry,
+    shape: Shape,
+    ranks: Shape,
+    factored: tuple[bool, ...],
+    out_channels: int,
+    joined: bool = True,
 ) -> list[Plan]:
     """Every order of contractions that is worth a thought; at least one.
 
@@ -179,83 +259,134 @@ def candidate_plans(
         ranks: shape of the core.
         factored: per mode, whether there is a factor (otherwise the core is full in that mode).
         out_channels: O.
+        joined: whether a projection on the batch's factor, ahead of all else, makes the bias gradient as well, which
+            would take another read; the multiplications of that are not counted.
     """
     channel = geometry.channel_axis % len(shape)
     samples = [mode for mode in range(len(shape)) if mode != channel and factored[mode]]
+    sketch = _Sketch(geometry, shape, ranks, out_channels, channel, joined)
     plans = []
     for tail in ((), (channel,)) if factored[channel] else ((),):
+        whole = bool(tail) or not factored[channel]
         if geometry.pointwise:
-            plans += [
-                _pointwise_plan(geometry, shape, ranks, project, tail, samples, out_channels)
-                for count in range(len(samples) + 1)
-                for project in combinations(samples, count)
-            ]
-        if isinstance(geometry, ConvGeometry):
-            spatial = tuple(mode for mode in samples if mode != 0)
-            batch = tuple(mode for mode in samples if mode == 0)
-            for project, expand in (((), batch + spatial), (batch, spatial)) if batch else (((), spatial),):
-                whole_channels = bool(tail) or not factored[channel]
-                plans.append(
-                    _correlation_plan(geometry, shape, ranks, project, expand + tail, whole_channels, out_channels)
-                )
+            for count in range(len(samples) + 1):
+                for project in combinations(samples, count):
+                    expand = tuple(mode for mode in samples if mode not in project)
+                    plans += [sketch.positions(one, expand, tail, whole, samples) for one in sketch.orders(project)]
+        if not isinstance(geometry, ConvGeometry):
+            continue
+        batch = tuple(mode for mode in samples if mode == 0)
+        spatial = tuple(mode for mode in samples if mode != 0)
+        for project, expand in (((), batch), (batch, ())) if batch else (((), ()),):
+            plans.append(sketch.shifts(project, expand + spatial, tail, whole))
+            if geometry.has_windows and len(spatial) == len(geometry.kernel):
+                plans.append(sketch.windows(project, spatial, expand, tail, whole))
     return plans
 
 
-def _products(start: Shape, sizes: dict[int, int], modes: tuple[int, ...]) -> tuple[list[int], int]:
-    """Sizes after, and multiplications of, mode products that change each of `modes` to its new size in turn."""
-    current, macs = list(start), 0
+@dataclass
+class _Sketch:
+    """Makes plans for one layer; attributes as the arguments of `candidate_plans`."""
+
+    geometry: Geometry
+    shape: Shape
+    ranks: Shape
+    out_channels: int
+    channel: int
+    joined: bool
+
+    def __post_init__(self) -> None:
+        self.grad_shape = self.geometry.output_shape(self.shape, self.out_channels)
+
+    def orders(self, project: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Orders in which to project dY on these modes: what shrinks it most ahead; the batch ahead of all."""
+        shrinking = _by_growth(project, self.grad_shape, dict(enumerate(self.ranks)))
+        rest = tuple(mode for mode in shrinking if mode != 0)
+        return [shrinking, (0, *rest)] if 0 in shrinking[1:] else [shrinking]
+
+    def positions(
+        self, project: tuple[int, ...], expand: tuple[int, ...], tail: tuple[int, ...], whole: bool, samples: list[int]
+    ) -> Plan:
+        grad_shape, channel = self.grad_shape, self.channel
+        full = {mode: size if mode == channel else grad_shape[mode] for mode, size in enumerate(self.shape)}
+        # A strided layer reads only some positions; a mode without a factor is sampled before anything else.
+        ranks = tuple(r if m == channel or m in samples else full[m] for m, r in enumerate(self.ranks))
+        expand = _by_growth(expand, ranks, full) + tail
+        core, expanding = _products(ranks, full, expand)
+        grad, projecting = self._projected(project, dict(enumerate(self.ranks)))
+        macs = prod(core) * self.out_channels
+        meeting = _CALL + prod(grad) + prod(core) + macs / 12
+        return self._plan("positions", project, expand, whole, [expanding, projecting, (macs, meeting)])
+
+    def shifts(self, project: tuple[int, ...], expand: tuple[int, ...], tail: tuple[int, ...], whole: bool) -> Plan:
+        assert isinstance(self.geometry, ConvGeometry)
+        full = dict(enumerate(self.shape))
+        expand = _by_growth(expand, self.ranks, full) + tail
+        core, expanding = _products(self.ranks, full, expand)
+        grad, projecting = self._projected(project, dict(enumerate(self.ranks)))
+        grouped = self.geometry if whole else replace(self.geometry, groups=1)
+        macs = grouped.macs((grad[0], *core[1:]), self.out_channels)
+        of_one = _DENSE if grouped.groups == 1 else _DEPTHWISE if grouped.kernel == (3, 3) else _WIDE
+        meeting = _CALL + prod(grad) + prod(core) + macs * of_one
+        return self._plan("shifts", project, expand, whole, [expanding, projecting, (macs, meeting)])
+
+    def windows(
+        self,
+        project: tuple[int, ...],
+        spatial: tuple[int, ...],
+        expand: tuple[int, ...],
+        tail: tuple[int, ...],
+        whole: bool,
+    ) -> Plan:
+        assert isinstance(self.geometry, ConvGeometry)
+        sizes = dict(enumerate(self.ranks)) | {
+            mode: k * self.ranks[mode] for mode, k in enumerate(self.geometry.kernel, 2)
+        }
+        project += _by_growth(spatial, self.grad_shape, sizes)
+        core, expanding = _products(self.ranks, dict(enumerate(self.shape)), expand + tail)
+        grad, projecting = self._projected(project, sizes)
+        macs = prod(grad) * core[1] // (self.geometry.groups if whole else 1)
+        meeting = 4 * _CALL + _WINDOWS * len(spatial) + _GATHERED * prod(grad) + prod(core) + macs / 12
+        return self._plan("windows", project, expand + tail, whole, [expanding, projecting, (macs, meeting)])
+
+    def _projected(self, project: tuple[int, ...], sizes: dict[int, int]) -> tuple[list[int], Work]:
+        shape, (macs, cost) = _products(self.grad_shape, sizes, project)
+        if self.joined and project[:1] == (0,):  # in the read of the sum, and in little more time
+            cost -= prod(self.grad_shape) * (1 + sizes[0] / 24)
+        return shape, (macs, cost)
+
+    def _plan(
+        self,
+        meet: Literal["positions", "shifts", "windows"],
+        project: tuple[int, ...],
+        expand: tuple[int, ...],
+        whole: bool,
+        parts: list[Work],
+    ) -> Plan:
+        macs, cost = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        if not whole:
+            kernel = prod(self.geometry.kernel) if isinstance(self.geometry, ConvGeometry) else 1
+            inputs, rank = self.shape[self.channel], self.ranks[self.channel]
+            applied = self.out_channels * (inputs // self.geometry.groups) * rank * kernel
+            macs, cost = macs + applied, cost + _CALL + applied / 12
+        return Plan(meet, project, expand, macs, cost)
+
+
+def _products(start: Shape, sizes: dict[int, int], modes: tuple[int, ...]) -> tuple[list[int], Work]:
+    """Sizes after, and multiplications and cost of, mode products that change each of `modes` to its new size in turn.
+
+    The cost of one is a read and a write, more with the new size, and more where it is many products of small matrices.
+    """
+    current, macs, cost = list(start), 0, 0.0
     for mode in modes:
-        macs += prod(current) * sizes[mode]
+        numbers, n, right = prod(current), current[mode], prod(current[mode + 1 :])
+        left = numbers // (n * right) if numbers else 1
+        small = 0.0 if left == 1 else 20 / n if right == 1 else 500 / (n * right)
         current[mode] = sizes[mode]
-    return current, macs
+        macs += numbers * sizes[mode]
+        cost += _CALL + numbers * (1 + sizes[mode] / 12 + small) + prod(current)
+    return current, (macs, cost)
 
 
 def _by_growth(modes: tuple[int, ...], before: Shape, after: dict[int, int]) -> tuple[int, ...]:
     return tuple(modes[index] for index in ascending([after[mode] / before[mode] for mode in modes]))
-
-
-def _pointwise_plan(
-    geometry: Geometry,
-    shape: Shape,
-    ranks: Shape,
-    project: tuple[int, ...],
-    tail: tuple[int, ...],
-    samples: list[int],
-    out_channels: int,
-) -> Plan:
-    channel = geometry.channel_axis % len(shape)
-    grad_shape = geometry.output_shape(shape, out_channels)
-    full = {mode: shape[mode] if mode == channel else grad_shape[mode] for mode in range(len(shape))}
-    small = dict(enumerate(ranks))
-    # A strided layer reads only some positions; a mode without a factor is sampled before anything else.
-    ranks = tuple(r if m == channel or m in samples else full[m] for m, r in enumerate(ranks))
-    project = _by_growth(project, grad_shape, small)
-    expand = _by_growth(tuple(mode for mode in samples if mode not in project), ranks, full) + tail
-    _, project_macs = _products(grad_shape, small, project)
-    core, expand_macs = _products(ranks, full, expand)
-    macs = project_macs + expand_macs + prod(core) * out_channels
-    if not tail and ranks[channel] != shape[channel]:
-        macs += out_channels * (shape[channel] // geometry.groups) * ranks[channel]
-    return Plan(True, project, expand, macs)
-
-
-def _correlation_plan(
-    geometry: ConvGeometry,
-    shape: Shape,
-    ranks: Shape,
-    project: tuple[int, ...],
-    expand: tuple[int, ...],
-    whole_channels: bool,
-    out_channels: int,
-) -> Plan:
-    full = dict(enumerate(shape))
-    tail = tuple(mode for mode in expand if mode == 1)
-    expand = _by_growth(tuple(mode for mode in expand if mode != 1), ranks, full) + tail
-    core, expand_macs = _products(ranks, full, expand)
-    grad_shape = geometry.output_shape(shape, out_channels)
-    grad, project_macs = _products(grad_shape, dict(enumerate(ranks)), project)
-    grouped = geometry if whole_channels else replace(geometry, groups=1)
-    macs = expand_macs + project_macs + grouped.macs((grad[0], *core[1:]), out_channels)
-    if not whole_channels:
-        macs += out_channels * (shape[1] // geometry.groups) * core[1] * prod(geometry.kernel)
-    return Plan(False, project, expand, macs)
