@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
 from lowrank.tensors.geometry import Geometry, Shape
-from lowrank.tensors.gradients import gradients, plan_gradient, weight_gradient
+from lowrank.tensors.gradients import gradients, weight_gradient
+from lowrank.tensors.plans import fewest_macs, plan_gradient
 from lowrank.tensors.storage import Storage, check_storage, kept_ranks, restore, stored_bytes
 
 Tensors = tuple[Tensor | None, ...]
@@ -172,6 +173,13 @@ class TuckerMethod(Method):
         return stored_bytes(shape, self.kept_ranks(shape, ranks), x.dtype, self.storage)
 
     def gradient_flops(self, geometry: Geometry, shape: Shape, ranks: Shape, out_channels: int) -> int:
+        """Of the weight gradient, as it is formed together with a bias gradient, which is not counted."""
+        return 2 * plan_gradient(*self._form(geometry, shape, ranks), out_channels).macs
+
+    def fewest_gradient_macs(self, geometry: Geometry, shape: Shape, ranks: Shape, out_channels: int) -> int:
+        """Multiplications that the weight gradient takes at least, by which `lowrank.tensors.worth` tells its time."""
+        return fewest_macs(*self._form(geometry, shape, ranks), out_channels)
+
+    def _form(self, geometry: Geometry, shape: Shape, ranks: Shape) -> tuple[Geometry, Shape, Shape, tuple[bool, ...]]:
         ranks = self.kept_ranks(shape, ranks)
-        factored = tuple(rank < size for rank, size in zip(ranks, shape, strict=True))
-        return 2 * plan_gradient(geometry, shape, ranks, factored, out_channels).macs
+        return geometry, shape, ranks, tuple(rank < size for rank, size in zip(ranks, shape, strict=True))
