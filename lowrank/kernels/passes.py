@@ -19,6 +19,7 @@ _GATES: dict[Gate, int] = {"above": 0, "between": 1, "within": 1, "strictly abov
 GateOf = Literal["SiLU", "GELU"]
 _GATES_OF: dict[GateOf, int] = {"SiLU": 0, "GELU": 1}
 TWICE, HELD, ONCE = range(3)  # ways to cut a mode, see `subspace`
+_MOST_PROJECTED = 12  # columns; of more, a product of BLAS takes less
 _KINDS = {torch.float32: "float", torch.float64: "double", torch.int8: "int8"}
 
 
@@ -263,6 +264,30 @@ def _depthwise_plan(numbers: tuple[int, ...]) -> tuple[Any, int]:
     plan = (ctypes.c_int64 * len(numbers))(*numbers)
     found: Any = library()
     return plan, found.depthwise_room_float(plan)
+
+
+def can_project(x: Tensor, columns: int) -> bool:
+    """Whether there is a kernel for the product of such a tensor, in its first dimension, and so many columns."""
+    return columns <= _MOST_PROJECTED and x.numel() > 0 and _kernel("project", x) is not None
+
+
+def project(x: Tensor, columns: Tensor) -> Tensor | None:
+    """Product of a matrix's few columns and a long matrix, `columns.mT @ x`, in one read of the long one.
+
+    Args:
+        x: (n, m), float32, or nothing is done.
+        columns: (n, r), r at most 12.
+
+    Returns:
+        (r, m); None: not for these.
+    """
+    kernel = _kernel("project", x, columns) if columns.shape[1] <= _MOST_PROJECTED else None
+    if kernel is None:
+        return None
+    out = x.new_empty(columns.shape[1], x.shape[1])
+    pointers = x.data_ptr(), columns.data_ptr(), out.data_ptr()
+    kernel(*pointers, *x.shape, columns.shape[1], torch.get_num_threads())  # type: ignore[operator]
+    return out
 
 
 def affine(

@@ -182,7 +182,7 @@ class ASI(RankedMethod):
         ranks = self.ranks_for(shape)
         modes = sum(rank < size for rank, size in zip(ranks, shape, strict=True))
         calls = _CALLS_A_MODE * modes + _READS * x.nbytes / MOVED_A_CALL
-        calls += self.gradient_flops(geometry, shape, ranks, out_channels) / 2 / MACS_A_CALL
+        calls += self.fewest_gradient_macs(geometry, shape, ranks, out_channels) / MACS_A_CALL
         calls -= geometry.macs(shape, out_channels) / CONVOLVED_A_CALL
         return x.nbytes - self.form_bytes(x, ranks), calls
 

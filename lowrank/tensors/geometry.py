@@ -180,6 +180,26 @@ class ConvGeometry:
         options = (stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False])
         return _convolution_backward(grad, x, weight, None, *options)[1]
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether there is `windows` of it."""
+        return True
+
+    def windows(self, factor: Tensor, axis: int) -> Tensor:
+        """What each place of the kernel meets, at each output position, of the rows of a factor.
+
+        Args:
+            factor: of the input's spatial dimension `axis`, (H, r).
+            axis: from 0.
+
+        Returns:
+            (K_h r, H'), the places ahead of the columns; zeros where it meets padding of zeros.
+        """
+        reach, mode = self.dilation[axis] * (self.kernel[axis] - 1), self.padding_mode
+        rows = F.pad(factor.mT[None], self._pads[axis], mode="constant" if mode == "zeros" else mode)[0]
+        rows = rows.unfold(1, reach + 1, self.stride[axis])[..., :: self.dilation[axis]]  # (r, H', K_h)
+        return rows.permute(2, 0, 1).flatten(0, 1)
+
     def bias_gradient(self, grad: Tensor) -> Tensor:
         """Bias gradient, shape (O,)."""
         return grad.sum((0, *range(2, grad.ndim)))
@@ -229,6 +249,11 @@ class TransposedConvGeometry(ConvGeometry):
     def pointwise(self) -> bool:
         """Whether each output position reads one input position, and all do."""
         return super().pointwise and prod(self.stride) == 1
+
+    @property
+    def has_windows(self) -> bool:
+        """None: its kernel lies on the output."""
+        return False
 
     def _is_product(self, x: Tensor) -> bool:
         return False
