@@ -241,5 +241,5 @@ def test_what_is_no_list_of_names_is_told_in_one_line(names, message):
     with pytest.raises(ConversionError, match=message) as caught:
         lowrank.convert(TwoConvolutions(), names, Vanilla())
     assert "\n" not in str(caught.value)
-    with pytest.raises(ConversionError, match="the model is a list; give a torch.nn.Module"):
+    with pytest.raises(ConversionError, match=r"the model is a list; give a torch\.nn\.Module"):
         lowrank.convert([], ["first"], Vanilla())
