@@ -62,6 +62,8 @@ def plan_conversion(model: nn.Module, names: Choice, method: Method | None) -> t
     if isinstance(names, Mapping) and method is not None:
         return ["a method is given beside one for each layer; give either"], []
     problems, layers = find_layers(model, names)
+    if not layers:
+        return problems, []
     closed = {id(layer) for layer, _ in closed_projections(model)}
     steps: dict[int, Step] = {}
     for name, layer in layers.items():

@@ -100,17 +100,22 @@ def named_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
 
 def find_layers(model: nn.Module, names: Iterable[str]) -> tuple[list[str], dict[str, nn.Module]]:
     """What is wrong with the names, and the modules of those that the model has."""
-    if isinstance(names, str):
-        return [f"layers are given as the text {names!r}; give a list of names"], {}
+    if not isinstance(model, nn.Module):
+        return [f"the model is a {type(model).__name__}; give a torch.nn.Module"], {}
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        return [f"layers are given as {names!r}; give a list of names"], {}
     names = list(names)
     if not names:
         return ["no layer is named; lowrank.trailing_layers(model, 2) gives the last two convolutions"], {}
     modules = dict(model.named_modules(remove_duplicate=False))
-    problems = [_unknown(name, modules) for name in names if name not in modules]
-    return problems, {name: modules[name] for name in names if name in modules}
+    problems = [_unknown(name, modules) for name in names if not isinstance(name, str) or name not in modules]
+    return problems, {name: modules[name] for name in names if isinstance(name, str) and name in modules}
 
 
-def _unknown(name: str, modules: dict[str, nn.Module]) -> str:
+def _unknown(name: object, modules: dict[str, nn.Module]) -> str:
+    if not isinstance(name, str):
+        given = type(name).__name__ if isinstance(name, nn.Module) else repr(name)
+        return f"a layer is given as {given}; give its name, a text, as in model.named_modules()"
     near = difflib.get_close_matches(name, modules, n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see model.named_modules()"
     return f"the model has no layer {name!r}; {hint}"

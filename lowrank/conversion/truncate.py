@@ -14,17 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.parallel import DistributedDataParallel
 
 from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError, NonFiniteError
-from lowrank.layers.preserve import LossFunction, preserved
+from lowrank.layers.preserve import LossFunction, loss_of, preserved
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
+from lowrank.tensors.decompose import check_energy
 from lowrank.tensors.factors import Factors, factorise
 
 Grams = dict[str, Tensor]
@@ -61,16 +64,17 @@ def truncate_weights(
         weigh_outputs: True lets a change of an output count by the gradient of the loss there, and so by what it does
             to all that follows; that takes a backward pass a batch. The sum of a network's outputs, each times a normal
             random number, is a loss whose gradients tell what moves those outputs, without labels.
-        more: further batches, run one after the other, so that none has to be large.
+        more: further batches, such as a data loader, taken one after the other, so that none has to be large.
 
     Returns:
         The rank of each layer's weight.
 
     Raises:
-        ConversionError: a layer that is unknown, no plain `nn.Linear`, or not called; with `weigh_outputs`, one whose
-            output gets no gradient.
+        ConversionError: a layer that is unknown, no plain `nn.Linear`, of a computed weight or that of another one that
+            is named, or not called; with `weigh_outputs`, one whose output gets no gradient; a model that is wrapped in
+            `DistributedDataParallel`.
         NonFiniteError: a weight, an input or a gradient with NaN or infinite values.
-        SettingError: energy out of range.
+        SettingError: energy out of range; with `weigh_outputs`, a loss that is no tensor of one number.
 
     Example:
         probe = lambda model, batch: (out := model(batch)).mul(torch.randn_like(out)).sum()
@@ -78,14 +82,18 @@ def truncate_weights(
         lowrank.convert(model, names, lowrank.WSI(energy=1))
     """
     layers: dict[str, nn.Linear] = {}
+    check_energy(energy)
     for name, layer in named_layers(model, names).items():
-        if type(layer) is not nn.Linear:
-            raise ConversionError(
-                f"layer {name!r} is a {stock_class(layer).__name__} that is converted or no nn.Linear; only weights of "
-                "plain linear layers are truncated, ahead of convert"
-            )
-        layers[name] = layer
-    inputs, gradients = layer_grams(model, list(layers), loss_fn, [batch, *more], weigh_outputs)
+        reason = _reason_against(layer, [(other, one) for other, one in layers.items() if one is not layer])
+        if reason is not None:
+            raise ConversionError(f"layer {name!r} {reason}")
+        layers[name] = layer  # type: ignore[assignment]
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ConversionError(
+            "the model is wrapped in DistributedDataParallel, whose processes would get weights that differ; truncate "
+            "the weights, then wrap it"
+        )
+    inputs, gradients = layer_grams(model, list(layers), loss_fn, chain([batch], more), weigh_outputs)
     found = {}
     for name, layer in layers.items():
         _check(name, inputs, gradients if weigh_outputs else None)
@@ -94,6 +102,20 @@ def truncate_weights(
     for name, layer in layers.items():
         layer.weight.copy_(found[name].dense())
     return {name: factors.left.shape[1] for name, factors in found.items()}
+
+
+def _reason_against(layer: nn.Module, others: list[tuple[str, nn.Linear]]) -> str | None:
+    """Why a layer's weight cannot be truncated beside those of others."""
+    if type(layer) is not nn.Linear:
+        return (
+            f"is a {stock_class(layer).__name__} that is converted or no nn.Linear; only weights of plain linear "
+            "layers are truncated, ahead of convert"
+        )
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return "has a weight that is computed, as by pruning or weight normalisation; remove that first"
+    shared = next((name for name, other in others if other.weight is weight), None)
+    return None if shared is None else f"has the weight of layer {shared!r}, which is truncated once; name one of them"
 
 
 def _check(name: str, inputs: Grams, gradients: Grams | None) -> None:
@@ -121,21 +143,23 @@ def layer_grams(
     gradients: Grams = {}
     reached: list[tuple[str, GradientEdge]] = []
 
-    def hook(name: str, layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        _add(inputs, name, without_padding(given[0].detach()))
-        if not weigh_outputs or not torch.is_grad_enabled():
+    def hook(name: str, layer: nn.Module, given: tuple[Tensor, ...], named: Any, output: Tensor) -> Tensor | None:
+        _add(inputs, name, without_padding((*given, *named.values())[0].detach()))
+        if not weigh_outputs or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return None
-        # Behind frozen layers alone no gradient would be wanted; the copy may be changed in place, as the output may.
-        replaced = None if output.requires_grad else output.detach().requires_grad_().clone()
-        reached.append((name, get_gradient_edge(output if replaced is None else replaced)))
-        return replaced
+        # Of an output that is a view, a change in place would leave its node out of the graph; one behind frozen layers
+        # alone wants no gradient. A copy has neither.
+        handed_on = (output if output.requires_grad else output.detach().requires_grad_()).clone()
+        reached.append((name, get_gradient_edge(handed_on)))
+        return handed_on
 
-    handles = [model.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
+    add = {name: model.get_submodule(name).register_forward_hook for name in names}
+    handles = [register(partial(hook, name), with_kwargs=True) for name, register in add.items()]
     try:
         with preserved(model), torch.set_grad_enabled(weigh_outputs):
             for batch in batches:
                 reached.clear()
-                loss = loss_fn(model, batch)
+                loss = loss_of(loss_fn, model, batch) if weigh_outputs else loss_fn(model, batch)
                 outputs = list(reached)  # checkpoints in the model call layers again in the backward pass
                 if outputs and loss.requires_grad:
                     found = torch.autograd.grad(loss, [edge for _, edge in outputs], allow_unused=True)

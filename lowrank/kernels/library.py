@@ -32,6 +32,7 @@ _SIGNATURES = {
     "subspace_float": (_POINTER, _POINTER, _INT),
     "depthwise_room_float": (_POINTER,),
     "depthwise_float": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT),
+    "project_float": (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _INT),
     "affine_float": (*[_POINTER] * 5, _COUNT, _COUNT, _COUNT, _NUMBER, _NUMBER, _INT),
     "gate_float": (*[_POINTER] * 3, _COUNT, _INT, _INT),
     "slopes_float": (*[_POINTER] * 5, _COUNT, _INT, _INT),

@@ -18,6 +18,8 @@ Gate = Literal["above", "between", "within", "strictly above", "not zero"]
 _GATES: dict[Gate, int] = {"above": 0, "between": 1, "within": 1, "strictly above": 2, "not zero": 3}
 GateOf = Literal["SiLU", "GELU"]
 _GATES_OF: dict[GateOf, int] = {"SiLU": 0, "GELU": 1}
+TWICE, HELD, ONCE = range(3)  # ways to cut a mode, see `subspace`
+_MOST_PROJECTED = 12  # columns; of more, a product of BLAS takes less
 _KINDS = {torch.float32: "float", torch.float64: "double", torch.int8: "int8"}
 
 
@@ -184,13 +186,14 @@ def restore_blocks(values: Tensor, scales: Tensor) -> Tensor | None:
     return out
 
 
-def subspace(x: Tensor, steps: Sequence[tuple[int, Tensor, bool]]) -> tuple[Tensor, list[Tensor]] | None:
+def subspace(x: Tensor, steps: Sequence[tuple[int, Tensor, int]]) -> tuple[Tensor, list[Tensor]] | None:
     """Subspace iterations of one mode after the other, see `lowrank.tensors.decompose.subspace_iteration`.
 
     Args:
         x: of at most 8 modes, float32, or nothing is done.
-        steps: per mode that is cut its place, the start (n, r), and whether that is a basis already; at most 128
-            columns, and at most 2048 rows.
+        steps: per mode that is cut its place, the start (n, r), at most 128 columns and at most 2048 rows, and the way:
+            `HELD`, the start is a basis already; `TWICE`, iterate and project; `ONCE`, both in one read, the first mode
+            alone.
 
     Returns:
         The core, and a basis for each step, the start itself where that is one; None: not for these.
@@ -200,13 +203,15 @@ def subspace(x: Tensor, steps: Sequence[tuple[int, Tensor, bool]]) -> tuple[Tens
     if kernel is None or room_of is None:
         return None
     sizes = tuple(x.shape)
-    ranks = tuple([(mode, start.shape[1], held) for mode, start, held in steps])
+    ranks = tuple([(mode, start.shape[1], way) for mode, start, way in steps])
     shape, plan = _subspace_plan(sizes, ranks)
     room = room_of(plan)  # type: ignore[operator]
     if room < 0:
         return None
     core, scratch = x.new_empty(shape), x.new_empty(room)
-    bases = [start if held else torch.empty_like(own) for own, (_, start, held) in zip(starts, steps, strict=True)]
+    bases = [
+        start if way == HELD else torch.empty_like(own) for own, (_, start, way) in zip(starts, steps, strict=True)
+    ]
     pointers = [x.data_ptr(), core.data_ptr(), scratch.data_ptr()]
     for start, basis in zip(starts, bases, strict=True):
         pointers += start.data_ptr(), basis.data_ptr()
@@ -216,12 +221,12 @@ def subspace(x: Tensor, steps: Sequence[tuple[int, Tensor, bool]]) -> tuple[Tens
 
 
 @lru_cache(maxsize=4096)
-def _subspace_plan(sizes: tuple[int, ...], steps: tuple[tuple[int, int, bool], ...]) -> tuple[list[int], Any]:
+def _subspace_plan(sizes: tuple[int, ...], steps: tuple[tuple[int, int, int], ...]) -> tuple[list[int], Any]:
     """Shape of the core, and what the kernel is told of the sizes."""
     shape = list(sizes)
     for mode, rank, _ in steps:
         shape[mode] = rank
-    plan = [len(sizes), *sizes, len(steps), *[int(number) for step in steps for number in step]]
+    plan = [len(sizes), *sizes, len(steps), *[number for step in steps for number in step]]
     return shape, (ctypes.c_int64 * len(plan))(*plan)
 
 
@@ -259,6 +264,30 @@ def _depthwise_plan(numbers: tuple[int, ...]) -> tuple[Any, int]:
     plan = (ctypes.c_int64 * len(numbers))(*numbers)
     found: Any = library()
     return plan, found.depthwise_room_float(plan)
+
+
+def can_project(x: Tensor, columns: int) -> bool:
+    """Whether there is a kernel for the product of such a tensor, in its first dimension, and so many columns."""
+    return columns <= _MOST_PROJECTED and x.numel() > 0 and _kernel("project", x) is not None
+
+
+def project(x: Tensor, columns: Tensor) -> Tensor | None:
+    """Product of a matrix's few columns and a long matrix, `columns.mT @ x`, in one read of the long one.
+
+    Args:
+        x: (n, m), float32, or nothing is done.
+        columns: (n, r), r at most 12.
+
+    Returns:
+        (r, m); None: not for these.
+    """
+    kernel = _kernel("project", x, columns) if columns.shape[1] <= _MOST_PROJECTED else None
+    if kernel is None:
+        return None
+    out = x.new_empty(columns.shape[1], x.shape[1])
+    pointers = x.data_ptr(), columns.data_ptr(), out.data_ptr()
+    kernel(*pointers, *x.shape, columns.shape[1], torch.get_num_threads())  # type: ignore[operator]
+    return out
 
 
 def affine(

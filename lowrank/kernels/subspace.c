@@ -1,7 +1,8 @@
 /* One subspace iteration for each mode of a tensor in turn, see `lowrank.tensors.decompose`. Each reads the tensor that
    the modes ahead of it left twice: for X X^T start, where both products of a tile are made while it is in the cache,
-   and to project on the basis. */
+   and to project on the basis. The first may do with the first read, keeping start^T X. */
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -16,6 +17,9 @@
 #define MOST_COLUMNS 128   /* of a start */
 #define FEW_COLUMNS 8      /* of a start: of more, BLAS makes large products faster */
 #define LARGE 4194304      /* multiplications of a large product */
+#define LEAST (16 * FLT_EPSILON) /* of a sum of squares: less than that counts as nothing */
+#define SMALL(r) (5 * (r) * (r) + (r)) /* numbers of s, R, a stack (2 r, r), its R, and a row */
+enum way { TWICE, HELD, ONCE }; /* of `passes.subspace` */
 typedef float four __attribute__((vector_size(16)));
 typedef float loose __attribute__((vector_size(16), aligned(4), may_alias));
 #if defined(__clang__) || __GNUC__ >= 12
@@ -82,23 +86,26 @@ enum layout { LYING, COPIED, ROWS }; /* tiles read where they lie, copied togeth
 typedef struct {
   const struct tile_kernels *with;
   const float *x, *s; /* s (n, r); of ROWS (r, n) in vectors, zero where they overlap */
-  float *out;         /* images, one for each piece, or the projected tensor (left, r, right) */
+  float *images;      /* one for each piece, or NULL */
+  float *out;         /* the projected tensor (left, r, right), or NULL */
   int64_t left, n, right, r, tiles, pieces, image;
   int64_t together; /* of `left`, that are done at a time */
   int64_t blocks;   /* that rows are cut into */
   enum layout layout;
-  int projects;
 } view;
 
 static int64_t padded(const view *v, int64_t w) { return (w + v->with->width - 1) / v->with->width * v->with->width; }
 
-/* Of `tiles` x (n, w) at a stride, one a `jump` behind the other: the image += x x^T s; or `z` s^T x, each (r, w) in
-   vectors. */
-static void across(const view *v, const float *x, int64_t stride, int64_t w, int64_t tiles, int64_t jump, float *z,
-                   float *image) {
+/* Of `tiles` x (n, w) at a stride, one a `jump` behind the other: `z` s^T x, each (r, w) in vectors. */
+static void across(const view *v, const float *x, int64_t stride, int64_t w, int64_t tiles, int64_t jump, float *z) {
   for (int64_t t = 0; t < tiles; t++)
     v->with->project(x + t * jump, stride, v->n, w, v->s, v->r, z + t * v->r * padded(v, w), 0);
-  if (v->projects) return;
+}
+
+/* And the image += x z^T. */
+static void back(const view *v, const float *x, int64_t stride, int64_t w, int64_t tiles, int64_t jump, float *z,
+                 float *image) {
+  if (!image) return;
   v->with->clear_overlap(z, tiles * v->r, w);
   v->with->correlate(x, stride, v->n, w, tiles, jump, z, v->r, image);
 }
@@ -107,9 +114,11 @@ static void lying(const view *v, int64_t index, float *z, float *image) {
   const int64_t r = v->r, block = index % v->blocks, first = index / v->blocks * v->together;
   const int64_t from = v->right * block / v->blocks, w = v->right * (block + 1) / v->blocks - from;
   const int64_t some = v->left - first < v->together ? v->left - first : v->together;
-  across(v, v->x + first * v->n * v->right + from, v->right, w, some, v->n * v->right, z, image);
-  for (int64_t t = 0; v->projects && t < some; t++)
+  const float *x = v->x + first * v->n * v->right + from;
+  across(v, x, v->right, w, some, v->n * v->right, z);
+  for (int64_t t = 0; v->out && t < some; t++)
     v->with->arrange(z + t * r * padded(v, w), r, w, v->out + (first + t) * r * v->right + from, v->right, 1, 1);
+  back(v, x, v->right, w, some, v->n * v->right, z, image);
 }
 
 static void copied(const view *v, int64_t index, float *tile, float *z, float *image) {
@@ -121,29 +130,29 @@ static void copied(const view *v, int64_t index, float *tile, float *z, float *i
     for (int64_t i = 0; i < n; i++)
       for (int64_t p = 0; p < right; p++) tile[i * w + l * right + p] = *x++;
   for (int64_t i = 0; used < w && i < n; i++) memset(tile + i * w + used, 0, sizeof(float) * (size_t)(w - used));
-  across(v, tile, w, w, 1, 0, z, image);
-  if (!v->projects) return;
+  across(v, tile, w, w, 1, 0, z);
   float *out = v->out + first * v->r * right;
-  for (int64_t l = 0; l < some; l++)
+  for (int64_t l = 0; v->out && l < some; l++)
     for (int64_t k = 0; k < v->r; k++)
       for (int64_t p = 0; p < right; p++) *out++ = z[k * w + l * right + p];
+  back(v, tile, w, w, 1, 0, z, image);
 }
 
 static void rows(const view *v, int64_t index, float *z, float *image) {
   const int64_t n = v->n, r = v->r, first = index * v->together;
   const int64_t some = v->left - first < v->together ? v->left - first : v->together;
   const float *x = v->x + first * n;
-  float *out = v->projects ? v->out + first * r : z;
+  float *out = v->out ? v->out + first * r : z;
   memset(out, 0, sizeof(float) * (size_t)(some * r));
   v->with->correlate(x, n, some, n, 1, 0, v->s, r, out);
-  if (!v->projects) v->with->project(x, n, some, n, z, r, image, 1);
+  if (image) v->with->project(x, n, some, n, out, r, image, 1);
 }
 
 static void some_tiles(const task *t, int64_t from, int64_t to) {
   const view *v = t->a;
   _Alignas(64) float tile[TILE], z[PRODUCT];
   for (int64_t piece = from; piece < to; piece++) {
-    float *image = v->projects ? NULL : v->out + piece * v->image;
+    float *image = v->images ? v->images + piece * v->image : NULL;
     if (image) memset(image, 0, sizeof(float) * (size_t)v->image);
     const int64_t end = v->tiles * (piece + 1) / v->pieces;
     for (int64_t index = v->tiles * piece / v->pieces; index < end; index++) {
@@ -180,8 +189,9 @@ static int cut(view *v) {
   return 1;
 }
 
-static void over_tiles(view *v, int projects, const float *s, float *out, int threads) {
-  v->s = s, v->out = out, v->projects = projects;
+/* s^T x into `out`, x x^T s into `images`; NULL: not that. */
+static void over_tiles(view *v, const float *s, float *images, float *out, int threads) {
+  v->s = s, v->images = images, v->out = out;
   task t = {.piece = some_tiles, .a = v, .count = v->pieces, .step = 1};
   lowrank_run(&t, threads);
 }
@@ -210,8 +220,8 @@ static void reflect(const float *v, float tau, float *a, int64_t n) { /* v[0] co
 }
 
 /* Q of the QR decomposition of a matrix whose columns lie one after the other, in its place: by Householder's
-   reflections, with LAPACK's signs. */
-static void orthonormal(float *a, int64_t n, int64_t r) {
+   reflections, with LAPACK's signs. And R (r, r), what is below its diagonal left out, if `upper` is not NULL. */
+static void orthonormal(float *a, int64_t n, int64_t r, float *upper) {
   float taus[MOST_COLUMNS];
   for (int64_t k = 0; k < r; k++) {
     float *v = a + k * n + k;
@@ -225,7 +235,10 @@ static void orthonormal(float *a, int64_t n, int64_t r) {
     taus[k] = (float)((beta - alpha) / beta);
     for (int64_t i = 1; i < length; i++) v[i] = (float)(v[i] * by);
     for (int64_t j = k + 1; j < r; j++) reflect(v, taus[k], a + j * n + k, length);
+    v[0] = (float)beta;
   }
+  for (int64_t k = 0; upper && k < r; k++)
+    for (int64_t j = k; j < r; j++) upper[k * r + j] = a[j * n + k];
   for (int64_t k = r - 1; k >= 0; k--) {
     float *v = a + k * n + k;
     for (int64_t j = k + 1; j < r; j++) a[j * n + k] = 0, reflect(v, taus[k], a + j * n + k, n - k);
@@ -235,28 +248,73 @@ static void orthonormal(float *a, int64_t n, int64_t r) {
   }
 }
 
-/* basis = orth(X X^T start), (n, r). */
-static void iterate(view *v, const float *start, float *basis, float *scratch, int threads) {
+/* start^T image, as the upper half of a matrix (2 r, r) whose columns lie one after the other, above what its trace has
+   of rounding errors, on a diagonal. */
+static void stack(const view *v, const float *start, const float *image, float *a) {
+  const int64_t n = v->n, r = v->r;
+  float trace = 0;
+  memset(a, 0, sizeof(float) * (size_t)(2 * r * r));
+  for (int64_t k = 0; k < r; k++) {
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t j = 0; j < r; j++) a[2 * k * r + j] += start[i * r + j] * image[k * n + i];
+    trace += a[2 * k * r + k];
+  }
+  for (int64_t k = 0; k < r; k++) a[2 * k * r + r + k] = LEAST * trace + FLT_MIN;
+}
+
+/* s (r, r), such that s^T z are the coordinates in the basis of x P, P being the projection on the rows of z = start^T x:
+   R (start^T image)^-1, in least squares. */
+static void coordinates(int64_t r, float *s) {
+  float *upper = s + r * r, *a = upper + r * r, *right = a + 2 * r * r, *row = right + r * r;
+  orthonormal(a, 2 * r, r, right);
+  for (int64_t i = 0; i < r; i++) {
+    memset(row, 0, sizeof(float) * (size_t)r);
+    for (int64_t j = i; j < r; j++) {
+      row[j] = upper[i * r + j];
+      for (int64_t k = i; k < j; k++) row[j] -= row[k] * right[k * r + j];
+      row[j] /= right[j * r + j];
+    }
+    for (int64_t k = 0; k < r; k++) {
+      s[k * r + i] = 0;
+      for (int64_t j = i; j < r; j++) s[k * r + i] += row[j] * a[2 * j * r + k];
+    }
+  }
+}
+
+/* basis = orth(X X^T start), (n, r). Where `z` is not NULL, start^T X into it, and into `s`, which is SMALL(r), what makes
+   coordinates of it. */
+static void iterate(view *v, const float *start, float *basis, float *z, float *s, float *scratch, int threads) {
   const int64_t n = v->n, r = v->r;
   float *images = scratch + v->image;
-  for (int64_t i = 0; i < n * r; i++) basis[i] = isfinite(start[i]) ? start[i] : 0;
-  over_tiles(v, 0, arranged(v, basis, scratch), images, threads);
+  for (int64_t i = 0; i < n * r; i++) basis[i] = isfinite(start[i]) ? start[i] : z && i / r == i % r;
+  over_tiles(v, arranged(v, basis, scratch), images, z, threads);
   for (int64_t piece = 1; piece < v->pieces; piece++)
     for (int64_t i = 0; i < v->image; i++) images[i] += images[piece * v->image + i];
   if (v->layout == ROWS)
     v->with->arrange(images, r, n, scratch, n, 1, 1);
   else
     for (int64_t i = 0; i < n * r; i++) scratch[i % r * n + i / r] = images[i];
-  orthonormal(scratch, n, r);
+  if (z) stack(v, basis, scratch, s + 2 * r * r);
+  orthonormal(scratch, n, r, z ? s + r * r : NULL);
+  if (z) coordinates(r, s);
   for (int64_t k = 0; k < r; k++)
     for (int64_t i = 0; i < n; i++) basis[i * r + k] = scratch[k * n + i];
 }
 
-/* How each step sees the tensor, and the numbers that all of them need for their images, and for a tensor between two. */
+/* How each step sees the tensor, how what the first keeps of one read is seen, and the numbers that all of them need for
+   their images, for small matrices of that, and for a tensor between two. */
 typedef struct {
-  view views[8];
-  int64_t images, between;
+  view views[8], kept;
+  int64_t images, small, between;
 } course;
+
+static int look_once(course *c, view seen) {
+  const int64_t r = seen.r;
+  seen.n = r, c->kept = seen;
+  if (!cut(&c->kept)) return 0;
+  c->small = SMALL(r) + c->kept.image, c->between = seen.left * r * seen.right;
+  return 1;
+}
 
 static int look(course *c, const int64_t *plan) {
   const int64_t modes = plan[0], steps = plan[1 + modes], *step = plan + modes + 2;
@@ -271,7 +329,7 @@ static int look(course *c, const int64_t *plan) {
     for (int64_t m = 0; m < modes; m++)
       if (m != step[3 * at]) *(m < step[3 * at] ? &v->left : &v->right) *= now[m];
     now[step[3 * at]] = v->r;
-    if (!cut(v)) return 0;
+    if (!cut(v) || (step[3 * at + 2] == ONCE && (at || !look_once(c, *v)))) return 0;
     const int64_t images = (v->pieces + 1) * v->image, between = at + 1 < steps ? v->left * v->r * v->right : 0;
     if (c->images < images) c->images = images;
     if (c->between < between) c->between = between;
@@ -279,12 +337,12 @@ static int look(course *c, const int64_t *plan) {
   return 1;
 }
 
-/* `plan`: the number of modes, their sizes, the number of steps, and for each of these the mode, its rank, and whether
-   its start is a basis already. Returns the numbers of scratch that it takes, which the caller has from PyTorch, whose
+/* `plan`: the number of modes, their sizes, the number of steps, and for each of these the mode, its rank, and the way, of
+   which ONCE is the first step's alone. Returns the numbers of scratch that it takes, which the caller has from PyTorch, whose
    meters see them; -1 where it cannot be done. */
 int64_t lowrank_subspace_room_float(const int64_t *plan) {
   course c;
-  return look(&c, plan) ? c.images + 2 * c.between : -1;
+  return look(&c, plan) ? c.images + c.small + 2 * c.between : -1;
 }
 
 /* `memory`: x, core, scratch, and for each step start and basis. */
@@ -293,13 +351,21 @@ void lowrank_subspace_float(const int64_t *plan, const int64_t *memory, int thre
   course c;
   if (!look(&c, plan)) return;
   const float *x = (const float *)memory[0];
-  float *scratch = (float *)memory[2];
+  float *scratch = (float *)memory[2], *small = scratch + c.images, *between = small + c.small;
   for (int64_t at = 0; at < steps; at++) {
+    view *v = c.views + at;
     float *start = (float *)memory[3 + 2 * at], *basis = (float *)memory[4 + 2 * at];
-    float *out = at + 1 < steps ? scratch + c.images + at % 2 * c.between : (float *)memory[1];
-    c.views[at].x = x;
-    if (!step[3 * at + 2]) iterate(c.views + at, start, basis, scratch, threads);
-    over_tiles(c.views + at, 1, arranged(c.views + at, basis, scratch), out, threads);
+    float *out = at + 1 < steps ? between + at % 2 * c.between : (float *)memory[1];
+    v->x = x;
+    if (step[3 * at + 2] == ONCE) {
+      float *z = between + c.between, *room = small + SMALL(v->r);
+      iterate(v, start, basis, z, small, scratch, threads);
+      c.kept.x = z;
+      over_tiles(&c.kept, arranged(&c.kept, small, room), NULL, out, threads);
+    } else {
+      if (step[3 * at + 2] == TWICE) iterate(v, start, basis, NULL, NULL, scratch, threads);
+      over_tiles(v, arranged(v, basis, scratch), NULL, out, threads);
+    }
     x = out;
   }
 }

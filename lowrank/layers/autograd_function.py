@@ -49,11 +49,20 @@ class Settings:
         """Output of the stock layer; `x` has a batch dimension."""
         return self.geometry.forward(x, weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
 
-    def weight_gradient(self, kept: Tensors, grad: Tensor, shape: Shape, weight_shape: Shape) -> Tensor:
-        """From what was kept; only an empty batch keeps nothing."""
-        if not any(tensor is not None for tensor in kept):
-            return grad.new_zeros(weight_shape)
-        return self.method.weight_gradient(kept, grad, self.geometry, shape)
+    def gradients(
+        self, kept: Tensors, grad: Tensor, shape: Shape, weight_shape: Shape, weight: bool, bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of weight and bias, those that are wanted, from what was kept; only an empty batch keeps nothing."""
+        form = grad, self.geometry, shape
+        some = any(tensor is not None for tensor in kept)
+        if weight and bias and some:
+            return self.method.gradients(kept, *form)
+        of_weight = of_bias = None
+        if weight:
+            of_weight = self.method.weight_gradient(kept, *form) if some else grad.new_zeros(weight_shape)
+        if bias:
+            of_bias = self.geometry.bias_gradient(grad)
+        return of_weight, of_bias
 
 
 class Call:
@@ -195,15 +204,15 @@ class LowRankFunction(Node):
             grad_x = settings.method.input_gradient(*_scaled_smaller(grad, weight, scale), settings.geometry, shape)
             grad_x = grad_x.squeeze(0) if settings.single else grad_x
         with torch.no_grad():
+            made = (None, None) if scaled is None else (scaled.weight_gradient, scaled.bias_gradient)
+            missing = wants_weight and made[0] is None, wants_bias and made[1] is None
+            found = settings.gradients(tuple(kept), grad, shape, ctx.weight_shape, *missing)
             if wants_weight:
-                grad_weight = None if scaled is None else scaled.weight_gradient
-                if grad_weight is None:
-                    grad_weight = settings.weight_gradient(tuple(kept), grad, shape, ctx.weight_shape)
-                    grad_weight = grad_weight if scale is None else _scaled_rows(grad_weight, scale)
+                grad_weight = found[0] if made[0] is None else made[0]
+                grad_weight = grad_weight if scale is None or found[0] is None else _scaled_rows(found[0], scale)
             if wants_bias:
-                made = None if scaled is None else scaled.bias_gradient
-                grad_bias = settings.geometry.bias_gradient(grad) if made is None else made
-                grad_bias = grad_bias if scale is None else grad_bias * scale
+                grad_bias = found[1] if made[1] is None else made[1]
+                grad_bias = grad_bias if scale is None or grad_bias is None else grad_bias * scale
         if again:
             refuse = lambda found: refuse_double_backward(f"layer {settings.name!r}", found, grad, ctx.anchor)  # noqa: E731
             grad_weight, grad_bias = refuse(grad_weight), refuse(grad_bias)
@@ -253,13 +262,12 @@ class MergedNormFunction(Node):
         again = torch.is_grad_enabled()
         deviation = _deviation(variance, ctx.eps)
         scale = deviation if gamma is None else gamma * deviation
-        grad_y = grad_gamma = grad_beta = grad_weight = None
+        grad_y = grad_gamma = None
         with torch.no_grad():
-            if wants_gamma or wants_beta:
-                grad_beta = settings.geometry.bias_gradient(grad)
-            if wants_gamma:
-                assert grad_beta is not None
-                grad_weight = settings.weight_gradient(tuple(kept), grad, ctx.shape, ctx.weight_shape)
+            sums = wants_gamma or wants_beta
+            found = settings.gradients(tuple(kept), grad, ctx.shape, ctx.weight_shape, wants_gamma, sums)
+            grad_weight, grad_beta = found
+            if grad_weight is not None:
                 centre = mean if bias is None else mean - bias
                 products, grad_weight = _row_products(weight, grad_weight, scale if ctx.wants_weight else None)
                 grad_gamma = deviation * (products - centre * grad_beta)

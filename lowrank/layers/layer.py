@@ -6,6 +6,7 @@ attribute more, `_lowrank`. Its state dict is the stock one. In anything but pla
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import lru_cache, partial
@@ -75,6 +76,8 @@ class LowRankLayer(Changed):
             return self._forward(input)
 
     def _forward(self, input: Tensor) -> Tensor:
+        if "_conv_forward" in self.__dict__:  # somebody's own, set on this one module, such as for a circular padding
+            return self._stock(real(input))
         if torch.compiler.is_compiling():
             return self._compiled(input)
         if type(input) not in _OWN:
@@ -88,6 +91,8 @@ class LowRankLayer(Changed):
         tracked = torch.is_grad_enabled() and weight.requires_grad and in_compiled_graph()
         if not tracked or self._lowrank.method.keeps_input or not weight.is_floating_point() or input.is_meta:
             return self._stock(input)
+        for size in input.shape:  # a graph for each: orders of contractions are chosen by sizes, not by symbols of them
+            operator.index(size)
         return _tracked(self, input_of(self, input), weight, bias)
 
     def _run(self, input: Tensor) -> Tensor:

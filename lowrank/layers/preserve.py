@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from lowrank.errors import SettingError
 from lowrank.layers.layer import LowRankLayer
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -46,6 +47,19 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 # Buffers that did not change may belong to a graph whose backward pass is still to come.
                 if not tensor.is_meta and not torch.equal(tensor, value):
                     tensor.copy_(value)
+
+
+def loss_of(loss_fn: LossFunction, model: nn.Module, batch: Any) -> Tensor:
+    """The loss of a batch.
+
+    Raises:
+        SettingError: it is no tensor of one number.
+    """
+    loss = loss_fn(model, batch)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise SettingError(f"loss_fn gave {found}; allowed is a tensor of one number, such as .mean() gives")
+    return loss
 
 
 def tensors_in(batch: object) -> list[Tensor]:

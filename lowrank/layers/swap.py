@@ -74,5 +74,8 @@ def restore(module: nn.Module) -> None:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether this one module has a forward pass of its own, so that its class says nothing of it."""
-    return "forward" in vars(module) or "__call__" in vars(module)
+    """Whether this one module has a forward pass of its own, or a part of one, so that its class says nothing of it."""
+    return not _OWN_FORWARD.isdisjoint(vars(module))
+
+
+_OWN_FORWARD = {"forward", "__call__", "_conv_forward"}

@@ -55,6 +55,10 @@ def load_training_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         StateError: it is of another model, or no such state; nothing is changed.
     """
+    if not isinstance(state, Mapping):
+        raise StateError(
+            f"the training state is a {type(state).__name__}; allowed is what lowrank.training_state gives"
+        )
     layers, factors = dict(_layers(model)), []
     bases: dict[str, dict[int, Tensor]] = {}
     for key, tensor in state.items():

@@ -12,7 +12,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank.layers.lazy import Lazy
-from lowrank.layers.preserve import LossFunction, preserved, tensors_in
+from lowrank.layers.preserve import LossFunction, loss_of, preserved, tensors_in
 
 
 class _Kept:
@@ -138,9 +138,10 @@ def _take_work_space(model: nn.Module, loss_fn: LossFunction, batch: Any, backwa
 
 def _step(model: nn.Module, loss_fn: LossFunction, batch: Any, backward: bool) -> None:
     with torch.set_grad_enabled(backward):
-        loss = loss_fn(model, batch)
         if backward:
-            loss.backward()
+            loss_of(loss_fn, model, batch).backward()
+        else:
+            loss_fn(model, batch)
 
 
 def _storage_id(tensor: Tensor) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lowrank.conversion.select import named_layers
 from lowrank.layers.factored import FactoredLinear
-from lowrank.layers.preserve import LossFunction, preserved, tensors_in
+from lowrank.layers.preserve import LossFunction, loss_of, preserved, tensors_in
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def weight_memory(
     states = [tensor for p in weights for tensor in tensors_in(optimizer.state.get(p, {}))]
     with preserved(model):
         with torch.enable_grad():
-            loss_fn(model, batch).backward()
+            loss_of(loss_fn, model, batch).backward()
         gradients = [p.grad for p in weights if p.grad is not None]
         held = sum({part.untyped_storage()._cdata: part.untyped_storage().nbytes() for part in gradients}.values())
     return WeightMemory(

@@ -34,8 +34,9 @@ class ASI(RankedMethod):
 
     Args:
         ranks: see `RankedMethod`. Higher: a closer weight gradient, more memory and time.
-        algorithm: "sequential" iterates each mode on the tensor already truncated in the modes before it (faster);
-            "published" iterates each mode on the full tensor.
+        algorithm: "sequential" iterates each mode on the tensor already truncated in the modes before it (faster), and
+            reads the input once where that starts with a mode of positions (height, width, tokens) whose basis of the
+            step before is there, see `subspace_iteration`; "published" iterates each mode on the full tensor.
         warm_start: start each step from the basis of the step before; otherwise from the same random one every time.
         seed: seed of the first, random basis. The global random state is neither read nor changed.
         refresh: when to iterate the bases anew: 1, at every forward pass in training mode that autograd records, as in
@@ -84,10 +85,11 @@ class ASI(RankedMethod):
         starts = [self._start(x, mode, rank, held[mode], name) for mode, rank in enumerate(ranks)]
         left = None
         if self.refresh == 1:
-            tucker, bases = subspace_iteration(x, starts, self.algorithm)
+            known = [mode for mode in _positions(geometry, x.ndim) if starts[mode] is held[mode]]
+            tucker, bases = subspace_iteration(x, starts, self.algorithm, known=known)
         else:
-            known = all(start is old for start, old in zip(starts[1:], held[1:], strict=True))
-            tucker, bases, left = self._refreshed(x, starts, due if known else None)
+            there = all(start is old for start, old in zip(starts[1:], held[1:], strict=True))
+            tucker, bases, left = self._refreshed(x, starts, due if there else None)
         kept = store(x, tucker, self.storage)
         if not self.warm_start:
             return kept, ()
@@ -160,14 +162,17 @@ class ASI(RankedMethod):
         wide = x.dtype == torch.float64
         return _random_basis(size, rank, f"{self.seed}/{name}/{mode}", wide).to(x.device)
 
-    def subspace_flops(self, shape: Shape, ranks: Shape) -> int:
+    def subspace_flops(self, geometry: Geometry, shape: Shape, ranks: Shape) -> int:
         """Of the mean step; with "energy" of one that iterates, the most that it takes."""
         ranks = self.kept_ranks(shape, ranks)
         if ranks == shape:
             return 0
         sequential = self.algorithm == "sequential"
+        if self.refresh == 1:
+            known = _positions(geometry, len(shape)) if self.warm_start else []
+            return costs.subspace_flops(shape, ranks, sequential, known=known)
         each = costs.subspace_flops(shape, ranks, sequential)
-        if not isinstance(self.refresh, int) or self.refresh == 1:
+        if not isinstance(self.refresh, int):
             return each
         held = costs.subspace_flops(shape, ranks, sequential, range(1, len(shape)))
         return (each + (self.refresh - 1) * held) // self.refresh
@@ -177,7 +182,7 @@ class ASI(RankedMethod):
         ranks = self.ranks_for(shape)
         modes = sum(rank < size for rank, size in zip(ranks, shape, strict=True))
         calls = _CALLS_A_MODE * modes + _READS * x.nbytes / MOVED_A_CALL
-        calls += self.gradient_flops(geometry, shape, ranks, out_channels) / 2 / MACS_A_CALL
+        calls += self.fewest_gradient_macs(geometry, shape, ranks, out_channels) / MACS_A_CALL
         calls -= geometry.macs(shape, out_channels) / CONVOLVED_A_CALL
         return x.nbytes - self.form_bytes(x, ranks), calls
 
@@ -190,9 +195,17 @@ class ASI(RankedMethod):
             + costs.paper_subspace(shape, ranks)
             + costs.paper_tucker_gradient(geometry, shape, ranks, out_channels),
             flops=exact_flops(geometry, shape, out_channels, input_gradient)
-            + self.subspace_flops(shape, ranks)
+            + self.subspace_flops(geometry, shape, ranks)
             + self.gradient_flops(geometry, shape, ranks, out_channels),
         )
+
+
+def _positions(geometry: Geometry, modes: int) -> list[int]:
+    """The modes but the batch and the channels: along these activations are smooth, and bases alike from step to step.
+
+    Along channels half an iteration instead of a whole one costs a gradient up to 19 % more error at high ranks.
+    """
+    return [mode for mode in range(1, modes) if mode != geometry.channel_axis % modes]
 
 
 def restored_basis(stored: Tensor | None, scale: Tensor | None) -> Tensor | None:

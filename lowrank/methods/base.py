@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
 from lowrank.tensors.geometry import Geometry, Shape
-from lowrank.tensors.gradients import plan_gradient, weight_gradient
+from lowrank.tensors.gradients import gradients, weight_gradient
+from lowrank.tensors.plans import fewest_macs, plan_gradient
 from lowrank.tensors.storage import Storage, check_storage, kept_ranks, restore, stored_bytes
 
 Tensors = tuple[Tensor | None, ...]
@@ -75,6 +76,10 @@ class Method(ABC):
 
         A new tensor, which the caller may change.
         """
+
+    def gradients(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Weight gradient and bias gradient, (O,), where both are wanted: one read of `grad` may give both."""
+        return self.weight_gradient(kept, grad, geometry, shape), geometry.bias_gradient(grad)
 
     def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
         """Bytes of what was kept of an input of shape `shape`, by the method's formula."""
@@ -153,6 +158,11 @@ class TuckerMethod(Method):
     def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
         return weight_gradient(restore(kept, grad.dtype), grad, geometry)
 
+    def gradients(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> tuple[Tensor, Tensor]:
+        if type(self).weight_gradient is not TuckerMethod.weight_gradient:  # a subclass has its own
+            return super().gradients(kept, grad, geometry, shape)
+        return gradients(restore(kept, grad.dtype), grad, geometry)
+
     def kept_ranks(self, shape: Shape, ranks: Shape) -> Shape:
         """The ranks at which an input is kept; its shape, where it is kept as it is."""
         return kept_ranks(shape, ranks, self.storage)
@@ -163,6 +173,13 @@ class TuckerMethod(Method):
         return stored_bytes(shape, self.kept_ranks(shape, ranks), x.dtype, self.storage)
 
     def gradient_flops(self, geometry: Geometry, shape: Shape, ranks: Shape, out_channels: int) -> int:
+        """Of the weight gradient, as it is formed together with a bias gradient, which is not counted."""
+        return 2 * plan_gradient(*self._form(geometry, shape, ranks), out_channels).macs
+
+    def fewest_gradient_macs(self, geometry: Geometry, shape: Shape, ranks: Shape, out_channels: int) -> int:
+        """Multiplications that the weight gradient takes at least, by which `lowrank.tensors.worth` tells its time."""
+        return fewest_macs(*self._form(geometry, shape, ranks), out_channels)
+
+    def _form(self, geometry: Geometry, shape: Shape, ranks: Shape) -> tuple[Geometry, Shape, Shape, tuple[bool, ...]]:
         ranks = self.kept_ranks(shape, ranks)
-        factored = tuple(rank < size for rank, size in zip(ranks, shape, strict=True))
-        return 2 * plan_gradient(geometry, shape, ranks, factored, out_channels).macs
+        return geometry, shape, ranks, tuple(rank < size for rank, size in zip(ranks, shape, strict=True))

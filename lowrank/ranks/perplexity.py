@@ -16,7 +16,7 @@ from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError, NonFiniteError, SettingError
 from lowrank.layers.layer import can_be_converted, geometry_of, input_of, is_single
 from lowrank.layers.lazy import real
-from lowrank.layers.preserve import LossFunction, preserved, tensors_in
+from lowrank.layers.preserve import LossFunction, loss_of, preserved, tensors_in
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.ranks.table import Candidates, Energy, LayerPerplexity, PerplexityTable, joined, kept_bytes
@@ -105,7 +105,7 @@ def _backward(
     handles = [layer.register_forward_hook(probes[name]) for name, layer in layers.items()]
     try:
         with torch.enable_grad():
-            loss = loss_fn(model, batch)
+            loss = loss_of(loss_fn, model, batch)
             if not torch.isfinite(loss).all():
                 raise NonFiniteError("the loss of the perplexity batch is not finite; look for NaN in the batch")
             loss.backward()

@@ -81,6 +81,10 @@ def select_ranks(
     Warns:
         UserWarning: more than a tenth of the budget is left though every layer has its best candidate.
     """
+    if not isinstance(table, PerplexityTable):
+        raise TableError(
+            f"the table is {table!r}; allowed is a PerplexityTable: measured, or by PerplexityTable.load(path)"
+        )
     table = table if names is None else table.only(names)
     storages = tuple(storages)
     for storage in storages:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -148,7 +149,11 @@ class PerplexityTable:
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, whole or not at all."""
+        """Write the table as JSON, whole or not at all.
+
+        Raises:
+            TableError: that cannot be; says why.
+        """
         target = Path(path)
         part = target.with_name(f"{target.name}.part")
         content = {"schema": SCHEMA, **asdict(self)}
@@ -160,8 +165,13 @@ class PerplexityTable:
                 del row["mixed"]["storages"]
         if self.batches == 1:
             del content["batches"]
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(target)
+        try:
+            part.write_text(json.dumps(content, indent=1) + "\n")
+            part.replace(target)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink()
+            raise TableError(f"perplexity table {path} cannot be written: {error}") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PerplexityTable:

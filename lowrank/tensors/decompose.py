@@ -24,6 +24,7 @@ Algorithm = Literal["sequential", "published"]
 ALGORITHMS: tuple[Algorithm, ...] = ("sequential", "published")
 # Sizes behind a mode that make an unfolding's products many small ones: three of them take longer than a copy.
 _SCATTERED = range(2, 16)
+_LEAST = 16  # times the rounding of one, of a sum of squares: less than that counts as nothing
 
 
 def check_energy(energy: float) -> None:
@@ -191,6 +192,7 @@ def subspace_iteration(
     starts: Sequence[Tensor | None],
     algorithm: Algorithm = "sequential",
     held: Sequence[int] = (),
+    known: Sequence[int] = (),
 ) -> tuple[Tucker, list[Tensor | None]]:
     """One subspace iteration per mode, from a given start.
 
@@ -202,6 +204,9 @@ def subspace_iteration(
             on the tensor that the modes before it have already truncated, in the order of least time (`mode_order`).
         held: modes whose starts are bases already: `x` is projected on them, ahead of all else, and the other modes are
             iterated on what is left.
+        known: modes whose starts are bases of like tensors. Where `sequential` iterates one of these ahead of all
+            others, it reads `x` once: the basis U = orth(X X^T start) is the same, but in the place of U U^T X stands
+            the nearest tensor whose unfolding has the rows of start^T X, all of which are known from that one read.
 
     Returns:
         The `Tucker` form in `x.dtype`, and the bases in the starts' dtype, to start from in the next step.
@@ -209,10 +214,15 @@ def subspace_iteration(
     wide, place = in_memory_order(_widen(x))
     bases = list(starts)
     core = wide
-    pairs = _cheapest_first(x, starts)
+    pairs, once = _cheapest_first(x, starts), None
     if algorithm == "sequential":
         pairs = sorted(pairs, key=lambda pair: pair[0] not in held)
-        found = passes.subspace(wide, [(place[mode], start, mode in held) for mode, start in pairs])
+        if pairs and pairs[0][0] in known and pairs[0][0] not in held:
+            once = pairs[0][0]
+        ways = {
+            mode: passes.HELD if mode in held else passes.ONCE if mode == once else passes.TWICE for mode, _ in pairs
+        }
+        found = passes.subspace(wide, [(place[mode], start, ways[mode]) for mode, start in pairs])
         if found is not None:
             core, made = found
             for (mode, _), basis in zip(pairs, made, strict=True):
@@ -224,11 +234,13 @@ def subspace_iteration(
     for mode, start in [pair for pair in pairs if pair[0] not in held]:
         published = algorithm == "published"
         source, at = _ahead(wide if published else core, place[mode])
-        bases[mode] = basis = _iterate(source, start, at)
-        if published:
-            core = mode_product(core, basis.mT, place[mode])
+        if mode == once:
+            bases[mode], core = _iterate_in_one_read(source, start, at)
         else:
-            core = mode_product(source, basis.mT, at).movedim(at, place[mode]).contiguous()
+            bases[mode] = basis = _iterate(source, start, at)
+            core = mode_product(core, basis.mT, place[mode]) if published else mode_product(source, basis.mT, at)
+        if not published:
+            core = core.movedim(at, place[mode]).contiguous()
     return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
 
 
@@ -247,6 +259,24 @@ def _iterate(x: Tensor, start: Tensor, mode: int) -> Tensor:
     basis = torch.linalg.qr(image)[0]
     # Laid out as it comes back from a file, also with a single column, so that the next step rounds the same.
     return basis.clone(memory_format=torch.contiguous_format)
+
+
+def _iterate_in_one_read(x: Tensor, start: Tensor, mode: int) -> tuple[Tensor, Tensor]:
+    """The same basis U, and the coordinates in it of X P, with P the projection on the rows of Z = start^T X.
+
+    X P = X Z^T (Z Z^T)^-1 Z, where the image X Z^T = U R is known, and Z Z^T = start^T U R: coordinates R (Z Z^T)^-1 Z.
+    """
+    start = start.to(x.dtype)
+    start = torch.where(start.isfinite(), start, torch.eye(*start.shape, dtype=x.dtype, device=x.device))
+    z = mode_product(x, start.mT, mode)
+    image = mode_correlation(x, z, mode)
+    basis, upper = torch.linalg.qr(image)
+    gram, numbers = start.mT @ image, torch.finfo(x.dtype)
+    # Least squares with a weight on the solution: what is less than rounding errors of the whole counts as nothing.
+    least = _LEAST * numbers.eps * gram.diagonal().sum() + numbers.tiny
+    q, r = torch.linalg.qr(torch.cat([gram, least * torch.eye(len(gram), dtype=x.dtype, device=x.device)]))
+    matrix = torch.linalg.solve_triangular(r, upper, upper=True, left=False) @ q[: len(gram)].mT
+    return basis.clone(memory_format=torch.contiguous_format), mode_product(z, matrix, mode)
 
 
 def _widen(x: Tensor) -> Tensor:

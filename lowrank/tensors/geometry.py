@@ -180,6 +180,26 @@ class ConvGeometry:
         options = (stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False])
         return _convolution_backward(grad, x, weight, None, *options)[1]
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether there is `windows` of it."""
+        return True
+
+    def windows(self, factor: Tensor, axis: int) -> Tensor:
+        """What each place of the kernel meets, at each output position, of the rows of a factor.
+
+        Args:
+            factor: of the input's spatial dimension `axis`, (H, r).
+            axis: from 0.
+
+        Returns:
+            (K_h r, H'), the places ahead of the columns; zeros where it meets padding of zeros.
+        """
+        reach, mode = self.dilation[axis] * (self.kernel[axis] - 1), self.padding_mode
+        rows = F.pad(factor.mT[None], self._pads[axis], mode="constant" if mode == "zeros" else mode)[0]
+        rows = rows.unfold(1, reach + 1, self.stride[axis])[..., :: self.dilation[axis]]  # (r, H', K_h)
+        return rows.permute(2, 0, 1).flatten(0, 1)
+
     def bias_gradient(self, grad: Tensor) -> Tensor:
         """Bias gradient, shape (O,)."""
         return grad.sum((0, *range(2, grad.ndim)))
@@ -229,6 +249,11 @@ class TransposedConvGeometry(ConvGeometry):
     def pointwise(self) -> bool:
         """Whether each output position reads one input position, and all do."""
         return super().pointwise and prod(self.stride) == 1
+
+    @property
+    def has_windows(self) -> bool:
+        """None: its kernel lies on the output."""
+        return False
 
     def _is_product(self, x: Tensor) -> bool:
         return False
@@ -316,8 +341,10 @@ _FORWARD: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 def _transposes_well(grad: Tensor) -> bool:
     """Whether oneDNN takes a transposed convolution, which then is that of its backward pass, bit for bit."""
+    if torch.compiler.is_compiling():  # asked first: a compiler cannot look into what is asked next
+        return False
     own = grad.device.type == "cpu" and grad.dtype is torch.float32 and grad.numel() > 0
-    return own and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
+    return own and torch.backends.mkldnn.is_available()
 
 
 def _each(dimensions: int, value: Any) -> Shape:

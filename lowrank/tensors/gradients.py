@@ -1,43 +1,27 @@
-"""Weight gradients straight from a Tucker form of the input, by the cheapest exact order of contractions.
+"""Weight gradients straight from a Tucker form of the input, by the exact order of contractions that takes least time.
 
 With the input X = core x_m U_m and the output gradient dY, a weight gradient is a product of three parts. Each mode
 other than the channels is handled on one of two sides: dY is projected on U_m, or the core is expanded by U_m.
-Spatial modes of a convolution with a kernel have to be expanded, since their positions are shifted against each other.
-The channel factor is applied to the core before the two sides meet, or to the small result afterwards. All choices give
-the same gradient; `plan` counts the multiplications of each and takes the least, which covers rebuilding X as well.
+Positions of a convolution with a kernel are shifted against each other: spatial modes are expanded, or dY is projected
+on U_m as each place of the kernel meets it. The channel factor is applied to the core before the two sides meet, or to
+the small result afterwards. All choices give the same gradient; `plan_gradient` takes the one of the least cost, which
+covers rebuilding X as well.
 
 Sources: AMC (NeurIPS 2024), sec. 3; ASI, sec. 3; WASI, app. A.1, for linear layers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import combinations
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.tensors.eager import remembered
+from lowrank.kernels import passes
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
-from lowrank.tensors.tucker import Tucker, ascending, mode_correlation, mode_product
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One order of contractions.
-
-    Attributes:
-        pointwise: treat the layer as a product per position, so that spatial modes may be projected too.
-        project: modes in which dY is projected, in order.
-        expand: modes in which the core is expanded, in order, channels last when among them.
-        macs: multiplications that it takes.
-    """
-
-    pointwise: bool
-    project: tuple[int, ...]
-    expand: tuple[int, ...]
-    macs: int
+from lowrank.tensors.plans import plan_gradient
+from lowrank.tensors.tucker import Tucker, mode_correlation, mode_product
 
 
 def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry) -> Tensor:
@@ -52,27 +36,81 @@ def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry) -> Tensor:
         The gradient, (O, C/g, K_h, K_w), (O, I) or, of a transposed convolution, (C, O/g, K_h, K_w), equal to
         autograd's on `tucker.dense()`.
     """
+    return _gradients(tucker, grad, geometry, False)[0]
+
+
+def gradients(tucker: Tucker, grad: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Gradients of a layer's weight and bias, from one read of the output's gradient where a kernel makes both.
+
+    Args:
+        tucker, grad, geometry: as of `weight_gradient`.
+
+    Returns:
+        The weight gradient, and the bias gradient, (O,): the sum of `grad` over all else.
+    """
+    batch = tucker.factors[0]
+    joined = batch is not None and passes.can_project(grad, batch.shape[1] + 1)
+    weight, bias = _gradients(tucker, grad, geometry, joined)
+    return weight, geometry.bias_gradient(grad) if bias is None else bias
+
+
+def _gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, joined: bool) -> tuple[Tensor, Tensor | None]:
+    """The weight gradient and, where `joined` and the plan has it so, the bias gradient."""
     channel = geometry.channel_axis % grad.ndim
     factored = tuple(factor is not None for factor in tucker.factors)
-    plan = plan_gradient(geometry, tucker.shape, tucker.ranks, factored, grad.shape[channel])
-    core, factors = tucker.core, list(tucker.factors)
-    if plan.pointwise:
+    plan = plan_gradient(geometry, tucker.shape, tucker.ranks, factored, grad.shape[channel], joined)
+    core, factors, bias = tucker.core, list(tucker.factors), None
+    if plan.meet == "positions":
         core, factors = _sample(core, factors, geometry)
     for mode in plan.expand:
         core = mode_product(core, _matrix(factors[mode]), mode)
     for mode in plan.project:
-        grad = mode_product(grad, _matrix(factors[mode]).mT, mode)
+        if mode == 0 and plan.project[0] == 0:
+            grad, bias = _project_batch(grad, _matrix(factors[0]), geometry if joined else None)
+        elif mode > 1 and plan.meet == "windows":
+            assert isinstance(geometry, ConvGeometry)
+            grad = mode_product(grad, geometry.windows(_matrix(factors[mode]), mode - 2), mode)
+        else:
+            grad = mode_product(grad, _matrix(factors[mode]).mT, mode)
     remaining = None if channel in plan.expand else factors[channel]
-    if plan.pointwise:
+    if plan.meet == "positions":
         dense = mode_correlation(grad, core, channel)  # (O, r_1) or (O, C)
         result = _apply_channels(dense, remaining, geometry.groups)
         result = result.view(*result.shape, *geometry.kernel) if isinstance(geometry, ConvGeometry) else result
-    elif remaining is None:
-        return geometry.weight_gradient(core, grad)
+        return geometry.by_output(result), bias
+    groups = geometry.groups if remaining is None else 1
+    if plan.meet == "windows":
+        assert isinstance(geometry, ConvGeometry)
+        dense = _correlate_windows(grad, core, geometry.kernel, groups)
     else:
-        dense = geometry.by_output(geometry.weight_gradient(core, grad, groups=1), 1)
-        result = _apply_channels(dense, remaining, geometry.groups)
-    return geometry.by_output(result)
+        dense = geometry.weight_gradient(core, grad, groups=groups)
+    if remaining is None:
+        return dense, bias
+    return geometry.by_output(_apply_channels(geometry.by_output(dense, 1), remaining, geometry.groups)), bias
+
+
+def _project_batch(grad: Tensor, factor: Tensor, of_bias: Geometry | None) -> tuple[Tensor, Tensor | None]:
+    """The output's gradient projected on the factor (B, r) of its samples, and the bias gradient of a layer, if one is
+    given: the sum over samples is one more column, of ones."""
+    columns = factor if of_bias is None else F.pad(factor, (0, 1), value=1.0)
+    found = passes.project(grad.flatten(1), columns) if grad.is_contiguous() else None
+    if found is None:
+        return mode_product(grad, factor.mT, 0), None
+    found = found.view(-1, *grad.shape[1:])
+    return (found, None) if of_bias is None else (found[:-1], of_bias.bias_gradient(found[-1:]))
+
+
+def _correlate_windows(grad: Tensor, core: Tensor, kernel: Shape, groups: int) -> Tensor:
+    """Weight gradient (O, C/g, K_h, K_w), from the output's gradient (B, O, K_h r_2, K_w r_3) projected on what each
+    place of the kernel meets, and a core (B, C, r_2, r_3)."""
+    outputs, spatial = grad.shape[1], range(len(kernel))
+    apart = [size for k, rank in zip(kernel, core.shape[2:], strict=True) for size in (k, rank)]
+    places, ranks = [2 + 2 * axis for axis in spatial], [3 + 2 * axis for axis in spatial]
+    gathered = grad.view(grad.shape[0], outputs, *apart).permute(1, *places, 0, *ranks)
+    gathered = gathered.reshape(groups, outputs // groups * prod(kernel), -1)
+    inputs = core.transpose(0, 1).reshape(groups, core.shape[1] // groups, -1)
+    found = torch.bmm(gathered, inputs.mT).view(outputs, *kernel, -1)
+    return found.movedim(-1, 1).contiguous()
 
 
 def factor_gradients(
@@ -155,107 +193,3 @@ def _apply_channels(dense: Tensor, factor: Tensor | None, groups: int) -> Tensor
     rows = factor.reshape(groups, -1, rank)  # (g, C/g, r)
     by_group = dense.reshape(groups, outputs // groups, rank, -1)  # (g, O/g, r, K)
     return torch.einsum("gorx,gcr->gocx", by_group, rows).reshape(outputs, -1, *kernel)
-
-
-@remembered
-def plan_gradient(
-    geometry: Geometry, shape: Shape, ranks: Shape, factored: tuple[bool, ...], out_channels: int
-) -> Plan:
-    """The order with the fewest multiplications; arguments as of `candidate_plans`."""
-    best, *others = candidate_plans(geometry, shape, ranks, factored, out_channels)
-    for plan in others:  # a plain loop, which torch.compile can trace
-        best = plan if plan.macs < best.macs else best
-    return best
-
-
-def candidate_plans(
-    geometry: Geometry, shape: Shape, ranks: Shape, factored: tuple[bool, ...], out_channels: int
-) -> list[Plan]:
-    """Every order of contractions that is worth a thought; at least one.
-
-    Args:
-        geometry: the layer.
-        shape: shape of its input.
-        ranks: shape of the core.
-        factored: per mode, whether there is a factor (otherwise the core is full in that mode).
-        out_channels: O.
-    """
-    channel = geometry.channel_axis % len(shape)
-    samples = [mode for mode in range(len(shape)) if mode != channel and factored[mode]]
-    plans = []
-    for tail in ((), (channel,)) if factored[channel] else ((),):
-        if geometry.pointwise:
-            plans += [
-                _pointwise_plan(geometry, shape, ranks, project, tail, samples, out_channels)
-                for count in range(len(samples) + 1)
-                for project in combinations(samples, count)
-            ]
-        if isinstance(geometry, ConvGeometry):
-            spatial = tuple(mode for mode in samples if mode != 0)
-            batch = tuple(mode for mode in samples if mode == 0)
-            for project, expand in (((), batch + spatial), (batch, spatial)) if batch else (((), spatial),):
-                whole_channels = bool(tail) or not factored[channel]
-                plans.append(
-                    _correlation_plan(geometry, shape, ranks, project, expand + tail, whole_channels, out_channels)
-                )
-    return plans
-
-
-def _products(start: Shape, sizes: dict[int, int], modes: tuple[int, ...]) -> tuple[list[int], int]:
-    """Sizes after, and multiplications of, mode products that change each of `modes` to its new size in turn."""
-    current, macs = list(start), 0
-    for mode in modes:
-        macs += prod(current) * sizes[mode]
-        current[mode] = sizes[mode]
-    return current, macs
-
-
-def _by_growth(modes: tuple[int, ...], before: Shape, after: dict[int, int]) -> tuple[int, ...]:
-    return tuple(modes[index] for index in ascending([after[mode] / before[mode] for mode in modes]))
-
-
-def _pointwise_plan(
-    geometry: Geometry,
-    shape: Shape,
-    ranks: Shape,
-    project: tuple[int, ...],
-    tail: tuple[int, ...],
-    samples: list[int],
-    out_channels: int,
-) -> Plan:
-    channel = geometry.channel_axis % len(shape)
-    grad_shape = geometry.output_shape(shape, out_channels)
-    full = {mode: shape[mode] if mode == channel else grad_shape[mode] for mode in range(len(shape))}
-    small = dict(enumerate(ranks))
-    # A strided layer reads only some positions; a mode without a factor is sampled before anything else.
-    ranks = tuple(r if m == channel or m in samples else full[m] for m, r in enumerate(ranks))
-    project = _by_growth(project, grad_shape, small)
-    expand = _by_growth(tuple(mode for mode in samples if mode not in project), ranks, full) + tail
-    _, project_macs = _products(grad_shape, small, project)
-    core, expand_macs = _products(ranks, full, expand)
-    macs = project_macs + expand_macs + prod(core) * out_channels
-    if not tail and ranks[channel] != shape[channel]:
-        macs += out_channels * (shape[channel] // geometry.groups) * ranks[channel]
-    return Plan(True, project, expand, macs)
-
-
-def _correlation_plan(
-    geometry: ConvGeometry,
-    shape: Shape,
-    ranks: Shape,
-    project: tuple[int, ...],
-    expand: tuple[int, ...],
-    whole_channels: bool,
-    out_channels: int,
-) -> Plan:
-    full = dict(enumerate(shape))
-    tail = tuple(mode for mode in expand if mode == 1)
-    expand = _by_growth(tuple(mode for mode in expand if mode != 1), ranks, full) + tail
-    core, expand_macs = _products(ranks, full, expand)
-    grad_shape = geometry.output_shape(shape, out_channels)
-    grad, project_macs = _products(grad_shape, dict(enumerate(ranks)), project)
-    grouped = geometry if whole_channels else replace(geometry, groups=1)
-    macs = expand_macs + project_macs + grouped.macs((grad[0], *core[1:]), out_channels)
-    if not whole_channels:
-        macs += out_channels * (shape[1] // geometry.groups) * core[1] * prod(geometry.kernel)
-    return Plan(False, project, expand, macs)

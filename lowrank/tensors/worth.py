@@ -108,4 +108,4 @@ def again_is_worth(output: int, products: int, itemsize: int, smallest: float) -
 
 def bits_are_worth(x: Tensor, smallest: float) -> bool:
     """The rule, of keeping a bit for each number of an activation's input, or anything as small."""
-    return is_worth(x.nbytes, _BITS, smallest)
+    return is_worth(x.numel() * x.itemsize, _BITS, smallest)  # not nbytes, which a compiler has of fixed sizes alone

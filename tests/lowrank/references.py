@@ -98,6 +98,19 @@ def subspace_step(x: Tensor, starts: dict[int, Tensor], sequential: bool) -> dic
     return bases
 
 
+def known_of_one_read(x: Tensor, starts: dict[int, Tensor], channels: int = 1) -> Tensor:
+    """What ASI iterates on from bases of the step before: `x`; or, where the first mode is neither batch nor
+    channels, the part of it whose unfolding has the rows of start^T x."""
+    ranks = [starts[mode].shape[1] if mode in starts else size for mode, size in enumerate(x.shape)]
+    mode = next((mode for mode in mode_order(x.shape, ranks) if mode in starts), 0)
+    if mode in (0, channels % x.ndim):
+        return x
+    a = unfold(x, mode)
+    rows = torch.linalg.qr((starts[mode].mT @ a).mT)[0]
+    sizes = [x.shape[mode], *x.shape[:mode], *x.shape[mode + 1 :]]
+    return (a @ rows @ rows.mT).reshape(sizes).movedim(0, mode)
+
+
 def same_span(first: Tensor, second: Tensor, tolerance: float = 1e-8) -> bool:
     return torch.allclose(first @ first.mT, second @ second.mT, rtol=0, atol=tolerance)
 

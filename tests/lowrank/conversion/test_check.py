@@ -225,3 +225,21 @@ def test_a_method_of_the_users_own_that_objects_is_heard():
 
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
     assert lowrank.check(model, ["0", "1"], Picky()) == ["layer '1' (Linear): it has no bias"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (None, "layers are given as None; give a list of names"),
+        (2, "layers are given as 2; give a list"),
+        ([nn.Conv2d(1, 1, 1)], "given as Conv2d; give its name"),
+        (["first", 1], "given as 1; give its name"),
+        (["first", ["second"]], r"given as \['second'\]; give its name"),
+    ],
+)
+def test_what_is_no_list_of_names_is_told_in_one_line(names, message):
+    with pytest.raises(ConversionError, match=message) as caught:
+        lowrank.convert(TwoConvolutions(), names, Vanilla())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConversionError, match=r"the model is a list; give a torch\.nn\.Module"):
+        lowrank.convert([], ["first"], Vanilla())

@@ -1,10 +1,14 @@
 """Weights truncated on inputs: no other weight of the rank has outputs that are nearer, and WSI starts from them."""
 
 import copy
+import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 
 import lowrank
 from lowrank.conversion.truncate import whitened_truncation
@@ -194,21 +198,77 @@ def test_weighing_moves_the_network_less():
         (["0", "2"], "nan", lowrank.NonFiniteError, "input of layer '0'"),
         (["0", "2"], "no gradient", lowrank.ConversionError, "layer '2' gets no gradient"),
         (["0", "2"], "nan gradient", lowrank.NonFiniteError, "gradient at the output of layer '0'"),
+        (["2", "0"], "pruned", lowrank.ConversionError, "layer '0' has a weight that is computed"),
+        (["2", "0"], "normalised", lowrank.ConversionError, "layer '0' has a weight that is computed"),
+        (["0", "2"], "tied", lowrank.ConversionError, "layer '2' has the weight of layer '0'"),
+        (["0"], "vector", lowrank.SettingError, r"loss_fn gave a tensor of shape \(4, 30, 7\)"),
+        (["0"], "number", lowrank.SettingError, "loss_fn gave a float"),
     ],
 )
 def test_what_cannot_be_truncated_is_refused_and_nothing_changes(names, change, error, message):
     model, batch = network()
     if change == "converted":
         lowrank.convert(model, ["2"], lowrank.WSI(energy=0.8))
+    if change == "pruned":
+        prune.l1_unstructured(model[0], "weight", amount=0.2)
+    if change == "normalised":
+        with warnings.catch_warnings(action="ignore"):  # it is the old way
+            nn.utils.weight_norm(model[0])
+    if change == "tied":
+        model = nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 9))
+        model[2].weight = model[0].weight
     before = copy.deepcopy(model.state_dict())
     batch = batch * float("nan") if change == "nan" else batch
     called = {
         "not called": lambda m, b: m[0](b).sum(),
         "no gradient": lambda m, b: m[0](b).sum() + m(b).detach().sum(),
         "nan gradient": lambda m, b: m(b).sum() * float("inf") * 0,
+        "vector": lambda m, b: m(b),
+        "number": lambda m, b: m(b).sum().item(),
     }.get(change, loss_fn)
-    weigh = change in ("no gradient", "nan gradient")
+    weigh = change in ("no gradient", "nan gradient", "vector", "number")
     with pytest.raises(error, match=message):
         lowrank.truncate_weights(model, names, called, batch, weigh_outputs=weigh)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_outputs_may_be_changed_in_place_and_layers_called_by_keyword(bias):
+    class Called(nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            torch.manual_seed(4)
+            self.first, self.act = nn.Linear(9, 8, bias=bias), nn.ReLU(inplace=inplace)
+            self.second = nn.Linear(8, 3, bias=bias)
+
+        def forward(self, x):
+            return self.second(input=self.act(self.first(x)))
+
+    x, models = torch.randn(4, 30, 9), (Called(False), Called(True))
+    for model in models:
+        lowrank.truncate_weights(model, ["first", "second"], loss_fn, x, energy=0.7, weigh_outputs=True)
+    torch.testing.assert_close(dict(models[1].named_parameters()), dict(models[0].named_parameters()))
+
+
+def test_batches_are_taken_one_by_one_and_none_for_a_wrong_energy():
+    model, batch = network()
+    taken, seen = [], []
+    batches = (taken.append(number) or batch for number in range(1, 4))
+    counted = lambda model, batch: (seen.append(len(taken)), loss_fn(model, batch))[1]  # noqa: E731
+    with pytest.raises(lowrank.SettingError, match=r"energy is 1\.5"):
+        lowrank.truncate_weights(model, ["0"], counted, batch, energy=1.5, more=batches)
+    assert seen == []
+    lowrank.truncate_weights(model, ["0"], counted, batch, more=batches)
+    assert seen == [0, 1, 2, 3]
+
+
+def test_processes_would_get_weights_that_differ():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, batch = network()
+        with pytest.raises(lowrank.ConversionError, match="truncate the weights, then wrap it"):
+            lowrank.truncate_weights(DistributedDataParallel(model), ["module.0"], loss_fn, batch)
+    finally:
+        dist.barrier()  # its threads are done with every tensor then, and can be joined
+        dist.destroy_process_group()

@@ -57,13 +57,13 @@ def in_one_call(monkeypatch):
 
 
 @pytest.mark.parametrize(("shape", "ranks"), CASES)
-@pytest.mark.parametrize("held", [(), (1, 2)])
-def test_core_and_bases_are_those_of_the_operators(width, shape, ranks, held, monkeypatch):
+@pytest.mark.parametrize(("held", "known"), [((), ()), ((1, 2), ()), ((), range(5))])
+def test_core_and_bases_are_those_of_the_operators(width, shape, ranks, held, known, monkeypatch):
     x, starts = random_tensor(*shape, seed=9).float(), starts_for(shape, ranks)
     answers = in_one_call(monkeypatch)
-    tucker, bases = subspace_iteration(x, starts, held=held)
+    tucker, bases = subspace_iteration(x, starts, held=held, known=known)
     assert answers[-1] is not None
-    exact, exact_bases = subspace_iteration(x.double(), double(starts), held=held)
+    exact, exact_bases = subspace_iteration(x.double(), double(starts), held=held, known=known)
     scale = exact.core.abs().max()
     torch.testing.assert_close(tucker.core.double(), exact.core, rtol=0, atol=2e-5 * scale.item())
     for mode, (found, wanted) in enumerate(zip(bases, exact_bases, strict=True)):
@@ -96,35 +96,39 @@ def test_memory_order_is_no_matter(width):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_shows_and_the_next_step_recovers(width, bad):
+@pytest.mark.parametrize("known", [(), (1, 2, 3)])
+def test_what_is_not_finite_shows_and_the_next_step_recovers(width, bad, known):
     shape, ranks = (3, 20, 7, 7), (2, 5, 3, 2)
     x, starts = random_tensor(*shape, seed=4).float(), starts_for(shape, ranks)
     broken = x.clone()
     broken[1, 4, 2, 6] = bad
-    tucker, bases = subspace_iteration(broken, starts)
+    tucker, bases = subspace_iteration(broken, starts, known=known)
     assert not tucker.dense().isfinite().any()
-    recovered, _ = subspace_iteration(x, bases)
+    recovered, _ = subspace_iteration(x, bases, known=known)
     with library.plain():
-        plain, _ = subspace_iteration(x, bases)
+        plain, _ = subspace_iteration(x, bases, known=known)
+    assert recovered.core.norm() > 0.1 * x.norm()
     torch.testing.assert_close(recovered.dense(), plain.dense(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(4, 9, 5), torch.ones(4, 9, 5), 1e-15 * torch.ones(4, 9, 5)])
-def test_of_less_rank_than_asked_for_bases_are_orthonormal_still(width, x):
-    tucker, bases = subspace_iteration(x, starts_for((4, 9, 5), (2, 4, 2)))
+@pytest.mark.parametrize("known", [(), (0, 1, 2)])
+def test_of_less_rank_than_asked_for_bases_are_orthonormal_still(width, x, known):
+    tucker, bases = subspace_iteration(x, starts_for((4, 9, 5), (2, 4, 2)), known=known)
     torch.testing.assert_close(tucker.dense(), x, rtol=1e-4, atol=1e-20)
     for basis in bases:
         torch.testing.assert_close(basis.mT @ basis, torch.eye(basis.shape[1]), rtol=0, atol=1e-5)
 
 
-def test_several_threads_do_what_one_does(width):
+@pytest.mark.parametrize("known", [(), (1, 2, 3)])
+def test_several_threads_do_what_one_does(width, known):
     shape, ranks = (16, 64, 28, 28), (4, 8, 3, 3)
     x, starts, before = random_tensor(*shape).float(), starts_for(shape, ranks), torch.get_num_threads()
     found = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            tucker, bases = subspace_iteration(x, starts)
+            tucker, bases = subspace_iteration(x, starts, known=known)
             found.append((tucker.core, *bases))
     finally:
         torch.set_num_threads(before)
@@ -135,7 +139,7 @@ def test_several_threads_do_what_one_does(width):
 def test_what_it_is_not_made_for_is_left_to_the_operators():
     def takes(x, *ranks):
         starts = starts_for(x.shape, ranks)
-        steps = [(mode, start, False) for mode, start in enumerate(starts) if start is not None]
+        steps = [(mode, start, passes.TWICE) for mode, start in enumerate(starts) if start is not None]
         return passes.subspace(x, steps) is not None
 
     ones = torch.ones(4, 5, 6)

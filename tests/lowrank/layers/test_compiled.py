@@ -124,3 +124,18 @@ def test_a_conversion_after_a_compiled_run_takes_effect():
     truncated = step(copy.deepcopy(model), x)["0.weight"]
     torch.testing.assert_close(step(fast, x)["_orig_mod.0.weight"], truncated, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(truncated, exact, rtol=0.1)
+
+
+def test_a_layer_behind_others_compiles_into_one_graph_for_each_size_of_a_batch():
+    torch._dynamo.reset()
+    stock = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2))
+    model = lowrank.convert(stock, ["2"], ASI(2), smallest=1)  # asked by size, and worth it
+    twin = copy.deepcopy(model)
+    fast = torch.compile(model, fullgraph=True, backend="eager")
+    for size in (4, 3):
+        for network, forward in ((twin, twin), (model, fast)):
+            network.zero_grad()
+            forward(random_tensor(size, 3, 16, 16, dtype=torch.float32)).square().sum().backward()
+        assert not lowrank.account(twin, ["2"], random_tensor(size, 3, 16, 16, dtype=torch.float32)).whole
+        for name, parameter in twin.named_parameters():
+            torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-4)

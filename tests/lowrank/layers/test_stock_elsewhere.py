@@ -257,24 +257,27 @@ def test_dynamic_quantisation_of_a_part(quantised):
 # Code of the model's own
 
 
-def test_a_forward_set_on_the_instance():
-    """As offloading and quantisation hooks do; also on a layer that nobody names."""
+@pytest.mark.parametrize("smallest", [0, 2**40])
+@pytest.mark.parametrize("name", ["forward", "_conv_forward"])
+def test_a_forward_set_on_the_instance(name, smallest):
+    """As offloading and quantisation hooks do, or for circular padding; also on a layer that nobody names."""
 
-    def doubled(self, x):
+    def doubled(self, x, *_):
         return F.conv2d(x, 2 * self.weight, self.bias)
 
     for when in ("before", "after"):
         stock, model = pair(Vanilla(), ["last"])
         lowrank.revert(model)
         if when == "after":
-            lowrank.convert(model, ["last"], HOSVD(1.0))
+            lowrank.convert(model, ["last"], HOSVD(1.0), smallest=smallest)
+            model(images())
         for network in (stock, model):
-            network.conv.forward = types.MethodType(doubled, network.conv)
+            setattr(network.conv, name, types.MethodType(doubled, network.conv))
         if when == "before":
             with pytest.raises(lowrank.ConversionError, match="forward of its own"):
                 lowrank.convert(model, ["conv"], HOSVD(1.0))
-            lowrank.convert(model, ["last"], HOSVD(1.0))
-        for network in (stock, model):
+            lowrank.convert(model, ["last"], HOSVD(1.0), smallest=smallest)
+        for network in (stock, model, stock, model):
             network(images()).square().sum().backward()
         for (_, found), (_, expected) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
             torch.testing.assert_close(found.grad, expected.grad)

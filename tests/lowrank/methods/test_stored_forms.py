@@ -13,6 +13,7 @@ from torch import nn
 
 import lowrank
 from lowrank import ASI, HOSVD, SVD, WASI, SettingError
+from lowrank.layers.layer import geometry_of
 from lowrank.tensors.storage import restore
 
 FORMS = st.sampled_from(["float32", "bfloat16", "int8"])
@@ -39,7 +40,7 @@ def kept_by(model, x):
 def test_the_gradient_is_autograds_on_what_was_kept(setting, make, storage):
     method = make(storage)
     layer, x, grad = setting.layer(), setting.x(), setting.grad()
-    (kept, _) = method.compress(x, None, (), "0")
+    (kept, _) = method.compress(x, geometry_of(layer), (), "0")
     assert_exact_but_for_the_weight(layer, converted(layer, method), x, grad, restore(kept, torch.float64).dense())
 
 

@@ -172,3 +172,16 @@ def test_rows_can_be_built_by_hand(tmp_path):
     table = PerplexityTable("Net", (4, 6), (0.5, 0.9), (row,))
     table.save(tmp_path / "a.json")
     assert PerplexityTable.load(tmp_path / "a.json") == table
+
+
+def test_a_table_that_cannot_be_written_says_so_and_leaves_nothing(table, tmp_path):
+    with pytest.raises(TableError, match=r"cannot be written: .*directory"):
+        table.save(tmp_path)
+    with pytest.raises(TableError, match=r"cannot be written: .*No such file"):
+        table.save(tmp_path / "nowhere" / "table.json")
+    assert not [*tmp_path.iterdir(), *tmp_path.parent.glob("*.part")]
+
+
+def test_ranks_are_chosen_from_a_table_and_not_from_its_path():
+    with pytest.raises(TableError, match=r"'table\.json'; allowed is a PerplexityTable"):
+        select_ranks("table.json", 1000)

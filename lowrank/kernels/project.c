@@ -1,0 +1,55 @@
+/* The product of a matrix's few columns and a long matrix, in one read of the long one, at the speed of memory. */
+
+#include "team.h"
+
+#define ROWS 16     /* of x that are read for all columns of s, while they are in the nearest cache */
+#define COLUMNS 384 /* of x, behind which a thread turns to its next rows; a multiple of all vectors */
+#define WORK 262144 /* multiplications that a thread is worth */
+
+struct product {
+  const float *x, *s; /* (n, m) and (n, r) */
+  float *out;         /* (r, m) */
+  int64_t n, m, r;
+};
+
+/* The columns from c on, fewer than a vector. */
+static void the_last(const struct product *p, const float *x, const float *s, int64_t rows, int add, int64_t c) {
+  for (; c < p->m; c++)
+    for (int64_t k = 0; k < p->r; k++) {
+      float sum = add ? p->out[k * p->m + c] : 0;
+      for (int64_t i = 0; i < rows; i++) sum += x[i * p->m + c] * s[i * p->r + k];
+      p->out[k * p->m + c] = sum;
+    }
+}
+
+#define NAME(name) name##_plain
+#define TARGET
+#define WIDTH 4
+#define MOST 5
+#include "project.h"
+#if defined(__x86_64__)
+#define NAME(name) name##_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define WIDTH 8
+#define MOST 5
+#include "project.h"
+#define NAME(name) name##_avx512
+#define TARGET __attribute__((target("avx512f")))
+#define WIDTH 16
+#define MOST 9
+#include "project.h"
+#endif
+
+/* out (r, m) = s^T x of x (n, m) and s (n, r). Each of its columns is made of one of x's, so threads do not matter. */
+void lowrank_project_float(const float *x, const float *s, float *out, int64_t n, int64_t m, int64_t r, int threads) {
+  const struct product p = {x, s, out, n, m, r};
+  const int64_t blocks = (m + COLUMNS - 1) / COLUMNS, worth = n * m * r / WORK;
+  if (worth < threads) threads = worth < 1 ? 1 : (int)worth;
+  task t = {.piece = piece_plain, .a = &p, .count = blocks, .step = (blocks + 4 * threads - 1) / (4 * threads)};
+#if defined(__x86_64__)
+  const int width = lowrank_width();
+  if (width == 16) t.piece = piece_avx512;
+  if (width == 8) t.piece = piece_avx2;
+#endif
+  lowrank_run(&t, threads);
+}

@@ -1,0 +1,218 @@
+"""Orders of contractions of a weight gradient from Tucker factors, their multiplications, and the time that they take.
+
+The cost of an order is fitted to one core of an x86-64 server: a read and a write for each product, more with the
+numbers that are made of each, and more where it is many products of small matrices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import combinations
+from math import prod
+from typing import Literal
+
+from lowrank.tensors.eager import remembered
+from lowrank.tensors.geometry import ConvGeometry, Geometry, Shape
+from lowrank.tensors.tucker import ascending
+
+# In numbers read from memory:
+_CALL = 2**14  # an operator call
+_FAR = 2**19  # numbers beyond a core's cache
+_WINDOWS = 2**17  # what each place of a kernel meets, of one mode
+_GATHERED = 10  # a number of dY projected on that, which is brought to where it is multiplied
+_DENSE, _DEPTHWISE, _WIDE = 1 / 5, 1.0, 1 / 4  # a multiplication of a convolution; of groups at 3 x 3, and otherwise
+
+
+Work = tuple[int, float]  # multiplications and cost
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One order of contractions.
+
+    Attributes:
+        meet: how the two sides meet: each position of dY with one of the input ("positions"), in a convolution of the
+            rebuilt input's positions ("shifts"), or in a product, as each place of the kernel meets it ("windows").
+        project: modes in which dY is projected, in order.
+        expand: modes in which the core is expanded, in order, channels last when among them.
+        macs: multiplications that it takes.
+        cost: time that it takes, in numbers read from memory.
+    """
+
+    meet: Literal["positions", "shifts", "windows"]
+    project: tuple[int, ...]
+    expand: tuple[int, ...]
+    macs: int
+    cost: float
+
+
+@remembered
+def plan_gradient(
+    geometry: Geometry,
+    shape: Shape,
+    ranks: Shape,
+    factored: tuple[bool, ...],
+    out_channels: int,
+    joined: bool = True,
+) -> Plan:
+    """The order of the least cost; arguments as of `candidate_plans`."""
+    best, *others = candidate_plans(geometry, shape, ranks, factored, out_channels, joined)
+    for plan in others:  # a plain loop, which torch.compile can trace
+        best = plan if plan.cost < best.cost else best
+    return best
+
+
+@remembered
+def fewest_macs(geometry: Geometry, shape: Shape, ranks: Shape, factored: tuple[bool, ...], out_channels: int) -> int:
+    """Multiplications of the order that takes fewest, if not least time; arguments as of `candidate_plans`."""
+    return min(plan.macs for plan in candidate_plans(geometry, shape, ranks, factored, out_channels))
+
+
+def candidate_plans(
+    geometry: Geometry,
+    shape: Shape,
+    ranks: Shape,
+    factored: tuple[bool, ...],
+    out_channels: int,
+    joined: bool = True,
+) -> list[Plan]:
+    """Every order of contractions that is worth a thought; at least one.
+
+    Args:
+        geometry: the layer.
+        shape: shape of its input.
+        ranks: shape of the core.
+        factored: per mode, whether there is a factor (otherwise the core is full in that mode).
+        out_channels: O.
+        joined: whether a projection on the batch's factor, ahead of all else, makes the bias gradient as well, which
+            would take another read; the multiplications of that are not counted.
+    """
+    channel = geometry.channel_axis % len(shape)
+    samples = [mode for mode in range(len(shape)) if mode != channel and factored[mode]]
+    sketch = _Sketch(geometry, shape, ranks, out_channels, channel, joined)
+    plans = []
+    for tail in ((), (channel,)) if factored[channel] else ((),):
+        whole = bool(tail) or not factored[channel]
+        if geometry.pointwise:
+            for count in range(len(samples) + 1):
+                for project in combinations(samples, count):
+                    expand = tuple(mode for mode in samples if mode not in project)
+                    plans += [sketch.positions(one, expand, tail, whole, samples) for one in sketch.orders(project)]
+        if not isinstance(geometry, ConvGeometry):
+            continue
+        batch = tuple(mode for mode in samples if mode == 0)
+        spatial = tuple(mode for mode in samples if mode != 0)
+        for project, expand in (((), batch), (batch, ())) if batch else (((), ()),):
+            plans.append(sketch.shifts(project, expand + spatial, tail, whole))
+            if geometry.has_windows and len(spatial) == len(geometry.kernel):
+                plans.append(sketch.windows(project, spatial, expand, tail, whole))
+    return plans
+
+
+@dataclass
+class _Sketch:
+    """Makes plans for one layer; attributes as the arguments of `candidate_plans`."""
+
+    geometry: Geometry
+    shape: Shape
+    ranks: Shape
+    out_channels: int
+    channel: int
+    joined: bool
+
+    def __post_init__(self) -> None:
+        self.grad_shape = self.geometry.output_shape(self.shape, self.out_channels)
+
+    def orders(self, project: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Orders in which to project dY on these modes: what shrinks it most ahead; the batch ahead of all."""
+        shrinking = _by_growth(project, self.grad_shape, dict(enumerate(self.ranks)))
+        rest = tuple(mode for mode in shrinking if mode != 0)
+        return [shrinking, (0, *rest)] if 0 in shrinking[1:] else [shrinking]
+
+    def positions(
+        self, project: tuple[int, ...], expand: tuple[int, ...], tail: tuple[int, ...], whole: bool, samples: list[int]
+    ) -> Plan:
+        grad_shape, channel = self.grad_shape, self.channel
+        full = {mode: size if mode == channel else grad_shape[mode] for mode, size in enumerate(self.shape)}
+        # A strided layer reads only some positions; a mode without a factor is sampled before anything else.
+        ranks = tuple(r if m == channel or m in samples else full[m] for m, r in enumerate(self.ranks))
+        expand = _by_growth(expand, ranks, full) + tail
+        core, expanding = _products(ranks, full, expand)
+        grad, projecting = self._projected(project, dict(enumerate(self.ranks)))
+        macs = prod(core) * self.out_channels
+        meeting = _CALL + prod(grad) + prod(core) + macs / 12
+        return self._plan("positions", project, expand, whole, [expanding, projecting, (macs, meeting)])
+
+    def shifts(self, project: tuple[int, ...], expand: tuple[int, ...], tail: tuple[int, ...], whole: bool) -> Plan:
+        assert isinstance(self.geometry, ConvGeometry)
+        full = dict(enumerate(self.shape))
+        expand = _by_growth(expand, self.ranks, full) + tail
+        core, expanding = _products(self.ranks, full, expand)
+        grad, projecting = self._projected(project, dict(enumerate(self.ranks)))
+        grouped = self.geometry if whole else replace(self.geometry, groups=1)
+        macs = grouped.macs((grad[0], *core[1:]), self.out_channels)
+        of_one = _DENSE if grouped.groups == 1 else _DEPTHWISE if grouped.kernel == (3, 3) else _WIDE
+        meeting = _CALL + prod(grad) + prod(core) + macs * of_one
+        return self._plan("shifts", project, expand, whole, [expanding, projecting, (macs, meeting)])
+
+    def windows(
+        self,
+        project: tuple[int, ...],
+        spatial: tuple[int, ...],
+        expand: tuple[int, ...],
+        tail: tuple[int, ...],
+        whole: bool,
+    ) -> Plan:
+        assert isinstance(self.geometry, ConvGeometry)
+        sizes = dict(enumerate(self.ranks)) | {
+            mode: k * self.ranks[mode] for mode, k in enumerate(self.geometry.kernel, 2)
+        }
+        project += _by_growth(spatial, self.grad_shape, sizes)
+        core, expanding = _products(self.ranks, dict(enumerate(self.shape)), expand + tail)
+        grad, projecting = self._projected(project, sizes)
+        macs = prod(grad) * core[1] // (self.geometry.groups if whole else 1)
+        meeting = 4 * _CALL + _WINDOWS * len(spatial) + _GATHERED * prod(grad) + prod(core) + macs / 12
+        return self._plan("windows", project, expand + tail, whole, [expanding, projecting, (macs, meeting)])
+
+    def _projected(self, project: tuple[int, ...], sizes: dict[int, int]) -> tuple[list[int], Work]:
+        shape, (macs, cost) = _products(self.grad_shape, sizes, project)
+        numbers = prod(self.grad_shape)
+        if self.joined and project[:1] == (0,) and numbers >= _FAR:  # in the read of the sum, and in little more time
+            cost += 3 * _CALL - numbers * (1 + sizes[0] / 48)
+        return shape, (macs, cost)
+
+    def _plan(
+        self,
+        meet: Literal["positions", "shifts", "windows"],
+        project: tuple[int, ...],
+        expand: tuple[int, ...],
+        whole: bool,
+        parts: list[Work],
+    ) -> Plan:
+        macs, cost = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        if not whole:
+            kernel = prod(self.geometry.kernel) if isinstance(self.geometry, ConvGeometry) else 1
+            inputs, rank = self.shape[self.channel], self.ranks[self.channel]
+            applied = self.out_channels * (inputs // self.geometry.groups) * rank * kernel
+            macs, cost = macs + applied, cost + _CALL + applied / 12
+        return Plan(meet, project, expand, macs, cost)
+
+
+def _products(start: Shape, sizes: dict[int, int], modes: tuple[int, ...]) -> tuple[list[int], Work]:
+    """Sizes after, and multiplications and cost of, mode products that change each of `modes` to its new size in turn.
+
+    The cost of one is a read and a write, more with the new size, and more where it is many products of small matrices.
+    """
+    current, macs, cost = list(start), 0, 0.0
+    for mode in modes:
+        numbers, n, right = prod(current), current[mode], prod(current[mode + 1 :])
+        left = numbers // (n * right) if numbers else 1
+        small = 0.0 if left == 1 else 20 / n if right == 1 else 500 / (n * right)
+        current[mode] = sizes[mode]
+        macs += numbers * sizes[mode]
+        cost += _CALL + numbers * (1 + sizes[mode] / 12 + small) + prod(current)
+    return current, (macs, cost)
+
+
+def _by_growth(modes: tuple[int, ...], before: Shape, after: dict[int, int]) -> tuple[int, ...]:
+    return tuple(modes[index] for index in ascending([after[mode] / before[mode] for mode in modes]))

@@ -1,0 +1,166 @@
+"""Projections of the output's gradient, and the sums in the same read, against autograd and double precision."""
+
+from unittest import mock
+
+import pytest
+import torch
+from references import autograd, random_tensor
+from torch import nn
+
+from lowrank import ASI, Tucker, kernels
+from lowrank.kernels import library, passes
+from lowrank.tensors import gradients
+from lowrank.tensors.geometry import ConvGeometry, LinearGeometry
+from lowrank.tensors.plans import candidate_plans
+
+pytestmark = [
+    pytest.mark.cpu_only("compiled kernels work in its memory"),
+    pytest.mark.skipif(not kernels.status().active, reason=str(kernels.status())),
+]
+# Rows and columns of the matrix that is read: fewer than a vector, than what is read at once, and than both.
+SIZES = [(1, 1), (2, 7), (16, 16), (17, 49), (40, 1000), (64, 383), (5, 1201)]
+# Layer, shape of its input, ranks.
+LAYERS = [
+    ({"out_channels": 7, "kernel_size": 1}, (9, 6, 13, 17), (3, 4, 4, 3)),
+    ({"out_channels": 5, "kernel_size": 1}, (4, 6, 1, 60), (3, 4, 1, 3)),
+    ({"out_channels": 4, "kernel_size": 1, "stride": 2}, (6, 5, 7, 9), (2, 3, 4, 4)),
+    ({"out_channels": 6, "kernel_size": 3, "padding": 1, "groups": 6}, (9, 6, 15, 33), (4, 3, 4, 4)),
+    ({"out_channels": 6, "kernel_size": 5, "padding": 2, "groups": 6, "stride": 2}, (5, 6, 21, 16), (2, 6, 3, 4)),
+    ({"out_channels": 4, "kernel_size": 7, "padding": 3, "groups": 4}, (3, 4, 8, 11), (2, 2, 3, 3)),
+    ({"out_channels": 6, "kernel_size": 3, "padding": 2, "dilation": 2, "groups": 2}, (5, 4, 14, 9), (2, 3, 4, 3)),
+    ({"out_channels": 5, "kernel_size": (3, 2), "padding": (1, 0)}, (6, 4, 12, 31), (3, 2, 4, 3)),
+    (
+        {"out_channels": 6, "kernel_size": 3, "padding": 1, "groups": 3, "padding_mode": "circular"},
+        (4, 6, 6, 10),
+        (3, 4, 4, 4),
+    ),
+    ({"out_channels": 4, "kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, (4, 3, 6, 5), (3, 2, 4, 3)),
+    ({"out_channels": 4, "kernel_size": 3, "padding": "same", "dilation": 3}, (1, 3, 16, 16), (1, 2, 4, 3)),
+    ({"out_channels": 7}, (6, 9, 12), (4, 3, 5)),
+    ({"out_channels": 7}, (30, 12), (4, 5)),
+]
+
+
+@pytest.fixture(params=[4, 8, 16])
+def width(request):
+    """As on a processor whose vectors have at most so many numbers."""
+    library.library().set_width(request.param)
+    yield
+    library.library().set_width(16)
+
+
+def given(options, shape, ranks, dtype=torch.float32):
+    """A layer, the Tucker form of its input, and a gradient of its output."""
+    if len(shape) == 4:
+        layer = nn.Conv2d(shape[1], dtype=dtype, **options)
+    else:
+        layer = nn.Linear(shape[-1], options["out_channels"], dtype=dtype)
+    factors = [
+        None if rank == size else random_tensor(size, rank, seed=mode).to(dtype)
+        for mode, (size, rank) in enumerate(zip(shape, ranks, strict=True))
+    ]
+    tucker = Tucker(random_tensor(*ranks, seed=9).to(dtype), tuple(factors))
+    with torch.no_grad():
+        grad = random_tensor(*layer(tucker.dense()).shape, seed=5).to(dtype)
+    geometry = ConvGeometry.of(layer) if len(shape) == 4 else LinearGeometry()
+    return layer, tucker, grad, geometry
+
+
+def exact(layer, tucker, grad):
+    return autograd(layer.double(), tucker.to(torch.float64).dense(), grad.double())[2]
+
+
+def assert_near(found, wanted):
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=3e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize(("n", "m"), SIZES)
+@pytest.mark.parametrize("columns", [1, 3, 5, 9, 10, 12])
+def test_a_projection_is_the_product(width, n, m, columns):
+    x, s = random_tensor(n, m), random_tensor(n, columns, seed=1)
+    assert_near(passes.project(x.float(), s.float()), s.mT @ x)
+
+
+def test_a_projection_is_the_same_with_any_number_of_threads():
+    x, s = random_tensor(50, 20011).float(), random_tensor(50, 9, seed=1).float()
+    wanted, before = passes.project(x, s), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(passes.project(x, s), wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("setting", LAYERS)
+@pytest.mark.parametrize("joined", [False, True])
+def test_both_gradients_are_autograds_by_every_order(setting, joined):
+    layer, tucker, grad, geometry = given(*setting)
+    wanted = exact(layer, tucker, grad)
+    factored, shape = tuple(factor is not None for factor in tucker.factors), tuple(setting[1])
+    for plan in candidate_plans(geometry, shape, tucker.ranks, factored, setting[0]["out_channels"], joined):
+        with mock.patch.object(gradients, "plan_gradient", return_value=plan):
+            weight, bias = gradients.gradients(tucker, grad, geometry)
+        assert_near(weight, wanted["weight"])
+        assert_near(bias, wanted["bias"])
+
+
+@pytest.mark.parametrize("setting", [LAYERS[0], LAYERS[3], LAYERS[7], LAYERS[11]])
+def test_other_layouts_precisions_and_no_kernels_give_the_same(width, setting):
+    layer, tucker, grad, geometry = given(*setting)
+    wanted = exact(layer, tucker, grad)
+    apart = torch.stack([grad, grad], -1)[..., 0]
+    last = grad.movedim(1, -1).contiguous().movedim(-1, 1)
+    for way in (grad, apart, last):
+        for found, name in zip(gradients.gradients(tucker, way, geometry), ("weight", "bias"), strict=True):
+            assert_near(found, wanted[name])
+    with library.plain():
+        plain = gradients.gradients(tucker, grad, geometry)
+    double = gradients.gradients(tucker.to(torch.float64), grad.double(), geometry)
+    for found, precise, name in zip(plain, double, ("weight", "bias"), strict=True):
+        assert_near(found, wanted[name])
+        torch.testing.assert_close(precise, wanted[name], rtol=1e-9, atol=1e-9)
+
+
+def test_a_large_layer_is_read_once(monkeypatch):
+    """Both gradients of a layer whose output is beyond the cache, from the one projection and no further read."""
+    layer, tucker, grad, geometry = given({"out_channels": 48, "kernel_size": 1}, (32, 8, 20, 20), (4, 4, 4, 4))
+    reads, own = [], passes.project
+    monkeypatch.setattr(passes, "project", lambda *both: reads.append(both[0]) or own(*both))
+    monkeypatch.setattr(ConvGeometry, "bias_gradient", lambda _, small: small.sum((0, 2, 3)) * (len(small) == 1))
+    kept = (tucker.core, *tucker.factors)
+    weight, bias = ASI(ranks=4).gradients(kept, grad, geometry, tucker.shape)
+    wanted = exact(layer, tucker, grad)
+    assert len(reads) == 1
+    assert reads[0].data_ptr() == grad.data_ptr()
+    assert_near(weight, wanted["weight"])
+    assert_near(bias, wanted["bias"])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("setting", [LAYERS[0], LAYERS[3], LAYERS[7]])
+def test_what_is_not_finite_stays_with_its_output_channel(bad, setting):
+    layer, tucker, grad, geometry = given(*setting)
+    grad[1, 2, 3, 4] = bad
+    weight, bias = gradients.gradients(tucker, grad, geometry)
+    wanted = exact(layer, tucker, grad)
+    torch.testing.assert_close(bias[2].double(), wanted["bias"][2], equal_nan=True)
+    assert not weight[2].isfinite().all()
+    others = [at for at in range(grad.shape[1]) if at != 2]
+    assert_near(weight[others], wanted["weight"][others])
+    assert_near(bias[others], wanted["bias"][others])
+
+
+class Halved(ASI):
+    """A user's method that has a weight gradient of its own alone."""
+
+    def weight_gradient(self, kept, grad, geometry, shape):
+        return super().weight_gradient(kept, grad, geometry, shape) / 2
+
+
+def test_a_methods_own_weight_gradient_is_used():
+    layer, tucker, grad, geometry = given(*LAYERS[0])
+    weight, bias = Halved(ranks=4).gradients((tucker.core, *tucker.factors), grad, geometry, tucker.shape)
+    wanted = exact(layer, tucker, grad)
+    assert_near(weight, wanted["weight"] / 2)
+    assert_near(bias, wanted["bias"])
