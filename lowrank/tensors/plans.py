@@ -170,8 +170,10 @@ class _Sketch:
         project += _by_growth(spatial, self.grad_shape, sizes)
         core, expanding = _products(self.ranks, dict(enumerate(self.shape)), expand + tail)
         grad, projecting = self._projected(project, sizes)
-        macs = prod(grad) * core[1] // (self.geometry.groups if whole else 1)
-        meeting = 4 * _CALL + _WINDOWS * len(spatial) + _GATHERED * prod(grad) + prod(core) + macs / 12
+        inputs = core[1] // (self.geometry.groups if whole else 1)
+        macs = prod(grad) * inputs
+        laid_out = 4 * self.out_channels * inputs * prod(self.geometry.kernel)  # the result, and its copy
+        meeting = 4 * _CALL + _WINDOWS * len(spatial) + _GATHERED * prod(grad) + prod(core) + laid_out + macs / 12
         return self._plan("windows", project, expand + tail, whole, [expanding, projecting, (macs, meeting)])
 
     def _projected(self, project: tuple[int, ...], sizes: dict[int, int]) -> tuple[list[int], Work]:

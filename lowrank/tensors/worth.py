@@ -13,6 +13,7 @@ from __future__ import annotations
 from functools import lru_cache
 from math import prod
 
+import torch
 from torch import Tensor
 
 from lowrank.errors import SettingError
@@ -108,4 +109,6 @@ def again_is_worth(output: int, products: int, itemsize: int, smallest: float) -
 
 def bits_are_worth(x: Tensor, smallest: float) -> bool:
     """The rule, of keeping a bit for each number of an activation's input, or anything as small."""
-    return is_worth(x.numel() * x.itemsize, _BITS, smallest)  # not nbytes, which a compiler has of fixed sizes alone
+    # A compiler has `nbytes` of fixed sizes alone; a tracer would take `numel` for a result of the model.
+    nbytes = x.numel() * x.itemsize if torch.compiler.is_compiling() else x.nbytes
+    return is_worth(nbytes, _BITS, smallest)

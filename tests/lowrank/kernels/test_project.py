@@ -151,7 +151,7 @@ def test_what_is_not_finite_stays_with_its_output_channel(bad, setting):
     assert_near(bias[others], wanted["bias"][others])
 
 
-class Halved(ASI):
+class WithHalf(ASI):
     """A user's method that has a weight gradient of its own alone."""
 
     def weight_gradient(self, kept, grad, geometry, shape):
@@ -160,7 +160,7 @@ class Halved(ASI):
 
 def test_a_methods_own_weight_gradient_is_used():
     layer, tucker, grad, geometry = given(*LAYERS[0])
-    weight, bias = Halved(ranks=4).gradients((tucker.core, *tucker.factors), grad, geometry, tucker.shape)
+    weight, bias = WithHalf(ranks=4).gradients((tucker.core, *tucker.factors), grad, geometry, tucker.shape)
     wanted = exact(layer, tucker, grad)
     assert_near(weight, wanted["weight"] / 2)
     assert_near(bias, wanted["bias"])
