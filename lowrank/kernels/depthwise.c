@@ -108,12 +108,7 @@ void lowrank_depthwise_float(const float *x, float *grad, float *out, float *roo
   const int64_t blocks = (l->channels + LANES - 1) / LANES,
                 worth = l->samples * l->channels * l->out_height * l->out_width * l->kernel_height * l->kernel_width / WORK;
   if (worth < threads) threads = worth < 1 ? 1 : (int)worth;
-  task t = {.piece = piece_plain, .a = x, .bits = grad, .b = plan, .out = out, .room = room, .count = blocks,
+  task t = {.piece = OF_WIDTH(piece), .a = x, .bits = grad, .b = plan, .out = out, .room = room, .count = blocks,
             .step = (blocks + threads - 1) / threads, .columns = lowrank_depthwise_room_float(plan)};
-#if defined(__x86_64__)
-  const int width = lowrank_width();
-  if (width == 16) t.piece = piece_avx512;
-  if (width == 8) t.piece = piece_avx2;
-#endif
   lowrank_run(&t, threads);
 }

@@ -34,35 +34,26 @@ struct chains {
 #include "chains.h"
 #endif
 
-static const struct chains *own(void) {
-#if defined(__x86_64__)
-  const int width = lowrank_width();
-  if (width == 16) return &chains_avx512;
-  if (width == 8) return &chains_avx2;
-#endif
-  return &chains_plain;
-}
-
 /* out = min(max(scale x + shift + other, low), high) of x (planes, size), whose planes are of `channels` channels in turn;
    scale, shift: (channels,); other: of x's shape, or NULL. */
 void lowrank_affine_float(const float *x, const float *scale, const float *shift, float *other, float *out,
                           int64_t planes, int64_t channels, int64_t size, double low, double high, int threads) {
   const struct vectors with = {scale, shift, channels};
-  task t = {.piece = own()->affine, .a = x, .b = &with, .bits = other, .out = out, .count = planes, .columns = size,
+  task t = {.piece = OF_WIDTH(chains).affine, .a = x, .b = &with, .bits = other, .out = out, .count = planes, .columns = size,
             .low = low, .high = high, .step = size > 0 && size < PIECE ? PIECE / size : 1};
   lowrank_run(&t, threads);
 }
 
 /* out = f(g) u, f by the rule. */
 void lowrank_gate_float(const float *g, const float *u, float *out, int64_t count, int rule, int threads) {
-  task t = {.piece = own()->gate, .a = g, .b = u, .out = out, .count = count, .rule = rule, .step = PIECE};
+  task t = {.piece = OF_WIDTH(chains).gate, .a = g, .b = u, .out = out, .count = count, .rule = rule, .step = PIECE};
   lowrank_run(&t, threads);
 }
 
 /* Of the gradient of f(g) u, those of g and of u. */
 void lowrank_slopes_float(const float *grad, const float *g, float *u, float *for_g, float *for_u, int64_t count,
                           int rule, int threads) {
-  task t = {.piece = own()->slopes, .a = grad, .b = g, .bits = u, .out = for_g, .room = for_u, .count = count,
+  task t = {.piece = OF_WIDTH(chains).slopes, .a = grad, .b = g, .bits = u, .out = for_g, .room = for_u, .count = count,
             .rule = rule, .step = PIECE};
   lowrank_run(&t, threads);
 }

@@ -45,11 +45,6 @@ void lowrank_project_float(const float *x, const float *s, float *out, int64_t n
   const struct product p = {x, s, out, n, m, r};
   const int64_t blocks = (m + COLUMNS - 1) / COLUMNS, worth = n * m * r / WORK;
   if (worth < threads) threads = worth < 1 ? 1 : (int)worth;
-  task t = {.piece = piece_plain, .a = &p, .count = blocks, .step = (blocks + 4 * threads - 1) / (4 * threads)};
-#if defined(__x86_64__)
-  const int width = lowrank_width();
-  if (width == 16) t.piece = piece_avx512;
-  if (width == 8) t.piece = piece_avx2;
-#endif
+  task t = {.piece = OF_WIDTH(piece), .a = &p, .count = blocks, .step = (blocks + 4 * threads - 1) / (4 * threads)};
   lowrank_run(&t, threads);
 }

@@ -71,15 +71,6 @@ struct tile_kernels {
 #include "tile.h"
 #endif
 
-static const struct tile_kernels *best(void) {
-#if defined(__x86_64__)
-  const int width = lowrank_width();
-  if (width == 16) return &kernels_avx512;
-  if (width == 8) return &kernels_avx2;
-#endif
-  return &kernels_plain;
-}
-
 enum layout { LYING, COPIED, ROWS }; /* tiles read where they lie, copied together, and rows of the last mode */
 
 /* A mode of a tensor, which is seen as (left, n, right), and what is done with it, tile by tile. */
@@ -319,7 +310,7 @@ static int look_once(course *c, view seen) {
 static int look(course *c, const int64_t *plan) {
   const int64_t modes = plan[0], steps = plan[1 + modes], *step = plan + modes + 2;
   int64_t now[8];
-  const struct tile_kernels *with = best();
+  const struct tile_kernels *with = &OF_WIDTH(kernels);
   if (modes > 8 || steps > modes) return 0;
   memset(c, 0, sizeof *c);
   memcpy(now, plan + 1, sizeof(int64_t) * (size_t)modes);

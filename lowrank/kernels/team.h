@@ -18,3 +18,11 @@ void lowrank_run(task *t, int threads);
 
 /* Numbers in a vector of the widest kind that the processor has and that may be used. */
 int lowrank_width(void);
+
+/* Of what is made for each kind of vectors, that of this processor. */
+#if defined(__x86_64__)
+#define OF_WIDTH(name)                                                                                                 \
+  (*(lowrank_width() == 16 ? &name##_avx512 : lowrank_width() == 8 ? &name##_avx2 : &name##_plain))
+#else
+#define OF_WIDTH(name) name##_plain
+#endif
