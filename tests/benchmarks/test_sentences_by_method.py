@@ -79,6 +79,38 @@ def test_every_method_has_its_row_and_no_run_is_made_again(options, tmp_path, mo
     assert f"| {gap:+.2f} |" in line
 
 
+def rows_of(method, epochs, rate, seeds, validation, test):
+    """Rows with all that a summary takes, numbers that do not matter here being zero."""
+    rest = dict.fromkeys(("train_loss", "kept_bytes", "peak_bytes", "step_ratio", "trained_parameters"), 0.0)
+    named = {"layers": "all", "method": method, "epochs": epochs, "rate": rate, "device": "CPU"}
+    values = zip(seeds, validation, test, strict=True)
+    return [{**named, **rest, "seed": seed, "val_accuracy": val, "test_accuracy": told} for seed, val, told in values]
+
+
+def test_gaps_are_to_vanilla_at_the_usual_rate_and_at_its_best_one_by_validation():
+    rows = [
+        *rows_of("vanilla", 2, 1e-4, (1, 2), (84, 85), (80, 82)),  # the best: told by validation, not by test sentences
+        *rows_of("vanilla", 2, 2e-4, (1, 2), (83, 85), (81, 84)),
+        *rows_of("vanilla", 2, 5e-5, (1,), (90,), (70,)),  # tried on one seed and not chosen
+        *rows_of("wasi_0.9", 2, 1e-4, (1, 2, 3), (0, 0, 0), (79, 80, 20)),  # vanilla has no third seed
+        *rows_of("vanilla", 3, 5e-5, (1,), (50,), (60,)),  # another number of epochs has another best
+        *rows_of("asi", 3, 1e-4, (1,), (0,), (58,)),
+        *rows_of("asi", 4, 1e-4, (1,), (0,), (58,)),
+    ]
+    lines = review_sentences.summary(pd.DataFrame(rows)).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    at = [cells[0].index(head) for head in ("method", "epochs", "rate", "gap to 0.0002", "gap to best")]
+    assert [[line[place] for place in at] for line in cells[2:]] == [
+        ["vanilla", "2", "0.0001", "-1.50 ± 0.50", "+0.00 ± 0.00"],
+        ["vanilla", "2", "0.0002", "+0.00 ± 0.00", "+1.50 ± 0.50"],
+        ["vanilla", "2", "5e-05", "-11.00", "-10.00"],
+        ["wasi_0.9", "2", "0.0001", "-3.00 ± 1.00", "-1.50 ± 0.50"],
+        ["vanilla", "3", "5e-05", "-", "+0.00"],
+        ["asi", "3", "0.0001", "-", "-2.00"],
+        ["asi", "4", "0.0001", "-", "-"],
+    ]
+
+
 def test_accuracy_and_loss_are_those_of_each_sentence_alone(options):
     torch.manual_seed(1)
     model = minilm.sentence_encoder(2, **SMALL)
