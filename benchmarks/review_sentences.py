@@ -8,7 +8,8 @@ counted in, with the normalisations among and behind them; the embeddings are fr
 ranks are those of the least perplexity on one batch at a twentieth of what the inputs of the trained layers take. The
 learning rate, 2e-4 for all but LoRA (1e-3), is the best of WASI on 800 validation sentences, and within two of them
 the best of vanilla (`--methods vanilla --rates 1e-4 2e-4 4e-4`); of weights truncated ahead 1e-4 is (`--methods
-wasi_0.9_int8_weighed --rates 1e-4`). Each run's row is written as it ends, and what the table has is not run again.
+wasi_0.9_int8_weighed --rates 1e-4`), and of both after two epochs. Each run's row is written as it ends, and what the
+table has is not run again.
 """
 
 from __future__ import annotations
