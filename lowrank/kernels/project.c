@@ -3,7 +3,7 @@
 #include "team.h"
 
 #define ROWS 16     /* of x that are read for all columns of s, while they are in the nearest cache */
-#define COLUMNS 384 /* of x, behind which a thread turns to its next rows; a multiple of all vectors */
+#define COLUMNS 4096 /* of x, behind which a thread turns to its next rows; a multiple of all vectors */
 #define WORK 262144 /* multiplications that a thread is worth */
 
 struct product {

@@ -8,13 +8,12 @@ typedef float NAME(vector) __attribute__((vector_size(4 * WIDTH), aligned(4), ma
 /* out[k] = sum over i of s[i][k] x[i], of K columns of s, `rows` rows of x, and P vectors of each; added to what is
    there, or not. Reading x, it calls for what lies `ahead`. */
 INLINE void NAME(few)(const struct product *p, const float *x, const float *s, float *out, int64_t rows, int add,
-                      int64_t ahead, const int K, const int P) {
+                      const float *ahead, const int K, const int P) {
   NAME(vector) sums[MOST][2];
   for (int k = 0; k < K; k++)
     for (int j = 0; j < P; j++) sums[k][j] = add ? VECTOR(out + k * p->m + j * WIDTH) : (NAME(vector)){0};
   for (int64_t i = 0; i < rows; i++, x += p->m, s += p->r) {
-    if (ahead)
-      for (int j = 0; j < P * WIDTH; j += 16) __builtin_prefetch(x + ahead + j);
+    for (int j = 0; j < P * WIDTH; j += 16) __builtin_prefetch(ahead + i * P * WIDTH + j);
     for (int k = 0; k < K; k++)
       for (int j = 0; j < P; j++) sums[k][j] += *(const NAME(vector) *)(x + j * WIDTH) * s[k];
   }
@@ -24,8 +23,8 @@ INLINE void NAME(few)(const struct product *p, const float *x, const float *s, f
 
 /* The same of all columns of s, as evenly many at a time as may be. */
 INLINE void NAME(all)(const struct product *p, const float *x, const float *s, float *out, int64_t rows, int add,
-                      int64_t ahead, const int P) {
-  for (int64_t k = 0, count; k < p->r; k += count, ahead = 0) {
+                      const float *ahead, const int P) {
+  for (int64_t k = 0, count; k < p->r; k += count) {
     const int64_t left = p->r - k, groups = (left + MOST - 1) / MOST;
     count = (left + groups - 1) / groups;
 #define CASE(K)                                                                                                        \
@@ -43,11 +42,13 @@ static TARGET void NAME(piece)(const task *t, int64_t block, int64_t to) {
     for (int64_t row = 0; row < p->n; row += ROWS) {
       const int64_t end = (block + 1) * COLUMNS < p->m ? (block + 1) * COLUMNS : p->m;
       const int64_t rows = p->n - row < ROWS ? p->n - row : ROWS;
-      const int64_t ahead = row + rows < p->n ? rows * p->m : COLUMNS - row * p->m;
+      const int64_t first = block * COLUMNS;
       const float *x = p->x + row * p->m, *s = p->s + row * p->r;
-      int64_t c = block * COLUMNS;
-      for (; c + 2 * WIDTH <= end; c += 2 * WIDTH) NAME(all)(p, x + c, s, p->out + c, rows, row > 0, ahead, 2);
-      for (; c + WIDTH <= end; c += WIDTH) NAME(all)(p, x + c, s, p->out + c, rows, row > 0, ahead, 1);
+      const float *next = row + rows < p->n ? x + rows * p->m + first : p->x + end;
+      int64_t c = first;
+#define AHEAD (next + (c - first) * rows / COLUMNS * p->m + (c - first) * rows % COLUMNS)
+      for (; c + 2 * WIDTH <= end; c += 2 * WIDTH) NAME(all)(p, x + c, s, p->out + c, rows, row > 0, AHEAD, 2);
+      for (; c + WIDTH <= end; c += WIDTH) NAME(all)(p, x + c, s, p->out + c, rows, row > 0, AHEAD, 1);
       if (c < end) the_last(p, x, s, rows, row > 0, c);
     }
 }

@@ -20,6 +20,7 @@
 #define LEAST (16 * FLT_EPSILON) /* of a sum of squares: less than that counts as nothing */
 #define SMALL(r) (5 * (r) * (r) + (r)) /* numbers of s, R, a stack (2 r, r), its R, and a row */
 enum way { TWICE, HELD, ONCE }; /* of `passes.subspace` */
+#define LINE 16 /* numbers that come to the cache together */
 typedef float four __attribute__((vector_size(16)));
 typedef float loose __attribute__((vector_size(16), aligned(4), may_alias));
 #if defined(__clang__) || __GNUC__ >= 12
@@ -31,7 +32,7 @@ typedef int32_t four_places __attribute__((vector_size(16)));
 
 struct tile_kernels {
   void (*project)(const float *x, int64_t stride, int64_t count, int64_t w, const float *s, int64_t r, float *out,
-                  int add);
+                  int add, int call);
   void (*correlate)(const float *x, int64_t stride, int64_t count, int64_t w, int64_t tiles, int64_t jump,
                     const float *z, int64_t r, float *out);
   void (*clear_overlap)(float *z, int64_t r, int64_t w);
@@ -90,7 +91,7 @@ static int64_t padded(const view *v, int64_t w) { return (w + v->with->width - 1
 /* Of `tiles` x (n, w) at a stride, one a `jump` behind the other: `z` s^T x, each (r, w) in vectors. */
 static void across(const view *v, const float *x, int64_t stride, int64_t w, int64_t tiles, int64_t jump, float *z) {
   for (int64_t t = 0; t < tiles; t++)
-    v->with->project(x + t * jump, stride, v->n, w, v->s, v->r, z + t * v->r * padded(v, w), 0);
+    v->with->project(x + t * jump, stride, v->n, w, v->s, v->r, z + t * v->r * padded(v, w), 0, 1);
 }
 
 /* And the image += x z^T. */
@@ -136,7 +137,7 @@ static void rows(const view *v, int64_t index, float *z, float *image) {
   float *out = v->out ? v->out + first * r : z;
   memset(out, 0, sizeof(float) * (size_t)(some * r));
   v->with->correlate(x, n, some, n, 1, 0, v->s, r, out);
-  if (image) v->with->project(x, n, some, n, out, r, image, 1);
+  if (image) v->with->project(x, n, some, n, out, r, image, 1, 0);
 }
 
 static void some_tiles(const task *t, int64_t from, int64_t to) {
@@ -299,6 +300,15 @@ typedef struct {
   int64_t images, small, between;
 } course;
 
+/* Those of the widest vectors that a row of so many numbers fills. */
+static const struct tile_kernels *of_row(int64_t numbers) {
+#if defined(__x86_64__)
+  if (lowrank_width() == 16 && numbers < 16) return &kernels_avx2;
+#endif
+  (void)numbers;
+  return &OF_WIDTH(kernels);
+}
+
 static int look_once(course *c, view seen) {
   const int64_t r = seen.r;
   seen.n = r, c->kept = seen;
@@ -310,16 +320,16 @@ static int look_once(course *c, view seen) {
 static int look(course *c, const int64_t *plan) {
   const int64_t modes = plan[0], steps = plan[1 + modes], *step = plan + modes + 2;
   int64_t now[8];
-  const struct tile_kernels *with = &OF_WIDTH(kernels);
   if (modes > 8 || steps > modes) return 0;
   memset(c, 0, sizeof *c);
   memcpy(now, plan + 1, sizeof(int64_t) * (size_t)modes);
   for (int64_t at = 0; at < steps; at++) {
     view *v = c->views + at;
-    v->with = with, v->n = now[step[3 * at]], v->r = step[3 * at + 1], v->left = v->right = 1;
+    v->n = now[step[3 * at]], v->r = step[3 * at + 1], v->left = v->right = 1;
     for (int64_t m = 0; m < modes; m++)
       if (m != step[3 * at]) *(m < step[3 * at] ? &v->left : &v->right) *= now[m];
     now[step[3 * at]] = v->r;
+    v->with = of_row(v->right == 1 ? v->n : v->right);
     if (!cut(v) || (step[3 * at + 2] == ONCE && (at || !look_once(c, *v)))) return 0;
     const int64_t images = (v->pieces + 1) * v->image, between = at + 1 < steps ? v->left * v->r * v->right : 0;
     if (c->images < images) c->images = images;

@@ -11,13 +11,15 @@ typedef float NAME(vector) __attribute__((vector_size(4 * WIDTH), aligned(4), ma
 #define PADDED(w) (((w) + WIDTH - 1) / WIDTH * WIDTH)
 
 /* out[k][p] = sum over i of s[i][k] x[i][p], of K columns of s, which has r, and P vectors; added to what is there, or
-   not. */
+   not. As many numbers are called for `ahead`, unless it is NULL. */
 INLINE void NAME(project_few)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
-                              int64_t row, int add, const int K, const int P) {
+                              int64_t row, int add, const float *ahead, const int K, const int P) {
   NAME(vector) sums[4][PARTS];
   for (int k = 0; k < K; k++)
     for (int p = 0; p < P; p++) sums[k][p] = add ? READ(out + k * row + p * WIDTH) : (NAME(vector)){0};
   for (int64_t i = 0; i < count; i++, x += stride, s += r) {
+    if (ahead)
+      for (int p = 0; p < P * WIDTH; p += LINE) __builtin_prefetch(ahead + i * P * WIDTH + p, 0, 2);
     for (int k = 0; k < K; k++)
       for (int p = 0; p < P; p++) sums[k][p] += READ(x + p * WIDTH) * s[k];
   }
@@ -26,28 +28,31 @@ INLINE void NAME(project_few)(const float *x, int64_t stride, int64_t count, con
 }
 
 INLINE void NAME(project_vectors)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
-                                  int64_t row, int add, const int P) {
+                                  int64_t row, int add, const float *ahead, const int P) {
   int64_t k = 0;
-  for (; k + 4 <= r; k += 4) NAME(project_few)(x, stride, count, s + k, r, out + k * row, row, add, 4, P);
+  for (; k + 4 <= r; k += 4, ahead = NULL) NAME(project_few)(x, stride, count, s + k, r, out + k * row, row, add, ahead, 4, P);
   s += k, out += k * row;
-  if (r - k == 3) NAME(project_few)(x, stride, count, s, r, out, row, add, 3, P);
-  if (r - k == 2) NAME(project_few)(x, stride, count, s, r, out, row, add, 2, P);
-  if (r - k == 1) NAME(project_few)(x, stride, count, s, r, out, row, add, 1, P);
+  if (r - k == 3) NAME(project_few)(x, stride, count, s, r, out, row, add, ahead, 3, P);
+  if (r - k == 2) NAME(project_few)(x, stride, count, s, r, out, row, add, ahead, 2, P);
+  if (r - k == 1) NAME(project_few)(x, stride, count, s, r, out, row, add, ahead, 1, P);
 }
 
-/* out = s^T x, (r, w) in vectors, of s (count, r); added to what is there, or not. */
+/* out = s^T x, (r, w) in vectors, of s (count, r); added to what is there, or not. With `call` it calls for the rows
+   behind while it is at those ahead. */
 static TARGET void NAME(project)(const float *x, int64_t stride, int64_t count, int64_t w, const float *s, int64_t r,
-                                 float *out, int add) {
+                                 float *out, int add, int call) {
   const int64_t row = PADDED(w), few = NEAR / w < 16 ? 16 : NEAR / w;
   for (int64_t from = 0; from < count; from += few, add = 1) {
     const int64_t rows = count - from < few ? count - from : few;
     const float *a = x + from * stride, *b = s + from * r;
     int64_t p = 0;
+#define AHEAD (call ? a + rows * stride + p * rows / w * stride + p * rows % w : NULL)
     for (; p + PARTS * WIDTH <= w && w - p != (PARTS + 1) * WIDTH; p += PARTS * WIDTH)
-      NAME(project_vectors)(a + p, stride, rows, b, r, out + p, row, add, PARTS);
-    for (; p + 2 * WIDTH <= w; p += 2 * WIDTH) NAME(project_vectors)(a + p, stride, rows, b, r, out + p, row, add, 2);
+      NAME(project_vectors)(a + p, stride, rows, b, r, out + p, row, add, AHEAD, PARTS);
+    for (; p + 2 * WIDTH <= w; p += 2 * WIDTH) NAME(project_vectors)(a + p, stride, rows, b, r, out + p, row, add, AHEAD, 2);
     for (; p < w; p += WIDTH)
-      NAME(project_vectors)(a + (p + WIDTH <= w ? p : w - WIDTH), stride, rows, b, r, out + p, row, add, 1);
+      NAME(project_vectors)(a + (p + WIDTH <= w ? p : w - WIDTH), stride, rows, b, r, out + p, row, add, AHEAD, 1);
+#undef AHEAD
   }
 }
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 
 from lowrank.tensors.geometry import ConvGeometry, Geometry, Shape
-from lowrank.tensors.tucker import mode_order
+from lowrank.tensors.tucker import iteration_order, mode_order
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def subspace_flops(
     the third product is of the small tensor that the first leaves, by a matrix (r, r) from a QR of (2 r, r), a
     triangular solve and two products more. See `decompose.subspace_iteration`.
     """
-    order = mode_order(shape, ranks)
+    order = iteration_order(shape, ranks)
     current, total = list(shape), 0
     for mode in [mode for mode in order if mode in held and ranks[mode] < shape[mode]]:
         total += 2 * prod(current) * ranks[mode]

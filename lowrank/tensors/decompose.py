@@ -18,7 +18,7 @@ from torch import Tensor
 from lowrank.errors import NonFiniteError, SettingError
 from lowrank.kernels import passes
 from lowrank.tensors.eager import remembered
-from lowrank.tensors.tucker import Tucker, in_memory_order, mode_correlation, mode_order, mode_product
+from lowrank.tensors.tucker import Tucker, in_memory_order, iteration_order, mode_correlation, mode_order, mode_product
 
 Algorithm = Literal["sequential", "published"]
 ALGORITHMS: tuple[Algorithm, ...] = ("sequential", "published")
@@ -144,15 +144,18 @@ def leading(mode: Spectrum, rank: int) -> Tensor | None:
 def project(x: Tensor, vectors: Sequence[Tensor | None]) -> Tucker:
     """Project `x` on orthonormal columns per mode (None: leave the mode as it is), in the order of least time."""
     core, place = in_memory_order(x)
-    for mode, u in _cheapest_first(x, vectors):
+    for mode, u in _ordered(vectors, mode_order(x.shape, _ranks(x, vectors))):
         core = mode_product(core, u.mT, place[mode])
     return Tucker(core.permute(place).contiguous(), tuple(vectors))
 
 
-def _cheapest_first(x: Tensor, matrices: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
-    """The modes that have a matrix (n_m, r_m), and the matrices, in the order of least time."""
-    ranks = [size if u is None else u.shape[1] for size, u in zip(x.shape, matrices, strict=True)]
-    found = [(mode, matrices[mode]) for mode in mode_order(x.shape, ranks)]
+def _ranks(x: Tensor, matrices: Sequence[Tensor | None]) -> list[int]:
+    return [size if u is None else u.shape[1] for size, u in zip(x.shape, matrices, strict=True)]
+
+
+def _ordered(matrices: Sequence[Tensor | None], order: list[int]) -> list[tuple[int, Tensor]]:
+    """The modes that have a matrix, in this order, and the matrices."""
+    found = [(mode, matrices[mode]) for mode in order]
     return [(mode, u) for mode, u in found if u is not None]
 
 
@@ -201,7 +204,7 @@ def subspace_iteration(
         starts: per mode a matrix (n_m, r_m) with r_m <= n_m, float32 or float64: the basis of the step before, or a
             random one. None leaves the mode as it is.
         algorithm: `published` iterates each mode on the full tensor (ASI, sec. 3.2); `sequential` iterates each mode
-            on the tensor that the modes before it have already truncated, in the order of least time (`mode_order`).
+            on the tensor that the modes before it have already truncated, in the order of `iteration_order`.
         held: modes whose starts are bases already: `x` is projected on them, ahead of all else, and the other modes are
             iterated on what is left.
         known: modes whose starts are bases of like tensors. Where `sequential` iterates one of these ahead of all
@@ -214,7 +217,8 @@ def subspace_iteration(
     wide, place = in_memory_order(_widen(x))
     bases = list(starts)
     core = wide
-    pairs, once = _cheapest_first(x, starts), None
+    once = None
+    pairs = _ordered(starts, iteration_order(x.shape, _ranks(x, starts)))
     if algorithm == "sequential":
         pairs = sorted(pairs, key=lambda pair: pair[0] not in held)
         if pairs and pairs[0][0] in known and pairs[0][0] not in held:

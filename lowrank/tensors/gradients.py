@@ -65,8 +65,8 @@ def _gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, joined: bool) -
     for mode in plan.expand:
         core = mode_product(core, _matrix(factors[mode]), mode)
     for mode in plan.project:
-        if mode == 0 and plan.project[0] == 0:
-            grad, bias = _project_batch(grad, _matrix(factors[0]), geometry if joined else None)
+        if mode == plan.project[0] and (mode == 0 or plan.meet == "positions"):
+            grad, bias = _project_ahead(grad, _matrix(factors[mode]), mode, geometry if joined else None)
         elif mode > 1 and plan.meet == "windows":
             assert isinstance(geometry, ConvGeometry)
             grad = mode_product(grad, geometry.windows(_matrix(factors[mode]), mode - 2), mode)
@@ -89,15 +89,17 @@ def _gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, joined: bool) -
     return geometry.by_output(_apply_channels(geometry.by_output(dense, 1), remaining, geometry.groups)), bias
 
 
-def _project_batch(grad: Tensor, factor: Tensor, of_bias: Geometry | None) -> tuple[Tensor, Tensor | None]:
-    """The output's gradient projected on the factor (B, r) of its samples, and the bias gradient of a layer, if one is
-    given: the sum over samples is one more column, of ones."""
+def _project_ahead(grad: Tensor, factor: Tensor, mode: int, of_bias: Geometry | None) -> tuple[Tensor, Tensor | None]:
+    """The output's gradient projected on the factor (n, r) of a mode, and the bias gradient of a layer, if one is
+    given: the sum over the mode is one more column, of ones."""
     columns = factor if of_bias is None else F.pad(factor, (0, 1), value=1.0)
-    found = passes.project(grad.flatten(1), columns) if grad.is_contiguous() else None
+    found = passes.project_mode(grad, columns, mode) if grad.is_contiguous() else None
     if found is None:
-        return mode_product(grad, factor.mT, 0), None
-    found = found.view(-1, *grad.shape[1:])
-    return (found, None) if of_bias is None else (found[:-1], of_bias.bias_gradient(found[-1:]))
+        return mode_product(grad, factor.mT, mode), None
+    if of_bias is None:
+        return found, None
+    last = factor.shape[1]
+    return found.narrow(mode, 0, last).contiguous(), of_bias.bias_gradient(found.narrow(mode, last, 1))
 
 
 def _correlate_windows(grad: Tensor, core: Tensor, kernel: Shape, groups: int) -> Tensor:

@@ -18,6 +18,7 @@ from lowrank.tensors.tucker import ascending
 # In numbers read from memory:
 _CALL = 2**14  # an operator call
 _FAR = 2**19  # numbers beyond a core's cache
+_ROWS, _ROW = 7, 16  # columns beside that of ones which are projected on in a read of rows of so many numbers
 _WINDOWS = 2**17  # what each place of a kernel meets, of one mode
 _GATHERED = 10  # a number of dY projected on that, which is brought to where it is multiplied
 _DENSE, _DEPTHWISE, _WIDE = 1 / 5, 1.0, 1 / 4  # a multiplication of a convolution; of groups at 3 x 3, and otherwise
@@ -179,8 +180,13 @@ class _Sketch:
     def _projected(self, project: tuple[int, ...], sizes: dict[int, int]) -> tuple[list[int], Work]:
         shape, (macs, cost) = _products(self.grad_shape, sizes, project)
         numbers = prod(self.grad_shape)
-        if self.joined and project[:1] == (0,) and numbers >= _FAR:  # in the read of the sum, and in little more time
-            cost += 3 * _CALL - numbers * (1 + sizes[0] / 48)
+        if self.joined and project and numbers >= _FAR:  # in the read of the sum, and in little more time
+            first = project[0]
+            right = prod(self.grad_shape[first + 1 :])
+            if first == 0:
+                cost += 3 * _CALL - numbers * (1 + sizes[0] / 48)
+            elif sizes[first] <= _ROWS and right >= _ROW:
+                cost += 3 * _CALL - numbers * (1 + sizes[first] / 16)
         return shape, (macs, cost)
 
     def _plan(

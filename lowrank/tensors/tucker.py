@@ -6,7 +6,7 @@ the product of the sizes ahead of the mode and `right` the product of those behi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,10 @@ def _sides(shape: Sequence[int], mode: int) -> tuple[int, int, int]:
     for size in shape[mode + 1 :]:
         right *= size
     return left, shape[mode], right
+
+
+# Of `iteration_order`: ranks that compiled kernels take at any size, and numbers of the widest vector.
+_KERNEL_RANKS, _VECTOR = 8, 16
 
 
 def mode_product(x: Tensor, matrix: Tensor, mode: int) -> Tensor:
@@ -93,12 +97,46 @@ def mode_order(shape: Sequence[int], ranks: Sequence[int]) -> list[int]:
 
 @remembered
 def _mode_order(shape: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[int, ...]:
-    keys = []
-    for mode, rank in enumerate(ranks):
-        left, n, right = _sides(shape, mode)
-        small = 0.0 if left == 1 else 20 / n if right == 1 else 500 / (n * right)
-        keys.append(float("inf") if rank >= n else (1 + rank / 12 + small) / (1 - rank / n))
+    return _by_cost(shape, ranks, _projecting)
+
+
+def _by_cost(
+    shape: tuple[int, ...], ranks: tuple[int, ...], cost: Callable[[tuple[int, ...], int, int], float]
+) -> tuple[int, ...]:
+    pairs = list(zip(ranks, shape, strict=True))
+    keys = [
+        float("inf") if rank >= n else cost(shape, mode, rank) / (1 - rank / n) for mode, (rank, n) in enumerate(pairs)
+    ]
     return tuple(ascending(keys))
+
+
+def _projecting(shape: tuple[int, ...], mode: int, rank: int) -> float:
+    """Cost of projecting a mode, for each number of the tensor."""
+    left, n, right = _sides(shape, mode)
+    return 1 + rank / 12 + (0.0 if left == 1 else 20 / n if right == 1 else 500 / (n * right))
+
+
+def iteration_order(shape: Sequence[int], ranks: Sequence[int]) -> list[int]:
+    """The order in which to iterate the modes of a tensor, each on what the ones ahead of it leave, in the least time.
+
+    As `mode_order`, but fitted to one core with the compiled kernels, whose time is that of multiplying.
+    """
+    return list(_iteration_order(tuple(shape), tuple(ranks)))
+
+
+@remembered
+def _iteration_order(shape: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[int, ...]:
+    return _by_cost(shape, ranks, _iterating)
+
+
+def _iterating(shape: tuple[int, ...], mode: int, rank: int) -> float:
+    """Cost of iterating a mode, for each number of the tensor; of ranks that BLAS has, as of projecting."""
+    if rank > _KERNEL_RANKS:
+        return _projecting(shape, mode, rank)
+    left, n, right = _sides(shape, mode)
+    row = n if right == 1 else right
+    scattered = 1.0 if left == 1 or row >= _VECTOR else 2.5 if row >= _VECTOR // 2 else 5.0
+    return scattered * (rank + 0.5) / 12
 
 
 def ascending(keys: Sequence[float]) -> list[int]:

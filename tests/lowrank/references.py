@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank.tensors.tucker import mode_order
+from lowrank.tensors.tucker import iteration_order
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 DEVICE = torch.get_default_device().type  # where the tests make tensors, see `conftest`
@@ -86,12 +86,12 @@ def kept_input(x: Tensor, approximation: Tensor, ranks: Sequence[int]) -> Tensor
 def subspace_step(x: Tensor, starts: dict[int, Tensor], sequential: bool) -> dict[int, Tensor]:
     """One subspace iteration per mode: V = A^T U_prev, U = orth(A V) (papers, A3), A being an unfolding.
 
-    Published: of the full tensor. Sequential: of the tensor truncated in the modes before, as `mode_order` says.
+    Published: of the full tensor. Sequential: of the tensor truncated in the modes before, as `iteration_order` says.
     """
     bases: dict[int, Tensor] = {}
     current = x
     ranks = [starts[mode].shape[1] if mode in starts else size for mode, size in enumerate(x.shape)]
-    for mode in (mode for mode in mode_order(x.shape, ranks) if mode in starts):
+    for mode in (mode for mode in iteration_order(x.shape, ranks) if mode in starts):
         a = unfold(current if sequential else x, mode)
         bases[mode] = torch.linalg.qr(a @ (a.mT @ starts[mode]))[0]
         current = multiply(current, bases[mode].mT, mode)
@@ -102,7 +102,7 @@ def known_of_one_read(x: Tensor, starts: dict[int, Tensor], channels: int = 1) -
     """What ASI iterates on from bases of the step before: `x`; or, where the first mode is neither batch nor
     channels, the part of it whose unfolding has the rows of start^T x."""
     ranks = [starts[mode].shape[1] if mode in starts else size for mode, size in enumerate(x.shape)]
-    mode = next((mode for mode in mode_order(x.shape, ranks) if mode in starts), 0)
+    mode = next((mode for mode in iteration_order(x.shape, ranks) if mode in starts), 0)
     if mode in (0, channels % x.ndim):
         return x
     a = unfold(x, mode)

@@ -81,6 +81,16 @@ def test_a_projection_is_the_product(width, n, m, columns):
     assert_near(passes.project(x.float(), s.float()), s.mT @ x)
 
 
+@pytest.mark.parametrize("shape", [(3, 9, 16), (2, 5, 13, 17), (4, 70, 3, 8)])
+@pytest.mark.parametrize("columns", [1, 4, 5, 8])
+def test_a_projection_in_a_mode_is_the_product(width, shape, columns):
+    x, s = random_tensor(*shape), random_tensor(shape[1], columns, seed=1)
+    found = passes.project_mode(x.float(), s.float(), 1)
+    assert_near(found, torch.einsum("an...,nr->ar...", x, s))
+    assert passes.project_mode(x.float(), random_tensor(shape[1], 9).float(), 1) is None
+    assert passes.project_mode(x.float(), random_tensor(shape[-1], 1).float(), x.ndim - 1) is None
+
+
 def test_a_projection_is_the_same_with_any_number_of_threads():
     x, s = random_tensor(50, 20011).float(), random_tensor(50, 9, seed=1).float()
     wanted, before = passes.project(x, s), torch.get_num_threads()
@@ -122,17 +132,17 @@ def test_other_layouts_precisions_and_no_kernels_give_the_same(width, setting):
         torch.testing.assert_close(precise, wanted[name], rtol=1e-9, atol=1e-9)
 
 
-def test_a_large_layer_is_read_once(monkeypatch):
+@pytest.mark.parametrize(("shape", "mode"), [((32, 8, 20, 20), 0), ((8, 8, 40, 40), 2)])
+def test_a_large_layer_is_read_once(shape, mode, monkeypatch):
     """Both gradients of a layer whose output is beyond the cache, from the one projection and no further read."""
-    layer, tucker, grad, geometry = given({"out_channels": 48, "kernel_size": 1}, (32, 8, 20, 20), (4, 4, 4, 4))
-    reads, own = [], passes.project
-    monkeypatch.setattr(passes, "project", lambda *both: reads.append(both[0]) or own(*both))
-    monkeypatch.setattr(ConvGeometry, "bias_gradient", lambda _, small: small.sum((0, 2, 3)) * (len(small) == 1))
+    layer, tucker, grad, geometry = given({"out_channels": 48, "kernel_size": 1}, shape, (4, 4, 4, 4))
+    reads, own = [], passes.project_mode
+    monkeypatch.setattr(passes, "project_mode", lambda *given: reads.append(given) or own(*given))
+    monkeypatch.setattr(ConvGeometry, "bias_gradient", lambda _, small: small.sum((0, 2, 3)) * (1 in small.shape))
     kept = (tucker.core, *tucker.factors)
     weight, bias = ASI(ranks=4).gradients(kept, grad, geometry, tucker.shape)
     wanted = exact(layer, tucker, grad)
-    assert len(reads) == 1
-    assert reads[0].data_ptr() == grad.data_ptr()
+    assert [(x.data_ptr(), at) for x, _, at in reads] == [(grad.data_ptr(), mode)]
     assert_near(weight, wanted["weight"])
     assert_near(bias, wanted["bias"])
 

@@ -19,7 +19,7 @@ from torch import nn
 import lowrank
 from lowrank import ASI, HOSVD, SVD, WASI, WSI, GradientFilter, SettingError, Vanilla
 from lowrank.tensors.geometry import ConvGeometry, LinearGeometry
-from lowrank.tensors.tucker import mode_order
+from lowrank.tensors.tucker import iteration_order
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_asi_flops_are_those_of_its_matrix_products_and_qr(options, once, ranks)
         kept, _ = method.compress(x, geometry, state, "layer")
         method.weight_gradient(kept, random_tensor(*CONV_OUTPUT), geometry, CONV_SHAPE)
     qr = sum(4 * n * r**2 for n, r in zip(CONV_SHAPE, ranks, strict=True) if r < n)
-    first = next((m for m in mode_order(CONV_SHAPE, ranks) if ranks[m] < CONV_SHAPE[m]), 0)
+    first = next((m for m in iteration_order(CONV_SHAPE, ranks) if ranks[m] < CONV_SHAPE[m]), 0)
     if once and first >= 2:  # the QR of (2 r, r), and a triangular solve
         qr += 9 * ranks[first] ** 3
     forward = 2 * prod(CONV_OUTPUT) * 3 * 6
