@@ -271,3 +271,18 @@ def test_one_image_with_its_channels_last_has_stocks_gradients(dtype):
     grad = torch.randn(1, 5, 7, 7, dtype=dtype, device=DEVICE)
     wanted, found = (torch.autograd.grad(net(x), list(net.parameters()), grad) for net in (stock, own))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_of_one_image_put_in_order_for_a_normalisation_have_stocks_gradients():
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1)).to(DEVICE, torch.float64)
+    own = lowrank.convert(copy.deepcopy(stock), ["1"], Vanilla())
+    tokens = torch.randn(1, 49, 6, dtype=torch.float64, device=DEVICE)
+    grad = torch.randn(1, 5, 7, 7, dtype=torch.float64, device=DEVICE)
+
+    def gradients(net):
+        leaf = tokens.clone().requires_grad_()
+        y = net(leaf.transpose(1, 2).reshape(1, 6, 7, 7))
+        return torch.autograd.grad(y, [leaf, *net.parameters()], grad)
+
+    torch.testing.assert_close(gradients(own), gradients(stock))
