@@ -258,3 +258,31 @@ def test_an_output_that_was_read_is_that_tensor_from_then_on():
     assert y.data_ptr() == y.data_ptr()
     y.detach().zero_()
     assert not y.detach().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_image_with_its_channels_last_has_stocks_gradients(dtype):
+    """PyTorch takes a contiguous gradient for one with channels last, where the normalisation's input has the strides
+    that `view_as` gives one image."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1)).to(DEVICE, dtype)
+    own = lowrank.convert(copy.deepcopy(stock), ["0", "2"], Vanilla())
+    x = torch.randn(1, 4, 7, 7, dtype=dtype, device=DEVICE).to(memory_format=torch.channels_last)
+    grad = torch.randn(1, 5, 7, 7, dtype=dtype, device=DEVICE)
+    wanted, found = (torch.autograd.grad(net(x), list(net.parameters()), grad) for net in (stock, own))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_of_one_image_put_in_order_for_a_normalisation_have_stocks_gradients():
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1)).to(DEVICE, torch.float64)
+    own = lowrank.convert(copy.deepcopy(stock), ["1"], Vanilla())
+    tokens = torch.randn(1, 49, 6, dtype=torch.float64, device=DEVICE)
+    grad = torch.randn(1, 5, 7, 7, dtype=torch.float64, device=DEVICE)
+
+    def gradients(net):
+        leaf = tokens.clone().requires_grad_()
+        y = net(leaf.transpose(1, 2).reshape(1, 6, 7, 7))
+        return torch.autograd.grad(y, [leaf, *net.parameters()], grad)
+
+    torch.testing.assert_close(gradients(own), gradients(stock))
