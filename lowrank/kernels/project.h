@@ -6,7 +6,8 @@ typedef float NAME(vector) __attribute__((vector_size(4 * WIDTH), aligned(4), ma
 #define INLINE static inline TARGET __attribute__((always_inline))
 
 /* out[k] = sum over i of s[i][k] x[i], of K columns of s, `rows` rows of x, and P vectors of each; added to what is
-   there, or not. Reading x, it calls for what lies `ahead`. */
+   there, or not. Reading x, it calls for as many numbers `ahead`, in the order in which they lie, so that the processor
+   goes on by itself. */
 INLINE void NAME(few)(const struct product *p, const float *x, const float *s, float *out, int64_t rows, int add,
                       const float *ahead, const int K, const int P) {
   NAME(vector) sums[MOST][2];
@@ -49,6 +50,7 @@ static TARGET void NAME(piece)(const task *t, int64_t block, int64_t to) {
 #define AHEAD (next + (c - first) * rows / COLUMNS * p->m + (c - first) * rows % COLUMNS)
       for (; c + 2 * WIDTH <= end; c += 2 * WIDTH) NAME(all)(p, x + c, s, p->out + c, rows, row > 0, AHEAD, 2);
       for (; c + WIDTH <= end; c += WIDTH) NAME(all)(p, x + c, s, p->out + c, rows, row > 0, AHEAD, 1);
+#undef AHEAD
       if (c < end) the_last(p, x, s, rows, row > 0, c);
     }
 }

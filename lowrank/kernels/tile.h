@@ -30,7 +30,8 @@ INLINE void NAME(project_few)(const float *x, int64_t stride, int64_t count, con
 INLINE void NAME(project_vectors)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
                                   int64_t row, int add, const float *ahead, const int P) {
   int64_t k = 0;
-  for (; k + 4 <= r; k += 4, ahead = NULL) NAME(project_few)(x, stride, count, s + k, r, out + k * row, row, add, ahead, 4, P);
+  for (; k + 4 <= r; k += 4, ahead = NULL)
+    NAME(project_few)(x, stride, count, s + k, r, out + k * row, row, add, ahead, 4, P);
   s += k, out += k * row;
   if (r - k == 3) NAME(project_few)(x, stride, count, s, r, out, row, add, ahead, 3, P);
   if (r - k == 2) NAME(project_few)(x, stride, count, s, r, out, row, add, ahead, 2, P);
@@ -49,7 +50,8 @@ static TARGET void NAME(project)(const float *x, int64_t stride, int64_t count, 
 #define AHEAD (call ? a + rows * stride + p * rows / w * stride + p * rows % w : NULL)
     for (; p + PARTS * WIDTH <= w && w - p != (PARTS + 1) * WIDTH; p += PARTS * WIDTH)
       NAME(project_vectors)(a + p, stride, rows, b, r, out + p, row, add, AHEAD, PARTS);
-    for (; p + 2 * WIDTH <= w; p += 2 * WIDTH) NAME(project_vectors)(a + p, stride, rows, b, r, out + p, row, add, AHEAD, 2);
+    for (; p + 2 * WIDTH <= w; p += 2 * WIDTH)
+      NAME(project_vectors)(a + p, stride, rows, b, r, out + p, row, add, AHEAD, 2);
     for (; p < w; p += WIDTH)
       NAME(project_vectors)(a + (p + WIDTH <= w ? p : w - WIDTH), stride, rows, b, r, out + p, row, add, AHEAD, 1);
 #undef AHEAD

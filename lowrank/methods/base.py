@@ -78,7 +78,10 @@ class Method(ABC):
         """
 
     def gradients(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> tuple[Tensor, Tensor]:
-        """Weight gradient and bias gradient, (O,), where both are wanted: one read of `grad` may give both."""
+        """Weight gradient and bias gradient, (O,), where both are wanted: one read of `grad` may give both.
+
+        Where the bias has no gradient, `weight_gradient` is called in its place: who changes one changes both.
+        """
         return self.weight_gradient(kept, grad, geometry, shape), geometry.bias_gradient(grad)
 
     def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
