@@ -13,13 +13,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.exact import chains, slots
+from lowrank.exact.slots import here, place_of_saving
 from lowrank.tensors.eager import in_autocast, wants_gradient
 from lowrank.tensors.notes import Notes
 
@@ -222,13 +222,13 @@ def is_kept(x: Tensor) -> None:
 def is_known_as_kept(x: Tensor) -> bool:
     """Whether a node keeps this tensor in full."""
     place = _KEPT.find(x)
-    return place is not None and place == _place()
+    return place is not None and place == here()
 
 
 def find(x: Tensor) -> Origin | None:
     """How a tensor comes about, if that is known and its sources are as they were."""
     origin = _ORIGINS.find(x)
-    if origin is None or origin.place != _place():
+    if origin is None or origin.place != here():
         return None
     with torch._C.DisableTorchFunctionSubclass():
         return origin if origin.holds() else None
@@ -237,25 +237,6 @@ def find(x: Tensor) -> Origin | None:
 def is_noted(x: Tensor) -> bool:
     """Whether anything may be known of how a tensor comes about; by little, and not whether it still holds."""
     return _ORIGINS.may_know(x)
-
-
-def place_of_saving() -> int:
-    """What becomes of what autograd saves: 0, or a number for whoever takes it instead, such as a checkpoint."""
-    return 0 if torch.compiler.is_compiling() else _place()
-
-
-def _place() -> int:
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is None:
-        return 0
-    try:
-        return _PLACES.setdefault(hooks[0], next(_NUMBERS))
-    except TypeError:  # a callable that nothing can refer to weakly
-        return -id(hooks[0])
-
-
-_PLACES: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-_NUMBERS = count(1)
 
 
 def origin_of(x: Tensor, stream: bool = False) -> Origin:

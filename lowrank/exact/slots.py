@@ -7,6 +7,7 @@ needs no bits of its own.
 from __future__ import annotations
 
 import weakref
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -48,10 +49,10 @@ class _Held:
 
 
 class Slot:
-    """One tensor that autograd saves; `own`: it is what was put first."""
+    """One tensor that autograd saves; `own`: it is what was put first; `place`: where that was, see `here`."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.own = True
+        self.own, self.place = True, here()
         self._saved: _Held | Tensor | None = _saved(tensor)
 
     def replace(self, tensor: Tensor) -> None:
@@ -84,6 +85,26 @@ def _saved(tensor: Tensor) -> _Held | Tensor:
     return output
 
 
+def place_of_saving() -> int:
+    """What becomes of what autograd saves: 0, or a number for whoever takes it instead, such as a checkpoint."""
+    return 0 if torch.compiler.is_compiling() else here()
+
+
+def here() -> int:
+    """The same, of who is not compiling."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is None:
+        return 0
+    try:
+        return _PLACES.setdefault(hooks[0], next(_NUMBERS))
+    except TypeError:  # a callable that nothing can refer to weakly
+        return -id(hooks[0])
+
+
+_PLACES: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_NUMBERS = count(1)
+
+
 _SLOTS: Notes[weakref.ref[Slot]] = Notes()
 
 
@@ -98,8 +119,9 @@ def has_slot(tensor: Tensor) -> bool:
 
 
 def is_kept(tensor: Tensor) -> None:
-    """A node keeps this tensor in full: so the one that gave it may let go of what it kept of its own."""
+    """A node keeps this tensor in full: so the one that gave it may let go of what it kept of its own. Not where one
+    of the two is in a checkpoint alone, which keeps nothing after all, and counts what is saved within."""
     found = _SLOTS.find(tensor)
     slot = None if found is None else found()
-    if slot is not None and slot.own:
+    if slot is not None and slot.own and slot.place == here():
         slot.replace(tensor)

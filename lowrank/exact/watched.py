@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from lowrank.exact.functions import LEAN_FUNCTIONS
-from lowrank.exact.origins import place_of_saving
+from lowrank.exact.slots import place_of_saving
 from lowrank.tensors.eager import ORDINARY
 
 

@@ -1,0 +1,62 @@
+"""A checkpoint around any part of a network: it begins and ends between layers that tell each other what they keep."""
+
+import copy
+from itertools import combinations
+
+import pytest
+import torch
+from references import random_tensor
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lowrank
+from lowrank import ASI, Vanilla
+
+SHAPE = (3, 4, 8, 8)
+NETWORKS = {
+    "batch statistics": lambda: [
+        *(nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(6, 6, 3, groups=6), nn.BatchNorm2d(6, track_running_stats=False), nn.ReLU6()),
+        *(nn.Conv2d(6, 4, 1), nn.MaxPool2d(2), nn.Flatten(1), nn.Linear(36, 5)),
+    ],
+    "smooth": lambda: [
+        *(nn.Conv2d(4, 6, 1), nn.GroupNorm(2, 6), nn.SiLU()),
+        *(nn.Conv2d(6, 4, 3, stride=2), nn.GELU(), nn.AvgPool2d(3)),
+        *(nn.Flatten(1), nn.LayerNorm(4), nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 5)),
+    ],
+}
+METHODS = {"exact": Vanilla(), "ranks": ASI(ranks=100)}  # ranks of all that there is: as exact
+
+
+class Network(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers, self.part = nn.Sequential(*layers), (0, 0)
+
+    def forward(self, x):
+        start, end = self.part
+        x = checkpoint(self.layers[start:end], self.layers[:start](x), use_reentrant=False)
+        return self.layers[end:](x)
+
+
+def gradients(model):
+    model.zero_grad()
+    y = model(random_tensor(*SHAPE, seed=1))
+    y.backward(random_tensor(*y.shape, seed=2))
+    return [y.detach(), *[parameter.grad for parameter in model.parameters()]]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_checkpoint_between_any_two_layers_changes_no_gradient(kind, method, training):
+    torch.manual_seed(0)
+    stock = Network(NETWORKS[kind]()).double().train(training)
+    model = copy.deepcopy(stock)
+    lowrank.convert(model, lowrank.trailing_layers(model, "all"), METHODS[method], everywhere=True)
+    for part in combinations(range(len(stock.layers) + 1), 2):
+        if getattr(stock.layers[part[0]], "inplace", False):  # a checkpoint's own input may not be changed
+            continue
+        stock.part = model.part = part
+        for found, wanted in zip(gradients(model), gradients(stock), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11, msg=lambda text, at=part: f"{at}: {text}")
