@@ -119,20 +119,20 @@ def _projecting(shape: tuple[int, ...], mode: int, rank: int) -> float:
 def iteration_order(shape: Sequence[int], ranks: Sequence[int]) -> list[int]:
     """The order in which to iterate the modes of a tensor, each on what the ones ahead of it leave, in the least time.
 
-    As `mode_order`, but fitted to one core with the compiled kernels, whose time is that of multiplying.
+    As `mode_order`, but fitted to one core with the compiled kernels, whose time is that of multiplying. With higher
+    ranks than these take at any size it is `mode_order`.
     """
     return list(_iteration_order(tuple(shape), tuple(ranks)))
 
 
 @remembered
 def _iteration_order(shape: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[int, ...]:
-    return _by_cost(shape, ranks, _iterating)
+    few = [rank <= _KERNEL_RANKS or rank >= n for rank, n in zip(ranks, shape, strict=True)]
+    return _by_cost(shape, ranks, _iterating if all(few) else _projecting)
 
 
 def _iterating(shape: tuple[int, ...], mode: int, rank: int) -> float:
-    """Cost of iterating a mode, for each number of the tensor; of ranks that BLAS has, as of projecting."""
-    if rank > _KERNEL_RANKS:
-        return _projecting(shape, mode, rank)
+    """Cost of iterating a mode with the compiled kernels, for each number of the tensor."""
     left, n, right = _sides(shape, mode)
     row = n if right == 1 else right
     scattered = 1.0 if left == 1 or row >= _VECTOR else 2.5 if row >= _VECTOR // 2 else 5.0
