@@ -20,8 +20,7 @@ GateOf = Literal["SiLU", "GELU"]
 _GATES_OF: dict[GateOf, int] = {"SiLU": 0, "GELU": 1}
 TWICE, HELD, ONCE = range(3)  # ways to cut a mode, see `subspace`
 _MOST_PROJECTED = 12  # columns; of more, a product of BLAS takes less
-_ROW = 16  # numbers of a vector
-_MOST_ROWS = 8  # columns of the product of a mode with numbers behind it
+_MOST_ROWS, _ROW = 8, 16  # columns of the product of a mode with so many numbers behind it
 _KINDS = {torch.float32: "float", torch.float64: "double", torch.int8: "int8"}
 
 
@@ -270,9 +269,8 @@ def _depthwise_plan(numbers: tuple[int, ...]) -> tuple[Any, int]:
 
 def can_project(x: Tensor, columns: int, mode: int = 0) -> bool:
     """Whether there is a kernel for the product of such a tensor, in this mode, and so many columns, see `project`."""
-    if mode and (columns > _MOST_ROWS or prod(x.shape[mode + 1 :]) < _ROW):
-        return False
-    return columns <= _MOST_PROJECTED and x.numel() > 0 and _kernel("project", x) is not None
+    few = columns <= _MOST_ROWS and prod(x.shape[mode + 1 :]) >= _ROW if mode else columns <= _MOST_PROJECTED
+    return few and x.numel() > 0 and _kernel("project", x) is not None
 
 
 def project_mode(x: Tensor, columns: Tensor, mode: int) -> Tensor | None:
@@ -288,11 +286,11 @@ def project_mode(x: Tensor, columns: Tensor, mode: int) -> Tensor | None:
     """
     if not can_project(x, columns.shape[1], mode):
         return None
-    if mode:
-        found = subspace(x, [(mode, columns, HELD)])
-        return None if found is None else found[0]
-    projected = project(x.flatten(1), columns)
-    return None if projected is None else projected.view(-1, *x.shape[1:])
+    if mode == 0:
+        projected = project(x.flatten(1), columns)
+        return None if projected is None else projected.view(-1, *x.shape[1:])
+    found = subspace(x, [(mode, columns, HELD)])
+    return None if found is None else found[0]
 
 
 def project(x: Tensor, columns: Tensor) -> Tensor | None:
