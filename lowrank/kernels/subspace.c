@@ -11,13 +11,13 @@
 #define WORK 262144        /* multiplications that a piece is worth */
 #define TILE 16384         /* numbers of a tile that is copied together */
 #define READ_AT_ONCE 131072 /* numbers of a tile that is read where it lies */
+#define LINE 16 /* numbers that come to the cache together */
 #define NEAR 6144          /* numbers in the nearest cache */
 #define PRODUCT 4096       /* numbers of the product of a tile and a start */
 #define MOST_COLUMNS 128   /* of a start */
 #define FEW_COLUMNS 8      /* of a start: of more, BLAS makes large products faster */
 #define LARGE 4194304      /* multiplications of a large product */
 #define HELD 0 /* share of a step whose start is a basis, see `passes.subspace` */
-#define LINE 16 /* numbers that come to the cache together */
 typedef float four __attribute__((vector_size(16)));
 typedef float loose __attribute__((vector_size(16), aligned(4), may_alias));
 #if defined(__clang__) || __GNUC__ >= 12
@@ -39,6 +39,7 @@ struct tile_kernels {
 
 #define WIDTH 4
 #define PARTS 3
+#define MOST 3
 #define TARGET
 #define NAME(x) x##_plain
 #define LOW 0, 4, 1, 5
@@ -50,6 +51,7 @@ struct tile_kernels {
 #if defined(__x86_64__)
 #define WIDTH 8
 #define PARTS 3
+#define MOST 3
 #define TARGET __attribute__((target("avx2,fma")))
 #define NAME(x) x##_avx2
 #define LOW 0, 8, 1, 9, 4, 12, 5, 13
@@ -60,6 +62,7 @@ struct tile_kernels {
 
 #define WIDTH 16
 #define PARTS 4
+#define MOST 7
 #define TARGET __attribute__((target("avx512f")))
 #define NAME(x) x##_avx512
 #define LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
