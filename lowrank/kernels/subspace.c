@@ -272,10 +272,10 @@ static void iterate(view *v, const float *start, float *basis, float *scratch, i
     for (int64_t i = 0; i < n; i++) basis[i * r + k] = scratch[k * n + i];
 }
 
-/* How each step sees the tensor, and what of it the first iterates; and the numbers that all of them need for their
-   images and for a tensor between two. */
+/* How each step sees the tensor, and what of it is iterated; and the numbers that all of them need for their images and
+   for a tensor between two. */
 typedef struct {
-  view views[8], first;
+  view views[8], iterated[8];
   int64_t images, between;
 } course;
 
@@ -308,17 +308,15 @@ static int look(course *c, const int64_t *plan) {
   memset(c, 0, sizeof *c);
   memcpy(now, plan + 1, sizeof(int64_t) * (size_t)modes);
   for (int64_t at = 0; at < steps; at++) {
-    view *v = c->views + at;
+    view *v = c->views + at, *some = c->iterated + at;
     int64_t left = 1;
     v->n = now[step[3 * at]], v->r = step[3 * at + 1], v->share = v->stride = v->rest = 1;
     for (int64_t m = 0; m < modes; m++)
       if (m != step[3 * at]) *(m < step[3 * at] ? &left : &v->stride) *= now[m];
     if (!see(c, v, left)) return 0;
-    if (!at) {
-      c->first = *v, c->first.rest = left / plan[1];
-      if (step[2] != HELD) c->first.share = step[2];
-      if (!see(c, &c->first, left)) return 0;
-    }
+    *some = *v, some->rest = left / now[0];
+    if (step[3 * at + 2] != HELD) some->share = step[3 * at + 2];
+    if (!see(c, some, left)) return 0;
     now[step[3 * at]] = v->r;
     const int64_t between = at + 1 < steps ? left * v->r * v->stride : 0;
     if (c->between < between) c->between = between;
@@ -326,9 +324,9 @@ static int look(course *c, const int64_t *plan) {
   return 1;
 }
 
-/* `plan`: the number of modes, their sizes, the number of steps, and for each of these the mode, its rank, and the share,
-   of which other ones than 1 and HELD are the first step's alone. Returns the numbers of scratch that it takes, which the
-   caller has from PyTorch, whose meters see them; -1 where it cannot be done. */
+/* `plan`: the number of modes, their sizes, the number of steps, and for each of these the mode, its rank, and the
+   share. Returns the numbers of scratch that it takes, which the caller has from PyTorch, whose meters see them; -1 where
+   it cannot be done. */
 int64_t lowrank_subspace_room_float(const int64_t *plan) {
   course c;
   return look(&c, plan) ? c.images + 2 * c.between : -1;
@@ -342,7 +340,7 @@ void lowrank_subspace_float(const int64_t *plan, const int64_t *memory, int thre
   const float *x = (const float *)memory[0];
   float *scratch = (float *)memory[2], *between = scratch + c.images;
   for (int64_t at = 0; at < steps; at++) {
-    view *v = c.views + at, *iterated = at ? v : &c.first;
+    view *v = c.views + at, *iterated = c.iterated + at;
     float *start = (float *)memory[3 + 2 * at], *basis = (float *)memory[4 + 2 * at];
     float *out = at + 1 < steps ? between + at % 2 * c.between : (float *)memory[1];
     iterated->x = v->x = x;

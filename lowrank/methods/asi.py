@@ -161,7 +161,7 @@ class ASI(RankedMethod):
         wide = x.dtype == torch.float64
         return _random_basis(size, rank, f"{self.seed}/{name}/{mode}", wide).to(x.device)
 
-    def subspace_flops(self, geometry: Geometry, shape: Shape, ranks: Shape) -> int:
+    def subspace_flops(self, shape: Shape, ranks: Shape) -> int:
         """Of the mean step; with "energy" of one that iterates, the most that it takes."""
         ranks = self.kept_ranks(shape, ranks)
         if ranks == shape:
@@ -191,7 +191,7 @@ class ASI(RankedMethod):
             + costs.paper_subspace(shape, ranks)
             + costs.paper_tucker_gradient(geometry, shape, ranks, out_channels),
             flops=exact_flops(geometry, shape, out_channels, input_gradient)
-            + self.subspace_flops(geometry, shape, ranks)
+            + self.subspace_flops(shape, ranks)
             + self.gradient_flops(geometry, shape, ranks, out_channels),
         )
 

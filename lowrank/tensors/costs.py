@@ -156,21 +156,20 @@ def paper_svd(geometry: Geometry, shape: Shape, modes: Sequence[int]) -> int:
 def subspace_flops(shape: Shape, ranks: Shape, sequential: bool, held: Sequence[int] = ()) -> int:
     """One subspace iteration per mode as executed: three products, and a QR with its Q formed (4 n r^2).
 
-    Modes that are held come first, with one product each. Of the first that is iterated two products are of the share of
-    the fibres that `share_of` names, of a contiguous tensor.
+    Modes that are held come first, with one product each. Two products of a sequential iteration are of the share of the
+    fibres that `share_of` names, of a contiguous tensor.
     """
     order = iteration_order(shape, ranks)
     current, total = list(shape), 0
     for mode in [mode for mode in order if mode in held and ranks[mode] < shape[mode]]:
         total += 2 * prod(current) * ranks[mode]
         current[mode] = ranks[mode]
-    full, whole = prod(current), not sequential or total > 0
+    full = prod(current)
     for mode in [mode for mode in order if mode not in held and ranks[mode] < shape[mode]]:
         rank = ranks[mode]
-        source = prod(current) if sequential else full
-        total += 4 * (source if whole else taken(shape, mode, rank)) * rank + 4 * shape[mode] * rank**2
-        total += 2 * prod(current) * rank
-        current[mode], whole = rank, True
+        source = taken(current, mode, rank) if sequential else full
+        total += 4 * source * rank + 4 * shape[mode] * rank**2 + 2 * prod(current) * rank
+        current[mode] = rank
     return total
 
 

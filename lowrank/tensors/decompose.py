@@ -203,8 +203,8 @@ def subspace_iteration(
         starts: per mode a matrix (n_m, r_m) with r_m <= n_m, float32 or float64: the basis of the step before, or a
             random one. None leaves the mode as it is.
         algorithm: `published` iterates each mode on the full tensor (ASI, sec. 3.2); `sequential` iterates each mode
-            on the tensor that the modes before it have already truncated, in the order of `iteration_order`, and the
-            first of all on the part of its fibres that `share_of` names, where the tensor is large.
+            on the tensor that the modes before it have already truncated, in the order of `iteration_order`, and of a
+            large one on the part of the fibres that `share_of` names.
         held: modes whose starts are bases already: `x` is projected on them, ahead of all else, and the other modes are
             iterated on what is left.
 
@@ -216,16 +216,22 @@ def subspace_iteration(
     published = algorithm == "published"
     pairs = _ordered(starts, iteration_order(x.shape, _ranks(x, starts)))
     pairs.sort(key=lambda pair: pair[0] not in held)
-    shares = [passes.HELD if mode in held else 1 for mode, _ in pairs]
-    if not published and shares[:1] == [1]:
-        mode, start = pairs[0]
-        shares[0] = share_of(wide.shape, place[mode], start.shape[1])
-    steps = [(place[mode], start, share) for (mode, start), share in zip(pairs, shares, strict=True)]
+    steps = _steps(wide.shape, [(place[mode], start, mode in held) for mode, start in pairs], published)
     found = None if published else passes.subspace(wide, steps)
     core, made = _by_operators(wide, steps, published) if found is None else found
     for (mode, _), basis in zip(pairs, made, strict=True):
         bases[mode] = basis
     return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
+
+
+def _steps(shape: Sequence[int], asked: list[tuple[int, Tensor, bool]], published: bool) -> list[passes.Step]:
+    """The modes in turn, each with its start, and the share of its fibres; asked: of each, whether it is held."""
+    current, steps = list(shape), []
+    for mode, start, held in asked:
+        share = passes.HELD if held else 1 if published else share_of(current, mode, start.shape[1])
+        steps.append((mode, start, share))
+        current[mode] = start.shape[1]
+    return steps
 
 
 def _by_operators(x: Tensor, steps: Sequence[passes.Step], published: bool) -> tuple[Tensor, list[Tensor]]:

@@ -102,8 +102,8 @@ def test_of_a_large_tensor_the_first_mode_is_iterated_on_the_fibres_that_are_nam
     steps, own = [], passes.subspace
     monkeypatch.setattr(passes, "subspace", lambda x, asked: steps.extend(asked) or own(x, asked))
     _, bases = subspace_iteration(x.float(), starts)
-    (mode, start, named), *more = steps
-    assert named == share and all(other == 1 for _, _, other in more)
+    mode, start, named = steps[0]
+    assert named == share
     a = fibres_by_definition(x, mode, share)
     assert same_span(bases[mode].double(), torch.linalg.qr(a @ (a.mT @ start.double()))[0], 1e-4)
 
