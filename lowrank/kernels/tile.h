@@ -14,7 +14,7 @@ typedef float NAME(vector) __attribute__((vector_size(4 * WIDTH), aligned(4), ma
    added to what is there, or not. */
 INLINE void NAME(project_few)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
                               int64_t row, int64_t last, int add, const float *ahead, const int K, const int P) {
-  NAME(vector) sums[4][MOST];
+  NAME(vector) sums[5][MOST];
   for (int k = 0; k < K; k++)
     for (int p = 0; p < P; p++) sums[k][p] = add ? READ(out + k * row + p * WIDTH) : (NAME(vector)){0};
   for (int64_t i = 0; i < count; i++, x += stride, s += r) {
@@ -32,6 +32,10 @@ INLINE void NAME(project_few)(const float *x, int64_t stride, int64_t count, con
 INLINE void NAME(project_vectors)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
                                   int64_t row, int64_t last, int add, const float *ahead, const int P) {
   int64_t k = 0;
+  if (MOST == 7 && P < 7 && r == 5) {
+    NAME(project_few)(x, stride, count, s, r, out, row, last, add, ahead, 5, P < 7 ? P : 1);
+    return;
+  }
   for (; k + 4 <= r; k += 4, ahead = NULL)
     NAME(project_few)(x, stride, count, s + k, r, out + k * row, row, last, add, ahead, 4, P);
   s += k, out += k * row;
@@ -44,7 +48,8 @@ INLINE void NAME(project_vectors)(const float *x, int64_t stride, int64_t count,
    there is room for: memory is fast where it is read in order. */
 static TARGET void NAME(project)(const float *x, int64_t stride, int64_t count, int64_t w, const float *s, int64_t r,
                                  float *out, int add, int call) {
-  const int64_t row = PADDED(w), vectors = row / WIDTH, turns = (vectors + MOST - 1) / MOST;
+  const int64_t row = PADDED(w), vectors = row / WIDTH, most = r == 5 && MOST == 7 ? 6 : MOST,
+                turns = (vectors + most - 1) / most;
   const int64_t few = NEAR / w < 16 ? 16 : NEAR / w;
   for (int64_t from = 0; from < count; from += few, add = 1) {
     const int64_t rows = count - from < few ? count - from : few;
@@ -52,7 +57,7 @@ static TARGET void NAME(project)(const float *x, int64_t stride, int64_t count, 
       const int64_t at = vectors * turn / turns * WIDTH, end = vectors * (turn + 1) / turns * WIDTH;
       const int64_t last = (end > w ? w : end) - WIDTH - at;
       const float *a = x + from * stride + at, *b = s + from * r;
-      const float *ahead = call && (turns > 1 || r > 4) ? a - at + rows * stride + at * rows / w * stride + at * rows % w : NULL;
+      const float *ahead = call && (turns > 1 || r > 5) ? a - at + rows * stride + at * rows / w * stride + at * rows % w : NULL;
       switch ((end - at) / WIDTH) {
 #define TURN(P) case P: NAME(project_vectors)(a, stride, rows, b, r, out + at, row, last, add, ahead, P); break;
         TURN(1) TURN(2) TURN(3)
