@@ -19,7 +19,7 @@ _SHARES = (8, 4, 2)  # one in so many fibres
 _LEAST = 2**18  # numbers of a tensor that is worth it
 _FIBRES = 64  # that are taken, for each column of the basis
 _COLUMNS = 8  # next to each other, at least
-_MANY = 16  # samples, of which one in eight is enough
+_MANY = 32  # samples, of which one in eight is enough
 
 
 def share_of(shape: Sequence[int], mode: int, rank: int) -> int:
