@@ -156,8 +156,8 @@ def paper_svd(geometry: Geometry, shape: Shape, modes: Sequence[int]) -> int:
 def subspace_flops(shape: Shape, ranks: Shape, sequential: bool, held: Sequence[int] = ()) -> int:
     """One subspace iteration per mode as executed: three products, and a QR with its Q formed (4 n r^2).
 
-    Modes that are held come first, with one product each. Two products of a sequential iteration are of the share of the
-    fibres that `share_of` names, of a contiguous tensor.
+    Modes that are held come first, with one product each. Two products of a sequential iteration are of the share of
+    the fibres that `share_of` names, of a contiguous tensor.
     """
     order = iteration_order(shape, ranks)
     current, total = list(shape), 0

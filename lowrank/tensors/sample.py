@@ -17,7 +17,7 @@ from lowrank.tensors.eager import remembered
 
 _SHARES = (8, 4, 2)  # one in so many fibres
 _LEAST = 2**18  # numbers of a tensor that is worth it
-_FIBRES = 64  # that are taken, for each column of the basis
+_FIBRES = 128  # that are taken, for each column of the basis
 _COLUMNS = 8  # next to each other, at least
 _MANY = 32  # samples, of which one in eight is enough
 
@@ -36,7 +36,7 @@ def share_of(shape: Sequence[int], mode: int, rank: int) -> int:
     Returns:
         1: all of them. A greater k: those of c = b % k, b % k + k, b % k + 2 k, ..., C // k of the C in each sample.
         A lesser one, -k: of each b and c the R // k places behind (b + c) % k * (R // k), R being `right`. One in k of
-        the fibres is taken, with k 2, 4 or 8: the greatest of which 64 for each column of the basis are left.
+        the fibres is taken, with k 2, 4 or, from 32 samples on, 8: the greatest of which 128 for each column of the basis are left.
     """
     return _share_of(tuple(shape), mode, rank)
 

@@ -33,10 +33,10 @@ SAMPLED = [
     ((32, 27, 24, 20), (4, 8, 3, 3), 8),  # of rows that no vector fills
     ((32, 20, 30, 28), (4, 8, 3, 3), 8),
     ((8, 44, 34, 28), (4, 8, 3, 3), 4),
-    ((40, 200, 9, 13), (4, 8, 3, 3), -8),
+    ((40, 200, 9, 13), (4, 8, 3, 3), -4),
     ((2, 22, 83, 76), (2, 8, 4, 4), -4),
     ((3, 16, 64, 100), (3, 8, 2, 4), -4),
-    ((33, 140, 88), (33, 140, 8), 8),
+    ((33, 140, 88), (33, 140, 8), 4),
     ((32, 60, 150), (4, 2, 150), -8),
     ((40, 60, 30, 5), (40, 60, 5, 5), 8),
     ((2, 60, 30, 80), (2, 60, 5, 80), -4),
@@ -97,9 +97,7 @@ def test_bases_span_what_one_iteration_by_definition_spans(width, shape, ranks):
 
 
 @pytest.mark.parametrize(("shape", "ranks", "share"), SAMPLED)
-def test_of_a_large_tensor_the_first_mode_is_iterated_on_the_fibres_that_are_named(
-    width, shape, ranks, share, monkeypatch
-):
+def test_of_a_large_tensor_a_mode_is_iterated_on_the_fibres_that_are_named(width, shape, ranks, share, monkeypatch):
     x, starts = random_tensor(*shape, seed=3), starts_for(shape, ranks)
     steps, own = [], passes.subspace
     monkeypatch.setattr(passes, "subspace", lambda x, asked: steps.extend(asked) or own(x, asked))
