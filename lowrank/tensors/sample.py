@@ -36,7 +36,8 @@ def share_of(shape: Sequence[int], mode: int, rank: int) -> int:
     Returns:
         1: all of them. A greater k: those of c = b % k, b % k + k, b % k + 2 k, ..., C // k of the C in each sample.
         A lesser one, -k: of each b and c the R // k places behind (b + c) % k * (R // k), R being `right`. One in k of
-        the fibres is taken, with k 2, 4 or, from 32 samples on, 8: the greatest of which 128 for each column of the basis are left.
+        the fibres is taken, with k 2, 4 or, from 32 samples on, 8: the greatest that leaves 128 of them for each column
+        of the basis.
     """
     return _share_of(tuple(shape), mode, rank)
 

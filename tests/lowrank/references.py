@@ -100,8 +100,8 @@ def subspace_step(x: Tensor, starts: dict[int, Tensor], sequential: bool) -> dic
 
 
 def fibres_by_definition(x: Tensor, mode: int, share: int) -> Tensor:
-    """Columns of the unfolding that are taken: those whose place in the modes between batch and `mode` is, modulo `share`,
-    the number of the sample; or a `-share`th of the places behind `mode`, another for each sample and place."""
+    """Columns of the unfolding that are taken: those whose place in the modes between batch and `mode` is the number of
+    the sample, both modulo `share`; or a `-share`th of the places behind `mode`, another for each sample and place."""
     k = abs(share)
     behind = prod(x.shape[mode + 1 :])
     flat = x.reshape(x.shape[0], -1, x.shape[mode], behind)
