@@ -193,9 +193,8 @@ def subspace(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, list[Tensor]] | 
 
     Args:
         x: of at most 8 modes, float32, or nothing is done.
-        steps: per mode that is cut its place, the start (n, r), at most 128 columns and at most 2048 rows, and the
-            share of the fibres that it is iterated on, see `lowrank.tensors.sample.share_of`: 1 is all of them; or
-            `HELD`, the start is a basis already.
+        steps: per mode that is cut its place, the start (n, r), at most 128 columns and 2048 rows, and the share of
+            the fibres that it is iterated on, see `sample.share_of`; or `HELD`, the start is a basis already.
 
     Returns:
         The core, and a basis for each step, the start itself where that is one; None: not for these.
