@@ -10,8 +10,8 @@ typedef float NAME(vector) __attribute__((vector_size(4 * WIDTH), aligned(4), ma
 #define INLINE static inline TARGET __attribute__((always_inline))
 #define PADDED(w) (((w) + WIDTH - 1) / WIDTH * WIDTH)
 
-/* out[k][p] = sum over i of s[i][k] x[i][p], of K columns of s, which has r, and P vectors, the last of which is at `last`;
-   added to what is there, or not. */
+/* out[k][p] = sum over i of s[i][k] x[i][p], of K columns of s, which has r, and P vectors, the last of which is at
+   `last`; added to what is there, or not. As many numbers are called for `ahead`, unless it is NULL. */
 INLINE void NAME(project_few)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
                               int64_t row, int64_t last, int add, const float *ahead, const int K, const int P) {
   NAME(vector) sums[5][MOST];
@@ -20,10 +20,14 @@ INLINE void NAME(project_few)(const float *x, int64_t stride, int64_t count, con
   for (int64_t i = 0; i < count; i++, x += stride, s += r) {
     if (ahead)
       for (int p = 0; p < P * WIDTH; p += LINE) __builtin_prefetch(ahead + i * P * WIDTH + p, 0, 2);
-    for (int p = 0; p < P; p++) {
-      const NAME(vector) numbers = READ(x + (p < P - 1 ? p * WIDTH : last));
-      for (int k = 0; k < K; k++) sums[k][p] += numbers * s[k];
-    }
+    if (MOST > 4) /* with many registers each vector is read once, with few a number of s */
+      for (int p = 0; p < P; p++) {
+        const NAME(vector) numbers = READ(x + (p < P - 1 ? p * WIDTH : last));
+        for (int k = 0; k < K; k++) sums[k][p] += numbers * s[k];
+      }
+    else
+      for (int k = 0; k < K; k++)
+        for (int p = 0; p < P; p++) sums[k][p] += READ(x + (p < P - 1 ? p * WIDTH : last)) * s[k];
   }
   for (int k = 0; k < K; k++)
     for (int p = 0; p < P; p++) VECTOR(out + k * row + p * WIDTH) = sums[k][p];
@@ -32,7 +36,7 @@ INLINE void NAME(project_few)(const float *x, int64_t stride, int64_t count, con
 INLINE void NAME(project_vectors)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
                                   int64_t row, int64_t last, int add, const float *ahead, const int P) {
   int64_t k = 0;
-  if (MOST == 7 && P < 7 && r == 5) {
+  if (MOST == 7 && P < 7 && r == 5) { /* as with a column of ones, which would take a read of its own */
     NAME(project_few)(x, stride, count, s, r, out, row, last, add, ahead, 5, P < 7 ? P : 1);
     return;
   }
@@ -45,7 +49,8 @@ INLINE void NAME(project_vectors)(const float *x, int64_t stride, int64_t count,
 }
 
 /* out = s^T x, (r, w) in vectors, of s (count, r); added to what is there, or not. As many vectors of a row at a time as
-   there is room for: memory is fast where it is read in order. */
+   there is room for: memory is fast where it is read in order. Where that is not all, with `call`, it calls for the rows
+   behind while it is at those ahead. */
 static TARGET void NAME(project)(const float *x, int64_t stride, int64_t count, int64_t w, const float *s, int64_t r,
                                  float *out, int add, int call) {
   const int64_t row = PADDED(w), vectors = row / WIDTH, most = r == 5 && MOST == 7 ? 6 : MOST,
@@ -57,9 +62,13 @@ static TARGET void NAME(project)(const float *x, int64_t stride, int64_t count, 
       const int64_t at = vectors * turn / turns * WIDTH, end = vectors * (turn + 1) / turns * WIDTH;
       const int64_t last = (end > w ? w : end) - WIDTH - at;
       const float *a = x + from * stride + at, *b = s + from * r;
-      const float *ahead = call && (turns > 1 || r > 5) ? a - at + rows * stride + at * rows / w * stride + at * rows % w : NULL;
+      const float *next = a - at + rows * stride + at * rows / w * stride + at * rows % w;
+      const float *ahead = call && (turns > 1 || r > 5) ? next : NULL; /* one turn reads in order by itself */
       switch ((end - at) / WIDTH) {
-#define TURN(P) case P: NAME(project_vectors)(a, stride, rows, b, r, out + at, row, last, add, ahead, P); break;
+#define TURN(P)                                                                                                        \
+  case P:                                                                                                              \
+    NAME(project_vectors)(a, stride, rows, b, r, out + at, row, last, add, ahead, P);                                  \
+    break;
         TURN(1) TURN(2) TURN(3)
 #if MOST == 7
         TURN(4) TURN(5) TURN(6) TURN(7)
