@@ -32,7 +32,6 @@ from lowrank.tensors.geometry import Geometry
 CONVOLUTIONAL = ("mobilenet_v2", "mcunet", "resnet18")
 ENERGY = 0.8
 WARM = 3  # iterations
-POSITIONS = (2, 3)  # modes whose bases are known, as in training
 METHODS: dict[str, Method] = {
     "vanilla_fused": lowrank.Vanilla(),
     "gradient_filter_r2": lowrank.GradientFilter(2),
@@ -129,7 +128,7 @@ def _factored(x: Tensor, starts: list[Tensor]) -> list[Tensor | None]:
 def _against_published(inputs: Callable[[], tuple[Tensor, list[Tensor]]]) -> tuple[Work, Work]:
     x, starts = inputs()
     factored = _factored(x, starts)
-    return lambda: published.subspace_iteration(x, starts), lambda: subspace_iteration(x, factored, known=POSITIONS)
+    return lambda: published.subspace_iteration(x, starts), lambda: subspace_iteration(x, factored)
 
 
 def _both_errors(inputs: Callable[[], tuple[Tensor, list[Tensor]]]) -> tuple[Work, Work]:
@@ -139,7 +138,7 @@ def _both_errors(inputs: Callable[[], tuple[Tensor, list[Tensor]]]) -> tuple[Wor
     def own() -> float:
         bases = _factored(x, starts)
         for _ in range(WARM):
-            tucker, bases = subspace_iteration(x, bases, known=POSITIONS)
+            tucker, bases = subspace_iteration(x, bases)
         return (x - tucker.dense()).norm().item()
 
     def as_published() -> float:
@@ -155,14 +154,14 @@ def _both_errors(inputs: Callable[[], tuple[Tensor, list[Tensor]]]) -> tuple[Wor
 def _against_reading(inputs: Callable[[], tuple[Tensor, list[Tensor]]]) -> tuple[Work, Work]:
     x, starts = inputs()
     factored = _factored(x, starts)
-    return lambda: subspace_iteration(x, factored, known=POSITIONS), x.sum
+    return lambda: subspace_iteration(x, factored), x.sum
 
 
 def _between_refreshes(inputs: Callable[[], tuple[Tensor, list[Tensor]]]) -> tuple[Work, Work]:
     x, starts = inputs()
     factored = _factored(x, starts)
     held = range(1, x.ndim)
-    iterated = partial(subspace_iteration, x, factored, known=POSITIONS)
+    iterated = partial(subspace_iteration, x, factored)
     return lambda: subspace_iteration(x, factored, held=held), iterated
 
 

@@ -18,7 +18,8 @@ Gate = Literal["above", "between", "within", "strictly above", "not zero"]
 _GATES: dict[Gate, int] = {"above": 0, "between": 1, "within": 1, "strictly above": 2, "not zero": 3}
 GateOf = Literal["SiLU", "GELU"]
 _GATES_OF: dict[GateOf, int] = {"SiLU": 0, "GELU": 1}
-TWICE, HELD, ONCE = range(3)  # ways to cut a mode, see `subspace`
+HELD = 0  # of a step of `subspace`
+Step = tuple[int, Tensor, int]
 _MOST_PROJECTED = 12  # columns; of more, a product of BLAS takes less
 _MOST_ROWS, _ROW = 8, 16  # columns of the product of a mode with so many numbers behind it
 _KINDS = {torch.float32: "float", torch.float64: "double", torch.int8: "int8"}
@@ -187,14 +188,13 @@ def restore_blocks(values: Tensor, scales: Tensor) -> Tensor | None:
     return out
 
 
-def subspace(x: Tensor, steps: Sequence[tuple[int, Tensor, int]]) -> tuple[Tensor, list[Tensor]] | None:
+def subspace(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, list[Tensor]] | None:
     """Subspace iterations of one mode after the other, see `lowrank.tensors.decompose.subspace_iteration`.
 
     Args:
         x: of at most 8 modes, float32, or nothing is done.
-        steps: per mode that is cut its place, the start (n, r), at most 128 columns and at most 2048 rows, and the way:
-            `HELD`, the start is a basis already; `TWICE`, iterate and project; `ONCE`, both in one read, the first mode
-            alone.
+        steps: per mode that is cut its place, the start (n, r), at most 128 columns and 2048 rows, and the share of
+            the fibres that it is iterated on, see `sample.share_of`; or `HELD`, the start is a basis already.
 
     Returns:
         The core, and a basis for each step, the start itself where that is one; None: not for these.
@@ -204,14 +204,14 @@ def subspace(x: Tensor, steps: Sequence[tuple[int, Tensor, int]]) -> tuple[Tenso
     if kernel is None or room_of is None:
         return None
     sizes = tuple(x.shape)
-    ranks = tuple([(mode, start.shape[1], way) for mode, start, way in steps])
+    ranks = tuple([(mode, start.shape[1], share) for mode, start, share in steps])
     shape, plan = _subspace_plan(sizes, ranks)
     room = room_of(plan)  # type: ignore[operator]
     if room < 0:
         return None
     core, scratch = x.new_empty(shape), x.new_empty(room)
     bases = [
-        start if way == HELD else torch.empty_like(own) for own, (_, start, way) in zip(starts, steps, strict=True)
+        start if share == HELD else torch.empty_like(own) for own, (_, start, share) in zip(starts, steps, strict=True)
     ]
     pointers = [x.data_ptr(), core.data_ptr(), scratch.data_ptr()]
     for start, basis in zip(starts, bases, strict=True):

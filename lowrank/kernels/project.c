@@ -2,9 +2,10 @@
 
 #include "team.h"
 
-#define ROWS 16     /* of x that are read for all columns of s, while they are in the nearest cache */
-#define COLUMNS 4096 /* of x, behind which a thread turns to its next rows; a multiple of all vectors */
-#define WORK 262144 /* multiplications that a thread is worth */
+#define COLUMNS 4096 /* of x, that a thread takes at a time; a multiple of all vectors */
+#define LINE 16      /* numbers that come to the cache together */
+#define AHEAD 256    /* numbers, where a row is called for */
+#define WORK 262144  /* multiplications that a thread is worth */
 
 struct product {
   const float *x, *s; /* (n, m) and (n, r) */
@@ -13,11 +14,11 @@ struct product {
 };
 
 /* The columns from c on, fewer than a vector. */
-static void the_last(const struct product *p, const float *x, const float *s, int64_t rows, int add, int64_t c) {
-  for (; c < p->m; c++)
+static void the_last(const struct product *p, int64_t c, int64_t end) {
+  for (; c < end; c++)
     for (int64_t k = 0; k < p->r; k++) {
-      float sum = add ? p->out[k * p->m + c] : 0;
-      for (int64_t i = 0; i < rows; i++) sum += x[i * p->m + c] * s[i * p->r + k];
+      float sum = 0;
+      for (int64_t i = 0; i < p->n; i++) sum += p->x[i * p->m + c] * p->s[i * p->r + k];
       p->out[k * p->m + c] = sum;
     }
 }

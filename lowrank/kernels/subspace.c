@@ -1,8 +1,7 @@
 /* One subspace iteration for each mode of a tensor in turn, see `lowrank.tensors.decompose`. Each reads the tensor that
-   the modes ahead of it left twice: for X X^T start, where both products of a tile are made while it is in the cache,
-   and to project on the basis. The first may do with the first read, keeping start^T X. */
+   the modes ahead of it left: all of it or a part for X X^T start, where both products of a tile are made while it is in
+   the cache, and then all of it to project on the basis. */
 
-#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -12,15 +11,13 @@
 #define WORK 262144        /* multiplications that a piece is worth */
 #define TILE 16384         /* numbers of a tile that is copied together */
 #define READ_AT_ONCE 131072 /* numbers of a tile that is read where it lies */
+#define LINE 16 /* numbers that come to the cache together */
 #define NEAR 6144          /* numbers in the nearest cache */
 #define PRODUCT 4096       /* numbers of the product of a tile and a start */
 #define MOST_COLUMNS 128   /* of a start */
 #define FEW_COLUMNS 8      /* of a start: of more, BLAS makes large products faster */
 #define LARGE 4194304      /* multiplications of a large product */
-#define LEAST (16 * FLT_EPSILON) /* of a sum of squares: less than that counts as nothing */
-#define SMALL(r) (5 * (r) * (r) + (r)) /* numbers of s, R, a stack (2 r, r), its R, and a row */
-enum way { TWICE, HELD, ONCE }; /* of `passes.subspace` */
-#define LINE 16 /* numbers that come to the cache together */
+#define HELD 0 /* share of a step whose start is a basis, see `passes.subspace` */
 typedef float four __attribute__((vector_size(16)));
 typedef float loose __attribute__((vector_size(16), aligned(4), may_alias));
 #if defined(__clang__) || __GNUC__ >= 12
@@ -42,6 +39,7 @@ struct tile_kernels {
 
 #define WIDTH 4
 #define PARTS 3
+#define MOST 3
 #define TARGET
 #define NAME(x) x##_plain
 #define LOW 0, 4, 1, 5
@@ -53,6 +51,7 @@ struct tile_kernels {
 #if defined(__x86_64__)
 #define WIDTH 8
 #define PARTS 3
+#define MOST 3
 #define TARGET __attribute__((target("avx2,fma")))
 #define NAME(x) x##_avx2
 #define LOW 0, 8, 1, 9, 4, 12, 5, 13
@@ -63,6 +62,7 @@ struct tile_kernels {
 
 #define WIDTH 16
 #define PARTS 4
+#define MOST 7
 #define TARGET __attribute__((target("avx512f")))
 #define NAME(x) x##_avx512
 #define LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
@@ -74,13 +74,15 @@ struct tile_kernels {
 
 enum layout { LYING, COPIED, ROWS }; /* tiles read where they lie, copied together, and rows of the last mode */
 
-/* A mode of a tensor, which is seen as (left, n, right), and what is done with it, tile by tile. */
+/* A mode of a tensor (parts, left, n, right), or of some of it, and what is done with it, tile by tile. Of a part the next
+   of `left` is a `jump` behind, and the next row of n a `stride`. */
 typedef struct {
   const struct tile_kernels *with;
   const float *x, *s; /* s (n, r); of ROWS (r, n) in vectors, zero where they overlap */
   float *images;      /* one for each piece, or NULL */
-  float *out;         /* the projected tensor (left, r, right), or NULL */
-  int64_t left, n, right, r, tiles, pieces, image;
+  float *out;         /* the projected tensor (left, r, right) of all there is, or NULL */
+  int64_t parts, left, n, right, jump, stride, rest, share, r;
+  int64_t tiles, pieces, image;
   int64_t together; /* of `left`, that are done at a time */
   int64_t blocks;   /* that rows are cut into */
   enum layout layout;
@@ -102,25 +104,40 @@ static void back(const view *v, const float *x, int64_t stride, int64_t w, int64
   v->with->correlate(x, stride, v->n, w, tiles, jump, z, v->r, image);
 }
 
+/* Where a part begins: of all there is, that is one; of every `share`-th of `rest`, or of the columns, another for each. */
+static const float *part(const view *v, int64_t index) {
+  const int64_t size = v->n * v->stride;
+  if (v->share > 0) return v->x + (index * v->rest + index % v->share) * size;
+  return v->x + index * size + (index / v->rest + index % v->rest) % -v->share * v->right;
+}
+
+/* What a tile has of `left`: the first and the number; its numbers. */
+static const float *tile_of(const view *v, int64_t index, int64_t *first, int64_t *some) {
+  const int64_t groups = (v->left + v->together - 1) / v->together;
+  *first = index % groups * v->together;
+  *some = v->left - *first < v->together ? v->left - *first : v->together;
+  return part(v, index / groups) + *first * v->jump;
+}
+
 static void lying(const view *v, int64_t index, float *z, float *image) {
-  const int64_t r = v->r, block = index % v->blocks, first = index / v->blocks * v->together;
+  const int64_t r = v->r, block = index % v->blocks;
   const int64_t from = v->right * block / v->blocks, w = v->right * (block + 1) / v->blocks - from;
-  const int64_t some = v->left - first < v->together ? v->left - first : v->together;
-  const float *x = v->x + first * v->n * v->right + from;
-  across(v, x, v->right, w, some, v->n * v->right, z);
+  int64_t first, some;
+  const float *x = tile_of(v, index / v->blocks, &first, &some) + from;
+  across(v, x, v->stride, w, some, v->jump, z);
   for (int64_t t = 0; v->out && t < some; t++)
     v->with->arrange(z + t * r * padded(v, w), r, w, v->out + (first + t) * r * v->right + from, v->right, 1, 1);
-  back(v, x, v->right, w, some, v->n * v->right, z, image);
+  back(v, x, v->stride, w, some, v->jump, z, image);
 }
 
 static void copied(const view *v, int64_t index, float *tile, float *z, float *image) {
-  const int64_t n = v->n, right = v->right, first = index * v->together;
-  const int64_t some = v->left - first < v->together ? v->left - first : v->together;
+  const int64_t n = v->n, right = v->right;
+  int64_t first, some;
+  const float *x = tile_of(v, index, &first, &some);
   const int64_t used = some * right, w = padded(v, used);
-  const float *x = v->x + first * n * right;
   for (int64_t l = 0; l < some; l++)
     for (int64_t i = 0; i < n; i++)
-      for (int64_t p = 0; p < right; p++) tile[i * w + l * right + p] = *x++;
+      for (int64_t p = 0; p < right; p++) tile[i * w + l * right + p] = x[l * v->jump + i * v->stride + p];
   for (int64_t i = 0; used < w && i < n; i++) memset(tile + i * w + used, 0, sizeof(float) * (size_t)(w - used));
   across(v, tile, w, w, 1, 0, z);
   float *out = v->out + first * v->r * right;
@@ -131,13 +148,13 @@ static void copied(const view *v, int64_t index, float *tile, float *z, float *i
 }
 
 static void rows(const view *v, int64_t index, float *z, float *image) {
-  const int64_t n = v->n, r = v->r, first = index * v->together;
-  const int64_t some = v->left - first < v->together ? v->left - first : v->together;
-  const float *x = v->x + first * n;
+  const int64_t n = v->n, r = v->r;
+  int64_t first, some;
+  const float *x = tile_of(v, index, &first, &some);
   float *out = v->out ? v->out + first * r : z;
   memset(out, 0, sizeof(float) * (size_t)(some * r));
-  v->with->correlate(x, n, some, n, 1, 0, v->s, r, out);
-  if (image) v->with->project(x, n, some, n, out, r, image, 1, 0);
+  v->with->correlate(x, v->jump, some, n, 1, 0, v->s, r, out);
+  if (image) v->with->project(x, v->jump, some, n, out, r, image, 1, 0);
 }
 
 static void some_tiles(const task *t, int64_t from, int64_t to) {
@@ -157,7 +174,7 @@ static void some_tiles(const task *t, int64_t from, int64_t to) {
 
 /* Whether the mode can be cut into tiles, and how. */
 static int cut(view *v) {
-  const int64_t n = v->n, r = v->r, all = v->left * v->right, width = v->with->width;
+  const int64_t n = v->n, r = v->r, all = v->parts * v->left * v->right, width = v->with->width;
   if (r > MOST_COLUMNS || n * width > TILE || all < 1 || (r > FEW_COLUMNS && all * n * r > LARGE)) return 0;
   v->image = r * padded(v, n);
   v->layout = v->right >= width ? LYING : v->right == 1 && n >= width ? ROWS : COPIED;
@@ -174,7 +191,7 @@ static int cut(view *v) {
   if (v->layout == LYING && v->together * r * padded(v, v->right) > PRODUCT)
     v->together = PRODUCT / (r * padded(v, v->right));
   if (v->together < 1) v->together = 1;
-  v->tiles = v->blocks * ((v->left + v->together - 1) / v->together);
+  v->tiles = v->blocks * v->parts * ((v->left + v->together - 1) / v->together);
   v->pieces = all * n * r / WORK;
   v->pieces = v->pieces < 1 ? 1 : v->pieces > PIECES ? PIECES : v->pieces;
   if (v->pieces > v->tiles) v->pieces = v->tiles;
@@ -212,8 +229,8 @@ static void reflect(const float *v, float tau, float *a, int64_t n) { /* v[0] co
 }
 
 /* Q of the QR decomposition of a matrix whose columns lie one after the other, in its place: by Householder's
-   reflections, with LAPACK's signs. And R (r, r), what is below its diagonal left out, if `upper` is not NULL. */
-static void orthonormal(float *a, int64_t n, int64_t r, float *upper) {
+   reflections, with LAPACK's signs. */
+static void orthonormal(float *a, int64_t n, int64_t r) {
   float taus[MOST_COLUMNS];
   for (int64_t k = 0; k < r; k++) {
     float *v = a + k * n + k;
@@ -229,8 +246,6 @@ static void orthonormal(float *a, int64_t n, int64_t r, float *upper) {
     for (int64_t j = k + 1; j < r; j++) reflect(v, taus[k], a + j * n + k, length);
     v[0] = (float)beta;
   }
-  for (int64_t k = 0; upper && k < r; k++)
-    for (int64_t j = k; j < r; j++) upper[k * r + j] = a[j * n + k];
   for (int64_t k = r - 1; k >= 0; k--) {
     float *v = a + k * n + k;
     for (int64_t j = k + 1; j < r; j++) a[j * n + k] = 0, reflect(v, taus[k], a + j * n + k, n - k);
@@ -240,64 +255,28 @@ static void orthonormal(float *a, int64_t n, int64_t r, float *upper) {
   }
 }
 
-/* start^T image, as the upper half of a matrix (2 r, r) whose columns lie one after the other, above what its trace has
-   of rounding errors, on a diagonal. */
-static void stack(const view *v, const float *start, const float *image, float *a) {
-  const int64_t n = v->n, r = v->r;
-  float trace = 0;
-  memset(a, 0, sizeof(float) * (size_t)(2 * r * r));
-  for (int64_t k = 0; k < r; k++) {
-    for (int64_t i = 0; i < n; i++)
-      for (int64_t j = 0; j < r; j++) a[2 * k * r + j] += start[i * r + j] * image[k * n + i];
-    trace += a[2 * k * r + k];
-  }
-  for (int64_t k = 0; k < r; k++) a[2 * k * r + r + k] = LEAST * trace + FLT_MIN;
-}
-
-/* s (r, r), such that s^T z are the coordinates in the basis of x P, P being the projection on the rows of z = start^T x:
-   R (start^T image)^-1, in least squares. */
-static void coordinates(int64_t r, float *s) {
-  float *upper = s + r * r, *a = upper + r * r, *right = a + 2 * r * r, *row = right + r * r;
-  orthonormal(a, 2 * r, r, right);
-  for (int64_t i = 0; i < r; i++) {
-    memset(row, 0, sizeof(float) * (size_t)r);
-    for (int64_t j = i; j < r; j++) {
-      row[j] = upper[i * r + j];
-      for (int64_t k = i; k < j; k++) row[j] -= row[k] * right[k * r + j];
-      row[j] /= right[j * r + j];
-    }
-    for (int64_t k = 0; k < r; k++) {
-      s[k * r + i] = 0;
-      for (int64_t j = i; j < r; j++) s[k * r + i] += row[j] * a[2 * j * r + k];
-    }
-  }
-}
-
-/* basis = orth(X X^T start), (n, r). Where `z` is not NULL, start^T X into it, and into `s`, which is SMALL(r), what makes
-   coordinates of it. */
-static void iterate(view *v, const float *start, float *basis, float *z, float *s, float *scratch, int threads) {
+/* basis = orth(X X^T start), (n, r). */
+static void iterate(view *v, const float *start, float *basis, float *scratch, int threads) {
   const int64_t n = v->n, r = v->r;
   float *images = scratch + v->image;
-  for (int64_t i = 0; i < n * r; i++) basis[i] = isfinite(start[i]) ? start[i] : z && i / r == i % r;
-  over_tiles(v, arranged(v, basis, scratch), images, z, threads);
+  for (int64_t i = 0; i < n * r; i++) basis[i] = isfinite(start[i]) ? start[i] : 0;
+  over_tiles(v, arranged(v, basis, scratch), images, NULL, threads);
   for (int64_t piece = 1; piece < v->pieces; piece++)
     for (int64_t i = 0; i < v->image; i++) images[i] += images[piece * v->image + i];
   if (v->layout == ROWS)
     v->with->arrange(images, r, n, scratch, n, 1, 1);
   else
     for (int64_t i = 0; i < n * r; i++) scratch[i % r * n + i / r] = images[i];
-  if (z) stack(v, basis, scratch, s + 2 * r * r);
-  orthonormal(scratch, n, r, z ? s + r * r : NULL);
-  if (z) coordinates(r, s);
+  orthonormal(scratch, n, r);
   for (int64_t k = 0; k < r; k++)
     for (int64_t i = 0; i < n; i++) basis[i * r + k] = scratch[k * n + i];
 }
 
-/* How each step sees the tensor, how what the first keeps of one read is seen, and the numbers that all of them need for
-   their images, for small matrices of that, and for a tensor between two. */
+/* How each step sees the tensor, and what of it is iterated; and the numbers that all of them need for their images and
+   for a tensor between two. */
 typedef struct {
-  view views[8], kept;
-  int64_t images, small, between;
+  view views[8], iterated[8];
+  int64_t images, between;
 } course;
 
 /* Those of the widest vectors that a row of so many numbers fills. */
@@ -309,11 +288,16 @@ static const struct tile_kernels *of_row(int64_t numbers) {
   return &OF_WIDTH(kernels);
 }
 
-static int look_once(course *c, view seen) {
-  const int64_t r = seen.r;
-  seen.n = r, c->kept = seen;
-  if (!cut(&c->kept)) return 0;
-  c->small = SMALL(r) + c->kept.image, c->between = seen.left * r * seen.right;
+/* Into `v`, whose mode, rest and share are set. */
+static int see(course *c, view *v, int64_t left) {
+  const int64_t columns = v->share < 0 ? -v->share : 1;
+  v->right = v->stride / columns;
+  v->parts = v->share == 1 ? 1 : v->share > 1 ? left / v->rest : left;
+  v->left = v->share > 0 ? (v->share == 1 ? left : v->rest / v->share) : 1;
+  v->jump = v->n * v->stride * (v->share > 0 ? v->share : 1);
+  v->with = of_row(v->right == 1 ? v->n : v->right);
+  if (!cut(v)) return 0;
+  if (c->images < (v->pieces + 1) * v->image) c->images = (v->pieces + 1) * v->image;
   return 1;
 }
 
@@ -324,26 +308,28 @@ static int look(course *c, const int64_t *plan) {
   memset(c, 0, sizeof *c);
   memcpy(now, plan + 1, sizeof(int64_t) * (size_t)modes);
   for (int64_t at = 0; at < steps; at++) {
-    view *v = c->views + at;
-    v->n = now[step[3 * at]], v->r = step[3 * at + 1], v->left = v->right = 1;
+    view *v = c->views + at, *some = c->iterated + at;
+    int64_t left = 1;
+    v->n = now[step[3 * at]], v->r = step[3 * at + 1], v->share = v->stride = v->rest = 1;
     for (int64_t m = 0; m < modes; m++)
-      if (m != step[3 * at]) *(m < step[3 * at] ? &v->left : &v->right) *= now[m];
+      if (m != step[3 * at]) *(m < step[3 * at] ? &left : &v->stride) *= now[m];
+    if (!see(c, v, left)) return 0;
+    *some = *v, some->rest = left / now[0];
+    if (step[3 * at + 2] != HELD) some->share = step[3 * at + 2];
+    if (!see(c, some, left)) return 0;
     now[step[3 * at]] = v->r;
-    v->with = of_row(v->right == 1 ? v->n : v->right);
-    if (!cut(v) || (step[3 * at + 2] == ONCE && (at || !look_once(c, *v)))) return 0;
-    const int64_t images = (v->pieces + 1) * v->image, between = at + 1 < steps ? v->left * v->r * v->right : 0;
-    if (c->images < images) c->images = images;
+    const int64_t between = at + 1 < steps ? left * v->r * v->stride : 0;
     if (c->between < between) c->between = between;
   }
   return 1;
 }
 
-/* `plan`: the number of modes, their sizes, the number of steps, and for each of these the mode, its rank, and the way, of
-   which ONCE is the first step's alone. Returns the numbers of scratch that it takes, which the caller has from PyTorch, whose
-   meters see them; -1 where it cannot be done. */
+/* `plan`: the number of modes, their sizes, the number of steps, and for each of these the mode, its rank, and the
+   share. Returns the numbers of scratch that it takes, which the caller has from PyTorch, whose meters see them; -1 where
+   it cannot be done. */
 int64_t lowrank_subspace_room_float(const int64_t *plan) {
   course c;
-  return look(&c, plan) ? c.images + c.small + 2 * c.between : -1;
+  return look(&c, plan) ? c.images + 2 * c.between : -1;
 }
 
 /* `memory`: x, core, scratch, and for each step start and basis. */
@@ -352,21 +338,14 @@ void lowrank_subspace_float(const int64_t *plan, const int64_t *memory, int thre
   course c;
   if (!look(&c, plan)) return;
   const float *x = (const float *)memory[0];
-  float *scratch = (float *)memory[2], *small = scratch + c.images, *between = small + c.small;
+  float *scratch = (float *)memory[2], *between = scratch + c.images;
   for (int64_t at = 0; at < steps; at++) {
-    view *v = c.views + at;
+    view *v = c.views + at, *iterated = c.iterated + at;
     float *start = (float *)memory[3 + 2 * at], *basis = (float *)memory[4 + 2 * at];
     float *out = at + 1 < steps ? between + at % 2 * c.between : (float *)memory[1];
-    v->x = x;
-    if (step[3 * at + 2] == ONCE) {
-      float *z = between + c.between, *room = small + SMALL(v->r);
-      iterate(v, start, basis, z, small, scratch, threads);
-      c.kept.x = z;
-      over_tiles(&c.kept, arranged(&c.kept, small, room), NULL, out, threads);
-    } else {
-      if (step[3 * at + 2] == TWICE) iterate(v, start, basis, NULL, NULL, scratch, threads);
-      over_tiles(v, arranged(v, basis, scratch), NULL, out, threads);
-    }
+    iterated->x = v->x = x;
+    if (step[3 * at + 2] != HELD) iterate(iterated, start, basis, scratch, threads);
+    over_tiles(v, arranged(v, basis, scratch), NULL, out, threads);
     x = out;
   }
 }

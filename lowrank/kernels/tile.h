@@ -10,51 +10,72 @@ typedef float NAME(vector) __attribute__((vector_size(4 * WIDTH), aligned(4), ma
 #define INLINE static inline TARGET __attribute__((always_inline))
 #define PADDED(w) (((w) + WIDTH - 1) / WIDTH * WIDTH)
 
-/* out[k][p] = sum over i of s[i][k] x[i][p], of K columns of s, which has r, and P vectors; added to what is there, or
-   not. As many numbers are called for `ahead`, unless it is NULL. */
+/* out[k][p] = sum over i of s[i][k] x[i][p], of K columns of s, which has r, and P vectors, the last of which is at
+   `last`; added to what is there, or not. As many numbers are called for `ahead`, unless it is NULL. */
 INLINE void NAME(project_few)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
-                              int64_t row, int add, const float *ahead, const int K, const int P) {
-  NAME(vector) sums[4][PARTS];
+                              int64_t row, int64_t last, int add, const float *ahead, const int K, const int P) {
+  NAME(vector) sums[5][MOST];
   for (int k = 0; k < K; k++)
     for (int p = 0; p < P; p++) sums[k][p] = add ? READ(out + k * row + p * WIDTH) : (NAME(vector)){0};
   for (int64_t i = 0; i < count; i++, x += stride, s += r) {
     if (ahead)
       for (int p = 0; p < P * WIDTH; p += LINE) __builtin_prefetch(ahead + i * P * WIDTH + p, 0, 2);
-    for (int k = 0; k < K; k++)
-      for (int p = 0; p < P; p++) sums[k][p] += READ(x + p * WIDTH) * s[k];
+    if (MOST > 4) /* with many registers each vector is read once, with few a number of s */
+      for (int p = 0; p < P; p++) {
+        const NAME(vector) numbers = READ(x + (p < P - 1 ? p * WIDTH : last));
+        for (int k = 0; k < K; k++) sums[k][p] += numbers * s[k];
+      }
+    else
+      for (int k = 0; k < K; k++)
+        for (int p = 0; p < P; p++) sums[k][p] += READ(x + (p < P - 1 ? p * WIDTH : last)) * s[k];
   }
   for (int k = 0; k < K; k++)
     for (int p = 0; p < P; p++) VECTOR(out + k * row + p * WIDTH) = sums[k][p];
 }
 
 INLINE void NAME(project_vectors)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
-                                  int64_t row, int add, const float *ahead, const int P) {
+                                  int64_t row, int64_t last, int add, const float *ahead, const int P) {
   int64_t k = 0;
+  if (MOST == 7 && P < 7 && r == 5) { /* as with a column of ones, which would take a read of its own */
+    NAME(project_few)(x, stride, count, s, r, out, row, last, add, ahead, 5, P < 7 ? P : 1);
+    return;
+  }
   for (; k + 4 <= r; k += 4, ahead = NULL)
-    NAME(project_few)(x, stride, count, s + k, r, out + k * row, row, add, ahead, 4, P);
+    NAME(project_few)(x, stride, count, s + k, r, out + k * row, row, last, add, ahead, 4, P);
   s += k, out += k * row;
-  if (r - k == 3) NAME(project_few)(x, stride, count, s, r, out, row, add, ahead, 3, P);
-  if (r - k == 2) NAME(project_few)(x, stride, count, s, r, out, row, add, ahead, 2, P);
-  if (r - k == 1) NAME(project_few)(x, stride, count, s, r, out, row, add, ahead, 1, P);
+  if (r - k == 3) NAME(project_few)(x, stride, count, s, r, out, row, last, add, ahead, 3, P);
+  if (r - k == 2) NAME(project_few)(x, stride, count, s, r, out, row, last, add, ahead, 2, P);
+  if (r - k == 1) NAME(project_few)(x, stride, count, s, r, out, row, last, add, ahead, 1, P);
 }
 
-/* out = s^T x, (r, w) in vectors, of s (count, r); added to what is there, or not. With `call` it calls for the rows
+/* out = s^T x, (r, w) in vectors, of s (count, r); added to what is there, or not. As many vectors of a row at a time as
+   there is room for: memory is fast where it is read in order. Where that is not all, with `call`, it calls for the rows
    behind while it is at those ahead. */
 static TARGET void NAME(project)(const float *x, int64_t stride, int64_t count, int64_t w, const float *s, int64_t r,
                                  float *out, int add, int call) {
-  const int64_t row = PADDED(w), few = NEAR / w < 16 ? 16 : NEAR / w;
+  const int64_t row = PADDED(w), vectors = row / WIDTH, most = r == 5 && MOST == 7 ? 6 : MOST,
+                turns = (vectors + most - 1) / most;
+  const int64_t few = NEAR / w < 16 ? 16 : NEAR / w;
   for (int64_t from = 0; from < count; from += few, add = 1) {
     const int64_t rows = count - from < few ? count - from : few;
-    const float *a = x + from * stride, *b = s + from * r;
-    int64_t p = 0;
-#define AHEAD (call ? a + rows * stride + p * rows / w * stride + p * rows % w : NULL)
-    for (; p + PARTS * WIDTH <= w && w - p != (PARTS + 1) * WIDTH; p += PARTS * WIDTH)
-      NAME(project_vectors)(a + p, stride, rows, b, r, out + p, row, add, AHEAD, PARTS);
-    for (; p + 2 * WIDTH <= w; p += 2 * WIDTH)
-      NAME(project_vectors)(a + p, stride, rows, b, r, out + p, row, add, AHEAD, 2);
-    for (; p < w; p += WIDTH)
-      NAME(project_vectors)(a + (p + WIDTH <= w ? p : w - WIDTH), stride, rows, b, r, out + p, row, add, AHEAD, 1);
-#undef AHEAD
+    for (int64_t turn = 0; turn < turns; turn++) {
+      const int64_t at = vectors * turn / turns * WIDTH, end = vectors * (turn + 1) / turns * WIDTH;
+      const int64_t last = (end > w ? w : end) - WIDTH - at;
+      const float *a = x + from * stride + at, *b = s + from * r;
+      const float *next = a - at + rows * stride + at * rows / w * stride + at * rows % w;
+      const float *ahead = call && (turns > 1 || r > 5) ? next : NULL; /* one turn reads in order by itself */
+      switch ((end - at) / WIDTH) {
+#define TURN(P)                                                                                                        \
+  case P:                                                                                                              \
+    NAME(project_vectors)(a, stride, rows, b, r, out + at, row, last, add, ahead, P);                                  \
+    break;
+        TURN(1) TURN(2) TURN(3)
+#if MOST == 7
+        TURN(4) TURN(5) TURN(6) TURN(7)
+#endif
+#undef TURN
+      }
+    }
   }
 }
 
@@ -139,6 +160,7 @@ static const struct tile_kernels NAME(kernels) = {
 #undef PADDED
 #undef WIDTH
 #undef PARTS
+#undef MOST
 #undef TARGET
 #undef NAME
 #undef LOW

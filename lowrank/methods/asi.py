@@ -85,8 +85,7 @@ class ASI(RankedMethod):
         starts = [self._start(x, mode, rank, held[mode], name) for mode, rank in enumerate(ranks)]
         left = None
         if self.refresh == 1:
-            known = [mode for mode in _positions(geometry, x.ndim) if starts[mode] is held[mode]]
-            tucker, bases = subspace_iteration(x, starts, self.algorithm, known=known)
+            tucker, bases = subspace_iteration(x, starts, self.algorithm)
         else:
             there = all(start is old for start, old in zip(starts[1:], held[1:], strict=True))
             tucker, bases, left = self._refreshed(x, starts, due if there else None)
@@ -162,17 +161,14 @@ class ASI(RankedMethod):
         wide = x.dtype == torch.float64
         return _random_basis(size, rank, f"{self.seed}/{name}/{mode}", wide).to(x.device)
 
-    def subspace_flops(self, geometry: Geometry, shape: Shape, ranks: Shape) -> int:
+    def subspace_flops(self, shape: Shape, ranks: Shape) -> int:
         """Of the mean step; with "energy" of one that iterates, the most that it takes."""
         ranks = self.kept_ranks(shape, ranks)
         if ranks == shape:
             return 0
         sequential = self.algorithm == "sequential"
-        if self.refresh == 1:
-            known = _positions(geometry, len(shape)) if self.warm_start else []
-            return costs.subspace_flops(shape, ranks, sequential, known=known)
         each = costs.subspace_flops(shape, ranks, sequential)
-        if not isinstance(self.refresh, int):
+        if self.refresh == 1 or not isinstance(self.refresh, int):
             return each
         held = costs.subspace_flops(shape, ranks, sequential, range(1, len(shape)))
         return (each + (self.refresh - 1) * held) // self.refresh
@@ -195,17 +191,9 @@ class ASI(RankedMethod):
             + costs.paper_subspace(shape, ranks)
             + costs.paper_tucker_gradient(geometry, shape, ranks, out_channels),
             flops=exact_flops(geometry, shape, out_channels, input_gradient)
-            + self.subspace_flops(geometry, shape, ranks)
+            + self.subspace_flops(shape, ranks)
             + self.gradient_flops(geometry, shape, ranks, out_channels),
         )
-
-
-def _positions(geometry: Geometry, modes: int) -> list[int]:
-    """The modes but the batch and the channels: along these activations are smooth, and bases alike from step to step.
-
-    Along channels half an iteration instead of a whole one costs a gradient up to 19 % more error at high ranks.
-    """
-    return [mode for mode in range(1, modes) if mode != geometry.channel_axis % modes]
 
 
 def restored_basis(stored: Tensor | None, scale: Tensor | None) -> Tensor | None:

@@ -109,7 +109,7 @@ class WASI(ASI):
             LayerCost(
                 activation_bytes=self.form_bytes(x, ranks),
                 flops_paper=sum(iterations) + costs.paper_tucker_gradient(LinearGeometry(), shape, ranks, outputs),
-                flops=self.subspace_flops(LinearGeometry(), shape, ranks),
+                flops=self.subspace_flops(shape, ranks),
             ),
         )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import prod
 
 from lowrank.tensors.geometry import ConvGeometry, Geometry, Shape
+from lowrank.tensors.sample import taken
 from lowrank.tensors.tucker import iteration_order, mode_order
 
 
@@ -152,30 +153,23 @@ def paper_svd(geometry: Geometry, shape: Shape, modes: Sequence[int]) -> int:
     return total
 
 
-def subspace_flops(
-    shape: Shape, ranks: Shape, sequential: bool, held: Sequence[int] = (), known: Sequence[int] = ()
-) -> int:
+def subspace_flops(shape: Shape, ranks: Shape, sequential: bool, held: Sequence[int] = ()) -> int:
     """One subspace iteration per mode as executed: three products, and a QR with its Q formed (4 n r^2).
 
-    Modes that are held come first, with one product each. A known one that comes first of all is iterated in one read:
-    the third product is of the small tensor that the first leaves, by a matrix (r, r) from a QR of (2 r, r), a
-    triangular solve and two products more. See `decompose.subspace_iteration`.
+    Modes that are held come first, with one product each. Two products of a sequential iteration are of the share of
+    the fibres that `share_of` names, of a contiguous tensor.
     """
     order = iteration_order(shape, ranks)
     current, total = list(shape), 0
     for mode in [mode for mode in order if mode in held and ranks[mode] < shape[mode]]:
         total += 2 * prod(current) * ranks[mode]
         current[mode] = ranks[mode]
-    full, once = prod(current), sequential and not total
+    full = prod(current)
     for mode in [mode for mode in order if mode not in held and ranks[mode] < shape[mode]]:
         rank = ranks[mode]
-        source = prod(current) if sequential else full
-        total += 4 * source * rank + 4 * shape[mode] * rank**2
-        if once and mode in known:
-            total += 2 * (prod(current) // shape[mode] + shape[mode]) * rank**2 + 11 * rank**3
-        else:
-            total += 2 * prod(current) * rank
-        current[mode], once = rank, False
+        source = taken(current, mode, rank) if sequential else full
+        total += 4 * source * rank + 4 * shape[mode] * rank**2 + 2 * prod(current) * rank
+        current[mode] = rank
     return total
 
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from lowrank.errors import NonFiniteError, SettingError
 from lowrank.kernels import passes
 from lowrank.tensors.eager import remembered
+from lowrank.tensors.sample import sampled, share_of
 from lowrank.tensors.tucker import Tucker, in_memory_order, iteration_order, mode_correlation, mode_order, mode_product
 
 Algorithm = Literal["sequential", "published"]
 ALGORITHMS: tuple[Algorithm, ...] = ("sequential", "published")
 # Sizes behind a mode that make an unfolding's products many small ones: three of them take longer than a copy.
 _SCATTERED = range(2, 16)
-_LEAST = 16  # times the rounding of one, of a sum of squares: less than that counts as nothing
 
 
 def check_energy(energy: float) -> None:
@@ -195,7 +195,6 @@ def subspace_iteration(
     starts: Sequence[Tensor | None],
     algorithm: Algorithm = "sequential",
     held: Sequence[int] = (),
-    known: Sequence[int] = (),
 ) -> tuple[Tucker, list[Tensor | None]]:
     """One subspace iteration per mode, from a given start.
 
@@ -204,48 +203,53 @@ def subspace_iteration(
         starts: per mode a matrix (n_m, r_m) with r_m <= n_m, float32 or float64: the basis of the step before, or a
             random one. None leaves the mode as it is.
         algorithm: `published` iterates each mode on the full tensor (ASI, sec. 3.2); `sequential` iterates each mode
-            on the tensor that the modes before it have already truncated, in the order of `iteration_order`.
+            on the tensor that the modes before it have already truncated, in the order of `iteration_order`, and of a
+            large one on the part of the fibres that `share_of` names.
         held: modes whose starts are bases already: `x` is projected on them, ahead of all else, and the other modes are
             iterated on what is left.
-        known: modes whose starts are bases of like tensors. Where `sequential` iterates one of these ahead of all
-            others, it reads `x` once: the basis U = orth(X X^T start) is the same, but in the place of U U^T X stands
-            the nearest tensor whose unfolding has the rows of start^T X, all of which are known from that one read.
 
     Returns:
         The `Tucker` form in `x.dtype`, and the bases in the starts' dtype, to start from in the next step.
     """
     wide, place = in_memory_order(_widen(x))
     bases = list(starts)
-    core = wide
-    once = None
+    published = algorithm == "published"
     pairs = _ordered(starts, iteration_order(x.shape, _ranks(x, starts)))
-    if algorithm == "sequential":
-        pairs = sorted(pairs, key=lambda pair: pair[0] not in held)
-        if pairs and pairs[0][0] in known and pairs[0][0] not in held:
-            once = pairs[0][0]
-        ways = {
-            mode: passes.HELD if mode in held else passes.ONCE if mode == once else passes.TWICE for mode, _ in pairs
-        }
-        found = passes.subspace(wide, [(place[mode], start, ways[mode]) for mode, start in pairs])
-        if found is not None:
-            core, made = found
-            for (mode, _), basis in zip(pairs, made, strict=True):
-                bases[mode] = basis
-            return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
-    for mode, start in [pair for pair in pairs if pair[0] in held]:
-        core = mode_product(core, start.to(core.dtype).mT, place[mode])
-    wide = core
-    for mode, start in [pair for pair in pairs if pair[0] not in held]:
-        published = algorithm == "published"
-        source, at = _ahead(wide if published else core, place[mode])
-        if mode == once:
-            bases[mode], core = _iterate_in_one_read(source, start, at)
-        else:
-            bases[mode] = basis = _iterate(source, start, at)
-            core = mode_product(core, basis.mT, place[mode]) if published else mode_product(source, basis.mT, at)
-        if not published:
-            core = core.movedim(at, place[mode]).contiguous()
+    pairs.sort(key=lambda pair: pair[0] not in held)
+    steps = _steps(wide.shape, [(place[mode], start, mode in held) for mode, start in pairs], published)
+    found = None if published else passes.subspace(wide, steps)
+    core, made = _by_operators(wide, steps, published) if found is None else found
+    for (mode, _), basis in zip(pairs, made, strict=True):
+        bases[mode] = basis
     return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
+
+
+def _steps(shape: Sequence[int], asked: list[tuple[int, Tensor, bool]], published: bool) -> list[passes.Step]:
+    """The modes in turn, each with its start, and the share of its fibres; asked: of each, whether it is held."""
+    current, steps = list(shape), []
+    for mode, start, held in asked:
+        share = passes.HELD if held else 1 if published else share_of(current, mode, start.shape[1])
+        steps.append((mode, start, share))
+        current[mode] = start.shape[1]
+    return steps
+
+
+def _by_operators(x: Tensor, steps: Sequence[passes.Step], published: bool) -> tuple[Tensor, list[Tensor]]:
+    """As `passes.subspace`; published: each mode is iterated on all that those held leave."""
+    core, bases = x, []
+    for mode, start, share in steps:
+        if share == passes.HELD:
+            x = core = mode_product(core, start.to(core.dtype).mT, mode)
+            bases.append(start)
+            continue
+        source, at = _ahead(x if published else core, mode)
+        part = (source, at) if share == 1 else _ahead(*sampled(core, mode, share))
+        bases.append(basis := _iterate(*part, start))
+        if published:
+            core = mode_product(core, basis.mT, mode)
+        else:
+            core = mode_product(source, basis.mT, at).movedim(at, mode).contiguous()
+    return core, bases
 
 
 def _ahead(x: Tensor, mode: int) -> tuple[Tensor, int]:
@@ -255,7 +259,7 @@ def _ahead(x: Tensor, mode: int) -> tuple[Tensor, int]:
     return x, mode
 
 
-def _iterate(x: Tensor, start: Tensor, mode: int) -> Tensor:
+def _iterate(x: Tensor, mode: int, start: Tensor) -> Tensor:
     """orth(X X^T start) for the unfolding X of `mode`."""
     # A step that met NaN leaves a basis of NaN; from zeros QR gives unit vectors, and the iteration recovers.
     start = torch.nan_to_num(start.to(x.dtype), 0.0, 0.0, 0.0)
@@ -263,24 +267,6 @@ def _iterate(x: Tensor, start: Tensor, mode: int) -> Tensor:
     basis = torch.linalg.qr(image)[0]
     # Laid out as it comes back from a file, also with a single column, so that the next step rounds the same.
     return basis.clone(memory_format=torch.contiguous_format)
-
-
-def _iterate_in_one_read(x: Tensor, start: Tensor, mode: int) -> tuple[Tensor, Tensor]:
-    """The same basis U, and the coordinates in it of X P, with P the projection on the rows of Z = start^T X.
-
-    X P = X Z^T (Z Z^T)^-1 Z, where the image X Z^T = U R is known, and Z Z^T = start^T U R: coordinates R (Z Z^T)^-1 Z.
-    """
-    start = start.to(x.dtype)
-    start = torch.where(start.isfinite(), start, torch.eye(*start.shape, dtype=x.dtype, device=x.device))
-    z = mode_product(x, start.mT, mode)
-    image = mode_correlation(x, z, mode)
-    basis, upper = torch.linalg.qr(image)
-    gram, numbers = start.mT @ image, torch.finfo(x.dtype)
-    # Least squares with a weight on the solution: what is less than rounding errors of the whole counts as nothing.
-    least = _LEAST * numbers.eps * gram.diagonal().sum() + numbers.tiny
-    q, r = torch.linalg.qr(torch.cat([gram, least * torch.eye(len(gram), dtype=x.dtype, device=x.device)]))
-    matrix = torch.linalg.solve_triangular(r, upper, upper=True, left=False) @ q[: len(gram)].mT
-    return basis.clone(memory_format=torch.contiguous_format), mode_product(z, matrix, mode)
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank.tensors.eager import remembered
+from lowrank.tensors.sample import share_of
 
 
 def _sides(shape: Sequence[int], mode: int) -> tuple[int, int, int]:
@@ -136,7 +137,8 @@ def _iterating(shape: tuple[int, ...], mode: int, rank: int) -> float:
     left, n, right = _sides(shape, mode)
     row = n if right == 1 else right
     scattered = 1.0 if left == 1 or row >= _VECTOR else 2.5 if row >= _VECTOR // 2 else 5.0
-    return scattered * (rank + 0.5) / 12
+    products = 1 + 2 / abs(share_of(shape, mode, rank))  # of the three of an iteration
+    return scattered * (rank * products / 3 + 0.5) / 12
 
 
 def ascending(keys: Sequence[float]) -> list[int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import product
 from math import prod
 
 import torch
@@ -98,17 +99,21 @@ def subspace_step(x: Tensor, starts: dict[int, Tensor], sequential: bool) -> dic
     return bases
 
 
-def known_of_one_read(x: Tensor, starts: dict[int, Tensor], channels: int = 1) -> Tensor:
-    """What ASI iterates on from bases of the step before: `x`; or, where the first mode is neither batch nor
-    channels, the part of it whose unfolding has the rows of start^T x."""
-    ranks = [starts[mode].shape[1] if mode in starts else size for mode, size in enumerate(x.shape)]
-    mode = next((mode for mode in iteration_order(x.shape, ranks) if mode in starts), 0)
-    if mode in (0, channels % x.ndim):
-        return x
-    a = unfold(x, mode)
-    rows = torch.linalg.qr((starts[mode].mT @ a).mT)[0]
-    sizes = [x.shape[mode], *x.shape[:mode], *x.shape[mode + 1 :]]
-    return (a @ rows @ rows.mT).reshape(sizes).movedim(0, mode)
+def fibres_by_definition(x: Tensor, mode: int, share: int) -> Tensor:
+    """Columns of the unfolding that are taken: those whose place in the modes between batch and `mode` is the number of
+    the sample, both modulo `share`; or a `-share`th of the places behind `mode`, another for each sample and place."""
+    k = abs(share)
+    behind = prod(x.shape[mode + 1 :])
+    flat = x.reshape(x.shape[0], -1, x.shape[mode], behind)
+    places, some = flat.shape[1], behind // k
+    taken = []
+    for sample, place in product(range(x.shape[0]), range(places)):
+        if share > 0 and place % k == sample % k and place < places // k * k:
+            taken.append(flat[sample, place])
+        elif share < 0:
+            first = (sample + place) % k * some
+            taken.append(flat[sample, place, :, first : first + some])
+    return torch.cat(taken, 1)
 
 
 def same_span(first: Tensor, second: Tensor, tolerance: float = 1e-8) -> bool:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from factored_cases import FULL, NAMES, data, loss_of, network, product, train
-from references import known_of_one_read, projected, random_tensor, subspace_step
+from references import projected, random_tensor, subspace_step
 from torch import nn
 
 import lowrank
@@ -74,7 +74,6 @@ def emulated(shape, ranks, energy, steps, lr, decay):
                 wanted = {mode: rank for mode, rank in enumerate(ranks) if rank < x.shape[mode]}
                 fresh = ASI(list(ranks))
                 starts = {m: bases[name].get(m, fresh._start(x, m, r, None, name)) for m, r in wanted.items()}
-                x = known_of_one_read(x, starts, -1) if bases[name] else x
                 bases[name] = subspace_step(x, starts, True)
                 dense = grad.flatten(0, -2).mT @ projected(x, bases[name]).flatten(0, -2)
                 columns = left[name] @ left[name].mT

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from references import (
     TOLERANCE,
     hosvd_input,
-    known_of_one_read,
     left_vectors,
     low_rank_tensor,
     multiply,
@@ -179,26 +178,6 @@ def test_subspace_iteration_equals_the_written_out_one(algorithm, shape, data, s
     assert [mode for mode, basis in enumerate(bases) if basis is not None] == sorted(expected)
     assert all(same_span(bases[mode], expected[mode]) for mode in expected)
     torch.testing.assert_close(tucker.dense(), projected(x, expected), rtol=1e-8, atol=1e-8)
-
-
-@given(shape=SHAPES, data=st.data(), seed=SEEDS)
-def test_of_one_read_the_first_mode_keeps_what_has_the_rows_of_start_and_tensor(shape, data, seed):
-    x, starts = random_tensor(*shape, seed=seed), draw_starts(data, shape, seed + 1)
-    tucker, bases = subspace_iteration(x, [starts.get(mode) for mode in range(x.ndim)], known=range(1, x.ndim))
-    known = known_of_one_read(x, starts, channels=0)
-    expected = subspace_step(known, starts, sequential=True)
-    assert all(same_span(bases[mode], expected[mode], 1e-6) for mode in expected)
-    torch.testing.assert_close(tucker.dense(), projected(known, expected), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-@pytest.mark.parametrize("start", [random_tensor(12, 4), torch.eye(12, 4, dtype=torch.float64)])
-def test_of_less_rank_than_asked_for_one_read_loses_nothing(start, dtype, error):
-    x = (random_tensor(6, 9, 2) @ random_tensor(2, 12, seed=1)).to(dtype)
-    x[..., 0] = 0
-    tucker, (_, _, basis) = subspace_iteration(x, [None, None, start.to(dtype)], known=[2])
-    torch.testing.assert_close(tucker.dense(), x, rtol=0, atol=error)
-    torch.testing.assert_close(basis.mT @ basis, torch.eye(4, dtype=dtype), rtol=0, atol=error)
 
 
 def test_the_two_algorithms_differ_where_several_modes_are_cut():
