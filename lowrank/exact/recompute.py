@@ -42,7 +42,7 @@ from lowrank.exact.origins import (
     takes_nothing,
 )
 from lowrank.tensors.eager import Node, saved
-from lowrank.tensors.memory_layout import dense_strides
+from lowrank.tensors.memory_layout import plainly_last
 
 
 def note_layer(
@@ -115,7 +115,23 @@ def stock_batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`; keeps its input, with stored statistics the origin of it."""
-    input = _one_image(input)
+    input = plainly_last(input)
+    y = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if y.requires_grad and 1 in (input.shape[0], *input.shape[2:]) and lean_mode(y):
+        y.register_hook(plainly_last)  # strides of a gradient are in doubt only where a dimension is of size 1
+    return y
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
     if training and _knows_its_statistics(input, running_mean, running_var, weight, bias):
         y, mean, inverse = torch.native_batch_norm(input, weight, bias, running_mean, running_var, True, momentum, eps)
         again, link = partial(_by_statistics, eps), Normalisation(weight is not None, bias is not None)
@@ -126,15 +142,6 @@ def stock_batch_norm(
         return keeps_its_input(anew, input, weight, bias, y=y)
     stored = lambda x, w, b, mean, var: F.batch_norm(x, mean, var, w, b, False, 0.0, eps)  # noqa: E731
     return _normalised(stored, input, weight, bias, running_mean, running_var)
-
-
-def _one_image(input: Tensor) -> Tensor:
-    """One image with its channels last, such as tokens put in order again, with the stride that its batch then has.
-    Where that is another, PyTorch takes a contiguous gradient of the output for one with its channels last."""
-    if input.ndim != 4 or input.shape[0] != 1 or input.stride(0) == input.numel() or input.is_contiguous():
-        return input
-    last = input.is_contiguous(memory_format=torch.channels_last)
-    return input.as_strided(input.shape, dense_strides(tuple(input.shape), True)) if last else input
 
 
 def _knows_its_statistics(input: Tensor, *vectors: Tensor | None) -> bool:
