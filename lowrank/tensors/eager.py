@@ -154,6 +154,8 @@ def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
             return run(ctx, *grads)
 
     def run(ctx: Any, *grads: Any) -> Any:
+        global _nodes_run
+        _nodes_run += 1
         batched = next(filter(_is_batched, grads), None)
         if batched is None:
             return backward(ctx, *grads)
@@ -172,6 +174,14 @@ def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return each
+
+
+_nodes_run = 0
+
+
+def nodes_run() -> int:
+    """How many backward nodes have run: another number says that a graph of before may have let go of what it kept."""
+    return _nodes_run
 
 
 def _innermost_level(batched: Tensor) -> int:
