@@ -229,7 +229,8 @@ class _Again(Node):
     def forward(ctx: Any, call: _Call, reader: Reader, sources: tuple[Tensor, ...], *arguments: Any) -> Tensor:
         ctx.call, ctx.reader = call, reader
         ctx.save_for_backward(*sources)
-        return call.function(*arguments)
+        y: Tensor = call.function(*arguments)
+        return y.detach() if y._is_view() and _is_new(y, arguments) else y  # as stock's, it may be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -241,6 +242,12 @@ class _Again(Node):
         else:
             ctx.call.again(*ctx.reader(*sources))
         return None, None, None, *ctx.call.gradients(grad)
+
+
+def _is_new(y: Tensor, arguments: Sequence[Tensor | None]) -> bool:
+    """Whether a function's output has memory of its own, such as a product that is put in another shape."""
+    own = y.untyped_storage()._cdata
+    return all(argument is None or argument.untyped_storage()._cdata != own for argument in arguments)
 
 
 def attend(function: Rebuild, projected: Sequence[Tensor], *others: Tensor | None) -> Tensor:
