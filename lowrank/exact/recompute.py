@@ -41,7 +41,7 @@ from lowrank.exact.origins import (
     reading,
     takes_nothing,
 )
-from lowrank.tensors.eager import Node, saved
+from lowrank.tensors.eager import Node, is_batched, saved
 from lowrank.tensors.memory_layout import plainly_last
 
 
@@ -118,8 +118,13 @@ def stock_batch_norm(
     input = plainly_last(input)
     y = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if y.requires_grad and 1 in (input.shape[0], *input.shape[2:]) and lean_mode(y):
-        y.register_hook(plainly_last)  # strides of a gradient are in doubt only where a dimension is of size 1
+        y.register_hook(_plain_gradient)  # strides of a gradient are in doubt only where a dimension is of size 1
     return y
+
+
+def _plain_gradient(grad: Tensor) -> Tensor:
+    """See `plainly_last`; a batch of gradients, which does not tell its order, in the order of its dimensions."""
+    return grad.contiguous() if is_batched(grad) else plainly_last(grad)
 
 
 def _batch_norm(

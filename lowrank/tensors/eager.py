@@ -156,11 +156,11 @@ def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
     def run(ctx: Any, *grads: Any) -> Any:
         global _nodes_run
         _nodes_run += 1
-        batched = next(filter(_is_batched, grads), None)
+        batched = next(filter(is_batched, grads), None)
         if batched is None:
             return backward(ctx, *grads)
         level = _innermost_level(batched)
-        columns = [torch._remove_batch_dim(g, level, 0, 0) if _is_batched(g) else None for g in grads]
+        columns = [torch._remove_batch_dim(g, level, 0, 0) if is_batched(g) else None for g in grads]
         size = next(len(column) for column in columns if column is not None)
         found = []
         with _one_of_a_batch():
@@ -211,7 +211,8 @@ def in_batch() -> bool:
     return getattr(_THREAD, "in_batch", False)
 
 
-def _is_batched(grad: Any) -> bool:
+def is_batched(grad: Any) -> bool:
+    """Whether it is a batch of gradients in the place of one (`is_grads_batched=True`)."""
     return isinstance(grad, Tensor) and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 

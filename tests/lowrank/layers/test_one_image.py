@@ -107,3 +107,23 @@ def test_a_normalisation_has_the_same_gradients_in_every_order_in_memory(shape):
         leaf = place.detach().requires_grad_()
         found = torch.autograd.grad(own(leaf), [leaf, *own.parameters()], order)
         torch.testing.assert_close(found, wanted, **TOLERANCE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_a_batch_of_gradients_is_taken_one_by_one(dimensions, order, training):
+    torch.manual_seed(0)
+    own = Tokens(dimensions, order).double()
+    for module in own.modules():
+        if isinstance(module, tuple(NORMS.values())):
+            module.train(training)
+    lowrank.convert(own, ["first", "last", "conv", "conv1"], lowrank.Vanilla())
+    x, grads, parameters = random_tensor(1, 24, 4), random_tensor(3, 1, 24, 3, seed=1), list(own.parameters())
+    found = torch.autograd.grad(own(x), parameters, grads, is_grads_batched=True, allow_unused=True)
+    for at, grad in enumerate(grads):
+        wanted = torch.autograd.grad(own(x), parameters, grad, allow_unused=True)
+        for batch, one in zip(found, wanted, strict=True):
+            assert (batch is None) == (one is None)
+            if one is not None:
+                torch.testing.assert_close(batch[at], one, **TOLERANCE)
