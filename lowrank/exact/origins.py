@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lowrank.exact import chains, slots
 from lowrank.exact.slots import here, place_of_saving
-from lowrank.tensors.eager import in_autocast, wants_gradient
+from lowrank.tensors.eager import in_autocast, nodes_run, wants_gradient
 from lowrank.tensors.notes import Notes
 
 Rebuild = Callable[..., Tensor]
@@ -192,7 +192,8 @@ class Origin:
 
 
 _ORIGINS: Notes[Origin] = Notes()
-_KEPT: Notes[int] = Notes()  # of a tensor that a backward node keeps: where, see `place_of_saving`
+# Of a tensor that a backward node keeps: where, see `place_of_saving`, and until when, see `_until`.
+_KEPT: Notes[tuple[int, int]] = Notes()
 
 
 def version_of(x: Tensor) -> int:
@@ -216,13 +217,22 @@ def is_parameter(x: Tensor) -> bool:
 def is_kept(x: Tensor) -> None:
     """A node keeps this tensor in full: whatever else is computed from it takes nothing. A compiler sees for itself."""
     slots.is_kept(x)
-    _KEPT.note(x, place_of_saving())
+    _KEPT.note(x, (place_of_saving(), _until(x)))
+
+
+def _until(x: Tensor) -> int:
+    """What tells a note of a tensor from one of a step before: a tensor that no graph leads to, such as a batch,
+    outlives the node that kept it, and may be given again."""
+    if torch.compiler.is_compiling():
+        return 0
+    with torch._C.DisableTorchFunctionSubclass():
+        return -1 if x.grad_fn is not None else nodes_run()
 
 
 def is_known_as_kept(x: Tensor) -> bool:
     """Whether a node keeps this tensor in full."""
-    place = _KEPT.find(x)
-    return place is not None and place == here()
+    kept = _KEPT.find(x)
+    return kept is not None and kept[0] == here() and kept[1] in (-1, nodes_run())
 
 
 def find(x: Tensor) -> Origin | None:

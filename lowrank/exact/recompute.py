@@ -41,8 +41,8 @@ from lowrank.exact.origins import (
     reading,
     takes_nothing,
 )
-from lowrank.tensors.eager import Node, saved
-from lowrank.tensors.memory_layout import dense_strides
+from lowrank.tensors.eager import Node, is_batched, saved
+from lowrank.tensors.memory_layout import plainly_last
 
 
 def note_layer(
@@ -115,7 +115,28 @@ def stock_batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`; keeps its input, with stored statistics the origin of it."""
-    input = _one_image(input)
+    input = plainly_last(input)
+    y = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if y.requires_grad and 1 in (input.shape[0], *input.shape[2:]) and lean_mode(y):
+        y.register_hook(_plain_gradient)  # strides of a gradient are in doubt only where a dimension is of size 1
+    return y
+
+
+def _plain_gradient(grad: Tensor) -> Tensor:
+    """See `plainly_last`; a batch of gradients, which does not tell its order, in the order of its dimensions."""
+    return grad.contiguous() if is_batched(grad) else plainly_last(grad)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
     if training and _knows_its_statistics(input, running_mean, running_var, weight, bias):
         y, mean, inverse = torch.native_batch_norm(input, weight, bias, running_mean, running_var, True, momentum, eps)
         again, link = partial(_by_statistics, eps), Normalisation(weight is not None, bias is not None)
@@ -126,15 +147,6 @@ def stock_batch_norm(
         return keeps_its_input(anew, input, weight, bias, y=y)
     stored = lambda x, w, b, mean, var: F.batch_norm(x, mean, var, w, b, False, 0.0, eps)  # noqa: E731
     return _normalised(stored, input, weight, bias, running_mean, running_var)
-
-
-def _one_image(input: Tensor) -> Tensor:
-    """One image with its channels last, such as tokens put in order again, with the stride that its batch then has.
-    Where that is another, PyTorch takes a contiguous gradient of the output for one with its channels last."""
-    if input.ndim != 4 or input.shape[0] != 1 or input.stride(0) == input.numel() or input.is_contiguous():
-        return input
-    last = input.is_contiguous(memory_format=torch.channels_last)
-    return input.as_strided(input.shape, dense_strides(tuple(input.shape), True)) if last else input
 
 
 def _knows_its_statistics(input: Tensor, *vectors: Tensor | None) -> bool:
@@ -222,7 +234,8 @@ class _Again(Node):
     def forward(ctx: Any, call: _Call, reader: Reader, sources: tuple[Tensor, ...], *arguments: Any) -> Tensor:
         ctx.call, ctx.reader = call, reader
         ctx.save_for_backward(*sources)
-        return call.function(*arguments)
+        y: Tensor = call.function(*arguments)
+        return y.detach() if y._is_view() and _is_new(y, arguments) else y  # as stock's, it may be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -234,6 +247,12 @@ class _Again(Node):
         else:
             ctx.call.again(*ctx.reader(*sources))
         return None, None, None, *ctx.call.gradients(grad)
+
+
+def _is_new(y: Tensor, arguments: Sequence[Tensor | None]) -> bool:
+    """Whether a function's output has memory of its own, such as a product that is put in another shape."""
+    own = y.untyped_storage()._cdata
+    return all(argument is None or argument.untyped_storage()._cdata != own for argument in arguments)
 
 
 def attend(function: Rebuild, projected: Sequence[Tensor], *others: Tensor | None) -> Tensor:

@@ -23,8 +23,8 @@ from lowrank.kernels import passes
 from lowrank.layers.lazy import Lazy, lazy_gradient, real, unread
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.eager import Node, refuse_double_backward, saved
-from lowrank.tensors.geometry import ConvGeometry, Geometry, Shape
-from lowrank.tensors.memory_layout import dense_strides, laid_out, suggests_channels_last
+from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
+from lowrank.tensors.memory_layout import dense_strides, laid_out, order_of, suggests_channels_last
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,7 @@ class LowRankFunction(Node):
         """
         ctx.settings, ctx.shape, ctx.weight_shape = settings, tuple(x.shape), tuple(weight.shape)
         ctx.anchor = weight
+        ctx.order = None if torch.compiler.is_compiling() else order_of(x, type(settings.geometry) is LinearGeometry)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
         if call is not None:
             return lazy_output(call, watched)
@@ -203,6 +204,7 @@ class LowRankFunction(Node):
         if wants_x:
             grad_x = settings.method.input_gradient(*_scaled_smaller(grad, weight, scale), settings.geometry, shape)
             grad_x = grad_x.squeeze(0) if settings.single else grad_x
+            grad_x = grad_x if ctx.order is None else ctx.order(grad_x)
         with torch.no_grad():
             made = (None, None) if scaled is None else (scaled.weight_gradient, scaled.bias_gradient)
             missing = wants_weight and made[0] is None, wants_bias and made[1] is None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lowrank.tensors.eager import Node, refuse_double_backward, saved
 from lowrank.tensors.geometry import LinearGeometry
 from lowrank.tensors.gradients import factor_gradients
+from lowrank.tensors.memory_layout import order_of
 from lowrank.tensors.storage import restore
 from lowrank.tensors.tucker import Tucker
 
@@ -68,6 +69,7 @@ class FactoredFunction(Node):
         """
         ctx.settings, ctx.count = settings, len(ctx.needs_input_grad)
         ctx.save_for_backward(left, right, *kept)
+        ctx.order = None if torch.compiler.is_compiling() else order_of(x, linear=True)
         dtype = settings.dtype
         y = forward_factored(x, left.to(dtype), right.to(dtype), None if bias is None else bias.to(dtype))
         if torch.compiler.is_compiling() or not y._is_view():
@@ -83,6 +85,7 @@ class FactoredFunction(Node):
         factors = (left.to(grad.dtype), right.to(grad.dtype))
         through = grad @ factors[0] if wants_x else None
         grad_x = None if through is None else through @ factors[1]
+        grad_x = grad_x if grad_x is None or ctx.order is None else ctx.order(grad_x)
         grad_left = grad_right = None
         if wants_left or wants_right:
             grad_left, grad_right = _factor_gradients(settings, tuple(kept), grad, *factors, through)

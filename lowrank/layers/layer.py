@@ -221,6 +221,11 @@ def input_of(layer: nn.Module, x: Tensor) -> Tensor:
     return x if prepare is None else prepare(layer, x)
 
 
+def computed_input(layer: nn.Module, x: Tensor) -> Tensor:
+    """The same in the dtype in which the layer computes with it and keeps it, such as autocast's."""
+    return as_computed(input_of(layer, x), next(layer.parameters()))[0]
+
+
 def is_single(layer: nn.Module, x: Tensor) -> bool:
     """Whether an input or output comes without its batch dimension."""
     return _kind(layer).is_single(x)

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError
 from lowrank.layers.factored import FactoredLinear
-from lowrank.layers.layer import LowRankLayer, can_be_converted, geometry_of, input_of, is_single, weight_of
+from lowrank.layers.layer import LowRankLayer, can_be_converted, computed_input, geometry_of, is_single, weight_of
 from lowrank.layers.preserve import preserved
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.methods.base import Method, Vanilla
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
+from lowrank.tensors.eager import without_autocast
 from lowrank.tensors.geometry import Geometry
 
 
@@ -85,7 +86,9 @@ def account(
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            cost, as_it_is = _layer_cost(layer, inputs[0])
+            x = computed_input(layer, inputs[0].detach())
+            with without_autocast(x.device.type):
+                cost, as_it_is = _layer_cost(layer, inputs[0], x)
             found[name] = found.get(name, LayerCost()) + cost
             if as_it_is:
                 whole.add(name)
@@ -108,12 +111,12 @@ def account(
 
 
 @torch.no_grad()
-def _layer_cost(layer: nn.Module, x: Tensor) -> tuple[LayerCost, bool]:
-    """What a layer costs for an input, and whether it keeps that as it is by the rule of `smallest`."""
+def _layer_cost(layer: nn.Module, given: Tensor, x: Tensor) -> tuple[LayerCost, bool]:
+    """What a layer costs for an input, `x` as it computes with it, and whether it keeps that as it is by the rule of
+    `smallest`."""
     geometry: Geometry = geometry_of(layer)
-    needs_input_gradient = x.requires_grad
-    x = input_of(layer, x)
-    x = without_padding(x.detach().unsqueeze(0) if is_single(layer, x) else x.detach())
+    needs_input_gradient = given.requires_grad
+    x = without_padding(x.unsqueeze(0) if is_single(layer, x) else x)
     if isinstance(layer, FactoredLinear):
         return layer.cost(x, needs_input_gradient), False
     weight = weight_of(layer)

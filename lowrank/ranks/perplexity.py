@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError, NonFiniteError, SettingError
-from lowrank.layers.layer import can_be_converted, geometry_of, input_of, is_single
+from lowrank.layers.layer import can_be_converted, computed_input, geometry_of, is_single
 from lowrank.layers.lazy import real
 from lowrank.layers.preserve import LossFunction, loss_of, preserved, tensors_in
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.ranks.table import Candidates, Energy, LayerPerplexity, PerplexityTable, joined, kept_bytes
 from lowrank.tensors.decompose import Spectrum, allowed_ranks, check_energy, project, spectra
+from lowrank.tensors.eager import without_autocast
 from lowrank.tensors.geometry import Geometry
 from lowrank.tensors.gradients import weight_gradient
 from lowrank.tensors.storage import Storage, check_storage, kept_ranks, restore, store
@@ -152,7 +153,7 @@ class _Probe:
         self.called = True
         if not output.requires_grad:
             raise ConversionError(f"layer {self.name!r} is called without gradients, so it has no perplexity")
-        x, geometry, single = input_of(layer, inputs[0].detach()), geometry_of(layer), is_single(layer, inputs[0])
+        x, geometry, single = computed_input(layer, inputs[0].detach()), geometry_of(layer), is_single(layer, inputs[0])
         x = without_padding(x.unsqueeze(0) if single else x)
         output.register_hook(lambda grad: self.measure(x, real(grad.unsqueeze(0) if single else grad), geometry))
 
@@ -161,8 +162,9 @@ class _Probe:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         # All of a mode, where candidates may be left whole, and on further batches, whatever their own energies.
         whole = bool(self.mode_energies or self.rows)
-        gradients = _Gradients(x.to(dtype), grad.to(dtype), geometry, self.energies + self.mode_energies, whole)
-        row = self._again(gradients) if self.rows else self._first(x, gradients)
+        with without_autocast(x.device.type):
+            gradients = _Gradients(x.to(dtype), grad.to(dtype), geometry, self.energies + self.mode_energies, whole)
+            row = self._again(gradients) if self.rows else self._first(x, gradients)
         if not all(map(math.isfinite, (*row.perplexity, *(row.mixed.perplexity if row.mixed else ())))):
             raise NonFiniteError(f"the weight gradient of layer {self.name!r} is not finite on the perplexity batch")
         self.rows.append(row)

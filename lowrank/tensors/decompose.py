@@ -167,7 +167,7 @@ def hosvd(x: Tensor, energy: float) -> Tucker:
         energy: share of squared singular values that each mode keeps, 0 < energy <= 1.
 
     Returns:
-        `Tucker` in `x.dtype`, ranks at least 1 and at most the dimension.
+        `Tucker` in `x.dtype`, see `Tucker.to`; ranks at least 1 and at most the dimension.
 
     Raises:
         SettingError: energy out of range.
@@ -209,7 +209,8 @@ def subspace_iteration(
             iterated on what is left.
 
     Returns:
-        The `Tucker` form in `x.dtype`, and the bases in the starts' dtype, to start from in the next step.
+        The `Tucker` form in `x.dtype`, see `Tucker.to`, and the bases in the starts' dtype, to start from in the next
+        step.
     """
     wide, place = in_memory_order(_widen(x))
     bases = list(starts)

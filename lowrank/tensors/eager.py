@@ -154,11 +154,13 @@ def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
             return run(ctx, *grads)
 
     def run(ctx: Any, *grads: Any) -> Any:
-        batched = next(filter(_is_batched, grads), None)
+        global _nodes_run
+        _nodes_run += 1
+        batched = next(filter(is_batched, grads), None)
         if batched is None:
             return backward(ctx, *grads)
         level = _innermost_level(batched)
-        columns = [torch._remove_batch_dim(g, level, 0, 0) if _is_batched(g) else None for g in grads]
+        columns = [torch._remove_batch_dim(g, level, 0, 0) if is_batched(g) else None for g in grads]
         size = next(len(column) for column in columns if column is not None)
         found = []
         with _one_of_a_batch():
@@ -172,6 +174,14 @@ def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return each
+
+
+_nodes_run = 0
+
+
+def nodes_run() -> int:
+    """How many backward nodes have run: another number says that a graph of before may have let go of what it kept."""
+    return _nodes_run
 
 
 def _innermost_level(batched: Tensor) -> int:
@@ -201,7 +211,8 @@ def in_batch() -> bool:
     return getattr(_THREAD, "in_batch", False)
 
 
-def _is_batched(grad: Any) -> bool:
+def is_batched(grad: Any) -> bool:
+    """Whether it is a batch of gradients in the place of one (`is_grads_batched=True`)."""
     return isinstance(grad, Tensor) and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 

@@ -28,7 +28,7 @@ def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry) -> Tensor:
     """Weight gradient of a layer whose input is known as a Tucker form.
 
     Args:
-        tucker: the input, of shape (B, C, H, W) or (B, ..., I), in `grad.dtype`.
+        tucker: the input, of shape (B, C, H, W) or (B, ..., I), in `grad.dtype`, or in another one to compute in.
         grad: gradient of the output, (B, O, H', W') or (B, ..., O).
         geometry: the layer.
 
@@ -36,7 +36,7 @@ def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry) -> Tensor:
         The gradient, (O, C/g, K_h, K_w), (O, I) or, of a transposed convolution, (C, O/g, K_h, K_w), equal to
         autograd's on `tucker.dense()`.
     """
-    return _gradients(tucker, grad, geometry, False)[0]
+    return _gradients(tucker, grad.to(tucker.core.dtype), geometry, False)[0].to(grad.dtype)
 
 
 def gradients(tucker: Tucker, grad: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -48,10 +48,11 @@ def gradients(tucker: Tucker, grad: Tensor, geometry: Geometry) -> tuple[Tensor,
     Returns:
         The weight gradient, and the bias gradient, (O,): the sum of `grad` over all else.
     """
-    batch = tucker.factors[0]
+    batch, dtype = tucker.factors[0], grad.dtype
+    grad = grad.to(tucker.core.dtype)
     joined = batch is not None and passes.can_project(grad, batch.shape[1] + 1)
     weight, bias = _gradients(tucker, grad, geometry, joined)
-    return weight, geometry.bias_gradient(grad) if bias is None else bias
+    return weight.to(dtype), (geometry.bias_gradient(grad) if bias is None else bias).to(dtype)
 
 
 def _gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, joined: bool) -> tuple[Tensor, Tensor | None]:
@@ -121,7 +122,7 @@ def factor_gradients(
     """Gradients of the two factors of a linear layer's weight L R, without the gradient G of the weight itself.
 
     Args:
-        tucker: the input, of shape (B, ..., I), in `grad.dtype`.
+        tucker: the input, of shape (B, ..., I), in `grad.dtype`, or in another one to compute in.
         grad: gradient of the output, (B, ..., O).
         left: L, (O, K), in `grad.dtype`.
         right: R, (K, I), in `grad.dtype`.
@@ -130,6 +131,11 @@ def factor_gradients(
     Returns:
         G R^T, (O, K), and L^T G, (K, I), equal to autograd's on `tucker.dense()`. Source: WASI, sec. 3.
     """
+    dtype = grad.dtype
+    if dtype != tucker.core.dtype:
+        given = (None if one is None else one.to(tucker.core.dtype) for one in (grad, left, right, through))
+        of_left, of_right = factor_gradients(tucker, *given)  # type: ignore[arg-type]
+        return of_left.to(dtype), of_right.to(dtype)
     geometry, channels = LinearGeometry(), tucker.factors[-1]
     against_core = (*tucker.factors[:-1], None)
     if channels is not None and channels.shape[1] <= right.shape[0]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 from torch import Tensor
 
 
@@ -18,6 +22,40 @@ def dense_strides(shape: tuple[int, ...], channels_last: bool = False) -> tuple[
         strides[place] = step
         step *= max(shape[place], 1)
     return tuple(strides)
+
+
+def plainly_last(x: Tensor) -> Tensor:
+    """A tensor (B, C, H, W) or (B, C, D, H, W) with its channels last, such as tokens of one image put in order again,
+    with the strides that a dimension of size 1 has in such a layout; any other as it is.
+
+    Where they are other ones, PyTorch's batch normalisation takes its input or its gradient for a contiguous one.
+    """
+    last = _LAST.get(x.ndim)
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return x
+    strides = dense_strides(tuple(x.shape), True)
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
+
+
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def order_of(x: Tensor, linear: bool) -> Callable[[Tensor], Tensor] | None:
+    """What gives the gradient of a layer's input `x` the order in memory that PyTorch gives it, where operators behind
+    may tell: of a linear layer (..., I) for an input that lies as (I, ...), of a convolution for one image with its
+    channels last, see `plainly_last`. None: it has it as it is made."""
+    if x.is_contiguous():
+        return None
+    if linear:
+        return _turned if x.movedim(-1, 0).is_contiguous() else None
+    last = _LAST.get(x.ndim)
+    if last is None or x.shape[0] != 1 or x.stride() != dense_strides(tuple(x.shape), True):
+        return None
+    return partial(Tensor.contiguous, memory_format=last)
+
+
+def _turned(x: Tensor) -> Tensor:
+    return x.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
 def suggests_channels_last(x: Tensor) -> bool:

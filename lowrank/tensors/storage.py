@@ -12,7 +12,7 @@ column or block with NaN or an infinite value comes back as NaN throughout, so t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import log2, prod
 from typing import Literal, get_args
 
 import torch
@@ -98,7 +98,8 @@ def store(x: Tensor, tucker: Tucker, storage: Storage) -> Stored:
         The core and, per mode, a factor or None for the identity; in int8 the scale of the core, (ceil(numel / 32),),
         and per mode that of the factor, (r_m,), behind them. What `kept_ranks` leaves whole has no factor. Where the
         form takes no less than the tensor in the same storage, the tensor is the core; `x` itself, where it is not
-        rounded.
+        rounded. In float16 the core of a form with a factor is divided by the norm of a tensor of ones, to the next
+        power of two, so that it is in range wherever the tensor is.
     """
     ranks = kept_ranks(x.shape, tucker.ranks, storage)
     tucker = Tucker(x, (None,) * x.ndim) if ranks == tuple(x.shape) else _left_whole(tucker, ranks)
@@ -107,10 +108,18 @@ def store(x: Tensor, tucker: Tucker, storage: Storage) -> Stored:
         dtype = x.dtype  # one or two halves
     if dtype != torch.int8:
         tucker = tucker.to(dtype)
-        return (tucker.core, *tucker.factors)
+        if tucker.core.dtype == dtype:
+            return (tucker.core, *tucker.factors)
+        factors = [None if factor is None else factor.to(dtype) for factor in tucker.factors]
+        return ((tucker.core / _norm_of_ones(x.shape)).to(dtype), *factors)
     core, scale = round_blocks(tucker.core)
     pairs = [(None, None) if factor is None else round_columns(factor) for factor in tucker.factors]
     return (core, *[values for values, _ in pairs], scale, *[scale for _, scale in pairs])
+
+
+def _norm_of_ones(shape: Sequence[int]) -> int:
+    """The norm of a tensor of ones, at most half as much again: a power of two."""
+    return 2 ** round(log2(prod(shape)) / 2)
 
 
 def _left_whole(tucker: Tucker, ranks: Sequence[int]) -> Tucker:
@@ -123,14 +132,20 @@ def _left_whole(tucker: Tucker, ranks: Sequence[int]) -> Tucker:
 
 
 def restore(stored: Stored, dtype: torch.dtype) -> Tucker:
-    """The Tucker form in `dtype` that `store` keeps, whatever its storage."""
+    """The Tucker form in `dtype` that `store` keeps, whatever its storage; in float32 for float16, see `Tucker.to`."""
     core = stored[0]
     assert core is not None
     ndim = core.ndim
     values, scales = stored[: ndim + 1], stored[ndim + 1 : 2 * ndim + 2]
     if core.dtype != torch.int8:
-        return Tucker(core, values[1:]).to(dtype)
+        tucker = Tucker(core, values[1:])
+        wide = tucker.to(dtype)
+        if core.dtype != torch.float16 or wide.ranks == wide.shape:
+            return wide
+        return Tucker(tucker.to(torch.float32).core.mul_(_norm_of_ones(wide.shape)).to(wide.core.dtype), wide.factors)
     assert scales[0] is not None
+    if dtype == torch.float16 and any(factor is not None for factor in values[1:]):
+        dtype = torch.float32
     factors = tuple(columns(*pair, dtype) for pair in zip(values[1:], scales[1:], strict=True))
     return Tucker(blocks(core, scales[0], dtype), factors)
 

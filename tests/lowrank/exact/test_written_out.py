@@ -102,3 +102,36 @@ def test_its_gradient_is_differentiated_again():
         grad.square().sum().backward()
         found.append(x.grad)
     torch.testing.assert_close(found[1], found[0])
+
+
+PRODUCTS = {
+    "@": lambda q, k: q @ k.mT,
+    "bmm": lambda q, k: torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, (2, HEADS)),
+    "einsum": lambda q, k: torch.einsum("bhnd,bhmd->bhnm", q, k),
+    "einsum, other order": lambda q, k: torch.einsum("...nhd,...mhd->...hnm", q.transpose(1, 2), k.transpose(1, 2)),
+}
+CHANGES = {
+    "added to": lambda scores, bias: scores.add_(bias),
+    "scaled": lambda scores, bias: scores.mul_(0.5),
+    "masked": lambda scores, bias: scores.masked_fill_(torch.eye(TOKENS, dtype=torch.bool), -1e4),
+    "a part set": lambda scores, bias: scores[..., 0].zero_(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_scores_and_sums_may_be_changed_in_place(product, change):
+    """As LongT5 adds its positions to them; a product may be a view of what was computed in another shape."""
+
+    def way(q, k, v, bias):
+        scores = PRODUCTS[product](q, k)
+        CHANGES[change](scores, bias)
+        v = v + bias.mean()  # which every one of them reads so
+        return torch.einsum("bhnm,bhmd->bhnd", scores.softmax(-1), v).mul_(2)
+
+    model = network(way)
+    x = random_tensor(2, TOKENS, WIDTH)
+    expected = steps(copy.deepcopy(model), x)
+    lowrank.convert(model, lowrank.trailing_layers(model, "all", "linear"), Vanilla())
+    for found, wanted in zip(steps(model, x), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)

@@ -188,3 +188,54 @@ def test_a_layer_that_is_not_called_is_named():
 
 def test_costs_add_up():
     assert LayerCost(1, 2, 3) + LayerCost(10, 20, 30) == LayerCost(11, 22, 33)
+
+
+STORED = ("input", "float32", "bfloat16", "int8")
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("storage", STORED)
+@pytest.mark.parametrize("method", ["vanilla", "asi", "hosvd", "svd", "fixed bases", "wasi"])
+def test_bytes_by_formula_are_those_that_are_kept(method, storage, autocast):
+    """Of each layer, in every storage and precision, autocast's too: behind a normalisation, that gives float32."""
+    methods = {
+        "vanilla": Vanilla,
+        "asi": lambda: ASI(3, storage=storage),
+        "hosvd": lambda: HOSVD(0.7, storage=storage),
+        "svd": lambda: SVD(0.7, storage=storage),
+        "fixed bases": lambda: lowrank.FixedBases(3, storage=storage),
+        "wasi": lambda: lowrank.WASI(energy=0.9, ranks=3, storage=storage),
+    }
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.Softplus(), nn.ConvTranspose2d(8, 6, 2, 2), nn.Softplus()]
+    layers += [nn.Flatten(2), nn.LayerNorm(256), nn.Linear(256, 6), nn.Softplus(), nn.Linear(6, 5)]
+    model = nn.Sequential(*layers)
+    names = ["6", "8"] if method == "wasi" else ["0", "2", "6", "8"]
+    lowrank.convert(model, names, methods[method](), fuse=False, everywhere=True)
+    batch = random_tensor(5, 3, 8, 8, dtype=torch.float32) + 1
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        account = lowrank.account(model, names, batch)
+        model(batch)
+    kept = [model.get_submodule(name)._lowrank.kept_bytes for name in names]
+    assert [account[name].activation_bytes for name in names] == kept
+
+
+@pytest.mark.parametrize(("within", "around"), [(False, False), (True, False), (False, True)])
+def test_ranks_within_a_budget_keep_no_more_in_autocast(within, around):
+    def loss_fn(net, batch):
+        with torch.autocast("cpu", torch.bfloat16, enabled=within or around):
+            return net(batch).float().square().mean()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 16), nn.Softplus(), nn.LayerNorm(16), nn.Linear(16, 8))
+    batch, names = random_tensor(6, 20, 24, dtype=torch.float32), ["1", "4"]
+    storages = ("input", "int8")
+    measured = {"mode_energies": (0.5, 0.8, 0.9), "storages": storages}
+    table = lowrank.measure_perplexity(model, names, loss_fn, batch, **measured)
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        again = lowrank.measure_perplexity(model, names, loss_fn, batch, **measured)
+    assert again == table
+    plan = lowrank.select_ranks(table, 4000, storages=storages)
+    lowrank.convert(model, names, ASI(plan), fuse=False, everywhere=True)
+    loss_fn(model, batch)
+    assert plan.nbytes == sum(model.get_submodule(name)._lowrank.kept_bytes for name in names)
