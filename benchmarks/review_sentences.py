@@ -53,14 +53,18 @@ RANKED: dict[str, tuple[Storage, Callable[[RankPlan], Method]]] = {
     "wasi_0.8": ("input", lambda plan: WASI(plan, energy=0.8)),
     "wasi_0.9": ("input", lambda plan: WASI(plan, energy=0.9)),
     "wasi_0.9_int8": ("int8", lambda plan: WASI(plan, energy=0.9)),
+    "wasi_0.9_int8_mlp": ("int8", lambda plan: WASI(plan, energy=0.9)),
 }
 PLAIN: dict[str, Method] = {"vanilla_fused": Vanilla(), "wsi_0.8": WSI(0.8), "wsi_0.9": WSI(0.9)}
 # Weights truncated ahead, to the ranks of energy 0.9, where that changes the layers' outputs least, or what comes of
 # these: whether a change of an output counts by its gradient.
-TRUNCATED = {f"{method}_{cut}": cut == "weighed" for method in ("wsi_0.9", "wasi_0.9_int8") for cut in CUTS}
-RANKED |= {f"wasi_0.9_int8_{cut}": ("int8", lambda plan: WASI(plan, energy=1)) for cut in CUTS}
+WAYS = ("wsi_0.9", "wasi_0.9_int8", "wasi_0.9_int8_mlp")
+TRUNCATED = {f"{method}_{cut}": cut == "weighed" for method in WAYS for cut in CUTS}
+RANKED |= {f"{method}_{cut}": ("int8", lambda plan: WASI(plan, energy=1)) for method in WAYS[1:] for cut in CUTS}
 PLAIN |= {f"wsi_0.9_{cut}": WSI(1) for cut in CUTS}
 METHODS = ("vanilla", *PLAIN, *RANKED, "lora_8")
+# Only the linear layers of the MLPs lose weights, as in WASI's paper; of the others ASI keeps the inputs.
+MLP_ALONE = {method for method in METHODS if "_mlp" in method}
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,13 @@ def network(weights: str, layers: str, seed: int) -> tuple[nn.Module, list[str]]
     names = lowrank.trailing_layers(model, "all" if layers == "all" else int(layers), "linear")
     lowrank.freeze_before(model, names)
     return model, names
+
+
+def truncated_layers(run: Run, model: nn.Module, names: list[str]) -> list[str]:
+    """Those of the trained layers whose weights the run's method truncates, where it truncates any."""
+    if run.method not in MLP_ALONE:
+        return names
+    return [name for name in lowrank.trailing_layers(model, "all", "linear", "mlp") if name in names]
 
 
 class Plans:
@@ -146,11 +157,14 @@ def converted(run: Run, weights: str, plans: Plans, batch: Batch) -> nn.Module:
     model, names = network(weights, run.layers, run.seed)
     model.to(plans.device)
     if run.method in TRUNCATED:
-        for name, weight in plans.truncated(run.layers, TRUNCATED[run.method]).items():
-            model.get_submodule(name).weight.data.copy_(weight)
+        found = plans.truncated(run.layers, TRUNCATED[run.method])
+        for name in set(truncated_layers(run, model, names)) & found.keys():
+            model.get_submodule(name).weight.data.copy_(found[name])
     if run.method in RANKED:
         storage, method = RANKED[run.method]
-        lowrank.convert(model, names, method(plans.plan(run.layers, storage)), everywhere=True)
+        plan = plans.plan(run.layers, storage)
+        methods = dict.fromkeys(names, ASI(plan)) | dict.fromkeys(truncated_layers(run, model, names), method(plan))
+        lowrank.convert(model, methods, everywhere=True)
     elif run.method in PLAIN:
         lowrank.convert(model, names, PLAIN[run.method])
     elif run.method == "lora_8":
