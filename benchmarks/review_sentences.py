@@ -5,11 +5,12 @@
 3,200 sentences of at most 40 tokens in batches of 32, AdamW (weight decay 0.01), a tenth of the steps to warm up and
 then a cosine, gradients clipped at 1; 2,014 sentences test. Trained are the last linear layers, the classifier
 counted in, with the normalisations among and behind them; the embeddings are frozen at every depth. ASI's and WASI's
-ranks are those of the least perplexity on one batch at a twentieth of what the inputs of the trained layers take. The
-learning rate, 2e-4 for all but LoRA (1e-3), is the best of WASI on 800 validation sentences, and within two of them
-the best of vanilla (`--methods vanilla --rates 1e-4 2e-4 4e-4`); of weights truncated ahead 1e-4 is (`--methods
-wasi_0.9_int8_weighed --rates 1e-4`), and of both after two epochs. Each run's row is written as it ends, and what the
-table has is not run again.
+ranks are those of the least perplexity on one batch at a twentieth of what the inputs of the trained layers take.
+WASI truncates the weights of all trained layers, or with `_mlp` those of the MLPs alone, as its paper does; ASI keeps
+the inputs of the others then, at ranks of the same budget. The learning rate, 2e-4 for all but LoRA (1e-3), is the
+best of WASI on 800 validation sentences, and within two of them the best of vanilla (`--methods vanilla --rates 1e-4
+2e-4 4e-4`); of weights truncated ahead 1e-4 is (`--methods wasi_0.9_int8_weighed --rates 1e-4`), and of both after two
+epochs. Each run's row is written as it ends, and what the table has is not run again.
 """
 
 from __future__ import annotations
@@ -53,14 +54,18 @@ RANKED: dict[str, tuple[Storage, Callable[[RankPlan], Method]]] = {
     "wasi_0.8": ("input", lambda plan: WASI(plan, energy=0.8)),
     "wasi_0.9": ("input", lambda plan: WASI(plan, energy=0.9)),
     "wasi_0.9_int8": ("int8", lambda plan: WASI(plan, energy=0.9)),
+    "wasi_0.9_int8_mlp": ("int8", lambda plan: WASI(plan, energy=0.9)),
 }
 PLAIN: dict[str, Method] = {"vanilla_fused": Vanilla(), "wsi_0.8": WSI(0.8), "wsi_0.9": WSI(0.9)}
 # Weights truncated ahead, to the ranks of energy 0.9, where that changes the layers' outputs least, or what comes of
 # these: whether a change of an output counts by its gradient.
-TRUNCATED = {f"{method}_{cut}": cut == "weighed" for method in ("wsi_0.9", "wasi_0.9_int8") for cut in CUTS}
-RANKED |= {f"wasi_0.9_int8_{cut}": ("int8", lambda plan: WASI(plan, energy=1)) for cut in CUTS}
+CUT_AHEAD = ("wsi_0.9", "wasi_0.9_int8", "wasi_0.9_int8_mlp")
+TRUNCATED = {f"{method}_{cut}": cut == "weighed" for method in CUT_AHEAD for cut in CUTS}
+RANKED |= {f"{method}_{cut}": ("int8", lambda plan: WASI(plan, energy=1)) for method in CUT_AHEAD[1:] for cut in CUTS}
 PLAIN |= {f"wsi_0.9_{cut}": WSI(1) for cut in CUTS}
 METHODS = ("vanilla", *PLAIN, *RANKED, "lora_8")
+# Only the linear layers of the MLPs lose weights, as in WASI's paper; of the others ASI keeps the inputs.
+MLP_ALONE = {method for method in METHODS if "_mlp" in method}
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,13 @@ def network(weights: str, layers: str, seed: int) -> tuple[nn.Module, list[str]]
     names = lowrank.trailing_layers(model, "all" if layers == "all" else int(layers), "linear")
     lowrank.freeze_before(model, names)
     return model, names
+
+
+def truncated_layers(run: Run, model: nn.Module, names: list[str]) -> list[str]:
+    """Those of the trained layers whose weights the run's method truncates, where it truncates any."""
+    if run.method not in MLP_ALONE:
+        return names
+    return [name for name in lowrank.trailing_layers(model, "all", "linear", "mlp") if name in names]
 
 
 class Plans:
@@ -146,11 +158,14 @@ def converted(run: Run, weights: str, plans: Plans, batch: Batch) -> nn.Module:
     model, names = network(weights, run.layers, run.seed)
     model.to(plans.device)
     if run.method in TRUNCATED:
-        for name, weight in plans.truncated(run.layers, TRUNCATED[run.method]).items():
-            model.get_submodule(name).weight.data.copy_(weight)
+        found = plans.truncated(run.layers, TRUNCATED[run.method])
+        for name in set(truncated_layers(run, model, names)) & found.keys():
+            model.get_submodule(name).weight.data.copy_(found[name])
     if run.method in RANKED:
         storage, method = RANKED[run.method]
-        lowrank.convert(model, names, method(plans.plan(run.layers, storage)), everywhere=True)
+        plan = plans.plan(run.layers, storage)
+        methods = dict.fromkeys(names, ASI(plan)) | dict.fromkeys(truncated_layers(run, model, names), method(plan))
+        lowrank.convert(model, methods, everywhere=True)
     elif run.method in PLAIN:
         lowrank.convert(model, names, PLAIN[run.method])
     elif run.method == "lora_8":
@@ -284,7 +299,8 @@ def summary(rows: pd.DataFrame) -> str:
 accuracy, of those that were run on most seeds; means over the seeds ± the standard error of the mean, of gaps over
 those that vanilla has too. Kept: all that a step holds for its backward pass, without weights. Times of steps are
 processor times, in pairs that alternate. `whitened`: weights truncated to the same ranks where that changes their
-outputs least; `weighed`: where that moves the features least, by gradients too. Trained on
+outputs least; `weighed`: where that moves the features least, by gradients too. `mlp`: only weights of the MLPs are
+truncated, as in WASI's paper; the other layers are trained with ASI. Trained on
 {", ".join(sorted(set(rows.device)))}.
 """
     )

@@ -9,12 +9,11 @@ from typing import Any, Literal
 from torch import nn
 
 from lowrank.conversion.attention import closed_projections
+from lowrank.conversion.parts import PARTS, Part, is_of_attention, is_of_mlp, layers_of_mlps
 from lowrank.errors import ConversionError, SettingError
 from lowrank.layers.swap import plain_class
 
 Kind = Literal["conv", "linear"]
-Part = Literal["all", "mlp", "attention"]
-PARTS: dict[str, tuple[str, ...]] = {"all": ("",), "mlp": ("mlp",), "attention": ("attn", "attention")}
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {"conv": (nn.Conv2d, nn.ConvTranspose2d), "linear": (nn.Linear,)}
 
 
@@ -28,8 +27,9 @@ def trailing_layers(
         count: how many, from 1; or "all".
         kind: "conv" for `nn.Conv2d` and `nn.ConvTranspose2d`, "linear" for `nn.Linear`; their subclasses are not meant,
             nor are projections of attention that are not called (see `open_attention`).
-        part: of a transformer, by the names of the modules that hold the layers: "mlp"; "attention", named attention
-            or attn; or "all".
+        part: of a transformer, by the names of the modules that hold the layers: "mlp", and the linear layers outside
+            of attention of a block that has none of that name, such as BERT's; "attention", named attention or attn;
+            or "all".
 
     Raises:
         SettingError: unknown kind or part, or a count that the model does not have.
@@ -38,11 +38,11 @@ def trailing_layers(
         if value not in allowed:
             raise SettingError(f"{setting} is {value!r}; allowed: {', '.join(allowed)}")
     closed = {name for _, name in closed_projections(model)}
-    names = [
-        name
-        for name, layer in model.named_modules()
-        if plain_class(layer) in KINDS[kind] and name not in closed and any(word in name for word in PARTS[part])
-    ]
+    names = [name for name, layer in model.named_modules() if plain_class(layer) in KINDS[kind] and name not in closed]
+    if part == "attention":
+        names = [name for name in names if is_of_attention(name)]
+    elif part == "mlp":
+        names = layers_of_mlps(model, names) if kind == "linear" else [name for name in names if is_of_mlp(name)]
     if count == "all" and names:
         count = len(names)
     if not isinstance(count, int) or not 1 <= count <= len(names):

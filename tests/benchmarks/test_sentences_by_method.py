@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+import lowrank
 from benchmarks import review_sentences
 from benchmarks.rows import Rows
 from classification.backbones import minilm
@@ -77,6 +78,25 @@ def test_every_method_has_its_row_and_no_run_is_made_again(options, tmp_path, mo
     gap = rows.test_accuracy["wasi_0.8"] - rows.test_accuracy["vanilla"]
     (line,) = [line for line in (tmp_path / "rows.md").read_text().splitlines() if line.startswith("| all | wasi_0.8 ")]
     assert f"| {gap:+.2f} |" in line
+
+
+@pytest.mark.parametrize("method", sorted(review_sentences.MLP_ALONE))
+def test_with_the_mlps_alone_no_other_weight_is_truncated_and_asi_keeps_the_other_inputs(method, options):
+    weights = str(options[1])
+    sentences = review_sentences.TokenSet(part(40), "bytes", 16)
+    train = (sentences.tokens, torch.from_numpy(sentences.part.labels))
+    run = review_sentences.Run("all", method, 1, 0.01, 3)
+    stock, names = review_sentences.network(weights, "all", 3)
+    model = review_sentences.converted(
+        run, weights, review_sentences.Plans(weights, train), (train[0][:8], train[1][:8])
+    )
+    methods = {layer._lowrank.name: layer._lowrank.method for layer in lowrank.converted_layers(model)}
+    factored = [name for name in names if isinstance(methods[name], lowrank.WASI)]
+    assert [name.split("layer.0.")[1] for name in factored] == ["intermediate.dense", "output.dense"]
+    assert all(isinstance(methods[name], lowrank.ASI) for name in names if name not in factored)
+    for name in names:
+        weights_of = (network.get_submodule(name).weight.detach() for network in (model, stock))
+        assert torch.equal(*weights_of) == (name not in factored)
 
 
 def rows_of(method, epochs, rate, seeds, validation, test):
