@@ -52,7 +52,7 @@ def _share_of(shape: tuple[int, ...], mode: int, rank: int) -> int:
             continue
         if first >= 2 * share and rest >= share:
             return share
-        if right >= share * _COLUMNS:
+        if right >= share * _COLUMNS and first * rest >= share:  # or some of the columns would never be taken
             return -share
     return 1
 
