@@ -1,7 +1,7 @@
 """The Tucker format, and the three tensor products that everything else is made of.
 
-None of them copies an unfolding: a mode-m unfolding of a contiguous tensor is the view (left, n, right), with `left`
-the product of the sizes ahead of the mode and `right` the product of those behind it.
+None of them copies an unfolding, but where it lays narrow ones side by side: a mode-m unfolding of a contiguous tensor
+is the view (left, n, right), with `left` the product of the sizes ahead of the mode and `right` of those behind it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ def _sides(shape: Sequence[int], mode: int) -> tuple[int, int, int]:
 
 # Of `iteration_order`: ranks that compiled kernels take at any size, and numbers of the widest vector.
 _KERNEL_RANKS, _VECTOR = 8, 16
+# Of `mode_product`: products with matrices of fewer columns are slow, each by itself; multiplications that are worth
+# laying them side by side; numbers of such a copy.
+_NARROW, _WORTH_COPIES, _AT_ONCE = 10, 2**16, 2**18
 
 
 def mode_product(x: Tensor, matrix: Tensor, mode: int) -> Tensor:
@@ -46,7 +49,20 @@ def mode_product(x: Tensor, matrix: Tensor, mode: int) -> Tensor:
         return (matrix @ x.reshape(n, right)).view(shape)
     if right == 1:
         return (x.reshape(left, n) @ matrix.mT).view(shape)
-    return torch.bmm(matrix.expand(left, -1, -1), x.reshape(left, n, right)).view(shape)
+    x = x.reshape(left, n, right)
+    if right < _NARROW and x.device.type == "cpu" and left * n * right * matrix.shape[0] >= _WORTH_COPIES:
+        return _narrow_product(x, matrix).view(shape)
+    return torch.bmm(matrix.expand(left, -1, -1), x).view(shape)
+
+
+def _narrow_product(x: Tensor, matrix: Tensor) -> Tensor:
+    """The products (left, m, right) of a matrix (m, n) and each of x (left, n, right), many side by side in one."""
+    (left, n, right), m = x.shape, matrix.shape[0]
+    out, some = x.new_empty(left, m, right), max(1, _AT_ONCE // (right * max(m, n)))
+    for at in range(0, left, some):
+        beside = x[at : at + some].transpose(0, 1).reshape(n, -1)
+        out[at : at + some] = (matrix @ beside).view(m, -1, right).transpose(0, 1)
+    return out
 
 
 def mode_correlation(x: Tensor, z: Tensor, mode: int) -> Tensor:

@@ -30,6 +30,22 @@ def test_mode_product_takes_any_memory_layout(shape, mode, seed):
     torch.testing.assert_close(mode_product(x, matrix, mode), multiply(x, matrix, mode), **TOLERANCE)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("left", "rows", "size", "right"), [(50, 40, 30, 9), (3000, 20, 33, 2), (7000, 5, 3, 7)])
+def test_mode_product_of_many_narrow_matrices(left, rows, size, right, grad):
+    """Laid side by side, once and in several parts; as it is, out of order, and as part of a graph."""
+    x, matrix = random_tensor(left, size, right), random_tensor(rows, size, seed=1)
+    other, weight = x.transpose(0, 2).contiguous().transpose(0, 2), random_tensor(left, rows, right, seed=2)
+    for one in (x, other):
+        leaves = [tensor.clone().requires_grad_(grad) for tensor in (one, matrix)]
+        result, wanted = mode_product(*leaves, 1), torch.einsum("lnr,mn->lmr", *leaves)
+        torch.testing.assert_close(result, wanted, **TOLERANCE)
+        assert result.is_contiguous()
+        if grad:
+            found, exact = (torch.autograd.grad(y, leaves, weight) for y in (result, wanted))
+            torch.testing.assert_close(found, exact, **TOLERANCE)
+
+
 @given(SHAPES, st.integers(0, 3), st.integers(1, 7), SEEDS)
 def test_mode_correlation_is_the_product_of_unfoldings(shape, mode, size, seed):
     mode %= len(shape)
