@@ -18,6 +18,7 @@ from lowrank.kernels import passes
 from lowrank.tensors import positions
 from lowrank.tensors.eager import remembered
 from lowrank.tensors.memory_layout import dense_strides
+from lowrank.tensors.tucker import products
 
 Shape = tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -135,8 +136,7 @@ class ConvGeometry:
         if torch.is_grad_enabled() or not self._is_product(x):
             return self.forward(x, weight, bias)
         y = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
-        weights = weight.flatten(1).expand(x.shape[0], -1, -1)
-        torch.baddbmm(bias[:, None], weights, x.flatten(2), out=y.flatten(2))
+        products(x.flatten(2), weight.flatten(1), bias, out=y.flatten(2))
         return y
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -147,8 +147,7 @@ class ConvGeometry:
     def input_gradient(self, grad: Tensor, weight: Tensor, shape: Shape) -> Tensor:
         """Gradient with respect to an input of shape `shape`, from the gradient `grad` of the output."""
         if self._is_product(grad):
-            weights = weight.flatten(1).mT.expand(grad.shape[0], -1, -1)
-            return torch.bmm(weights, grad.flatten(2)).view(shape)
+            return products(grad.flatten(2), weight.flatten(1).mT).view(shape)
         stride, padding, dilation = self._arguments()
         padded = self._padded_shape(shape)
         if _transposes_well(grad):  # and needs no input to know the shape of

@@ -27,9 +27,10 @@ def _sides(shape: Sequence[int], mode: int) -> tuple[int, int, int]:
 
 # Of `iteration_order`: ranks that compiled kernels take at any size, and numbers of the widest vector.
 _KERNEL_RANKS, _VECTOR = 8, 16
-# Of `mode_product`: products with matrices of fewer columns are slow, each by itself; multiplications that are worth
-# laying them side by side; numbers of such a copy.
-_NARROW, _WORTH_COPIES, _AT_ONCE = 10, 2**16, 2**18
+# Of `products`: multiplications that are worth copies, with one matrix and with several, and matrices that always are;
+# numbers of a large matrix, and of a copy; how many are laid side by side, at least.
+_WORTH_ONE, _WORTH_COPIES, _MANY = 2**16, 2**21, 2**12
+_LARGE, _COPY, _BESIDE = 2**14, 2**16, 16
 
 
 def mode_product(x: Tensor, matrix: Tensor, mode: int) -> Tensor:
@@ -49,20 +50,47 @@ def mode_product(x: Tensor, matrix: Tensor, mode: int) -> Tensor:
         return (matrix @ x.reshape(n, right)).view(shape)
     if right == 1:
         return (x.reshape(left, n) @ matrix.mT).view(shape)
-    x = x.reshape(left, n, right)
-    if right < _NARROW and x.device.type == "cpu" and left * n * right * matrix.shape[0] >= _WORTH_COPIES:
-        return _narrow_product(x, matrix).view(shape)
-    return torch.bmm(matrix.expand(left, -1, -1), x).view(shape)
+    return products(x.reshape(left, n, right), matrix).view(shape)
 
 
-def _narrow_product(x: Tensor, matrix: Tensor) -> Tensor:
-    """The products (left, m, right) of a matrix (m, n) and each of x (left, n, right), many side by side in one."""
+def products(x: Tensor, matrix: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """The product of a matrix (m, n) and each of x (left, n, right), plus a bias (m,).
+
+    BLAS takes up to ten times as long for matrices of few columns, each by itself, as for many of them side by side,
+    and for one as for its transpose.
+
+    Returns:
+        (left, m, right), contiguous; `out`, where that is given to be written to.
+    """
     (left, n, right), m = x.shape, matrix.shape[0]
-    out, some = x.new_empty(left, m, right), max(1, _AT_ONCE // (right * max(m, n)))
+    if not _are_narrow(x, matrix):
+        each = matrix.expand(left, -1, -1)
+        return torch.bmm(each, x, out=out) if bias is None else torch.baddbmm(bias[:, None], each, x, out=out)
+    out = x.new_empty(left, m, right) if out is None else out
+    some = max(_BESIDE, _COPY // (right * max(m, n)))  # so few that their copies do not count
     for at in range(0, left, some):
-        beside = x[at : at + some].transpose(0, 1).reshape(n, -1)
-        out[at : at + some] = (matrix @ beside).view(m, -1, right).transpose(0, 1)
+        out[at : at + some] = _beside(x[at : at + some], matrix, bias)
     return out
+
+
+def _beside(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """`products` in one; of a single matrix by its transpose."""
+    (left, n, right), m = x.shape, matrix.shape[0]
+    if left == 1:
+        found = x[0].mT @ matrix.mT if bias is None else torch.addmm(bias, x[0].mT, matrix.mT)
+        return found.mT[None]
+    x = x.transpose(0, 1).reshape(n, left * right)
+    found = matrix @ x if bias is None else torch.addmm(bias[:, None], matrix, x)
+    return found.view(m, left, right).transpose(0, 1)
+
+
+def _are_narrow(x: Tensor, matrix: Tensor) -> bool:
+    """As measured with MKL and AVX-512, which is fast at multiples of 16 columns, and at many."""
+    (left, n, right), m = x.shape, matrix.shape[0]
+    worth = left >= _MANY or left * n * right * m >= (_WORTH_ONE if left == 1 else _WORTH_COPIES)
+    if not worth or x.device.type != "cpu":
+        return False
+    return right < 10 or (right < 40 and right % 16 > 0 and m * n >= _LARGE)
 
 
 def mode_correlation(x: Tensor, z: Tensor, mode: int) -> Tensor:
