@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank.tensors.eager import remembered
+from lowrank.tensors.positions import sum_of_products
 from lowrank.tensors.sample import share_of
 
 
@@ -116,10 +117,10 @@ def mode_correlation(x: Tensor, z: Tensor, mode: int) -> Tensor:
         return torch.bmm(z.reshape(first, -1, m).mT, x.reshape(first, -1, n)).sum(0).mT
     if right == 1:
         return (z.reshape(left, m).mT @ x.reshape(left, n)).mT
-    a, b = z.reshape(left, m, right), x.reshape(left, n, right).mT
+    a, b = z.reshape(left, m, right), x.reshape(left, n, right)
     if m <= right:
-        return torch.bmm(a, b).sum(0).mT  # many small products at once; the stack (left, m, n) is no larger than x
-    return torch.addbmm(x.new_zeros(m, n), a, b).mT  # few large products, summed as they are made
+        return torch.bmm(a, b.mT).sum(0).mT  # many small products at once; the stack (left, m, n) is no larger than x
+    return sum_of_products(b, a).mT  # few large products, summed as they are made, or in one
 
 
 def mode_order(shape: Sequence[int], ranks: Sequence[int]) -> list[int]:
