@@ -1,7 +1,7 @@
 import pytest
 import torch
 from hypothesis import given
-from references import TOLERANCE, autograd
+from references import TOLERANCE, autograd, random_tensor
 from strategies import LAYERS, convolutions
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,6 +36,23 @@ def test_single_precision_has_ways_of_its_own_to_the_same(setting):
         torch.testing.assert_close(geometry.affine(x32, weight, layer.bias.detach().float()), y.detach(), **close)
     torch.testing.assert_close(geometry.input_gradient(grad32, weight, tuple(x.shape)), grad_x, **close)
     torch.testing.assert_close(geometry.weight_gradient(x32, grad32), gradients["weight"], **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(1, 3), (40, 3), (24, 5), (3, 7)])
+def test_products_of_small_images_are_autograds(size, dtype):
+    """1 x 1 convolutions of so few positions that samples are multiplied side by side."""
+    samples, side = size
+    layer = nn.Conv2d(96, 160, 1).double()
+    x, grad = random_tensor(samples, 96, side, side), random_tensor(samples, 160, side, side, seed=1)
+    y, grad_x, gradients = autograd(layer, x, grad)
+    geometry, close = ConvGeometry.of(layer), {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
+    x, grad, weight, bias = (tensor.detach().to(dtype) for tensor in (x, grad, layer.weight, layer.bias))
+    with torch.no_grad():
+        torch.testing.assert_close(geometry.affine(x, weight, bias), y, **close)
+    torch.testing.assert_close(geometry.input_gradient(grad, weight, tuple(x.shape)), grad_x, **close)
+    torch.testing.assert_close(geometry.weight_gradient(x, grad), gradients["weight"], **close)
+    torch.testing.assert_close(geometry.bias_gradient(grad), gradients["bias"], **close)
 
 
 @given(LAYERS)

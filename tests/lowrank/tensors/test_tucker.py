@@ -10,7 +10,14 @@ from references import TOLERANCE, multiply, random_tensor, unfold
 from strategies import SEEDS, SHAPES
 
 from lowrank import Tucker
-from lowrank.tensors.tucker import in_memory_order, iteration_order, mode_correlation, mode_order, mode_product
+from lowrank.tensors.tucker import (
+    in_memory_order,
+    iteration_order,
+    mode_correlation,
+    mode_order,
+    mode_product,
+    products,
+)
 
 
 @given(SHAPES, st.integers(0, 3), st.integers(1, 7), SEEDS)
@@ -44,6 +51,24 @@ def test_mode_product_of_many_narrow_matrices(left, rows, size, right, grad):
         if grad:
             found, exact = (torch.autograd.grad(y, leaves, weight) for y in (result, wanted))
             torch.testing.assert_close(found, exact, **TOLERANCE)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("given_out", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 96, 9), (1, 96, 25), (40, 96, 9), (9, 128, 25), (5000, 7, 7), (6, 96, 49), (2, 3, 4)]
+)
+def test_products_of_one_matrix_and_many(shape, given_out, biased):
+    """Each by itself, side by side and transposed; what is not finite stays in its own."""
+    (left, size, right), rows = shape, 160
+    x, matrix, bias = random_tensor(*shape), random_tensor(rows, size, seed=1), random_tensor(rows, seed=2)
+    x[-1, 0, -1] = float("nan")
+    out = torch.full((left, rows, right), float("nan"), dtype=x.dtype) if given_out else None
+    result = products(x, matrix, bias if biased else None, out)
+    wanted = torch.einsum("lnr,mn->lmr", x, matrix) + (bias[:, None] if biased else 0)
+    torch.testing.assert_close(result, wanted, equal_nan=True, **TOLERANCE)
+    assert result.is_contiguous()
+    assert out is None or result is out
 
 
 @given(SHAPES, st.integers(0, 3), st.integers(1, 7), SEEDS)
