@@ -28,9 +28,9 @@ def _sides(shape: Sequence[int], mode: int) -> tuple[int, int, int]:
 
 # Of `iteration_order`: ranks that compiled kernels take at any size, and numbers of the widest vector.
 _KERNEL_RANKS, _VECTOR = 8, 16
-# Of `products`: multiplications that are worth copies, with one matrix and with several, and matrices that always are;
-# numbers of a large matrix, and of a copy; how many are laid side by side, at least.
-_WORTH_ONE, _WORTH_COPIES, _MANY = 2**16, 2**21, 2**12
+# Of `products`: multiplications that are worth copies, with one matrix, with several and where one of their sizes is
+# small, and matrices that always are; numbers of a large matrix, and of a copy; how many lie side by side, at least.
+_WORTH_ONE, _WORTH_COPIES, _WORTH_THIN, _MANY = 2**16, 2**19, 2**21, 2**12
 _LARGE, _COPY, _BESIDE = 2**14, 2**16, 16
 
 
@@ -88,8 +88,8 @@ def _beside(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 def _are_narrow(x: Tensor, matrix: Tensor) -> bool:
     """As measured with MKL and AVX-512, which is fast at multiples of 16 columns, and at many."""
     (left, n, right), m = x.shape, matrix.shape[0]
-    worth = left >= _MANY or left * n * right * m >= (_WORTH_ONE if left == 1 else _WORTH_COPIES)
-    if not worth or x.device.type != "cpu":
+    least = _WORTH_ONE if left == 1 else _WORTH_COPIES if min(m, n) >= 8 else _WORTH_THIN
+    if x.device.type != "cpu" or (left < _MANY and left * n * right * m < least):
         return False
     return right < 10 or (right < 40 and right % 16 > 0 and m * n >= _LARGE)
 
