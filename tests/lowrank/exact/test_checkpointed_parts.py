@@ -96,3 +96,29 @@ def test_a_checkpoint_around_layers_that_were_never_called_keeps_the_same_when_i
         model = lowrank.convert(copy.deepcopy(stock), lowrank.trailing_layers(stock, "all"), Vanilla(), fuse=fuse)
         wanted = trained_in_a_checkpoint(copy.deepcopy(stock))
         torch.testing.assert_close(trained_in_a_checkpoint(model), wanted, rtol=1e-9, atol=1e-11)
+
+
+class Branches(nn.Module):
+    """Two layers on one input, which nothing else keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 5, 3, padding=1), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        x = x * 1
+        return self.first(x) + self.second(x)
+
+
+@pytest.mark.parametrize("method", [ASI, lowrank.FixedBases])
+def test_layers_of_other_ranks_on_one_input_keep_the_same_when_a_checkpoint_is_run_again(method):
+    """The first one's form serves the second while it is there: when the pass is run again it is, before it is not."""
+    ranks = {"first": (3, 3, 4, 4), "second": (2, 2, 3, 3)}
+    torch.manual_seed(0)
+    model = lowrank.convert(Branches().double(), list(ranks), method(ranks))
+    assert all(grad.isfinite().all() for grad in trained_in_a_checkpoint(model))
+    keeps = {name: model.get_submodule(name)._lowrank.kept_bytes for name in ranks}
+    alike = lowrank.convert(Branches().double(), list(ranks), method((2, 2, 3, 3)))
+    trained_in_a_checkpoint(alike)
+    assert keeps["first"] > 0
+    assert alike.second._lowrank.kept_bytes == 0, "of the same ranks one form serves both"
