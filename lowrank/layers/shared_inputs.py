@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank.exact.slots import place_of_saving
+from lowrank.exact.slots import in_checkpoint
 from lowrank.layers.token_mask import current_mask
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.geometry import Shape
@@ -48,7 +48,9 @@ def find_kept(input: Tensor, x: Tensor, method: Method) -> Tensors | None:
 def _serves(found: Method, method: Method, shape: Shape) -> bool:
     """Whether what one method keeps serves another one. In a checkpoint, which drops it at first and has it there when
     it runs again, both have to keep the same."""
-    return method.can_use(found, shape) and (not place_of_saving() or found.can_use(method, shape))
+    if not method.can_use(found, shape):
+        return False
+    return torch.compiler.is_compiling() or not in_checkpoint() or found.can_use(method, shape)
 
 
 def note_kept(input: Tensor, x: Tensor, method: Method, kept: Tensors) -> None:
