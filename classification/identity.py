@@ -15,6 +15,7 @@ from classification.data.text import TEXTS, is_there
 from experiment import ExperimentError, Run
 from experiment.method import build_method
 from experiment.method import method_tag as tag_of
+from experiment.provenance import plain
 from experiment.ranks import Budget
 
 # Settings that have no influence on a run's result, so that they may change between two tries. Which devices train has
@@ -27,6 +28,16 @@ NO_INFLUENCE = {
         *("enable_model_summary", "log_every_n_steps", "num_sanity_val_steps", "profiler", "detect_anomaly"),
         *("inference_mode", "model_registry", "enable_autolog_hparams", "enable_checkpointing"),
     },
+}
+
+# What of an identity is said otherwise (in names, by the method or the recipe), or changes results by rounding alone.
+_SAID = {
+    "model": {
+        *("backbone", "method", "fuse", "layers", "budget", "energies", "learning_rate"),
+        *("channels_last", "cache_front", "mode_energies", "storages"),
+    },
+    "data": {"dataset", "batch_size", "image_size", "limit"},
+    "trainer": {"max_epochs", "max_time", "precision", "strategy", "num_nodes"},
 }
 
 
@@ -69,6 +80,17 @@ def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, 
         del data["limit"], data["limit_seed"]  # records of before these settings stay valid
     data["split_file"] = data["split_file"] and split_fingerprint(Path(data["split_file"]))
     return identity
+
+
+def further_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that are said nowhere else in its record, but have an influence on its result."""
+    found = {
+        f"{part}.{key}": value
+        for part, said in _SAID.items()
+        for key, value in identity[part].items()
+        if key not in said and value is not None
+    }
+    return {key: plain(value) for key, value in sorted(found.items())}
 
 
 def data_fingerprint(config: Mapping[str, Any]) -> str | None:

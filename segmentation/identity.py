@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from mmengine.config import Config
 from experiment import ExperimentError, Run
 from experiment.method import build_method
 from experiment.method import method_tag as tag_of
+from experiment.provenance import plain
 from experiment.ranks import Budget
 from lowrank import MODE_ENERGIES
-from segmentation.compose import hook_settings
+from segmentation.compose import HOOK, hook_settings
 
 # What has an influence on a perplexity table, and what besides on a trained network.
 _BOTH = ("model", "train_dataloader", "custom_hooks", "randomness")
@@ -73,6 +74,19 @@ def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]
         if hook.get("budget"):
             hook["budget"] = _budget(config, hook["budget"])
     return identity
+
+
+def further_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that are said nowhere else in its record, but have an influence on its result: each part of
+    the config by a fingerprint, without the method, the seed and the number of processes."""
+    hooks = [_without_method(hook) for hook in identity.get("custom_hooks", [])]
+    parts = {key: value for key, value in identity.items() if key not in ("custom_hooks", "randomness", "processes")}
+    return {key: plain(value) for key, value in sorted({**parts, "custom_hooks": hooks or None}.items()) if value}
+
+
+def _without_method(hook: Mapping[str, Any]) -> dict[str, Any]:
+    own = ("method", "budget", "fuse", "recompute_loss", "layers", "freeze") if hook.get("type") == HOOK else ()
+    return {key: value for key, value in hook.items() if key not in own}
 
 
 def perplexity_settings(config: Config) -> dict[str, Any]:
