@@ -30,6 +30,19 @@ TRAINED = (
     "auto_scale_lr",
     "processes",
 )
+# What MMEngine takes beside, where it is there and not as always.
+_BESIDE: dict[str, Any] = {
+    "val_cfg": {"type": "ValLoop"},
+    "data_preprocessor": None,
+    "sync_bn": None,
+    "model_wrapper_cfg": None,
+}
+# Hooks that show, time and save; without the others of MMEngine's own, a run is another one as well.
+_WATCHING = {
+    *("IterTimerHook", "LoggerHook", "ParamSchedulerHook", "CheckpointHook", "DistSamplerSeedHook", "RuntimeInfoHook"),
+    *("SegVisualizationHook", "EmptyCacheHook", "ProfilerHook", "MemoryProfilerHook"),
+}
+_NEEDED = {"param_scheduler", "sampler_seed"}
 STORAGES = ["input", "int8"]  # in which perplexity is measured by default, so that one table serves every method
 NO_INFLUENCE = {"data_root", "num_workers", "persistent_workers", "pin_memory", "prefetch_factor"}
 
@@ -63,6 +76,9 @@ def run_of(config: Config, method: str) -> Run:
 def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]:
     """Everything in a config that has an influence on the result, files by their content."""
     identity = {key: _without(config.get(key)) for key in keys if config.get(key) is not None}
+    if "train_cfg" in keys:
+        beside = {key: config.get(key) for key, usual in _BESIDE.items() if config.get(key) not in (None, usual)}
+        identity |= {key: _without(value) for key, value in (beside | _acting(config.get("default_hooks"))).items()}
     if "perplexity" in keys:
         told = {key: value for key, value in perplexity_settings(config).items() if value and value != STORAGES}
         identity["perplexity"] = _without(told)
@@ -74,6 +90,16 @@ def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]
         if hook.get("budget"):
             hook["budget"] = _budget(config, hook["budget"])
     return identity
+
+
+def _acting(hooks: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Those of the default hooks that do more than watch, and those that are switched off and would."""
+    found = {
+        name: hook
+        for name, hook in (hooks or {}).items()
+        if (name in _NEEDED if hook is None else hook.get("type") not in _WATCHING)
+    }
+    return {"default_hooks": found} if found else {}
 
 
 def further_settings(identity: Mapping[str, Any]) -> dict[str, Any]:

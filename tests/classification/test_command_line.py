@@ -94,6 +94,21 @@ def test_the_record_says_every_setting_that_the_recipe_does_not(best_first):
         assert further_settings(identity | {part: identity[part] | {key: value}}) == further, key
 
 
+def test_a_callback_that_may_do_more_than_watch_makes_another_run(best_first, capsys):
+    callback = "--trainer.callbacks+"
+    averaging = "pytorch_lightning.callbacks.StochasticWeightAveraging"
+    words = [*best_first.arguments, callback, averaging, "--trainer.callbacks.swa_lrs", "0.1"]
+    capsys.readouterr()
+    assert main(words) == 2
+    refused = capsys.readouterr().err
+    assert "holds a run with other settings" in refused
+    assert averaging in refused
+    watching = [*best_first.arguments, callback, "pytorch_lightning.callbacks.LearningRateMonitor"]
+    assert execute(watching, capsys).startswith("done already: mcunet on digits")
+    own = [*best_first.arguments, callback, "commands.CrashInEpoch", "--trainer.callbacks.epoch", "0"]
+    assert execute(own, capsys).startswith("done already: mcunet on digits"), "it says of itself that it only watches"
+
+
 def test_a_run_reads_its_data_set_once_and_every_run_anew(tmp_path, capsys, monkeypatch):
     read = []
     digits = registry.dataset.find("digits")
