@@ -33,6 +33,30 @@ from lowrank.tensors.factors import Factors, factorise, refactorise, truncated
 from lowrank.tensors.geometry import LinearGeometry
 
 
+class Product(Tensor):
+    """The weight of a layer as other code reads it: an ordinary tensor, but that its data are nobody's to set."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        """The numbers without a graph; a change of them is noticed, as it is of a tensor that is detached."""
+        return self.detach()
+
+    @data.setter
+    def data(self, numbers: Tensor) -> None:
+        raise ChangedError(
+            "a weight that is held as two factors cannot be given other data; set those of the parameters `left` and "
+            "`right`, load a state dict, or call lowrank.revert first"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+ORDINARY.add(Product)
+
+
 class FactoredLinear(LowRankLinear):
     """A linear layer (I inputs, O outputs) whose weight is held as two factors of rank K.
 
@@ -52,6 +76,12 @@ class FactoredLinear(LowRankLinear):
         It is formed anew at every reading, so it is for reading alone: what is written into it reaches no factor, which
         the next forward pass says, and nothing can be set in its place.
         """
+        found = self._handed_out()
+        if not torch.compiler.is_compiling() and type(found) is Tensor:
+            found.__class__ = Product
+        return found
+
+    def _handed_out(self) -> Tensor:
         found = _product(self.left, self.right)
         if not torch.compiler.is_compiling() and type(found) is Tensor:
             self._lowrank.handed_out = HandedOut(found, self._lowrank.handed_out)
@@ -165,7 +195,8 @@ class FactoredLinear(LowRankLinear):
         super()._save_to_state_dict(own, prefix, keep_vars)
         for key, value in own.items():
             if key == f"{prefix}left":
-                destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+                weight = self._handed_out()
+                destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
             elif key != f"{prefix}right":
                 destination[key] = value
 

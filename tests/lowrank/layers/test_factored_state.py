@@ -290,3 +290,21 @@ def test_a_state_dict_that_is_filled_in_place_and_loaded_is_as_ever():
     assert held is None
     model.state_dict()
     assert model[0]._lowrank.handed_out._like.untyped_storage().nbytes() == 0, "nothing is held of what is handed out"
+
+
+def test_other_data_for_the_product_are_refused_where_they_are_given():
+    """As whoever merges adapters into weights gives them."""
+    model = converted()
+    weight = model[0].weight
+    assert isinstance(weight, torch.Tensor)
+    assert weight.grad_fn is not None
+    assert type(weight * 2) is type(weight.detach()) is torch.Tensor
+    torch.testing.assert_close(pickle.loads(pickle.dumps(weight.detach())), product(model[0]), rtol=0, atol=0)
+    with pytest.raises(lowrank.ChangedError, match="other data"):
+        model[0].weight.data = torch.zeros_like(weight)
+    with pytest.raises(lowrank.ChangedError, match="other data"):
+        model[0].weight.data += 1
+    model[0].load_state_dict(model[0].state_dict())
+    model[0].weight.data.mul_(2)
+    with pytest.raises(lowrank.ChangedError, match="in place"):
+        model(data((4, 5, 6))[0])
