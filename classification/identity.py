@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from classification.data.text import TEXTS, is_there
 from experiment import ExperimentError, Run
 from experiment.method import build_method
 from experiment.method import method_tag as tag_of
+from experiment.provenance import plain
 from experiment.ranks import Budget
 
 # Settings that have no influence on a run's result, so that they may change between two tries. Which devices train has
@@ -23,10 +25,33 @@ NO_INFLUENCE = {
     "model": {"num_classes", "rank_choice", "rank_seed"},  # the ranks' own are of the budget
     "data": {"root", "eval_batch_size", "workers", "cache", "shuffle_seed"},
     "trainer": {
-        *("accelerator", "devices", "logger", "callbacks", "default_root_dir", "enable_progress_bar"),
+        *("accelerator", "devices", "logger", "default_root_dir", "enable_progress_bar"),
         *("enable_model_summary", "log_every_n_steps", "num_sanity_val_steps", "profiler", "detect_anomaly"),
         *("inference_mode", "model_registry", "enable_autolog_hparams", "enable_checkpointing"),
     },
+}
+
+NO_INFLUENCE_MARK = "no_influence"  # true of the class of a callback of your own that says so of itself
+# Callbacks of Lightning that show, time and save; a run that one of them ends early is not done.
+_WATCHING = {
+    *("DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "Timer"),
+    *(
+        "OnExceptionCheckpoint",
+        "ProgressBar",
+        "RichModelSummary",
+        "RichProgressBar",
+        "ThroughputMonitor",
+        "TQDMProgressBar",
+    ),
+}
+# What of an identity is said otherwise (in names, by the method or the recipe), or changes results by rounding alone.
+_SAID = {
+    "model": {
+        *("backbone", "method", "fuse", "layers", "budget", "energies", "learning_rate"),
+        *("channels_last", "cache_front", "mode_energies", "storages"),
+    },
+    "data": {"dataset", "batch_size", "image_size", "limit"},
+    "trainer": {"max_epochs", "max_time", "precision", "strategy", "num_nodes"},
 }
 
 
@@ -48,6 +73,7 @@ def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, 
     identity: dict[str, Any] = {"setup": config["setup"], "seed": config["seed_everything"]}
     for part, without in NO_INFLUENCE.items():
         identity[part] = {key: value for key, value in config[part].items() if key not in without}
+    identity["trainer"] |= _acting(identity["trainer"].pop("callbacks"))
     model = identity["model"]
     model["weights"] = model["weights"] and weights_fingerprint(model["weights"])
     model["budget"] = model["budget"] and _budget(config)
@@ -69,6 +95,32 @@ def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, 
         del data["limit"], data["limit_seed"]  # records of before these settings stay valid
     data["split_file"] = data["split_file"] and split_fingerprint(Path(data["split_file"]))
     return identity
+
+
+def _acting(callbacks: Any) -> dict[str, Any]:
+    """Those of a trainer's callbacks that may do more than watch; no word of it, as before they were looked at, where
+    none does."""
+    given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    found = [one for one in given if not _watches(str(one["class_path"] if isinstance(one, Mapping) else one))]
+    return {"callbacks": found} if found else {}
+
+
+def _watches(path: str) -> bool:
+    module, _, name = path.rpartition(".")
+    if name in _WATCHING and module.split(".")[0] in ("pytorch_lightning", "lightning"):
+        return True
+    return bool(getattr(getattr(sys.modules.get(module), name, None), NO_INFLUENCE_MARK, False))
+
+
+def further_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that are said nowhere else in its record, but have an influence on its result."""
+    found = {
+        f"{part}.{key}": value
+        for part, said in _SAID.items()
+        for key, value in identity[part].items()
+        if key not in said and value is not None
+    }
+    return {key: plain(value) for key, value in sorted(found.items())}
 
 
 def data_fingerprint(config: Mapping[str, Any]) -> str | None:

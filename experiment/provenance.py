@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -33,6 +34,13 @@ def provenance(config_hash: str, data_fingerprint: str, allocator: str) -> dict[
         "hardware": hardware(),
         "allocator": allocator,
     }
+
+
+def plain(value: Any) -> Any:
+    """A setting as a record has it: a number, a text or a truth value as it is, of anything else a fingerprint."""
+    if isinstance(value, int | float | str):
+        return value
+    return fingerprint([json.dumps(value, sort_keys=True, default=str).encode()])
 
 
 def code_version(root: Path) -> str:

@@ -15,6 +15,11 @@ from experiment.files import write_whole
 SCHEMA = 1
 RESULT, TABLE = "result.json", "perplexity.json"  # what a finished training run leaves, and a perplexity measurement
 NUMBERS = ("accuracy", "memory_bytes", "flops", "time_s", "loss")  # parts of a record that hold numbers alone
+FURTHER = "further_settings"  # in a record's provenance: settings that its recipe does not say
+PER_SEED = (
+    "model.weights",
+    "load_from",
+)  # of these: may be one for each seed, as networks that were pretrained with it
 RANKS, MEMORY, CURVES = "ranks.json", "memory.json", "curves.png"  # beside a result, for people; see `leavings`
 
 
@@ -87,7 +92,8 @@ class Record:
             were measured do not have them.
         flops: of one training step of the trained layers, "paper" and "corrected" (see `lowrank.costs`).
         time_s: "step_median" and "total", seconds.
-        provenance: see `experiment.provenance`.
+        provenance: see `experiment.provenance`; and "further_settings", those that have an influence on the result and
+            are said neither by the run nor by its recipe. Records of before they were noted do not have them.
         recipe: how it was trained: "epochs", "steps" (of the optimizer, in all), "learning_rate" (the largest),
             "batch_size" (of each process), "processes" (that trained together), "joined_batch_size" (of all of them),
             "image_size" (None of texts), "precision"; and "limit", where it was trained on a part of its data set.

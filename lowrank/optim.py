@@ -14,6 +14,7 @@ from lowrank.tensors.factors import (
     Factors,
     joined,
     orthonormalised,
+    steady,
     subspace_step,
     subspace_update,
     tangent,
@@ -105,7 +106,8 @@ class SGD(torch.optim.SGD):
         if group["momentum"]:
             change = self._with_momentum(pair, group, change, rank)
         moved = joined([held, change.scaled(-rate)])
-        return truncated(moved, rank) if pair.update == "svd" else subspace_step(held.left, moved)
+        found = truncated(moved, rank) if pair.update == "svd" else subspace_step(held.left, moved)
+        return steady(found, held.left)
 
     def _with_momentum(self, pair: FactorPair, group: dict[str, Any], gradient: Factors, rank: int) -> Factors:
         """What the step subtracts from the weight, but for the rate; keeps the momentum for the next step."""

@@ -16,7 +16,7 @@ import pandas as pd
 from experiment import ExperimentError, Record, Run
 from experiment.files import below
 from experiment.plan import PLANNED, load_plan
-from experiment.record import RESULT
+from experiment.record import FURTHER, PER_SEED, RESULT
 from report.methods import BASELINE, method_order
 from report.metrics import METRICS, Metrics
 
@@ -230,19 +230,51 @@ def summarise(
 
 
 def recipe_labels(records: Sequence[Record]) -> Callable[[Record], str]:
-    """What to call a record's recipe among these: what differs of it, such as "epochs 2"; "" where none differs."""
+    """What to call a record's recipe among these: what differs of it, such as "epochs 2"; "" where none differs.
+
+    Settings that recipes do not say, and the data, are told by the names of settings, where both of two records have
+    noted them.
+    """
     every = [record.recipe for record in records]
     names = list(dict.fromkeys(name for recipe in every for name in recipe))
     odd = [name for name in names if len({str(recipe.get(name)) for recipe in every if recipe}) > 1]
     noted = all(every) or not any(every)
+    further = _odd_further(records)
 
     def label(record: Record) -> str:
+        settings = _further(record)
+        beside = [f"{_named(name)} {_told(settings.get(name))}" for name in further if settings]
         if not record.recipe:
-            return "" if noted else "not recorded"
-        told = ", ".join(f"{name.replace('_', ' ')} {_told(record.recipe.get(name))}" for name in odd)
-        return told or ("" if noted else "recorded")
+            return ", ".join([*([] if noted else ["not recorded"]), *beside])
+        told = [f"{name.replace('_', ' ')} {_told(record.recipe.get(name))}" for name in odd]
+        return ", ".join([*told, *beside]) or ("" if noted else "recorded")
 
     return label
+
+
+def _further(record: Record) -> dict[str, Any]:
+    """Settings that the recipe does not say, and the data; empty in records of before the former were noted."""
+    settings = record.provenance.get(FURTHER)
+    if not isinstance(settings, dict):
+        return {}
+    return settings | {"data": record.provenance.get("data_fingerprint")}
+
+
+def _odd_further(records: Sequence[Record]) -> list[str]:
+    """The names of those that differ; of what may be one for each seed, those that do within a seed."""
+    found: dict[tuple[str, int | None], set[str]] = defaultdict(set)
+    every = [(record.run.seed, settings) for record in records if (settings := _further(record))]
+    names = sorted({name for _, settings in every for name in settings})
+    for seed, settings in every:
+        for name in names:
+            found[name, seed if name in PER_SEED else None].add(str(settings.get(name)))
+    odd = {name for (name, _), values in found.items() if len(values) > 1}
+    return [name for name in names if name in odd]
+
+
+def _named(setting: str) -> str:
+    """A setting in words: "weight decay" of "model.weight_decay"."""
+    return setting.rpartition(".")[2].replace("_", " ")[:40]
 
 
 def _told(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from mmengine.config import Config
 from experiment import ExperimentError, Run
 from experiment.method import build_method
 from experiment.method import method_tag as tag_of
+from experiment.provenance import plain
 from experiment.ranks import Budget
 from lowrank import MODE_ENERGIES
-from segmentation.compose import hook_settings
+from segmentation.compose import HOOK, hook_settings
 
 # What has an influence on a perplexity table, and what besides on a trained network.
 _BOTH = ("model", "train_dataloader", "custom_hooks", "randomness")
@@ -29,6 +30,19 @@ TRAINED = (
     "auto_scale_lr",
     "processes",
 )
+# What MMEngine takes beside, where it is there and not as always.
+_BESIDE: dict[str, Any] = {
+    "val_cfg": {"type": "ValLoop"},
+    "data_preprocessor": None,
+    "sync_bn": None,
+    "model_wrapper_cfg": None,
+}
+# Hooks that show, time and save; without the others of MMEngine's own, a run is another one as well.
+_WATCHING = {
+    *("IterTimerHook", "LoggerHook", "ParamSchedulerHook", "CheckpointHook", "DistSamplerSeedHook", "RuntimeInfoHook"),
+    *("SegVisualizationHook", "EmptyCacheHook", "ProfilerHook", "MemoryProfilerHook"),
+}
+_NEEDED = {"param_scheduler", "sampler_seed"}
 STORAGES = ["input", "int8"]  # in which perplexity is measured by default, so that one table serves every method
 NO_INFLUENCE = {"data_root", "num_workers", "persistent_workers", "pin_memory", "prefetch_factor"}
 
@@ -62,6 +76,9 @@ def run_of(config: Config, method: str) -> Run:
 def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]:
     """Everything in a config that has an influence on the result, files by their content."""
     identity = {key: _without(config.get(key)) for key in keys if config.get(key) is not None}
+    if "train_cfg" in keys:
+        beside = {key: config.get(key) for key, usual in _BESIDE.items() if config.get(key) not in (None, usual)}
+        identity |= {key: _without(value) for key, value in (beside | _acting(config.get("default_hooks"))).items()}
     if "perplexity" in keys:
         told = {key: value for key, value in perplexity_settings(config).items() if value and value != STORAGES}
         identity["perplexity"] = _without(told)
@@ -73,6 +90,29 @@ def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]
         if hook.get("budget"):
             hook["budget"] = _budget(config, hook["budget"])
     return identity
+
+
+def _acting(hooks: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Those of the default hooks that do more than watch, and those that are switched off and would."""
+    found = {
+        name: hook
+        for name, hook in (hooks or {}).items()
+        if (name in _NEEDED if hook is None else hook.get("type") not in _WATCHING)
+    }
+    return {"default_hooks": found} if found else {}
+
+
+def further_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that are said nowhere else in its record, but have an influence on its result: each part of
+    the config by a fingerprint, without the method, the seed and the number of processes."""
+    hooks = [_without_method(hook) for hook in identity.get("custom_hooks", [])]
+    parts = {key: value for key, value in identity.items() if key not in ("custom_hooks", "randomness", "processes")}
+    return {key: plain(value) for key, value in sorted({**parts, "custom_hooks": hooks or None}.items()) if value}
+
+
+def _without_method(hook: Mapping[str, Any]) -> dict[str, Any]:
+    own = ("method", "budget", "fuse", "recompute_loss", "layers", "freeze") if hook.get("type") == HOOK else ()
+    return {key: value for key, value in hook.items() if key not in own}
 
 
 def perplexity_settings(config: Config) -> dict[str, Any]:

@@ -38,7 +38,15 @@ from segmentation.compose import class_count, datasets, hook_settings, with_nami
 from segmentation.data.registry import data_of, require_data
 from segmentation.history import History
 from segmentation.hook import LowRankHook, unwrapped
-from segmentation.identity import MEASURED, TRAINED, identity_of, method_tag, perplexity_settings, run_of
+from segmentation.identity import (
+    MEASURED,
+    TRAINED,
+    further_settings,
+    identity_of,
+    method_tag,
+    perplexity_settings,
+    run_of,
+)
 from segmentation.saving import WholeCheckpoints
 from segmentation.start import share_out
 
@@ -254,7 +262,7 @@ def _record(task: Task, name: RunName, runner: Runner, forwarding: History, fold
     layers = [layer._lowrank.name for layer in converted_layers(model)]
     method = next((hook.method for hook in runner.hooks if isinstance(hook, LowRankHook)), None)
     trained = Trained(model, layers, segmentation_loss, logits, batch, runner.optim_wrapper.optimizer, method)
-    return record_of(name, folder, trained, history, accuracy, _recipe(config))
+    return record_of(name, folder, trained, history, accuracy, _recipe(config), further_settings(folder.identity))
 
 
 def _recipe(config: Config) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any, cast
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from lowrank.tensors.eager import in_batch, ordinary
@@ -99,6 +100,13 @@ def here() -> int:
         return _PLACES.setdefault(hooks[0], next(_NUMBERS))
     except TypeError:  # a callable that nothing can refer to weakly
         return -id(hooks[0])
+
+
+def in_checkpoint() -> bool:
+    """Whether PyTorch's checkpoint takes what autograd saves: it drops that, runs the same again, and refuses to go on
+    unless the same is saved then."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", None) == torch.utils.checkpoint.__name__
 
 
 _PLACES: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()

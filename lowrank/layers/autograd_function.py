@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import ChangedError
 from lowrank.exact.origins import Origin
+from lowrank.exact.slots import here
 from lowrank.kernels import passes
 from lowrank.layers.lazy import Lazy, lazy_gradient, real, unread
 from lowrank.methods.base import Method, Tensors
@@ -88,11 +89,15 @@ class Call:
         keep: Callable[[], tuple[Method, Tensors]],
     ) -> None:
         self.settings, self.x, self.weight, self.bias, self.keep = settings, x, weight, bias, keep
-        self._versions = self._now()
+        self._versions, self._place = self._now(), here()
 
     def _now(self) -> list[int]:
         tensors = (self.x, self.weight, self.bias)
         return [-1 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
+
+    def is_from_here(self) -> bool:
+        """Whether no checkpoint began or ended since: its input is read ahead of it when it is run again."""
+        return self._place == here()
 
     def output(self) -> Tensor:
         """The convolution's own output."""

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import LowRankError, NonFiniteError
+from lowrank.errors import ChangedError, LowRankError, NonFiniteError
 from lowrank.exact.origins import origin_of
 from lowrank.exact.recompute import note_layer
 from lowrank.layers.factor_pair import link
 from lowrank.layers.factored_function import FactoredFunction, FactoredSettings, forward_factored
-from lowrank.layers.keeping import Rebuilt, kept_of
+from lowrank.layers.keeping import HandedOut, Rebuilt, kept_of
 from lowrank.layers.layer import LowRankLinear, as_computed, is_single
 from lowrank.layers.lazy import real
 from lowrank.layers.swap import become
@@ -31,6 +31,30 @@ from lowrank.tensors.costs import LayerCost
 from lowrank.tensors.eager import ORDINARY, in_compiled_graph, trains_plainly, without_autocast
 from lowrank.tensors.factors import Factors, factorise, refactorise, truncated
 from lowrank.tensors.geometry import LinearGeometry
+
+
+class Product(Tensor):
+    """The weight of a layer as other code reads it: an ordinary tensor, but that its data are nobody's to set."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        """The numbers without a graph; a change of them is noticed, as it is of a tensor that is detached."""
+        return self.detach()
+
+    @data.setter
+    def data(self, numbers: Tensor) -> None:
+        raise ChangedError(
+            "a weight that is held as two factors cannot be given other data; set those of the parameters `left` and "
+            "`right`, load a state dict, or call lowrank.revert first"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+ORDINARY.add(Product)
 
 
 class FactoredLinear(LowRankLinear):
@@ -49,10 +73,19 @@ class FactoredLinear(LowRankLinear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight (O, I) as other code reads it: the product of the factors, with its graph.
 
-        It is formed anew at every reading, so it is for reading alone: what is written into it reaches no factor, and
-        nothing can be set in its place.
+        It is formed anew at every reading, so it is for reading alone: what is written into it reaches no factor, which
+        the next forward pass says, and nothing can be set in its place.
         """
-        return _product(self.left, self.right)
+        found = self._handed_out()
+        if not torch.compiler.is_compiling() and type(found) is Tensor:
+            found.__class__ = Product
+        return found
+
+    def _handed_out(self) -> Tensor:
+        found = _product(self.left, self.right)
+        if not torch.compiler.is_compiling() and type(found) is Tensor:
+            self._lowrank.handed_out = HandedOut(found, self._lowrank.handed_out)
+        return found
 
     @property
     def rank(self) -> int:
@@ -94,6 +127,7 @@ class FactoredLinear(LowRankLinear):
 
     def _run(self, input: Tensor) -> Tensor:
         parameters = (self.left, self.right, self.bias)
+        self._require_unwritten()
         plain = isinstance(input, Tensor) and trains_plainly(input, *parameters)
         if not plain or not _wants_gradient(input, *parameters):
             return forward_factored(input, *parameters)
@@ -118,6 +152,15 @@ class FactoredLinear(LowRankLinear):
         return y
 
     # State.
+
+    def _require_unwritten(self) -> None:
+        handed_out = self._lowrank.handed_out
+        if handed_out is not None and handed_out.is_written():
+            raise ChangedError(
+                f"layer {self._lowrank.name!r}: its weight, or that of its state dict, was changed in place, which "
+                f"reaches none of the two factors that it is held as; change or average the parameters `left` and "
+                f"`right`, or load the changed state dict"
+            )
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
@@ -152,7 +195,8 @@ class FactoredLinear(LowRankLinear):
         super()._save_to_state_dict(own, prefix, keep_vars)
         for key, value in own.items():
             if key == f"{prefix}left":
-                destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+                weight = self._handed_out()
+                destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
             elif key != f"{prefix}right":
                 destination[key] = value
 
@@ -191,6 +235,7 @@ class FactoredLinear(LowRankLinear):
             _swap_parameters(self, {"weight": {"left": left, "right": right}})
         if key not in state_dict or any(key in message for message in error_msgs[before:]):
             return
+        self._lowrank.handed_out = None
         assert loaded is not None
         try:
             found = exact or _taken_apart(loaded.detach(), self.rank, _factored(self._lowrank.method).energy)

@@ -24,6 +24,27 @@ _MOST_JUDGED = 256  # cases that a layer remembers; sizes of images or texts may
 _WHOLE = Vanilla()  # of this one object: the method of layers whose own is not worth it
 
 
+class HandedOut:
+    """Tells whether a tensor that was handed out, or one before it, was changed in place; holds none of their memory.
+
+    Args:
+        tensor: made anew for who asked for it.
+        before: what was handed out before.
+    """
+
+    def __init__(self, tensor: Tensor, before: HandedOut | None = None) -> None:
+        self._written = before is not None and before.is_written()
+        self._like: Tensor | None = None
+        if not tensor.is_inference() and not tensor.is_meta:
+            self._like = tensor.detach()  # it counts the same changes
+            self._like.data = tensor.new_empty(0)
+            self._version = self._like._version
+
+    def is_written(self) -> bool:
+        """Whether one of them was."""
+        return self._written or (self._like is not None and self._like._version != self._version)
+
+
 @dataclass
 class LayerState:
     """What a converted layer has beside the stock one.
@@ -44,6 +65,7 @@ class LayerState:
         exact: whether it kept what its exact input is computed from, where the method would have kept more.
         judged: of geometries and shapes, whether keeping less is worth it.
         settled: of calls that are the stock layer's, by the same rule, the bytes that are kept.
+        handed_out: the weight that a state dict has, where the layer holds two factors in its place.
         reader: the normalisation that has read the latest lazy output by the batch's statistics.
     """
 
@@ -62,10 +84,11 @@ class LayerState:
     exact: bool = False
     judged: dict[Any, bool] = field(default_factory=dict, repr=False)
     settled: dict[tuple[Any, ...], int] = field(default_factory=dict, repr=False)
+    handed_out: HandedOut | None = field(default=None, repr=False)
     reader: weakref.ref[nn.Module] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"reader": None}  # of this model, not of its copies
+        return vars(self) | {"reader": None, "handed_out": None}  # of this model, not of its copies
 
     def note_reader(self, module: nn.Module) -> None:
         """Note who has read the latest lazy output as it is."""

@@ -30,7 +30,7 @@ from lowrank.exact.origins import (
     origin_of,
 )
 from lowrank.exact.recompute import note_layer
-from lowrank.exact.slots import has_slot
+from lowrank.exact.slots import has_slot, in_checkpoint
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
 from lowrank.layers.direct import DIRECT, nothing
@@ -335,7 +335,9 @@ def _untracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor 
 def _may_be_lazy(layer: LowRankLayer, settings: Settings, input: Tensor, x: Tensor) -> bool:
     """Whether an output may be left to who reads it: nothing can fail then that fails here."""
     geometry, weight, bias = settings.geometry, layer.weight, layer.bias
-    if not layer._lowrank.lazy or torch.compiler.is_compiling() or layer._lowrank.is_read():
+    if not layer._lowrank.lazy or torch.compiler.is_compiling():
+        return False
+    if layer._lowrank.is_read() and not in_checkpoint():  # which has to keep the same when it runs this again
         return False
     if type(geometry) is not ConvGeometry or geometry.padding_mode != "zeros":  # others may lay out a copy anew
         return False

@@ -60,7 +60,7 @@ def _with_less(
     input: Tensor, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> Tensor | None:
     call = unread(input, Call)
-    if call is not None:
+    if call is not None and call.is_from_here():
         assert isinstance(input, Lazy)
         return _merged(input, call, gamma, beta, mean, variance, eps)
     if input.requires_grad and input.ndim == 4 and (gamma is None or not gamma.requires_grad):

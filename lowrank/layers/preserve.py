@@ -17,12 +17,17 @@ from lowrank.layers.layer import LowRankLayer
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
+Restore = Callable[[], None]
+
+
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore buffers, gradients, `requires_grad` flags, what methods carry, and the random state, whatever happens.
+    """Restore buffers, gradients, `requires_grad` flags, what methods carry, and the random state, whatever happens; of
+    modules that are not PyTorch's, attributes as well, such as a count of calls or the state of a metric.
 
     Inside, every gradient is None, as after `optimizer.zero_grad()`.
     """
+    attributes = [_attributes_of(module) for module in model.modules() if not _is_of_torch(module)]
     buffers = {module: dict(module._buffers) for module in model.modules()}
     values = [(tensor, tensor.clone()) for tensor in model.buffers()]
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
@@ -34,6 +39,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices):
             yield
     finally:
+        for restore in attributes:
+            restore()
         for parameter, grad, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
@@ -47,6 +54,62 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 # Buffers that did not change may belong to a graph whose backward pass is still to come.
                 if not tensor.is_meta and not torch.equal(tensor, value):
                     tensor.copy_(value)
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    """Whether a module's class is one of PyTorch's, whose state is buffers, or which knows best itself."""
+    return type(module).__module__.partition(".")[0] == "torch"
+
+
+def _attributes_of(module: nn.Module) -> Restore:
+    """Gives a module the attributes back that it has now, with what they hold, but for what PyTorch registers."""
+    registered = ("_parameters", "_buffers", "_modules", "_lowrank")
+    own = {name: value for name, value in vars(module).items() if name not in registered}
+    seen: set[int] = set()
+    held = [_content_of(value, seen) for name, value in own.items() if not name.endswith("_hooks")]
+
+    def restore() -> None:
+        for name in vars(module).keys() - own.keys() - set(registered):
+            del vars(module)[name]
+        vars(module).update(own)
+        for content in held:
+            content()
+
+    return restore
+
+
+def _content_of(value: Any, seen: set[int]) -> Restore:
+    """Gives a tensor, list or dictionary back what it holds now; anything else, and what was seen, is left alone."""
+    if id(value) in seen:
+        return lambda: None
+    seen.add(id(value))
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return _numbers_of(value)
+    if not isinstance(value, list | dict):
+        return lambda: None
+    before: Any = value.copy()
+    inner = [_content_of(one, seen) for one in (value.values() if isinstance(value, dict) else value)]
+
+    def restore() -> None:
+        value.clear()
+        value.update(before) if isinstance(value, dict) else value.extend(before)
+        for content in inner:
+            content()
+
+    return restore
+
+
+def _numbers_of(tensor: Tensor) -> Restore:
+    if tensor.is_meta or tensor.is_inference():
+        return lambda: None
+    before, version = tensor.detach().clone(), tensor._version
+
+    def restore() -> None:
+        if tensor._version != version:
+            with torch.no_grad():
+                tensor.copy_(before)
+
+    return restore
 
 
 def loss_of(loss_fn: LossFunction, model: nn.Module, batch: Any) -> Tensor:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank.exact.slots import in_checkpoint
 from lowrank.layers.token_mask import current_mask
 from lowrank.methods.base import Method, Tensors
+from lowrank.tensors.geometry import Shape
 from lowrank.tensors.notes import Glimpse, Notes
 
 
@@ -36,11 +38,19 @@ def find_kept(input: Tensor, x: Tensor, method: Method) -> Tensors | None:
     known = _KEPT.find(input)
     if known is None or known.dtype != x.dtype or known.mask is not current_mask():
         return None
-    if not method.can_use(known.method, tuple(x.shape)):
+    if not _serves(known.method, method, tuple(x.shape)):
         return None
     kept = tuple(None if glimpse is None else glimpse.tensor() for glimpse in known.glimpses)
     gone = any(glimpse is not None and tensor is None for glimpse, tensor in zip(known.glimpses, kept, strict=True))
     return None if gone else kept
+
+
+def _serves(found: Method, method: Method, shape: Shape) -> bool:
+    """Whether what one method keeps serves another one. In a checkpoint, which drops it at first and has it there when
+    it runs again, both have to keep the same."""
+    if not method.can_use(found, shape):
+        return False
+    return torch.compiler.is_compiling() or not in_checkpoint() or found.can_use(method, shape)
 
 
 def note_kept(input: Tensor, x: Tensor, method: Method, kept: Tensors) -> None:

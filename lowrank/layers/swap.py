@@ -19,6 +19,12 @@ class Changed(nn.Module):
     stock_class: type[nn.Module]
     _place: tuple[str, str]
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """Whoever makes a module of the class of one that is there, as LoRA does, gets a stock one: nobody converted
+        it."""
+        restore(self)
+        self.__init__(*arguments, **options)  # type: ignore[misc]
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         stock = cls.__dict__.get("stock_class")

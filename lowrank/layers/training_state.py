@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import StateError
 from lowrank.layers.layer import LowRankLayer
+from lowrank.methods.base import Tensors
 
 BASES, FACTORS = ".bases.", ("left", "right")
 
@@ -53,7 +54,7 @@ def load_training_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         state: of that one.
 
     Raises:
-        StateError: it is of another model, or no such state; nothing is changed.
+        StateError: it is of another model or of higher ranks, or no such state; nothing is changed.
     """
     if not isinstance(state, Mapping):
         raise StateError(
@@ -75,15 +76,23 @@ def load_training_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if own.shape != tensor.shape:
             raise StateError(f"training state {key!r} has shape {[*tensor.shape]}; the model's is {[*own.shape]}")
         factors.append((own, tensor))
+    carried = {name: _in_order(bases.get(name, {})) for name in layers}
+    for name, layer in layers.items():
+        reason = layer._lowrank.method.reason_against_state(carried[name])
+        if reason is not None:
+            raise StateError(f"the training state of layer {name!r} is of another method: {reason}")
     for own, tensor in factors:
         with torch.no_grad():
             own.copy_(tensor)
     for name, layer in layers.items():
-        found_here = bases.get(name, {})
+        device = next(layer.parameters()).device
         layer._lowrank.bases = tuple(
-            found_here[at].detach().to(next(layer.parameters()).device, copy=True) if at in found_here else None
-            for at in range(max(found_here, default=-1) + 1)
+            None if basis is None else basis.detach().to(device, copy=True) for basis in carried[name]
         )
+
+
+def _in_order(bases: Mapping[int, Tensor]) -> Tensors:
+    return tuple(bases.get(at) for at in range(max(bases, default=-1) + 1))
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LowRankLayer]]:

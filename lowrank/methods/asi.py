@@ -17,6 +17,7 @@ from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
 from lowrank.tensors.decompose import ALGORITHMS, Algorithm, subspace_iteration
 from lowrank.tensors.geometry import Geometry, Shape
+from lowrank.tensors.memory_layout import bytes_of
 from lowrank.tensors.storage import columns, store
 from lowrank.tensors.tucker import Tucker
 from lowrank.tensors.worth import CONVOLVED_A_CALL, MACS_A_CALL, MOVED_A_CALL
@@ -177,10 +178,10 @@ class ASI(RankedMethod):
         shape = tuple(x.shape)
         ranks = self.ranks_for(shape)
         modes = sum(rank < size for rank, size in zip(ranks, shape, strict=True))
-        calls = _CALLS_A_MODE * modes + _READS * x.nbytes / MOVED_A_CALL
+        calls = _CALLS_A_MODE * modes + _READS * bytes_of(x) / MOVED_A_CALL
         calls += self.fewest_gradient_macs(geometry, shape, ranks, out_channels) / MACS_A_CALL
         calls -= geometry.macs(shape, out_channels) / CONVOLVED_A_CALL
-        return x.nbytes - self.form_bytes(x, ranks), calls
+        return bytes_of(x) - self.form_bytes(x, ranks), calls
 
     def cost(self, x: Tensor, geometry: Geometry, out_channels: int, input_gradient: bool) -> LayerCost:
         shape = tuple(x.shape)

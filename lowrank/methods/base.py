@@ -47,6 +47,10 @@ class Method(ABC):
         """Why `layer` cannot be converted with this method, or None."""
         return None
 
+    def reason_against_state(self, state: Tensors) -> str | None:
+        """Why what a run carried from step to step cannot be this method's, or None if it may be."""
+        return None
+
     @abstractmethod
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
         """What to keep of an input.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -64,6 +65,14 @@ class RankedMethod(TuckerMethod):
         modes = next((n for kinds, n in _MODES.items() if isinstance(layer, kinds)), None)
         if modes is not None and isinstance(self.ranks, Sequence) and len(self.ranks) != modes:
             return f"{len(self.ranks)} ranks for a convolution, whose input has {modes} modes; give one per mode"
+        return None
+
+    def reason_against_state(self, state: Tensors) -> str | None:
+        """Of higher ranks than these; lower ones may be what a small batch has left."""
+        for mode, basis in enumerate(state):
+            rank = self.ranks if isinstance(self.ranks, int) else (*self.ranks, *[math.inf] * len(state))[mode]
+            if basis is not None and basis.ndim == 2 and basis.shape[0] > basis.shape[1] > rank:
+                return f"its basis of mode {mode} has rank {basis.shape[1]}, and the rank is {rank}"
         return None
 
     def given_ranks(self, shape: Sequence[int]) -> list[int]:

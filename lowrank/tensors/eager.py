@@ -12,6 +12,7 @@ from threading import local
 from typing import Any, TypeVar
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -23,25 +24,39 @@ _STOCK = (Tensor, nn.Parameter, nn.Buffer)
 ORDINARY: set[type[Tensor]] = {*_STOCK}
 _TRACERS = [torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY]
 _TRACERS.append(torch._C._TorchDispatchModeKey.FUNCTIONAL)
+# Of a checkpoint that keeps the results of chosen operators, and counts those of a pass that it runs again.
+_COUNTING = tuple(
+    getattr(torch.utils.checkpoint, name)
+    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+    if hasattr(torch.utils.checkpoint, name)
+)
 
 
 def trains_plainly(*tensors: Tensor | None) -> bool:
     """Whether operations on these tensors are recorded by autograd as ever, and by nothing else.
 
     Not so without gradients, while compiling, tracing or exporting, under a transform of `torch.func`, in forward mode,
-    with fake tensors, and for tensors that are complex, sparse, nested, quantised, on the meta device or of a class of
-    their own.
+    in a checkpoint that keeps the results of chosen operators, with fake tensors, and for tensors that are complex,
+    sparse, nested, quantised, on the meta device or of a class of their own.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
-    if torch._C._len_torch_dispatch_stack() and any(torch._C._get_dispatch_mode(key) for key in _TRACERS):
+    if torch._C._len_torch_dispatch_stack() and _is_traced():
         return False
     for tensor in tensors:  # noqa: SIM110 - run for every layer, so no generator
         if tensor is not None and not _is_ordinary(tensor):
             return False
     return True
+
+
+def _is_traced() -> bool:
+    """Whether one of the dispatch modes that are on takes operators for more than what they give."""
+    if any(torch._C._get_dispatch_mode(key) for key in _TRACERS):
+        return True
+    modes = map(torch._C._get_dispatch_stack_at, range(torch._C._len_torch_dispatch_stack()))
+    return any(isinstance(mode, _COUNTING) for mode in modes)
 
 
 def remembered(function: Function) -> Function:

@@ -155,7 +155,7 @@ def subspace_update(held: Factors, d_left: Tensor, d_right: Tensor, rate: float 
     spanning = left + normal  # Y, (O, K)
     gram = spanning.mT @ spanning
     if not bool(gram.diagonal().max() < LARGEST_TURN):
-        return subspace_step(left, joined([held, tangent(held, d_left, d_right).scaled(-rate)]))
+        return steady(subspace_step(left, joined([held, tangent(held, d_left, d_right).scaled(-rate)])), left)
     triangle = torch.linalg.cholesky_ex(gram)[0]
     basis = torch.linalg.solve_triangular(triangle, spanning.mT, upper=False).mT.contiguous()
     moved = torch.addmm(rows, -rate * against_held(normal.mT @ d_left), right)  # Y^T W, since Y^T L = 1
@@ -245,6 +245,39 @@ def truncated(matrix: Factors, rank: int) -> Factors:
         raise torch.linalg.LinAlgError("the matrix has NaN or infinite values")
     rank = min(rank, len(values))
     return Factors(left @ vectors[:, :rank], (values[:rank, None] * others[:rank]) @ right.mT)
+
+
+def steady(found: Factors, before: Tensor) -> Factors:
+    """The same matrix, whose `left` is turned to be as near as can be to that of the step before.
+
+    The factors of a matrix are any of many. Turned so, those of a weight move as little as the weight does, and the
+    mean of factors over steps is near to factors of the mean, as whoever averages parameters takes for granted.
+
+    Args:
+        found: (O, I) of rank K, float32 or float64; `left` with orthonormal columns.
+        before: (O, K).
+    """
+    turn = _nearest_rotation(found.left.mT @ before)
+    return Factors(found.left @ turn, turn.mT @ found.right)
+
+
+def _nearest_rotation(matrix: Tensor) -> Tensor:
+    """The orthogonal matrix that is nearest to a square one: by products alone, where it is nearly one already."""
+    found = matrix
+    for _ in range(_PRODUCTS):
+        gram = found.mT @ found
+        gram.diagonal().sub_(1)
+        apart = gram.abs().max()
+        if bool(apart <= 4 * torch.finfo(found.dtype).eps):
+            return found
+        if not bool(apart <= _NEARLY):
+            break
+        found = torch.addmm(found, found, gram, alpha=-0.5)
+    vectors, _, others = torch.linalg.svd(matrix, full_matrices=False)
+    return vectors @ others
+
+
+_PRODUCTS, _NEARLY = 8, 0.5
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

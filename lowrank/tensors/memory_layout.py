@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
+
+
+def bytes_of(x: Tensor) -> int:
+    """Bytes of a tensor's numbers, from its shape: a compiler has `nbytes` of fixed sizes alone, even of a tensor whose
+    sizes it was asked for, and a tracer would take `numel` for a result of the model."""
+    return prod(x.shape) * x.itemsize
 
 
 def laid_out(value: Tensor, strides: tuple[int, ...]) -> Tensor:

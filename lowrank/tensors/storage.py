@@ -22,6 +22,7 @@ from torch import Tensor
 from lowrank.errors import SettingError
 from lowrank.kernels import passes
 from lowrank.tensors.eager import remembered
+from lowrank.tensors.memory_layout import bytes_of
 from lowrank.tensors.tucker import Tucker, mode_product
 
 Storage = Literal["input", "float32", "bfloat16", "int8"]
@@ -104,7 +105,7 @@ def store(x: Tensor, tucker: Tucker, storage: Storage) -> Stored:
     ranks = kept_ranks(x.shape, tucker.ranks, storage)
     tucker = Tucker(x, (None,) * x.ndim) if ranks == tuple(x.shape) else _left_whole(tucker, ranks)
     dtype = stored_dtype(x.dtype, storage)
-    if dtype == torch.int8 and stored_bytes(x.shape, tucker.ranks, x.dtype, storage) == x.nbytes:
+    if dtype == torch.int8 and stored_bytes(x.shape, tucker.ranks, x.dtype, storage) == bytes_of(x):
         dtype = x.dtype  # one or two halves
     if dtype != torch.int8:
         tucker = tucker.to(dtype)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowrank.errors import SettingError
 from lowrank.tensors.geometry import ConvGeometry, Shape
+from lowrank.tensors.memory_layout import bytes_of
 
 # Fitted to the layers of MobileNetV2 and ResNet-18 at batch 1, 4 and 16 of 160 pixels, each against its stock step on
 # one core of an x86-64 server; MCUNet was not used for it. `python -m benchmarks.worth` compares and fits anew.
@@ -109,6 +110,5 @@ def again_is_worth(output: int, products: int, itemsize: int, smallest: float) -
 
 def bits_are_worth(x: Tensor, smallest: float) -> bool:
     """The rule, of keeping a bit for each number of an activation's input, or anything as small."""
-    # A compiler has `nbytes` of fixed sizes alone; a tracer would take `numel` for a result of the model.
-    nbytes = x.numel() * x.itemsize if torch.compiler.is_compiling() else x.nbytes
-    return is_worth(nbytes, _BITS, smallest)
+    # A number that a compiler may not know; otherwise the shorter way, which comes with every activation.
+    return is_worth(bytes_of(x) if torch.compiler.is_compiling() else x.nbytes, _BITS, smallest)

@@ -95,6 +95,8 @@ class Interruption(Exception):
 class CrashInEpoch(pl.Callback):
     """A crash in the middle of an epoch, after its first batch."""
 
+    no_influence = True
+
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
 
@@ -140,6 +142,8 @@ class SignalIn(pl.Callback):
         number: of the signal.
     """
 
+    no_influence = True
+
     def __init__(self, epoch: int = -1, batch: int = 0, validating: bool = False, number: int = 15) -> None:
         self.moment, self.number = (epoch, batch, validating), number
 
@@ -167,6 +171,8 @@ class SignalIn(pl.Callback):
 class StopIn(pl.Callback):
     """Tells the trainer to stop at the end of a batch, as a limit of time does."""
 
+    no_influence = True
+
     def __init__(self, epoch: int, batch: int) -> None:
         self.moment = (epoch, batch)
 
@@ -176,6 +182,8 @@ class StopIn(pl.Callback):
 
 class CrashBeforeTest(pl.Callback):
     """A crash when training is over and the record is not yet written."""
+
+    no_influence = True
 
     def on_test_start(self, trainer, pl_module):
         raise Interruption

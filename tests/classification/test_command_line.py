@@ -16,6 +16,7 @@ from commands import CONFIGS, ROOT, Finished, arguments, config, execute, finish
 from classification.backbones import build_model
 from classification.cli import main
 from classification.data import load_splits, registry
+from classification.identity import further_settings
 from experiment import Record
 from lowrank import PerplexityTable
 
@@ -76,6 +77,36 @@ def test_the_record_says_what_the_history_says(best_first):
 def test_the_record_holds_the_recipe(best_first):
     told = {"epochs": 3, "steps": 6, "learning_rate": 25, "batch_size": 8, "image_size": 32, "precision": "32-true"}
     assert best_first.record["recipe"] == told | {"processes": 1, "joined_batch_size": 8}
+
+
+def test_the_record_says_every_setting_that_the_recipe_does_not(best_first):
+    """So that a table never takes runs of different settings for one recipe."""
+    identity = json.loads((best_first.folder / "identity.json").read_text())
+    further = best_first.record["provenance"]["further_settings"]
+    assert further == further_settings(identity)
+    assert further["model.momentum"] == identity["model"]["momentum"]
+    for part, key, value in (
+        *[("model", "momentum", 0.5), ("model", "weights", "another"), ("model", "optimizer", "adamw")],
+        *[("data", "augment", True), ("data", "mean", [0, 0, 0]), ("trainer", "gradient_clip_val", 1.0)],
+    ):
+        assert further_settings(identity | {part: identity[part] | {key: value}}) != further, key
+    for part, key, value in (("model", "method", {"class_path": "lowrank.SVD"}), ("model", "layers", 4)):
+        assert further_settings(identity | {part: identity[part] | {key: value}}) == further, key
+
+
+def test_a_callback_that_may_do_more_than_watch_makes_another_run(best_first, capsys):
+    callback = "--trainer.callbacks+"
+    averaging = "pytorch_lightning.callbacks.StochasticWeightAveraging"
+    words = [*best_first.arguments, callback, averaging, "--trainer.callbacks.swa_lrs", "0.1"]
+    capsys.readouterr()
+    assert main(words) == 2
+    refused = capsys.readouterr().err
+    assert "holds a run with other settings" in refused
+    assert averaging in refused
+    watching = [*best_first.arguments, callback, "pytorch_lightning.callbacks.LearningRateMonitor"]
+    assert execute(watching, capsys).startswith("done already: mcunet on digits")
+    own = [*best_first.arguments, callback, "commands.CrashInEpoch", "--trainer.callbacks.epoch", "0"]
+    assert execute(own, capsys).startswith("done already: mcunet on digits"), "it says of itself that it only watches"
 
 
 def test_a_run_reads_its_data_set_once_and_every_run_anew(tmp_path, capsys, monkeypatch):

@@ -40,6 +40,8 @@ MODELS = {"vanilla": "mcunet", "asi": "mcunet", "wasi_0.9": "vit_mini"}
 class KillSecond(pl.Callback):
     """The second process is killed in the middle of an epoch, as by a system that is out of memory."""
 
+    no_influence = True
+
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
 

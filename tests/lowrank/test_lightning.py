@@ -175,3 +175,21 @@ for name in ("lightning", "transformers"):
         "lowrank.lightning needs Lightning, which is not here; pip install lightning",
         "lowrank.transformers needs Transformers, which is not here; pip install transformers",
     ]
+
+
+class Counting(Module):
+    """Counts the samples that it is trained on, by a metric."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torchmetrics = pytest.importorskip("torchmetrics")
+        self.samples = torchmetrics.SumMetric()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Tensor]:
+        self.samples.update(len(batch[0]))
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_batch_that_perplexity_is_measured_on_counts_once_in_the_metrics_of_its_epoch(tmp_path: Path) -> None:
+    module, _ = fit(tmp_path, LowRankCallback(lowrank.ASI(), layers=2, budget=BUDGET), epochs=1, module=Counting())
+    assert module.samples.compute() == 32

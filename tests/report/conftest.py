@@ -49,4 +49,5 @@ def _record(
     counts = {"paper": flops // 2, "corrected": flops}
     times = {"step_median": step, "total": 9.0}
     kept_as = given.get("memory_bytes", memory_bytes)
-    return Record(run, accuracy, kept_as, counts, times, recipe=given.get("recipe", {}), loss=given.get("loss", {}))
+    told = {part: given.get(part, {}) for part in ("provenance", "recipe", "loss")}
+    return Record(run, accuracy, kept_as, counts, times, **told)

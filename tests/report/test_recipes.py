@@ -74,3 +74,40 @@ def test_every_output_says_that_recipes_differ(write, runs, capsys):
         assert "different recipes" in text, name
     for name in ("table.csv", "table.tex"):
         assert "epochs 3" in (folder / "classification/A/mcunet/pets" / name).read_text()
+
+
+def came_from(data="ab12", **settings):
+    return {"data_fingerprint": data, "further_settings": {"model.momentum": 0.9, "model.weights": "w1"} | settings}
+
+
+FURTHER = {
+    "momentum 0": came_from(**{"model.momentum": 0.0}),
+    "augment True": came_from(**{"data.augment": True}),
+    "weights w2": came_from(**{"model.weights": "w2"}),
+    "data cd34": came_from(data="cd34"),
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_what_a_recipe_does_not_say_tells_runs_apart_as_well(write, name):
+    write_one = {"recipe": RECIPE, "provenance": came_from()}
+    records = [write("vanilla", 2, memory=8000, **write_one), write("asi", 2, memory=1000, **write_one)]
+    assert set(summarise(records)["recipe"]) == {""}
+    other = write("hosvd", 2, memory=2000, recipe=RECIPE, provenance=FURTHER[name])
+    row = summarise([*records, other]).set_index("method").loc["hosvd"]
+    assert row["recipe"] == name
+    assert math.isnan(row["activation_formula_times_less"])
+    assert math.isnan(row["test_difference_points"])
+
+
+def test_a_network_of_its_own_for_each_seed_is_one_recipe(write):
+    given = {seed: {"recipe": RECIPE, "provenance": came_from(**{"model.weights": f"w{seed}"})} for seed in (1, 2)}
+    records = [write(method, 2, seed=seed, **given[seed]) for seed in (1, 2) for method in ("vanilla", "asi")]
+    table = summarise(records)
+    assert list(table["recipe"]) == ["", ""]
+    assert list(table["n"]) == [2, 2]
+
+
+def test_a_record_of_before_further_settings_were_noted_is_compared_as_it_was(write):
+    table = summarise([write("vanilla", 2, recipe=RECIPE), write("asi", 2, recipe=RECIPE, provenance=came_from())])
+    assert set(table["recipe"]) == {""}

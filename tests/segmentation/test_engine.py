@@ -216,6 +216,26 @@ def test_perplexity_is_the_mean_over_batches_and_the_papers_way_is_asked_for(tab
     assert perplexity_settings(Config())["mode_energies"] == list(MODE_ENERGIES)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"default_hooks.ema": {"type": "EMAHook"}},
+        {"default_hooks.param_scheduler": None},
+        {"val_cfg.fp16": True},
+        {"data_preprocessor": {"type": "SegDataPreProcessor", "mean": [1, 2, 3]}},
+        {"custom_hooks": [{"type": "EMAHook"}]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_whatever_mmengine_takes_that_changes_a_run_makes_another_run(options):
+    names = files("pspnet", "voc12aug", "finetune", "vanilla")
+    usual = identity_of(load_config(names))
+    assert not usual.keys() & {"default_hooks", "val_cfg", "data_preprocessor"}, "as before they were looked at"
+    assert identity_of(load_config(names, options)) != usual
+    watching = {"default_hooks.show": {"type": "SegVisualizationHook"}, "default_hooks.logger.interval": 7}
+    assert identity_of(load_config(names, watching)) == usual
+
+
 def test_a_data_set_that_lacks_a_folder_is_one_line(data_dir, tmp_path, capsys):
     (tmp_path / "digit_scenes").mkdir()
     assert main(arguments("train", "vanilla", tmp_path, tmp_path / "runs")) == 2

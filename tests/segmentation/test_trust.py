@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import os
 import shutil
 import zipfile
@@ -23,6 +24,7 @@ from segmentation.checkpoints import check_fit, newest, read, read_safely_everyw
 from segmentation.cli import main
 from segmentation.compose import read_run_config
 from segmentation.history import KEY
+from segmentation.identity import further_settings
 from segmentation.saving import WholeCheckpoints
 from segmentation.training import FINAL
 
@@ -230,6 +232,20 @@ def test_a_record_holds_the_recipe(finished):
         **{"image_size": [32, 32], "precision": "32-true", "processes": 1, "joined_batch_size": 2},
     }
     assert 0 < recipe["learning_rate"] < 1
+
+
+def test_a_record_says_every_setting_that_the_recipe_does_not(finished):
+    identity = json.loads((finished / "identity.json").read_text())
+    del identity["data_fingerprint"]  # which provenance has by itself
+    further = Record.load(finished / "result.json").provenance["further_settings"]
+    assert further == further_settings(identity)
+    optimizer = identity["optim_wrapper"] | {"clip_grad": {"max_norm": 9}}
+    for change in ({"optim_wrapper": optimizer}, {"load_from": "another"}, {"custom_hooks": [{"type": "EMAHook"}]}):
+        assert further_settings(identity | change) != further, change
+    method = {"type": "LowRankHook", "method": {"type": "SVD"}, "layers": ["a"], "freeze": []}
+    hooks = [hook | (method if hook["type"] == "LowRankHook" else {}) for hook in identity["custom_hooks"]]
+    for same in ({"custom_hooks": hooks}, {"randomness": {"seed": 5}}):
+        assert further_settings(identity | same) == further, same
 
 
 def rows(folder):

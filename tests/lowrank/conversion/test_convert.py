@@ -258,3 +258,35 @@ def test_every_error_type_is_one_of_the_packages():
     assert len(kinds) > 6
     assert all(issubclass(kind, lowrank.LowRankError) for kind in kinds)
     assert all(kind.__name__ in lowrank.__all__ for kind in kinds)
+
+
+MADE = {
+    nn.Conv2d: (3, 4, 3),
+    nn.ConvTranspose1d: (3, 4, 3),
+    nn.Linear: (5, 4),
+    nn.ReLU: (),
+    nn.BatchNorm2d: (4,),
+    nn.Dropout: (0.0,),
+    nn.GELU: ("tanh",),
+    nn.MultiheadAttention: (8, 2),
+}
+
+
+@pytest.mark.parametrize("kind", MADE, ids=lambda kind: kind.__name__)
+def test_who_makes_a_module_of_a_converted_ones_class_gets_a_stock_one(kind):
+    """As adapters do: a low-rank convolution beside a convolution is of the same class."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), kind(*MADE[kind]), nn.LayerNorm(4), nn.ReLU())
+    if kind is nn.MultiheadAttention:
+        lowrank.open_attention(model)
+    layer = kind in (nn.Conv2d, nn.ConvTranspose1d, nn.Linear)
+    lowrank.convert(model, ["0", "1"] if layer else ["0"], Vanilla())
+    if kind is nn.Linear:
+        lowrank.convert(model, ["1"], lowrank.WASI(ranks=2))
+    before, after = type(model[1]), []
+    for made in (before, kind):
+        torch.manual_seed(0)
+        after.append(made(*MADE[kind]))
+    assert before is type(model[1]) is not kind
+    assert type(after[0]) is kind
+    assert vars(after[0]).keys() == vars(after[1]).keys()
+    torch.testing.assert_close(dict(after[0].state_dict()), dict(after[1].state_dict()), rtol=0, atol=0)

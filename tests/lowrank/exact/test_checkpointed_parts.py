@@ -1,16 +1,17 @@
 """A checkpoint around any part of a network: it begins and ends between layers that tell each other what they keep."""
 
 import copy
+from functools import partial
 from itertools import combinations
 
 import pytest
 import torch
 from references import random_tensor
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lowrank
-from lowrank import ASI, Vanilla
+from lowrank import ASI, HOSVD, Vanilla
 
 SHAPE = (3, 4, 8, 8)
 NETWORKS = {
@@ -60,3 +61,123 @@ def test_a_checkpoint_between_any_two_layers_changes_no_gradient(kind, method, t
         stock.part = model.part = part
         for found, wanted in zip(gradients(model), gradients(stock), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11, msg=lambda text, at=part: f"{at}: {text}")
+
+
+def trained_in_a_checkpoint(model, steps=3):
+    """Gradients of the first step, and what an ordinary call in between forward and backward pass leaves them."""
+    found = []
+    for seed in range(steps):
+        model.zero_grad()
+        x = random_tensor(*SHAPE, seed=seed)
+        y = checkpoint(model, x, use_reentrant=False)
+        model(x)
+        y.backward(random_tensor(*y.shape, seed=9))
+        found += [parameter.grad.clone() for parameter in model.parameters()]
+    return found
+
+
+class Residual(nn.Module):
+    """A convolution and a normalisation beside a shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return torch.relu(self.norm(self.conv(x)) + x)
+
+
+@pytest.mark.parametrize("kind", ["residual", *NETWORKS])
+def test_a_checkpoint_around_layers_that_were_never_called_keeps_the_same_when_it_is_run_again(kind):
+    """Who reads a convolution's output is known once it was called: what is kept may not hang on that."""
+    torch.manual_seed(0)
+    residual = [nn.Conv2d(4, 6, 3, padding=1), nn.MaxPool2d(2), Residual(), Residual()]
+    stock = nn.Sequential(*(residual if kind == "residual" else NETWORKS[kind]())).double()
+    for fuse in (True, False):
+        model = lowrank.convert(copy.deepcopy(stock), lowrank.trailing_layers(stock, "all"), Vanilla(), fuse=fuse)
+        wanted = trained_in_a_checkpoint(copy.deepcopy(stock))
+        torch.testing.assert_close(trained_in_a_checkpoint(model), wanted, rtol=1e-9, atol=1e-11)
+
+
+class Branches(nn.Module):
+    """Two layers on one input, which nothing else keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 5, 3, padding=1), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        x = x * 1
+        return self.first(x) + self.second(x)
+
+
+@pytest.mark.parametrize("method", [ASI, lowrank.FixedBases])
+def test_layers_of_other_ranks_on_one_input_keep_the_same_when_a_checkpoint_is_run_again(method):
+    """The first one's form serves the second while it is there: when the pass is run again it is, before it is not."""
+    ranks = {"first": (3, 3, 4, 4), "second": (2, 2, 3, 3)}
+    torch.manual_seed(0)
+    model = lowrank.convert(Branches().double(), list(ranks), method(ranks))
+    assert all(grad.isfinite().all() for grad in trained_in_a_checkpoint(model))
+    keeps = {name: model.get_submodule(name)._lowrank.kept_bytes for name in ranks}
+    alike = lowrank.convert(Branches().double(), list(ranks), method((2, 2, 3, 3)))
+    trained_in_a_checkpoint(alike)
+    assert keeps["first"] > 0
+    assert alike.second._lowrank.kept_bytes == 0, "of the same ranks one form serves both"
+
+
+def test_other_hooks_than_a_checkpoints_change_nothing_of_what_is_shared():
+    """Such as those by which memory is measured."""
+    ranks = {"first": (3, 3, 4, 4), "second": (2, 2, 3, 3)}
+    model = lowrank.convert(Branches().double(), list(ranks), ASI(ranks))
+    kept = lowrank.saved_bytes(model, lambda model, x: model(x).sum(), random_tensor(*SHAPE))
+    alone = lowrank.convert(Branches().double(), {"first": ASI(ranks["first"]), "second": ASI(1)})
+    assert kept == lowrank.saved_bytes(alone, lambda model, x: model(x).sum(), random_tensor(*SHAPE))
+
+
+class Inner(nn.Module):
+    """A module in a checkpoint."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return checkpoint(self.module, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_checkpoint_around_any_layer_within_one_around_all_changes_no_gradient(kind, training):
+    torch.manual_seed(0)
+    stock = nn.Sequential(*NETWORKS[kind]()).double().train(training)
+    wanted = trained_in_a_checkpoint(copy.deepcopy(stock))
+    for at, layer in enumerate(stock):
+        if getattr(layer, "inplace", False):  # a checkpoint's own input may not be changed
+            continue
+        model = lowrank.convert(copy.deepcopy(stock), lowrank.trailing_layers(stock, "all"), Vanilla())
+        model[at] = Inner(model[at])
+        found = trained_in_a_checkpoint(model)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11, msg=lambda text, at=at: f"{at}: {text}")
+
+
+def products_are_kept(context, operator, *arguments, **options):
+    name = str(operator)
+    return CheckpointPolicy.MUST_SAVE if "conv" in name or "mm" in name else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", [Vanilla(), ASI(2), ASI(2, refresh=2), HOSVD(0.8)], ids=repr)
+@pytest.mark.parametrize("kind", ["branches", *NETWORKS])
+def test_a_checkpoint_that_keeps_the_results_of_chosen_operators_is_given_the_stock_layers(kind, method, training):
+    torch.manual_seed(0)
+    stock = Branches() if kind == "branches" else nn.Sequential(*NETWORKS[kind]())
+    stock = stock.double().train(training)
+    model = lowrank.convert(copy.deepcopy(stock), lowrank.trailing_layers(stock, "all"), method)
+    contexts = partial(create_selective_checkpoint_contexts, products_are_kept)
+    results = []
+    for network in (stock, model):
+        for seed in range(2):
+            x = random_tensor(*SHAPE, seed=seed)
+            checkpoint(network, x, use_reentrant=False, context_fn=contexts).square().sum().backward()
+        results.append([parameter.grad for parameter in network.parameters()])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-11)

@@ -105,6 +105,22 @@ def test_one_graph_where_the_input_is_kept_whole_after_all_and_with_factored_wei
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("smallest", [0, 1, 2**15])
+@pytest.mark.parametrize("method", [ASI(2), ASI(2, storage="int8"), GradientFilter(2)], ids=repr)
+def test_batches_of_any_size_whatever_is_asked_of_their_bytes(method, smallest):
+    torch._dynamo.reset()
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    model = lowrank.convert(stock, ["0", "2"], method, smallest=smallest)
+    twin = copy.deepcopy(model)
+    fast = torch.compile(model, backend="aot_eager")
+    for size in (4, 3, 5):
+        for network in (twin, fast):
+            network.zero_grad()
+            network(random_tensor(size, 3, 12, 12, dtype=torch.float32)).square().sum().backward()
+        for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, two.grad, rtol=1e-2, atol=1e-3)
+
+
 def test_a_compiled_loss_of_a_converted_models_output():
     torch._dynamo.reset()
     stock, model = pair(Vanilla(), dtype=torch.float32)

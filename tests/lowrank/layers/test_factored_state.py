@@ -248,3 +248,63 @@ def test_what_differs_between_processes_is_what_is_no_parameter():
     bases = {key for key in state if is_basis(key)}
     assert bases
     assert state.keys() - bases == {key for key in parameters if key.endswith(("left", "right"))}
+
+
+def averaged_in_place(model, other):
+    """As timm's averages do."""
+    with torch.no_grad():
+        for mean, value in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+            mean.lerp_(value, 0.1)
+
+
+def clamped(model, other):
+    with torch.no_grad():
+        model[0].weight.clamp_(-0.1, 0.1)
+
+
+@pytest.mark.parametrize("write", [averaged_in_place, clamped])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_written_into_the_product_is_not_lost_without_a_word(write, training):
+    model, other = converted(method=WSI(energy=1)).train(training), converted(seed=2, method=WSI(energy=1))
+    x, _ = data((4, 5, 6))
+    write(model, other)
+    write(model, other)  # what was handed out before counts as well
+    model.state_dict()
+    with torch.set_grad_enabled(training), pytest.raises(lowrank.ChangedError, match=r"layer '0'.*in place"):
+        model(x)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(model(x), other(x))
+
+
+def test_a_state_dict_that_is_filled_in_place_and_loaded_is_as_ever():
+    """As distributed checkpoints do."""
+    model, other = converted(method=WSI(energy=1)), converted(seed=2, method=WSI(energy=1))
+    state = model.state_dict()
+    with torch.no_grad():
+        for own, value in zip(state.values(), other.state_dict().values(), strict=True):
+            own.copy_(value)
+    model.load_state_dict(state)
+    x, _ = data((4, 5, 6))
+    torch.testing.assert_close(model(x), other(x))
+    held = model[0]._lowrank.handed_out
+    assert held is None
+    model.state_dict()
+    assert model[0]._lowrank.handed_out._like.untyped_storage().nbytes() == 0, "nothing is held of what is handed out"
+
+
+def test_other_data_for_the_product_are_refused_where_they_are_given():
+    """As whoever merges adapters into weights gives them."""
+    model = converted()
+    weight = model[0].weight
+    assert isinstance(weight, torch.Tensor)
+    assert weight.grad_fn is not None
+    assert type(weight * 2) is type(weight.detach()) is torch.Tensor
+    torch.testing.assert_close(pickle.loads(pickle.dumps(weight.detach())), product(model[0]), rtol=0, atol=0)
+    with pytest.raises(lowrank.ChangedError, match="other data"):
+        model[0].weight.data = torch.zeros_like(weight)
+    with pytest.raises(lowrank.ChangedError, match="other data"):
+        model[0].weight.data += 1
+    model[0].load_state_dict(model[0].state_dict())
+    model[0].weight.data.mul_(2)
+    with pytest.raises(lowrank.ChangedError, match="in place"):
+        model(data((4, 5, 6))[0])

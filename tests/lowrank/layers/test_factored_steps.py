@@ -138,3 +138,27 @@ def test_a_gradient_that_is_not_finite_is_an_error_of_this_package_where_it_cann
     model[0].left.grad[0, 0] = float("nan")
     with pytest.raises(lowrank.NonFiniteError, match="layer '0'"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("update", ["subspace", "svd"])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
+def test_the_mean_of_factors_is_that_of_the_weight(update, options):
+    """As whoever averages parameters over steps takes it: factors move no more than their weight does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+    lowrank.convert(model, ["0", "2"], WSI(energy=0.8, update=update))
+    optimizer = lowrank.SGD(model.parameters(), lr=0.02, **options)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    weights = []
+    for step in range(40):
+        optimizer.zero_grad()
+        labels = torch.arange(32) % 5
+        nn.functional.cross_entropy(model(random_tensor(32, 12, seed=step) + labels[:, None]), labels).backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+        weights.append([model[at].weight.detach() for at in (0, 2)])
+    for at, own in zip((0, 2), zip(*weights, strict=True), strict=True):
+        mean, last = torch.stack(own).mean(0), own[-1]
+        error = torch.linalg.vector_norm(averaged.module[at].weight - mean)
+        assert error < 0.02 * torch.linalg.vector_norm(mean)
+        assert error < 0.2 * torch.linalg.vector_norm(last - mean), "which is less than what the weight moved"

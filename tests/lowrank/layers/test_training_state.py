@@ -216,3 +216,19 @@ def test_an_average_made_before_the_first_step_is_the_stock_models():
             average.update_parameters(network)
         averages.append(average.state_dict())
     torch.testing.assert_close(averages[1], averages[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [ASI, lowrank.FixedBases])
+@pytest.mark.parametrize("storage", ["input", "int8"])
+def test_a_state_of_higher_ranks_is_refused_and_one_of_the_same_ranks_and_a_small_batch_is_not(kind, storage):
+    """Training would go on from other bases without a word; a small batch leaves lower ranks than were given."""
+    for given, others in (((5, 3, 3, 3), (5, 2, 3, 3)), (3, 2)):
+        model = conv_model(kind(given, storage=storage))
+        step(model, random_tensor(8, 4, 7, 6))
+        step(model, random_tensor(2, 4, 7, 6))
+        state = lowrank.training_state(model)
+        lowrank.load_training_state(conv_model(kind(given, storage=storage)), state)
+        other = conv_model(kind(others, storage=storage))
+        with pytest.raises(StateError, match=r"layer '0' is of another method: .*rank 3, and the rank is 2"):
+            lowrank.load_training_state(other, state)
+        assert not lowrank.training_state(other)

@@ -19,6 +19,7 @@ from lowrank.tensors.factors import (
     joined,
     orthonormalised,
     refactorise,
+    steady,
     subspace_step,
     subspace_update,
     tangent,
@@ -204,6 +205,24 @@ def test_training_fails_with_a_stale_basis_and_not_with_ours(monkeypatch):
     assert 1e-6 < ours < 0.01
     monkeypatch.setattr("lowrank.optim.subspace_update", stale_update)
     assert moved() > 0.1
+
+
+@given(st.sampled_from(SIZES), st.sampled_from([0.0, 1e-3, 0.1, 3.0]), st.booleans(), st.integers(0, 9))
+def test_steady_factors_are_those_nearest_to_the_ones_before(sizes, moved, single, seed):
+    outputs, inputs, rank = sizes
+    before = torch.linalg.qr(random_tensor(outputs, rank, seed=seed))[0]
+    turned = torch.linalg.qr(random_tensor(rank, rank, seed=seed + 1))[0]  # as whoever orthogonalises may do
+    left = torch.linalg.qr(before + moved * random_tensor(outputs, rank, seed=seed + 2))[0] @ turned
+    found = Factors(left, random_tensor(rank, inputs, seed=seed + 3))
+    if single:
+        found, before = found.to(torch.float32), before.float()
+    kept = steady(found, before)
+    tolerance = {"rtol": 0, "atol": 1e-5 if single else 1e-13}
+    torch.testing.assert_close(kept.dense(), found.dense(), **tolerance)
+    torch.testing.assert_close(kept.left.mT @ kept.left, torch.eye(rank).to(kept.left), **tolerance)
+    overlap = kept.left.mT @ before  # symmetric and not negative where no turn brings the two nearer
+    torch.testing.assert_close(overlap, overlap.mT, **tolerance)
+    assert torch.linalg.eigvalsh(overlap).min() > -tolerance["atol"]
 
 
 def test_the_nearest_matrix_of_a_rank_is_that_of_the_singular_values():
