@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "team.h"
+#include "tiles.h"
 
 #define PIECES 16          /* that threads share, at most: their number, and so the order of sums, is by shapes alone */
 #define WORK 262144        /* multiplications that a piece is worth */
@@ -26,16 +27,6 @@ typedef float loose __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t four_places __attribute__((vector_size(16)));
 #define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (four_places){__VA_ARGS__})
 #endif
-
-struct tile_kernels {
-  void (*project)(const float *x, int64_t stride, int64_t count, int64_t w, const float *s, int64_t r, float *out,
-                  int add, int call);
-  void (*correlate)(const float *x, int64_t stride, int64_t count, int64_t w, int64_t tiles, int64_t jump,
-                    const float *z, int64_t r, float *out);
-  void (*clear_overlap)(float *z, int64_t r, int64_t w);
-  void (*arrange)(float *z, int64_t r, int64_t w, float *a, int64_t down, int64_t along, int into);
-  int64_t width;
-};
 
 #define WIDTH 4
 #define PARTS 3
@@ -281,7 +272,12 @@ typedef struct {
 
 /* Those of the widest vectors that a row of so many numbers fills. */
 static const struct tile_kernels *of_row(int64_t numbers) {
+  return numbers < 8 ? lowrank_tiles_of(8) : lowrank_tiles_of(numbers);
+}
+
+const struct tile_kernels *lowrank_tiles_of(int64_t numbers) {
 #if defined(__x86_64__)
+  if (lowrank_width() >= 8 && numbers < 8) return &kernels_plain;
   if (lowrank_width() == 16 && numbers < 16) return &kernels_avx2;
 #endif
   (void)numbers;
