@@ -11,6 +11,7 @@ from itertools import combinations
 from math import prod
 from typing import Literal
 
+from lowrank.kernels.contractions import Kind, are_few
 from lowrank.tensors.eager import remembered
 from lowrank.tensors.geometry import ConvGeometry, Geometry, Shape
 from lowrank.tensors.tucker import ascending
@@ -22,8 +23,12 @@ _ROWS, _ROW = 7, 16  # columns beside that of ones which are projected on in a r
 _WINDOWS = 2**17  # what each place of a kernel meets, of one mode
 _GATHERED = 10  # a number of dY projected on that, which is brought to where it is multiplied
 _DENSE, _DEPTHWISE, _WIDE = 1 / 5, 1.0, 1 / 4  # a multiplication of a convolution; of groups at 3 x 3, and otherwise
+_CONTRACTED = 1 / 8  # a multiplication of a compiled contraction
+_IMAGE = 500  # of it, for each image
+_NARROW = 8  # columns of an image that it takes row by row
 
 
+Meet = Literal["positions", "shifts", "windows", "rows"]
 Work = tuple[int, float]  # multiplications and cost
 
 
@@ -33,14 +38,16 @@ class Plan:
 
     Attributes:
         meet: how the two sides meet: each position of dY with one of the input ("positions"), in a convolution of the
-            rebuilt input's positions ("shifts"), or in a product, as each place of the kernel meets it ("windows").
+            rebuilt input's positions ("shifts"), in a product, as each place of the kernel meets it ("windows"), or, of
+            a group for each channel, in rows of both: dY as the kernel meets it down an image, and the core, expanded in
+            the last mode, as it does along it ("rows").
         project: modes in which dY is projected, in order.
         expand: modes in which the core is expanded, in order, channels last when among them.
         macs: multiplications that it takes.
         cost: time that it takes, in numbers read from memory.
     """
 
-    meet: Literal["positions", "shifts", "windows"]
+    meet: Meet
     project: tuple[int, ...]
     expand: tuple[int, ...]
     macs: int
@@ -61,6 +68,21 @@ def plan_gradient(
     for plan in others:  # a plain loop, which torch.compile can trace
         best = plan if plan.cost < best.cost else best
     return best
+
+
+def contracted(geometry: Geometry, ranks: Shape, factored: tuple[bool, ...], plan: Plan) -> Kind | None:
+    """Which of the compiled contractions an order is, if any; arguments as of `candidate_plans`."""
+    if type(geometry) is not ConvGeometry or len(geometry.kernel) != 2 or geometry.padding_mode != "zeros":
+        return None
+    positions = plan.meet == "positions"
+    if not (factored[0] and all(factored[2:])) or not are_few(ranks, (1, 1) if positions else geometry.kernel):
+        return None
+    if positions and 1 not in plan.expand:
+        kinds: dict[Shape, Kind] = {(0,): "spread", (0, 2, 3): "samples", (2, 3, 0): "images"}
+        return kinds.get(plan.project)
+    if plan.meet == "rows":
+        return "rows"
+    return "windows" if plan.meet == "windows" and plan.project == (0, 2, 3) else None
 
 
 @remembered
@@ -90,7 +112,7 @@ def candidate_plans(
     """
     channel = geometry.channel_axis % len(shape)
     samples = [mode for mode in range(len(shape)) if mode != channel and factored[mode]]
-    sketch = _Sketch(geometry, shape, ranks, out_channels, channel, joined)
+    sketch = _Sketch(geometry, shape, ranks, out_channels, channel, joined, factored)
     plans = []
     for tail in ((), (channel,)) if factored[channel] else ((),):
         whole = bool(tail) or not factored[channel]
@@ -107,6 +129,9 @@ def candidate_plans(
             plans.append(sketch.shifts(project, expand + spatial, tail, whole))
             if geometry.has_windows and len(spatial) == len(geometry.kernel):
                 plans.append(sketch.windows(project, spatial, expand, tail, whole))
+        own = geometry.groups == out_channels == shape[channel]  # a group for each channel
+        if own and geometry.has_windows and not geometry.pointwise and samples == [0, 2, 3] and whole:
+            plans.append(sketch.rows(tail))
     return plans
 
 
@@ -120,6 +145,7 @@ class _Sketch:
     out_channels: int
     channel: int
     joined: bool
+    factored: tuple[bool, ...]
 
     def __post_init__(self) -> None:
         self.grad_shape = self.geometry.output_shape(self.shape, self.out_channels)
@@ -128,7 +154,8 @@ class _Sketch:
         """Orders in which to project dY on these modes: what shrinks it most ahead; the batch ahead of all."""
         shrinking = _by_growth(project, self.grad_shape, dict(enumerate(self.ranks)))
         rest = tuple(mode for mode in shrinking if mode != 0)
-        return [shrinking, (0, *rest)] if 0 in shrinking[1:] else [shrinking]
+        found = [shrinking, (0, *rest)] if 0 in shrinking[1:] else [shrinking]
+        return [*found, (0, 2, 3), (2, 3, 0)] if project == (0, 2, 3) and self.channel == 1 else found
 
     def positions(
         self, project: tuple[int, ...], expand: tuple[int, ...], tail: tuple[int, ...], whole: bool, samples: list[int]
@@ -177,6 +204,16 @@ class _Sketch:
         meeting = 4 * _CALL + _WINDOWS * len(spatial) + _GATHERED * prod(grad) + prod(core) + laid_out + macs / 12
         return self._plan("windows", project, expand + tail, whole, [expanding, projecting, (macs, meeting)])
 
+    def rows(self, tail: tuple[int, ...]) -> Plan:
+        assert isinstance(self.geometry, ConvGeometry)
+        down, along = self.geometry.kernel
+        sizes = dict(enumerate(self.ranks)) | {2: down * self.ranks[2]}
+        core, expanding = _products(self.ranks, {1: self.shape[1], 3: along * self.grad_shape[3]}, (*tail, 3))
+        grad, projecting = self._projected((0, 2), sizes)
+        macs = prod(grad) * along
+        meeting = 4 * _CALL + _WINDOWS + _GATHERED * (prod(grad) + prod(core)) + macs / 12
+        return self._plan("rows", (0, 2), (*tail, 3), True, [expanding, projecting, (macs, meeting)])
+
     def _projected(self, project: tuple[int, ...], sizes: dict[int, int]) -> tuple[list[int], Work]:
         shape, (macs, cost) = _products(self.grad_shape, sizes, project)
         numbers = prod(self.grad_shape)
@@ -191,19 +228,40 @@ class _Sketch:
 
     def _plan(
         self,
-        meet: Literal["positions", "shifts", "windows"],
+        meet: Meet,
         project: tuple[int, ...],
         expand: tuple[int, ...],
         whole: bool,
         parts: list[Work],
     ) -> Plan:
         macs, cost = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        if self.joined:
+            kind = contracted(self.geometry, self.ranks, self.factored, Plan(meet, project, expand, macs, cost))
+            cost = cost if kind is None else self._compiled(kind, parts)
         if not whole:
             kernel = prod(self.geometry.kernel) if isinstance(self.geometry, ConvGeometry) else 1
             inputs, rank = self.shape[self.channel], self.ranks[self.channel]
             applied = self.out_channels * (inputs // self.geometry.groups) * rank * kernel
             macs, cost = macs + applied, cost + _CALL + applied / 12
         return Plan(meet, project, expand, macs, cost)
+
+    def _compiled(self, kind: Kind, parts: list[Work]) -> float:
+        """Cost of a compiled contraction beyond the read that the bias gradient takes in any case."""
+        (expanding, _), (projecting, _), (meeting, laid_out) = parts
+        samples, outputs, height, width = self.grad_shape
+        numbers, rank = prod(self.grad_shape), self.ranks[0]
+        left = numbers // samples * (rank + 1)
+        if kind == "images":
+            return 2 * _CALL + _IMAGE * samples * outputs
+        cost = 2 * _CALL + numbers * rank / 48 + left
+        projecting -= numbers * rank
+        if kind == "spread":
+            return cost + (expanding + meeting) * _CONTRACTED
+        if kind == "rows":
+            macs = expanding + projecting + meeting
+            return cost + macs * _CONTRACTED * (4 if width < _NARROW else 4 / 3)
+        cost += projecting * _CONTRACTED + _IMAGE / 2 * rank * outputs
+        return cost + laid_out if kind == "windows" else cost
 
 
 def _products(start: Shape, sizes: dict[int, int], modes: tuple[int, ...]) -> tuple[list[int], Work]:
