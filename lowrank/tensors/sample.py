@@ -22,6 +22,7 @@ _LEAST = 2**18  # numbers of a tensor that is worth it
 _FIBRES = 128  # that are taken, for each column of the basis
 _COLUMNS, _VECTOR = 8, 16  # next to each other, at least
 _MANY = 32  # samples; less are few
+_EVEN = 8  # at most one plane in so many is never taken, of many planes
 
 
 def share_of(shape: Sequence[int], mode: int, rank: int) -> int:
@@ -52,7 +53,8 @@ def _share_of(shape: tuple[int, ...], mode: int, rank: int) -> int:
     for share in _SHARES:
         if first * rest * right < share * _FIBRES * rank or (first < _MANY and share not in _OF_FEW):
             continue
-        if share in _OF_PLANES and first >= 2 * share and rest >= share:
+        even = share < _SHARES[0] or _EVEN * (rest % share) <= rest
+        if share in _OF_PLANES and first >= 2 * share and rest >= share and even:
             return share
         if share in _OF_IMAGES and (rest > 1 or right < share * _VECTOR):
             continue
