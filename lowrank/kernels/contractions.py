@@ -1,4 +1,4 @@
-"""Weight gradients from Tucker factors by compiled kernels; where one cannot, it says so, and the caller does without."""
+"""Weight gradients from Tucker factors by a compiled kernel; where it cannot, it says so, and the caller does without."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def contract(
     """What a convolution's weight gradient is made of, and its bias gradient, in one read of the output's gradient.
 
     Args:
-        kind: what is done. "spread": the gradient is projected on the batch's factor and meets the core at each position.
-            "samples" and "images": it is projected in all modes, that of the batch or those of the image ahead, and
-            meets the core. "rows", of a group for each channel: it is projected on the batch's factor, and on that of
-            the height as each place of the kernel meets it; the core is spread along the width. "windows": it is
-            projected in all modes, as each place of the kernel meets them, and meets nothing yet.
+        kind: what is done. "spread": the gradient is projected on the batch's factor and meets the core at each
+            position. "samples" and "images": it is projected in all modes, that of the batch or those of the image
+            ahead, and meets the core. "rows", of a group for each channel: it is projected on the batch's factor, and
+            on that of the height as each place of the kernel meets it; the core is spread along the width. "windows":
+            it is projected in all modes, as each place of the kernel meets them, and meets nothing yet.
         grad: (B, O, H', W'), float32, or nothing is done.
         core: (r_0, r_1, r_2, r_3).
         factors: of the batch (B, r_0), with "rows" of the channels (C, r_1), or None: r_1 is C; of height and width
@@ -40,12 +40,13 @@ def contract(
             "windows".
 
     Returns:
-        The weight gradient against the core's channels (O, r_1); with "rows" all of it, (C, 1, K_h, K_w); with "windows"
-        what is left of the gradient, (r_0, O, K_h r_2, K_w r_3); and the bias gradient, (O,). None: not for these.
+        The weight gradient against the core's channels (O, r_1); with "rows" all of it, (C, 1, K_h, K_w); with
+        "windows" what is left of the gradient, (r_0, O, K_h r_2, K_w r_3). And the bias gradient, (O,). None: not for
+        these.
     """
     samples, channels, height, width = factors
-    given = (samples, height, width) if channels is None else (samples, height, width, channels)
-    given = tuple(factor.contiguous() for factor in given)
+    given = [factor.contiguous() for factor in (samples, height, width)]
+    given += [] if channels is None else [channels.contiguous()]
     kernel, room_of = (_kernel(name, grad, core, *given) for name in ("contract", "contract_room"))
     if kernel is None or room_of is None or not grad.numel():
         return None

@@ -128,7 +128,7 @@ def candidate_plans(
         for project, expand in (((), batch), (batch, ())) if batch else (((), ()),):
             plans.append(sketch.shifts(project, expand + spatial, tail, whole))
             if geometry.has_windows and len(spatial) == len(geometry.kernel):
-                plans.append(sketch.windows(project, spatial, expand, tail, whole))
+                plans += [sketch.windows(project + one, expand, tail, whole) for one in sketch.sides(spatial)]
         own = geometry.groups == out_channels == shape[channel]  # a group for each channel
         if own and geometry.has_windows and not geometry.pointwise and samples == [0, 2, 3] and whole:
             plans.append(sketch.rows(tail))
@@ -183,25 +183,32 @@ class _Sketch:
         meeting = _CALL + prod(grad) + prod(core) + macs * of_one
         return self._plan("shifts", project, expand, whole, [expanding, projecting, (macs, meeting)])
 
-    def windows(
-        self,
-        project: tuple[int, ...],
-        spatial: tuple[int, ...],
-        expand: tuple[int, ...],
-        tail: tuple[int, ...],
-        whole: bool,
-    ) -> Plan:
+    def sides(self, spatial: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Orders in which to project dY on what each place of the kernel meets: as it shrinks, and as compiled."""
         assert isinstance(self.geometry, ConvGeometry)
-        sizes = dict(enumerate(self.ranks)) | {
-            mode: k * self.ranks[mode] for mode, k in enumerate(self.geometry.kernel, 2)
-        }
-        project += _by_growth(spatial, self.grad_shape, sizes)
+        shrinking = _by_growth(spatial, self.grad_shape, self._met())
+        return [shrinking] if shrinking == spatial else [shrinking, spatial]
+
+    def _met(self) -> dict[int, int]:
+        assert isinstance(self.geometry, ConvGeometry)
+        met = {mode: k * self.ranks[mode] for mode, k in enumerate(self.geometry.kernel, 2)}
+        return dict(enumerate(self.ranks)) | met
+
+    def windows(self, project: tuple[int, ...], expand: tuple[int, ...], tail: tuple[int, ...], whole: bool) -> Plan:
+        assert isinstance(self.geometry, ConvGeometry)
         core, expanding = _products(self.ranks, dict(enumerate(self.shape)), expand + tail)
-        grad, projecting = self._projected(project, sizes)
+        grad, projecting = self._projected(project, self._met())
         inputs = core[1] // (self.geometry.groups if whole else 1)
         macs = prod(grad) * inputs
         laid_out = 4 * self.out_channels * inputs * prod(self.geometry.kernel)  # the result, and its copy
-        meeting = 4 * _CALL + _WINDOWS * len(spatial) + _GATHERED * prod(grad) + prod(core) + laid_out + macs / 12
+        meeting = (
+            4 * _CALL
+            + _WINDOWS * len(self.geometry.kernel)
+            + _GATHERED * prod(grad)
+            + prod(core)
+            + laid_out
+            + macs / 12
+        )
         return self._plan("windows", project, expand + tail, whole, [expanding, projecting, (macs, meeting)])
 
     def rows(self, tail: tuple[int, ...]) -> Plan:
