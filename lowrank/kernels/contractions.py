@@ -1,4 +1,4 @@
-"""Weight gradients from Tucker factors by a compiled kernel; where it cannot, it says so, and the caller does without."""
+"""Weight gradients from Tucker factors by a compiled kernel; where it cannot, it says so, and callers do without."""
 
 from __future__ import annotations
 

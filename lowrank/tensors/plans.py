@@ -39,8 +39,8 @@ class Plan:
     Attributes:
         meet: how the two sides meet: each position of dY with one of the input ("positions"), in a convolution of the
             rebuilt input's positions ("shifts"), in a product, as each place of the kernel meets it ("windows"), or, of
-            a group for each channel, in rows of both: dY as the kernel meets it down an image, and the core, expanded in
-            the last mode, as it does along it ("rows").
+            a group for each channel, in rows of both: dY as the kernel meets it down an image, and the core, expanded
+            in the last mode, as it does along it ("rows").
         project: modes in which dY is projected, in order.
         expand: modes in which the core is expanded, in order, channels last when among them.
         macs: multiplications that it takes.
@@ -255,7 +255,7 @@ class _Sketch:
     def _compiled(self, kind: Kind, parts: list[Work]) -> float:
         """Cost of a compiled contraction beyond the read that the bias gradient takes in any case."""
         (expanding, _), (projecting, _), (meeting, laid_out) = parts
-        samples, outputs, height, width = self.grad_shape
+        samples, outputs, *_, width = self.grad_shape
         numbers, rank = prod(self.grad_shape), self.ranks[0]
         left = numbers // samples * (rank + 1)
         if kind == "images":

@@ -17,8 +17,8 @@ pytestmark = [
     pytest.mark.cpu_only("compiled kernels work in its memory"),
     pytest.mark.skipif(not kernels.status().active, reason=str(kernels.status())),
 ]
-# Channels, outputs, options of the layer; shape of its input without the channels; ranks. Images narrower than a vector,
-# as wide, and wider; fewer and more outputs than are made together; strides, paddings, whole channels.
+# Channels, outputs, options of the layer; shape of its input without the channels; ranks. Images narrower than a
+# vector, as wide, and wider; fewer and more outputs than are made together; strides, paddings, whole channels.
 POINTWISE = [
     (9, 30, {}, (16, 7, 7), (5, 4, 3, 3)),
     (6, 7, {}, (9, 13, 17), (3, 4, 4, 3)),
@@ -83,9 +83,9 @@ def by_order(plan, *form):
     """Both gradients by one order, and how many compiled contractions that took."""
     answers, own = [], contractions.contract
     contract = lambda *asked: answers.append(own(*asked)) or answers[-1]  # noqa: E731
-    with mock.patch.object(gradients, "plan_gradient", return_value=plan):
-        with mock.patch.object(contractions, "contract", contract):
-            return gradients.gradients(*form), sum(answer is not None for answer in answers)
+    chosen = mock.patch.object(gradients, "plan_gradient", return_value=plan)
+    with chosen, mock.patch.object(contractions, "contract", contract):
+        return gradients.gradients(*form), sum(answer is not None for answer in answers)
 
 
 def exact(module, tucker, grad):
