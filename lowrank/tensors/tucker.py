@@ -137,9 +137,8 @@ def _iterating(shape: tuple[int, ...], mode: int, rank: int) -> float:
     left, n, right = _sides(shape, mode)
     row = n if right == 1 else right
     scattered = 1.0 if left == 1 or row >= _VECTOR else 2.5 if row >= _VECTOR // 2 else 5.0
-    products = 1 + 2 / min(
-        abs(share_of(shape, mode, rank)), 8
-    )  # of the three of an iteration, of which 2 / 8 is little
+    share = min(abs(share_of(shape, mode, rank)), 8)  # less hardly counts
+    products = 1 + 2 / share  # of the three of an iteration
     return scattered * (rank * products / 3 + 0.5) / 12
 
 
