@@ -47,7 +47,7 @@ def contract(
     samples, channels, height, width = factors
     given = [factor.contiguous() for factor in (samples, height, width)]
     given += [] if channels is None else [channels.contiguous()]
-    kernel, room_of = (_kernel(name, grad, core, *given) for name in ("contract", "contract_room"))
+    kernel, room_of = _kernel("contract", grad, core, *given), _kernel("contract_room", grad)
     if kernel is None or room_of is None or not grad.numel():
         return None
     full = height.shape[0], width.shape[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowrank.kernels import contractions, passes
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
-from lowrank.tensors.plans import Plan, contracted, plan_gradient
+from lowrank.tensors.plans import Plan, plan_gradient
 from lowrank.tensors.tucker import Tucker, mode_correlation, mode_product
 
 
@@ -60,9 +60,9 @@ def _gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, joined: bool) -
     channel = geometry.channel_axis % grad.ndim
     factored = tuple(factor is not None for factor in tucker.factors)
     plan = plan_gradient(geometry, tucker.shape, tucker.ranks, factored, grad.shape[channel], joined)
-    found = _by_kernel(tucker, grad, geometry, plan)
-    if found is not None:
-        return found
+    compiled = None if plan.kind is None else _by_kernel(tucker, grad, geometry, plan, plan.kind)
+    if compiled is not None:
+        return compiled
     core, factors, bias = tucker.core, list(tucker.factors), None
     if plan.meet == "positions":
         core, factors = _sample(core, factors, geometry)
@@ -97,11 +97,10 @@ def _gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, joined: bool) -
     return geometry.by_output(_apply_channels(geometry.by_output(dense, 1), remaining, geometry.groups)), bias
 
 
-def _by_kernel(tucker: Tucker, grad: Tensor, geometry: Geometry, plan: Plan) -> tuple[Tensor, Tensor] | None:
-    """Both gradients, from the one read of a compiled kernel; None: not for this order, or these."""
-    kind = contracted(geometry, tucker.ranks, tuple(factor is not None for factor in tucker.factors), plan)
-    if kind is None or not grad.is_contiguous():
-        return None
+def _by_kernel(
+    tucker: Tucker, grad: Tensor, geometry: Geometry, plan: Plan, kind: contractions.Kind
+) -> tuple[Tensor, Tensor] | None:
+    """Both gradients, from the one read of a compiled kernel; None: not for these."""
     assert isinstance(geometry, ConvGeometry)
     samples, channels, *sides = tucker.factors
     of_channels = channels if kind == "rows" else None

@@ -45,6 +45,7 @@ class Plan:
         expand: modes in which the core is expanded, in order, channels last when among them.
         macs: multiplications that it takes.
         cost: time that it takes, in numbers read from memory.
+        kind: which of the compiled contractions it is, if any.
     """
 
     meet: Meet
@@ -52,6 +53,7 @@ class Plan:
     expand: tuple[int, ...]
     macs: int
     cost: float
+    kind: Kind | None
 
 
 @remembered
@@ -68,21 +70,6 @@ def plan_gradient(
     for plan in others:  # a plain loop, which torch.compile can trace
         best = plan if plan.cost < best.cost else best
     return best
-
-
-def contracted(geometry: Geometry, ranks: Shape, factored: tuple[bool, ...], plan: Plan) -> Kind | None:
-    """Which of the compiled contractions an order is, if any; arguments as of `candidate_plans`."""
-    if type(geometry) is not ConvGeometry or len(geometry.kernel) != 2 or geometry.padding_mode != "zeros":
-        return None
-    positions = plan.meet == "positions"
-    if not (factored[0] and all(factored[2:])) or not are_few(ranks, (1, 1) if positions else geometry.kernel):
-        return None
-    if positions and 1 not in plan.expand:
-        kinds: dict[Shape, Kind] = {(0,): "spread", (0, 2, 3): "samples", (2, 3, 0): "images"}
-        return kinds.get(plan.project)
-    if plan.meet == "rows":
-        return "rows"
-    return "windows" if plan.meet == "windows" and plan.project == (0, 2, 3) else None
 
 
 @remembered
@@ -242,15 +229,29 @@ class _Sketch:
         parts: list[Work],
     ) -> Plan:
         macs, cost = sum(part[0] for part in parts), sum(part[1] for part in parts)
-        if self.joined:
-            kind = contracted(self.geometry, self.ranks, self.factored, Plan(meet, project, expand, macs, cost))
-            cost = cost if kind is None else self._compiled(kind, parts)
+        kind = self._kind(meet, project, expand)
+        if self.joined and kind is not None:
+            cost = self._compiled(kind, parts)
         if not whole:
             kernel = prod(self.geometry.kernel) if isinstance(self.geometry, ConvGeometry) else 1
             inputs, rank = self.shape[self.channel], self.ranks[self.channel]
             applied = self.out_channels * (inputs // self.geometry.groups) * rank * kernel
             macs, cost = macs + applied, cost + _CALL + applied / 12
-        return Plan(meet, project, expand, macs, cost)
+        return Plan(meet, project, expand, macs, cost, kind)
+
+    def _kind(self, meet: Meet, project: tuple[int, ...], expand: tuple[int, ...]) -> Kind | None:
+        geometry, factored = self.geometry, self.factored
+        if type(geometry) is not ConvGeometry or len(geometry.kernel) != 2 or geometry.padding_mode != "zeros":
+            return None
+        positions = meet == "positions"
+        if not (factored[0] and all(factored[2:])) or not are_few(self.ranks, (1, 1) if positions else geometry.kernel):
+            return None
+        if positions and 1 not in expand:
+            kinds: dict[tuple[int, ...], Kind] = {(0,): "spread", (0, 2, 3): "samples", (2, 3, 0): "images"}
+            return kinds.get(project)
+        if meet == "rows":
+            return "rows"
+        return "windows" if meet == "windows" and project == (0, 2, 3) else None
 
     def _compiled(self, kind: Kind, parts: list[Work]) -> float:
         """Cost of a compiled contraction beyond the read that the bias gradient takes in any case."""
