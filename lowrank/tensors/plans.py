@@ -267,7 +267,7 @@ class _Sketch:
             return cost + (expanding + meeting) * _CONTRACTED
         if kind == "rows":
             macs = expanding + projecting + meeting
-            return cost + macs * _CONTRACTED * (4 if width < _NARROW else 4 / 3)
+            return cost + macs * _CONTRACTED * (8 if width < _NARROW else 4 / 3)
         cost += projecting * _CONTRACTED + _IMAGE / 2 * rank * outputs
         return cost + laid_out if kind == "windows" else cost
 
