@@ -211,9 +211,9 @@ class Tucker:
     def to(self, dtype: torch.dtype) -> Tucker:
         """The same tensor with core and factors in one dtype, in whichever they are; with any factor in float32 where
         that is float16, out of whose range a core may be: its first number is nearly the norm of the whole tensor."""
-        if self.core.dtype == dtype and all(factor is None or factor.dtype == dtype for factor in self.factors):
-            return self
         if dtype == torch.float16 and any(factor is not None for factor in self.factors):
             dtype = torch.float32
+        if self.core.dtype == dtype and all(factor is None or factor.dtype == dtype for factor in self.factors):
+            return self
         factors = tuple(None if factor is None else factor.to(dtype) for factor in self.factors)
         return Tucker(self.core.to(dtype), factors)
