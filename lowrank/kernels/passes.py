@@ -200,7 +200,7 @@ def subspace(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, list[Tensor]] | 
         The core, and a basis for each step, the start itself where that is one; None: not for these.
     """
     starts = [start.contiguous() for _, start, _ in steps]
-    kernel, room_of = (_kernel(name, x, *starts) if steps else None for name in ("subspace", "subspace_room"))
+    kernel, room_of = _kernel("subspace", x, *starts) if steps else None, _kernel("subspace_room", x)
     if kernel is None or room_of is None:
         return None
     sizes = tuple(x.shape)

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "team.h"
+#include "tiles.h"
 
 #define PIECES 16          /* that threads share, at most: their number, and so the order of sums, is by shapes alone */
 #define WORK 262144        /* multiplications that a piece is worth */
@@ -26,16 +27,6 @@ typedef float loose __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t four_places __attribute__((vector_size(16)));
 #define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (four_places){__VA_ARGS__})
 #endif
-
-struct tile_kernels {
-  void (*project)(const float *x, int64_t stride, int64_t count, int64_t w, const float *s, int64_t r, float *out,
-                  int add, int call);
-  void (*correlate)(const float *x, int64_t stride, int64_t count, int64_t w, int64_t tiles, int64_t jump,
-                    const float *z, int64_t r, float *out);
-  void (*clear_overlap)(float *z, int64_t r, int64_t w);
-  void (*arrange)(float *z, int64_t r, int64_t w, float *a, int64_t down, int64_t along, int into);
-  int64_t width;
-};
 
 #define WIDTH 4
 #define PARTS 3
@@ -104,19 +95,25 @@ static void back(const view *v, const float *x, int64_t stride, int64_t w, int64
   v->with->correlate(x, stride, v->n, w, tiles, jump, z, v->r, image);
 }
 
-/* Where a part begins: of all there is, that is one; of every `share`-th of `rest`, or of the columns, another for each. */
-static const float *part(const view *v, int64_t index) {
-  const int64_t size = v->n * v->stride;
+/* Where a part begins: of all there is, that is one; of every `share`-th of `rest`, or of the columns, of which those of
+   every `-share`-th of `rest` are the same. And the number of `left` that it has. */
+static const float *part(const view *v, int64_t index, int64_t *left) {
+  const int64_t size = v->n * v->stride, turns = -v->share;
+  *left = v->left;
   if (v->share > 0) return v->x + (index * v->rest + index % v->share) * size;
-  return v->x + index * size + (index / v->rest + index % v->rest) % -v->share * v->right;
+  const int64_t line = index / turns, at = index % turns;
+  *left = (v->rest - at + turns - 1) / turns;
+  return v->x + (line * v->rest + at) * size + (line + at) % turns * v->right;
 }
 
-/* What a tile has of `left`: the first and the number; its numbers. */
+/* What a tile has of `left`: the first and the number, or less than one; its numbers. */
 static const float *tile_of(const view *v, int64_t index, int64_t *first, int64_t *some) {
   const int64_t groups = (v->left + v->together - 1) / v->together;
+  int64_t left;
+  const float *x = part(v, index / groups, &left);
   *first = index % groups * v->together;
-  *some = v->left - *first < v->together ? v->left - *first : v->together;
-  return part(v, index / groups) + *first * v->jump;
+  *some = left - *first < v->together ? left - *first : v->together;
+  return x + *first * v->jump;
 }
 
 static void lying(const view *v, int64_t index, float *z, float *image) {
@@ -124,6 +121,7 @@ static void lying(const view *v, int64_t index, float *z, float *image) {
   const int64_t from = v->right * block / v->blocks, w = v->right * (block + 1) / v->blocks - from;
   int64_t first, some;
   const float *x = tile_of(v, index / v->blocks, &first, &some) + from;
+  if (some < 1) return;
   across(v, x, v->stride, w, some, v->jump, z);
   for (int64_t t = 0; v->out && t < some; t++)
     v->with->arrange(z + t * r * padded(v, w), r, w, v->out + (first + t) * r * v->right + from, v->right, 1, 1);
@@ -134,6 +132,7 @@ static void copied(const view *v, int64_t index, float *tile, float *z, float *i
   const int64_t n = v->n, right = v->right;
   int64_t first, some;
   const float *x = tile_of(v, index, &first, &some);
+  if (some < 1) return;
   const int64_t used = some * right, w = padded(v, used);
   for (int64_t l = 0; l < some; l++)
     for (int64_t i = 0; i < n; i++)
@@ -151,6 +150,7 @@ static void rows(const view *v, int64_t index, float *z, float *image) {
   const int64_t n = v->n, r = v->r;
   int64_t first, some;
   const float *x = tile_of(v, index, &first, &some);
+  if (some < 1) return;
   float *out = v->out ? v->out + first * r : z;
   memset(out, 0, sizeof(float) * (size_t)(some * r));
   v->with->correlate(x, v->jump, some, n, 1, 0, v->s, r, out);
@@ -281,7 +281,12 @@ typedef struct {
 
 /* Those of the widest vectors that a row of so many numbers fills. */
 static const struct tile_kernels *of_row(int64_t numbers) {
+  return numbers < 8 ? lowrank_tiles_of(8) : lowrank_tiles_of(numbers);
+}
+
+const struct tile_kernels *lowrank_tiles_of(int64_t numbers) {
 #if defined(__x86_64__)
+  if (lowrank_width() >= 8 && numbers < 8) return &kernels_plain;
   if (lowrank_width() == 16 && numbers < 16) return &kernels_avx2;
 #endif
   (void)numbers;
@@ -290,11 +295,12 @@ static const struct tile_kernels *of_row(int64_t numbers) {
 
 /* Into `v`, whose mode, rest and share are set. */
 static int see(course *c, view *v, int64_t left) {
-  const int64_t columns = v->share < 0 ? -v->share : 1;
-  v->right = v->stride / columns;
-  v->parts = v->share == 1 ? 1 : v->share > 1 ? left / v->rest : left;
-  v->left = v->share > 0 ? (v->share == 1 ? left : v->rest / v->share) : 1;
-  v->jump = v->n * v->stride * (v->share > 0 ? v->share : 1);
+  const int64_t turns = v->share < 0 ? -v->share : v->share;
+  v->right = v->share < 0 ? v->stride / turns : v->stride;
+  if (v->share == 1 || (v->share < 0 && v->rest == 1)) v->rest = left; /* the samples are what is in turn */
+  v->parts = v->share == 1 ? 1 : left / v->rest * (v->share < 0 ? turns : 1);
+  v->left = v->share < 0 ? (v->rest + turns - 1) / turns : v->rest / turns;
+  v->jump = v->n * v->stride * turns;
   v->with = of_row(v->right == 1 ? v->n : v->right);
   if (!cut(v)) return 0;
   if (c->images < (v->pieces + 1) * v->image) c->images = (v->pieces + 1) * v->image;

@@ -33,6 +33,18 @@ INLINE void NAME(project_few)(const float *x, int64_t stride, int64_t count, con
     for (int p = 0; p < P; p++) VECTOR(out + k * row + p * WIDTH) = sums[k][p];
 }
 
+/* Of one vector and eight columns: four sums would wait for each other. */
+INLINE void NAME(project_eight)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
+                                int64_t row, int add) {
+  NAME(vector) sums[8];
+  for (int k = 0; k < 8; k++) sums[k] = add ? READ(out + k * row) : (NAME(vector)){0};
+  for (int64_t i = 0; i < count; i++, x += stride, s += r) {
+    const NAME(vector) numbers = READ(x);
+    for (int k = 0; k < 8; k++) sums[k] += numbers * s[k];
+  }
+  for (int k = 0; k < 8; k++) VECTOR(out + k * row) = sums[k];
+}
+
 INLINE void NAME(project_vectors)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
                                   int64_t row, int64_t last, int add, const float *ahead, const int P) {
   int64_t k = 0;
@@ -40,6 +52,7 @@ INLINE void NAME(project_vectors)(const float *x, int64_t stride, int64_t count,
     NAME(project_few)(x, stride, count, s, r, out, row, last, add, ahead, 5, P < 7 ? P : 1);
     return;
   }
+  for (; P == 1 && k + 8 <= r; k += 8) NAME(project_eight)(x + last, stride, count, s + k, r, out + k * row, row, add);
   for (; k + 4 <= r; k += 4, ahead = NULL)
     NAME(project_few)(x, stride, count, s + k, r, out + k * row, row, last, add, ahead, 4, P);
   s += k, out += k * row;

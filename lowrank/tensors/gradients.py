@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.kernels import passes
+from lowrank.kernels import contractions, passes
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
-from lowrank.tensors.plans import plan_gradient
+from lowrank.tensors.plans import Plan, plan_gradient
 from lowrank.tensors.tucker import Tucker, mode_correlation, mode_product
 
 
@@ -60,15 +60,19 @@ def _gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, joined: bool) -
     channel = geometry.channel_axis % grad.ndim
     factored = tuple(factor is not None for factor in tucker.factors)
     plan = plan_gradient(geometry, tucker.shape, tucker.ranks, factored, grad.shape[channel], joined)
+    compiled = None if plan.kind is None else _by_kernel(tucker, grad, geometry, plan, plan.kind)
+    if compiled is not None:
+        return compiled
     core, factors, bias = tucker.core, list(tucker.factors), None
     if plan.meet == "positions":
         core, factors = _sample(core, factors, geometry)
     for mode in plan.expand:
-        core = mode_product(core, _matrix(factors[mode]), mode)
+        matrix = _matrix(factors[mode])
+        core = mode_product(core, matrix if plan.meet != "rows" or mode == 1 else _along(geometry, matrix), mode)
     for mode in plan.project:
         if mode == plan.project[0] and (mode == 0 or plan.meet == "positions"):
             grad, bias = _project_ahead(grad, _matrix(factors[mode]), mode, geometry if joined else None)
-        elif mode > 1 and plan.meet == "windows":
+        elif mode > 1 and plan.meet in ("windows", "rows"):
             assert isinstance(geometry, ConvGeometry)
             grad = mode_product(grad, geometry.windows(_matrix(factors[mode]), mode - 2), mode)
         else:
@@ -79,6 +83,9 @@ def _gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, joined: bool) -
         result = _apply_channels(dense, remaining, geometry.groups)
         result = result.view(*result.shape, *geometry.kernel) if isinstance(geometry, ConvGeometry) else result
         return geometry.by_output(result), bias
+    if plan.meet == "rows":
+        assert isinstance(geometry, ConvGeometry)
+        return _correlate_rows(grad, core, geometry.kernel), bias
     groups = geometry.groups if remaining is None else 1
     if plan.meet == "windows":
         assert isinstance(geometry, ConvGeometry)
@@ -88,6 +95,28 @@ def _gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, joined: bool) -
     if remaining is None:
         return dense, bias
     return geometry.by_output(_apply_channels(geometry.by_output(dense, 1), remaining, geometry.groups)), bias
+
+
+def _by_kernel(
+    tucker: Tucker, grad: Tensor, geometry: Geometry, plan: Plan, kind: contractions.Kind
+) -> tuple[Tensor, Tensor] | None:
+    """Both gradients, from the one read of a compiled kernel; None: not for these."""
+    assert isinstance(geometry, ConvGeometry)
+    samples, channels, *sides = tucker.factors
+    of_channels = channels if kind == "rows" else None
+    factors = _matrix(samples), of_channels, *(_matrix(side) for side in sides)
+    window = geometry.kernel, geometry.stride, geometry.padding[::2], geometry.dilation
+    found = contractions.contract(kind, grad, tucker.core, factors, window)  # type: ignore[arg-type]
+    if found is None or kind == "rows":
+        return found
+    dense, bias = found
+    if kind == "windows":
+        whole = channels is None or 1 in plan.expand
+        core = tucker.core if channels is None or not whole else mode_product(tucker.core, channels, 1)
+        dense = _correlate_windows(dense, core, geometry.kernel, geometry.groups if whole else 1)
+        return dense if whole else _apply_channels(dense, channels, geometry.groups), bias
+    result = _apply_channels(dense, channels, geometry.groups)
+    return result.view(*result.shape, *geometry.kernel), bias
 
 
 def _project_ahead(grad: Tensor, factor: Tensor, mode: int, of_bias: Geometry | None) -> tuple[Tensor, Tensor | None]:
@@ -114,6 +143,22 @@ def _correlate_windows(grad: Tensor, core: Tensor, kernel: Shape, groups: int) -
     inputs = core.transpose(0, 1).reshape(groups, core.shape[1] // groups, -1)
     found = torch.bmm(gathered, inputs.mT).view(outputs, *kernel, -1)
     return found.movedim(-1, 1).contiguous()
+
+
+def _along(geometry: Geometry, factor: Tensor) -> Tensor:
+    """What each place of a kernel meets along the width, (K_w W', r_3), of a factor (W, r_3)."""
+    assert isinstance(geometry, ConvGeometry)
+    met = geometry.windows(factor, 1).unflatten(0, (geometry.kernel[1], -1))
+    return met.transpose(1, 2).reshape(-1, factor.shape[1])
+
+
+def _correlate_rows(grad: Tensor, core: Tensor, kernel: Shape) -> Tensor:
+    """Weight gradient (C, 1, K_h, K_w) of a group for each channel, from the output's gradient (B, C, K_h r_2, W'),
+    projected on what each place of the kernel meets, and a core (B, C, r_2, K_w W') along the rows of what it meets."""
+    down, along = kernel
+    met = grad.unflatten(2, (down, -1)).permute(1, 2, 0, 3, 4).flatten(2)
+    rows = core.unflatten(3, (along, -1)).permute(1, 0, 2, 4, 3).flatten(1, 3)
+    return torch.bmm(met, rows).unsqueeze(1)
 
 
 def factor_gradients(

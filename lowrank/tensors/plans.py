@@ -11,6 +11,7 @@ from itertools import combinations
 from math import prod
 from typing import Literal
 
+from lowrank.kernels.contractions import Kind, are_few
 from lowrank.tensors.eager import remembered
 from lowrank.tensors.geometry import ConvGeometry, Geometry, Shape
 from lowrank.tensors.tucker import ascending
@@ -22,8 +23,12 @@ _ROWS, _ROW = 7, 16  # columns beside that of ones which are projected on in a r
 _WINDOWS = 2**17  # what each place of a kernel meets, of one mode
 _GATHERED = 10  # a number of dY projected on that, which is brought to where it is multiplied
 _DENSE, _DEPTHWISE, _WIDE = 1 / 5, 1.0, 1 / 4  # a multiplication of a convolution; of groups at 3 x 3, and otherwise
+_CONTRACTED = 1 / 8  # a multiplication of a compiled contraction
+_IMAGE = 500  # of it, for each image
+_NARROW = 8  # columns of an image that it takes row by row
 
 
+Meet = Literal["positions", "shifts", "windows", "rows"]
 Work = tuple[int, float]  # multiplications and cost
 
 
@@ -33,18 +38,22 @@ class Plan:
 
     Attributes:
         meet: how the two sides meet: each position of dY with one of the input ("positions"), in a convolution of the
-            rebuilt input's positions ("shifts"), or in a product, as each place of the kernel meets it ("windows").
+            rebuilt input's positions ("shifts"), in a product, as each place of the kernel meets it ("windows"), or, of
+            a group for each channel, in rows of both: dY as the kernel meets it down an image, and the core, expanded
+            in the last mode, as it does along it ("rows").
         project: modes in which dY is projected, in order.
         expand: modes in which the core is expanded, in order, channels last when among them.
         macs: multiplications that it takes.
         cost: time that it takes, in numbers read from memory.
+        kind: which of the compiled contractions it is, if any.
     """
 
-    meet: Literal["positions", "shifts", "windows"]
+    meet: Meet
     project: tuple[int, ...]
     expand: tuple[int, ...]
     macs: int
     cost: float
+    kind: Kind | None
 
 
 @remembered
@@ -90,7 +99,7 @@ def candidate_plans(
     """
     channel = geometry.channel_axis % len(shape)
     samples = [mode for mode in range(len(shape)) if mode != channel and factored[mode]]
-    sketch = _Sketch(geometry, shape, ranks, out_channels, channel, joined)
+    sketch = _Sketch(geometry, shape, ranks, out_channels, channel, joined, factored)
     plans = []
     for tail in ((), (channel,)) if factored[channel] else ((),):
         whole = bool(tail) or not factored[channel]
@@ -106,7 +115,10 @@ def candidate_plans(
         for project, expand in (((), batch), (batch, ())) if batch else (((), ()),):
             plans.append(sketch.shifts(project, expand + spatial, tail, whole))
             if geometry.has_windows and len(spatial) == len(geometry.kernel):
-                plans.append(sketch.windows(project, spatial, expand, tail, whole))
+                plans += [sketch.windows(project + one, expand, tail, whole) for one in sketch.sides(spatial)]
+        own = geometry.groups == out_channels == shape[channel]  # a group for each channel
+        if own and geometry.has_windows and not geometry.pointwise and samples == [0, 2, 3] and whole:
+            plans.append(sketch.rows(tail))
     return plans
 
 
@@ -120,6 +132,7 @@ class _Sketch:
     out_channels: int
     channel: int
     joined: bool
+    factored: tuple[bool, ...]
 
     def __post_init__(self) -> None:
         self.grad_shape = self.geometry.output_shape(self.shape, self.out_channels)
@@ -128,7 +141,8 @@ class _Sketch:
         """Orders in which to project dY on these modes: what shrinks it most ahead; the batch ahead of all."""
         shrinking = _by_growth(project, self.grad_shape, dict(enumerate(self.ranks)))
         rest = tuple(mode for mode in shrinking if mode != 0)
-        return [shrinking, (0, *rest)] if 0 in shrinking[1:] else [shrinking]
+        found = [shrinking, (0, *rest)] if 0 in shrinking[1:] else [shrinking]
+        return [*found, (0, 2, 3), (2, 3, 0)] if project == (0, 2, 3) and self.channel == 1 else found
 
     def positions(
         self, project: tuple[int, ...], expand: tuple[int, ...], tail: tuple[int, ...], whole: bool, samples: list[int]
@@ -156,26 +170,43 @@ class _Sketch:
         meeting = _CALL + prod(grad) + prod(core) + macs * of_one
         return self._plan("shifts", project, expand, whole, [expanding, projecting, (macs, meeting)])
 
-    def windows(
-        self,
-        project: tuple[int, ...],
-        spatial: tuple[int, ...],
-        expand: tuple[int, ...],
-        tail: tuple[int, ...],
-        whole: bool,
-    ) -> Plan:
+    def sides(self, spatial: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Orders in which to project dY on what each place of the kernel meets: as it shrinks, and as compiled."""
         assert isinstance(self.geometry, ConvGeometry)
-        sizes = dict(enumerate(self.ranks)) | {
-            mode: k * self.ranks[mode] for mode, k in enumerate(self.geometry.kernel, 2)
-        }
-        project += _by_growth(spatial, self.grad_shape, sizes)
+        shrinking = _by_growth(spatial, self.grad_shape, self._met())
+        return [shrinking] if shrinking == spatial else [shrinking, spatial]
+
+    def _met(self) -> dict[int, int]:
+        assert isinstance(self.geometry, ConvGeometry)
+        met = {mode: k * self.ranks[mode] for mode, k in enumerate(self.geometry.kernel, 2)}
+        return dict(enumerate(self.ranks)) | met
+
+    def windows(self, project: tuple[int, ...], expand: tuple[int, ...], tail: tuple[int, ...], whole: bool) -> Plan:
+        assert isinstance(self.geometry, ConvGeometry)
         core, expanding = _products(self.ranks, dict(enumerate(self.shape)), expand + tail)
-        grad, projecting = self._projected(project, sizes)
+        grad, projecting = self._projected(project, self._met())
         inputs = core[1] // (self.geometry.groups if whole else 1)
         macs = prod(grad) * inputs
         laid_out = 4 * self.out_channels * inputs * prod(self.geometry.kernel)  # the result, and its copy
-        meeting = 4 * _CALL + _WINDOWS * len(spatial) + _GATHERED * prod(grad) + prod(core) + laid_out + macs / 12
+        meeting = (
+            4 * _CALL
+            + _WINDOWS * len(self.geometry.kernel)
+            + _GATHERED * prod(grad)
+            + prod(core)
+            + laid_out
+            + macs / 12
+        )
         return self._plan("windows", project, expand + tail, whole, [expanding, projecting, (macs, meeting)])
+
+    def rows(self, tail: tuple[int, ...]) -> Plan:
+        assert isinstance(self.geometry, ConvGeometry)
+        down, along = self.geometry.kernel
+        sizes = dict(enumerate(self.ranks)) | {2: down * self.ranks[2]}
+        core, expanding = _products(self.ranks, {1: self.shape[1], 3: along * self.grad_shape[3]}, (*tail, 3))
+        grad, projecting = self._projected((0, 2), sizes)
+        macs = prod(grad) * along
+        meeting = 4 * _CALL + _WINDOWS + _GATHERED * (prod(grad) + prod(core)) + macs / 12
+        return self._plan("rows", (0, 2), (*tail, 3), True, [expanding, projecting, (macs, meeting)])
 
     def _projected(self, project: tuple[int, ...], sizes: dict[int, int]) -> tuple[list[int], Work]:
         shape, (macs, cost) = _products(self.grad_shape, sizes, project)
@@ -191,19 +222,54 @@ class _Sketch:
 
     def _plan(
         self,
-        meet: Literal["positions", "shifts", "windows"],
+        meet: Meet,
         project: tuple[int, ...],
         expand: tuple[int, ...],
         whole: bool,
         parts: list[Work],
     ) -> Plan:
         macs, cost = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        kind = self._kind(meet, project, expand)
+        if self.joined and kind is not None:
+            cost = self._compiled(kind, parts)
         if not whole:
             kernel = prod(self.geometry.kernel) if isinstance(self.geometry, ConvGeometry) else 1
             inputs, rank = self.shape[self.channel], self.ranks[self.channel]
             applied = self.out_channels * (inputs // self.geometry.groups) * rank * kernel
             macs, cost = macs + applied, cost + _CALL + applied / 12
-        return Plan(meet, project, expand, macs, cost)
+        return Plan(meet, project, expand, macs, cost, kind)
+
+    def _kind(self, meet: Meet, project: tuple[int, ...], expand: tuple[int, ...]) -> Kind | None:
+        geometry, factored = self.geometry, self.factored
+        if type(geometry) is not ConvGeometry or len(geometry.kernel) != 2 or geometry.padding_mode != "zeros":
+            return None
+        positions = meet == "positions"
+        if not (factored[0] and all(factored[2:])) or not are_few(self.ranks, (1, 1) if positions else geometry.kernel):
+            return None
+        if positions and 1 not in expand:
+            kinds: dict[tuple[int, ...], Kind] = {(0,): "spread", (0, 2, 3): "samples", (2, 3, 0): "images"}
+            return kinds.get(project)
+        if meet == "rows":
+            return "rows"
+        return "windows" if meet == "windows" and project == (0, 2, 3) else None
+
+    def _compiled(self, kind: Kind, parts: list[Work]) -> float:
+        """Cost of a compiled contraction beyond the read that the bias gradient takes in any case."""
+        (expanding, _), (projecting, _), (meeting, laid_out) = parts
+        samples, outputs, *_, width = self.grad_shape
+        numbers, rank = prod(self.grad_shape), self.ranks[0]
+        left = numbers // samples * (rank + 1)
+        if kind == "images":
+            return 2 * _CALL + _IMAGE * samples * outputs
+        cost = 2 * _CALL + numbers * rank / 48 + left
+        projecting -= numbers * rank
+        if kind == "spread":
+            return cost + (expanding + meeting) * _CONTRACTED
+        if kind == "rows":
+            macs = expanding + projecting + meeting
+            return cost + macs * _CONTRACTED * (8 if width < _NARROW else 4 / 3)
+        cost += projecting * _CONTRACTED + _IMAGE / 2 * rank * outputs
+        return cost + laid_out if kind == "windows" else cost
 
 
 def _products(start: Shape, sizes: dict[int, int], modes: tuple[int, ...]) -> tuple[list[int], Work]:

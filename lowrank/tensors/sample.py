@@ -15,11 +15,14 @@ from torch import Tensor
 
 from lowrank.tensors.eager import remembered
 
-_SHARES = (8, 4, 2)  # one in so many fibres
+_SHARES = (16, 12, 8, 4, 3, 2)  # one in so many fibres
+_OF_PLANES, _OF_FEW = (16, 8, 4, 2), (4, 2)  # of planes; of few samples
+_OF_IMAGES = (16, 12, 3)  # of the places of whole images alone, of which a vector is taken
 _LEAST = 2**18  # numbers of a tensor that is worth it
 _FIBRES = 128  # that are taken, for each column of the basis
-_COLUMNS = 8  # next to each other, at least
-_MANY = 32  # samples, of which one in eight is enough
+_COLUMNS, _VECTOR = 8, 16  # next to each other, at least
+_MANY = 32  # samples; less are few
+_EVEN = 8  # at most one plane in so many is never taken, of many planes
 
 
 def share_of(shape: Sequence[int], mode: int, rank: int) -> int:
@@ -36,8 +39,8 @@ def share_of(shape: Sequence[int], mode: int, rank: int) -> int:
     Returns:
         1: all of them. A greater k: those of c = b % k, b % k + k, b % k + 2 k, ..., C // k of the C in each sample.
         A lesser one, -k: of each b and c the R // k places behind (b + c) % k * (R // k), R being `right`. One in k of
-        the fibres is taken, with k 2, 4 or, from 32 samples on, 8: the greatest that leaves 128 of them for each column
-        of the basis.
+        the fibres is taken, with k 2 or 4 or, from 32 samples on, 8 or 16 or, of images, 3 or 12: the greatest that
+        leaves 128 of them for each column of the basis.
     """
     return _share_of(tuple(shape), mode, rank)
 
@@ -48,10 +51,13 @@ def _share_of(shape: tuple[int, ...], mode: int, rank: int) -> int:
         return 1
     first, rest, right = shape[0], prod(shape[1:mode]), prod(shape[mode + 1 :])
     for share in _SHARES:
-        if first * rest * right < share * _FIBRES * rank or (share == _SHARES[0] and first < _MANY):
+        if first * rest * right < share * _FIBRES * rank or (first < _MANY and share not in _OF_FEW):
             continue
-        if first >= 2 * share and rest >= share:
+        even = share < _SHARES[0] or _EVEN * (rest % share) <= rest
+        if share in _OF_PLANES and first >= 2 * share and rest >= share and even:
             return share
+        if share in _OF_IMAGES and (rest > 1 or right < share * _VECTOR):
+            continue
         if right >= share * _COLUMNS and first * rest >= share:  # or some of the columns would never be taken
             return -share
     return 1

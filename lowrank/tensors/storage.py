@@ -125,6 +125,8 @@ def _norm_of_ones(shape: Sequence[int]) -> int:
 
 def _left_whole(tucker: Tucker, ranks: Sequence[int]) -> Tucker:
     """The same tensor without the factors of modes whose rank is to be another, which is their size."""
+    if tucker.ranks == ranks:
+        return tucker
     core, factors = tucker.core, list(tucker.factors)
     for mode, (factor, rank) in enumerate(zip(factors, ranks, strict=True)):
         if factor is not None and factor.shape[1] != rank:

@@ -182,7 +182,8 @@ def _iterating(shape: tuple[int, ...], mode: int, rank: int) -> float:
     left, n, right = _sides(shape, mode)
     row = n if right == 1 else right
     scattered = 1.0 if left == 1 or row >= _VECTOR else 2.5 if row >= _VECTOR // 2 else 5.0
-    products = 1 + 2 / abs(share_of(shape, mode, rank))  # of the three of an iteration
+    share = min(abs(share_of(shape, mode, rank)), 8)  # less hardly counts
+    products = 1 + 2 / share  # of the three of an iteration
     return scattered * (rank * products / 3 + 0.5) / 12
 
 
@@ -257,5 +258,7 @@ class Tucker:
         that is float16, out of whose range a core may be: its first number is nearly the norm of the whole tensor."""
         if dtype == torch.float16 and any(factor is not None for factor in self.factors):
             dtype = torch.float32
+        if self.core.dtype == dtype and all(factor is None or factor.dtype == dtype for factor in self.factors):
+            return self
         factors = tuple(None if factor is None else factor.to(dtype) for factor in self.factors)
         return Tucker(self.core.to(dtype), factors)

@@ -132,21 +132,6 @@ def test_other_layouts_precisions_and_no_kernels_give_the_same(width, setting):
         torch.testing.assert_close(precise, wanted[name], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("shape", "mode"), [((32, 8, 20, 20), 0), ((8, 8, 40, 40), 2)])
-def test_a_large_layer_is_read_once(shape, mode, monkeypatch):
-    """Both gradients of a layer whose output is beyond the cache, from the one projection and no further read."""
-    layer, tucker, grad, geometry = given({"out_channels": 48, "kernel_size": 1}, shape, (4, 4, 4, 4))
-    reads, own = [], passes.project_mode
-    monkeypatch.setattr(passes, "project_mode", lambda *given: reads.append(given) or own(*given))
-    monkeypatch.setattr(ConvGeometry, "bias_gradient", lambda _, small: small.sum((0, 2, 3)) * (1 in small.shape))
-    kept = (tucker.core, *tucker.factors)
-    weight, bias = ASI(ranks=4).gradients(kept, grad, geometry, tucker.shape)
-    wanted = exact(layer, tucker, grad)
-    assert [(x.data_ptr(), at) for x, _, at in reads] == [(grad.data_ptr(), mode)]
-    assert_near(weight, wanted["weight"])
-    assert_near(bias, wanted["bias"])
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("setting", [LAYERS[0], LAYERS[3], LAYERS[7]])
 def test_what_is_not_finite_stays_with_its_output_channel(bad, setting):

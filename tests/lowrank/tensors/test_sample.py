@@ -8,7 +8,16 @@ from lowrank.tensors.costs import subspace_flops
 from lowrank.tensors.decompose import subspace_iteration
 from lowrank.tensors.sample import sampled, share_of, taken
 
-SHAPES = [(32, 27, 24, 20), (8, 44, 34, 28), (40, 200, 9, 13), (2, 22, 83, 76), (33, 140, 88), (32, 60, 150)]
+SHAPES = [
+    (32, 27, 24, 20),
+    (8, 44, 34, 28),
+    (40, 200, 9, 13),
+    (2, 22, 83, 76),
+    (33, 140, 88),
+    (32, 60, 150),
+    (64, 90, 7, 7),
+    (64, 40, 14, 14),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -46,6 +55,23 @@ def test_multiplications_are_counted_as_they_are_executed(shape):
         subspace_iteration(random_tensor(*shape), starts)  # in double precision: by operators
     qr = sum(4 * n * r**2 for n, r in zip(shape, ranks, strict=True) if r < n)
     assert subspace_flops(shape, ranks, True) == 2 * counter.total + qr
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode", "rank", "share"),
+    [
+        ((64, 576, 7, 7), 1, 8, -3),  # a vector of each image's places
+        ((64, 160, 14, 14), 1, 8, -12),
+        ((64, 160, 14, 14), 1, 9, -8),  # fewer would be too few for so many columns
+        ((31, 1160, 14, 14), 1, 4, -4),  # few samples
+        ((64, 32, 56, 56), 2, 4, 16),
+        ((64, 24, 56, 56), 2, 4, 8),  # of 16, a third of the channels would never be taken
+        ((16, 64, 56, 56), 2, 4, 4),
+    ],
+)
+def test_the_fewest_are_taken_that_tell_enough(shape, mode, rank, share):
+    assert share_of(shape, mode, rank) == share
+    assert taken(shape, mode, rank) >= 128 * rank * shape[mode]
 
 
 @pytest.mark.parametrize(

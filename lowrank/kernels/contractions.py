@@ -1,0 +1,82 @@
+"""Weight gradients from Tucker factors by a compiled kernel; where it cannot, it says so, and callers do without."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lowrank.kernels.passes import _kernel
+
+Kind = Literal["spread", "samples", "images", "rows", "windows"]
+_KINDS: dict[Kind, int] = {"spread": 0, "samples": 1, "images": 2, "rows": 3, "windows": 4}
+Sizes = tuple[int, ...]
+_MOST_SAMPLES, _MOST = 11, 64  # ranks of the batch; columns of any side: of more, BLAS makes larger products faster
+
+
+def contract(
+    kind: Kind,
+    grad: Tensor,
+    core: Tensor,
+    factors: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    window: tuple[Sizes, Sizes, Sizes, Sizes] = ((1, 1), (1, 1), (0, 0), (1, 1)),
+) -> tuple[Tensor, Tensor] | None:
+    """What a convolution's weight gradient is made of, and its bias gradient, in one read of the output's gradient.
+
+    Args:
+        kind: what is done. "spread": the gradient is projected on the batch's factor and meets the core at each
+            position. "samples" and "images": it is projected in all modes, that of the batch or those of the image
+            ahead, and meets the core. "rows", of a group for each channel: it is projected on the batch's factor, and
+            on that of the height as each place of the kernel meets it; the core is spread along the width. "windows":
+            it is projected in all modes, as each place of the kernel meets them, and meets nothing yet.
+        grad: (B, O, H', W'), float32, or nothing is done.
+        core: (r_0, r_1, r_2, r_3).
+        factors: of the batch (B, r_0), with "rows" of the channels (C, r_1), or None: r_1 is C; of height and width
+            (H, r_2) and (W, r_3).
+        window: kernel, stride, padding ahead, of zeros, and dilation; a kernel of one place where not "rows" or
+            "windows".
+
+    Returns:
+        The weight gradient against the core's channels (O, r_1); with "rows" all of it, (C, 1, K_h, K_w); with
+        "windows" what is left of the gradient, (r_0, O, K_h r_2, K_w r_3). And the bias gradient, (O,). None: not for
+        these.
+    """
+    samples, channels, height, width = factors
+    given = [factor.contiguous() for factor in (samples, height, width)]
+    given += [] if channels is None else [channels.contiguous()]
+    kernel, room_of = _kernel("contract", grad, core, *given), _kernel("contract_room", grad)
+    if kernel is None or room_of is None or not grad.numel():
+        return None
+    full = height.shape[0], width.shape[0]
+    numbers = (_KINDS[kind], *grad.shape, *core.shape, *full, *(one for pair in window for one in pair))
+    threads = torch.get_num_threads()
+    plan = _plan((*numbers, int(channels is not None)))
+    room = room_of(plan, threads)  # type: ignore[operator]
+    if room < 0:
+        return None
+    (ranks, outputs), ((down, along), *_) = (core.shape, grad.shape[1]), window
+    if kind == "windows":
+        shape: Sizes = (ranks[0], outputs, down * ranks[2], along * ranks[3])
+    else:
+        shape = (outputs, 1, down, along) if kind == "rows" else (outputs, ranks[1])
+    out, bias, scratch = grad.new_empty(shape), grad.new_empty(outputs), grad.new_empty(room)
+    last = 0 if channels is None else given[3].data_ptr()
+    of_factors = given[0].data_ptr(), last, given[1].data_ptr(), given[2].data_ptr()
+    pointers = grad.data_ptr(), *of_factors, core.data_ptr(), scratch.data_ptr(), out.data_ptr(), bias.data_ptr()
+    kernel(plan, (ctypes.c_int64 * len(pointers))(*pointers), threads)  # type: ignore[operator]
+    return out, bias
+
+
+def are_few(ranks: Sizes, kernel: Sizes = (1, 1)) -> bool:
+    """Whether ranks (r_0, r_1, r_2, r_3) are few enough for the kernel."""
+    sides = (k * rank for k, rank in zip(kernel, ranks[2:], strict=True))
+    return ranks[0] <= _MOST_SAMPLES and max(*sides, ranks[1]) <= _MOST
+
+
+@lru_cache(maxsize=4096)
+def _plan(numbers: Sizes) -> Any:
+    """What the kernel is told of the sizes."""
+    return (ctypes.c_int64 * len(numbers))(*numbers)
