@@ -15,7 +15,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass, replace
-from functools import partial
 
 import pandas as pd
 import torch
@@ -65,7 +64,6 @@ KINDS = {
     "micro_batch_2": Kind(micro=2),
     "asi": Kind(("input",)),
     "asi_int8": Kind(("int8",)),
-    "asi_int8_refresh_4": Kind(("int8",), partial(ASI, refresh=4)),
     "asi_mixed": Kind(STORAGES),
     "asi_int8_micro_16": Kind(("int8",), micro=16),
     "fixed_bases": Kind(("input",), FixedBases),
