@@ -2,7 +2,7 @@
 
 Thousands of fibres tell the few leading directions of a mode as well as all of them do, so most of the products of an
 iteration can be spared. In every sample of the batch other ones are taken, such that each place of the other modes is
-in the part as often as any other.
+in the part as often as any other, but the last planes where the share does not divide their number.
 """
 
 from __future__ import annotations
