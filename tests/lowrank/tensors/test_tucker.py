@@ -37,6 +37,18 @@ def test_mode_product_takes_any_memory_layout(shape, mode, seed):
     torch.testing.assert_close(mode_product(x, matrix, mode), multiply(x, matrix, mode), **TOLERANCE)
 
 
+@pytest.mark.cpu_only("a GPU multiplies each by itself")
+@pytest.mark.parametrize(
+    ("shape", "beside"),
+    [((1, 96, 9), True), ((40, 96, 9), True), ((9, 128, 25), True), ((5000, 7, 7), True), ((6, 96, 49), False)],
+)
+def test_narrow_matrices_are_not_multiplied_each_by_itself(shape, beside):
+    x, matrix = random_tensor(*shape), random_tensor(160, shape[1], seed=1)
+    with torch.profiler.profile() as found:
+        products(x, matrix)
+    assert any(event.key == "aten::bmm" for event in found.key_averages()) is not beside
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize(("left", "rows", "size", "right"), [(50, 40, 30, 9), (3000, 20, 33, 2), (7000, 5, 3, 7)])
 def test_mode_product_of_many_narrow_matrices(left, rows, size, right, grad):
