@@ -96,6 +96,9 @@ def row_products(a: Tensor, b: Tensor, scales: Tensor | None = None) -> Tensor |
 
 def round_columns(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """A matrix (n, r), float32, in int8, and the scales (r,), see `lowrank.tensors.storage`; None: not for this one."""
+    if x.is_cuda:
+        found = on_gpu(x)
+        return None if found is None else found.round_columns(x)
     kernel = kernel_for("round_columns", x)
     if kernel is None:
         return None
@@ -106,6 +109,9 @@ def round_columns(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def round_blocks(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """A tensor, float32, in int8, and the scales (ceil(numel / 32),); None: not for this one."""
+    if x.is_cuda:
+        found = on_gpu(x)
+        return None if found is None else found.round_blocks(x)
     kernel, count = kernel_for("round_blocks", x), x.numel()
     if kernel is None:
         return None
@@ -117,6 +123,9 @@ def round_blocks(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def restore_columns(values: Tensor, scales: Tensor) -> Tensor | None:
     """What `round_columns` rounded, in float32; None: not for these."""
+    if values.is_cuda:
+        found = on_gpu(values, scales)
+        return None if found is None else found.restore_columns(values, scales)
     kernel = kernel_for("restore_columns", values, stored=(scales, torch.bfloat16))
     if kernel is None:
         return None
@@ -127,6 +136,9 @@ def restore_columns(values: Tensor, scales: Tensor) -> Tensor | None:
 
 def restore_blocks(values: Tensor, scales: Tensor) -> Tensor | None:
     """What `round_blocks` rounded, in float32; None: not for these."""
+    if values.is_cuda:
+        found = on_gpu(values, scales)
+        return None if found is None else found.restore_blocks(values, scales)
     kernel = kernel_for("restore_blocks", values, stored=(scales, torch.bfloat16))
     if kernel is None:
         return None
@@ -167,6 +179,22 @@ def subspace(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, list[Tensor]] | 
     memory = (ctypes.c_int64 * len(pointers))(*pointers)
     kernel(plan, memory, torch.get_num_threads())  # type: ignore[operator]
     return core, bases
+
+
+def iterate(x: Tensor, mode: int, start: Tensor, share: int) -> Tensor | None:
+    """A basis of a mode by one subspace iteration from a start, on a GPU.
+
+    Args:
+        x: float32, or nothing is done.
+        mode: its place.
+        start: (n, r), float32, of at most 2**14 numbers, both counted as the next power of two.
+        share: of the fibres that it is iterated on, see `sample.share_of`.
+
+    Returns:
+        (n, r), of finite numbers whatever the others are; None: not for these.
+    """
+    found = on_gpu(x, start)
+    return None if found is None else found.iterate(x, mode, start, share)
 
 
 @lru_cache(maxsize=4096)

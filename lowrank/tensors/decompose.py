@@ -243,6 +243,11 @@ def _by_operators(x: Tensor, steps: Sequence[passes.Step], published: bool) -> t
             x = core = mode_product(core, start.to(core.dtype).mT, mode)
             bases.append(start)
             continue
+        basis = passes.iterate(x if published else core, mode, start, share)
+        if basis is not None:
+            bases.append(basis)
+            core = mode_product(core, basis.mT, mode)
+            continue
         source, at = _ahead(x if published else core, mode)
         part = (source, at) if share == 1 else _ahead(*sampled(core, mode, share))
         bases.append(basis := _iterate(*part, start))
