@@ -159,16 +159,21 @@ class TuckerMethod(Method):
         shown += [] if self.storage == "input" else ["storage"]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
+    @property
+    def to_eight_bits(self) -> bool:
+        """Whether no more than eight bits of a number are kept, so that more than these need not be multiplied."""
+        return self.storage in ("bfloat16", "int8")
+
     def can_use(self, other: Method, shape: Shape) -> bool:
         return self == other
 
     def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
-        return weight_gradient(restore(kept, grad.dtype), grad, geometry)
+        return weight_gradient(restore(kept, grad.dtype), grad, geometry, self.to_eight_bits)
 
     def gradients(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> tuple[Tensor, Tensor]:
         if type(self).weight_gradient is not TuckerMethod.weight_gradient:  # a subclass has its own
             return super().gradients(kept, grad, geometry, shape)
-        return gradients(restore(kept, grad.dtype), grad, geometry)
+        return gradients(restore(kept, grad.dtype), grad, geometry, self.to_eight_bits)
 
     def kept_ranks(self, shape: Shape, ranks: Shape) -> Shape:
         """The ranks at which an input is kept; its shape, where it is kept as it is."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowrank.errors import NonFiniteError, SettingError
 from lowrank.kernels import passes
+from lowrank.tensors import halves
 from lowrank.tensors.eager import remembered
 from lowrank.tensors.sample import sampled, share_of
 from lowrank.tensors.tucker import Tucker, in_memory_order, iteration_order, mode_correlation, mode_order, mode_product
@@ -195,6 +196,7 @@ def subspace_iteration(
     starts: Sequence[Tensor | None],
     algorithm: Algorithm = "sequential",
     held: Sequence[int] = (),
+    to_eight_bits: bool = False,
 ) -> tuple[Tucker, list[Tensor | None]]:
     """One subspace iteration per mode, from a given start.
 
@@ -207,6 +209,8 @@ def subspace_iteration(
             large one on the part of the fibres that `share_of` names.
         held: modes whose starts are bases already: `x` is projected on them, ahead of all else, and the other modes are
             iterated on what is left.
+        to_eight_bits: whether no more of the numbers is kept, so that large products of `sequential` may be made in
+            bfloat16, see `halves`.
 
     Returns:
         The `Tucker` form in `x.dtype`, see `Tucker.to`, and the bases in the starts' dtype, to start from in the next
@@ -219,7 +223,7 @@ def subspace_iteration(
     pairs.sort(key=lambda pair: pair[0] not in held)
     steps = _steps(wide.shape, [(place[mode], start, mode in held) for mode, start in pairs], published)
     found = None if published else passes.subspace(wide, steps)
-    core, made = _by_operators(wide, steps, published) if found is None else found
+    core, made = _by_operators(wide, steps, published, to_eight_bits) if found is None else found
     for (mode, _), basis in zip(pairs, made, strict=True):
         bases[mode] = basis
     return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
@@ -235,10 +239,16 @@ def _steps(shape: Sequence[int], asked: list[tuple[int, Tensor, bool]], publishe
     return steps
 
 
-def _by_operators(x: Tensor, steps: Sequence[passes.Step], published: bool) -> tuple[Tensor, list[Tensor]]:
+def _by_operators(
+    x: Tensor, steps: Sequence[passes.Step], published: bool, to_eight_bits: bool
+) -> tuple[Tensor, list[Tensor]]:
     """As `passes.subspace`; published: each mode is iterated on all that those held leave."""
     core, bases = x, []
     for mode, start, share in steps:
+        if to_eight_bits and not published and halves.are_worth(core, mode, start.shape[1]):
+            core, basis = _in_halves(core, mode, start, share)
+            bases.append(basis)
+            continue
         if share == passes.HELD:
             x = core = mode_product(core, start.to(core.dtype).mT, mode)
             bases.append(start)
@@ -253,6 +263,16 @@ def _by_operators(x: Tensor, steps: Sequence[passes.Step], published: bool) -> t
     return core, bases
 
 
+def _in_halves(x: Tensor, mode: int, start: Tensor, share: int) -> tuple[Tensor, Tensor]:
+    """One step in bfloat16: what is left of a tensor, and the basis."""
+    unfolding, basis = halves.unfolded(x, mode), start
+    if share != passes.HELD:
+        part = unfolding if share == 1 else halves.unfolded(*sampled(x, mode, share))
+        start = torch.nan_to_num(start, 0.0, 0.0, 0.0).to(halves.HALF)
+        basis = _orthonormal((part @ (start.mT @ part).mT).to(x.dtype))
+    return halves.projected(unfolding, basis.mT.to(halves.HALF), x.shape, mode), basis
+
+
 def _ahead(x: Tensor, mode: int) -> tuple[Tensor, int]:
     """A copy of `x` with `mode` ahead of the others, where that pays, and the mode's place."""
     if mode > 0 and prod(x.shape[mode + 1 :]) in _SCATTERED:
@@ -264,7 +284,10 @@ def _iterate(x: Tensor, mode: int, start: Tensor) -> Tensor:
     """orth(X X^T start) for the unfolding X of `mode`."""
     # A step that met NaN leaves a basis of NaN; from zeros QR gives unit vectors, and the iteration recovers.
     start = torch.nan_to_num(start.to(x.dtype), 0.0, 0.0, 0.0)
-    image = mode_correlation(x, mode_product(x, start.mT, mode), mode)
+    return _orthonormal(mode_correlation(x, mode_product(x, start.mT, mode), mode))
+
+
+def _orthonormal(image: Tensor) -> Tensor:
     basis = torch.linalg.qr(image)[0]
     # Laid out as it comes back from a file, also with a single column, so that the next step rounds the same.
     return basis.clone(memory_format=torch.contiguous_format)
