@@ -32,7 +32,7 @@ def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry, to_eight_b
         tucker: the input, of shape (B, C, H, W) or (B, ..., I), in `grad.dtype`, or in another one to compute in.
         grad: gradient of the output, (B, O, H', W') or (B, ..., O).
         geometry: the layer.
-        to_eight_bits: whether the input is kept to no more, so that large products may be made in bfloat16, see `halves`.
+        to_eight_bits: whether the input is kept to no more, so that large products may be in bfloat16, see `halves`.
 
     Returns:
         The gradient, (O, C/g, K_h, K_w), (O, I) or, of a transposed convolution, (C, O/g, K_h, K_w), equal to
@@ -41,9 +41,7 @@ def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry, to_eight_b
     return _gradients(tucker, grad.to(tucker.core.dtype), geometry, False, to_eight_bits)[0].to(grad.dtype)
 
 
-def gradients(
-    tucker: Tucker, grad: Tensor, geometry: Geometry, to_eight_bits: bool = False
-) -> tuple[Tensor, Tensor]:
+def gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, to_eight_bits: bool = False) -> tuple[Tensor, Tensor]:
     """Gradients of a layer's weight and bias, from one read of the output's gradient where a kernel makes both.
 
     Args:
