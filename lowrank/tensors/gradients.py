@@ -68,7 +68,7 @@ def _gradients(
     if compiled is not None:
         return compiled
     core, factors, bias = tucker.core, list(tucker.factors), None
-    halved = to_eight_bits and plan.kind is None
+    halved = to_eight_bits and any(factored) and plan.kind is None  # whose error is small beside that of truncation
     if plan.meet == "positions":
         core, factors = _sample(core, factors, geometry)
     for mode in plan.expand:

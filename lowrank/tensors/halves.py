@@ -17,6 +17,7 @@ from lowrank.tensors import tucker
 
 HALF = torch.bfloat16
 _FEW = 8  # rows, columns or fibres of a product that a compiled kernel makes
+_APART, _MANY = 16, 32  # numbers behind a mode that lie apart for BLAS as well, and columns for which a copy pays then
 _WORTH = 2**22  # multiplications; of fewer a compiled kernel makes the products
 _MOST = 2**21  # numbers of a tensor of which a copy is made
 
@@ -34,6 +35,8 @@ def are_worth(x: Tensor, mode: int, columns: int) -> bool:
         return False
     numbers, least = x.numel(), min(columns, x.shape[mode])
     if least <= _FEW or numbers > _MOST or numbers * columns <= _WORTH or numbers <= _FEW * x.shape[mode]:
+        return False
+    if columns < _MANY and prod(x.shape[:mode]) > 1 and prod(x.shape[mode + 1 :]) >= _APART:
         return False
     return _processor_multiplies()
 
