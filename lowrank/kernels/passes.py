@@ -22,7 +22,8 @@ HELD = 0  # of a step of `subspace`
 Step = tuple[int, Tensor, int]
 _MOST_PROJECTED = 12  # columns; of more, a product of BLAS takes less
 _MOST_ROWS, _ROW = 8, 16  # columns of the product of a mode with so many numbers behind it
-_KINDS = {torch.float32: "float", torch.float64: "double", torch.int8: "int8"}
+_SWAPPED = range(5, 65)  # bytes of a row that is one vector; at least as many lie behind the first mode as in the widest
+_KINDS = {torch.float32: "float", torch.float64: "double", torch.int8: "int8", torch.bfloat16: "half"}
 
 
 @lru_cache(maxsize=2)
@@ -309,6 +310,20 @@ def project(x: Tensor, columns: Tensor) -> Tensor | None:
     out = x.new_empty(columns.shape[1], x.shape[1])
     pointers = x.data_ptr(), columns.data_ptr(), out.data_ptr()
     kernel(*pointers, *x.shape, columns.shape[1], torch.get_num_threads())  # type: ignore[operator]
+    return out
+
+
+def swapped(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """A copy (n, left, right) of a tensor (left, n, right), contiguous; `out`, where that is given to be written to."""
+    left, n, right = x.shape
+    row = right * x.itemsize
+    fits = row in _SWAPPED and n * row >= _SWAPPED[-1] and left > 0
+    kernel = _kernel("swap", *((x,) if out is None else (x, out))) if fits else None
+    if kernel is None:
+        turned = x.transpose(0, 1)
+        return turned.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(turned)
+    out = x.new_empty(n, left, right) if out is None else out
+    kernel(x.data_ptr(), out.data_ptr(), left, n, right, torch.get_num_threads())  # type: ignore[operator]
     return out
 
 

@@ -276,7 +276,8 @@ def _in_halves(x: Tensor, mode: int, start: Tensor, share: int) -> tuple[Tensor,
 def _ahead(x: Tensor, mode: int) -> tuple[Tensor, int]:
     """A copy of `x` with `mode` ahead of the others, where that pays, and the mode's place."""
     if mode > 0 and prod(x.shape[mode + 1 :]) in _SCATTERED:
-        return x.movedim(mode, 0).contiguous(), 0
+        left, n, right = prod(x.shape[:mode]), x.shape[mode], prod(x.shape[mode + 1 :])
+        return passes.swapped(x.reshape(left, n, right)).view(n, *x.shape[:mode], *x.shape[mode + 1 :]), 0
     return x, mode
 
 

@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lowrank.kernels import passes
 from lowrank.tensors import tucker
 
 HALF = torch.bfloat16
@@ -45,7 +46,7 @@ def unfolded(x: Tensor, mode: int) -> Tensor:
     """The unfolding (n, N) of a contiguous tensor in bfloat16: its fibres as they lie in memory."""
     left, n, right = prod(x.shape[:mode]), x.shape[mode], prod(x.shape[mode + 1 :])
     x = x.to(HALF).view(left, n, right)
-    return x[0] if left == 1 else x[..., 0].mT if right == 1 else x.transpose(0, 1).reshape(n, left * right)
+    return x[0] if left == 1 else x[..., 0].mT if right == 1 else passes.swapped(x).view(n, left * right)
 
 
 def projected(unfolding: Tensor, matrix: Tensor, shape: Sequence[int], mode: int) -> Tensor:
@@ -64,7 +65,7 @@ def projected(unfolding: Tensor, matrix: Tensor, shape: Sequence[int], mode: int
     whole = (*shape[:mode], m, *shape[mode + 1 :])
     if right == 1:
         return (unfolding.mT @ matrix.mT).to(torch.float32).view(whole)
-    return (matrix @ unfolding).to(torch.float32).view(m, left, right).transpose(0, 1).contiguous().view(whole)
+    return passes.swapped((matrix @ unfolding).to(torch.float32).view(m, left, right)).view(whole)
 
 
 def mode_product(x: Tensor, matrix: Tensor, mode: int) -> Tensor:

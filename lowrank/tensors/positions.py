@@ -15,6 +15,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lowrank.kernels import passes
+
 Sizes = tuple[int, ...]
 FAST = (3, 3)  # the kernel for which a depthwise convolution is fast
 _MOST_POSITIONS = 8  # of a depthwise layer's input for each weight of a kernel; all pairs are computed
@@ -98,7 +100,7 @@ def sum_of_products(x: Tensor, grad: Tensor) -> Tensor:
 
 def _side_by_side(x: Tensor) -> Tensor:
     """A copy (C, B P) of all samples of (B, C, P)."""
-    return x.transpose(0, 1).flatten(1)
+    return passes.swapped(x).flatten(1)
 
 
 def _dense(x: Tensor, grad: Tensor, pairs: Pairs, size: int) -> Tensor:
