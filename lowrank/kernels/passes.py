@@ -22,7 +22,9 @@ HELD = 0  # of a step of `subspace`
 Step = tuple[int, Tensor, int]
 _MOST_PROJECTED = 12  # columns; of more, a product of BLAS takes less
 _MOST_ROWS, _ROW = 8, 16  # columns of the product of a mode with so many numbers behind it
-_SWAPPED = range(5, 65)  # bytes of a row that is one vector; at least as many lie behind the first mode as in the widest
+_SWAPPED = range(
+    5, 65
+)  # bytes of a row that is one vector; at least as many lie behind the first mode as in the widest
 _KINDS = {torch.float32: "float", torch.float64: "double", torch.int8: "int8", torch.bfloat16: "half"}
 
 

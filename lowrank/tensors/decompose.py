@@ -222,8 +222,7 @@ def subspace_iteration(
     pairs = _ordered(starts, iteration_order(x.shape, _ranks(x, starts)))
     pairs.sort(key=lambda pair: pair[0] not in held)
     steps = _steps(wide.shape, [(place[mode], start, mode in held) for mode, start in pairs], published)
-    found = None if published else passes.subspace(wide, steps)
-    core, made = _by_operators(wide, steps, published, to_eight_bits) if found is None else found
+    core, made = _one_by_one(wide, steps, published, to_eight_bits)
     for (mode, _), basis in zip(pairs, made, strict=True):
         bases[mode] = basis
     return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
@@ -239,27 +238,30 @@ def _steps(shape: Sequence[int], asked: list[tuple[int, Tensor, bool]], publishe
     return steps
 
 
-def _by_operators(
+def _one_by_one(
     x: Tensor, steps: Sequence[passes.Step], published: bool, to_eight_bits: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """As `passes.subspace`; published: each mode is iterated on all that those held leave."""
-    core, bases = x, []
-    for mode, start, share in steps:
+    """As `passes.subspace`, which makes the last steps where it can; published: each mode is iterated on all that those
+    held leave."""
+    core: Tensor = x
+    bases: list[Tensor] = []
+    for at, (mode, start, share) in enumerate(steps):
+        rest = None if published else passes.subspace(core, steps[at:])
+        if rest is not None:
+            return rest[0], bases + rest[1]
         if to_eight_bits and not published and halves.are_worth(core, mode, start.shape[1]):
             core, basis = _in_halves(core, mode, start, share)
-            bases.append(basis)
-            continue
-        if share == passes.HELD:
+        elif share == passes.HELD:
+            basis = start
             x = core = mode_product(core, start.to(core.dtype).mT, mode)
-            bases.append(start)
-            continue
-        source, at = _ahead(x if published else core, mode)
-        part = (source, at) if share == 1 else _ahead(*sampled(core, mode, share))
-        bases.append(basis := _iterate(*part, start))
-        if published:
-            core = mode_product(core, basis.mT, mode)
         else:
-            core = mode_product(source, basis.mT, at).movedim(at, mode).contiguous()
+            source, place = _ahead(x if published else core, mode)
+            basis = _iterate(*((source, place) if share == 1 else _ahead(*sampled(core, mode, share))), start)
+            if published:
+                core = mode_product(core, basis.mT, mode)
+            else:
+                core = mode_product(source, basis.mT, place).movedim(place, mode).contiguous()
+        bases.append(basis)
     return core, bases
 
 
