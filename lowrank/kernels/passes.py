@@ -213,15 +213,13 @@ def subspace(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, list[Tensor]] | 
     if room < 0:
         return None
     core, scratch = x.new_empty(shape), x.new_empty(room)
-    bases = [
-        start if share == HELD else torch.empty_like(own) for own, (_, start, share) in zip(starts, steps, strict=True)
-    ]
+    made = [own if share == HELD else torch.empty_like(own) for own, (*_, share) in zip(starts, steps, strict=True)]
     pointers = [x.data_ptr(), core.data_ptr(), scratch.data_ptr()]
-    for start, basis in zip(starts, bases, strict=True):
+    for start, basis in zip(starts, made, strict=True):
         pointers += start.data_ptr(), basis.data_ptr()
     memory = (ctypes.c_int64 * len(pointers))(*pointers)
     kernel(plan, memory, torch.get_num_threads())  # type: ignore[operator]
-    return core, bases
+    return core, [start if share == HELD else basis for basis, (_, start, share) in zip(made, steps, strict=True)]
 
 
 @lru_cache(maxsize=4096)
@@ -318,9 +316,11 @@ def project(x: Tensor, columns: Tensor) -> Tensor | None:
 def swapped(x: Tensor, out: Tensor | None = None) -> Tensor:
     """A copy (n, left, right) of a tensor (left, n, right), contiguous; `out`, where that is given to be written to."""
     left, n, right = x.shape
-    row = right * x.itemsize
-    fits = row in _SWAPPED and n * row >= _SWAPPED[-1] and left > 0
-    kernel = _kernel("swap", *((x,) if out is None else (x, out))) if fits else None
+    kernel = None
+    if not torch.compiler.is_compiling():
+        row = right * x.itemsize
+        fits = row in _SWAPPED and n * row >= _SWAPPED[-1] and left > 0  # it reads whole vectors
+        kernel = _kernel("swap", *((x,) if out is None else (x, out))) if fits else None
     if kernel is None:
         turned = x.transpose(0, 1)
         return turned.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(turned)
