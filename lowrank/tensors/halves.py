@@ -43,9 +43,9 @@ def are_worth(x: Tensor, mode: int, columns: int) -> bool:
 
 
 def unfolded(x: Tensor, mode: int) -> Tensor:
-    """The unfolding (n, N) of a contiguous tensor in bfloat16: its fibres as they lie in memory."""
+    """The unfolding (n, N) of a tensor in bfloat16: its fibres in their order in memory, if it is contiguous."""
     left, n, right = prod(x.shape[:mode]), x.shape[mode], prod(x.shape[mode + 1 :])
-    x = x.to(HALF).view(left, n, right)
+    x = x.to(HALF).reshape(left, n, right)
     return x[0] if left == 1 else x[..., 0].mT if right == 1 else passes.swapped(x).view(n, left * right)
 
 
@@ -69,14 +69,14 @@ def projected(unfolding: Tensor, matrix: Tensor, shape: Sequence[int], mode: int
 
 
 def mode_product(x: Tensor, matrix: Tensor, mode: int) -> Tensor:
-    """As `tucker.mode_product`, of a contiguous tensor; in bfloat16, where that is worth it."""
+    """As `tucker.mode_product`; in bfloat16, where that is worth it."""
     if not are_worth(x, mode, matrix.shape[0]):
         return tucker.mode_product(x, matrix, mode)
     return projected(unfolded(x, mode), matrix.to(HALF), x.shape, mode)
 
 
 def mode_correlation(x: Tensor, z: Tensor, mode: int) -> Tensor:
-    """As `tucker.mode_correlation`, of contiguous tensors; in bfloat16, where that is worth it."""
+    """As `tucker.mode_correlation`; in bfloat16, where that is worth it."""
     if not are_worth(x, mode, z.shape[mode]):
         return tucker.mode_correlation(x, z, mode)
     return (unfolded(x, mode) @ unfolded(z, mode).mT).to(torch.float32)
