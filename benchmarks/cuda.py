@@ -27,7 +27,6 @@ import lowrank
 from benchmarks.networks import Batch, batch_of, build, loss_of, trained_layers
 from benchmarks.peers import RANKS
 from experiment.files import write_whole
-from lowrank.layers.layer import converted_layers
 from lowrank.methods.base import Method
 
 NETWORKS = ("resnet18", "mobilenet_v2", "vit_small")
@@ -68,29 +67,20 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def recorded(model: nn.Module, batch: Batch) -> torch.cuda.CUDAGraph | None:
-    """A step as a CUDA graph, which carries bases on in the memory that they have; None, and why, where that fails."""
+    """A step as a CUDA graph; None, and why, where that fails."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for _ in range(2):
             step(model, batch)
     torch.cuda.current_stream().wait_stream(aside)
-    layers = list(converted_layers(model))
-    before = [layer._lowrank.bases for layer in layers]
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             step(model, batch)
-            for layer, bases in zip(layers, before, strict=True):
-                for basis, found in zip(bases, layer._lowrank.bases, strict=True):
-                    if basis is not None and found is not None and found is not basis:
-                        basis.copy_(found)
     except RuntimeError as error:
         print(f"no graph: {error}", flush=True)
         return None
-    finally:
-        for layer, bases in zip(layers, before, strict=True):
-            layer._lowrank.bases = bases
     return graph
 
 
@@ -169,7 +159,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "benchmarks.cuda: PyTorch sees no CUDA device here\n")
     card = torch.cuda.get_device_name()
-    heading = f"{card}, PyTorch {torch.__version__}, {options.size} pixels; bits {lowrank.kernels.status().gpu}"
+    heading = f"{card}, PyTorch {torch.__version__}, {options.size} pixels; kernels {lowrank.kernels.status().gpu}"
     rows: list[dict[str, Any]] = []
     for network, layers, count in product(options.networks, options.layers, options.batch):
         rows += compare(network, layers, count, options.size, options.rounds)

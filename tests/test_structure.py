@@ -77,7 +77,7 @@ ALLOWED = {"torch", "numpy", "lowrank", "__future__"}
 BRIDGES = {  # where something else is needed, and nowhere imported unless it is there
     "lightning.py": {"lightning", "pytorch_lightning"},
     "transformers.py": {"transformers"},
-    "kernels/gpu.py": {"triton"},
+    **{f"kernels/{name}.py": {"triton"} for name in ("gpu", "gpu_int8", "gpu_subspace")},
 }
 
 

@@ -12,7 +12,7 @@ after. What they keep for the backward pass:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,12 +73,16 @@ class _MaxPool2d(Node):
         """`made` is given what is kept."""
         ctx.settings, ctx.shape = settings, x.shape
         first, *others = _parts(x)
-        y, places = made_first = _pooled(x[first], settings)
+        y, indices = torch.ops.aten.max_pool2d_with_indices(x[first], *settings)
+        table = _table(y, x.shape[-1], settings)
+        places = table.places_of(indices, lookup := table.lookup())
         if others:
+            made_first = y, places
             y, places = (_room(one, len(x)) for one in made_first)
             y[first], places[first] = made_first
         for part in others:
-            y[part], places[part] = _pooled(x[part], settings)
+            y[part], indices = torch.ops.aten.max_pool2d_with_indices(x[part], *settings)
+            places[part] = table.places_of(indices, lookup)
         made.append(places)
         ctx.save_for_backward(*made)
         return y
@@ -86,14 +90,14 @@ class _MaxPool2d(Node):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
-        settings, width = ctx.settings, ctx.shape[-1]
+        settings, table = ctx.settings, _table(places, ctx.shape[-1], ctx.settings)
         x = grad.new_empty(1).expand(ctx.shape)
         first, *others = _parts(x)
         if not others:
-            return _backward.default(grad, x, *settings, _indices(places, width, settings)), None, None
+            return _backward.default(grad, x, *settings, table.indices_of(places)), None, None
         found = grad.new_empty(ctx.shape)
         for part in (first, *others):
-            indices = _indices(places[part], width, settings)
+            indices = table.indices_of(places[part])
             _backward.grad_input(grad[part], x[part], *settings, indices, grad_input=found[part])
         return found, None, None
 
@@ -118,35 +122,43 @@ def _room(part: Tensor, count: int) -> Tensor:
     return torch.empty((count, *part.shape[1:]), dtype=part.dtype, device=part.device, memory_format=form)
 
 
-def _pooled(x: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The output, and the place of each element's source in its window."""
+class _Table(NamedTuple):
+    """Places in windows and indices in images, from one to the other.
+
+    Attributes:
+        offsets: (K_h K_w,), how far ahead of a window's corner its places lie.
+        corners: (H', W'), the index of each window's first place; in the padding it may be that of another place, or
+            negative.
+        span: the last of the offsets.
+    """
+
+    offsets: Tensor
+    corners: Tensor
+    span: int
+
+    def lookup(self) -> Tensor:
+        """Of each offset, the place in the window, in one byte."""
+        found = self.offsets.new_empty(self.span + 1, dtype=torch.uint8)
+        found[self.offsets] = torch.arange(self.offsets.numel(), dtype=torch.uint8, device=found.device)
+        return found
+
+    def places_of(self, indices: Tensor, lookup: Tensor) -> Tensor:
+        """The places of these indices (..., H', W'), whose memory is used."""
+        return lookup.take(indices.sub_(self.corners))
+
+    def indices_of(self, places: Tensor) -> Tensor:
+        """The indices of these places (..., H', W')."""
+        return self.offsets.take(places.long()).add_(self.corners)
+
+
+def _table(y: Tensor, width: int, settings: Settings) -> _Table:
+    """Of outputs such as y (..., H', W') of images `width` wide."""
     kernel, stride, padding, dilation, _ = settings
-    y, indices = torch.ops.aten.max_pool2d_with_indices(x, *settings)
-    offsets = _offsets(y, x.shape[-1], kernel, dilation)
-    span = (kernel[0] - 1) * dilation[0] * x.shape[-1] + (kernel[1] - 1) * dilation[1]
-    places = offsets.new_empty(span + 1, dtype=torch.uint8)  # of an offset: its place in the window
-    places[offsets] = torch.arange(offsets.numel(), dtype=torch.uint8, device=y.device)
-    return y, places.take(indices.sub_(_window_corners(y, x.shape[-1], stride, padding)))
-
-
-def _indices(places: Tensor, width: int, settings: Settings) -> Tensor:
-    """Of each output element's greatest input in an image `width` wide, from its place in the window."""
-    kernel, stride, padding, dilation, _ = settings
-    found = _offsets(places, width, kernel, dilation).take(places.long())
-    return found.add_(_window_corners(places, width, stride, padding))
-
-
-def _offsets(y: Tensor, width: int, kernel: Any, dilation: Any) -> Tensor:
-    """How far ahead of a window's corner its places lie in an image `width` wide, (K_h K_w,)."""
     rows, columns = (torch.arange(size, device=y.device) for size in kernel)
-    return ((rows * (dilation[0] * width))[:, None] + columns * dilation[1]).view(-1)
-
-
-def _window_corners(y: Tensor, width: int, stride: Any, padding: Any) -> Tensor:
-    """Index of the first place of each output element's window, (H', W'), in an image `width` wide; in the padding it
-    may be that of another place, or negative."""
+    offsets = ((rows * (dilation[0] * width))[:, None] + columns * dilation[1]).view(-1)
     rows, columns = (torch.arange(size, device=y.device) for size in y.shape[-2:])
-    return ((rows * stride[0] - padding[0]) * width)[:, None] + (columns * stride[1] - padding[1])
+    corners = ((rows * stride[0] - padding[0]) * width)[:, None] + (columns * stride[1] - padding[1])
+    return _Table(offsets, corners, (kernel[0] - 1) * dilation[0] * width + (kernel[1] - 1) * dilation[1])
 
 
 def max_pool2d(
@@ -175,12 +187,13 @@ def max_pool2d(
 
 def _chosen(x: Tensor, places: Tensor, settings: Settings) -> Tensor:
     """What lies at these places of each image's windows, in a tenth of the time of looking for the greatest."""
+    table = _table(places, x.shape[-1], settings)
     first, *others = _parts(x)
     if not others:
-        return _gathered(x, _indices(places, x.shape[-1], settings))
+        return _gathered(x, table.indices_of(places))
     found = x.new_empty(places.shape)
     for part in (first, *others):
-        found[part] = _gathered(x[part], _indices(places[part], x.shape[-1], settings))
+        found[part] = _gathered(x[part], table.indices_of(places[part]))
     return found
 
 

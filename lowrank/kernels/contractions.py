@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowrank.kernels.passes import _kernel
+from lowrank.kernels.choice import kernel_for
 
 Kind = Literal["spread", "samples", "images", "rows", "windows"]
 _KINDS: dict[Kind, int] = {"spread": 0, "samples": 1, "images": 2, "rows": 3, "windows": 4}
@@ -47,7 +47,7 @@ def contract(
     samples, channels, height, width = factors
     given = [factor.contiguous() for factor in (samples, height, width)]
     given += [] if channels is None else [channels.contiguous()]
-    kernel, room_of = _kernel("contract", grad, core, *given), _kernel("contract_room", grad)
+    kernel, room_of = kernel_for("contract", grad, core, *given), kernel_for("contract_room", grad)
     if kernel is None or room_of is None or not grad.numel():
         return None
     full = height.shape[0], width.shape[0]

@@ -12,6 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowrank.kernels.gpu_int8 import restore_blocks, restore_columns, round_blocks, round_columns
+from lowrank.kernels.gpu_subspace import iterate
+
+__all__ = [
+    "VERSION",
+    "apply",
+    "iterate",
+    "pack",
+    "restore_blocks",
+    "restore_columns",
+    "round_blocks",
+    "round_columns",
+    "try_out",
+]
 VERSION = triton.__version__
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # computed in float32
 _BYTES, _ELEMENTS = 256, 2048  # that one program writes

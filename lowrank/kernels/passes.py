@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lowrank.kernels.library import gpu, library
+from lowrank.kernels.choice import kernel_for, on_gpu
+from lowrank.kernels.library import library
 
 Gate = Literal["above", "between", "within", "strictly above", "not zero"]
 _GATES: dict[Gate, int] = {"above": 0, "between": 1, "within": 1, "strictly above": 2, "not zero": 3}
@@ -22,62 +23,7 @@ HELD = 0  # of a step of `subspace`
 Step = tuple[int, Tensor, int]
 _MOST_PROJECTED = 12  # columns; of more, a product of BLAS takes less
 _MOST_ROWS, _ROW = 8, 16  # columns of the product of a mode with so many numbers behind it
-_SWAPPED = range(
-    5, 65
-)  # bytes of a row that is one vector; at least as many lie behind the first mode as in the widest
-_KINDS = {torch.float32: "float", torch.float64: "double", torch.int8: "int8", torch.bfloat16: "half"}
-
-
-@lru_cache(maxsize=2)
-def _plain_keys(device: str) -> frozenset[int]:
-    """What PyTorch dispatches a tensor by that is nothing but memory of a device, ordinary or of inference mode."""
-    with torch.inference_mode(False):
-        ordinary = torch.empty(0, device=device)
-    with torch.inference_mode():
-        inferred = torch.empty(0, device=device)
-    return frozenset(torch._C._dispatch_keys(tensor).raw_repr() for tensor in (ordinary, inferred))
-
-
-_KEYS = _plain_keys("cpu")
-_OWN = (Tensor, nn.Parameter)
-
-
-def _kernel(name: str, *tensors: Tensor, stored: tuple[Tensor, torch.dtype] | None = None) -> object | None:
-    """A kernel for these tensors, all of one dtype; None if it cannot take them: not memory of a kind it knows, filled
-    in order. Nor where somebody watches the operators, a compiler or a dispatch mode, who would not see a kernel.
-
-    `stored`: what another kernel writes, and of which dtype.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return None
-    found = library()
-    if found is None:
-        return None
-    dtype = tensors[0].dtype
-    for tensor in tensors:
-        if tensor.dtype is not dtype or not _is_plain(tensor):
-            return None
-    if stored is not None and (stored[0].dtype is not stored[1] or not _is_plain(stored[0])):
-        return None
-    return getattr(found, f"{name}_{_KINDS.get(dtype)}", None)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    own = type(tensor) in _OWN and torch._C._dispatch_keys(tensor).raw_repr() in _KEYS
-    return own and tensor.is_contiguous()
-
-
-def _on_gpu(*tensors: Tensor) -> Any | None:
-    """The GPU's kernels, if these tensors are nothing but its memory, filled in order, and nobody watches."""
-    if not tensors[0].is_cuda or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return None
-    found = gpu()
-    keys = frozenset() if found is None else _plain_keys("cuda")
-    for tensor in tensors:
-        own = type(tensor) in _OWN and torch._C._dispatch_keys(tensor).raw_repr() in keys
-        if not own or not tensor.is_contiguous() or tensor.device != tensors[0].device:
-            return None
-    return found
+_SWAPPED = range(5, 65)  # bytes of a row that is one vector; it is read and written as a whole
 
 
 def pack(x: Tensor, gate: Gate, low: float, high: float, bits: Tensor) -> bool:
@@ -94,9 +40,9 @@ def pack(x: Tensor, gate: Gate, low: float, high: float, bits: Tensor) -> bool:
         Whether it was done.
     """
     if x.is_cuda:
-        found = _on_gpu(x, bits)
+        found = on_gpu(x, bits)
         return found is not None and found.pack(x, gate, low, high, bits)
-    kernel = _kernel("pack", x, stored=(bits, torch.uint8))
+    kernel = kernel_for("pack", x, stored=(bits, torch.uint8))
     if kernel is None:
         return False
     threads = torch.get_num_threads()
@@ -118,9 +64,9 @@ def apply(grad: Tensor, bits: Tensor, inner: float, outer: float | None, out: Te
         Whether it was done.
     """
     if grad.is_cuda:
-        found = _on_gpu(grad, bits, out)
+        found = on_gpu(grad, bits, out)
         return found is not None and found.apply(grad, bits, inner, outer, out)
-    kernel = _kernel("apply", grad, out, stored=(bits, torch.uint8))
+    kernel = kernel_for("apply", grad, out, stored=(bits, torch.uint8))
     if kernel is None:
         return False
     pointers = grad.data_ptr(), bits.data_ptr(), out.data_ptr()
@@ -140,7 +86,7 @@ def row_products(a: Tensor, b: Tensor, scales: Tensor | None = None) -> Tensor |
         (n,); None: not for these.
     """
     tensors = (a, b) if scales is None else (a, b, scales)
-    kernel = _kernel("rows", *tensors) if a.shape == b.shape else None
+    kernel = kernel_for("rows", *tensors) if a.shape == b.shape else None
     if kernel is None:
         return None
     out = a.new_empty(a.shape[0])
@@ -151,7 +97,10 @@ def row_products(a: Tensor, b: Tensor, scales: Tensor | None = None) -> Tensor |
 
 def round_columns(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """A matrix (n, r), float32, in int8, and the scales (r,), see `lowrank.tensors.storage`; None: not for this one."""
-    kernel = _kernel("round_columns", x)
+    if x.is_cuda:
+        found = on_gpu(x)
+        return None if found is None else found.round_columns(x)
+    kernel = kernel_for("round_columns", x)
     if kernel is None:
         return None
     values, scales = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[1], dtype=torch.bfloat16)
@@ -161,7 +110,10 @@ def round_columns(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def round_blocks(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """A tensor, float32, in int8, and the scales (ceil(numel / 32),); None: not for this one."""
-    kernel, count = _kernel("round_blocks", x), x.numel()
+    if x.is_cuda:
+        found = on_gpu(x)
+        return None if found is None else found.round_blocks(x)
+    kernel, count = kernel_for("round_blocks", x), x.numel()
     if kernel is None:
         return None
     values, scales = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(-(-count // 32), dtype=torch.bfloat16)
@@ -172,7 +124,10 @@ def round_blocks(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def restore_columns(values: Tensor, scales: Tensor) -> Tensor | None:
     """What `round_columns` rounded, in float32; None: not for these."""
-    kernel = _kernel("restore_columns", values, stored=(scales, torch.bfloat16))
+    if values.is_cuda:
+        found = on_gpu(values, scales)
+        return None if found is None else found.restore_columns(values, scales)
+    kernel = kernel_for("restore_columns", values, stored=(scales, torch.bfloat16))
     if kernel is None:
         return None
     out = values.new_empty(values.shape, dtype=torch.float32)
@@ -182,7 +137,10 @@ def restore_columns(values: Tensor, scales: Tensor) -> Tensor | None:
 
 def restore_blocks(values: Tensor, scales: Tensor) -> Tensor | None:
     """What `round_blocks` rounded, in float32; None: not for these."""
-    kernel = _kernel("restore_blocks", values, stored=(scales, torch.bfloat16))
+    if values.is_cuda:
+        found = on_gpu(values, scales)
+        return None if found is None else found.restore_blocks(values, scales)
+    kernel = kernel_for("restore_blocks", values, stored=(scales, torch.bfloat16))
     if kernel is None:
         return None
     out = values.new_empty(values.shape, dtype=torch.float32)
@@ -203,7 +161,7 @@ def subspace(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, list[Tensor]] | 
         The core, and a basis for each step, the start itself where that is one; None: not for these.
     """
     starts = [start.contiguous() for _, start, _ in steps]
-    kernel, room_of = _kernel("subspace", x, *starts) if steps else None, _kernel("subspace_room", x)
+    kernel, room_of = kernel_for("subspace", x, *starts) if steps else None, kernel_for("subspace_room", x)
     if kernel is None or room_of is None:
         return None
     sizes = tuple(x.shape)
@@ -220,6 +178,22 @@ def subspace(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, list[Tensor]] | 
     memory = (ctypes.c_int64 * len(pointers))(*pointers)
     kernel(plan, memory, torch.get_num_threads())  # type: ignore[operator]
     return core, [start if share == HELD else basis for basis, (_, start, share) in zip(made, steps, strict=True)]
+
+
+def iterate(x: Tensor, mode: int, start: Tensor, share: int) -> Tensor | None:
+    """A basis of a mode by one subspace iteration from a start, on a GPU.
+
+    Args:
+        x: float32, or nothing is done.
+        mode: its place.
+        start: (n, r), float32, of at most 2**14 numbers, both counted as the next power of two.
+        share: of the fibres that it is iterated on, see `sample.share_of`.
+
+    Returns:
+        (n, r), of finite numbers whatever the others are; None: not for these.
+    """
+    found = on_gpu(x, start)
+    return None if found is None else found.iterate(x, mode, start, share)
 
 
 @lru_cache(maxsize=4096)
@@ -250,7 +224,7 @@ def depthwise(
     Returns:
         (C, 1, K_h, K_w); None: not for these.
     """
-    work = None if library() is None else _kernel("depthwise", x := x.contiguous(), grad := grad.contiguous())
+    work = None if library() is None else kernel_for("depthwise", x := x.contiguous(), grad := grad.contiguous())
     if work is None or not grad.numel():
         return None
     plan, room = _depthwise_plan((*x.shape, *grad.shape[2:], *kernel, *stride, *padding, *dilation))
@@ -271,7 +245,7 @@ def _depthwise_plan(numbers: tuple[int, ...]) -> tuple[Any, int]:
 def can_project(x: Tensor, columns: int, mode: int = 0) -> bool:
     """Whether there is a kernel for the product of such a tensor, in this mode, and so many columns, see `project`."""
     few = columns <= _MOST_ROWS and prod(x.shape[mode + 1 :]) >= _ROW if mode else columns <= _MOST_PROJECTED
-    return few and x.numel() > 0 and _kernel("project", x) is not None
+    return few and x.numel() > 0 and kernel_for("project", x) is not None
 
 
 def project_mode(x: Tensor, columns: Tensor, mode: int) -> Tensor | None:
@@ -304,7 +278,7 @@ def project(x: Tensor, columns: Tensor) -> Tensor | None:
     Returns:
         (r, m); None: not for these.
     """
-    kernel = _kernel("project", x, columns) if columns.shape[1] <= _MOST_PROJECTED else None
+    kernel = kernel_for("project", x, columns) if columns.shape[1] <= _MOST_PROJECTED else None
     if kernel is None:
         return None
     out = x.new_empty(columns.shape[1], x.shape[1])
@@ -319,8 +293,8 @@ def swapped(x: Tensor, out: Tensor | None = None) -> Tensor:
     kernel = None
     if not torch.compiler.is_compiling():
         row = right * x.itemsize
-        fits = row in _SWAPPED and n * row >= _SWAPPED[-1] and left > 0  # it reads whole vectors
-        kernel = _kernel("swap", *((x,) if out is None else (x, out))) if fits else None
+        fits = row in _SWAPPED and n * row >= _SWAPPED[-1] and left > 0
+        kernel = kernel_for("swap", *((x,) if out is None else (x, out))) if fits else None
     if kernel is None:
         turned = x.transpose(0, 1)
         return turned.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(turned)
@@ -344,7 +318,7 @@ def affine(
         Of the shape of `x`; None: not for these.
     """
     given = (x, scale, shift) if other is None else (x, scale, shift, other)
-    kernel = _kernel("affine", *given) if x.ndim > 2 and (other is None or other.shape == x.shape) else None
+    kernel = kernel_for("affine", *given) if x.ndim > 2 and (other is None or other.shape == x.shape) else None
     if kernel is None or not rounds_as_batch_norm():
         return None
     return _affine(kernel, x, scale, shift, other, low, high)
@@ -371,12 +345,12 @@ def rounds_as_batch_norm() -> bool:
         scale = variance.rsqrt() * weight
         shift = torch.addcmul(bias, mean, scale, value=-1)
         y = F.batch_norm(x, mean, torch.ones(3, **own), scale, bias, False, 0.0, 1e-30)
-        return torch.equal(y, _affine(_kernel("affine", x, scale, shift), x, scale, shift, None, -inf, inf))
+        return torch.equal(y, _affine(kernel_for("affine", x, scale, shift), x, scale, shift, None, -inf, inf))
 
 
 def can_gate(g: Tensor, u: Tensor) -> bool:
     """Whether there are kernels for gates of such tensors."""
-    return _kernel("gate", g, u) is not None
+    return kernel_for("gate", g, u) is not None
 
 
 def gate(g: Tensor, u: Tensor, by: GateOf = "SiLU") -> Tensor | None:
@@ -389,7 +363,7 @@ def gate(g: Tensor, u: Tensor, by: GateOf = "SiLU") -> Tensor | None:
     Returns:
         Of the same shape; None: not for these.
     """
-    kernel = _kernel("gate", g, u) if g.shape == u.shape else None
+    kernel = kernel_for("gate", g, u) if g.shape == u.shape else None
     if kernel is None:
         return None
     out = torch.empty_like(g)
@@ -408,7 +382,7 @@ def gate_gradients(grad: Tensor, g: Tensor, u: Tensor, by: GateOf = "SiLU") -> t
     Returns:
         Both of the same shape; None: not for these.
     """
-    kernel = _kernel("slopes", grad, g, u) if grad.shape == g.shape == u.shape else None
+    kernel = kernel_for("slopes", grad, g, u) if grad.shape == g.shape == u.shape else None
     if kernel is None:
         return None
     for_g, for_u = torch.empty_like(g), torch.empty_like(u)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class LayerState:
         smallest: bytes that keeping less has to save for each operator call, see `lowrank.tensors.worth`.
         everywhere: whether the method is used also where the exact input takes no more than what it keeps.
         bases: what the method carries from step to step.
+        recorded: of those, the tensors that a CUDA graph of a step reads and writes, which stay in their memory.
         kept_bytes: bytes kept of the input in the latest training forward pass; 0 if another layer keeps them.
         formula_bytes: the same by the method's formula.
         whole: whether it kept its input as it is since keeping less was not worth it.
@@ -78,6 +80,7 @@ class LayerState:
     smallest: float = 0
     everywhere: bool = False
     bases: Tensors = field(default=(), repr=False)
+    recorded: Tensors = field(default=(), repr=False)
     kept_bytes: int = 0
     formula_bytes: int = 0
     whole: bool = False
@@ -88,7 +91,17 @@ class LayerState:
     reader: weakref.ref[nn.Module] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"reader": None, "handed_out": None}  # of this model, not of its copies
+        return vars(self) | {"reader": None, "handed_out": None, "recorded": ()}  # of this model, not of its copies
+
+    def carry(self, bases: Tensors) -> None:
+        """Take bases over for the next step: as they are, since the backward pass of the step before may still need the
+        old ones; or, from where a step is recorded as a CUDA graph on, in the memory that its replays read."""
+        if not torch.compiler.is_compiling():
+            if not self.recorded and any(basis is not None and basis.is_cuda for basis in self.bases):
+                self.recorded = self.bases if torch.cuda.is_current_stream_capturing() else ()
+            if self.recorded:
+                bases = tuple(_into(*pair) for pair in zip_longest(self.recorded[: len(bases)], bases))
+        self.bases = bases
 
     def note_reader(self, module: nn.Module) -> None:
         """Note who has read the latest lazy output as it is."""
@@ -186,8 +199,17 @@ def _compress(state: LayerState, method: Method, x: Tensor, geometry: Geometry, 
     except LowRankError as error:
         raise type(error)(f"layer {state.name!r}: {error}") from None
     if training and method is not _WHOLE:
-        state.bases = bases  # new tensors: the backward pass of the step before may still need the old ones
+        state.carry(bases)
     return kept
+
+
+def _into(recorded: Tensor | None, basis: Tensor | None) -> Tensor | None:
+    """A basis in the memory of the recorded one, where there is one of its kind."""
+    if recorded is None or basis is None or recorded is basis:
+        return basis
+    if (recorded.shape, recorded.dtype, recorded.device) != (basis.shape, basis.dtype, basis.device):
+        return basis
+    return recorded.copy_(basis)
 
 
 def _without_the_rest(tensor: Tensor | None) -> Tensor | None:

@@ -36,6 +36,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     try:
         for parameter, _, _ in parameters:
             parameter.grad = None
+        for layer, _ in states:
+            layer._lowrank.recorded = ()  # whose numbers would be others
         with torch.random.fork_rng(devices):
             yield
     finally:

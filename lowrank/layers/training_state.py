@@ -86,8 +86,8 @@ def load_training_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             own.copy_(tensor)
     for name, layer in layers.items():
         device = next(layer.parameters()).device
-        layer._lowrank.bases = tuple(
-            None if basis is None else basis.detach().to(device, copy=True) for basis in carried[name]
+        layer._lowrank.carry(
+            tuple(None if basis is None else basis.detach().to(device, copy=True) for basis in carried[name])
         )
 
 

@@ -249,20 +249,33 @@ def _one_by_one(
         rest = None if published else passes.subspace(core, steps[at:])
         if rest is not None:
             return rest[0], bases + rest[1]
-        if to_eight_bits and not published and halves.are_worth(core, mode, start.shape[1]):
+        if published and share != passes.HELD:
+            basis = _iterated(x, mode, start, share)[0]
+            core = mode_product(core, basis.mT, mode)
+        elif not published and to_eight_bits and halves.are_worth(core, mode, start.shape[1]):
             core, basis = _in_halves(core, mode, start, share)
-        elif share == passes.HELD:
-            basis = start
-            x = core = mode_product(core, start.to(core.dtype).mT, mode)
         else:
-            source, place = _ahead(x if published else core, mode)
-            basis = _iterate(*((source, place) if share == 1 else _ahead(*sampled(core, mode, share))), start)
-            if published:
-                core = mode_product(core, basis.mT, mode)
-            else:
-                core = mode_product(source, basis.mT, place).movedim(place, mode).contiguous()
+            core, basis = _one(core, mode, start, share)
+            x = core
         bases.append(basis)
     return core, bases
+
+
+def _one(x: Tensor, mode: int, start: Tensor, share: int) -> tuple[Tensor, Tensor]:
+    """One step: what is left of a tensor, and the basis."""
+    if share == passes.HELD:
+        return mode_product(x, start.to(x.dtype).mT, mode), start
+    basis, source, place = _iterated(x, mode, start, share)
+    return mode_product(source, basis.mT, place).movedim(place, mode).contiguous(), basis
+
+
+def _iterated(x: Tensor, mode: int, start: Tensor, share: int) -> tuple[Tensor, Tensor, int]:
+    """A basis; and the tensor, or what was made of it on the way, with the place of the mode there."""
+    basis = passes.iterate(x, mode, start, share)
+    if basis is not None:
+        return basis, x, mode
+    source, place = _ahead(x, mode)
+    return _iterate(*((source, place) if share == 1 else _ahead(*sampled(x, mode, share))), start), source, place
 
 
 def _in_halves(x: Tensor, mode: int, start: Tensor, share: int) -> tuple[Tensor, Tensor]:

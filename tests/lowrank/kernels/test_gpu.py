@@ -11,6 +11,8 @@ from references import DEVICE, random_tensor
 from lowrank import kernels
 from lowrank.exact import bits
 from lowrank.kernels import library
+from lowrank.tensors import storage
+from lowrank.tensors.sample import sampled
 
 SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 6.0, -3.0, 3.0, 1e-45, -1e-45, 1e38, -1e38]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -88,3 +90,60 @@ def test_with_and_without_them_bits_and_gradients_are_the_same(dtype):
             with library.plain():
                 other = bits.masked(grad, found, place, slopes)
             torch.testing.assert_close(one, other, rtol=2 * torch.finfo(dtype).eps, atol=1e-44, equal_nan=True)
+
+
+SHAPES = {  # of a tensor, the mode, the rank, and the share of its fibres
+    "batch": ((6, 10, 5, 7), 0, 3, 1),
+    "channels": ((6, 10, 5, 7), 1, 4, 1),
+    "height": ((6, 10, 5, 7), 2, 3, 1),
+    "width": ((6, 10, 5, 7), 3, 5, 1),
+    "tokens": ((9, 33, 20), 1, 20, 1),
+    "many rows": ((3, 700, 5), 1, 9, 1),
+    "one plane in four": ((8, 21, 6, 5), 2, 3, 4),
+    "one row in two": ((8, 20, 6, 5), 3, 3, 2),
+    "places of an image": ((8, 6, 70), 1, 2, -3),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_a_basis_spans_what_the_operators_find(gpu, case):
+    shape, mode, rank, share = SHAPES[case]
+    x = random_tensor(*shape, dtype=torch.float32)
+    start = random_tensor(shape[mode], rank, seed=1, dtype=torch.float32)
+    found = gpu.iterate(x, mode, start, share)
+    torch.testing.assert_close(found.mT @ found, torch.eye(rank), rtol=0, atol=2e-6)
+    part, at = sampled(x.double(), mode, share)
+    part = part.movedim(at, 0).flatten(1)
+    expected = torch.linalg.qr((part @ (part.mT @ start.double())).cpu())[0]  # whose signs are LAPACK's
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, math.nan, math.inf, 1e-30, 1e30])
+def test_a_basis_is_orthonormal_and_finite_whatever_the_numbers(gpu, value):
+    for x in (torch.full((4, 9, 6), value), value * random_tensor(4, 9, 6, dtype=torch.float32)):
+        for start in (random_tensor(9, 5, dtype=torch.float32), torch.full((9, 5), value)):
+            found = gpu.iterate(x, 1, start, 1)
+            torch.testing.assert_close(found.mT @ found, torch.eye(5), rtol=0, atol=2e-6)
+
+
+def test_bases_of_doubles_and_of_very_long_modes_are_left_to_the_operators(gpu):
+    assert gpu.iterate(torch.ones(3, 4, dtype=torch.float64), 1, torch.ones(4, 2, dtype=torch.float64), 1) is None
+    assert gpu.iterate(torch.ones(3, 20000), 1, torch.ones(20000, 2), 1) is None
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (64, 8), (1000, 5), (33, 1)])
+def test_rounded_numbers_and_scales_are_those_of_the_operators(gpu, shape):
+    x = random_tensor(*shape, dtype=torch.float32)
+    special = x.clone()
+    special.view(-1)[0] = 0
+    special.view(-1)[-1], special[:, 0] = math.nan, special[:, 0] * 1e-38
+    for given in (x, special, torch.full(shape, math.inf)):
+        for name in ("columns", "blocks"):
+            with library.plain():
+                values, scales = getattr(storage, f"round_{name}")(given)
+                restored = getattr(storage, name)(values, scales, torch.float32)
+            found = getattr(gpu, f"round_{name}")(given)
+            assert torch.equal(found[0], values)
+            torch.testing.assert_close(found[1], scales, rtol=0, atol=0, equal_nan=True)
+            back = getattr(gpu, f"restore_{name}")(*found)
+            torch.testing.assert_close(back, restored, rtol=0, atol=0, equal_nan=True)

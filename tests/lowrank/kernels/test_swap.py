@@ -36,8 +36,8 @@ def width(request):
 
 def taken(monkeypatch):
     """Whether the compiled copy was there for each call from here on."""
-    answers, own = [], passes._kernel
-    monkeypatch.setattr(passes, "_kernel", lambda *args: answers.append(own(*args)) or answers[-1])
+    answers, own = [], passes.kernel_for
+    monkeypatch.setattr(passes, "kernel_for", lambda *args: answers.append(own(*args)) or answers[-1])
     return answers
 
 
