@@ -146,8 +146,8 @@ class TuckerMethod(Method):
     Args:
         storage: the form in which its numbers are kept, see `lowrank.tensors.storage`: "input", in the input's own
             dtype; "float32" or "bfloat16", where that is less; "int8", with scales: a quarter of the bytes of float32,
-            for half a percent of error. With these two large products are made in eight bits as well, on processors that
-            have such, see `lowrank.tensors.halves`.
+            for half a percent of error. With these two, processors that can make large products in eight bits as well,
+            see `lowrank.tensors.halves`.
     """
 
     storage: Storage = field(default="input", kw_only=True)
