@@ -13,7 +13,17 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("team.c", "kernels.c", "int8.c", "subspace.c", "depthwise.c", "project.c", "contract.c", "elementwise.c")
+SOURCES = (
+    "team.c",
+    "kernels.c",
+    "int8.c",
+    "subspace.c",
+    "depthwise.c",
+    "project.c",
+    "contract.c",
+    "elementwise.c",
+    "swap.c",
+)
 HEADERS = ("team.h", "tile.h", "tiles.h", "project.h", "chains.h")
 # For any processor of its kind: homes are shared among machines.
 OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fPIC", "-shared")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowrank.kernels.library import gpu, library
 
-_KINDS = {torch.float32: "float", torch.float64: "double", torch.int8: "int8"}
+_KINDS = {torch.float32: "float", torch.float64: "double", torch.int8: "int8", torch.bfloat16: "half"}
 
 
 @lru_cache(maxsize=2)

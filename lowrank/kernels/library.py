@@ -38,6 +38,7 @@ _SIGNATURES = {
     "affine_float": (*[_POINTER] * 5, _COUNT, _COUNT, _COUNT, _NUMBER, _NUMBER, _INT),
     "gate_float": (*[_POINTER] * 3, _COUNT, _INT, _INT),
     "slopes_float": (*[_POINTER] * 5, _COUNT, _INT, _INT),
+    **{f"swap_{kind}": (_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _INT) for kind in ("float", "half")},
     "set_width": (_INT,),
 }
 

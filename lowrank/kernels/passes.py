@@ -23,6 +23,7 @@ HELD = 0  # of a step of `subspace`
 Step = tuple[int, Tensor, int]
 _MOST_PROJECTED = 12  # columns; of more, a product of BLAS takes less
 _MOST_ROWS, _ROW = 8, 16  # columns of the product of a mode with so many numbers behind it
+_SWAPPED = range(5, 65)  # bytes of a row that is one vector; it is read and written as a whole
 
 
 def pack(x: Tensor, gate: Gate, low: float, high: float, bits: Tensor) -> bool:
@@ -170,15 +171,13 @@ def subspace(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, list[Tensor]] | 
     if room < 0:
         return None
     core, scratch = x.new_empty(shape), x.new_empty(room)
-    bases = [
-        start if share == HELD else torch.empty_like(own) for own, (_, start, share) in zip(starts, steps, strict=True)
-    ]
+    made = [own if share == HELD else torch.empty_like(own) for own, (*_, share) in zip(starts, steps, strict=True)]
     pointers = [x.data_ptr(), core.data_ptr(), scratch.data_ptr()]
-    for start, basis in zip(starts, bases, strict=True):
+    for start, basis in zip(starts, made, strict=True):
         pointers += start.data_ptr(), basis.data_ptr()
     memory = (ctypes.c_int64 * len(pointers))(*pointers)
     kernel(plan, memory, torch.get_num_threads())  # type: ignore[operator]
-    return core, bases
+    return core, [start if share == HELD else basis for basis, (_, start, share) in zip(made, steps, strict=True)]
 
 
 def iterate(x: Tensor, mode: int, start: Tensor, share: int) -> Tensor | None:
@@ -285,6 +284,22 @@ def project(x: Tensor, columns: Tensor) -> Tensor | None:
     out = x.new_empty(columns.shape[1], x.shape[1])
     pointers = x.data_ptr(), columns.data_ptr(), out.data_ptr()
     kernel(*pointers, *x.shape, columns.shape[1], torch.get_num_threads())  # type: ignore[operator]
+    return out
+
+
+def swapped(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """A copy (n, left, right) of a tensor (left, n, right), contiguous; `out`, where that is given to be written to."""
+    left, n, right = x.shape
+    kernel = None
+    if not torch.compiler.is_compiling():
+        row = right * x.itemsize
+        fits = row in _SWAPPED and n * row >= _SWAPPED[-1] and left > 0
+        kernel = kernel_for("swap", *((x,) if out is None else (x, out))) if fits else None
+    if kernel is None:
+        turned = x.transpose(0, 1)
+        return turned.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(turned)
+    out = x.new_empty(n, left, right) if out is None else out
+    kernel(x.data_ptr(), out.data_ptr(), left, n, right, torch.get_num_threads())  # type: ignore[operator]
     return out
 
 

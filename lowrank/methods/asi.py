@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,7 +86,7 @@ class ASI(RankedMethod):
         starts = [self._start(x, mode, rank, held[mode], name) for mode, rank in enumerate(ranks)]
         left = None
         if self.refresh == 1:
-            tucker, bases = subspace_iteration(x, starts, self.algorithm)
+            tucker, bases = self._iterated(x, starts)
         else:
             there = all(start is old for start, old in zip(starts[1:], held[1:], strict=True))
             tucker, bases, left = self._refreshed(x, starts, due if there else None)
@@ -102,6 +102,9 @@ class ASI(RankedMethod):
         further = (left, *scale)
         return kept, (*bases, *(further if any(tensor is not None for tensor in further) else ()))
 
+    def _iterated(self, x: Tensor, starts: Bases, held: Sequence[int] = ()) -> Found:
+        return subspace_iteration(x, starts, self.algorithm, held, self.to_eight_bits)
+
     def _refreshed(self, x: Tensor, starts: Bases, before: Tensor | None) -> tuple[Tucker, Bases, Tensor]:
         """Compress by bases that are iterated only when that is due.
 
@@ -116,10 +119,10 @@ class ASI(RankedMethod):
         factored = [start is not None for start in starts]
 
         def fresh() -> Found:
-            return subspace_iteration(x, starts, self.algorithm)
+            return self._iterated(x, starts)
 
         def held() -> Found:
-            return subspace_iteration(x, starts, self.algorithm, held=range(1, x.ndim))
+            return self._iterated(x, starts, held=range(1, x.ndim))
 
         def share(found: Found) -> Tensor:
             """Of the energy, the squared norm, what a projection on orthonormal bases holds."""

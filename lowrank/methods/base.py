@@ -146,7 +146,8 @@ class TuckerMethod(Method):
     Args:
         storage: the form in which its numbers are kept, see `lowrank.tensors.storage`: "input", in the input's own
             dtype; "float32" or "bfloat16", where that is less; "int8", with scales: a quarter of the bytes of float32,
-            for half a percent of error.
+            for half a percent of error. With these two, processors that can make large products in eight bits as well,
+            see `lowrank.tensors.halves`.
     """
 
     storage: Storage = field(default="input", kw_only=True)
@@ -159,16 +160,21 @@ class TuckerMethod(Method):
         shown += [] if self.storage == "input" else ["storage"]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
+    @property
+    def to_eight_bits(self) -> bool:
+        """Whether no more than eight bits of a number are kept, so that more than these need not be multiplied."""
+        return self.storage in ("bfloat16", "int8")
+
     def can_use(self, other: Method, shape: Shape) -> bool:
         return self == other
 
     def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
-        return weight_gradient(restore(kept, grad.dtype), grad, geometry)
+        return weight_gradient(restore(kept, grad.dtype), grad, geometry, self.to_eight_bits)
 
     def gradients(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> tuple[Tensor, Tensor]:
         if type(self).weight_gradient is not TuckerMethod.weight_gradient:  # a subclass has its own
             return super().gradients(kept, grad, geometry, shape)
-        return gradients(restore(kept, grad.dtype), grad, geometry)
+        return gradients(restore(kept, grad.dtype), grad, geometry, self.to_eight_bits)
 
     def kept_ranks(self, shape: Shape, ranks: Shape) -> Shape:
         """The ranks at which an input is kept; its shape, where it is kept as it is."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowrank.errors import NonFiniteError, SettingError
 from lowrank.kernels import passes
+from lowrank.tensors import halves
 from lowrank.tensors.eager import remembered
 from lowrank.tensors.sample import sampled, share_of
 from lowrank.tensors.tucker import Tucker, in_memory_order, iteration_order, mode_correlation, mode_order, mode_product
@@ -195,6 +196,7 @@ def subspace_iteration(
     starts: Sequence[Tensor | None],
     algorithm: Algorithm = "sequential",
     held: Sequence[int] = (),
+    to_eight_bits: bool = False,
 ) -> tuple[Tucker, list[Tensor | None]]:
     """One subspace iteration per mode, from a given start.
 
@@ -207,6 +209,8 @@ def subspace_iteration(
             large one on the part of the fibres that `share_of` names.
         held: modes whose starts are bases already: `x` is projected on them, ahead of all else, and the other modes are
             iterated on what is left.
+        to_eight_bits: whether no more of the numbers is kept, so that large products of `sequential` may be made in
+            bfloat16, see `halves`.
 
     Returns:
         The `Tucker` form in `x.dtype`, see `Tucker.to`, and the bases in the starts' dtype, to start from in the next
@@ -218,8 +222,7 @@ def subspace_iteration(
     pairs = _ordered(starts, iteration_order(x.shape, _ranks(x, starts)))
     pairs.sort(key=lambda pair: pair[0] not in held)
     steps = _steps(wide.shape, [(place[mode], start, mode in held) for mode, start in pairs], published)
-    found = None if published else passes.subspace(wide, steps)
-    core, made = _by_operators(wide, steps, published) if found is None else found
+    core, made = _one_by_one(wide, steps, published, to_eight_bits)
     for (mode, _), basis in zip(pairs, made, strict=True):
         bases[mode] = basis
     return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
@@ -235,33 +238,61 @@ def _steps(shape: Sequence[int], asked: list[tuple[int, Tensor, bool]], publishe
     return steps
 
 
-def _by_operators(x: Tensor, steps: Sequence[passes.Step], published: bool) -> tuple[Tensor, list[Tensor]]:
-    """As `passes.subspace`; published: each mode is iterated on all that those held leave."""
-    core, bases = x, []
-    for mode, start, share in steps:
-        if share == passes.HELD:
-            x = core = mode_product(core, start.to(core.dtype).mT, mode)
-            bases.append(start)
-            continue
-        basis = passes.iterate(x if published else core, mode, start, share)
-        if basis is not None:
-            bases.append(basis)
+def _one_by_one(
+    x: Tensor, steps: Sequence[passes.Step], published: bool, to_eight_bits: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """As `passes.subspace`, which makes the last steps where it can; published: each mode is iterated on all that those
+    held leave."""
+    core: Tensor = x
+    bases: list[Tensor] = []
+    for at, (mode, start, share) in enumerate(steps):
+        rest = None if published else passes.subspace(core, steps[at:])
+        if rest is not None:
+            return rest[0], bases + rest[1]
+        if published and share != passes.HELD:
+            basis = _iterated(x, mode, start, share)[0]
             core = mode_product(core, basis.mT, mode)
-            continue
-        source, at = _ahead(x if published else core, mode)
-        part = (source, at) if share == 1 else _ahead(*sampled(core, mode, share))
-        bases.append(basis := _iterate(*part, start))
-        if published:
-            core = mode_product(core, basis.mT, mode)
+        elif not published and to_eight_bits and halves.are_worth(core, mode, start.shape[1]):
+            core, basis = _in_halves(core, mode, start, share)
         else:
-            core = mode_product(source, basis.mT, at).movedim(at, mode).contiguous()
+            core, basis = _one(core, mode, start, share)
+            x = core
+        bases.append(basis)
     return core, bases
+
+
+def _one(x: Tensor, mode: int, start: Tensor, share: int) -> tuple[Tensor, Tensor]:
+    """One step: what is left of a tensor, and the basis."""
+    if share == passes.HELD:
+        return mode_product(x, start.to(x.dtype).mT, mode), start
+    basis, source, place = _iterated(x, mode, start, share)
+    return mode_product(source, basis.mT, place).movedim(place, mode).contiguous(), basis
+
+
+def _iterated(x: Tensor, mode: int, start: Tensor, share: int) -> tuple[Tensor, Tensor, int]:
+    """A basis; and the tensor, or what was made of it on the way, with the place of the mode there."""
+    basis = passes.iterate(x, mode, start, share)
+    if basis is not None:
+        return basis, x, mode
+    source, place = _ahead(x, mode)
+    return _iterate(*((source, place) if share == 1 else _ahead(*sampled(x, mode, share))), start), source, place
+
+
+def _in_halves(x: Tensor, mode: int, start: Tensor, share: int) -> tuple[Tensor, Tensor]:
+    """One step in bfloat16: what is left of a tensor, and the basis."""
+    unfolding, basis = halves.unfolded(x, mode), start
+    if share != passes.HELD:
+        part = unfolding if share == 1 else halves.unfolded(*sampled(x, mode, share))
+        start = torch.nan_to_num(start, 0.0, 0.0, 0.0).to(halves.HALF)
+        basis = _orthonormal((part @ (start.mT @ part).mT).to(x.dtype))
+    return halves.projected(unfolding, basis.mT.to(halves.HALF), x.shape, mode), basis
 
 
 def _ahead(x: Tensor, mode: int) -> tuple[Tensor, int]:
     """A copy of `x` with `mode` ahead of the others, where that pays, and the mode's place."""
     if mode > 0 and prod(x.shape[mode + 1 :]) in _SCATTERED:
-        return x.movedim(mode, 0).contiguous(), 0
+        left, n, right = prod(x.shape[:mode]), x.shape[mode], prod(x.shape[mode + 1 :])
+        return passes.swapped(x.reshape(left, n, right)).view(n, *x.shape[:mode], *x.shape[mode + 1 :]), 0
     return x, mode
 
 
@@ -269,7 +300,10 @@ def _iterate(x: Tensor, mode: int, start: Tensor) -> Tensor:
     """orth(X X^T start) for the unfolding X of `mode`."""
     # A step that met NaN leaves a basis of NaN; from zeros QR gives unit vectors, and the iteration recovers.
     start = torch.nan_to_num(start.to(x.dtype), 0.0, 0.0, 0.0)
-    image = mode_correlation(x, mode_product(x, start.mT, mode), mode)
+    return _orthonormal(mode_correlation(x, mode_product(x, start.mT, mode), mode))
+
+
+def _orthonormal(image: Tensor) -> Tensor:
     basis = torch.linalg.qr(image)[0]
     # Laid out as it comes back from a file, also with a single column, so that the next step rounds the same.
     return basis.clone(memory_format=torch.contiguous_format)

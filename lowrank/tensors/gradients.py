@@ -19,31 +19,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.kernels import contractions, passes
+from lowrank.tensors import halves
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
 from lowrank.tensors.plans import Plan, plan_gradient
 from lowrank.tensors.tucker import Tucker, mode_correlation, mode_product
 
 
-def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry) -> Tensor:
+def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry, to_eight_bits: bool = False) -> Tensor:
     """Weight gradient of a layer whose input is known as a Tucker form.
 
     Args:
         tucker: the input, of shape (B, C, H, W) or (B, ..., I), in `grad.dtype`, or in another one to compute in.
         grad: gradient of the output, (B, O, H', W') or (B, ..., O).
         geometry: the layer.
+        to_eight_bits: whether the input is kept to no more, so that large products may be in bfloat16, see `halves`.
 
     Returns:
         The gradient, (O, C/g, K_h, K_w), (O, I) or, of a transposed convolution, (C, O/g, K_h, K_w), equal to
         autograd's on `tucker.dense()`.
     """
-    return _gradients(tucker, grad.to(tucker.core.dtype), geometry, False)[0].to(grad.dtype)
+    return _gradients(tucker, grad.to(tucker.core.dtype), geometry, False, to_eight_bits)[0].to(grad.dtype)
 
 
-def gradients(tucker: Tucker, grad: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+def gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, to_eight_bits: bool = False) -> tuple[Tensor, Tensor]:
     """Gradients of a layer's weight and bias, from one read of the output's gradient where a kernel makes both.
 
     Args:
-        tucker, grad, geometry: as of `weight_gradient`.
+        tucker, grad, geometry, to_eight_bits: as of `weight_gradient`.
 
     Returns:
         The weight gradient, and the bias gradient, (O,): the sum of `grad` over all else.
@@ -51,11 +53,13 @@ def gradients(tucker: Tucker, grad: Tensor, geometry: Geometry) -> tuple[Tensor,
     batch, dtype = tucker.factors[0], grad.dtype
     grad = grad.to(tucker.core.dtype)
     joined = contractions.can_contract(grad) if batch is None else passes.can_project(grad, batch.shape[1] + 1)
-    weight, bias = _gradients(tucker, grad, geometry, joined)
+    weight, bias = _gradients(tucker, grad, geometry, joined, to_eight_bits)
     return weight.to(dtype), (geometry.bias_gradient(grad) if bias is None else bias).to(dtype)
 
 
-def _gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, joined: bool) -> tuple[Tensor, Tensor | None]:
+def _gradients(
+    tucker: Tucker, grad: Tensor, geometry: Geometry, joined: bool, to_eight_bits: bool
+) -> tuple[Tensor, Tensor | None]:
     """The weight gradient and, where `joined` and the plan has it so, the bias gradient."""
     channel = geometry.channel_axis % grad.ndim
     factored = tuple(factor is not None for factor in tucker.factors)
@@ -64,6 +68,7 @@ def _gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, joined: bool) -
     if compiled is not None:
         return compiled
     core, factors, bias = tucker.core, list(tucker.factors), None
+    halved = to_eight_bits and any(factored) and plan.kind is None  # whose error is small beside that of truncation
     if plan.meet == "positions":
         core, factors = _sample(core, factors, geometry)
     for mode in plan.expand:
@@ -79,8 +84,9 @@ def _gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, joined: bool) -
             grad = mode_product(grad, _matrix(factors[mode]).mT, mode)
     remaining = None if channel in plan.expand else factors[channel]
     if plan.meet == "positions":
-        dense = mode_correlation(grad, core, channel)  # (O, r_1) or (O, C)
-        result = _apply_channels(dense, remaining, geometry.groups)
+        correlation = halves.mode_correlation if halved else mode_correlation
+        dense = correlation(grad, core, channel)  # (O, r_1) or (O, C)
+        result = _apply_channels(dense, remaining, geometry.groups, halved)
         result = result.view(*result.shape, *geometry.kernel) if isinstance(geometry, ConvGeometry) else result
         return geometry.by_output(result), bias
     if plan.meet == "rows":
@@ -235,14 +241,15 @@ def _sample(core: Tensor, factors: list[Tensor | None], geometry: Geometry) -> t
     return core, factors
 
 
-def _apply_channels(dense: Tensor, factor: Tensor | None, groups: int) -> Tensor:
+def _apply_channels(dense: Tensor, factor: Tensor | None, groups: int, halved: bool = False) -> Tensor:
     """Turn a gradient (O, r, ...) against core channels into (O, C/g, ...): each group reads its own rows."""
     outputs, rank, *kernel = dense.shape
     if factor is None:
         blocks = dense.reshape(groups, outputs // groups, groups, rank // groups, *kernel)
         return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0).reshape(outputs, -1, *kernel)
     if groups == 1:
-        return mode_product(dense, factor, 1)  # contiguous, so that autograd takes it for the gradient as it is
+        product = halves.mode_product if halved else mode_product
+        return product(dense, factor, 1)  # contiguous, so that autograd takes it for the gradient as it is
     rows = factor.reshape(groups, -1, rank)  # (g, C/g, r)
     by_group = dense.reshape(groups, outputs // groups, rank, -1)  # (g, O/g, r, K)
     return torch.einsum("gorx,gcr->gocx", by_group, rows).reshape(outputs, -1, *kernel)

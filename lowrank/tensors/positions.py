@@ -15,10 +15,13 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lowrank.kernels import passes
+
 Sizes = tuple[int, ...]
 FAST = (3, 3)  # the kernel for which a depthwise convolution is fast
 _MOST_POSITIONS = 8  # of a depthwise layer's input for each weight of a kernel; all pairs are computed
 _MANY_WEIGHTS = 8  # for each number of a sample: then the products take less than adding one up for each sample
+_TOGETHER = 16  # samples of which copies are made, on a CPU: those of more leave the cache
 _AT_ONCE = 2**18  # pairs of positions, over all channels
 
 
@@ -82,12 +85,22 @@ def weight_gradient(x: Tensor, grad: Tensor, pairs: Pairs, kernel: Sizes, groups
 
 def sum_of_products(x: Tensor, grad: Tensor) -> Tensor:
     """Weight gradient of a 1 x 1 convolution, (O, C): per sample a product of the output's gradient, (B, O, ...), and
-    the input, (B, C, ...), both contiguous; of few positions all samples in one."""
+    the input, (B, C, ...), both contiguous; of few positions several samples in one."""
     x, grad = x.flatten(2), grad.flatten(2)
     channels, outputs = x.shape[1], grad.shape[1]
-    if channels * outputs >= _MANY_WEIGHTS * (channels + outputs) * x.shape[2]:
-        return grad.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).mT
-    return torch.addbmm(grad.new_empty(outputs, channels), grad, x.mT, beta=0)
+    if channels * outputs < _MANY_WEIGHTS * (channels + outputs) * x.shape[2]:
+        return torch.addbmm(grad.new_empty(outputs, channels), grad, x.mT, beta=0)
+    if x.shape[0] <= _TOGETHER or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return _side_by_side(grad) @ _side_by_side(x).mT
+    total = grad.new_zeros(outputs, channels)
+    for some_x, some_grad in zip(x.split(_TOGETHER), grad.split(_TOGETHER), strict=True):
+        total.addmm_(_side_by_side(some_grad), _side_by_side(some_x).mT)
+    return total
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """A copy (C, B P) of all samples of (B, C, P)."""
+    return passes.swapped(x).flatten(1)
 
 
 def _dense(x: Tensor, grad: Tensor, pairs: Pairs, size: int) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank.kernels import passes
 from lowrank.tensors.eager import remembered
 from lowrank.tensors.positions import sum_of_products
 from lowrank.tensors.sample import share_of
@@ -70,19 +71,19 @@ def products(x: Tensor, matrix: Tensor, bias: Tensor | None = None, out: Tensor 
     out = x.new_empty(left, m, right) if out is None else out
     some = max(_BESIDE, _COPY // (right * max(m, n)))  # so few that their copies do not count
     for at in range(0, left, some):
-        out[at : at + some] = _beside(x[at : at + some], matrix, bias)
+        _beside(x[at : at + some], matrix, bias, out[at : at + some])
     return out
 
 
-def _beside(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+def _beside(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """`products` in one; of a single matrix by its transpose."""
     (left, n, right), m = x.shape, matrix.shape[0]
     if left == 1:
-        found = x[0].mT @ matrix.mT if bias is None else torch.addmm(bias, x[0].mT, matrix.mT)
-        return found.mT[None]
-    x = x.transpose(0, 1).reshape(n, left * right)
+        out[0] = (x[0].mT @ matrix.mT if bias is None else torch.addmm(bias, x[0].mT, matrix.mT)).mT
+        return
+    x = passes.swapped(x).view(n, left * right)
     found = matrix @ x if bias is None else torch.addmm(bias[:, None], matrix, x)
-    return found.view(m, left, right).transpose(0, 1)
+    passes.swapped(found.view(m, left, right), out)
 
 
 def _are_narrow(x: Tensor, matrix: Tensor) -> bool:

@@ -179,3 +179,17 @@ def test_what_it_is_not_made_for_is_left_to_the_operators():
     assert not takes(torch.ones(5000, 3), 2, 3)
     assert not takes(torch.ones(400, 1500), 9, 1500)  # which BLAS does faster
     assert not takes(torch.ones(2, *[1] * 7, 2), 1, *[1] * 7, 2)
+
+
+def test_bases_that_lie_out_of_order_are_read_in_theirs():
+    x = random_tensor(3, 40, 7, 9).float()
+    for mode, rank in ((1, 5), (2, 3), (3, 2)):
+        columns = random_tensor(rank, x.shape[mode], seed=mode).float().mT  # not contiguous
+        apart = random_tensor(2 * x.shape[mode], rank, seed=mode).float()[::2]
+        for start in (columns, apart):
+            for share in (passes.HELD, 1):
+                core, (basis,) = passes.subspace(x, [(mode, start, share)])
+                wanted, (other,) = passes.subspace(x, [(mode, start.contiguous(), share)])
+                assert torch.equal(core, wanted)
+                assert torch.equal(basis, other)
+                assert (basis is start) is (share == passes.HELD)

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from hypothesis import assume, given
-from references import TOLERANCE, autograd, random_tensor
+from references import DEVICE, TOLERANCE, autograd, random_tensor
 from strategies import convolutions
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank.tensors.geometry import ConvGeometry
-from lowrank.tensors.positions import joined_pairs, pays, weight_gradient
+from lowrank.tensors.positions import joined_pairs, pays, sum_of_products, weight_gradient
 
 
 def by_pairs(layer, x, grad):
@@ -63,3 +64,27 @@ def test_where_they_pay(groups, kernel, side, expected):
     x = torch.zeros(2, 8, side, side)
     assert pays(x, (kernel, kernel), groups, 8) == expected
     assert not pays(x.bfloat16(), (kernel, kernel), groups, 8)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers of the largest tensor that an operator makes, but for views."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **kwargs or {})
+        if isinstance(found, torch.Tensor) and not function.is_view:
+            self.numbers = max(self.numbers, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("samples", [1, 16, 40])
+def test_of_a_1x1_convolution_on_small_images_from_copies_of_few_samples(samples):
+    x, grad = random_tensor(samples, 90, 2, 2), random_tensor(samples, 80, 2, 2, seed=1)
+    wanted = torch.einsum("bohw,bchw->oc", grad, x)
+    with LargestTensor() as largest:
+        found = sum_of_products(x, grad)
+    torch.testing.assert_close(found, wanted, **TOLERANCE)
+    torch.testing.assert_close(sum_of_products(x.float(), grad.float()).double(), wanted, rtol=0, atol=1e-4)
+    if DEVICE == "cpu":
+        assert largest.numbers <= max(80 * 90, 16 * 90 * 4)
