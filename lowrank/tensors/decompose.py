@@ -18,7 +18,7 @@ from torch import Tensor
 from lowrank.errors import NonFiniteError, SettingError
 from lowrank.kernels import passes
 from lowrank.tensors.eager import remembered
-from lowrank.tensors.sample import sampled, share_of
+from lowrank.tensors.sample import sampled, share_of, turn_of
 from lowrank.tensors.tucker import Tucker, in_memory_order, iteration_order, mode_correlation, mode_order, mode_product
 
 Algorithm = Literal["sequential", "published"]
@@ -195,6 +195,7 @@ def subspace_iteration(
     starts: Sequence[Tensor | None],
     algorithm: Algorithm = "sequential",
     held: Sequence[int] = (),
+    passes_before: int = 0,
 ) -> tuple[Tucker, list[Tensor | None]]:
     """One subspace iteration per mode, from a given start.
 
@@ -207,6 +208,7 @@ def subspace_iteration(
             large one on the part of the fibres that `share_of` names.
         held: modes whose starts are bases already: `x` is projected on them, ahead of all else, and the other modes are
             iterated on what is left.
+        passes_before: how many there were: in each, another part of a large tensor is in turn, see `turn_of`.
 
     Returns:
         The `Tucker` form in `x.dtype`, see `Tucker.to`, and the bases in the starts' dtype, to start from in the next
@@ -217,7 +219,8 @@ def subspace_iteration(
     published = algorithm == "published"
     pairs = _ordered(starts, iteration_order(x.shape, _ranks(x, starts)))
     pairs.sort(key=lambda pair: pair[0] not in held)
-    steps = _steps(wide.shape, [(place[mode], start, mode in held) for mode, start in pairs], published)
+    asked = [(place[mode], start, mode in held) for mode, start in pairs]
+    steps = _steps(wide.shape, asked, published, passes_before)
     found = None if published else passes.subspace(wide, steps)
     core, made = _by_operators(wide, steps, published) if found is None else found
     for (mode, _), basis in zip(pairs, made, strict=True):
@@ -225,12 +228,15 @@ def subspace_iteration(
     return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
 
 
-def _steps(shape: Sequence[int], asked: list[tuple[int, Tensor, bool]], published: bool) -> list[passes.Step]:
+def _steps(
+    shape: Sequence[int], asked: list[tuple[int, Tensor, bool]], published: bool, passes_before: int
+) -> list[passes.Step]:
     """The modes in turn, each with its start, and the share of its fibres; asked: of each, whether it is held."""
     current, steps = list(shape), []
     for mode, start, held in asked:
         share = passes.HELD if held else 1 if published else share_of(current, mode, start.shape[1])
-        steps.append((mode, start, share))
+        turn = (0, 0) if share in (passes.HELD, 1) else turn_of(passes_before, prod(current[mode + 1 :]), share)
+        steps.append(passes.Step(mode, start, share, *turn))
         current[mode] = start.shape[1]
     return steps
 
@@ -238,14 +244,14 @@ def _steps(shape: Sequence[int], asked: list[tuple[int, Tensor, bool]], publishe
 def _by_operators(x: Tensor, steps: Sequence[passes.Step], published: bool) -> tuple[Tensor, list[Tensor]]:
     """As `passes.subspace`; published: each mode is iterated on all that those held leave."""
     core, bases = x, []
-    for mode, start, share in steps:
+    for mode, start, share, *turn in steps:
         if share == passes.HELD:
             x = core = mode_product(core, start.to(core.dtype).mT, mode)
             bases.append(start)
             continue
         source, at = _ahead(x if published else core, mode)
-        part = (source, at) if share == 1 else _ahead(*sampled(core, mode, share))
-        bases.append(basis := _iterate(*part, start))
+        part = (source, at) if share == 1 else _ahead(*sampled(core, mode, share, *turn))
+        bases.append(basis := _iterate(*part, start, share != 1))
         if published:
             core = mode_product(core, basis.mT, mode)
         else:
@@ -260,12 +266,12 @@ def _ahead(x: Tensor, mode: int) -> tuple[Tensor, int]:
     return x, mode
 
 
-def _iterate(x: Tensor, mode: int, start: Tensor) -> Tensor:
-    """orth(X X^T start) for the unfolding X of `mode`."""
+def _iterate(x: Tensor, mode: int, start: Tensor, part: bool) -> Tensor:
+    """orth(X X^T start) for the unfolding X of `mode`; a part of all there is says nothing of what it has none of."""
     # A step that met NaN leaves a basis of NaN; from zeros QR gives unit vectors, and the iteration recovers.
     start = torch.nan_to_num(start.to(x.dtype), 0.0, 0.0, 0.0)
     image = mode_correlation(x, mode_product(x, start.mT, mode), mode)
-    basis = torch.linalg.qr(image)[0]
+    basis = torch.linalg.qr(torch.where(image.any(0), image, start) if part else image)[0]
     # Laid out as it comes back from a file, also with a single column, so that the next step rounds the same.
     return basis.clone(memory_format=torch.contiguous_format)
 

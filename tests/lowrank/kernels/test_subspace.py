@@ -106,10 +106,24 @@ def test_of_a_large_tensor_a_mode_is_iterated_on_the_fibres_that_are_named(width
     steps, own = [], passes.subspace
     monkeypatch.setattr(passes, "subspace", lambda x, asked: steps.extend(asked) or own(x, asked))
     _, bases = subspace_iteration(x.float(), starts)
-    mode, start, named = steps[0]
+    mode, start, named, *_ = steps[0]
     assert named == share
     a = fibres_by_definition(x, mode, share)
     assert same_span(bases[mode].double(), torch.linalg.qr(a @ (a.mT @ start.double()))[0], 1e-4)
+
+
+@pytest.mark.parametrize("passes", [1, 5, 16, 33])
+@pytest.mark.parametrize(("shape", "ranks", "share"), SAMPLED)
+def test_in_every_pass_they_are_those_that_the_operators_take(width, shape, ranks, share, passes, monkeypatch):
+    x, starts = random_tensor(*shape, seed=3).float(), starts_for(shape, ranks)
+    answers = in_one_call(monkeypatch)
+    tucker, bases = subspace_iteration(x, starts, passes_before=passes)
+    assert answers[-1] is not None
+    exact, exact_bases = subspace_iteration(x.double(), double(starts), passes_before=passes)
+    torch.testing.assert_close(tucker.core.double(), exact.core, rtol=0, atol=2e-5 * exact.core.abs().max().item())
+    for found, wanted in zip(bases, exact_bases, strict=True):
+        if found is not None:
+            torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-4)
 
 
 def test_memory_order_is_no_matter(width):
@@ -165,7 +179,7 @@ def test_several_threads_do_what_one_does(width):
 def test_what_it_is_not_made_for_is_left_to_the_operators():
     def takes(x, *ranks):
         starts = starts_for(x.shape, ranks)
-        steps = [(mode, start, 1) for mode, start in enumerate(starts) if start is not None]
+        steps = [passes.Step(mode, start, 1) for mode, start in enumerate(starts) if start is not None]
         return passes.subspace(x, steps) is not None
 
     ones = torch.ones(4, 5, 6)
