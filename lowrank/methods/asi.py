@@ -80,7 +80,7 @@ class ASI(RankedMethod):
         ranks = self.kept_ranks(shape, self.ranks_for(shape))
         if ranks == shape:
             return store(x, Tucker(x, (None,) * x.ndim), self.storage), state
-        # Per mode a basis, then when they are due, per mode the scale of a basis in int8, and the passes, see `_passes`.
+        # Per mode a basis, then when they are due, per mode the scale of a basis in int8, and the passes (`_passes`).
         state = (*state, *[None] * (2 * x.ndim + 2 - len(state)))
         stored, due, scales, counted = state[: x.ndim], state[x.ndim], state[x.ndim + 1 : -1], state[-1]
         held = [restored_basis(*pair) for pair in zip(stored, scales, strict=True)]
@@ -202,8 +202,10 @@ class ASI(RankedMethod):
 
 
 def _passes(counted: Tensor | None) -> int:
-    """How many passes over large inputs a layer has made, by which the part that is in turn is told. Counted on the CPU,
-    which no device waits for; a compiled graph does not read it, and has the part of the first pass in all of them."""
+    """How many passes over large inputs a layer has made, by which the part that is in turn is told.
+
+    Counted on the CPU, which no device waits for. A compiled graph has the part of the first pass in all of them.
+    """
     return 0 if counted is None or torch.compiler.is_compiling() else int(counted)
 
 

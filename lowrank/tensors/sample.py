@@ -138,7 +138,7 @@ def sampled(x: Tensor, mode: int, share: int, turn: int = 0, ahead: int = 0) -> 
     return blocks.movedim(2, 1)[places, turns], 1
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _joined(parts: list[Tensor]) -> Tensor:
     """Tensors (b, c, n, right), of one n and right, one behind the other, (b c + ..., n, right)."""
     if len({part.shape[1] for part in parts}) == 1:
         return torch.cat(parts).flatten(0, 1)
