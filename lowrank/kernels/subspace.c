@@ -254,11 +254,32 @@ static void orthonormal(float *a, int64_t n, int64_t r) {
   }
 }
 
-/* basis = orth(X X^T start), (n, r); of a part, start where that is zero. */
+/* Numbers in which no direction is favoured, see `decompose`. */
+static float other(int64_t place) { return (float)cos((double)place * (double)place); }
+
+static int is_zero(const float *a, int64_t n) {
+  for (int64_t i = 0; i < n; i++)
+    if (a[i] != 0) return 0;
+  return 1;
+}
+
+/* Whether a part has nothing but zeros. */
+static int is_empty(const view *v) {
+  for (int64_t index = 0; index < v->parts; index++) {
+    int64_t left;
+    const float *x = part(v, index, &left);
+    for (int64_t l = 0; l < left; l++)
+      for (int64_t i = 0; i < v->n; i++)
+        if (!is_zero(x + l * v->jump + i * v->stride, v->right)) return 0;
+  }
+  return 1;
+}
+
+/* basis = orth(X X^T start), (n, r); where that is zero, from other numbers, or, of a part without any, from start. */
 static void iterate(view *v, const float *start, float *basis, float *scratch, int threads) {
   const int64_t n = v->n, r = v->r;
   float *images = scratch + v->image;
-  for (int64_t i = 0; i < n * r; i++) basis[i] = isfinite(start[i]) ? start[i] : 0;
+  for (int64_t i = 0; i < n * r; i++) basis[i] = isfinite(start[i]) ? start[i] : other(i);
   over_tiles(v, arranged(v, basis, scratch), images, NULL, threads);
   for (int64_t piece = 1; piece < v->pieces; piece++)
     for (int64_t i = 0; i < v->image; i++) images[i] += images[piece * v->image + i];
@@ -266,11 +287,11 @@ static void iterate(view *v, const float *start, float *basis, float *scratch, i
     v->with->arrange(images, r, n, scratch, n, 1, 1);
   else
     for (int64_t i = 0; i < n * r; i++) scratch[i % r * n + i / r] = images[i];
-  for (int64_t k = 0; v->share != 1 && k < r; k++) {
-    int seen = 0;
-    for (int64_t i = 0; i < n; i++) seen |= scratch[k * n + i] != 0;
-    for (int64_t i = 0; i < n && !seen; i++) scratch[k * n + i] = basis[i * r + k];
-  }
+  for (int64_t k = 0, kept = -1; k < r; k++)
+    if (is_zero(scratch + k * n, n)) {
+      if (kept < 0) kept = v->share != 1 && is_empty(v);
+      for (int64_t i = 0; i < n; i++) scratch[k * n + i] = kept ? basis[i * r + k] : other(i * r + k);
+    }
   orthonormal(scratch, n, r);
   for (int64_t k = 0; k < r; k++)
     for (int64_t i = 0; i < n; i++) basis[i * r + k] = scratch[k * n + i];

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -267,13 +268,35 @@ def _ahead(x: Tensor, mode: int) -> tuple[Tensor, int]:
 
 
 def _iterate(x: Tensor, mode: int, start: Tensor, part: bool) -> Tensor:
-    """orth(X X^T start) for the unfolding X of `mode`; a part of all there is says nothing of what it has none of."""
-    # A step that met NaN leaves a basis of NaN; from zeros QR gives unit vectors, and the iteration recovers.
-    start = torch.nan_to_num(start.to(x.dtype), 0.0, 0.0, 0.0)
+    """orth(X X^T start) for the unfolding X of `mode`; orth(start), if X is a part of all there is, of zeros alone."""
+    start = start.to(x.dtype)
+    other = _others(start)
+    start = torch.where(start.isfinite(), start, other)  # a step that met NaN leaves a basis of NaN
     image = mode_correlation(x, mode_product(x, start.mT, mode), mode)
-    basis = torch.linalg.qr(torch.where(image.any(0), image, start) if part else image)[0]
+    # From zeros QR would give unit vectors, and if `x` has only zeros in their places they would stay for good.
+    other = torch.where(x.any(), other, start) if part else other
+    basis = torch.linalg.qr(torch.where(image.any(0), image, other))[0]
     # Laid out as it comes back from a file, also with a single column, so that the next step rounds the same.
     return basis.clone(memory_format=torch.contiguous_format)
+
+
+def _others(start: Tensor) -> Tensor:
+    """Numbers in which no direction is favoured, of the start's shape; always the same."""
+    n, r = start.shape
+    if torch.compiler.is_compiling():
+        return _spread(n * r, start.dtype, start.device).view(n, r)
+    count = max(1024, 1 << (n * r - 1).bit_length())  # few sizes that are remembered
+    return _remembered_spread(count, start.dtype, start.device)[: n * r].view(n, r)
+
+
+def _spread(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.float64, device=device).square().cos().to(dtype)
+
+
+@lru_cache(maxsize=8)
+def _remembered_spread(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _spread(count, dtype, device)
 
 
 def _widen(x: Tensor) -> Tensor:

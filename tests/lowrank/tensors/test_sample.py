@@ -118,6 +118,17 @@ def test_what_one_turn_does_not_see_is_found_by_another_and_not_lost(shape, mode
     assert missed == ([True] * seen + [False] * (2 * turns - seen) if within else [False] * 2 * turns)
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_basis_that_sees_nothing_of_a_part_that_has_something_is_given_up(kernels):
+    x = torch.zeros(32, 128, 128)
+    x[..., 64:] = random_tensor(32, 128, 1, seed=1).float() * random_tensor(64).float()
+    starts = [None, None, torch.eye(128)[:, :4]]
+    with nullcontext() if kernels else library.plain():
+        for passes in range(3):
+            tucker, starts = subspace_iteration(x, starts, passes_before=passes)
+    torch.testing.assert_close(tucker.dense(), x, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("mode", [1, 2, 3])
 def test_every_place_of_the_other_modes_is_taken_as_often(mode):
     shape = (32, 24, 32, 40)
