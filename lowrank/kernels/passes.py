@@ -229,8 +229,9 @@ def subspace(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, list[Tensor]] | 
         step.start if step.share == HELD else torch.empty_like(own) for own, step in zip(starts, steps, strict=True)
     ]
     pointers = [x.data_ptr(), core.data_ptr(), scratch.data_ptr()]
-    for start, basis, step in zip(starts, bases, steps, strict=True):
-        pointers += start.data_ptr(), basis.data_ptr(), step.turn, step.ahead
+    for own, basis, step in zip(starts, bases, steps, strict=True):
+        used = own if step.share == HELD else basis
+        pointers += own.data_ptr(), used.data_ptr(), step.turn, step.ahead
     memory = (ctypes.c_int64 * len(pointers))(*pointers)
     kernel(plan, memory, torch.get_num_threads())  # type: ignore[operator]
     return core, bases

@@ -126,15 +126,18 @@ def test_in_every_pass_they_are_those_that_the_operators_take(width, shape, rank
             torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-4)
 
 
-def test_memory_order_is_no_matter(width):
-    x, starts = random_tensor(3, 20, 9, 11, seed=1).float(), starts_for((3, 20, 9, 11), (2, 5, 3, 4))
-    wanted, _ = subspace_iteration(x.double(), double(starts))
+@pytest.mark.parametrize("held", [(), (1, 3), (0, 1, 2, 3)])
+def test_memory_order_is_no_matter(width, held):
+    x = random_tensor(3, 20, 9, 11, seed=1).float()
+    starts = [torch.linalg.qr(start)[0].contiguous() for start in starts_for((3, 20, 9, 11), (2, 5, 3, 4))]
+    wanted, _ = subspace_iteration(x.double(), double(starts), held=held)
     for laid_out in (
         x.contiguous(memory_format=torch.channels_last),
         x.transpose(0, 3).contiguous().transpose(0, 3),
         torch.stack([x, x], 4)[..., 0],
     ):
-        tucker, _ = subspace_iteration(laid_out, [None if s is None else s.mT.contiguous().mT for s in starts])
+        by_columns = [start.mT.contiguous().mT for start in starts]
+        tucker, _ = subspace_iteration(laid_out, by_columns, held=held)
         torch.testing.assert_close(tucker.dense().double(), wanted.dense(), rtol=0, atol=1e-4)
 
 
