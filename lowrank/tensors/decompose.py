@@ -283,7 +283,8 @@ def _iterate(x: Tensor, mode: int, start: Tensor, part: bool) -> Tensor:
 def _others(start: Tensor) -> Tensor:
     """Numbers in which no direction is favoured, of the start's shape; always the same."""
     n, r = start.shape
-    if torch.compiler.is_compiling():
+    recorded = start.is_cuda and torch.cuda.is_current_stream_capturing()  # into memory that is the graph's
+    if torch.compiler.is_compiling() or recorded:
         return _spread(n * r, start.dtype, start.device).view(n, r)
     count = max(1024, 1 << (n * r - 1).bit_length())  # few sizes that are remembered
     return _remembered_spread(count, start.dtype, start.device)[: n * r].view(n, r)
@@ -293,7 +294,7 @@ def _spread(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.arange(count, dtype=torch.float64, device=device).square().cos().to(dtype)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _remembered_spread(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return _spread(count, dtype, device)
