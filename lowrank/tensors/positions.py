@@ -85,7 +85,8 @@ def sum_of_products(x: Tensor, grad: Tensor) -> Tensor:
     the input, (B, C, ...), both contiguous; of few positions all samples in one."""
     x, grad = x.flatten(2), grad.flatten(2)
     channels, outputs = x.shape[1], grad.shape[1]
-    if channels * outputs >= _MANY_WEIGHTS * (channels + outputs) * x.shape[2]:
+    halves = x.element_size() < 4  # in which a sum over many samples, made one by one, is far off
+    if halves or channels * outputs >= _MANY_WEIGHTS * (channels + outputs) * x.shape[2]:
         return grad.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).mT
     return torch.addbmm(grad.new_empty(outputs, channels), grad, x.mT, beta=0)
 
