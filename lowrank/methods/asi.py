@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,7 +81,7 @@ class ASI(RankedMethod):
         if ranks == shape:
             return store(x, Tucker(x, (None,) * x.ndim), self.storage), state
         # Per mode a basis, then when they are due, per mode the scale of a basis in int8, and the passes (`_passes`).
-        state = (*state, *[None] * (2 * x.ndim + 2 - len(state)))
+        state = in_places(state, (*[2] * x.ndim, 0, *[1] * x.ndim, 0))
         stored, due, scales, counted = state[: x.ndim], state[x.ndim], state[x.ndim + 1 : -1], state[-1]
         held = [restored_basis(*pair) for pair in zip(stored, scales, strict=True)]
         starts = [self._start(x, mode, rank, held[mode], name) for mode, rank in enumerate(ranks)]
@@ -199,6 +199,17 @@ class ASI(RankedMethod):
             + self.subspace_flops(shape, ranks)
             + self.gradient_flops(geometry, shape, ranks, out_channels),
         )
+
+
+def in_places(state: Tensors, dimensions: Sequence[int]) -> Tensors:
+    """A state with a tensor of these dimensions, or None, in each place: all None where it is another one, as a linear
+    layer's is that was given an input of more modes or fewer."""
+    if len(state) > len(dimensions):
+        state = ()
+    for tensor, dimension in zip(state, dimensions, strict=False):
+        if tensor is not None and tensor.ndim != dimension:
+            state = ()
+    return (*state, *[None] * (len(dimensions) - len(state)))
 
 
 def _passes(counted: Tensor | None) -> int:
