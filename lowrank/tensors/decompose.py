@@ -270,13 +270,32 @@ def _ahead(x: Tensor, mode: int) -> tuple[Tensor, int]:
 def _iterate(x: Tensor, mode: int, start: Tensor, part: bool) -> Tensor:
     """orth(X X^T start) for the unfolding X of `mode`; orth(start), if X is a part of all there is, of zeros alone."""
     start = start.to(x.dtype)
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return _laid_out(torch.linalg.qr(_image(x, mode, start, part))[0])
+    basis, triangle = torch.linalg.qr(_correlated(x, mode, start))
+    if not all(0 < abs(number) < math.inf for number in triangle.diagonal().tolist()):
+        basis = torch.linalg.qr(_image(x, mode, start, part))[0]
+    return _laid_out(basis)
+
+
+def _image(x: Tensor, mode: int, start: Tensor, part: bool) -> Tensor:
+    """X X^T start, with other numbers where the start's are not finite, and columns of them where it would be zero.
+
+    A step that met NaN leaves a basis of NaN. From columns of zeros QR would give unit vectors, and if `x` has only
+    zeros in their places, as on the border of an image, they would stay for good.
+    """
     other = _others(start)
-    start = torch.where(start.isfinite(), start, other)  # a step that met NaN leaves a basis of NaN
-    image = mode_correlation(x, mode_product(x, start.mT, mode), mode)
-    # From zeros QR would give unit vectors, and if `x` has only zeros in their places they would stay for good.
-    other = torch.where(x.any(), other, start) if part else other
-    basis = torch.linalg.qr(torch.where(image.any(0), image, other))[0]
-    # Laid out as it comes back from a file, also with a single column, so that the next step rounds the same.
+    start = torch.where(start.isfinite(), start, other)
+    image = _correlated(x, mode, start)
+    return torch.where(image.any(0), image, torch.where(x.any(), other, start) if part else other)
+
+
+def _correlated(x: Tensor, mode: int, start: Tensor) -> Tensor:
+    return mode_correlation(x, mode_product(x, start.mT, mode), mode)
+
+
+def _laid_out(basis: Tensor) -> Tensor:
+    """As it comes back from a file, also with a single column, so that the next step rounds the same."""
     return basis.clone(memory_format=torch.contiguous_format)
 
 
