@@ -21,38 +21,47 @@ _A_WARP, _MOST_WARPS = 512, 16  # numbers
 
 
 @triton.jit
-def _fibre(at, right, rest, size, share, PLANES: tl.constexpr):
-    """Where the at-th fibre of the share starts, see `lowrank.tensors.sample.share_of`; size: of the mode."""
-    if PLANES:
-        taken = rest // share
-        behind, ahead = at % right, at // right
-        sample = ahead // taken
-        place = sample % share + share * (ahead % taken)
-    else:
-        some = right // share
-        ahead = at // some
-        sample, place = ahead // rest, ahead % rest
-        behind = (sample + place) % share * some + at % some
-    return (sample * rest + place) * size * right + behind
-
-
-@triton.jit
-def _take(x, out, fibres, right, rest, size, share, PLANES: tl.constexpr, ROWS: tl.constexpr, FIBRES: tl.constexpr):
+def _take(
+    x, out, fibres, right, rest, size, share, turn, ahead,
+    PLANES: tl.constexpr, ROWS: tl.constexpr, FIBRES: tl.constexpr,
+):  # fmt: skip
+    """The fibres of a share, see `lowrank.tensors.sample.share_of`; zeros for planes that a sample has one less of."""
     at = tl.program_id(0).to(tl.int64) * FIBRES + tl.arange(0, FIBRES)[None, :]
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    if PLANES:
+        most = tl.cdiv(rest, share)
+        behind, before = at % right, at // right
+        sample = before // most
+        place = (sample + turn) % share + share * (before % most)
+    else:
+        some = right // share
+        before = at // some
+        sample, place = before // rest, before % rest
+        behind = ahead + (sample + place + turn) % share * some + at % some
+    begin = (sample * rest + place) * size * right + behind
     there = (at < fibres) & (row < size)
-    number = tl.load(x + _fibre(at, right, rest, size, share, PLANES) + row * right, mask=there)
+    number = tl.load(x + begin + row * right, mask=there & (place < rest), other=0.0)
     tl.store(out + row * fibres + at, number, mask=there)
 
 
 @triton.jit
-def _orthonormal(image, out, n, r, N: tl.constexpr, R: tl.constexpr):
-    """Q of the QR decomposition of an image (n, r), by Householder's reflections, with LAPACK's signs."""
+def _orthonormal(image, start, out, n, r, PART: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
+    """Q of the QR decomposition of an image (n, r), by Householder's reflections, with LAPACK's signs.
+
+    A column of zeros is drawn anew: from unit vectors, where `x` may hold nothing, an iteration would not come away. If
+    all are zeros, of a part of all there is, the start stays.
+    """
     row, column = tl.arange(0, N), tl.arange(0, R)
     there = (row[:, None] < n) & (column[None, :] < r)
     place = row[:, None] * r + column[None, :]
     a = tl.load(image + place, mask=there, other=0.0)
     a = tl.where(tl.abs(a) < float("inf"), a, 0.0)
+    held = tl.max(tl.abs(a), 0)
+    other = tl.where(there, tl.rand(233, place) - 0.5, 0.0)
+    if PART:
+        old = tl.load(start + place, mask=there, other=0.0)
+        other = tl.where((tl.max(held, 0) == 0) & (tl.abs(old) < float("inf")), old, other)
+    a = tl.where(held[None, :] > 0, a, other)
     taus = tl.zeros((R,), tl.float32)
     for k in range(r):
         this = (column[None, :] == k) & (row[:, None] >= k)
@@ -78,39 +87,45 @@ def _orthonormal(image, out, n, r, N: tl.constexpr, R: tl.constexpr):
     tl.store(out + place, q, mask=there)
 
 
-def iterate(x: Tensor, mode: int, start: Tensor, share: int) -> Tensor | None:
+def iterate(x: Tensor, mode: int, start: Tensor, share: int, turn: int = 0, ahead: int = 0) -> Tensor | None:
     """See `passes.iterate`."""
     if x.dtype != torch.float32 or start.dtype != torch.float32 or not _fits(*start.shape):
         return None
-    unfolding = _unfolding(x, mode, share)
-    return orthonormal(unfolding @ (start.mT @ unfolding).mT)
+    unfolding = _unfolding(x, mode, share, turn, ahead)
+    return orthonormal(unfolding @ (start.mT @ unfolding).mT, start, share != 1)
 
 
-def _unfolding(x: Tensor, mode: int, share: int) -> Tensor:
+def _unfolding(x: Tensor, mode: int, share: int, turn: int, ahead: int) -> Tensor:
     """The fibres of a share, (n, fibres); a view, where that is one."""
     first, n, rest, right = x.shape[0], x.shape[mode], prod(x.shape[1:mode]), prod(x.shape[mode + 1 :])
     if share == 1 and mode == 0:
         return x.view(n, right)
     if share == 1 and right == 1:
         return x.view(-1, n).mT
-    fibres = first * (rest // share) * right if share > 0 else first * rest * (right // -share)
+    fibres = first * triton.cdiv(rest, share) * right if share > 0 else first * rest * (right // -share)
     found = x.new_empty(n, fibres)
     if found.numel():
         programs = triton.cdiv(fibres, _FIBRES), triton.cdiv(n, _ROWS)
-        sizes = fibres, right, rest, n, abs(share)
+        sizes = fibres, right, rest, n, abs(share), turn, ahead
         with torch.cuda.device_of(x):
             _take[programs](x, found, *sizes, PLANES=share > 0, ROWS=_ROWS, FIBRES=_FIBRES)
     return found
 
 
-def orthonormal(image: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of an image (n, r), r at most n; NaN and infinite numbers count as zero."""
+def orthonormal(image: Tensor, start: Tensor, part: bool) -> Tensor:
+    """An orthonormal basis of the columns of an image (n, r), r at most n; NaN and infinite numbers count as zero.
+
+    Args:
+        image: of a start, (n, r).
+        start: in whose place the image stands, see the kernel.
+        part: whether the image is of a part of all fibres.
+    """
     n, r = image.shape
     image, basis = image.contiguous(), image.new_empty(n, r)
     high, wide = triton.next_power_of_2(n), triton.next_power_of_2(r)
     warps = max(1, min(high * wide // _A_WARP, _MOST_WARPS))
     with torch.cuda.device_of(image):
-        _orthonormal[(1,)](image, basis, n, r, N=high, R=wide, num_warps=warps)
+        _orthonormal[(1,)](image, start, basis, n, r, PART=part, N=high, R=wide, num_warps=warps)
     return basis
 
 

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from math import inf, prod
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,26 @@ _GATES: dict[Gate, int] = {"above": 0, "between": 1, "within": 1, "strictly abov
 GateOf = Literal["SiLU", "GELU"]
 _GATES_OF: dict[GateOf, int] = {"SiLU": 0, "GELU": 1}
 HELD = 0  # of a step of `subspace`
-Step = tuple[int, Tensor, int]
 _MOST_PROJECTED = 12  # columns; of more, a product of BLAS takes less
 _MOST_ROWS, _ROW = 8, 16  # columns of the product of a mode with so many numbers behind it
 _SWAPPED = range(5, 65)  # bytes of a row that is one vector; it is read and written as a whole
+
+
+class Step(NamedTuple):
+    """Of `subspace`: a mode, and the part of its fibres that its basis is iterated on.
+
+    Attributes:
+        mode: its place.
+        start: (n, r), at most 128 columns and 2048 rows.
+        share: of the fibres, see `sample.share_of`; or `HELD`, the start is a basis already.
+        turn, ahead: see `sample.turn_of`.
+    """
+
+    mode: int
+    start: Tensor
+    share: int
+    turn: int = 0
+    ahead: int = 0
 
 
 def pack(x: Tensor, gate: Gate, low: float, high: float, bits: Tensor) -> bool:
@@ -154,46 +170,43 @@ def subspace(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, list[Tensor]] | 
 
     Args:
         x: of at most 8 modes, float32, or nothing is done.
-        steps: per mode that is cut its place, the start (n, r), at most 128 columns and 2048 rows, and the share of
-            the fibres that it is iterated on, see `sample.share_of`; or `HELD`, the start is a basis already.
+        steps: one for each mode that is cut.
 
     Returns:
         The core, and a basis for each step, the start itself where that is one; None: not for these.
     """
-    starts = [start.contiguous() for _, start, _ in steps]
+    starts = [step.start.contiguous() for step in steps]
     kernel, room_of = kernel_for("subspace", x, *starts) if steps else None, kernel_for("subspace_room", x)
     if kernel is None or room_of is None:
         return None
     sizes = tuple(x.shape)
-    ranks = tuple([(mode, start.shape[1], share) for mode, start, share in steps])
+    ranks = tuple([(step.mode, step.start.shape[1], step.share) for step in steps])
     shape, plan = _subspace_plan(sizes, ranks)
     room = room_of(plan)  # type: ignore[operator]
     if room < 0:
         return None
     core, scratch = x.new_empty(shape), x.new_empty(room)
-    made = [own if share == HELD else torch.empty_like(own) for own, (*_, share) in zip(starts, steps, strict=True)]
+    made = [own if step.share == HELD else torch.empty_like(own) for own, step in zip(starts, steps, strict=True)]
     pointers = [x.data_ptr(), core.data_ptr(), scratch.data_ptr()]
-    for start, basis in zip(starts, made, strict=True):
-        pointers += start.data_ptr(), basis.data_ptr()
+    for own, basis, step in zip(starts, made, steps, strict=True):
+        pointers += own.data_ptr(), basis.data_ptr(), step.turn, step.ahead
     memory = (ctypes.c_int64 * len(pointers))(*pointers)
     kernel(plan, memory, torch.get_num_threads())  # type: ignore[operator]
-    return core, [start if share == HELD else basis for basis, (_, start, share) in zip(made, steps, strict=True)]
+    return core, [step.start if step.share == HELD else basis for basis, step in zip(made, steps, strict=True)]
 
 
-def iterate(x: Tensor, mode: int, start: Tensor, share: int) -> Tensor | None:
-    """A basis of a mode by one subspace iteration from a start, on a GPU.
+def iterate(x: Tensor, step: Step) -> Tensor | None:
+    """A basis of a mode by one subspace iteration, on a GPU.
 
     Args:
         x: float32, or nothing is done.
-        mode: its place.
-        start: (n, r), float32, of at most 2**14 numbers, both counted as the next power of two.
-        share: of the fibres that it is iterated on, see `sample.share_of`.
+        step: with a start in float32, of at most 2**14 numbers, both sizes counted as the next power of two.
 
     Returns:
         (n, r), of finite numbers whatever the others are; None: not for these.
     """
-    found = on_gpu(x, start)
-    return None if found is None else found.iterate(x, mode, start, share)
+    found = on_gpu(x, step.start)
+    return None if found is None else found.iterate(x, *step)
 
 
 @lru_cache(maxsize=4096)
@@ -264,7 +277,7 @@ def project_mode(x: Tensor, columns: Tensor, mode: int) -> Tensor | None:
     if mode == 0:
         projected = project(x.flatten(1), columns)
         return None if projected is None else projected.view(-1, *x.shape[1:])
-    found = subspace(x, [(mode, columns, HELD)])
+    found = subspace(x, [Step(mode, columns, HELD)])
     return None if found is None else found[0]
 
 

@@ -72,7 +72,7 @@ typedef struct {
   const float *x, *s; /* s (n, r); of ROWS (r, n) in vectors, zero where they overlap */
   float *images;      /* one for each piece, or NULL */
   float *out;         /* the projected tensor (left, r, right) of all there is, or NULL */
-  int64_t parts, left, n, right, jump, stride, rest, share, r;
+  int64_t parts, left, n, right, jump, stride, rest, share, turn, ahead, r;
   int64_t tiles, pieces, image;
   int64_t together; /* of `left`, that are done at a time */
   int64_t blocks;   /* that rows are cut into */
@@ -98,12 +98,11 @@ static void back(const view *v, const float *x, int64_t stride, int64_t w, int64
 /* Where a part begins: of all there is, that is one; of every `share`-th of `rest`, or of the columns, of which those of
    every `-share`-th of `rest` are the same. And the number of `left` that it has. */
 static const float *part(const view *v, int64_t index, int64_t *left) {
-  const int64_t size = v->n * v->stride, turns = -v->share;
-  *left = v->left;
-  if (v->share > 0) return v->x + (index * v->rest + index % v->share) * size;
-  const int64_t line = index / turns, at = index % turns;
+  const int64_t turns = v->share < 0 ? -v->share : v->share;
+  const int64_t line = v->share < 0 ? index / turns : index, at = v->share < 0 ? index % turns : (index + v->turn) % turns;
+  const float *x = v->x + (line * v->rest + at) * v->n * v->stride;
   *left = (v->rest - at + turns - 1) / turns;
-  return v->x + (line * v->rest + at) * size + (line + at) % turns * v->right;
+  return v->share < 0 ? x + v->ahead + (line + at + v->turn) % turns * v->right : x;
 }
 
 /* What a tile has of `left`: the first and the number, or less than one; its numbers. */
@@ -255,11 +254,32 @@ static void orthonormal(float *a, int64_t n, int64_t r) {
   }
 }
 
-/* basis = orth(X X^T start), (n, r). */
+/* Numbers in which no direction is favoured, see `decompose`. */
+static float other(int64_t place) { return (float)cos((double)place * (double)place); }
+
+static int is_zero(const float *a, int64_t n) {
+  for (int64_t i = 0; i < n; i++)
+    if (a[i] != 0) return 0;
+  return 1;
+}
+
+/* Whether a part has nothing but zeros. */
+static int is_empty(const view *v) {
+  for (int64_t index = 0; index < v->parts; index++) {
+    int64_t left;
+    const float *x = part(v, index, &left);
+    for (int64_t l = 0; l < left; l++)
+      for (int64_t i = 0; i < v->n; i++)
+        if (!is_zero(x + l * v->jump + i * v->stride, v->right)) return 0;
+  }
+  return 1;
+}
+
+/* basis = orth(X X^T start), (n, r); where that is zero, from other numbers, or, of a part without any, from start. */
 static void iterate(view *v, const float *start, float *basis, float *scratch, int threads) {
   const int64_t n = v->n, r = v->r;
   float *images = scratch + v->image;
-  for (int64_t i = 0; i < n * r; i++) basis[i] = isfinite(start[i]) ? start[i] : 0;
+  for (int64_t i = 0; i < n * r; i++) basis[i] = isfinite(start[i]) ? start[i] : other(i);
   over_tiles(v, arranged(v, basis, scratch), images, NULL, threads);
   for (int64_t piece = 1; piece < v->pieces; piece++)
     for (int64_t i = 0; i < v->image; i++) images[i] += images[piece * v->image + i];
@@ -267,6 +287,11 @@ static void iterate(view *v, const float *start, float *basis, float *scratch, i
     v->with->arrange(images, r, n, scratch, n, 1, 1);
   else
     for (int64_t i = 0; i < n * r; i++) scratch[i % r * n + i / r] = images[i];
+  for (int64_t k = 0, kept = -1; k < r; k++)
+    if (is_zero(scratch + k * n, n)) {
+      if (kept < 0) kept = v->share != 1 && is_empty(v);
+      for (int64_t i = 0; i < n; i++) scratch[k * n + i] = kept ? basis[i * r + k] : other(i * r + k);
+    }
   orthonormal(scratch, n, r);
   for (int64_t k = 0; k < r; k++)
     for (int64_t i = 0; i < n; i++) basis[i * r + k] = scratch[k * n + i];
@@ -299,7 +324,7 @@ static int see(course *c, view *v, int64_t left) {
   v->right = v->share < 0 ? v->stride / turns : v->stride;
   if (v->share == 1 || (v->share < 0 && v->rest == 1)) v->rest = left; /* the samples are what is in turn */
   v->parts = v->share == 1 ? 1 : left / v->rest * (v->share < 0 ? turns : 1);
-  v->left = v->share < 0 ? (v->rest + turns - 1) / turns : v->rest / turns;
+  v->left = (v->rest + turns - 1) / turns; /* at most */
   v->jump = v->n * v->stride * turns;
   v->with = of_row(v->right == 1 ? v->n : v->right);
   if (!cut(v)) return 0;
@@ -338,7 +363,7 @@ int64_t lowrank_subspace_room_float(const int64_t *plan) {
   return look(&c, plan) ? c.images + 2 * c.between : -1;
 }
 
-/* `memory`: x, core, scratch, and for each step start and basis. */
+/* `memory`: x, core, scratch, and for each step start and basis, and of its part the turn and what is ahead of it. */
 void lowrank_subspace_float(const int64_t *plan, const int64_t *memory, int threads) {
   const int64_t steps = plan[1 + plan[0]], *step = plan + plan[0] + 2;
   course c;
@@ -347,9 +372,10 @@ void lowrank_subspace_float(const int64_t *plan, const int64_t *memory, int thre
   float *scratch = (float *)memory[2], *between = scratch + c.images;
   for (int64_t at = 0; at < steps; at++) {
     view *v = c.views + at, *iterated = c.iterated + at;
-    float *start = (float *)memory[3 + 2 * at], *basis = (float *)memory[4 + 2 * at];
+    const int64_t *own = memory + 3 + 4 * at;
+    float *start = (float *)own[0], *basis = (float *)own[1];
     float *out = at + 1 < steps ? between + at % 2 * c.between : (float *)memory[1];
-    iterated->x = v->x = x;
+    iterated->x = v->x = x, iterated->turn = own[2], iterated->ahead = own[3];
     if (step[3 * at + 2] != HELD) iterate(iterated, start, basis, scratch, threads);
     over_tiles(v, arranged(v, basis, scratch), NULL, out, threads);
     x = out;

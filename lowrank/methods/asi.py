@@ -18,6 +18,7 @@ from lowrank.tensors.costs import LayerCost
 from lowrank.tensors.decompose import ALGORITHMS, Algorithm, subspace_iteration
 from lowrank.tensors.geometry import Geometry, Shape
 from lowrank.tensors.memory_layout import bytes_of
+from lowrank.tensors.sample import is_large
 from lowrank.tensors.storage import columns, store
 from lowrank.tensors.tucker import Tucker
 from lowrank.tensors.worth import CONVOLVED_A_CALL, MACS_A_CALL, MOVED_A_CALL
@@ -79,38 +80,41 @@ class ASI(RankedMethod):
         ranks = self.kept_ranks(shape, self.ranks_for(shape))
         if ranks == shape:
             return store(x, Tucker(x, (None,) * x.ndim), self.storage), state
-        # Per mode a basis, then when they are due, then per mode the scale of a basis in int8.
-        state = (*state, *[None] * (2 * x.ndim + 1 - len(state)))
-        stored, due, scales = state[: x.ndim], state[x.ndim], state[x.ndim + 1 :]
+        # Per mode a basis, then when they are due, per mode the scale of a basis in int8, and the passes (`_passes`).
+        state = in_places(state, (*[2] * x.ndim, 0, *[1] * x.ndim, 0))
+        stored, due, scales, counted = state[: x.ndim], state[x.ndim], state[x.ndim + 1 : -1], state[-1]
         held = [restored_basis(*pair) for pair in zip(stored, scales, strict=True)]
         starts = [self._start(x, mode, rank, held[mode], name) for mode, rank in enumerate(ranks)]
-        left = None
+        left, passes = None, _passes(counted)
+        if self.algorithm == "sequential" and is_large(shape) and not torch.compiler.is_compiling():
+            counted = torch.tensor(passes + 1, device="cpu")
         if self.refresh == 1:
-            tucker, bases = self._iterated(x, starts)
+            tucker, bases = self._iterated(x, starts, passes)
         else:
             there = all(start is old for start, old in zip(starts[1:], held[1:], strict=True))
-            tucker, bases, left = self._refreshed(x, starts, due if there else None)
+            tucker, bases, left = self._refreshed(x, starts, due if there else None, passes)
         kept = store(x, tucker, self.storage)
         if not self.warm_start:
-            return kept, ()
+            return kept, () if counted is None else (*[None] * (2 * x.ndim + 1), counted)
         scale: list[Tensor | None] = [None] * x.ndim
         if self.storage != "input":  # where it is, bases of halves stay as they were computed
             bases, scale = list(kept[1 : x.ndim + 1]), list(kept[x.ndim + 2 :]) or scale
         # A smaller batch, such as an epoch's last, leaves the batch basis of the full one in place.
         if stored[0] is not None and stored[0].shape[0] > x.shape[0]:
             bases[0], scale[0] = stored[0], scales[0]
-        further = (left, *scale)
+        further = (left, *scale, counted)
         return kept, (*bases, *(further if any(tensor is not None for tensor in further) else ()))
 
-    def _iterated(self, x: Tensor, starts: Bases, held: Sequence[int] = ()) -> Found:
-        return subspace_iteration(x, starts, self.algorithm, held, self.to_eight_bits)
+    def _iterated(self, x: Tensor, starts: Bases, passes: int, held: Sequence[int] = ()) -> Found:
+        return subspace_iteration(x, starts, self.algorithm, held, self.to_eight_bits, passes)
 
-    def _refreshed(self, x: Tensor, starts: Bases, before: Tensor | None) -> tuple[Tucker, Bases, Tensor]:
+    def _refreshed(self, x: Tensor, starts: Bases, before: Tensor | None, passes: int) -> tuple[Tucker, Bases, Tensor]:
         """Compress by bases that are iterated only when that is due.
 
         Args:
             before: what the step before left, a scalar: the steps since the bases were iterated, from 1; or, with
                 "energy", the share that they captured then. None: there are no bases yet.
+            passes: that were made before.
 
         Returns:
             The Tucker form, the bases, and the same scalar for the next step; after values that are not finite it is
@@ -119,10 +123,10 @@ class ASI(RankedMethod):
         factored = [start is not None for start in starts]
 
         def fresh() -> Found:
-            return self._iterated(x, starts)
+            return self._iterated(x, starts, passes)
 
         def held() -> Found:
-            return self._iterated(x, starts, held=range(1, x.ndim))
+            return self._iterated(x, starts, passes, held=range(1, x.ndim))
 
         def share(found: Found) -> Tensor:
             """Of the energy, the squared norm, what a projection on orthonormal bases holds."""
@@ -198,6 +202,25 @@ class ASI(RankedMethod):
             + self.subspace_flops(shape, ranks)
             + self.gradient_flops(geometry, shape, ranks, out_channels),
         )
+
+
+def in_places(state: Tensors, dimensions: Sequence[int]) -> Tensors:
+    """A state with a tensor of these dimensions, or None, in each place: all None where it is another one, as a linear
+    layer's is that was given an input of more modes or fewer."""
+    if len(state) > len(dimensions):
+        state = ()
+    for tensor, dimension in zip(state, dimensions, strict=False):
+        if tensor is not None and tensor.ndim != dimension:
+            state = ()
+    return (*state, *[None] * (len(dimensions) - len(state)))
+
+
+def _passes(counted: Tensor | None) -> int:
+    """How many passes over large inputs a layer has made, by which the part that is in turn is told.
+
+    Counted on the CPU, which no device waits for. A compiled graph has the part of the first pass in all of them.
+    """
+    return 0 if counted is None or torch.compiler.is_compiling() else int(counted)
 
 
 def restored_basis(stored: Tensor | None, scale: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lowrank.methods.asi import restored_basis
+from lowrank.methods.asi import in_places, restored_basis
 from lowrank.methods.base import Tensors, exact_flops
 from lowrank.methods.ranked import RankedMethod
 from lowrank.tensors import costs
@@ -48,24 +48,24 @@ class FixedBases(RankedMethod):
         if ranks == shape:
             return store(x, Tucker(x, (None,) * x.ndim), self.storage), state
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        state = in_places(state, (*[2] * x.ndim, *[1] * x.ndim))
         state = tuple(None if tensor is None else tensor.to(x.device) for tensor in state)
         fixed = self._fixed(state, shape, ranks)
+        anew = fixed is None
         if fixed is None:
             modes = spectra(wide)
             fixed = [leading(mode, rank) for mode, rank in zip(modes, ranks, strict=True)]
-            state = ()
         tucker = project(wide, [None if basis is None else basis.to(wide.dtype) for basis in fixed])
         core, *found = store(x, tucker.to(x.dtype), self.storage)
         scale = found[x.ndim : x.ndim + 1]  # of the core
         factors = (*found[: x.ndim], *found[x.ndim + 1 :])
-        factors = state or factors  # rounded once, they are not changed by rounding them again
+        factors = factors if anew else state[: len(factors)]  # rounded once, they are not rounded again
         return (core, *factors[: x.ndim], *scale, *factors[x.ndim :]), factors
 
     def _fixed(self, state: Tensors, shape: Shape, ranks: Shape) -> list[Tensor | None] | None:
         """The bases of the state, if they are for inputs of this shape."""
         count = len(shape)
-        scales = state[count:] or (None,) * count
-        bases = [restored_basis(*pair) for pair in zip(state[:count], scales, strict=True)] if state else []
+        bases = [restored_basis(*pair) for pair in zip(state[:count], state[count:], strict=True)]
         wanted = [None if rank == size else (size, rank) for size, rank in zip(shape, ranks, strict=True)]
         return bases if [None if basis is None else tuple(basis.shape) for basis in bases] == wanted else None
 

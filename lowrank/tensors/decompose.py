@@ -7,8 +7,9 @@ truncation, Vannieuwenhoven et al. 2012.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -19,7 +20,7 @@ from lowrank.errors import NonFiniteError, SettingError
 from lowrank.kernels import passes
 from lowrank.tensors import halves
 from lowrank.tensors.eager import remembered
-from lowrank.tensors.sample import sampled, share_of
+from lowrank.tensors.sample import sampled, share_of, turn_of
 from lowrank.tensors.tucker import Tucker, in_memory_order, iteration_order, mode_correlation, mode_order, mode_product
 
 Algorithm = Literal["sequential", "published"]
@@ -197,6 +198,7 @@ def subspace_iteration(
     algorithm: Algorithm = "sequential",
     held: Sequence[int] = (),
     to_eight_bits: bool = False,
+    passes_before: int = 0,
 ) -> tuple[Tucker, list[Tensor | None]]:
     """One subspace iteration per mode, from a given start.
 
@@ -211,6 +213,7 @@ def subspace_iteration(
             iterated on what is left.
         to_eight_bits: whether no more of the numbers is kept, so that large products of `sequential` may be made in
             bfloat16, see `halves`.
+        passes_before: how many there were: in each, another part of a large tensor is in turn, see `turn_of`.
 
     Returns:
         The `Tucker` form in `x.dtype`, see `Tucker.to`, and the bases in the starts' dtype, to start from in the next
@@ -221,19 +224,23 @@ def subspace_iteration(
     published = algorithm == "published"
     pairs = _ordered(starts, iteration_order(x.shape, _ranks(x, starts)))
     pairs.sort(key=lambda pair: pair[0] not in held)
-    steps = _steps(wide.shape, [(place[mode], start, mode in held) for mode, start in pairs], published)
+    asked = [(place[mode], start, mode in held) for mode, start in pairs]
+    steps = _steps(wide.shape, asked, published, passes_before)
     core, made = _one_by_one(wide, steps, published, to_eight_bits)
     for (mode, _), basis in zip(pairs, made, strict=True):
         bases[mode] = basis
     return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
 
 
-def _steps(shape: Sequence[int], asked: list[tuple[int, Tensor, bool]], published: bool) -> list[passes.Step]:
+def _steps(
+    shape: Sequence[int], asked: list[tuple[int, Tensor, bool]], published: bool, passes_before: int
+) -> list[passes.Step]:
     """The modes in turn, each with its start, and the share of its fibres; asked: of each, whether it is held."""
     current, steps = list(shape), []
     for mode, start, held in asked:
         share = passes.HELD if held else 1 if published else share_of(current, mode, start.shape[1])
-        steps.append((mode, start, share))
+        turn = (0, 0) if share in (passes.HELD, 1) else turn_of(passes_before, prod(current[mode + 1 :]), share)
+        steps.append(passes.Step(mode, start, share, *turn))
         current[mode] = start.shape[1]
     return steps
 
@@ -245,46 +252,49 @@ def _one_by_one(
     held leave."""
     core: Tensor = x
     bases: list[Tensor] = []
-    for at, (mode, start, share) in enumerate(steps):
+    for at, step in enumerate(steps):
         rest = None if published else passes.subspace(core, steps[at:])
         if rest is not None:
             return rest[0], bases + rest[1]
-        if published and share != passes.HELD:
-            basis = _iterated(x, mode, start, share)[0]
-            core = mode_product(core, basis.mT, mode)
-        elif not published and to_eight_bits and halves.are_worth(core, mode, start.shape[1]):
-            core, basis = _in_halves(core, mode, start, share)
+        if published and step.share != passes.HELD:
+            basis = _iterated(x, step)[0]
+            core = mode_product(core, basis.mT, step.mode)
+        elif not published and to_eight_bits and halves.are_worth(core, step.mode, step.start.shape[1]):
+            core, basis = _in_halves(core, step)
         else:
-            core, basis = _one(core, mode, start, share)
+            core, basis = _one(core, step)
             x = core
         bases.append(basis)
     return core, bases
 
 
-def _one(x: Tensor, mode: int, start: Tensor, share: int) -> tuple[Tensor, Tensor]:
+def _one(x: Tensor, step: passes.Step) -> tuple[Tensor, Tensor]:
     """One step: what is left of a tensor, and the basis."""
-    if share == passes.HELD:
-        return mode_product(x, start.to(x.dtype).mT, mode), start
-    basis, source, place = _iterated(x, mode, start, share)
-    return mode_product(source, basis.mT, place).movedim(place, mode).contiguous(), basis
+    if step.share == passes.HELD:
+        return mode_product(x, step.start.to(x.dtype).mT, step.mode), step.start
+    basis, source, place = _iterated(x, step)
+    return mode_product(source, basis.mT, place).movedim(place, step.mode).contiguous(), basis
 
 
-def _iterated(x: Tensor, mode: int, start: Tensor, share: int) -> tuple[Tensor, Tensor, int]:
+def _iterated(x: Tensor, step: passes.Step) -> tuple[Tensor, Tensor, int]:
     """A basis; and the tensor, or what was made of it on the way, with the place of the mode there."""
-    basis = passes.iterate(x, mode, start, share)
+    mode, start, share, *turn = step
+    basis = passes.iterate(x, step)
     if basis is not None:
         return basis, x, mode
     source, place = _ahead(x, mode)
-    return _iterate(*((source, place) if share == 1 else _ahead(*sampled(x, mode, share))), start), source, place
+    part = (source, place) if share == 1 else _ahead(*sampled(x, mode, share, *turn))
+    return _iterate(*part, start, share != 1), source, place
 
 
-def _in_halves(x: Tensor, mode: int, start: Tensor, share: int) -> tuple[Tensor, Tensor]:
+def _in_halves(x: Tensor, step: passes.Step) -> tuple[Tensor, Tensor]:
     """One step in bfloat16: what is left of a tensor, and the basis."""
+    mode, start, share, *turn = step
     unfolding, basis = halves.unfolded(x, mode), start
     if share != passes.HELD:
-        part = unfolding if share == 1 else halves.unfolded(*sampled(x, mode, share))
-        start = torch.nan_to_num(start, 0.0, 0.0, 0.0).to(halves.HALF)
-        basis = _orthonormal((part @ (start.mT @ part).mT).to(x.dtype))
+        part = unfolding if share == 1 else halves.unfolded(*sampled(x, mode, share, *turn))
+        image_of = lambda start: (part @ (start.to(halves.HALF).mT @ part).mT).to(x.dtype)  # noqa: E731
+        basis = _basis(image_of, part, start, share != 1)
     return halves.projected(unfolding, basis.mT.to(halves.HALF), x.shape, mode), basis
 
 
@@ -296,17 +306,57 @@ def _ahead(x: Tensor, mode: int) -> tuple[Tensor, int]:
     return x, mode
 
 
-def _iterate(x: Tensor, mode: int, start: Tensor) -> Tensor:
-    """orth(X X^T start) for the unfolding X of `mode`."""
-    # A step that met NaN leaves a basis of NaN; from zeros QR gives unit vectors, and the iteration recovers.
-    start = torch.nan_to_num(start.to(x.dtype), 0.0, 0.0, 0.0)
-    return _orthonormal(mode_correlation(x, mode_product(x, start.mT, mode), mode))
+def _iterate(x: Tensor, mode: int, start: Tensor, part: bool) -> Tensor:
+    """orth(X X^T start) for the unfolding X of `mode`; orth(start), if X is a part of all there is, of zeros alone."""
+    image_of = lambda start: mode_correlation(x, mode_product(x, start.mT, mode), mode)  # noqa: E731
+    return _basis(image_of, x, start.to(x.dtype), part)
 
 
-def _orthonormal(image: Tensor) -> Tensor:
-    basis = torch.linalg.qr(image)[0]
-    # Laid out as it comes back from a file, also with a single column, so that the next step rounds the same.
+def _basis(image_of: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, part: bool) -> Tensor:
+    """See `_iterate`; image_of: the product of X X^T and a matrix."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return _laid_out(torch.linalg.qr(_image(image_of, x, start, part))[0])
+    basis, triangle = torch.linalg.qr(image_of(start))
+    if not all(0 < abs(number) < math.inf for number in triangle.diagonal().tolist()):
+        basis = torch.linalg.qr(_image(image_of, x, start, part))[0]
+    return _laid_out(basis)
+
+
+def _image(image_of: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, part: bool) -> Tensor:
+    """X X^T start, with other numbers where the start's are not finite, and columns of them where it would be zero.
+
+    A step that met NaN leaves a basis of NaN. From columns of zeros QR would give unit vectors, and if `x` has only
+    zeros in their places, as on the border of an image, they would stay for good.
+    """
+    other = _others(start)
+    start = torch.where(start.isfinite(), start, other)
+    image = image_of(start)
+    return torch.where(image.any(0), image, torch.where(x.any(), other, start) if part else other)
+
+
+def _laid_out(basis: Tensor) -> Tensor:
+    """As it comes back from a file, also with a single column, so that the next step rounds the same."""
     return basis.clone(memory_format=torch.contiguous_format)
+
+
+def _others(start: Tensor) -> Tensor:
+    """Numbers in which no direction is favoured, of the start's shape; always the same."""
+    n, r = start.shape
+    recorded = start.is_cuda and torch.cuda.is_current_stream_capturing()  # into memory that is the graph's
+    if torch.compiler.is_compiling() or recorded:
+        return _spread(n * r, start.dtype, start.device).view(n, r)
+    count = max(1024, 1 << (n * r - 1).bit_length())  # few sizes that are remembered
+    return _remembered_spread(count, start.dtype, start.device)[: n * r].view(n, r)
+
+
+def _spread(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.float64, device=device).square().cos().to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _remembered_spread(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _spread(count, dtype, device)
 
 
 def _widen(x: Tensor) -> Tensor:

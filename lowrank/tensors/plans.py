@@ -117,7 +117,8 @@ def candidate_plans(
             if geometry.has_windows and len(spatial) == len(geometry.kernel):
                 plans += [sketch.windows(project + one, expand, tail, whole) for one in sketch.sides(spatial)]
         own = geometry.groups == out_channels == shape[channel]  # a group for each channel
-        if own and geometry.has_windows and not geometry.pointwise and spatial == (2, 3) and whole:
+        images = len(geometry.kernel) == 2 and spatial == (2, 3)
+        if own and geometry.has_windows and not geometry.pointwise and images and whole:
             plans.append(sketch.rows(batch, tail))
     return plans
 

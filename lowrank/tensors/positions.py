@@ -88,9 +88,10 @@ def sum_of_products(x: Tensor, grad: Tensor) -> Tensor:
     the input, (B, C, ...), both contiguous; of few positions several samples in one."""
     x, grad = x.flatten(2), grad.flatten(2)
     channels, outputs = x.shape[1], grad.shape[1]
-    if channels * outputs < _MANY_WEIGHTS * (channels + outputs) * x.shape[2]:
+    halves = x.element_size() < 4  # in which a sum over many samples, made one by one, is far off
+    if not halves and channels * outputs < _MANY_WEIGHTS * (channels + outputs) * x.shape[2]:
         return torch.addbmm(grad.new_empty(outputs, channels), grad, x.mT, beta=0)
-    if x.shape[0] <= _TOGETHER or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if halves or x.shape[0] <= _TOGETHER or x.device.type != "cpu" or torch.compiler.is_compiling():
         return _side_by_side(grad) @ _side_by_side(x).mT
     total = grad.new_zeros(outputs, channels)
     for some_x, some_grad in zip(x.split(_TOGETHER), grad.split(_TOGETHER), strict=True):

@@ -99,19 +99,20 @@ def subspace_step(x: Tensor, starts: dict[int, Tensor], sequential: bool) -> dic
     return bases
 
 
-def fibres_by_definition(x: Tensor, mode: int, share: int) -> Tensor:
+def fibres_by_definition(x: Tensor, mode: int, share: int, turn: int = 0, ahead: int = 0) -> Tensor:
     """Columns of the unfolding that are taken: those whose place in the modes between batch and `mode` is the number of
-    the sample, both modulo `share`; or a `-share`th of the places behind `mode`, another for each sample and place."""
+    the sample plus the turn, both modulo `share`; or a `-share`th of the places behind `mode` but those ahead, another
+    for each sample and place and turn."""
     k = abs(share)
     behind = prod(x.shape[mode + 1 :])
     flat = x.reshape(x.shape[0], -1, x.shape[mode], behind)
     places, some = flat.shape[1], behind // k
     taken = []
     for sample, place in product(range(x.shape[0]), range(places)):
-        if share > 0 and place % k == sample % k and place < places // k * k:
+        if share > 0 and place % k == (sample + turn) % k:
             taken.append(flat[sample, place])
         elif share < 0:
-            first = (sample + place) % k * some
+            first = ahead + (sample + place + turn) % k * some
             taken.append(flat[sample, place, :, first : first + some])
     return torch.cat(taken, 1)
 

@@ -92,7 +92,7 @@ def test_with_and_without_them_bits_and_gradients_are_the_same(dtype):
             torch.testing.assert_close(one, other, rtol=2 * torch.finfo(dtype).eps, atol=1e-44, equal_nan=True)
 
 
-SHAPES = {  # of a tensor, the mode, the rank, and the share of its fibres
+SHAPES = {  # of a tensor, the mode, the rank, the share of its fibres, and which are in turn
     "batch": ((6, 10, 5, 7), 0, 3, 1),
     "channels": ((6, 10, 5, 7), 1, 4, 1),
     "height": ((6, 10, 5, 7), 2, 3, 1),
@@ -100,22 +100,33 @@ SHAPES = {  # of a tensor, the mode, the rank, and the share of its fibres
     "tokens": ((9, 33, 20), 1, 20, 1),
     "many rows": ((3, 700, 5), 1, 9, 1),
     "one plane in four": ((8, 21, 6, 5), 2, 3, 4),
-    "one row in two": ((8, 20, 6, 5), 3, 3, 2),
+    "another one in four": ((8, 21, 6, 5), 2, 3, 4, 3),
+    "one row in two": ((8, 20, 6, 5), 3, 3, 2, 1),
     "places of an image": ((8, 6, 70), 1, 2, -3),
+    "other places": ((8, 6, 70), 1, 2, -3, 2, 1),
 }
 
 
 @pytest.mark.parametrize("case", SHAPES)
 def test_a_basis_spans_what_the_operators_find(gpu, case):
-    shape, mode, rank, share = SHAPES[case]
+    shape, mode, rank, share, *turn = SHAPES[case]
     x = random_tensor(*shape, dtype=torch.float32)
     start = random_tensor(shape[mode], rank, seed=1, dtype=torch.float32)
-    found = gpu.iterate(x, mode, start, share)
+    found = gpu.iterate(x, mode, start, share, *turn)
     torch.testing.assert_close(found.mT @ found, torch.eye(rank), rtol=0, atol=2e-6)
-    part, at = sampled(x.double(), mode, share)
+    part, at = sampled(x.double(), mode, share, *turn)
     part = part.movedim(at, 0).flatten(1)
     expected = torch.linalg.qr((part @ (part.mT @ start.double())).cpu())[0]  # whose signs are LAPACK's
     torch.testing.assert_close(found.double().cpu(), expected, rtol=0, atol=1e-4)
+
+
+def test_a_basis_of_nothing_is_drawn_and_that_of_a_part_with_nothing_stays(gpu):
+    start = torch.linalg.qr(random_tensor(9, 5, dtype=torch.float32))[0].contiguous()
+    for x in (torch.zeros(8, 9, 64), torch.full((8, 9, 64), math.nan)):
+        found = gpu.iterate(x, 1, start, 1)
+        torch.testing.assert_close(found.mT @ found, torch.eye(5), rtol=0, atol=2e-6)
+        assert (found.abs() > 1e-4).all()
+        torch.testing.assert_close((gpu.iterate(x, 1, start, -2).mT @ start).abs(), torch.eye(5), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, math.nan, math.inf, 1e-30, 1e30])

@@ -106,21 +106,38 @@ def test_of_a_large_tensor_a_mode_is_iterated_on_the_fibres_that_are_named(width
     steps, own = [], passes.subspace
     monkeypatch.setattr(passes, "subspace", lambda x, asked: steps.extend(asked) or own(x, asked))
     _, bases = subspace_iteration(x.float(), starts)
-    mode, start, named = steps[0]
+    mode, start, named, *_ = steps[0]
     assert named == share
     a = fibres_by_definition(x, mode, share)
     assert same_span(bases[mode].double(), torch.linalg.qr(a @ (a.mT @ start.double()))[0], 1e-4)
 
 
-def test_memory_order_is_no_matter(width):
-    x, starts = random_tensor(3, 20, 9, 11, seed=1).float(), starts_for((3, 20, 9, 11), (2, 5, 3, 4))
-    wanted, _ = subspace_iteration(x.double(), double(starts))
+@pytest.mark.parametrize("passes", [1, 5, 16, 33])
+@pytest.mark.parametrize(("shape", "ranks", "share"), SAMPLED)
+def test_in_every_pass_they_are_those_that_the_operators_take(width, shape, ranks, share, passes, monkeypatch):
+    x, starts = random_tensor(*shape, seed=3).float(), starts_for(shape, ranks)
+    answers = in_one_call(monkeypatch)
+    tucker, bases = subspace_iteration(x, starts, passes_before=passes)
+    assert answers[-1] is not None
+    exact, exact_bases = subspace_iteration(x.double(), double(starts), passes_before=passes)
+    torch.testing.assert_close(tucker.core.double(), exact.core, rtol=0, atol=2e-5 * exact.core.abs().max().item())
+    for found, wanted in zip(bases, exact_bases, strict=True):
+        if found is not None:
+            torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("held", [(), (1, 3), (0, 1, 2, 3)])
+def test_memory_order_is_no_matter(width, held):
+    x = random_tensor(3, 20, 9, 11, seed=1).float()
+    starts = [torch.linalg.qr(start)[0].contiguous() for start in starts_for((3, 20, 9, 11), (2, 5, 3, 4))]
+    wanted, _ = subspace_iteration(x.double(), double(starts), held=held)
     for laid_out in (
         x.contiguous(memory_format=torch.channels_last),
         x.transpose(0, 3).contiguous().transpose(0, 3),
         torch.stack([x, x], 4)[..., 0],
     ):
-        tucker, _ = subspace_iteration(laid_out, [None if s is None else s.mT.contiguous().mT for s in starts])
+        by_columns = [start.mT.contiguous().mT for start in starts]
+        tucker, _ = subspace_iteration(laid_out, by_columns, held=held)
         torch.testing.assert_close(tucker.dense().double(), wanted.dense(), rtol=0, atol=1e-4)
 
 
@@ -165,7 +182,7 @@ def test_several_threads_do_what_one_does(width):
 def test_what_it_is_not_made_for_is_left_to_the_operators():
     def takes(x, *ranks):
         starts = starts_for(x.shape, ranks)
-        steps = [(mode, start, 1) for mode, start in enumerate(starts) if start is not None]
+        steps = [passes.Step(mode, start, 1) for mode, start in enumerate(starts) if start is not None]
         return passes.subspace(x, steps) is not None
 
     ones = torch.ones(4, 5, 6)

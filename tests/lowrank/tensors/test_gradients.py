@@ -89,6 +89,21 @@ def test_every_order_of_contraction_gives_the_same_gradient(setting, data):
         torch.testing.assert_close(gradient_by(plan, tucker, grad, geometry), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+@pytest.mark.parametrize("options", [{"groups": 6}, {"groups": 6, "kernel_size": 1}, {"groups": 3}, {}], ids=str)
+def test_so_it_does_whichever_modes_have_factors(kind, options):
+    layer = kind(6, 6, **({"kernel_size": 3, "padding": 1, "bias": False} | options), dtype=torch.float64)
+    shape = (5, 6, 7, 4, 5)[: layer.weight.ndim]
+    geometry = ConvGeometry.of(layer)
+    for factored in product((False, True), repeat=len(shape)):
+        tucker = random_tucker(shape, [2 if has else n for has, n in zip(factored, shape, strict=True)])
+        dense = tucker.dense()
+        grad = random_tensor(*layer(dense).shape, seed=1)
+        expected = autograd(layer, dense, grad)[2]["weight"]
+        for plan in every_plan(geometry, tucker, 6):
+            torch.testing.assert_close(gradient_by(plan, tucker, grad, geometry), expected, **TOLERANCE)
+
+
 @pytest.mark.parametrize(("setting", "ranks"), SETTINGS)
 def test_a_plan_counts_the_multiplications_that_it_takes(setting, ranks):
     layer, grad = setting.layer(), setting.grad()

@@ -91,6 +91,16 @@ def test_mode_correlation_is_the_product_of_unfoldings(shape, mode, size, seed):
     torch.testing.assert_close(mode_correlation(x, z, mode), unfold(x, mode) @ unfold(z, mode).mT, **TOLERANCE)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("right", [1, 2, 4, 9, 16, 49])
+@pytest.mark.parametrize("sizes", [(1, 1), (8, 3), (8, 8), (32, 32), (100, 3)])
+def test_mode_correlation_in_halves_is_as_close_as_they_are(dtype, right, sizes):
+    """Over so many samples that a sum in the halves themselves would be several times as far off as their rounding."""
+    x, z = ((random_tensor(2000, n, right, seed=n) + 0.2).div(8).to(dtype) for n in sizes)
+    expected = torch.einsum("lnr,lmr->nm", x.double(), z.double())
+    assert (mode_correlation(x, z, 1).double() - expected).norm() < torch.finfo(dtype).eps * expected.norm()
+
+
 @pytest.mark.parametrize("shape", [(3, 9, 4, 5), (2, 40, 4), (6, 31, 2), (50, 3)])
 @pytest.mark.parametrize("size", [1, 3, 9])
 def test_mode_correlation_of_many_fibres(shape, size):
