@@ -60,7 +60,7 @@ def _orthonormal(image, start, out, n, r, PART: tl.constexpr, N: tl.constexpr, R
     other = tl.where(there, tl.rand(233, place) - 0.5, 0.0)
     if PART:
         old = tl.load(start + place, mask=there, other=0.0)
-        other = tl.where((tl.max(held, 0) == 0) & (tl.abs(old) < float("inf")), old, other)
+        other = tl.where(tl.max(held, 0) > 0, other, tl.where(tl.abs(old) < float("inf"), old, other))
     a = tl.where(held[None, :] > 0, a, other)
     taus = tl.zeros((R,), tl.float32)
     for k in range(r):

@@ -205,8 +205,8 @@ def test_bases_that_lie_out_of_order_are_read_in_theirs():
         apart = random_tensor(2 * x.shape[mode], rank, seed=mode).float()[::2]
         for start in (columns, apart):
             for share in (passes.HELD, 1):
-                core, (basis,) = passes.subspace(x, [(mode, start, share)])
-                wanted, (other,) = passes.subspace(x, [(mode, start.contiguous(), share)])
+                core, (basis,) = passes.subspace(x, [passes.Step(mode, start, share)])
+                wanted, (other,) = passes.subspace(x, [passes.Step(mode, start.contiguous(), share)])
                 assert torch.equal(core, wanted)
                 assert torch.equal(basis, other)
                 assert (basis is start) is (share == passes.HELD)
