@@ -16,11 +16,13 @@ void lowrank_project_float(const float *x, const float *s, float *out, int64_t n
    or the images ahead. ROWS: the batch is, and images down, as each place of the kernel meets them, and the core is
    spread along; of a group for each channel. WINDOWS: all is, as each place meets it, and returned. */
 enum kind { SPREAD, SAMPLES, IMAGES, ROWS, WINDOWS };
+/* Where the batch has no factor, the gradient is what is left of it; then IMAGES is SAMPLES. */
 
 /* `height` and `width` of the output, `full` of the input, `inputs` the channels of the core, or with ROWS and a factor
    those of the layer. */
 typedef struct {
-  int64_t kind, samples, outputs, height, width, ranks[4], full[2], kernel[2], stride[2], pad[2], dilation[2], factored;
+  int64_t kind, samples, outputs, height, width, ranks[4], full[2], kernel[2], stride[2], pad[2], dilation[2], factored,
+      whole; /* the channels with ROWS; and not the batch */
 } layer;
 
 /* Where things lie in the scratch memory: columns and vectors of the two sides of an image, of the batch; what is left
@@ -54,8 +56,8 @@ static int look(room *m, const layer *l, int threads) {
   TAKEN(down, l->height * m->down);
   TAKEN(along, l->width * m->along);
   TAKEN(vectors, m->along * m->row);
-  TAKEN(batch, l->samples * left);
-  TAKEN(left, l->kind == IMAGES ? 0 : left * l->outputs * place);
+  TAKEN(batch, l->whole ? 0 : l->samples * left);
+  TAKEN(left, l->kind == IMAGES || l->whole ? 0 : left * l->outputs * place);
   TAKEN(images, l->kind == IMAGES ? l->samples * l->outputs * m->down * m->along
                 : l->kind == SAMPLES ? left * l->outputs * m->down * m->along : 0);
   m->core = l->kind == SPREAD ? r[0] * r[1] * m->row : l->kind == ROWS ? (r[0] * r[2] * r[3] + 15) / 16 * 16 : r[0] * r[2] * r[3];
@@ -99,7 +101,7 @@ static float total(const float *x, int64_t n) {
 
 typedef struct {
   const room *m;
-  const float *x, *channels;
+  const float *x, *channels; /* the gradient, or what is left of it */
   float *scratch, *out, *bias;
 } work;
 
@@ -145,18 +147,28 @@ static void spread(const work *k, const float *core) {
   }
 }
 
+/* The bias gradient of an output, where no column of ones beside the images makes it. */
+static float bias_of(const work *k, int64_t o) {
+  const room *m = k->m;
+  const layer *l = m->l;
+  const float *x = k->x + o * m->place;
+  if (!l->whole) return total(x + l->ranks[0] * l->outputs * m->place, m->place);
+  float sum = 0;
+  for (int64_t b = 0; b < l->samples; b++) sum += total(x + b * l->outputs * m->place, m->place);
+  return sum;
+}
+
 static void outputs_of_spread(const task *t, int64_t from, int64_t to) {
   const work *k = t->a;
   const room *m = k->m;
   const layer *l = m->l;
   from *= GROUP, to *= GROUP;
   if (to > l->outputs) to = l->outputs;
-  const float *left = k->scratch + m->at_left;
   float *out = k->out + from * l->ranks[1];
   memset(out, 0, sizeof(float) * (size_t)((to - from) * l->ranks[1]));
-  m->with->correlate(left + from * m->place, m->place, to - from, m->place, l->ranks[0], l->outputs * m->place,
+  m->with->correlate(k->x + from * m->place, m->place, to - from, m->place, l->ranks[0], l->outputs * m->place,
                      k->scratch + m->at_core, l->ranks[1], out);
-  for (left += l->ranks[0] * l->outputs * m->place; from < to; from++) k->bias[from] = total(left + from * m->place, m->place);
+  for (; from < to; from++) k->bias[from] = bias_of(k, from);
 }
 
 /* The core (r1, r0 r2 r3) in vectors. */
@@ -182,7 +194,7 @@ static float left_of(const work *k, int64_t o, float *out) {
   float bias = 0;
   if (l->kind == IMAGES) memset(out, 0, sizeof(float) * (size_t)m->core);
   for (int64_t b = 0; b < (l->kind == IMAGES ? l->samples : r[0]); b++, x += step) {
-    if (l->kind == IMAGES) bias += x[last];
+    if (l->kind == IMAGES || l->whole) bias += x[last];
     for (int64_t to = 0; to < (l->kind == IMAGES ? r[0] : 1); to++)
       for (int64_t i = 0; i < r[2]; i++)
         for (int64_t j = 0; j < r[3]; j++) {
@@ -193,7 +205,7 @@ static float left_of(const work *k, int64_t o, float *out) {
             out[b * r[2] * r[3] + place] = x[i * m->along + j];
         }
   }
-  return l->kind == IMAGES ? bias : x[last];
+  return l->kind == IMAGES || l->whole ? bias : x[last];
 }
 
 static void outputs_of_images(const task *t, int64_t from, int64_t to) {
@@ -236,7 +248,7 @@ static void channels_of_rows(const task *t, int64_t from, int64_t to) {
       lowrank_tiles_of(16)->project(core, m->core, r[1], m->core, k->channels + from * r[1], 1, own, 0, 0);
       core = own;
     }
-    const float *x = k->scratch + m->at_left + from * m->place;
+    const float *x = k->x + from * m->place;
     for (int64_t b = 0; b < r[0]; b++) {
       for (int64_t i = 0; i < l->kernel[1]; i++)
         m->with->project(k->scratch + m->at_vectors + i * r[3] * m->row, m->row, r[3], m->row, core + b * r[3] * r[2], r[2],
@@ -247,7 +259,7 @@ static void channels_of_rows(const task *t, int64_t from, int64_t to) {
     memset(k->out + from * places, 0, sizeof(float) * (size_t)places);
     m->with->correlate(down, size, l->kernel[0], size, r[0], m->down * m->row, spread_out, l->kernel[1],
                        k->out + from * places);
-    k->bias[from] = total(x + r[0] * l->outputs * m->place, m->place);
+    k->bias[from] = bias_of(k, from);
   }
 }
 
@@ -263,7 +275,7 @@ int64_t lowrank_contract_room_float(const int64_t *plan, int threads) {
   return look(&m, (const layer *)plan, threads) ? m.numbers : -1;
 }
 
-/* `memory`: the output's gradient; factors of batch, channels (with ROWS), height and width; the core; scratch; the weight
+/* `memory`: the output's gradient; factors of batch, if there is one, channels (with ROWS), height and width; the core; scratch; the weight
    gradient (O, r1) against the core's channels, with ROWS (C, K_h K_w), with WINDOWS what is left of the gradient,
    (r0, O, K_h r2, K_w r3); the bias gradient (O,). */
 void lowrank_contract_float(const int64_t *plan, const int64_t *memory, int threads) {
@@ -272,13 +284,13 @@ void lowrank_contract_float(const int64_t *plan, const int64_t *memory, int thre
   if (!look(&m, l, threads)) return;
   float *scratch = (float *)memory[6], *batch = scratch + m.at_batch;
   const float *grad = (const float *)memory[0], *samples = (const float *)memory[1], *core = (const float *)memory[5];
-  const int64_t left = l->ranks[0] + 1, images = l->outputs * (l->kind == IMAGES ? l->samples : l->kind == SAMPLES ? left : left - 1);
+  const int64_t left = l->ranks[0] + 1, images = l->outputs * (l->kind == IMAGES ? l->samples : l->kind == SAMPLES && !l->whole ? left : left - 1);
   work k = {.m = &m, .x = grad, .channels = (const float *)memory[2], .scratch = scratch, .out = (float *)memory[7],
             .bias = (float *)memory[8]};
   const int64_t groups = (l->outputs + GROUP - 1) / GROUP;
   const int all = threads;
   threads = threads_of(l, threads);
-  for (int64_t b = 0; b < l->samples; b++) {
+  for (int64_t b = 0; b < l->samples && !l->whole; b++) {
     memcpy(batch + b * left, samples + b * (left - 1), sizeof(float) * (size_t)(left - 1));
     batch[b * left + left - 1] = 1;
   }
@@ -288,7 +300,7 @@ void lowrank_contract_float(const int64_t *plan, const int64_t *memory, int thre
     m.with->arrange(scratch + m.at_vectors, m.along, l->width, scratch + m.at_along, 1, m.along, 0);
     m.with->clear_overlap(scratch + m.at_vectors, m.along, l->width);
   }
-  if (l->kind != IMAGES) {
+  if (l->kind != IMAGES && !l->whole) {
     k.x = scratch + m.at_left;
     lowrank_project_float(grad, batch, scratch + m.at_left, l->samples, l->outputs * m.place, left, all);
   }
@@ -301,7 +313,6 @@ void lowrank_contract_float(const int64_t *plan, const int64_t *memory, int thre
   if (l->kind == ROWS) turned(&k, core), over(channels_of_rows, &k, l->outputs, NULL, threads);
   if (l->kind == WINDOWS) {
     over(some_images, &k, images, k.out, threads);
-    const float *sums = scratch + m.at_left + (left - 1) * l->outputs * m.place;
-    for (int64_t o = 0; o < l->outputs; o++) k.bias[o] = total(sums + o * m.place, m.place);
+    for (int64_t o = 0; o < l->outputs; o++) k.bias[o] = bias_of(&k, o);
   }
 }

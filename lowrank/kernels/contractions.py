@@ -21,7 +21,7 @@ def contract(
     kind: Kind,
     grad: Tensor,
     core: Tensor,
-    factors: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    factors: tuple[Tensor | None, Tensor | None, Tensor, Tensor],
     window: tuple[Sizes, Sizes, Sizes, Sizes] = ((1, 1), (1, 1), (0, 0), (1, 1)),
 ) -> tuple[Tensor, Tensor] | None:
     """What a convolution's weight gradient is made of, and its bias gradient, in one read of the output's gradient.
@@ -34,8 +34,8 @@ def contract(
             it is projected in all modes, as each place of the kernel meets them, and meets nothing yet.
         grad: (B, O, H', W'), float32, or nothing is done.
         core: (r_0, r_1, r_2, r_3).
-        factors: of the batch (B, r_0), with "rows" of the channels (C, r_1), or None: r_1 is C; of height and width
-            (H, r_2) and (W, r_3).
+        factors: of the batch (B, r_0), or None, with any kind but "images": r_0 is B; with "rows" of the channels
+            (C, r_1), or None: r_1 is C; of height and width (H, r_2) and (W, r_3).
         window: kernel, stride, padding ahead, of zeros, and dilation; a kernel of one place where not "rows" or
             "windows".
 
@@ -45,15 +45,15 @@ def contract(
         these.
     """
     samples, channels, height, width = factors
-    given = [factor.contiguous() for factor in (samples, height, width)]
-    given += [] if channels is None else [channels.contiguous()]
-    kernel, room_of = kernel_for("contract", grad, core, *given), kernel_for("contract_room", grad)
+    given = [None if factor is None else factor.contiguous() for factor in (samples, channels, height, width)]
+    there = [factor for factor in given if factor is not None]
+    kernel, room_of = kernel_for("contract", grad, core, *there), kernel_for("contract_room", grad)
     if kernel is None or room_of is None or not grad.numel():
         return None
     full = height.shape[0], width.shape[0]
     numbers = (_KINDS[kind], *grad.shape, *core.shape, *full, *(one for pair in window for one in pair))
     threads = torch.get_num_threads()
-    plan = _plan((*numbers, int(channels is not None)))
+    plan = _plan((*numbers, int(channels is not None), int(samples is None)))
     room = room_of(plan, threads)  # type: ignore[operator]
     if room < 0:
         return None
@@ -63,11 +63,15 @@ def contract(
     else:
         shape = (outputs, 1, down, along) if kind == "rows" else (outputs, ranks[1])
     out, bias, scratch = grad.new_empty(shape), grad.new_empty(outputs), grad.new_empty(room)
-    last = 0 if channels is None else given[3].data_ptr()
-    of_factors = given[0].data_ptr(), last, given[1].data_ptr(), given[2].data_ptr()
+    of_factors = (0 if factor is None else factor.data_ptr() for factor in given)
     pointers = grad.data_ptr(), *of_factors, core.data_ptr(), scratch.data_ptr(), out.data_ptr(), bias.data_ptr()
     kernel(plan, (ctypes.c_int64 * len(pointers))(*pointers), threads)  # type: ignore[operator]
     return out, bias
+
+
+def can_contract(grad: Tensor) -> bool:
+    """Whether there is a kernel for such a gradient, (B, O, H', W'), and a batch of few samples without a factor."""
+    return 0 < len(grad) <= _MOST_SAMPLES and kernel_for("contract", grad) is not None
 
 
 def are_few(ranks: Sizes, kernel: Sizes = (1, 1)) -> bool:

@@ -52,7 +52,7 @@ def gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, to_eight_bits: b
     """
     batch, dtype = tucker.factors[0], grad.dtype
     grad = grad.to(tucker.core.dtype)
-    joined = batch is not None and passes.can_project(grad, batch.shape[1] + 1)
+    joined = contractions.can_contract(grad) if batch is None else passes.can_project(grad, batch.shape[1] + 1)
     weight, bias = _gradients(tucker, grad, geometry, joined, to_eight_bits)
     return weight.to(dtype), (geometry.bias_gradient(grad) if bias is None else bias).to(dtype)
 
@@ -110,7 +110,7 @@ def _by_kernel(
     assert isinstance(geometry, ConvGeometry)
     samples, channels, *sides = tucker.factors
     of_channels = channels if kind == "rows" else None
-    factors = _matrix(samples), of_channels, *(_matrix(side) for side in sides)
+    factors = samples, of_channels, *(_matrix(side) for side in sides)
     window = geometry.kernel, geometry.stride, geometry.padding[::2], geometry.dilation
     found = contractions.contract(kind, grad, tucker.core, factors, window)  # type: ignore[arg-type]
     if found is None or kind == "rows":

@@ -94,8 +94,8 @@ def candidate_plans(
         ranks: shape of the core.
         factored: per mode, whether there is a factor (otherwise the core is full in that mode).
         out_channels: O.
-        joined: whether a projection on the batch's factor, ahead of all else, makes the bias gradient as well, which
-            would take another read; the multiplications of that are not counted.
+        joined: whether a projection ahead of all else, on the batch's factor where there is one, makes the bias
+            gradient as well, which would take another read; the multiplications of that are not counted.
     """
     channel = geometry.channel_axis % len(shape)
     samples = [mode for mode in range(len(shape)) if mode != channel and factored[mode]]
@@ -117,8 +117,8 @@ def candidate_plans(
             if geometry.has_windows and len(spatial) == len(geometry.kernel):
                 plans += [sketch.windows(project + one, expand, tail, whole) for one in sketch.sides(spatial)]
         own = geometry.groups == out_channels == shape[channel]  # a group for each channel
-        if own and geometry.has_windows and not geometry.pointwise and samples == [0, 2, 3] and whole:
-            plans.append(sketch.rows(tail))
+        if own and geometry.has_windows and not geometry.pointwise and spatial == (2, 3) and whole:
+            plans.append(sketch.rows(batch, tail))
     return plans
 
 
@@ -198,15 +198,15 @@ class _Sketch:
         )
         return self._plan("windows", project, expand + tail, whole, [expanding, projecting, (macs, meeting)])
 
-    def rows(self, tail: tuple[int, ...]) -> Plan:
+    def rows(self, batch: tuple[int, ...], tail: tuple[int, ...]) -> Plan:
         assert isinstance(self.geometry, ConvGeometry)
         down, along = self.geometry.kernel
         sizes = dict(enumerate(self.ranks)) | {2: down * self.ranks[2]}
         core, expanding = _products(self.ranks, {1: self.shape[1], 3: along * self.grad_shape[3]}, (*tail, 3))
-        grad, projecting = self._projected((0, 2), sizes)
+        grad, projecting = self._projected((*batch, 2), sizes)
         macs = prod(grad) * along
         meeting = 4 * _CALL + _WINDOWS + _GATHERED * (prod(grad) + prod(core)) + macs / 12
-        return self._plan("rows", (0, 2), (*tail, 3), True, [expanding, projecting, (macs, meeting)])
+        return self._plan("rows", (*batch, 2), (*tail, 3), True, [expanding, projecting, (macs, meeting)])
 
     def _projected(self, project: tuple[int, ...], sizes: dict[int, int]) -> tuple[list[int], Work]:
         shape, (macs, cost) = _products(self.grad_shape, sizes, project)
@@ -244,25 +244,28 @@ class _Sketch:
         if type(geometry) is not ConvGeometry or len(geometry.kernel) != 2 or geometry.padding_mode != "zeros":
             return None
         positions = meet == "positions"
-        if not (factored[0] and all(factored[2:])) or not are_few(self.ranks, (1, 1) if positions else geometry.kernel):
+        if not all(factored[2:]) or not are_few(self.ranks, (1, 1) if positions else geometry.kernel):
             return None
         if positions and 1 not in expand:
             kinds: dict[tuple[int, ...], Kind] = {(0,): "spread", (0, 2, 3): "samples", (2, 3, 0): "images"}
+            if not factored[0]:
+                kinds = {(): "spread", (2, 3): "samples", (3, 2): "samples"}
             return kinds.get(project)
         if meet == "rows":
             return "rows"
-        return "windows" if meet == "windows" and project == (0, 2, 3) else None
+        return "windows" if meet == "windows" and project == ((0, 2, 3) if factored[0] else (2, 3)) else None
 
     def _compiled(self, kind: Kind, parts: list[Work]) -> float:
         """Cost of a compiled contraction beyond the read that the bias gradient takes in any case."""
         (expanding, _), (projecting, _), (meeting, laid_out) = parts
         samples, outputs, *_, width = self.grad_shape
         numbers, rank = prod(self.grad_shape), self.ranks[0]
-        left = numbers // samples * (rank + 1)
         if kind == "images":
             return 2 * _CALL + _IMAGE * samples * outputs
-        cost = 2 * _CALL + numbers * rank / 48 + left
-        projecting -= numbers * rank
+        cost: float = 2 * _CALL
+        if self.factored[0]:
+            cost += numbers * rank / 48 + numbers // samples * (rank + 1)
+            projecting -= numbers * rank
         if kind == "spread":
             return cost + (expanding + meeting) * _CONTRACTED
         if kind == "rows":

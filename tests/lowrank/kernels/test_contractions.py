@@ -41,7 +41,19 @@ DENSE = [
     (6, 8, {"kernel_size": 3, "padding": 1, "groups": 2}, (5, 10, 9), (3, 6, 4, 4)),
     (6, 8, {"kernel_size": 3, "padding": 1, "groups": 2}, (5, 10, 9), (3, 4, 4, 4)),
 ]
+# Batches that are kept whole.
+WHOLE = [
+    ((9, 30, {"kernel_size": 1}), (2, 7, 7), (2, 4, 3, 3)),
+    ((6, 7, {"kernel_size": 1, "stride": 2}), (8, 13, 17), (8, 4, 4, 3)),
+    ((5, 3, {"kernel_size": 1}), (3, 16, 16), (3, 5, 4, 1)),
+    ((6, 6, {"kernel_size": 3, "padding": 1, "groups": 6}), (2, 15, 33), (2, 3, 4, 4)),
+    ((19, 19, {"kernel_size": 5, "padding": 2, "stride": 2, "groups": 19}), (8, 9, 9), (8, 19, 4, 4)),
+    ((4, 5, {"kernel_size": (3, 2), "padding": (1, 0)}), (2, 12, 31), (2, 2, 4, 3)),
+    ((3, 10, {"kernel_size": 3, "padding": 1, "stride": 2}), (11, 24, 24), (11, 3, 4, 4)),
+    ((6, 8, {"kernel_size": 3, "padding": 1, "groups": 2}), (5, 10, 9), (5, 4, 4, 4)),
+]
 SETTINGS = [
+    *WHOLE,
     *(((inputs, outputs, {"kernel_size": 1, **options}), *sizes) for inputs, outputs, options, *sizes in POINTWISE),
     *(((channels, channels, {"groups": channels, **options}), *sizes) for channels, options, *sizes in DEPTHWISE),
     *(((inputs, outputs, options), *sizes) for inputs, outputs, options, *sizes in DENSE),
@@ -107,12 +119,13 @@ def test_both_gradients_are_autograds_by_every_kind(width, setting):
         assert_near(bias, wanted["bias"])
         made.add(kind)
     pointwise, own = geometry.pointwise, geometry.groups == grad.shape[1] == tucker.shape[1]
-    whole = {"spread", "samples", "images"} if pointwise else {"windows"} | ({"rows"} if own else set())
+    images = {"images"} if tucker.factors[0] is not None else set()
+    whole = {"spread", "samples"} | images if pointwise else {"windows"} | ({"rows"} if own else set())
     assert made - {"windows"} == whole - {"windows"}
     assert pointwise or "windows" in made
 
 
-@pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[6], SETTINGS[13]])
+@pytest.mark.parametrize("setting", [SETTINGS[8], SETTINGS[14], SETTINGS[21], *WHOLE])
 def test_the_operators_make_the_same(setting):
     module, *form = given(*setting)
     wanted = exact(module, *form[:2])
@@ -125,11 +138,12 @@ def test_the_operators_make_the_same(setting):
 
 
 @pytest.mark.parametrize("setting", [(POINTWISE[0], 40), (POINTWISE[1], 13), (DEPTHWISE[0], 6)])
-def test_they_are_the_same_with_any_number_of_threads(setting):
+@pytest.mark.parametrize("samples", [24, 8])
+def test_they_are_the_same_with_any_number_of_threads(samples, setting):
     (channels, *_), outputs = setting
     depthwise = outputs == channels
     layer = (channels, outputs, {"kernel_size": 3, "groups": channels} if depthwise else {"kernel_size": 1})
-    _, *form = given(layer, (24, 30, 31), (8, min(channels, 5), 4, 4))
+    _, *form = given(layer, (samples, 30, 31), (8, min(channels, 5), 4, 4))
     before = torch.get_num_threads()
     try:
         for _, plan in orders(*form):
@@ -194,10 +208,10 @@ def test_convolutional_networks_have_theirs(layer, shape, kind):
     assert plan_gradient(geometry, shape, ranks, factored, outputs).kind == kind
 
 
-@pytest.mark.parametrize("sizes", [(32, 20, 20), (8, 40, 40)])
+@pytest.mark.parametrize("sizes", [(32, 20, 20), (8, 40, 40), (4, 24, 24), (1, 40, 40)])
 def test_a_layer_is_read_once(sizes, monkeypatch):
     """Both gradients from the one contraction and no further read of the output's gradient."""
-    module, tucker, grad, geometry = given((8, 48, {"kernel_size": 1}), sizes, (4, 4, 4, 4))
+    module, tucker, grad, geometry = given((8, 48, {"kernel_size": 1}), sizes, (min(sizes[0], 4), 4, 4, 4))
     asked, own = [], contractions.contract
     monkeypatch.setattr(
         contractions, "contract", lambda kind, grad, *rest: asked.append(grad) or own(kind, grad, *rest)
