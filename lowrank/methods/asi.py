@@ -207,8 +207,9 @@ def in_places(state: Tensors, dimensions: Sequence[int]) -> Tensors:
     if len(state) > len(dimensions):
         state = ()
     for tensor, dimension in zip(state, dimensions, strict=False):
-        if tensor is not None and tensor.ndim != dimension:
+        if tensor is not None and tensor.dim() != dimension:
             state = ()
+            break
     return (*state, *[None] * (len(dimensions) - len(state)))
 
 
