@@ -175,24 +175,26 @@ def subspace(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, list[Tensor]] | 
     Returns:
         The core, and a basis for each step, the start itself where that is one; None: not for these.
     """
-    starts = [step.start.contiguous() for step in steps]
+    starts = [start.contiguous() for _, start, *_ in steps]
     kernel, room_of = kernel_for("subspace", x, *starts) if steps else None, kernel_for("subspace_room", x)
     if kernel is None or room_of is None:
         return None
     sizes = tuple(x.shape)
-    ranks = tuple([(step.mode, step.start.shape[1], step.share) for step in steps])
+    ranks = tuple([(mode, start.shape[1], share) for mode, start, share, *_ in steps])
     shape, plan = _subspace_plan(sizes, ranks)
     room = room_of(plan)  # type: ignore[operator]
     if room < 0:
         return None
     core, scratch = x.new_empty(shape), x.new_empty(room)
-    made = [own if step.share == HELD else torch.empty_like(own) for own, step in zip(starts, steps, strict=True)]
+    bases = []
     pointers = [x.data_ptr(), core.data_ptr(), scratch.data_ptr()]
-    for own, basis, step in zip(starts, made, steps, strict=True):
-        pointers += own.data_ptr(), basis.data_ptr(), step.turn, step.ahead
+    for own, (_, start, share, turn, ahead) in zip(starts, steps, strict=True):
+        basis = own if share == HELD else torch.empty_like(own)
+        bases.append(start if share == HELD else basis)
+        pointers += own.data_ptr(), basis.data_ptr(), turn, ahead
     memory = (ctypes.c_int64 * len(pointers))(*pointers)
     kernel(plan, memory, torch.get_num_threads())  # type: ignore[operator]
-    return core, [step.start if step.share == HELD else basis for basis, step in zip(made, steps, strict=True)]
+    return core, bases
 
 
 def iterate(x: Tensor, step: Step) -> Tensor | None:

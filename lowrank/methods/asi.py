@@ -210,17 +210,21 @@ def in_places(state: Tensors, dimensions: Sequence[int]) -> Tensors:
     if len(state) > len(dimensions):
         state = ()
     for tensor, dimension in zip(state, dimensions, strict=False):
-        if tensor is not None and tensor.ndim != dimension:
+        if tensor is not None and tensor.dim() != dimension:
             state = ()
+            break
     return (*state, *[None] * (len(dimensions) - len(state)))
 
 
 def _passes(counted: Tensor | None) -> int:
     """How many passes over large inputs a layer has made, by which the part that is in turn is told.
 
-    Counted on the CPU, which no device waits for. A compiled graph has the part of the first pass in all of them.
+    Counted on the CPU, which no device waits for, but where it has just been loaded. A compiled graph, or one that is
+    recorded right then, has the part of the first pass in all of them.
     """
-    return 0 if counted is None or torch.compiler.is_compiling() else int(counted)
+    if counted is None or torch.compiler.is_compiling():
+        return 0
+    return 0 if counted.is_cuda and torch.cuda.is_current_stream_capturing() else int(counted)
 
 
 def restored_basis(stored: Tensor | None, scale: Tensor | None) -> Tensor | None:

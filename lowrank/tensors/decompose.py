@@ -238,10 +238,13 @@ def _steps(
     """The modes in turn, each with its start, and the share of its fibres; asked: of each, whether it is held."""
     current, steps = list(shape), []
     for mode, start, held in asked:
-        share = passes.HELD if held else 1 if published else share_of(current, mode, start.shape[1])
-        turn = (0, 0) if share in (passes.HELD, 1) else turn_of(passes_before, prod(current[mode + 1 :]), share)
-        steps.append(passes.Step(mode, start, share, *turn))
-        current[mode] = start.shape[1]
+        rank = start.shape[1]
+        share = passes.HELD if held else 1 if published else share_of(current, mode, rank)
+        if share == 1 or held:
+            steps.append(passes.Step(mode, start, share))
+        else:
+            steps.append(passes.Step(mode, start, share, *turn_of(passes_before, prod(current[mode + 1 :]), share)))
+        current[mode] = rank
     return steps
 
 
