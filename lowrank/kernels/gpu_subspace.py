@@ -45,11 +45,11 @@ def _take(
 
 
 @triton.jit
-def _orthonormal(image, start, out, n, r, PART: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
+def _orthonormal(image, start, some, out, n, r, PART: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
     """Q of the QR decomposition of an image (n, r), by Householder's reflections, with LAPACK's signs.
 
-    A column of zeros is drawn anew: from unit vectors, where `x` may hold nothing, an iteration would not come away. If
-    all are zeros, of a part of all there is, the start stays.
+    A column of zeros is drawn anew: from unit vectors, where `x` may hold nothing, an iteration would not come away. Of
+    a part of all there is, of zeros alone (not `some`), the start stays.
     """
     row, column = tl.arange(0, N), tl.arange(0, R)
     there = (row[:, None] < n) & (column[None, :] < r)
@@ -60,7 +60,7 @@ def _orthonormal(image, start, out, n, r, PART: tl.constexpr, N: tl.constexpr, R
     other = tl.where(there, tl.rand(233, place) - 0.5, 0.0)
     if PART:
         old = tl.load(start + place, mask=there, other=0.0)
-        other = tl.where(tl.max(held, 0) > 0, other, tl.where(tl.abs(old) < float("inf"), old, other))
+        other = tl.where(tl.load(some) != 0, other, tl.where(tl.abs(old) < float("inf"), old, other))
     a = tl.where(held[None, :] > 0, a, other)
     taus = tl.zeros((R,), tl.float32)
     for k in range(r):
@@ -92,7 +92,8 @@ def iterate(x: Tensor, mode: int, start: Tensor, share: int, turn: int = 0, ahea
     if x.dtype != torch.float32 or start.dtype != torch.float32 or not _fits(*start.shape):
         return None
     unfolding = _unfolding(x, mode, share, turn, ahead)
-    return orthonormal(unfolding @ (start.mT @ unfolding).mT, start, share != 1)
+    some = None if share == 1 else unfolding.any().view(torch.uint8)
+    return orthonormal(unfolding @ (start.mT @ unfolding).mT, start, some)
 
 
 def _unfolding(x: Tensor, mode: int, share: int, turn: int, ahead: int) -> Tensor:
@@ -112,20 +113,20 @@ def _unfolding(x: Tensor, mode: int, share: int, turn: int, ahead: int) -> Tenso
     return found
 
 
-def orthonormal(image: Tensor, start: Tensor, part: bool) -> Tensor:
+def orthonormal(image: Tensor, start: Tensor, some: Tensor | None) -> Tensor:
     """An orthonormal basis of the columns of an image (n, r), r at most n; NaN and infinite numbers count as zero.
 
     Args:
         image: of a start, (n, r).
         start: in whose place the image stands, see the kernel.
-        part: whether the image is of a part of all fibres.
+        some: of a part of all fibres, whether there is anything but zeros, a byte.
     """
     n, r = image.shape
     image, basis = image.contiguous(), image.new_empty(n, r)
     high, wide = triton.next_power_of_2(n), triton.next_power_of_2(r)
     warps = max(1, min(high * wide // _A_WARP, _MOST_WARPS))
     with torch.cuda.device_of(image):
-        _orthonormal[(1,)](image, start, basis, n, r, PART=part, N=high, R=wide, num_warps=warps)
+        _orthonormal[(1,)](image, start, some, basis, n, r, PART=some is not None, N=high, R=wide, num_warps=warps)
     return basis
 
 

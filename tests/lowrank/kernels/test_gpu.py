@@ -126,7 +126,14 @@ def test_a_basis_of_nothing_is_drawn_and_that_of_a_part_with_nothing_stays(gpu):
         found = gpu.iterate(x, 1, start, 1)
         torch.testing.assert_close(found.mT @ found, torch.eye(5), rtol=0, atol=2e-6)
         assert (found.abs() > 1e-4).all()
-        torch.testing.assert_close((gpu.iterate(x, 1, start, -2).mT @ start).abs(), torch.eye(5), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        (gpu.iterate(torch.zeros(8, 9, 64), 1, start, -2).mT @ start).abs(), torch.eye(5), rtol=0, atol=2e-6
+    )
+    x, start = torch.zeros(8, 9, 64), torch.eye(9)[:, :5].contiguous()
+    x[:, 5:] = random_tensor(8, 4, 64, dtype=torch.float32)
+    for _ in range(2):  # to come away from directions that hold nothing
+        start = gpu.iterate(x, 1, start, -2)
+    assert torch.linalg.matrix_norm(start[5:]) > 1.9
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, math.nan, math.inf, 1e-30, 1e30])
