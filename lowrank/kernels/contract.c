@@ -61,7 +61,7 @@ static int look(room *m, const layer *l, int threads) {
   TAKEN(images, l->kind == IMAGES ? l->samples * l->outputs * m->down * m->along
                 : l->kind == SAMPLES ? left * l->outputs * m->down * m->along : 0);
   m->core = l->kind == SPREAD ? r[0] * r[1] * m->row : l->kind == ROWS ? (r[0] * r[2] * r[3] + 15) / 16 * 16 : r[0] * r[2] * r[3];
-  TAKEN(core, l->kind == SPREAD ? m->core + r[1] * place : r[1] * padded(m->with, m->core) + m->core);
+  TAKEN(core, l->kind == SPREAD ? m->core + r[1] * place : r[1] * padded(lowrank_tiles_of(m->core), m->core) + m->core);
   m->own = l->kind == ROWS     ? m->core + 32 + r[0] * m->row * (m->down + r[2] * l->kernel[1])
            : l->kind == SPREAD ? r[2] * l->width
                                : GROUP * m->core + m->down * m->row;
