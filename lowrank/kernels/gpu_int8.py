@@ -57,7 +57,7 @@ def _restore(values, scales, out, count, across, among, TILE: tl.constexpr):
 
 
 def round_columns(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """See `passes.round_columns`."""
+    """See `rounding.round_columns`."""
     n, r = x.shape
     if x.dtype != torch.float32 or not 0 < n <= _ROWS or not r:
         return None
@@ -66,7 +66,7 @@ def round_columns(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def round_blocks(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """See `passes.round_blocks`."""
+    """See `rounding.round_blocks`."""
     groups = triton.cdiv(x.numel(), _BLOCK)
     if x.dtype != torch.float32 or not groups:
         return None
@@ -82,12 +82,12 @@ def _rounding(x: Tensor, groups: int, sizes: tuple[int, int, int], across: int, 
 
 
 def restore_columns(values: Tensor, scales: Tensor) -> Tensor:
-    """See `passes.restore_columns`."""
+    """See `rounding.restore_columns`."""
     return _restored(values, scales, 1)
 
 
 def restore_blocks(values: Tensor, scales: Tensor) -> Tensor:
-    """See `passes.restore_blocks`."""
+    """See `rounding.restore_blocks`."""
     return _restored(values, scales, _BLOCK)
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.errors import SettingError
-from lowrank.kernels import passes
+from lowrank.kernels import rounding
 from lowrank.tensors.eager import remembered
 from lowrank.tensors.memory_layout import bytes_of
 from lowrank.tensors.tucker import Tucker, mode_product
@@ -168,7 +168,7 @@ def _wide(x: Tensor) -> Tensor:
 def round_columns(factor: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix (n, r) in int8, and the scale of each column, (r,)."""
     factor = _wide(factor)
-    found = passes.round_columns(factor)
+    found = rounding.round_columns(factor)
     if found is not None:
         return found
     scale = _scale(factor.abs().amax(0))
@@ -178,7 +178,7 @@ def round_columns(factor: Tensor) -> tuple[Tensor, Tensor]:
 def round_blocks(core: Tensor) -> tuple[Tensor, Tensor]:
     """A tensor in int8, and the scale of each `BLOCK` of its numbers in their order; the last block may have less."""
     core = _wide(core)
-    found = passes.round_blocks(core)
+    found = rounding.round_blocks(core)
     if found is not None:
         return found
     flat = core.reshape(-1)
@@ -194,14 +194,14 @@ def columns(values: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> 
     if values is None or scale is None:
         return None if values is None else values.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    found = passes.restore_columns(values, scale) if wide == torch.float32 else None
+    found = rounding.restore_columns(values, scale) if wide == torch.float32 else None
     return (values.to(wide) * scale.to(wide) if found is None else found).to(dtype)
 
 
 def blocks(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor that a stored core stands for."""
     wide = torch.promote_types(dtype, torch.float32)
-    found = passes.restore_blocks(values, scale) if wide == torch.float32 else None
+    found = rounding.restore_blocks(values, scale) if wide == torch.float32 else None
     if found is not None:
         return found.to(dtype)
     flat, whole = values.reshape(-1).to(wide), values.numel() // BLOCK * BLOCK

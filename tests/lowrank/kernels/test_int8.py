@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowrank import kernels
-from lowrank.kernels import library, passes
+from lowrank.kernels import library, rounding
 from lowrank.tensors.storage import blocks, columns, round_blocks, round_columns
 
 pytestmark = [
@@ -36,7 +36,7 @@ def same(ours, plain):
 @pytest.mark.parametrize("shape", [(1,), (31,), (32,), (33,), (4, 5, 6, 7), (3, 70001)])
 def test_blocks(shape, special):
     x = values(math.prod(shape), special).view(shape)
-    assert passes.round_blocks(x) is not None
+    assert rounding.round_blocks(x) is not None
     with library.plain():
         plain = round_blocks(x)
     found, wanted, scale = same(round_blocks(x), plain)
@@ -54,7 +54,7 @@ def test_blocks(shape, special):
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (960, 8), (33, 64)])
 def test_columns(shape, special):
     x = values(math.prod(shape), special).view(shape)
-    assert passes.round_columns(x) is not None
+    assert rounding.round_columns(x) is not None
     with library.plain():
         plain = round_columns(x)
     found, wanted, scale = same(round_columns(x), plain)
@@ -83,8 +83,8 @@ def test_several_threads_do_what_one_does(threads):
 
 def test_views_halves_and_doubles_are_rounded_as_ever():
     x = values(600, False).view(20, 30)
-    assert passes.round_columns(x.mT) is None
-    assert passes.round_blocks(x.double()) is None
+    assert rounding.round_columns(x.mT) is None
+    assert rounding.round_blocks(x.double()) is None
     for seen in (x.mT, x[:, ::2], x.bfloat16(), x.double()):
         with library.plain():
             plain = round_columns(seen), round_blocks(seen)
