@@ -6,13 +6,14 @@ import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import LowRankError
 from lowrank.exact.origins import Origin, Rebuild, find, is_kept, is_known_as_kept, origin_of, reading
+from lowrank.layers.derived import derived
 from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.token_mask import without_padding
 from lowrank.methods.base import Method, Tensors, Vanilla
@@ -65,6 +66,7 @@ class LayerState:
         formula_bytes: the same by the method's formula.
         whole: whether it kept its input as it is since keeping less was not worth it.
         exact: whether it kept what its exact input is computed from, where the method would have kept more.
+        derived: whether it kept nothing, as its input is computed from the form that another layer keeps.
         judged: of geometries and shapes, whether keeping less is worth it.
         settled: of calls that are the stock layer's, by the same rule, the bytes that are kept.
         handed_out: the weight that a state dict has, where the layer holds two factors in its place.
@@ -85,6 +87,7 @@ class LayerState:
     formula_bytes: int = 0
     whole: bool = False
     exact: bool = False
+    derived: bool = False
     judged: dict[Any, bool] = field(default_factory=dict, repr=False)
     settled: dict[tuple[Any, ...], int] = field(default_factory=dict, repr=False)
     handed_out: HandedOut | None = field(default=None, repr=False)
@@ -149,8 +152,15 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
         method = state.method_for(geometry, batched, geometry.by_output(weight).shape[0])
     lighter = None
     if not torch.compiler.is_compiling():
-        lighter = _lighter_origin(state, method, geometry, input) if x is input and not single else None
-        state.exact = lighter is not None and not method.keeps_input
+        own = x is input and not single
+        lighter = _lighter_origin(state, method, geometry, input) if own else None
+        near = derived(input) if own and method.derive and (lighter is None or lighter[0].nbytes) else None
+        state.derived = near is not None
+        state.exact = lighter is not None and near is None and not method.keeps_input
+        if near is not None:
+            state.kept_bytes = state.formula_bytes = 0
+            reader, sources = reading(near)
+            return Near(reader.one), sources
     if lighter is not None:
         origin, state.formula_bytes = lighter
         state.kept_bytes = origin.nbytes
@@ -236,3 +246,9 @@ class Rebuilt(Vanilla):
 
     def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> Tensor:
         return geometry.weight_gradient(self.rebuild(*kept), grad)
+
+
+class Near(Rebuilt):
+    """The input, computed again from what another layer keeps of its own: as near as that."""
+
+    keeps_input: ClassVar[bool] = False

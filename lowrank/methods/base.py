@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lowrank.tensors import costs
@@ -29,10 +30,15 @@ class Method(ABC):
     Attributes:
         factors_weight: whether the layer's weight is held as two factors as well; linear layers alone.
         keeps_input: whether what is kept is the input as it is, which may then be kept in another form.
+        restores: whether `restored` gives the input again, as near as what was kept is.
+        derive: whether an input that can be computed again from what a layer ahead keeps of its own, in whatever form,
+            is not kept.
     """
 
     factors_weight: ClassVar[bool] = False
     keeps_input: ClassVar[bool] = False
+    restores: ClassVar[bool] = False
+    derive: bool = False
 
     @property
     @abstractmethod
@@ -87,6 +93,10 @@ class Method(ABC):
         Where the bias has no gradient, `weight_gradient` is called in its place: who changes one changes both.
         """
         return self.weight_gradient(kept, grad, geometry, shape), geometry.bias_gradient(grad)
+
+    def restored(self, kept: Tensors, dtype: torch.dtype) -> Tensor:
+        """The input (B, ...) again, in `dtype`, of methods that say so by `restores`."""
+        raise NotImplementedError(f"{type(self).__name__} does not give an input again")
 
     def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
         """Bytes of what was kept of an input of shape `shape`, by the method's formula."""
@@ -148,16 +158,24 @@ class TuckerMethod(Method):
             dtype; "float32" or "bfloat16", where that is less; "int8", with scales: a quarter of the bytes of float32,
             for half a percent of error. With these two, processors that can make large products in eight bits as well,
             see `lowrank.tensors.halves`.
+        derive: True keeps nothing of an input that can be computed again from what one other layer keeps of its own, in
+            whatever form, by convolutions of few products, and what stands between them: in an inverted bottleneck the
+            two wide inputs follow from the narrow one. The gradient is then as near as that form. A step computes these
+            convolutions once more. In models that `torch.compile` has compiled, and where autograd's saved tensors are
+            taken elsewhere, such an input is kept as the method keeps it.
     """
 
+    restores: ClassVar[bool] = True
     storage: Storage = field(default="input", kw_only=True)
+    derive: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_storage(self.storage)
 
     def __repr__(self) -> str:
-        shown = [field.name for field in fields(self) if field.name != "storage"]
+        shown = [field.name for field in fields(self) if field.name not in ("storage", "derive")]
         shown += [] if self.storage == "input" else ["storage"]
+        shown += ["derive"] if self.derive else []
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @property
@@ -167,6 +185,9 @@ class TuckerMethod(Method):
 
     def can_use(self, other: Method, shape: Shape) -> bool:
         return self == other
+
+    def restored(self, kept: Tensors, dtype: torch.dtype) -> Tensor:
+        return restore(kept, dtype).to(dtype).dense()
 
     def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
         return weight_gradient(restore(kept, grad.dtype), grad, geometry, self.to_eight_bits)

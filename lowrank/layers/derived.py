@@ -1,0 +1,80 @@
+"""Inputs that are computed again from what a layer ahead keeps of its own, in whatever form: as near as that form is.
+
+In an inverted bottleneck a narrow tensor goes through a 1 x 1 and a depthwise convolution, each with a normalisation and
+an activation. Both of these have inputs six times as large, which follow from the narrow one by few products. Where the
+first layer keeps its input as a form, the two behind it need none of their own: the bytes serve the narrow input alone,
+at ranks that are many times as high.
+
+The steps are those of `lowrank.exact.origins`, with the form in the place of the exact source. They are steps of their
+own: whoever asks for the exact tensor must not be given one that is near it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lowrank.exact.origins import Origin, Source, Step, find, version_of
+from lowrank.exact.slots import here
+from lowrank.layers.shared_inputs import Form, form_of
+from lowrank.methods.base import Tensors
+
+
+def derived(x: Tensor) -> Origin | None:
+    """How an input comes about from what is kept in any case, one form of another layer's input among it.
+
+    None: something on the way is not kept, or the way is not known.
+    """
+    origin = find(x)
+    return None if origin is None else derived_from(origin)
+
+
+def derived_from(origin: Origin) -> Origin | None:
+    """The same of a tensor that comes about so."""
+    missing = [source for source in origin.sources if not source.kept]
+    form = form_of(missing[0].tensor) if len(missing) == 1 else None
+    if form is None or form.place != here():
+        return None
+    kept = form.kept()
+    if kept is None:
+        return None
+    if form.restored is None:
+        leaves = [Step(None) for tensor in kept if tensor is not None]
+        form.restored = Step(_restoring(form, kept), leaves, fresh=True)
+        form.steps = {}
+    form.steps[missing[0].step] = form.restored
+    sources = [source for source in origin.sources if source.kept]
+    tensors = [tensor for tensor in kept if tensor is not None]
+    for step, tensor in zip(form.restored.inputs, tensors, strict=True):
+        sources.append(Source(step, tensor, True, version_of(tensor)))
+    return Origin(_through(origin.step, form.steps), tuple(sources), place=origin.place)
+
+
+def added_bytes(origin: Origin) -> int:
+    """What keeping a tensor by its origin adds, where a form may stand for one of its sources."""
+    return 0 if derived_from(origin) is not None else origin.nbytes
+
+
+def _restoring(form: Form, kept: Tensors) -> Callable[..., Tensor]:
+    return partial(_restored, form.method.restored, [tensor is not None for tensor in kept], form.dtype)
+
+
+def _restored(
+    restored: Callable[[Tensors, torch.dtype], Tensor], places: list[bool], dtype: torch.dtype, *kept: Tensor
+) -> Tensor:
+    given = iter(kept)
+    return restored(tuple(next(given) if there else None for there in places), dtype)
+
+
+def _through(step: Step, known: dict[Step, Step]) -> Step:
+    """The same step with others in the place of known ones; itself, where none of these is on the way."""
+    if step not in known:
+        inputs = [_through(ahead, known) for ahead in step.inputs]
+        if all(new is old for new, old in zip(inputs, step.inputs, strict=True)):
+            return step
+        own = step.cost - max(ahead.cost for ahead in step.inputs)
+        known[step] = Step(step.function, inputs, own, step.change, step.fresh, step.link)
+    return known[step]
