@@ -11,7 +11,10 @@ own: whoever asks for the exact tensor must not be given one that is near it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,13 +26,58 @@ from lowrank.layers.shared_inputs import Form, form_of
 from lowrank.methods.base import Tensors
 
 
-def derived(x: Tensor) -> Origin | None:
-    """How an input comes about from what is kept in any case, one form of another layer's input among it.
+@dataclass(frozen=True)
+class Derivation:
+    """How the input of a layer follows from another layer's; as of one forward pass, whose tensors it holds.
+
+    Attributes:
+        ahead: name of the other layer.
+        source: the step that stands for its input.
+        step: the step that gives the input.
+        others: what else it is computed from, such as parameters.
+    """
+
+    ahead: str
+    source: Step
+    step: Step
+    others: dict[Step, Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The input that follows from `x` in the place of the other layer's."""
+        return self.step.value({**self.others, self.source: x})
+
+
+_NOTED: ContextVar[dict[str, Derivation] | None] = ContextVar("derivations", default=None)
+
+
+@contextmanager
+def derivations_noted() -> Iterator[dict[str, Derivation]]:
+    """Within it, every layer's derivation is put into the dictionary, by its name."""
+    found: dict[str, Derivation] = {}
+    token = _NOTED.set(found)
+    try:
+        yield found
+    finally:
+        _NOTED.reset(token)
+
+
+def derived(x: Tensor, name: str) -> tuple[Origin, str] | None:
+    """How the input of the layer `name` comes about from what is kept in any case, one form of another layer's input
+    among it, and that layer's name.
 
     None: something on the way is not kept, or the way is not known.
     """
-    origin = find(x)
-    return None if origin is None else derived_from(origin)
+    exact = find(x)
+    if exact is None or (found := derived_from(exact)) is None:
+        return None
+    (source,) = (source for source in exact.sources if not source.kept)
+    form = form_of(source.tensor)
+    assert form is not None
+    noted = _NOTED.get()
+    if noted is not None:
+        others = {other.step: other.tensor for other in exact.sources if other.kept}
+        noted[name] = Derivation(form.name, source.step, exact.step, others)
+    return found, form.name
 
 
 def derived_from(origin: Origin) -> Origin | None:

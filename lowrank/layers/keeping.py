@@ -66,7 +66,7 @@ class LayerState:
         formula_bytes: the same by the method's formula.
         whole: whether it kept its input as it is since keeping less was not worth it.
         exact: whether it kept what its exact input is computed from, where the method would have kept more.
-        derived: whether it kept nothing, as its input is computed from the form that another layer keeps.
+        derived: name of the layer from whose kept form its input is computed, so that it kept nothing.
         judged: of geometries and shapes, whether keeping less is worth it.
         settled: of calls that are the stock layer's, by the same rule, the bytes that are kept.
         handed_out: the weight that a state dict has, where the layer holds two factors in its place.
@@ -87,7 +87,7 @@ class LayerState:
     formula_bytes: int = 0
     whole: bool = False
     exact: bool = False
-    derived: bool = False
+    derived: str | None = None
     judged: dict[Any, bool] = field(default_factory=dict, repr=False)
     settled: dict[tuple[Any, ...], int] = field(default_factory=dict, repr=False)
     handed_out: HandedOut | None = field(default=None, repr=False)
@@ -154,12 +154,12 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
     if not torch.compiler.is_compiling():
         own = x is input and not single
         lighter = _lighter_origin(state, method, geometry, input) if own else None
-        near = derived(input) if own and method.derive and (lighter is None or lighter[0].nbytes) else None
-        state.derived = near is not None
+        near = derived(input, state.name) if own and method.derive and (not lighter or lighter[0].nbytes) else None
+        state.derived = None if near is None else near[1]
         state.exact = lighter is not None and near is None and not method.keeps_input
         if near is not None:
             state.kept_bytes = state.formula_bytes = 0
-            reader, sources = reading(near)
+            reader, sources = reading(near[0])
             return Near(reader.one), sources
     if lighter is not None:
         origin, state.formula_bytes = lighter
@@ -173,7 +173,7 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
         kept = _compress(state, method, padded, geometry, layer.training)
         kept = tuple(map(_without_the_rest, kept))
         if kept and kept[0] is not batched:
-            note_kept(input, batched, method, kept)
+            note_kept(state.name, input, batched, method, kept)
         elif x is input:
             is_kept(input)
     if not torch.compiler.is_compiling():

@@ -24,6 +24,7 @@ class Form:
     """What a layer keeps of an input; holds none of it alive.
 
     Attributes:
+        name: of the layer.
         dtype: that the layer computes with.
         mask: of padding, which it leaves out.
         method: that keeps it.
@@ -32,6 +33,7 @@ class Form:
         steps: steps from the exact input, and those from `restored` in their place.
     """
 
+    name: str
     dtype: torch.dtype
     mask: Tensor | None
     method: Method
@@ -90,12 +92,12 @@ def _serves(found: Method, method: Method, shape: Shape) -> bool:
     return torch.compiler.is_compiling() or not in_checkpoint() or found.can_use(method, shape)
 
 
-def note_kept(input: Tensor, x: Tensor, method: Method, kept: Tensors) -> None:
-    """Remember what a layer keeps of this input."""
+def note_kept(name: str, input: Tensor, x: Tensor, method: Method, kept: Tensors) -> None:
+    """Remember what the layer `name` keeps of this input."""
     if torch.compiler.is_compiling():
         return
     held = _HELD.get()
     if held is not None:
         held.append(kept)
     glimpses = tuple(None if tensor is None else Glimpse(tensor) for tensor in kept)
-    _FORMS.note(input, Form(x.dtype, current_mask(), method, glimpses, here()))
+    _FORMS.note(input, Form(name, x.dtype, current_mask(), method, glimpses, here()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -25,6 +25,8 @@ class RankPlan:
         nbytes: bytes that the plan keeps, at most the budget.
         perplexity: sum over the layers.
         storages: per layer name, the storage that was chosen.
+        derived: per name of a layer that keeps nothing, since its input follows from what another one keeps, that one's
+            name; its ranks are those of the input as it is, its storage is the other one's.
     """
 
     ranks: dict[str, tuple[int, ...]]
@@ -32,6 +34,18 @@ class RankPlan:
     nbytes: int
     perplexity: float
     storages: dict[str, Storage] = field(default_factory=dict)
+    derived: dict[str, str] = field(default_factory=dict)
+
+    def with_derived(self, ahead: dict[str, str], table: PerplexityTable) -> RankPlan:
+        """The same with layers of a table whose inputs follow from those of the plan's: per name, the other's."""
+        shapes = {layer.name: layer.input_shape for layer in table.layers}
+        whole: dict[str, Energy] = dict.fromkeys(ahead, 1.0)
+        chosen = {**self.ranks, **{name: shapes[name] for name in ahead}}
+        energies, storages = {**self.energies, **whole}, dict(self.storages)
+        storages |= {name: self.storages[other] for name, other in ahead.items()}
+        names = [name for name in shapes if name in chosen]  # in the model's order
+        ranks, energies = {name: chosen[name] for name in names}, {name: energies[name] for name in names}
+        return replace(self, ranks=ranks, energies=energies, storages=storages, derived=dict(ahead))
 
     @classmethod
     def of(cls, table: PerplexityTable, entries: Sequence[int]) -> RankPlan:
@@ -56,6 +70,7 @@ def select_ranks(
     budget_bytes: float,
     names: Iterable[str] | None = None,
     storages: Iterable[Storage] = STORAGES,
+    derive: bool = False,
 ) -> RankPlan:
     """Choose one candidate per layer, ranks and storage: least total perplexity, never more than `budget_bytes`.
 
@@ -71,12 +86,14 @@ def select_ranks(
         budget_bytes: the budget; a fraction of a byte is dropped.
         names: the layers to choose for; all of the table by default.
         storages: to choose from.
+        derive: True gives all bytes to the layers from whose inputs those of others follow, and to these none; see
+            `derive` of `TuckerMethod` and of `measure_perplexity`. The plan's perplexity is still the sum over all.
 
     Raises:
         BudgetError: the budget is no number, or below the least that the layers need; states that least.
         SettingError: a storage that does not exist.
-        TableError: a name that the table does not have, none of the storages for a layer, or a perplexity that is not
-            finite.
+        TableError: a name that the table does not have, none of the storages for a layer, a perplexity that is not
+            finite, or `derive` with a table that was not measured so.
 
     Warns:
         UserWarning: more than a tenth of the budget is left though every layer has its best candidate.
@@ -86,6 +103,9 @@ def select_ranks(
             f"the table is {table!r}; allowed is a PerplexityTable: measured, or by PerplexityTable.load(path)"
         )
     table = table if names is None else table.only(names)
+    if derive:
+        rest, ahead = table.deriving()
+        return select_ranks(rest, budget_bytes, storages=storages).with_derived(ahead, table)
     storages = tuple(storages)
     for storage in storages:
         check_storage(storage)
