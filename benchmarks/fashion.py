@@ -50,11 +50,13 @@ class Kind:
     Attributes:
         storages: that ranks are chosen in, layer by layer; none for exact training.
         method: at such ranks.
+        derive: whether inputs that follow from others are not kept, see `derive` of `lowrank.ASI`.
         micro: samples of which the gradients are summed up; None: the whole batch at once.
     """
 
     storages: tuple[Storage, ...] = ()
     method: Callable[[RankPlan], Method] = ASI
+    derive: bool = False
     micro: int | None = None
 
 
@@ -64,6 +66,7 @@ KINDS = {
     "micro_batch_2": Kind(micro=2),
     "asi": Kind(("input",)),
     "asi_int8": Kind(("int8",)),
+    "asi_int8_derived": Kind(("int8",), derive=True),
     "asi_mixed": Kind(STORAGES),
     "asi_int8_micro_16": Kind(("int8",), micro=16),
     "fixed_bases": Kind(("input",), FixedBases),
@@ -116,8 +119,9 @@ class Task:
 
     def measure(self, run: Run, batch: Batch) -> PerplexityTable:
         """Perplexity in the storages of the run's method."""
-        options = (self.model, self.names, self.loss, self.at_once(run, batch)[0])
-        found = lowrank.measure_perplexity(*options, mode_energies=MODE_ENERGIES, storages=run.kind.storages)
+        given = (self.model, self.names, self.loss, self.at_once(run, batch)[0])
+        options = {"storages": run.kind.storages, "derive": run.kind.derive}
+        found = lowrank.measure_perplexity(*given, mode_energies=MODE_ENERGIES, **options)
         return whole_batch(found) if run.kind.method is FixedBases else found
 
     def convert(self, run: Run, batch: Batch) -> RankPlan | None:
@@ -125,7 +129,8 @@ class Task:
         if not run.kind.storages:
             return None
         budget = self.input_bytes(batch) / run.part
-        plan = lowrank.select_ranks(self.measure(run, batch), budget, storages=run.kind.storages)
+        options = {"storages": run.kind.storages, "derive": run.kind.derive}
+        plan = lowrank.select_ranks(self.measure(run, batch), budget, **options)
         self.method = self.method_of(run, plan)
         lowrank.convert(self.model, self.names, self.method, everywhere=True)
         return plan

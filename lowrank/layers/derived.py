@@ -1,9 +1,9 @@
 """Inputs that are computed again from what a layer ahead keeps of its own, in whatever form: as near as that form is.
 
-In an inverted bottleneck a narrow tensor goes through a 1 x 1 and a depthwise convolution, each with a normalisation and
-an activation. Both of these have inputs six times as large, which follow from the narrow one by few products. Where the
-first layer keeps its input as a form, the two behind it need none of their own: the bytes serve the narrow input alone,
-at ranks that are many times as high.
+In an inverted bottleneck a narrow tensor goes through a 1 x 1 convolution, a depthwise one and another 1 x 1, with
+normalisations and activations between them. The last two have inputs six times as large, which follow from the narrow
+one by few products. Where the first layer keeps its input as a form, these need none of their own: all bytes serve the
+narrow input, at ranks that are many times as high.
 
 The steps are those of `lowrank.exact.origins`, with the form in the place of the exact source. They are steps of their
 own: whoever asks for the exact tensor must not be given one that is near it.

@@ -1,5 +1,8 @@
-"""What layers keep of their inputs, for the others that it serves: those that are given the same input, such as a
-block's first convolution and its shortcut, which keep it once, and those whose input is computed from it (`derived`)."""
+"""What layers keep of their inputs, for the others that it serves.
+
+Layers that are given the same input, such as a block's first convolution and its shortcut, keep it once. Those whose
+input follows from it need not keep that, see `derived`.
+"""
 
 from __future__ import annotations
 

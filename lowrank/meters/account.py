@@ -14,6 +14,7 @@ from lowrank.errors import ConversionError
 from lowrank.layers.factored import FactoredLinear
 from lowrank.layers.layer import LowRankLayer, can_be_converted, computed_input, geometry_of, is_single, weight_of
 from lowrank.layers.preserve import preserved
+from lowrank.layers.shared_inputs import forms_held
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.methods.base import Method, Vanilla
@@ -29,10 +30,15 @@ class Account(Mapping[str, LayerCost]):
     Attributes:
         whole: names of the layers that keep their input as it is, since keeping less of one so small is not worth its
             time; see `smallest` of `convert`.
+        derived: per name of a layer that keeps nothing, since its input follows from what another one keeps, that one's
+            name; see `derive` of `lowrank.ASI`. Their operations are those of exact training, without computing the
+            input again.
     """
 
-    def __init__(self, layers: dict[str, LayerCost], whole: Iterable[str] = ()) -> None:
-        self._layers, self.whole = layers, tuple(whole)
+    def __init__(
+        self, layers: dict[str, LayerCost], whole: Iterable[str] = (), derived: Mapping[str, str] | None = None
+    ) -> None:
+        self._layers, self.whole, self.derived = layers, tuple(whole), dict(derived or {})
 
     def __getitem__(self, name: str) -> LayerCost:
         return self._layers[name]
@@ -82,6 +88,7 @@ def account(
         if not can_be_converted(layer):
             raise ConversionError(f"layer {name!r} ({stock_class(layer).__name__}) cannot be accounted for")
     found: dict[str, LayerCost] = {}
+    in_full: dict[str, LayerCost] = {}
     whole: set[str] = set()
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -89,6 +96,8 @@ def account(
             x = computed_input(layer, inputs[0].detach())
             with without_autocast(x.device.type):
                 cost, as_it_is = _layer_cost(layer, inputs[0], x)
+                if _may_derive(layer):
+                    in_full[name] = in_full.get(name, LayerCost()) + _layer_cost(layer, inputs[0], x, Vanilla())[0]
             found[name] = found.get(name, LayerCost()) + cost
             if as_it_is:
                 whole.add(name)
@@ -97,23 +106,36 @@ def account(
 
     # Forward in grad mode tells which inputs need a gradient; what autograd would keep for a backward pass is dropped.
     dropped = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.new_empty(0), lambda empty: empty)
-    with preserved(model), torch.enable_grad(), dropped:
+    with preserved(model), torch.enable_grad(), dropped, forms_held():
         handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
         try:
             forward(model, batch)
+            ahead = {name: _ahead(layer) for name, layer in layers.items()}
         finally:
             for handle in handles:
                 handle.remove()
     missing = [name for name in layers if name not in found]
     if missing:
         raise ConversionError(f"the forward pass does not call {', '.join(map(repr, missing))}")
-    return Account({name: found[name] for name in layers}, [name for name in layers if name in whole])
+    derived = {name: other for name, other in ahead.items() if other is not None}
+    for name in derived:
+        found[name] = replace(in_full[name], activation_bytes=0)
+    return Account({name: found[name] for name in layers}, [name for name in layers if name in whole], derived)
+
+
+def _ahead(layer: nn.Module) -> str | None:
+    """The layer from whose input that of another one followed, in the forward pass just made."""
+    return layer._lowrank.derived if isinstance(layer, LowRankLayer) else None
+
+
+def _may_derive(layer: nn.Module) -> bool:
+    return isinstance(layer, LowRankLayer) and layer._lowrank.method.derive
 
 
 @torch.no_grad()
-def _layer_cost(layer: nn.Module, given: Tensor, x: Tensor) -> tuple[LayerCost, bool]:
-    """What a layer costs for an input, `x` as it computes with it, and whether it keeps that as it is by the rule of
-    `smallest`."""
+def _layer_cost(layer: nn.Module, given: Tensor, x: Tensor, by: Method | None = None) -> tuple[LayerCost, bool]:
+    """What a layer costs for an input, `x` as it computes with it, by its own method or another, and whether it keeps
+    that as it is by the rule of `smallest`."""
     geometry: Geometry = geometry_of(layer)
     needs_input_gradient = given.requires_grad
     x = without_padding(x.unsqueeze(0) if is_single(layer, x) else x)
@@ -123,9 +145,9 @@ def _layer_cost(layer: nn.Module, given: Tensor, x: Tensor) -> tuple[LayerCost, 
     assert isinstance(weight, Tensor)
     out_channels = geometry.by_output(weight).shape[0]
     if weight.requires_grad:
-        method: Method = Vanilla()
+        method: Method = by or Vanilla()
         whole = False
-        if isinstance(layer, LowRankLayer):
+        if by is None and isinstance(layer, LowRankLayer):
             method = layer._lowrank.method_for(geometry, x, out_channels)
             whole = method is not layer._lowrank.method
         cost = method.cost(x, geometry, out_channels, needs_input_gradient)

@@ -116,9 +116,9 @@ def exact_flops(geometry: Geometry, shape: Shape, out_channels: int, input_gradi
     return 2 * geometry.macs(shape, out_channels) * (2 if input_gradient else 1)
 
 
-def storage_tag(storage: str) -> str:
-    """Ending of a tag where numbers are not kept in the input's dtype."""
-    return "" if storage == "input" else f"_{storage}"
+def form_tag(storage: str, derive: bool) -> str:
+    """Ending of a tag where numbers are not kept in the input's dtype, or inputs that follow from others not at all."""
+    return ("" if storage == "input" else f"_{storage}") + ("_derived" if derive else "")
 
 
 @dataclass(frozen=True)

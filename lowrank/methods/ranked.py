@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowrank.errors import SettingError
-from lowrank.methods.base import Tensors, TuckerMethod, storage_tag
+from lowrank.methods.base import Tensors, TuckerMethod, form_tag
 from lowrank.tensors.decompose import allowed_ranks
 from lowrank.tensors.geometry import Shape
 from lowrank.tensors.storage import stored_bytes
@@ -59,9 +59,11 @@ class RankedMethod(TuckerMethod):
         derive = self.derive or name in getattr(self.ranks, "derived", {})
         return replace(self, ranks=per_layer[name], storage=chosen, derive=derive)
 
-    def _storage_tag(self) -> str:
+    def _form_tag(self) -> str:
         chosen = set(getattr(self.ranks, "storages", {}).values()) or {self.storage}
-        return "_mixed" if len(chosen) > 1 else storage_tag(chosen.pop())
+        return form_tag(
+            "mixed" if len(chosen) > 1 else chosen.pop(), self.derive or bool(getattr(self.ranks, "derived", {}))
+        )
 
     def reason_against(self, layer: nn.Module) -> str | None:
         modes = next((n for kinds, n in _MODES.items() if isinstance(layer, kinds)), None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lowrank.methods.base import Tensors, TuckerMethod, Vanilla, storage_tag
+from lowrank.methods.base import Tensors, TuckerMethod, Vanilla, form_tag
 from lowrank.tensors.costs import LayerCost
 from lowrank.tensors.geometry import Geometry
 from lowrank.tensors.storage import Storage, store
@@ -30,7 +30,7 @@ class Rounded(TuckerMethod):
 
     @property
     def tag(self) -> str:
-        return f"rounded{storage_tag(self.storage)}"
+        return f"rounded{form_tag(self.storage, self.derive)}"
 
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
         return store(x, Tucker(x, (None,) * x.ndim), self.storage), ()
