@@ -48,7 +48,7 @@ _WATCHING = {
 _SAID = {
     "model": {
         *("backbone", "method", "fuse", "layers", "budget", "energies", "learning_rate"),
-        *("channels_last", "cache_front", "mode_energies", "storages"),
+        *("channels_last", "cache_front", "mode_energies", "storages", "derive"),
     },
     "data": {"dataset", "batch_size", "image_size", "limit"},
     "trainer": {"max_epochs", "max_time", "precision", "strategy", "num_nodes"},
@@ -83,6 +83,8 @@ def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, 
         del model["mode_energies"]  # it has no influence, or is not used, as before it was there
     if not measures or list(model["storages"]) == ["input", "int8"]:
         del model["storages"]
+    if not (measures and model["derive"]):
+        del model["derive"]
     if measures and config["batches"] > 1:
         identity["batches"] = config["batches"]
     if config.get("processes", 1) > 1:

@@ -97,13 +97,27 @@ def leaves_ranks(config: Mapping[str, Any]) -> bool:
     return known and settings.get("ranks") is None
 
 
+def derives(config: Mapping[str, Any]) -> bool:
+    """Whether the method of a config has `derive`, so that its ranks need a table that was measured with it; imports it
+    only if it is not of `lowrank`."""
+    name, settings = _parts(config)
+    known = str(name).removeprefix("lowrank.") in _RANKED
+    return bool(settings.get("derive", False) if known else build_method(config).derive)
+
+
+def table_tag(derive: bool) -> str:
+    """What stands for the method in the folder of a perplexity table: one with `derive` has a folder of its own, since
+    runs are told by what their table holds."""
+    return "perplexity_derived" if derive else "perplexity"
+
+
 def with_ranks(
     method: Method, budget: Budget | None, names: Sequence[str], choice: RankChoice = "perplexity", seed: int = 0
 ) -> Method:
     """The method with the ranks that the budget gives these layers, if it needs any.
 
     Raises:
-        ExperimentError: it needs ranks, and there is no budget.
+        ExperimentError: it needs ranks, and there is no budget; see also `experiment.ranks.Budget.plan`.
     """
     if not needs_ranks(method):
         return method
@@ -112,14 +126,23 @@ def with_ranks(
             f"{type(method).__name__} needs ranks: give its own, or a budget, which is a perplexity table and a "
             f"memory: budget.table, and budget.mib or budget.run"
         )
-    plan = budget.plan(names, choice, seed, getattr(method, "storage", "input"))
+    plan = budget.plan(names, choice, seed, getattr(method, "storage", "input"), method.derive)
     return replace(method, ranks=plan)  # type: ignore[type-var]
 
 
 def fuses(method: Method, fuse: bool | None) -> bool:
-    """Whether a run keeps less in the rest of the network; by default (None) yes, but vanilla is ordinary training."""
+    """Whether a run keeps less in the rest of the network; by default (None) yes, but vanilla is ordinary training.
+
+    Raises:
+        ExperimentError: it is not to, and the method needs it.
+    """
     from lowrank import Vanilla
 
+    if fuse is False and method.derive:
+        raise ExperimentError(
+            f"fuse is off with {method!r}: what lies between the layers is not known then, and no input follows from "
+            f"another; leave fuse out"
+        )
     return type(method) is not Vanilla if fuse is None else fuse
 
 

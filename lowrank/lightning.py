@@ -64,7 +64,7 @@ class LowRankCallback(Callback):
         ranks: per layer, once they are chosen; empty without a budget.
 
     Raises:
-        SettingError: a budget and a method that cannot go together.
+        SettingError: a budget and a method, or `fuse` and a method, that cannot go together.
     """
 
     def __init__(
@@ -84,6 +84,11 @@ class LowRankCallback(Callback):
         if budget is not None and method.factors_weight:
             raise SettingError(
                 f"{type(method).__name__} makes parameters before there is a batch; give it ranks in place of a budget"
+            )
+        if method.derive and not fuse:
+            raise SettingError(
+                f"fuse is off with {method!r}: what lies between the layers is not known then, and no input follows "
+                f"from another; leave fuse out"
             )
         self.method, self.layers, self.budget, self.kind = method, layers, budget, kind
         self.loss_fn, self.fuse = loss_fn or _training_loss, fuse
@@ -118,11 +123,12 @@ class LowRankCallback(Callback):
         if self.budget is None or _is_converted(pl_module):
             return
         storage: Storage = getattr(self.method, "storage", "input")
+        options: dict[str, Any] = {"storages": (storage,), "derive": self.method.derive}
         with trainer.strategy.precision_plugin.forward_context():
             table = measure_perplexity(
-                pl_module, self.names, self.loss_fn, batch, mode_energies=MODE_ENERGIES, storages=(storage,)
+                pl_module, self.names, self.loss_fn, batch, mode_energies=MODE_ENERGIES, **options
             )
-        self._convert(pl_module, select_ranks(table, self.budget, storages=(storage,)).ranks)
+        self._convert(pl_module, select_ranks(table, self.budget, **options).ranks)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the ranks, and what the method carries, beside the weights."""
