@@ -17,7 +17,7 @@ pl = pytest.importorskip("pytorch_lightning")
 from lowrank.lightning import LowRankCallback  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("the Trainer moves modules itself")
-BUDGET = 6_000
+BUDGET, LITTLE = 6_000, 800
 EPOCHS, BATCH = 2, 8
 
 
@@ -193,3 +193,43 @@ class Counting(Module):
 def test_the_batch_that_perplexity_is_measured_on_counts_once_in_the_metrics_of_its_epoch(tmp_path: Path) -> None:
     module, _ = fit(tmp_path, LowRankCallback(lowrank.ASI(), layers=2, budget=BUDGET), epochs=1, module=Counting())
     assert module.samples.compute() == 32
+
+
+class Bottlenecks(Module):
+    """An inverted bottleneck at the end, whose two wide inputs follow from the narrow one; statistics are frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torchvision = pytest.importorskip("torchvision")
+        torch.manual_seed(3)
+        self.network = torchvision.models.mobilenet_v2(num_classes=4, width_mult=0.25)
+        self.train()  # the Trainer keeps the mode in which it gets each layer
+
+    def train(self, mode: bool = True) -> Bottlenecks:
+        super().train(mode)
+        for layer in self.modules():
+            if isinstance(layer, nn.BatchNorm2d | nn.Dropout):
+                layer.eval()
+        return self
+
+
+def test_inputs_that_follow_from_others_are_not_kept_and_resuming_is_exact(tmp_path: Path) -> None:
+    for name in ("whole", "half", "rest"):
+        (tmp_path / name).mkdir()
+    runs = {}
+    for name, epochs, resume in (("whole", EPOCHS, None), ("half", 1, None), ("rest", EPOCHS, "half")):
+        callback = LowRankCallback(lowrank.ASI(storage="int8", derive=True), layers=4, budget=LITTLE)
+        checkpoint = None if resume is None else runs[resume][1]
+        module, saved = fit(tmp_path / name, callback, epochs, checkpoint, Bottlenecks())
+        runs[name] = module, saved, callback
+        states = [layer._lowrank for layer in lowrank.converted_layers(module) if layer._lowrank.chosen]
+        ahead = f"network.{lowrank.trailing_layers(module.network, 4)[0]}"
+        assert [state.derived for state in states] == [None, ahead, ahead, None]
+        assert sum(state.kept_bytes for state in states) <= LITTLE
+    (whole, _, chosen), (rest, _, again) = runs["whole"], runs["rest"]
+    assert chosen.ranks == again.ranks
+    assert same(rest.state_dict(), whole.state_dict())
+    assert lowrank.training_state(rest)
+    assert same(lowrank.training_state(rest), lowrank.training_state(whole))
+    with pytest.raises(lowrank.SettingError, match=r"fuse is off with ASI\(.*derive=True\).*leave fuse out"):
+        LowRankCallback(lowrank.ASI(derive=True), budget=BUDGET, fuse=False)
