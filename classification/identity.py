@@ -77,6 +77,7 @@ def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, 
     model = identity["model"]
     model["weights"] = model["weights"] and weights_fingerprint(model["weights"])
     model["budget"] = model["budget"] and _budget(config)
+    model["method"] = _without_new(model["method"])
     identity["trainer"]["max_time"] = None  # a run that it ends has no result
     identity["trainer"]["num_nodes"] = 1  # on how many machines its processes are has no influence
     if not (measures and model["mode_energies"]):
@@ -97,6 +98,18 @@ def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, 
         del data["limit"], data["limit_seed"]  # records of before these settings stay valid
     data["split_file"] = data["split_file"] and split_fingerprint(Path(data["split_file"]))
     return identity
+
+
+_NEW = {"derive": False}  # settings of methods that records of before do not have, with what these were trained by
+
+
+def _without_new(method: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A method's config, which has every default, without those of settings that were not there before."""
+    if method is None:
+        return None
+    settings = dict(method.get("init_args") or {})
+    kept = {key: value for key, value in settings.items() if key not in _NEW or value != _NEW[key]}
+    return {**method, **({"init_args": kept} if "init_args" in method else {})}
 
 
 def _acting(callbacks: Any) -> dict[str, Any]:

@@ -140,8 +140,8 @@ def fuses(method: Method, fuse: bool | None) -> bool:
 
     if fuse is False and method.derive:
         raise ExperimentError(
-            f"fuse is off with {method!r}: what lies between the layers is not known then, and no input follows from "
-            f"another; leave fuse out"
+            f"fuse is off with {type(method).__name__}(derive=True): what lies between the layers is not known then, "
+            f"and no input follows from another; leave fuse out"
         )
     return type(method) is not Vanilla if fuse is None else fuse
 

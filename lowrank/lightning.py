@@ -87,8 +87,8 @@ class LowRankCallback(Callback):
             )
         if method.derive and not fuse:
             raise SettingError(
-                f"fuse is off with {method!r}: what lies between the layers is not known then, and no input follows "
-                f"from another; leave fuse out"
+                f"fuse is off with {type(method).__name__}(derive=True): what lies between the layers is not known "
+                f"then, and no input follows from another; leave fuse out"
             )
         self.method, self.layers, self.budget, self.kind = method, layers, budget, kind
         self.loss_fn, self.fuse = loss_fn or _training_loss, fuse
