@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from segmentors import files
+from mmengine.config import Config
+from segmentors import files, narrow_config
 
 from experiment import Record, Run
 from experiment.sweep import SEED
-from lowrank import PerplexityTable
+from lowrank import PerplexityTable, measure_perplexity
+from segmentation.batches import segmentation_loss, training_mode
 from segmentation.cli import main
 from segmentation.compose import load_config
 from segmentation.identity import MEASURED, identity_of
+from segmentation.training import prepared_model
 
 ROOT = Path(__file__).parents[2]
 NETWORK, METHOD, MIB = "deeplabv3_mbv2_small", "asi_int8_derived", 0.01
@@ -68,6 +71,29 @@ def test_its_table_says_what_follows_from_what_and_lies_beside_the_other(finishe
     assert [row.mixed for row in before.layers] == [row.mixed for row in derived.layers]
     assert main([*arguments("measure", "vanilla", data_dir, finished), "perplexity.derive=True"]) == 0
     assert "done already" in capsys.readouterr().out, "the option and the setting are the same"
+
+
+def test_measuring_leaves_the_network_as_it_was(batch):
+    config: Config = narrow_config("deeplabv3_mbv2")
+    config.pop("load_from", None)
+    model, names = prepared_model(config)
+    training_mode(model.double())
+
+    def described():
+        loss = segmentation_loss(model, batch)
+        loss.backward()
+        found = {name: parameter.grad for name, parameter in model.named_parameters()} | {"loss": loss.detach()}
+        model.zero_grad()
+        kinds = [(type(each), list(vars(each)), each.training) for each in model.modules()]
+        return kinds, found | {f"state {name}": value.clone() for name, value in model.state_dict().items()}
+
+    kinds, before = described()
+    assert measure_perplexity(model, names, segmentation_loss, batch, derive=True).derives
+    again, after = described()
+    assert kinds == again
+    assert list(before) == list(after)
+    for name, value in before.items():
+        assert value is after[name] is None or torch.equal(value, after[name]), name
 
 
 def test_no_identity_of_before_knows_of_it():
