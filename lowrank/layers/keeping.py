@@ -252,3 +252,4 @@ class Near(Rebuilt):
     """The input, computed again from what another layer keeps of its own: as near as that."""
 
     keeps_input: ClassVar[bool] = False
+    derive = True
