@@ -32,7 +32,7 @@ class RankedMethod(TuckerMethod):
             for every mode; or, per layer name, one of these: a mapping, or the result of `select_ranks`. A rank above
             its dimension is cut to it. None: not chosen yet; converting with it is refused.
         storage: see `TuckerMethod`. A plan of `select_ranks` that chose a storage for each layer brings its own.
-        derive: see `TuckerMethod`. A plan of `select_ranks` in which inputs follow from others brings it.
+        derive: see `TuckerMethod`. A plan of `select_ranks` says for itself which layers do.
     """
 
     ranks: Any = None
@@ -56,7 +56,9 @@ class RankedMethod(TuckerMethod):
         chosen = getattr(self.ranks, "storages", {}).get(name, self.storage)
         if self.storage not in ("input", chosen):
             raise SettingError(f"the ranks of {name!r} were chosen for storage {chosen!r}, not {self.storage!r}")
-        return replace(self, ranks=per_layer[name], storage=chosen, derive=self._derives())
+        ahead = getattr(self.ranks, "derived", None)  # a plan's, of which other layers keep each for themselves
+        derive = self.derive if ahead is None else name in ahead or name in ahead.values()
+        return replace(self, ranks=per_layer[name], storage=chosen, derive=derive)
 
     def _form_tag(self) -> str:
         chosen = set(getattr(self.ranks, "storages", {}).values()) or {self.storage}
