@@ -22,7 +22,7 @@ class Pick:
 
     Attributes:
         name: the layer.
-        ranks, energy, storage, nbytes, perplexity: see `Candidates`; of a derived layer the ranks are its input's shape,
+        ranks, energy, storage, nbytes, perplexity: see `Candidates`; of a derived layer ranks are its input's shape,
             bytes and perplexity zero: both count for the other layer.
         ahead: name of the layer from whose input this one's is derived; None: it keeps its own.
     """
