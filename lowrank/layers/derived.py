@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lowrank.exact.origins import Origin, Source, Step, find, version_of
-from lowrank.exact.slots import here
+from lowrank.exact.origins import Origin, Source, Step, find, itself, version_of
+from lowrank.exact.slots import here, in_checkpoint
 from lowrank.layers.shared_inputs import Form, form_of
 from lowrank.methods.base import Tensors
 
@@ -84,14 +84,15 @@ def derived_from(origin: Origin) -> Origin | None:
     """The same of a tensor that comes about so."""
     missing = [source for source in origin.sources if not source.kept]
     form = form_of(missing[0].tensor) if len(missing) == 1 else None
-    if form is None or form.place != here():
+    # A checkpoint drops at first what a layer keeps, and has it there when it runs again: both have to save the same.
+    if form is None or form.place != here() or in_checkpoint():
         return None
     kept = form.kept()
     if kept is None:
         return None
     if form.restored is None:
         leaves = [Step(None) for tensor in kept if tensor is not None]
-        form.restored = Step(_restoring(form, kept), leaves, fresh=True)
+        form.restored = Step(_restoring(form, kept), leaves)
         form.steps = {}
     form.steps[missing[0].step] = form.restored
     sources = [source for source in origin.sources if source.kept]
@@ -101,9 +102,17 @@ def derived_from(origin: Origin) -> Origin | None:
     return Origin(_through(origin.step, form.steps), tuple(sources), place=origin.place)
 
 
-def added_bytes(origin: Origin) -> int:
-    """What keeping a tensor by its origin adds, where a form may stand for one of its sources."""
-    return 0 if derived_from(origin) is not None else origin.nbytes
+def nearest(x: Tensor, origin: Origin, everywhere: bool) -> tuple[Origin, int]:
+    """From where others may be derived, of a tensor and its origin, and the bytes that keeping by it adds.
+
+    That is the origin, where it is exact and takes nothing, unless forms are to be used `everywhere`, or where a form
+    may stand for its source; the tensor itself, where only the form that is kept of that can stand for it.
+    """
+    computed = origin.step.function is not None
+    if computed and ((origin.nbytes == 0 and not everywhere) or derived_from(origin) is not None):
+        return origin, 0
+    own = replace(itself(x), parts=True)  # which is noted of a tensor that is no larger, too
+    return (origin, origin.nbytes) if derived_from(own) is None else (own, 0)
 
 
 def _restoring(form: Form, kept: Tensors) -> Callable[..., Tensor]:

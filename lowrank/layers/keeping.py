@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import LowRankError
 from lowrank.exact.origins import Origin, Rebuild, find, is_kept, is_known_as_kept, origin_of, reading
+from lowrank.exact.slots import Way, has_slot, is_computed
 from lowrank.layers.derived import derived
 from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.token_mask import without_padding
@@ -165,6 +166,8 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
         origin, state.formula_bytes = lighter
         state.kept_bytes = origin.nbytes
         reader, sources = reading(origin)
+        if has_slot(input):
+            is_computed(input, lambda: _read_again(origin))
         return Rebuilt(reader.one), sources
     kept = find_kept(input, batched, method)
     shared = kept is not None
@@ -181,6 +184,12 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
         state.kept_bytes = 0 if shared else sum(tensor.nbytes for tensor in kept if tensor is not None)
         state.formula_bytes = method.formula_bytes(kept, tuple(batched.shape)) if kept else 0
     return method, kept
+
+
+def _read_again(origin: Origin) -> Way:
+    """One more reader of a tensor that is computed again."""
+    reader, sources = reading(origin.as_kept())
+    return Way(reader.one, sources, origin.step.is_free)
 
 
 def _lighter_origin(state: LayerState, method: Method, geometry: Geometry, x: Tensor) -> tuple[Origin, int] | None:
@@ -252,3 +261,4 @@ class Near(Rebuilt):
     """The input, computed again from what another layer keeps of its own: as near as that."""
 
     keeps_input: ClassVar[bool] = False
+    derive = True

@@ -33,7 +33,7 @@ from lowrank.exact.recompute import note_layer
 from lowrank.exact.slots import has_slot, in_checkpoint
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
-from lowrank.layers.derived import added_bytes
+from lowrank.layers.derived import nearest
 from lowrank.layers.direct import DIRECT, nothing
 from lowrank.layers.held import Held, can_be_held, hold
 from lowrank.layers.keeping import Kept, LayerState, kept_of
@@ -255,27 +255,29 @@ def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | 
     if x is input and not single and state.recompute and not torch.compiler.is_compiling():
         products = weight.shape[-1] if isinstance(geometry, LinearGeometry) else weight.numel() // y.shape[1]
         if not state.smallest or again_is_worth(y.numel(), products, y.itemsize, state.smallest):
-            _note_way(settings, call, (input, weight, bias), y, method if kept else None)
+            keeps_x, everywhere = bool(kept) and method.keeps_input, state.everywhere
+            _note_way(settings, call, (input, weight, bias), y, keeps_x, everywhere)
     if type(y) is Lazy and x is input:
         hold(x, y)
     return y
 
 
 def _note_way(
-    settings: Settings, call: Call | None, given: tuple[Tensor, Tensor, Tensor | None], y: Tensor, method: Method | None
+    settings: Settings,
+    call: Call | None,
+    given: tuple[Tensor, Tensor, Tensor | None],
+    y: Tensor,
+    keeps_x: bool,
+    everywhere: bool,
 ) -> None:
-    """Note how a layer's output comes about, and have the normalisation do so that it is computed with.
-
-    `method` is what keeps something of its input, if anything does.
-    """
+    """Note how a layer's output comes about, and have the normalisation do so that it is computed with."""
     x, weight, bias = given
     linear = isinstance(settings.geometry, LinearGeometry)
     cost = LAYER if linear else weight.numel() // y.shape[1]
-    ahead = origin_of(x)
-    ahead = ahead.as_kept() if method is not None and method.keeps_input else ahead
+    ahead = origin_of(x).as_kept() if keeps_x else origin_of(x)
     if not linear and cost > (BUDGET if y.numel() >= x.numel() else SHRINKING):
         return
-    added = added_bytes(ahead) if settings.method.derive else ahead.nbytes
+    ahead, added = nearest(x, ahead, everywhere) if settings.method.derive else (ahead, ahead.nbytes)
     if not linear and 2 * added > y.nbytes:  # a large input that nothing keeps is not held for this
         if call is None and weight.shape[1] == 1 and ahead.step.function is None:
             note_layer(itself(x, stream=True), y, settings.geometry.forward, (weight, bias), cost)

@@ -32,7 +32,7 @@ class RankedMethod(TuckerMethod):
             for every mode; or, per layer name, one of these: a mapping, or the result of `select_ranks`. A rank above
             its dimension is cut to it. None: not chosen yet; converting with it is refused.
         storage: see `TuckerMethod`. A plan of `select_ranks` that chose a storage for each layer brings its own.
-        derive: see `TuckerMethod`. A plan of `select_ranks` says for itself which layers derive their inputs.
+        derive: see `TuckerMethod`. A plan of `select_ranks` says for itself which layers do.
     """
 
     ranks: Any = None
@@ -56,14 +56,16 @@ class RankedMethod(TuckerMethod):
         chosen = getattr(self.ranks, "storages", {}).get(name, self.storage)
         if self.storage not in ("input", chosen):
             raise SettingError(f"the ranks of {name!r} were chosen for storage {chosen!r}, not {self.storage!r}")
-        derive = self.derive or name in getattr(self.ranks, "derived", {})
+        ahead = getattr(self.ranks, "derived", None)  # a plan's, of which other layers keep each for themselves
+        derive = self.derive if ahead is None else name in ahead or name in ahead.values()
         return replace(self, ranks=per_layer[name], storage=chosen, derive=derive)
 
     def _form_tag(self) -> str:
         chosen = set(getattr(self.ranks, "storages", {}).values()) or {self.storage}
-        return form_tag(
-            "mixed" if len(chosen) > 1 else chosen.pop(), self.derive or bool(getattr(self.ranks, "derived", {}))
-        )
+        return form_tag("mixed" if len(chosen) > 1 else chosen.pop(), self._derives())
+
+    def _derives(self) -> bool:
+        return self.derive or bool(getattr(self.ranks, "derived", {}))
 
     def reason_against(self, layer: nn.Module) -> str | None:
         modes = next((n for kinds, n in _MODES.items() if isinstance(layer, kinds)), None)

@@ -96,6 +96,14 @@ class LayerPerplexity:
     gradient_norm: float | None = None
     derived: Derived | None = None
 
+    def together(self) -> LayerPerplexity:
+        """The row with the perplexity of all that follows from its input in the place of its own."""
+        if self.derived is None:
+            return self
+        own, further = self.derived.perplexity[: len(self.ranks)], self.derived.perplexity[len(self.ranks) :]
+        mixed = None if self.mixed is None else replace(self.mixed, perplexity=further)
+        return replace(self, perplexity=own, mixed=mixed, derived=None)
+
 
 @dataclass(frozen=True)
 class PerplexityTable:
@@ -141,22 +149,6 @@ class PerplexityTable:
     def without_mixed(self) -> PerplexityTable:
         """The table with one energy for all modes of a layer, as published (ASI, sec. 3.3), in the input's dtype."""
         return replace(self, layers=tuple(map(_without_mixed, self.layers)))
-
-    def deriving(self) -> tuple[PerplexityTable, dict[str, str]]:
-        """The table without the layers whose inputs follow from those of others; of these, the perplexity of all
-        together. And per name of such a layer, that of the other one.
-
-        A layer that only follows from one which is not in the table stays.
-
-        Raises:
-            TableError: it was not measured what follows from what.
-        """
-        if not self.derives:
-            raise TableError("the perplexity table does not say what follows from what; measure it with derive=True")
-        names = set(self.names)
-        ahead = {name: row.name for row in self.layers if row.derived for name in row.derived.shapes if name in names}
-        rows = [row for row in self.layers if row.name not in ahead]
-        return replace(self, layers=tuple(map(_together, rows)), derives=False), ahead
 
     def candidates(self, layer: LayerPerplexity) -> Candidates:
         """All candidates of one of the table's layers: one for each energy of the table, then the mixed ones."""
@@ -230,15 +222,6 @@ def _without_mixed(row: LayerPerplexity) -> LayerPerplexity:
     if derived is not None:
         derived = replace(derived, perplexity=derived.perplexity[: len(row.ranks)])
     return replace(row, mixed=None, derived=derived)
-
-
-def _together(row: LayerPerplexity) -> LayerPerplexity:
-    """A row with the perplexity of all that follows from its input in the place of its own."""
-    if row.derived is None:
-        return row
-    own, further = row.derived.perplexity[: len(row.ranks)], row.derived.perplexity[len(row.ranks) :]
-    mixed = None if row.mixed is None else replace(row.mixed, perplexity=further)
-    return replace(row, perplexity=own, mixed=mixed, derived=None)
 
 
 def _parse(content: Any) -> PerplexityTable:

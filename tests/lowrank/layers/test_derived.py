@@ -1,0 +1,259 @@
+"""Inputs that follow from what a layer ahead keeps of its own are not kept; gradients are those of what follows."""
+
+import copy
+import gc
+import weakref
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from derived_cases import DEPTHWISE, EXPAND, NAMES, PROJECT, Inverted, by_hand, loss_of, network
+from references import random_tensor
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lowrank
+from lowrank import ASI, HOSVD, SVD, FixedBases, Rounded, Vanilla
+
+METHODS = [
+    HOSVD(0.7, derive=True),
+    HOSVD(0.9, storage="int8", derive=True),
+    SVD(0.5, derive=True),
+    ASI((3, 3, 3, 4), derive=True),
+    FixedBases((3, 3, 3, 4), storage="bfloat16", derive=True),
+    Rounded(derive=True),
+]
+
+
+def gradients(model, x, passes=1):
+    for _ in range(passes):
+        model.zero_grad()
+        x = x.detach().requires_grad_()
+        loss_of(model, x).backward()
+    return {"input": x.grad, **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def layers_of(model):
+    return {layer._lowrank.name: layer._lowrank for layer in lowrank.converted_layers(model)}
+
+
+def derived(model):
+    return {name: state.derived for name, state in layers_of(model).items() if state.derived}
+
+
+@dataclass(frozen=True)
+class Noted(HOSVD):
+    """Tells what it gives again of an input."""
+
+    def restored(self, kept, dtype):
+        SEEN.append(super().restored(kept, dtype))
+        return SEEN[-1]
+
+
+SEEN = []
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("activation", [nn.ReLU6, nn.ReLU, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.Identity])
+@pytest.mark.parametrize("storage", ["input", "int8"])
+def test_gradients_are_those_of_what_follows_from_the_form(activation, stride, storage):
+    stock, x = network(activation, stride), random_tensor(4, 3, 9, 8)
+    model = copy.deepcopy(stock)
+    lowrank.convert(model, NAMES, Noted(0.7, storage=storage, derive=True), everywhere=True)
+    SEEN.clear()
+    found = gradients(model, x)
+    curve = activation in (nn.Hardswish, nn.SiLU)
+    if curve and not SEEN:
+        pytest.skip("the activation keeps what its derivative needs, from which all follows exactly")
+    narrow = SEEN[0]
+    assert len(SEEN) == 1, "the form is expanded once, for both that need it"
+    exact, wanted = gradients(copy.deepcopy(stock), x), by_hand(copy.deepcopy(stock), x, narrow)
+    assert derived(model) == {DEPTHWISE: EXPAND, PROJECT: EXPAND}
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9 * float(gradient.abs().max()))
+        assert not torch.allclose(found[name], exact[name], rtol=1e-6), "the form is no exact input"
+    torch.testing.assert_close(found["input"], exact["input"])
+    for name in ("0.weight", "2.weight", "1.expand.0.bias", "1.depthwise.1.bias", "1.project.1.bias"):
+        torch.testing.assert_close(found[name], exact[name])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_wide_inputs_take_nothing(method):
+    model, x = network(), random_tensor(4, 3, 9, 8)
+    plain = copy.deepcopy(model)
+    lowrank.convert(model, NAMES, method, everywhere=True)
+    gradients(model, x, passes=2)
+    states = layers_of(model)
+    assert derived(model) == {DEPTHWISE: EXPAND, PROJECT: EXPAND}
+    assert states[EXPAND].kept_bytes > 0 == states[DEPTHWISE].kept_bytes == states[PROJECT].kept_bytes
+    lowrank.convert(plain, NAMES, replace(method, derive=False), everywhere=True)
+    gradients(plain, x, passes=2)
+    others = sum(layers_of(plain)[name].kept_bytes for name in (DEPTHWISE, PROJECT))
+    saved = lowrank.saved_bytes(plain, loss_of, x) - lowrank.saved_bytes(model, loss_of, x)
+    assert saved == others > 0
+
+
+def test_without_it_every_layer_keeps_its_own_form():
+    model, x = network(), random_tensor(4, 3, 9, 8)
+    lowrank.convert(model, NAMES, HOSVD(0.7), everywhere=True)
+    gradients(model, x)
+    assert not derived(model)
+    assert all(state.kept_bytes > 0 for state in layers_of(model).values())
+
+
+def test_a_layer_keeps_its_own_form_where_the_one_ahead_keeps_none():
+    """Without a form ahead the depthwise layer keeps one, from which the next input follows."""
+    model, x = network(), random_tensor(4, 3, 9, 8)
+    model[0].requires_grad_(False)
+    model[1].expand.requires_grad_(False)
+    lowrank.convert(model, NAMES[1:], HOSVD(0.7, derive=True), everywhere=True)
+    loss_of(model, x).backward()
+    assert derived(model) == {PROJECT: DEPTHWISE}
+
+
+def test_exact_inputs_are_taken_ahead_of_near_ones():
+    """Where the narrow input is kept as it is, what follows from it is exact."""
+    stock, x = network(), random_tensor(4, 3, 9, 8)
+    model = copy.deepcopy(stock)
+    lowrank.convert(model, {EXPAND: Vanilla(), DEPTHWISE: Rounded(derive=True), PROJECT: Rounded(derive=True)})
+    found, exact = gradients(model, x), gradients(stock, x)
+    assert not derived(model)
+    for name, gradient in exact.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+def test_the_exact_tensor_is_never_given_for_the_near_one_nor_the_other_way_round():
+    """A branch reads the wide tensor exactly, by a function that computes it again, beside layers that derive it."""
+
+    class Branching(Inverted):
+        def forward(self, x):
+            wide = self.expand(x)
+            gate = F.silu(wide)  # its derivative needs the exact tensor
+            return self.project(self.depthwise(wide) * 1) + self.project(gate)
+
+    torch.manual_seed(1)
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Branching(), nn.Conv2d(4, 3, 1)).double().eval()
+    x = random_tensor(4, 3, 9, 8)
+    model = copy.deepcopy(stock)
+    lowrank.convert(model, [EXPAND, DEPTHWISE], Rounded(derive=True), everywhere=True)
+    found, exact = gradients(model, x), gradients(stock, x)
+    torch.testing.assert_close(found["input"], exact["input"])
+    torch.testing.assert_close(found["0.weight"], exact["0.weight"])
+    assert (found[f"{EXPAND}.weight"] - exact[f"{EXPAND}.weight"]).norm() < 0.02 * exact[f"{EXPAND}.weight"].norm()
+
+
+@pytest.mark.parametrize("method", [HOSVD(0.7, derive=True), Rounded(derive=True)], ids=repr)
+def test_several_passes_over_one_graph_and_a_part_of_it(method):
+    model, x = network(), random_tensor(4, 3, 9, 8)
+    lowrank.convert(model, NAMES, method, everywhere=True)
+    parameters = [model.get_submodule(name).weight for name in NAMES]
+    loss = loss_of(model, x)
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    (project,) = torch.autograd.grad(loss, parameters[2], retain_graph=True)
+    (depthwise,) = torch.autograd.grad(loss, parameters[1], retain_graph=True)
+    again = torch.autograd.grad(loss, parameters)
+    for pair in zip(first, again, strict=True):
+        assert torch.equal(*pair)
+    assert torch.equal(project, first[2])
+    assert torch.equal(depthwise, first[1])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_within_a_checkpoint(reentrant):
+    stock, x = network(), random_tensor(4, 3, 9, 8)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = copy.deepcopy(stock)
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=reentrant)
+
+    plain, inside = copy.deepcopy(stock), Checkpointed().eval()
+    lowrank.convert(plain, NAMES, HOSVD(0.7, derive=True), everywhere=True)
+    lowrank.convert(inside, [f"inner.{name}" for name in NAMES], HOSVD(0.7, derive=True), everywhere=True)
+    if not reentrant:  # which drops a form before another layer could read it, and refuses to keep less when run again
+        lowrank.convert(plain, NAMES, HOSVD(0.7), everywhere=True)
+    wanted, found = gradients(plain, x), gradients(inside, x)
+    for name in ("input", *[f"{name}.weight" for name in NAMES]):
+        torch.testing.assert_close(found[name if name == "input" else f"inner.{name}"], wanted[name])
+
+
+def test_where_autograd_saves_elsewhere_a_layer_keeps_its_own_form():
+    """What is handed to hooks may be anywhere: the form is not there to be read by another layer."""
+    stock, x = network(), random_tensor(4, 3, 9, 8)
+    lowrank.convert(stock, NAMES, HOSVD(0.7, derive=True), everywhere=True)
+    wanted = gradients(copy.deepcopy(stock), x)
+    with torch.autograd.graph.save_on_cpu():
+        found = gradients(stock, x)
+    for name, gradient in wanted.items():
+        assert torch.isfinite(found[name]).all()
+        assert (found[name] - gradient).norm() <= 0.9 * gradient.norm()
+
+
+def test_a_weight_that_changes_before_the_backward_pass_is_an_error():
+    model, x = network(), random_tensor(4, 3, 9, 8)
+    lowrank.convert(model, NAMES, HOSVD(0.7, derive=True), everywhere=True)
+    loss = loss_of(model, x)
+    with torch.no_grad():
+        model[1].expand[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_nothing_of_a_step_lives_on():
+    model, x = network(), random_tensor(4, 3, 9, 8)
+    lowrank.convert(model, NAMES, Noted(0.7, derive=True), everywhere=True)
+    SEEN.clear()
+    loss_of(model, x).backward()
+    references = [weakref.ref(SEEN.pop())]
+    loss = loss_of(model, x)  # one that is never taken back
+    del loss
+    gc.collect()
+    assert [reference() for reference in references] == [None]
+    assert not SEEN
+
+
+def test_the_account_counts_what_is_kept_and_the_explanation_says_why():
+    model, x = network(), random_tensor(4, 3, 9, 8)
+    own = lowrank.account(copy.deepcopy(model), NAMES, x)
+    lowrank.convert(model, NAMES, Rounded(derive=True), everywhere=True)
+    found = lowrank.account(model, NAMES, x)
+    assert found.derived == {DEPTHWISE: EXPAND, PROJECT: EXPAND}
+    loss_of(model, x).backward()
+    assert {name: cost.activation_bytes for name, cost in found.items()} == {
+        name: state.kept_bytes for name, state in layers_of(model).items()
+    }
+    for name in (DEPTHWISE, PROJECT):
+        assert found[name].flops == own[name].flops, "as of exact training"
+    told = {row.module: row for row in lowrank.explain(model, loss_of, x)}
+    for name in (DEPTHWISE, PROJECT):
+        assert told[name].nbytes == 0
+        assert repr(EXPAND) in told[name].reason
+
+
+def test_training_goes_on_as_it_was_from_a_saved_state():
+    x = random_tensor(4, 3, 9, 8)
+    models = [lowrank.convert(network(), NAMES, ASI((3, 3, 3, 4), derive=True), everywhere=True) for _ in range(2)]
+    gradients(models[0], x, passes=3)
+    lowrank.load_training_state(models[1], lowrank.training_state(models[0]))
+    for name, gradient in gradients(models[0], x).items():
+        assert torch.equal(gradient, gradients(copy.deepcopy(models[1]), x)[name])
+
+
+@pytest.mark.parametrize("value", ["NaN", "inf"])
+def test_values_that_are_not_finite_show(value):
+    model, x = network(), random_tensor(4, 3, 9, 8)
+    lowrank.convert(model, NAMES, Rounded(derive=True), everywhere=True)
+    x[0, 0, 0, 0] = float(value)
+    found = gradients(model, x)
+    assert not torch.isfinite(found[f"{EXPAND}.weight"]).all()
+
+
+def test_a_method_says_so():
+    assert ASI(4, derive=True).tag == "asi_derived_rank4"
+    assert Rounded(derive=True).tag == "rounded_int8_derived"
+    assert "derive=True" in repr(HOSVD(0.8, derive=True))
+    assert "derive" not in repr(HOSVD(0.8))
