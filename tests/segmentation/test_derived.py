@@ -24,7 +24,7 @@ from segmentation.identity import MEASURED, identity_of
 from segmentation.training import prepared_model
 
 ROOT = Path(__file__).parents[2]
-NETWORK, METHOD, MIB = "deeplabv3_mbv2_small", "asi_int8_derived", 0.01
+NETWORK, METHOD, MIB = "deeplabv3_mbv2_small", "asi_int8_derived", 0.002
 TINY = (
     *("--cfg-options", "model.backbone.widen_factor=0.1", "model.decode_head.in_channels=32"),
     *("model.decode_head.channels=8", "crop_size=(32,32)", "model.data_preprocessor.size=(32,32)"),
