@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from experiment.errors import ExperimentError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from experiment.ranks import Budget, RankChoice
     from lowrank import Method
 
@@ -105,6 +107,19 @@ def derives(config: Mapping[str, Any]) -> bool:
     return bool(settings.get("derive", False) if known else build_method(config).derive)
 
 
+def check_precision(config: Mapping[str, Any] | None, mixed: str) -> None:
+    """Refuse the method of a config in mixed precision, where it needs single; `mixed` names the setting that is it.
+
+    Raises:
+        ExperimentError: see above.
+    """
+    if config is not None and derives(config):
+        raise ExperimentError(
+            f"{mixed} with a method with derive: in mixed precision no input follows from another; train in single "
+            f"precision, or with a method without it"
+        )
+
+
 def table_tag(derive: bool) -> str:
     """What stands for the method in the folder of a perplexity table: one with `derive` has a folder of its own, since
     runs are told by what their table holds."""
@@ -128,6 +143,31 @@ def with_ranks(
         )
     plan = budget.plan(names, choice, seed, getattr(method, "storage", "input"), method.derive)
     return replace(method, ranks=plan)  # type: ignore[type-var]
+
+
+def require_derived(network: nn.Module, method: Method) -> None:
+    """Refuse a step in which an input was kept that the budget takes for derived from another layer's.
+
+    Args:
+        network: after a forward pass in training.
+        method: that it was converted with.
+
+    Raises:
+        ExperimentError: see above.
+    """
+    from lowrank import converted_layers
+
+    behind = getattr(getattr(method, "ranks", None), "derived", None)
+    if not behind:
+        return
+    for layer in converted_layers(network):
+        state = layer._lowrank
+        if state.name in behind and state.derived is None and state.kept_bytes:
+            raise ExperimentError(
+                f"layer {state.name!r} keeps {state.kept_bytes} bytes of its input, which was to follow from what "
+                f"{behind[state.name]!r} keeps: the code between them, mixed precision or checkpointing is in the way; "
+                f"train without these, or with a method without derive"
+            )
 
 
 def fuses(method: Method, fuse: bool | None) -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiment import ExperimentError
+from experiment.method import check_precision
+from segmentation.compose import HOOK
 
 WHOLE = {  # settings that are whole numbers, with the least of each
     "randomness.seed": 0,
@@ -62,6 +64,9 @@ def check_settings(config: Mapping[str, Any]) -> None:
         raise ExperimentError(f"crop_size is {size!r}; allowed are two whole numbers from 1")
     if _at(config, "optim_wrapper.type") == "AmpOptimWrapper":
         _need_accelerator()
+        own = [hook.get("method") for hook in hooks if hook["type"] == HOOK]
+        for method in (_at(config, "lowrank.method"), *own):
+            check_precision(method, "optim_wrapper.type is AmpOptimWrapper, mixed precision,")
 
 
 def check_options(options: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:

@@ -374,8 +374,9 @@ def test_a_method_with_derive_has_a_table_of_its_own_that_serves_it_and_leaves_o
         ([], "does not say which inputs follow from which, as a method with derive needs it; measure one with "),
         (["--model.rank_choice", "random"], "--model.rank_choice is 'random' with derive; allowed: 'perplexity'"),
         (["--model.fuse", "false"], "fuse is off with ASI(derive=True): "),
+        (["--trainer.precision", "bf16-mixed"], "--trainer.precision is bf16-mixed with a method with derive: "),
     ],
-    ids=["table", "choice", "fuse"],
+    ids=["table", "choice", "fuse", "precision"],
 )
 def test_what_a_method_with_derive_cannot_do_without_is_one_line(measured, options, message, tmp_path, capsys):
     runs, settings = measured
@@ -385,6 +386,18 @@ def test_what_a_method_with_derive_cannot_do_without_is_one_line(measured, optio
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
     assert list(tmp_path.rglob("config.yaml")) == []
+
+
+def test_a_step_that_keeps_what_the_budget_takes_for_derived_is_refused(derived, tmp_path, capsys, monkeypatch):
+    path, options = derived
+    budget = ("--model.budget.table", path, "--model.budget.mib", 0.01)
+    monkeypatch.setattr("lowrank.layers.keeping.derived", lambda *words: None)
+    assert main(arguments("fit", tmp_path, *options, *budget, method="asi_int8_derived")) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(
+        r"layer 'blocks\.13\.layers\.[36]' keeps \d+ bytes of its input, .* 'blocks\.13\.layers\.0' keeps", line
+    )
+    assert list(tmp_path.rglob("result.json")) == []
 
 
 @pytest.mark.parametrize(
