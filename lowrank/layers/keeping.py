@@ -17,7 +17,7 @@ from lowrank.exact.slots import Way, has_slot, is_computed
 from lowrank.layers.derived import derived
 from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.token_mask import without_padding
-from lowrank.methods.base import Method, Tensors, Vanilla
+from lowrank.methods.base import Derive, Method, Tensors, Vanilla
 from lowrank.tensors.geometry import Geometry
 from lowrank.tensors.worth import is_worth
 
@@ -161,6 +161,8 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
         if near is not None:
             state.kept_bytes = state.formula_bytes = 0
             reader, sources = reading(near[0])
+            if method.derive == "slopes" and has_slot(input):
+                is_computed(input, lambda: _read_again(near[0]))
             return Near(reader.one), sources
     if lighter is not None:
         origin, state.formula_bytes = lighter
@@ -261,4 +263,4 @@ class Near(Rebuilt):
     """The input, computed again from what another layer keeps of its own: as near as that."""
 
     keeps_input: ClassVar[bool] = False
-    derive = True
+    derive: Derive = True

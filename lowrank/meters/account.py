@@ -129,7 +129,7 @@ def _ahead(layer: nn.Module) -> str | None:
 
 
 def _may_derive(layer: nn.Module) -> bool:
-    return isinstance(layer, LowRankLayer) and layer._lowrank.method.derive
+    return isinstance(layer, LowRankLayer) and bool(layer._lowrank.method.derive)
 
 
 @torch.no_grad()
