@@ -67,6 +67,14 @@ def test_all_else_is_as_it_is_without():
         )
 
 
+def test_a_model_of_little_precision_is_measured_as_well():
+    model, x = network(), random_tensor(4, 3, 9, 8)
+    wide = rows(measured(model, x, mode_energies=()))[EXPAND]
+    little = rows(measured(model.to(torch.bfloat16), x.to(torch.bfloat16), mode_energies=()))[EXPAND]
+    assert little.ranks == wide.ranks
+    assert little.derived.perplexity == pytest.approx(wide.derived.perplexity, rel=0.05)
+
+
 def test_a_mean_over_batches():
     model, batches = network(), [random_tensor(4, 3, 9, 8, seed=seed) for seed in (0, 1)]
     table = measured(model, batches[0], further=batches[1:])
