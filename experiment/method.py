@@ -141,7 +141,7 @@ def with_ranks(
             f"{type(method).__name__} needs ranks: give its own, or a budget, which is a perplexity table and a "
             f"memory: budget.table, and budget.mib or budget.run"
         )
-    plan = budget.plan(names, choice, seed, getattr(method, "storage", "input"), method.derive)
+    plan = budget.plan(names, choice, seed, getattr(method, "storage", "input"), bool(method.derive))
     return replace(method, ranks=plan)  # type: ignore[type-var]
 
 
@@ -180,8 +180,8 @@ def fuses(method: Method, fuse: bool | None) -> bool:
 
     if fuse is False and method.derive:
         raise ExperimentError(
-            f"fuse is off with {type(method).__name__}(derive=True): what lies between the layers is not known then, "
-            f"and no input follows from another; leave fuse out"
+            f"fuse is off with {type(method).__name__}(derive={method.derive!r}): what lies between the layers is "
+            f"not known then, and no input follows from another; leave fuse out"
         )
     return type(method) is not Vanilla if fuse is None else fuse
 

@@ -88,8 +88,8 @@ class LowRankCallback(Callback):
             )
         if method.derive and not fuse:
             raise SettingError(
-                f"fuse is off with {type(method).__name__}(derive=True): what lies between the layers is not known "
-                f"then, and no input follows from another; leave fuse out"
+                f"fuse is off with {type(method).__name__}(derive={method.derive!r}): what lies between the layers is "
+                f"not known then, and no input follows from another; leave fuse out"
             )
         self.method, self.layers, self.budget, self.kind = method, layers, budget, kind
         self.loss_fn, self.fuse = loss_fn or _training_loss, fuse
@@ -125,7 +125,7 @@ class LowRankCallback(Callback):
         if self.budget is None or _is_converted(pl_module):
             return
         storage: Storage = getattr(self.method, "storage", "input")
-        options: dict[str, Any] = {"storages": (storage,), "derive": self.method.derive}
+        options: dict[str, Any] = {"storages": (storage,), "derive": bool(self.method.derive)}
         with trainer.strategy.precision_plugin.forward_context():
             table = measure_perplexity(
                 pl_module, self.names, self.loss_fn, batch, mode_energies=MODE_ENERGIES, **options

@@ -22,6 +22,7 @@ CONFIGS = [
     {"type": "ASI", "storage": "int8"},
     {"type": "ASI", "storage": "int8", "derive": True},
     {"type": "HOSVD", "energy": 0.8, "derive": True},
+    {"type": "ASI", "derive": "slopes"},
     {"type": "FixedBases"},
     {"type": "Rounded", "storage": "int8"},
     {"type": "FixedBases", "ranks": 3},
@@ -65,9 +66,10 @@ def test_a_config_leaves_ranks_to_a_budget_where_its_layers_cannot_do_without(co
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_config_says_whether_its_table_is_measured_with_derive(config):
     derive = config.get("derive", False)
-    assert derives(config) == derives(as_class_path(config)) == build_method(config).derive == derive
+    assert derives(config) == derives(as_class_path(config)) == bool(derive)
+    assert build_method(config).derive == derive
     if derive:
-        with pytest.raises(ExperimentError, match=r"fuse is off with \w+\(derive=True\): .*; leave fuse out"):
+        with pytest.raises(ExperimentError, match=rf"fuse is off with \w+\(derive={derive!r}\): .*; leave fuse out"):
             fuses(build_method(config), False)
         assert fuses(build_method(config), None)
 
