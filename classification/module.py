@@ -21,7 +21,7 @@ from classification.data.module import Activations
 from classification.front import Split, split
 from experiment import ExperimentError
 from experiment.checkpoints import TRAINING_STATE, refuse_earlier
-from experiment.method import fuses, require_derived, with_ranks
+from experiment.method import derived_layers, fuses, require_derived, with_ranks
 from experiment.processes import own_part, with_others
 from experiment.ranks import Budget, RankChoice
 from lowrank import MODE_ENERGIES, Method, NonFiniteError, Storage, Vanilla
@@ -196,7 +196,8 @@ class FineTune(pl.LightningModule):
             raise NonFiniteError(f"{place}: {error}; {advice}") from None
         if not torch.isfinite(loss):
             raise NonFiniteError(f"the training loss is {loss.item()} {place}; {advice}")
-        require_derived(self.backbone, self.method)
+        if behind := derived_layers(self.method):
+            require_derived(self.backbone, behind)
         return loss
 
     def _evaluate(self, batch: Batch, part: str) -> None:

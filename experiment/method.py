@@ -145,21 +145,24 @@ def with_ranks(
     return replace(method, ranks=plan)  # type: ignore[type-var]
 
 
-def require_derived(network: nn.Module, method: Method) -> None:
-    """Refuse a step in which an input was kept that the budget takes for derived from another layer's.
+def derived_layers(method: Method) -> dict[str, str]:
+    """Per name of a layer whose input follows from another one's, as a budget chose it, that one's name."""
+    found: dict[str, str] = getattr(getattr(method, "ranks", None), "derived", {})
+    return found
+
+
+def require_derived(network: nn.Module, behind: Mapping[str, str]) -> None:
+    """Refuse a step in which an input was kept that a budget takes for derived from another layer's.
 
     Args:
         network: after a forward pass in training.
-        method: that it was converted with.
+        behind: see `derived_layers`.
 
     Raises:
         ExperimentError: see above.
     """
     from lowrank import converted_layers
 
-    behind = getattr(getattr(method, "ranks", None), "derived", None)
-    if not behind:
-        return
     for layer in converted_layers(network):
         state = layer._lowrank
         if state.name in behind and state.derived is None and state.kept_bytes:
