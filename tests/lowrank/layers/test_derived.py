@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lowrank
-from lowrank import ASI, HOSVD, SVD, FixedBases, Rounded, SettingError, Vanilla
+from lowrank import ASI, HOSVD, SVD, ConversionError, FixedBases, Rounded, SettingError, Vanilla
 
 METHODS = [
     HOSVD(0.7, derive=True),
@@ -299,6 +299,13 @@ def test_values_that_are_not_finite_show(value):
     x[0, 0, 0, 0] = float(value)
     found = gradients(model, x)
     assert not torch.isfinite(found[f"{EXPAND}.weight"]).all()
+
+
+def test_it_is_refused_where_nothing_else_is_converted():
+    model = network()
+    with pytest.raises(ConversionError, match="derive needs fuse"):
+        lowrank.convert(model, NAMES, Rounded(derive=True), fuse=False)
+    assert not list(lowrank.converted_layers(model))
 
 
 def test_a_method_says_so():
