@@ -143,7 +143,7 @@ class LowRankLayer(Changed):
         """It keeps its input; of which a note, which takes as long as all the rest, is made where somebody waits."""
         state = self._lowrank
         state.kept_bytes = state.formula_bytes = nbytes
-        state.whole = not state.method.keeps_input
+        state.whole, state.exact, state.derived = not state.method.keeps_input, False, None
         if has_slot(input):
             is_kept(input)
 
@@ -235,7 +235,7 @@ def is_single(layer: nn.Module, x: Tensor) -> bool:
 def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     state = layer._lowrank
     if not torch.compiler.is_compiling():
-        state.kept_bytes, state.formula_bytes, state.whole = 0, 0, False
+        state.kept_bytes, state.formula_bytes, state.whole, state.exact, state.derived = 0, 0, False, False, None
     x, dtype, outside = as_computed(input, weight)
     single = is_single(layer, x)
     with outside:

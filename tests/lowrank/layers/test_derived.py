@@ -257,3 +257,75 @@ def test_a_method_says_so():
     assert Rounded(derive=True).tag == "rounded_int8_derived"
     assert "derive=True" in repr(HOSVD(0.8, derive=True))
     assert "derive" not in repr(HOSVD(0.8))
+
+
+class Shortcut(Inverted):
+    """A block with a second layer on its input, called after the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        wide = self.expand(x)
+        return self.down(x) + self.project(self.depthwise(wide))
+
+
+def test_of_two_layers_with_one_input_the_first_ones_form_stands_for_it():
+    """As ranks were chosen; the other one may keep hardly anything."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), Shortcut(), nn.Conv2d(4, 3, 1)).double().eval()
+    names, down, x = [name.replace("1.", "2.", 1) for name in NAMES], "2.down", random_tensor(4, 3, 9, 8)
+    model = copy.deepcopy(stock)
+    crude = FixedBases((1, 1, 1, 1), derive=True)
+    lowrank.convert(model, {**dict.fromkeys(names, Rounded(derive=True)), down: crude}, everywhere=True)
+    found, exact = gradients(model, x), gradients(stock, x)
+    assert derived(model) == {names[1]: names[0], names[2]: names[0]}
+    for name in names:
+        assert (found[f"{name}.weight"] - exact[f"{name}.weight"]).norm() < 0.02 * exact[f"{name}.weight"].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[1], METHODS[5]], ids=repr)
+def test_in_less_than_double_precision(method, dtype):
+    stock, x = network().to(dtype), random_tensor(4, 3, 9, 8).to(dtype)
+    twin = lowrank.convert(network(), NAMES, method, everywhere=True)
+    model = lowrank.convert(stock, NAMES, method, everywhere=True)
+    found, wanted = gradients(model, x), gradients(twin, x.double())
+    assert derived(model) == {DEPTHWISE: EXPAND, PROJECT: EXPAND}
+    for name in NAMES:
+        near, gradient = found[f"{name}.weight"].double(), wanted[f"{name}.weight"]
+        assert (near - gradient).norm() < 0.2 * gradient.norm()
+
+
+def test_a_layer_that_is_called_twice_keeps_what_its_calls_keep():
+    class Twice(Inverted):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Conv2d(4, 24, 3, padding=1)
+
+        def forward(self, x):
+            own = self.depthwise(self.other(x).sin())  # keeps a form
+            return self.project(own + self.depthwise(self.expand(x)))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Twice(), nn.Conv2d(4, 3, 1)).double().eval()
+    x = random_tensor(4, 3, 9, 8)
+    lowrank.convert(model, [EXPAND, DEPTHWISE], Rounded(derive=True), everywhere=True)
+    loss_of(model, x)
+    assert derived(model) == {DEPTHWISE: EXPAND}, "of the later call"
+    found = lowrank.account(model, [EXPAND, DEPTHWISE], x)
+    assert found.derived == {}
+    assert found[DEPTHWISE].activation_bytes == Rounded().form_bytes(random_tensor(4, 24, 9, 8), (4, 24, 9, 8))
+
+
+def test_a_layer_that_is_frozen_later_derives_nothing():
+    model, x = network(), random_tensor(4, 3, 9, 8)
+    lowrank.convert(model, NAMES, Rounded(derive=True), everywhere=True)
+    loss_of(model, x).backward()
+    assert derived(model) == {DEPTHWISE: EXPAND, PROJECT: EXPAND}
+    model[1].project.requires_grad_(False)
+    loss_of(model, x).backward()
+    assert derived(model) == {DEPTHWISE: EXPAND}
+    assert lowrank.account(model, NAMES, x).derived == {DEPTHWISE: EXPAND}
+    assert PROJECT not in [row.module for row in lowrank.explain(model, loss_of, x)]
