@@ -277,9 +277,10 @@ def _note_way(
     ahead = origin_of(x).as_kept() if keeps_x else origin_of(x)
     if not linear and cost > (BUDGET if y.numel() >= x.numel() else SHRINKING):
         return
-    ahead, added = nearest(x, ahead, everywhere) if settings.method.derive else (ahead, ahead.nbytes)
+    stream = not linear and call is None and weight.shape[1] == 1
+    ahead, added = nearest(x, ahead, everywhere, settings.method.derive, stream)
     if not linear and 2 * added > y.nbytes:  # a large input that nothing keeps is not held for this
-        if call is None and weight.shape[1] == 1 and ahead.step.function is None:
+        if stream and ahead.step.function is None:
             note_layer(itself(x, stream=True), y, settings.geometry.forward, (weight, bias), cost)
         return
     if call is not None:

@@ -32,6 +32,7 @@ class Form:
         mask: of padding, which it leaves out.
         method: that keeps it.
         place: where it is kept, see `lowrank.exact.slots.here`.
+        whole: whether it is the input itself, since a form would take no less.
         restored: the step that gives the input again, made when it is first asked for.
         steps: steps from the exact input, and those from `restored` in their place.
     """
@@ -42,6 +43,7 @@ class Form:
     method: Method
     glimpses: tuple[Glimpse | None, ...]
     place: int
+    whole: bool = False
     restored: Step | None = None
     steps: dict[Step, Step] = field(default_factory=dict)
 
@@ -103,8 +105,9 @@ def note_kept(name: str, input: Tensor, x: Tensor, method: Method, kept: Tensors
     if held is not None:
         held.append(kept)
     glimpses = tuple(None if tensor is None else Glimpse(tensor) for tensor in kept)
-    form = Form(name, x.dtype, current_mask(), method, glimpses, here())
-    _FORMS.note(input, form)
+    form = Form(name, x.dtype, current_mask(), method, glimpses, here(), whole=kept[0] is x)
+    if not form.whole:  # whoever keeps it as it is as well finds that by itself
+        _FORMS.note(input, form)
     restorable = method.restores and form.mask is None and x.dtype == input.dtype and x.shape == input.shape
     if restorable and not _is_behind(form, _FIRST.find(input)):
         _FIRST.note(input, form)

@@ -329,3 +329,55 @@ def test_a_layer_that_is_frozen_later_derives_nothing():
     assert derived(model) == {DEPTHWISE: EXPAND}
     assert lowrank.account(model, NAMES, x).derived == {DEPTHWISE: EXPAND}
     assert PROJECT not in [row.module for row in lowrank.explain(model, loss_of, x)]
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("method", [ASI((4, 4, 9, 8), derive=True), HOSVD(1.0, derive=True)], ids=repr)
+def test_where_a_form_would_take_no_less_all_follows_from_the_input_itself(method, everywhere):
+    """Otherwise a layer behind it, whose ranks a plan leaves whole, would keep its wide input as it is."""
+    stock, x = network(), random_tensor(4, 3, 9, 8)
+    model = lowrank.convert(copy.deepcopy(stock), NAMES, method, everywhere=everywhere)
+    found, exact = gradients(model, x), gradients(stock, x)
+    states = layers_of(model)
+    assert states[DEPTHWISE].kept_bytes == states[PROJECT].kept_bytes == 0
+    for name, gradient in exact.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+def test_a_layer_that_keeps_its_own_form_is_on_the_way_of_those_that_do_not():
+    """Through a block whose layers do not derive, the input of the next layer follows from the narrow one."""
+    torch.manual_seed(0)
+    block = Inverted(nn.ReLU6, wide=8)
+    block.shortcut = False
+    stock = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), block, nn.Conv2d(4, 3, 1)).double().eval()
+    x, wide = random_tensor(4, 3, 9, 8), {name: Rounded() for name in (DEPTHWISE, PROJECT)}
+    model = copy.deepcopy(stock)
+    narrow = Rounded(derive=True)
+    lowrank.convert(model, {EXPAND: narrow, **wide, "2": narrow}, everywhere=True)
+    found, exact = gradients(model, x), gradients(stock, x)
+    assert derived(model) == {"2": EXPAND}
+    torch.testing.assert_close(found["input"], exact["input"])
+    for name in ("2.weight", f"{EXPAND}.weight"):
+        assert (found[name] - exact[name]).norm() < 0.02 * exact[name].norm()
+
+
+def test_a_normalisation_behind_a_depthwise_layer_keeps_no_more_than_without():
+    """From the layer's input, which it keeps in the place of the output, what is ahead of a GELU can be computed."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.depthwise = nn.Conv2d(8, 8, 7, padding=3, groups=8)
+            self.norm, self.rise, self.fall = nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(32, 8)
+
+        def forward(self, x):
+            y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+            return x + self.fall(F.gelu(self.rise(y))).permute(0, 3, 1, 2)
+
+    stock, x = nn.Sequential(nn.Conv2d(3, 8, 1), Block(), Block()), torch.randn(2, 3, 9, 9)
+    names = ["1.depthwise", "2.depthwise"]
+    kept = {}
+    for derive in (False, True):
+        model = lowrank.convert(copy.deepcopy(stock), names, Rounded(derive=derive))
+        kept[derive] = lowrank.saved_bytes(model, loss_of, x)
+    assert kept[True] == kept[False]
