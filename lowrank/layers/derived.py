@@ -68,16 +68,29 @@ def derived(x: Tensor, name: str) -> tuple[Origin, str] | None:
     None: something on the way is not kept, or the way is not known.
     """
     exact = find(x)
-    if exact is None or (found := derived_from(exact)) is None:
+    if exact is None:
         return None
-    (source,) = (source for source in exact.sources if not source.kept)
-    form = form_of(source.tensor)
+    missing = [source for source in exact.sources if not source.kept]
+    if not missing:
+        return _from_whole(exact)
+    found = derived_from(exact)
+    if found is None:
+        return None
+    form = form_of(missing[0].tensor)
     assert form is not None
     noted = _NOTED.get()
     if noted is not None:
         others = {other.step: other.tensor for other in exact.sources if other.kept}
-        noted[name] = Derivation(form.name, source.step, exact.step, others)
+        noted[name] = Derivation(form.name, missing[0].step, exact.step, others)
     return found, form.name
+
+
+def _from_whole(exact: Origin) -> tuple[Origin, str] | None:
+    """The same of an input that comes about from what a layer keeps of its own as it is, since a form of that would
+    take no less: so it is exact."""
+    forms = [form_of(source.tensor) for source in exact.sources]
+    name = next((form.name for form in forms if form is not None and form.whole), None)
+    return None if name is None or in_checkpoint() else (exact, name)
 
 
 def derived_from(origin: Origin) -> Origin | None:
@@ -102,17 +115,29 @@ def derived_from(origin: Origin) -> Origin | None:
     return Origin(_through(origin.step, form.steps), tuple(sources), place=origin.place)
 
 
-def nearest(x: Tensor, origin: Origin, everywhere: bool) -> tuple[Origin, int]:
+def nearest(x: Tensor, origin: Origin, everywhere: bool, derive: bool, stream: bool) -> tuple[Origin, int]:
     """From where others may be derived, of a tensor and its origin, and the bytes that keeping by it adds.
 
     That is the origin, where it is exact and takes nothing, unless forms are to be used `everywhere`, or where a form
-    may stand for its source; the tensor itself, where only the form that is kept of that can stand for it.
+    may stand for its source; the tensor itself, where only the form that is kept of that can stand for it. A layer
+    that does not `derive` leaves the way open for those behind it, if the one ahead keeps its form for others.
+    `stream`: of what is made of the tensor itself, see `Origin`.
     """
     computed = origin.step.function is not None
+    if not derive and not (computed and _is_for_others(origin)):
+        return origin, origin.nbytes
     if computed and ((origin.nbytes == 0 and not everywhere) or derived_from(origin) is not None):
         return origin, 0
-    own = replace(itself(x), parts=True)  # which is noted of a tensor that is no larger, too
+    if not derive:
+        return origin, origin.nbytes
+    own = replace(itself(x), parts=True, stream=stream)  # which is noted of a tensor that is no larger, too
     return (origin, origin.nbytes) if derived_from(own) is None else (own, 0)
+
+
+def _is_for_others(origin: Origin) -> bool:
+    missing = [source for source in origin.sources if not source.kept]
+    form = form_of(missing[0].tensor) if len(missing) == 1 else None
+    return form is not None and bool(form.method.derive)
 
 
 def _restoring(form: Form, kept: Tensors) -> Callable[..., Tensor]:

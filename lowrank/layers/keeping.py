@@ -177,9 +177,10 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
         padded = batched if method.keeps_input else without_padding(batched)
         kept = _compress(state, method, padded, geometry, layer.training)
         kept = tuple(map(_without_the_rest, kept))
-        if kept and kept[0] is not batched:
+        as_it_is = not kept or kept[0] is batched
+        if not as_it_is or (kept and method.derive):
             note_kept(state.name, input, batched, method, kept)
-        elif x is input:
+        if as_it_is and x is input:
             is_kept(input)
     if not torch.compiler.is_compiling():
         state.whole = method is _WHOLE

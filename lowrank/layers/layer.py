@@ -143,7 +143,7 @@ class LowRankLayer(Changed):
         """It keeps its input; of which a note, which takes as long as all the rest, is made where somebody waits."""
         state = self._lowrank
         state.kept_bytes = state.formula_bytes = nbytes
-        state.whole = not state.method.keeps_input
+        state.whole, state.exact, state.derived = not state.method.keeps_input, False, None
         if has_slot(input):
             is_kept(input)
 
@@ -235,7 +235,7 @@ def is_single(layer: nn.Module, x: Tensor) -> bool:
 def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     state = layer._lowrank
     if not torch.compiler.is_compiling():
-        state.kept_bytes, state.formula_bytes, state.whole = 0, 0, False
+        state.kept_bytes, state.formula_bytes, state.whole, state.exact, state.derived = 0, 0, False, False, None
     x, dtype, outside = as_computed(input, weight)
     single = is_single(layer, x)
     with outside:
@@ -277,9 +277,10 @@ def _note_way(
     ahead = origin_of(x).as_kept() if keeps_x else origin_of(x)
     if not linear and cost > (BUDGET if y.numel() >= x.numel() else SHRINKING):
         return
-    ahead, added = nearest(x, ahead, everywhere) if settings.method.derive else (ahead, ahead.nbytes)
+    stream = not linear and call is None and weight.shape[1] == 1
+    ahead, added = nearest(x, ahead, everywhere, bool(settings.method.derive), stream)
     if not linear and 2 * added > y.nbytes:  # a large input that nothing keeps is not held for this
-        if call is None and weight.shape[1] == 1 and ahead.step.function is None:
+        if stream and ahead.step.function is None:
             note_layer(itself(x, stream=True), y, settings.geometry.forward, (weight, bias), cost)
         return
     if call is not None:

@@ -32,6 +32,7 @@ class Form:
         mask: of padding, which it leaves out.
         method: that keeps it.
         place: where it is kept, see `lowrank.exact.slots.here`.
+        whole: whether it is the input itself, since a form would take no less.
         restored: the step that gives the input again, made when it is first asked for.
         steps: steps from the exact input, and those from `restored` in their place.
     """
@@ -42,6 +43,7 @@ class Form:
     method: Method
     glimpses: tuple[Glimpse | None, ...]
     place: int
+    whole: bool = False
     restored: Step | None = None
     steps: dict[Step, Step] = field(default_factory=dict)
 
@@ -53,6 +55,7 @@ class Form:
 
 
 _FORMS: Notes[Form] = Notes()
+_FIRST: Notes[Form] = Notes()  # of several layers with one input the first one's, which choices of ranks count on
 _HELD: ContextVar[list[Tensors] | None] = ContextVar("held_forms", default=None)
 
 
@@ -67,10 +70,9 @@ def forms_held() -> Iterator[None]:
 
 
 def form_of(input: Tensor) -> Form | None:
-    """What a layer keeps of this very input, padding and all, if something is known of it and it can be restored."""
-    form = _FORMS.find(input)
-    restorable = form is not None and form.method.restores and form.mask is None and form.dtype == input.dtype
-    return form if restorable else None
+    """What a layer keeps of this very input, padding and all, if something is known of it and it can be restored; of
+    several layers, what the first one keeps."""
+    return _FIRST.find(input)
 
 
 def find_kept(input: Tensor, x: Tensor, method: Method) -> Tensors | None:
@@ -103,4 +105,16 @@ def note_kept(name: str, input: Tensor, x: Tensor, method: Method, kept: Tensors
     if held is not None:
         held.append(kept)
     glimpses = tuple(None if tensor is None else Glimpse(tensor) for tensor in kept)
-    _FORMS.note(input, Form(name, x.dtype, current_mask(), method, glimpses, here()))
+    form = Form(name, x.dtype, current_mask(), method, glimpses, here(), whole=kept[0] is x)
+    if not form.whole:  # whoever keeps it as it is as well finds that by itself
+        _FORMS.note(input, form)
+    restorable = method.restores and form.mask is None and x.dtype == input.dtype and x.shape == input.shape
+    if restorable and not _is_behind(form, _FIRST.find(input)):
+        _FIRST.note(input, form)
+
+
+def _is_behind(form: Form, first: Form | None) -> bool:
+    """Whether another layer keeps the input, in the same place and to this moment, ahead of the one of this form."""
+    if first is None or first.name == form.name or first.place != form.place:
+        return False
+    return first.kept() is not None

@@ -87,18 +87,28 @@ def account(
     for name, layer in layers.items():
         if not can_be_converted(layer):
             raise ConversionError(f"layer {name!r} ({stock_class(layer).__name__}) cannot be accounted for")
-    found: dict[str, LayerCost] = {}
+    calls: dict[str, list[LayerCost]] = {name: [] for name in layers}
+    ahead: dict[str, list[str | None]] = {name: [] for name in layers}
     in_full: dict[str, LayerCost] = {}
     whole: set[str] = set()
 
+    def close(name: str) -> None:
+        """Of a layer's latest call, if there was one, whether it kept anything, is known when it is over."""
+        if len(ahead[name]) < len(calls[name]):
+            ahead[name].append(_ahead(layers[name]))
+            if ahead[name][-1] is not None:
+                calls[name][-1] = replace(in_full[name], activation_bytes=0)
+
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            close(name)
             x = computed_input(layer, inputs[0].detach())
             with without_autocast(x.device.type):
                 cost, as_it_is = _layer_cost(layer, inputs[0], x)
-                if _may_derive(layer):
-                    in_full[name] = in_full.get(name, LayerCost()) + _layer_cost(layer, inputs[0], x, Vanilla())[0]
-            found[name] = found.get(name, LayerCost()) + cost
+                if isinstance(layer, LowRankLayer) and layer._lowrank.method.derive:
+                    layer._lowrank.derived = None  # as a call may leave it that keeps nothing anyway
+                    in_full[name] = _layer_cost(layer, inputs[0], x, Vanilla())[0]
+            calls[name].append(cost)
             if as_it_is:
                 whole.add(name)
 
@@ -110,26 +120,22 @@ def account(
         handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
         try:
             forward(model, batch)
-            ahead = {name: _ahead(layer) for name, layer in layers.items()}
+            for name in layers:
+                close(name)
         finally:
             for handle in handles:
                 handle.remove()
-    missing = [name for name in layers if name not in found]
+    missing = [name for name in layers if not calls[name]]
     if missing:
         raise ConversionError(f"the forward pass does not call {', '.join(map(repr, missing))}")
-    derived = {name: other for name, other in ahead.items() if other is not None}
-    for name in derived:
-        found[name] = replace(in_full[name], activation_bytes=0)
-    return Account({name: found[name] for name in layers}, [name for name in layers if name in whole], derived)
+    derived = {name: others[0] for name, others in ahead.items() if all(others) and others[0] is not None}
+    costs_of = {name: sum(each, LayerCost()) for name, each in calls.items()}
+    return Account(costs_of, [name for name in layers if name in whole], derived)
 
 
 def _ahead(layer: nn.Module) -> str | None:
     """The layer from whose input that of another one followed, in the forward pass just made."""
     return layer._lowrank.derived if isinstance(layer, LowRankLayer) else None
-
-
-def _may_derive(layer: nn.Module) -> bool:
-    return isinstance(layer, LowRankLayer) and bool(layer._lowrank.method.derive)
 
 
 @torch.no_grad()

@@ -195,7 +195,7 @@ class TuckerMethod(Method):
         return self == other
 
     def restored(self, kept: Tensors, dtype: torch.dtype) -> Tensor:
-        return restore(kept, dtype).to(dtype).dense()
+        return restore(kept, dtype).to(dtype).dense().to(dtype)  # which is float32 of factors in float16
 
     def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
         return weight_gradient(restore(kept, grad.dtype), grad, geometry, self.to_eight_bits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
@@ -131,7 +131,8 @@ class PerplexityTable:
         return [layer.name for layer in self.layers]
 
     def only(self, names: Iterable[str]) -> PerplexityTable:
-        """The table of some of its layers.
+        """The table of some of its layers. What follows from one of these is told where all of it is among them: its
+        perplexity is a sum.
 
         Raises:
             TableError: a layer that the table does not have.
@@ -144,7 +145,7 @@ class PerplexityTable:
                 f"the perplexity table has no layer {', '.join(map(repr, missing))}; "
                 f"it has {', '.join(rows)}. Measure it again for the layers that are trained"
             )
-        return replace(self, layers=tuple(rows[name] for name in names))
+        return replace(self, layers=tuple(_among(rows[name], names) for name in names))
 
     def without_mixed(self) -> PerplexityTable:
         """The table with one energy for all modes of a layer, as published (ASI, sec. 3.3), in the input's dtype."""
@@ -215,6 +216,11 @@ class PerplexityTable:
             raise TableError(f"perplexity table {path} cannot be read: {error}") from None
         except (ValueError, RecursionError) as error:  # of JSON that is cut, nested beyond reason, of endless numbers
             raise TableError(f"perplexity table {path} is not whole JSON ({error}); measure it again") from None
+
+
+def _among(row: LayerPerplexity, names: Collection[str]) -> LayerPerplexity:
+    behind = () if row.derived is None else row.derived.shapes
+    return row if all(name in names for name in behind) else replace(row, derived=None)
 
 
 def _without_mixed(row: LayerPerplexity) -> LayerPerplexity:

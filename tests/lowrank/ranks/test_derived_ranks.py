@@ -172,6 +172,17 @@ def test_of_the_layers_that_are_trained_alone():
     assert set(plan.ranks) == {DEPTHWISE, PROJECT}
 
 
+def test_of_some_layers_what_follows_is_told_where_all_of_it_is_among_them(tmp_path):
+    """The perplexity of what follows is a sum, which that of a layer that is not trained has no part in."""
+    table = measured(network(), random_tensor(4, 3, 9, 8))
+    part = table.only([EXPAND, DEPTHWISE])
+    part.save(tmp_path / "table.json")
+    assert PerplexityTable.load(tmp_path / "table.json") == part
+    plan, plain = (select_ranks(part, 2000, storages=("int8",), derive=derive) for derive in (True, False))
+    assert plan == plain
+    assert table.only(NAMES[::-1]).layers == table.layers[::-1]
+
+
 def test_a_table_keeps_it(tmp_path):
     table = measured(network(), random_tensor(4, 3, 9, 8))
     table.save(tmp_path / "table.json")
