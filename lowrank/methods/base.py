@@ -173,7 +173,7 @@ class TuckerMethod(Method):
         check_storage(self.storage)
 
     def __repr__(self) -> str:
-        shown = [field.name for field in fields(self) if field.name not in ("storage", "derive")]
+        shown = [field.name for field in fields(self) if field.repr and field.name not in ("storage", "derive")]
         shown += [] if self.storage == "input" else ["storage"]
         shown += ["derive"] if self.derive else []
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
