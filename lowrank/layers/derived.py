@@ -137,7 +137,7 @@ def nearest(x: Tensor, origin: Origin, everywhere: bool, derive: bool, stream: b
 def _is_for_others(origin: Origin) -> bool:
     missing = [source for source in origin.sources if not source.kept]
     form = form_of(missing[0].tensor) if len(missing) == 1 else None
-    return form is not None and form.method.derive
+    return form is not None and bool(form.method.derive)
 
 
 def _restoring(form: Form, kept: Tensors) -> Callable[..., Tensor]:

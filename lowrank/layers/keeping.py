@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from lowrank.errors import LowRankError
 from lowrank.exact.origins import Origin, Rebuild, find, is_kept, is_known_as_kept, origin_of, reading
+from lowrank.exact.slots import Way, has_slot, is_computed
 from lowrank.layers.derived import derived
 from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.token_mask import without_padding
-from lowrank.methods.base import Method, Tensors, Vanilla
+from lowrank.methods.base import Derive, Method, Tensors, Vanilla
 from lowrank.tensors.geometry import Geometry
 from lowrank.tensors.worth import is_worth
 
@@ -161,11 +162,15 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
         if near is not None:
             state.kept_bytes = state.formula_bytes = 0
             reader, sources = reading(near[0])
+            if method.derive == "slopes" and has_slot(input):
+                is_computed(input, lambda: _read_again(near[0]))
             return Near(reader.one), sources
     if lighter is not None:
         origin, state.formula_bytes = lighter
         state.kept_bytes = origin.nbytes
         reader, sources = reading(origin)
+        if has_slot(input):
+            is_computed(input, lambda: _read_again(origin))
         return Rebuilt(reader.one), sources
     if not torch.compiler.is_compiling():
         _say_if_planned(state, method, batched)
@@ -197,6 +202,12 @@ def _say_if_planned(state: LayerState, method: Method, x: Tensor) -> None:
             f"or choose ranks without derive",
             stacklevel=2,
         )
+
+
+def _read_again(origin: Origin) -> Way:
+    """One more reader of a tensor that is computed again."""
+    reader, sources = reading(origin.as_kept())
+    return Way(reader.one, sources, origin.step.is_free)
 
 
 def _lighter_origin(state: LayerState, method: Method, geometry: Geometry, x: Tensor) -> tuple[Origin, int] | None:
@@ -268,4 +279,4 @@ class Near(Rebuilt):
     """The input, computed again from what another layer keeps of its own: as near as that."""
 
     keeps_input: ClassVar[bool] = False
-    derive = True
+    derive: Derive = True

@@ -278,7 +278,7 @@ def _note_way(
     if not linear and cost > (BUDGET if y.numel() >= x.numel() else SHRINKING):
         return
     stream = not linear and call is None and weight.shape[1] == 1
-    ahead, added = nearest(x, ahead, everywhere, settings.method.derive, stream)
+    ahead, added = nearest(x, ahead, everywhere, bool(settings.method.derive), stream)
     if not linear and 2 * added > y.nbytes:  # a large input that nothing keeps is not held for this
         if stream and ahead.step.function is None:
             note_layer(itself(x, stream=True), y, settings.geometry.forward, (weight, bias), cost)

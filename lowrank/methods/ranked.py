@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowrank.errors import SettingError
-from lowrank.methods.base import Tensors, TuckerMethod, form_tag
+from lowrank.methods.base import Derive, Tensors, TuckerMethod, form_tag
 from lowrank.tensors.decompose import allowed_ranks
 from lowrank.tensors.geometry import Shape
 from lowrank.tensors.storage import stored_bytes
@@ -59,7 +59,8 @@ class RankedMethod(TuckerMethod):
         if self.storage not in ("input", chosen):
             raise SettingError(f"the ranks of {name!r} were chosen for storage {chosen!r}, not {self.storage!r}")
         ahead = getattr(self.ranks, "derived", None)  # a plan's, of which other layers keep each for themselves
-        derive = self.derive if ahead is None else name in ahead or name in ahead.values()
+        derives = bool(self.derive) if ahead is None else name in ahead or name in ahead.values()
+        derive = derives and (self.derive or True)
         found = replace(self, ranks=per_layer[name], storage=chosen, derive=derive)
         object.__setattr__(found, "follows", (ahead or {}).get(name))
         return found
@@ -68,7 +69,7 @@ class RankedMethod(TuckerMethod):
         chosen = set(getattr(self.ranks, "storages", {}).values()) or {self.storage}
         return form_tag("mixed" if len(chosen) > 1 else chosen.pop(), self._derives())
 
-    def _derives(self) -> bool:
+    def _derives(self) -> Derive:
         return self.derive or bool(getattr(self.ranks, "derived", {}))
 
     def reason_against(self, layer: nn.Module) -> str | None:

@@ -63,7 +63,11 @@ class Group:
 
     def beside(self, other: Group) -> Group:
         """Two groups as one, without anything in common."""
-        return Group.of([(*way, *further) for way in self.ways for further in other.ways])
+        nbytes = np.add.outer(self.nbytes, other.nbytes).ravel()
+        perplexity = np.add.outer(self.perplexity, other.perplexity).ravel()
+        kept = pareto(nbytes, perplexity)
+        pairs = [divmod(int(place), len(other.ways)) for place in kept]
+        return Group(nbytes[kept], perplexity[kept], tuple((*self.ways[a], *other.ways[b]) for a, b in pairs))
 
 
 def pick_of(name: str, candidates: Candidates, at: int) -> Pick:

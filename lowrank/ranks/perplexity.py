@@ -192,19 +192,19 @@ class _Probe:
                 self.hand_to(x.to(dtype), grad.to(dtype), geometry)
             gradients = _Gradients(x.to(dtype), grad.to(dtype), geometry, self.energies + self.mode_energies, whole)
             row = self._again(gradients) if self.rows else self._first(x, gradients)
-            row = replace(row, derived=self._derived(gradients, row))
+            row = replace(row, derived=self._derived(gradients, row, x.dtype))
         if not all(map(math.isfinite, (*row.perplexity, *(row.mixed.perplexity if row.mixed else ())))):
             raise NonFiniteError(f"the weight gradient of layer {self.name!r} is not finite on the perplexity batch")
         self.rows.append(row)
 
-    def _derived(self, gradients: _Gradients, row: LayerPerplexity) -> Derived | None:
-        """The perplexity of all that follows from this input, for each of a row's candidates."""
+    def _derived(self, gradients: _Gradients, row: LayerPerplexity, dtype: torch.dtype) -> Derived | None:
+        """The perplexity of all that follows from this input, of this dtype, for each of a row's candidates."""
         if not self.behind:
             return None
         layers = list(self.behind.values())
-        own = [gradients.together(gradients.corner(ranks), layers) for ranks in row.ranks]
+        own = [gradients.together(gradients.corner(ranks), layers, dtype) for ranks in row.ranks]
         mixed = [] if row.mixed is None else list(zip(row.mixed.ranks, row.mixed.storages, strict=True))
-        further = [gradients.together(gradients.form(*pair), layers) for pair in mixed]
+        further = [gradients.together(gradients.form(*pair), layers, dtype) for pair in mixed]
         return Derived({name: layer.shape for name, layer in self.behind.items()}, (*own, *further))
 
     def _first(self, x: Tensor, gradients: _Gradients) -> LayerPerplexity:
@@ -291,9 +291,9 @@ class _Gradients:
         tucker = self.corner(self.kept(ranks, storage))
         return tucker if storage == "input" else restore(store(self.x, tucker, storage), self.grad.dtype)
 
-    def together(self, tucker: Tucker, layers: Sequence[_Behind]) -> float:
-        """What the gradient lacks with this form, and those of layers whose inputs follow from it."""
-        x = tucker.dense()
+    def together(self, tucker: Tucker, layers: Sequence[_Behind], dtype: torch.dtype) -> float:
+        """What the gradient lacks with this form, and those of layers whose inputs follow from it in this dtype."""
+        x = tucker.dense().to(dtype)
         return self._lacks(tucker) + sum(layer.lacks(x) for layer in layers)
 
     def published(self, ranks: Ranks) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lowrank
-from lowrank import ASI, HOSVD, SVD, FixedBases, Rounded, Vanilla
+from lowrank import ASI, HOSVD, SVD, ConversionError, FixedBases, Rounded, SettingError, Vanilla
 
 METHODS = [
     HOSVD(0.7, derive=True),
@@ -92,6 +92,55 @@ def test_wide_inputs_take_nothing(method):
     others = sum(layers_of(plain)[name].kept_bytes for name in (DEPTHWISE, PROJECT))
     saved = lowrank.saved_bytes(plain, loss_of, x) - lowrank.saved_bytes(model, loss_of, x)
     assert saved == others > 0
+
+
+def test_slopes_are_those_of_the_near_tensor():
+    """By hand: the gradient of the block's input through masks that follow from the restored narrow input."""
+    stock, x = network(), random_tensor(4, 3, 9, 8)
+    model, bits = copy.deepcopy(stock), copy.deepcopy(stock)
+    lowrank.convert(bits, NAMES, Noted(0.7, derive=True), everywhere=True)
+    lowrank.convert(model, NAMES, Noted(0.7, derive="slopes"), everywhere=True)
+    SEEN.clear()
+    found, exact = gradients(model, x), gradients(copy.deepcopy(stock), x)
+    (narrow,) = SEEN
+    block, outputs = stock[1], []
+    y = block(stock[0](x).detach())
+    y.register_hook(outputs.append)
+    stock[2](y).square().sum().backward()
+    grad = _through(block.project, outputs[0], None, None)
+    with torch.no_grad():
+        wide = block.expand(narrow)
+        last = block.depthwise(wide)
+    grad = _through(block.depthwise, grad, last, wide.shape)
+    grad = _through(block.expand, grad, wide, narrow.shape)
+    with torch.no_grad():
+        wanted = torch.nn.grad.conv2d_input(x.shape, stock[0].weight, outputs[0] + grad, padding=1)
+    torch.testing.assert_close(found["input"], wanted)
+    assert not torch.allclose(found["input"], exact["input"], rtol=1e-3)
+    size = 4 * 24 * 9 * 8 // 8
+    assert lowrank.saved_bytes(bits, loss_of, x) - lowrank.saved_bytes(model, loss_of, x) == 2 * size
+
+
+def _through(layers, grad, output, shape):
+    """The gradient of a convolution's input, from that of what a ReLU6 behind its normalisation gives, if one is."""
+    conv, norm = layers[0], layers[1]
+    if output is not None:
+        grad = grad * ((output > 0) & (output < 6))
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    shape = (len(grad), conv.in_channels, *grad.shape[2:]) if shape is None else shape
+    given = (shape, conv.weight, grad * scale[:, None, None], conv.stride, conv.padding, conv.dilation, conv.groups)
+    return torch.nn.grad.conv2d_input(*given).detach()
+
+
+def test_near_slopes_of_eight_bits_are_nearly_exact():
+    stock, x = network(), random_tensor(4, 3, 9, 8)
+    model = lowrank.convert(copy.deepcopy(stock), NAMES, Rounded(derive="slopes"), everywhere=True)
+    found, exact = gradients(model, x), gradients(stock, x)
+    for name, gradient in exact.items():
+        assert (found[name] - gradient).norm() <= 0.1 * gradient.norm(), name
+    again = gradients(model, x)
+    for name, gradient in found.items():
+        assert torch.equal(again[name], gradient)
 
 
 def test_without_it_every_layer_keeps_its_own_form():
@@ -252,11 +301,21 @@ def test_values_that_are_not_finite_show(value):
     assert not torch.isfinite(found[f"{EXPAND}.weight"]).all()
 
 
+def test_it_is_refused_where_nothing_else_is_converted():
+    model = network()
+    with pytest.raises(ConversionError, match="derive needs fuse"):
+        lowrank.convert(model, NAMES, Rounded(derive=True), fuse=False)
+    assert not list(lowrank.converted_layers(model))
+
+
 def test_a_method_says_so():
     assert ASI(4, derive=True).tag == "asi_derived_rank4"
     assert Rounded(derive=True).tag == "rounded_int8_derived"
     assert "derive=True" in repr(HOSVD(0.8, derive=True))
     assert "derive" not in repr(HOSVD(0.8))
+    assert Rounded(derive="slopes").tag == "rounded_int8_derived_slopes"
+    with pytest.raises(SettingError, match="allowed: True, False or 'slopes'"):
+        ASI(4, derive="bits")
 
 
 class Shortcut(Inverted):
