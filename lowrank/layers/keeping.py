@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -171,13 +172,15 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
         if has_slot(input):
             is_computed(input, lambda: _read_again(origin))
         return Rebuilt(reader.one), sources
+    if not torch.compiler.is_compiling():
+        _say_if_planned(state, method, batched)
     kept = find_kept(input, batched, method)
     shared = kept is not None
     if kept is None:
         padded = batched if method.keeps_input else without_padding(batched)
         kept = _compress(state, method, padded, geometry, layer.training)
         kept = tuple(map(_without_the_rest, kept))
-        as_it_is = not kept or kept[0] is batched
+        as_it_is = len(kept) == 0 or kept[0] is batched
         if not as_it_is or (kept and method.derive):
             note_kept(state.name, input, batched, method, kept)
         if as_it_is and x is input:
@@ -187,6 +190,18 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
         state.kept_bytes = 0 if shared else sum(tensor.nbytes for tensor in kept if tensor is not None)
         state.formula_bytes = method.formula_bytes(kept, tuple(batched.shape)) if kept else 0
     return method, kept
+
+
+def _say_if_planned(state: LayerState, method: Method, x: Tensor) -> None:
+    """Ranks that were chosen for an input that is derived are its whole shape: far more than the plan's bytes."""
+    ahead = getattr(method, "follows", None)
+    if ahead is not None and x.numel():
+        warnings.warn(
+            f"layer {state.name!r} keeps its whole input: its ranks were chosen so that this follows from what layer "
+            f"{ahead!r} keeps, and here it does not. Convert both as the table was measured, with fuse and recompute; "
+            f"or choose ranks without derive",
+            stacklevel=2,
+        )
 
 
 def _read_again(origin: Origin) -> Way:

@@ -13,6 +13,7 @@ from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError
 from lowrank.layers.factored import FactoredLinear
 from lowrank.layers.layer import LowRankLayer, can_be_converted, computed_input, geometry_of, is_single, weight_of
+from lowrank.layers.lazy import real
 from lowrank.layers.preserve import preserved
 from lowrank.layers.shared_inputs import forms_held
 from lowrank.layers.swap import stock_class
@@ -99,9 +100,13 @@ def account(
             if ahead[name][-1] is not None:
                 calls[name][-1] = replace(in_full[name], activation_bytes=0)
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             close(name)
+            inputs = (
+                real(inputs[0]),
+                *inputs[1:],
+            )  # of an unread one it is known how it comes about when it is read first
             x = computed_input(layer, inputs[0].detach())
             with without_autocast(x.device.type):
                 cost, as_it_is = _layer_cost(layer, inputs[0], x)
@@ -111,6 +116,7 @@ def account(
             calls[name].append(cost)
             if as_it_is:
                 whole.add(name)
+            return inputs
 
         return hook
 

@@ -141,8 +141,8 @@ def _asked_for(method: Method) -> str:
     """A method as it was called: without what is as by default."""
     if not is_dataclass(method):
         return str(method)
-    given = {field.name: getattr(method, field.name) for field in fields(method)}
-    told = [f"{field.name}={given[field.name]!r}" for field in fields(method) if given[field.name] != field.default]
+    given = {field: getattr(method, field.name) for field in fields(method) if field.init}
+    told = [f"{field.name}={value!r}" for field, value in given.items() if value != field.default]
     return f"{type(method).__name__}({', '.join(told)})"
 
 

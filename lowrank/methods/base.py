@@ -181,7 +181,7 @@ class TuckerMethod(Method):
             raise SettingError(f"derive is {self.derive!r}; allowed: True, False or 'slopes'")
 
     def __repr__(self) -> str:
-        shown = [field.name for field in fields(self) if field.name not in ("storage", "derive")]
+        shown = [field.name for field in fields(self) if field.repr and field.name not in ("storage", "derive")]
         shown += [] if self.storage == "input" else ["storage"]
         shown += ["derive"] if self.derive else []
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"

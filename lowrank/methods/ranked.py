@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -36,6 +36,8 @@ class RankedMethod(TuckerMethod):
     """
 
     ranks: Any = None
+    # Of a plan's layer: name of the one from which its input is to be derived, so that these ranks are its whole shape.
+    follows: str | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +61,9 @@ class RankedMethod(TuckerMethod):
         ahead = getattr(self.ranks, "derived", None)  # a plan's, of which other layers keep each for themselves
         derives = bool(self.derive) if ahead is None else name in ahead or name in ahead.values()
         derive = derives and (self.derive or True)
-        return replace(self, ranks=per_layer[name], storage=chosen, derive=derive)
+        found = replace(self, ranks=per_layer[name], storage=chosen, derive=derive)
+        object.__setattr__(found, "follows", (ahead or {}).get(name))
+        return found
 
     def _form_tag(self) -> str:
         chosen = set(getattr(self.ranks, "storages", {}).values()) or {self.storage}

@@ -440,3 +440,14 @@ def test_a_normalisation_behind_a_depthwise_layer_keeps_no_more_than_without():
         model = lowrank.convert(copy.deepcopy(stock), names, Rounded(derive=derive))
         kept[derive] = lowrank.saved_bytes(model, loss_of, x)
     assert kept[True] == kept[False]
+
+
+def test_the_account_sees_what_a_step_sees_of_an_output_that_nobody_has_read():
+    """By the first reader alone it is known how it comes about; that is the layer, and not who counts."""
+    model, x = network(), random_tensor(4, 3, 9, 8).requires_grad_()
+    lowrank.convert(model, NAMES, Rounded(derive=True), everywhere=True)
+    model[1].expand[0].weight.requires_grad_(False)  # so that it keeps its form after its output was noted
+    loss_of(model, x)
+    found = lowrank.account(model, NAMES, x)
+    assert found.derived == derived(model) == {PROJECT: DEPTHWISE}
+    assert found[DEPTHWISE].activation_bytes == layers_of(model)[DEPTHWISE].kept_bytes > 0

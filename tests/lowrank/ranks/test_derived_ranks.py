@@ -164,6 +164,20 @@ def test_a_plan_brings_it_to_the_method():
     assert method.tag == "asi_int8_derived"
 
 
+@pytest.mark.parametrize("options", [{}, {"recompute": False}, {"smallest": 2**18}], ids=repr)
+def test_a_layer_that_a_plan_counts_on_and_that_keeps_its_input_says_so(options, recwarn):
+    """Its ranks are the input's whole shape: many times the plan's bytes."""
+    model, x = network(), random_tensor(4, 3, 9, 8)
+    plan = select_ranks(measured(model, x), 1250, storages=("int8",), derive=True)
+    lowrank.convert(model, NAMES, ASI(plan, storage="int8"), everywhere=True, **options)
+    loss_of(model, x).backward()
+    said = [str(warning.message) for warning in recwarn if "keeps its whole input" in str(warning.message)]
+    kept = {layer._lowrank.name for layer in lowrank.converted_layers(model) if layer._lowrank.kept_bytes > plan.nbytes}
+    planned = [name for name in plan.derived if name in kept and "smallest" not in options]
+    assert len(said) == len(planned) == (2 if "recompute" in options else 0)
+    assert all(any(repr(name) in text for text in said) for name in planned)
+
+
 def test_of_the_layers_that_are_trained_alone():
     """The depthwise layer ahead of which nothing is trained keeps a form; what follows from it was not measured."""
     table = measured(network(), random_tensor(4, 3, 9, 8)).only([DEPTHWISE, PROJECT])
