@@ -172,6 +172,11 @@ def is_computed(tensor: Tensor, way: Callable[[], Way]) -> None:
         slot.replace(way())
 
 
+def waits(tensor: Tensor) -> bool:
+    """Whether the node that gave a tensor keeps bits, and would not where the tensor is kept or computed again."""
+    return has_slot(tensor) and _waiting(tensor) is not None
+
+
 def _waiting(tensor: Tensor) -> Slot | None:
     found = _SLOTS.find(tensor)
     slot = None if found is None else found()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import LowRankError
 from lowrank.exact.origins import Origin, Rebuild, find, is_kept, is_known_as_kept, origin_of, reading
-from lowrank.exact.slots import Way, has_slot, is_computed
+from lowrank.exact.slots import Way, has_slot, is_computed, waits
 from lowrank.layers.derived import derived
 from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.token_mask import without_padding
@@ -224,7 +224,8 @@ def _lighter_origin(state: LayerState, method: Method, geometry: Geometry, x: Te
     if price is None:
         return None
     form = x.nbytes - price[0]
-    return (origin, form) if form > origin.nbytes + x.nbytes // LITTLE else None
+    bits = x.numel() // 8 if waits(x) else 0  # of the activation ahead, which reads an exact input in their place
+    return (origin, form) if form + bits > origin.nbytes + x.nbytes // LITTLE else None
 
 
 def _compress(state: LayerState, method: Method, x: Tensor, geometry: Geometry, training: bool) -> Tensors:

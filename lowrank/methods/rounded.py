@@ -14,7 +14,7 @@ from lowrank.tensors.storage import Storage, store
 from lowrank.tensors.tucker import Tucker
 from lowrank.tensors.worth import MOVED_A_CALL
 
-_CALLS, _READS = 4, 2  # of rounding an input and of restoring it
+_CALLS, _READS = 30, 8  # of rounding an input and restoring it, as measured on 1 x 1 convolutions of four sizes
 
 
 @dataclass(frozen=True, repr=False)
