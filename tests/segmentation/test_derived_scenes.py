@@ -67,7 +67,8 @@ def test_its_table_says_what_follows_from_what_and_lies_beside_the_other(finishe
     )
     assert (before.derives, derived.derives) == (False, True)
     assert [row.name for row in derived.layers if row.derived] == [NARROW]
-    assert derived.only([NARROW]).layers[0].derived.shapes.keys() >= {*WIDE}
+    (narrow,) = (row for row in derived.layers if row.name == NARROW)
+    assert narrow.derived.shapes.keys() >= {*WIDE}
     assert [row.mixed for row in before.layers] == [row.mixed for row in derived.layers]
     assert main([*arguments("measure", "vanilla", data_dir, finished), "perplexity.derive=True"]) == 0
     assert "done already" in capsys.readouterr().out, "the option and the setting are the same"
