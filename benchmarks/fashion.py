@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 
 import pandas as pd
 import torch
@@ -34,11 +35,14 @@ from lowrank import (
     Method,
     PerplexityTable,
     RankPlan,
+    Rounded,
     Storage,
+    Vanilla,
 )
+from lowrank.methods.base import Derive
 from lowrank.ranks.table import kept_bytes
 
-NETWORK, EPOCHS = "efficientnet_lite0", 6
+NETWORK, CLASSIFIER, EPOCHS = "efficientnet_lite0", "classifier", 6
 RATE, MOMENTUM, DECAY, CLIP = 0.05, 0.9, 1e-4, 2.0
 KEY = ["layers", "method", "part", "seed"]
 
@@ -50,20 +54,31 @@ class Kind:
     Attributes:
         storages: that ranks are chosen in, layer by layer; none for exact training.
         method: at such ranks.
+        derive: whether inputs that follow from others are not kept, nor slopes, see `derive` of `lowrank.ASI`.
+        rounds_classifier: whether the classifier's input is kept in eight bits.
+        exact: whether nothing else is changed than what is kept beside the inputs, see `lowrank.Vanilla`.
         micro: samples of which the gradients are summed up; None: the whole batch at once.
     """
 
     storages: tuple[Storage, ...] = ()
     method: Callable[[RankPlan], Method] = ASI
+    derive: Derive = False
+    rounds_classifier: bool = False
+    exact: bool = False
     micro: int | None = None
 
 
 KINDS = {
     "vanilla": Kind(),
+    "exact_layers": Kind(exact=True),
     "micro_batch_4": Kind(micro=4),
     "micro_batch_2": Kind(micro=2),
     "asi": Kind(("input",)),
     "asi_int8": Kind(("int8",)),
+    "asi_int8_derived": Kind(("int8",), derive=True),
+    "asi_int8_derived_slopes": Kind(("int8",), partial(ASI, derive="slopes"), "slopes"),
+    "asi_int8_derived_rounded": Kind(("int8",), derive=True, rounds_classifier=True),
+    "asi_int8_derived_slopes_rounded": Kind(("int8",), partial(ASI, derive="slopes"), "slopes", True),
     "asi_mixed": Kind(STORAGES),
     "asi_int8_micro_16": Kind(("int8",), micro=16),
     "fixed_bases": Kind(("input",), FixedBases),
@@ -116,18 +131,25 @@ class Task:
 
     def measure(self, run: Run, batch: Batch) -> PerplexityTable:
         """Perplexity in the storages of the run's method."""
-        options = (self.model, self.names, self.loss, self.at_once(run, batch)[0])
-        found = lowrank.measure_perplexity(*options, mode_energies=MODE_ENERGIES, storages=run.kind.storages)
+        given = (self.model, self.names, self.loss, self.at_once(run, batch)[0])
+        options = {"storages": run.kind.storages, "derive": bool(run.kind.derive)}
+        found = lowrank.measure_perplexity(*given, mode_energies=MODE_ENERGIES, **options)
         return whole_batch(found) if run.kind.method is FixedBases else found
 
     def convert(self, run: Run, batch: Batch) -> RankPlan | None:
         """Keep of the inputs what the run's method keeps; the plan of its ranks."""
+        if run.kind.exact:
+            lowrank.convert(self.model, self.names, Vanilla())
         if not run.kind.storages:
             return None
         budget = self.input_bytes(batch) / run.part
-        plan = lowrank.select_ranks(self.measure(run, batch), budget, storages=run.kind.storages)
+        options = {"storages": run.kind.storages, "derive": bool(run.kind.derive)}
+        plan = lowrank.select_ranks(self.measure(run, batch), budget, **options)
         self.method = self.method_of(run, plan)
-        lowrank.convert(self.model, self.names, self.method, everywhere=True)
+        methods: dict[str, Method] = dict.fromkeys(self.names, self.method)
+        if run.kind.rounds_classifier:
+            methods[CLASSIFIER] = Rounded()
+        lowrank.convert(self.model, methods, everywhere=True)
         return plan
 
     def method_of(self, run: Run, plan: RankPlan) -> Method:
@@ -265,8 +287,11 @@ def summary(rows: pd.DataFrame) -> str:
 4,000 images of Fashion-MNIST at 96 pixels, tested on 10,000. Memory: of the trained layers' inputs. Mean over the
 seeds ± the standard error of the mean; the gap is to vanilla of the same seed. Closed: share of `asi`'s training loss
 above vanilla's, at the same memory, that the method does not have. `micro_16`: gradients summed up over parts of 16
-samples, so that each may keep four times as much. Step: processor time over vanilla's, of runs on CPUs with one
-thread. Trained on {", ".join(sorted(set(rows.device)))}.
+samples, so that each may keep four times as much. `derived`: inputs that follow from others are not kept; `slopes`: nor
+are bits of the activations ahead of these; `rounded`: the classifier's input is kept in eight bits. `exact_layers`:
+inputs as they are, or what they are computed from, at most bits for activations, nothing for normalisations. Step:
+processor time over vanilla's, of runs on CPUs with one thread.
+Trained on {", ".join(sorted(set(rows.device)))}.
 """
     )
 

@@ -37,11 +37,12 @@ NETWORKS = {"efficientnet_lite0": 96, "mobilenet_v2": 64, "resnet18": 64}  # and
 DEPTHS, PARTS, EPOCHS = (2, 4, 8), (20, 50), 2
 COUNT, MEASURED = 14, 4  # batches: all; the last, that are measured once the bases have settled on the others
 STORAGES: tuple[Storage, ...] = ("input", "bfloat16", "int8")
-WAYS: list[tuple[tuple[Storage, ...], int]] = [  # storages to choose from, and `refresh`
-    (("input",), 1),
-    (("int8",), 1),
-    (("int8",), 4),
-    (STORAGES, 1),
+WAYS: list[tuple[tuple[Storage, ...], int, bool]] = [  # storages to choose from, `refresh` and `derive`
+    (("input",), 1, False),
+    (("int8",), 1, False),
+    (("int8",), 4, False),
+    (STORAGES, 1, False),
+    (("int8",), 1, True),
 ]
 KEY = ["network", "layers", "part"]
 
@@ -101,7 +102,7 @@ class Subject:
         """Of all layers, on the first batch."""
         tail = self.tail(self.model)
         options = (self.model, self.names, lambda _, batch: loss_of(tail, batch), self.batches[0])
-        return lowrank.measure_perplexity(*options, mode_energies=MODE_ENERGIES, storages=STORAGES)
+        return lowrank.measure_perplexity(*options, mode_energies=MODE_ENERGIES, storages=STORAGES, derive=True)
 
     def gradients(self, names: list[str], method: ASI | None) -> list[dict[str, Tensor]]:
         """Weight gradients of layers on the last batches, behind the others."""
@@ -143,9 +144,9 @@ def measure(name: str, weights: str, images: Batch, pairs: int) -> Iterator[dict
         names = subject.names[-depth:]
         exact = [{layer: found[layer] for layer in names} for found in whole]
         given = subject.input_bytes(names)
-        for part, (storages, refresh) in product(PARTS, WAYS):
-            plan = lowrank.select_ranks(table, given / part, names, storages)
-            method = ASI(plan, refresh=refresh)
+        for part, (storages, refresh, derive) in product(PARTS, WAYS):
+            plan = lowrank.select_ranks(table, given / part, names, storages, derive)
+            method = ASI(plan, refresh=refresh, derive=derive)
             label = method.tag if len(storages) == 1 else "asi_mixed"  # also where all layers chose the same
             low = subject.gradients(names, method)
             took = subject.step_ratio(names, method, pairs) if pairs else None
@@ -198,8 +199,9 @@ def summary(rows: pd.DataFrame) -> str:
         + f"""
 `python -m benchmarks.gradient_error`: batches of 64 of Fashion-MNIST, the last convolutions; networks
 without ImageNet weights were trained there. `asi_mixed` chooses the storage per layer; `every4` iterates the
-bases at every 4th step. Error: geometric mean over the layers, and of all layers as one vector. Step:
-processor time of the whole network over ordinary training's. Run on {", ".join(sorted(set(rows.device)))}.
+bases at every 4th step; `derived`: inputs that follow from others are not kept. Error: geometric mean over the
+layers, and of all layers as one vector. Step: processor time of the whole network over ordinary training's. Run
+on {", ".join(sorted(set(rows.device)))}.
 """
     )
 

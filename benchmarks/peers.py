@@ -16,9 +16,11 @@ import lowrank
 from benchmarks.networks import Batch, loss_of
 from benchmarks.svd_llm import start_truncated
 from lowrank.layers.preserve import LossFunction
+from lowrank.methods.base import Derive
 from lowrank.tensors.factors import factorise
 
 RANKS = (8, 8, 4, 4)  # of ASI, where no published budget fits
+WIDE = (16, 16, 8, 8)  # of ASI in eight bits, where inputs that follow from others are not kept
 BUDGET = 0.5  # share of the activations that a compiled graph may keep
 LORA_RANK = 8
 SVD_ENERGY = 0.9  # of the weights that SVD-LLM starts from
@@ -41,6 +43,15 @@ def asi(model: nn.Module, names: list[str], batch: Batch, storage: lowrank.Stora
     """ASI at fixed ranks, cut to the number of modes of the layers."""
     ranks = RANKS if isinstance(model.get_submodule(names[0]), nn.Conv2d) else RANKS[:3]
     return _converted(lowrank.ASI(ranks=ranks, storage=storage), model, names, batch)
+
+
+def derived(
+    model: nn.Module, names: list[str], batch: Batch, derive: Derive = True, whole: bool = False
+) -> LossFunction:
+    """ASI in eight bits at higher ranks, or every number in eight bits, of inputs that follow from no others."""
+    ranks = WIDE if isinstance(model.get_submodule(names[0]), nn.Conv2d) else WIDE[:3]
+    method = lowrank.Rounded(derive=derive) if whole else lowrank.ASI(ranks=ranks, storage="int8", derive=derive)
+    return _converted(method, model, names, batch)
 
 
 def wasi(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
@@ -203,6 +214,10 @@ PEERS: dict[str, Peer] = {
     "hosvd_0.8": partial(_converted, lowrank.HOSVD(0.8)),
     "asi": asi,
     "asi_int8": partial(asi, storage="int8"),
+    "asi_int8_derived": derived,
+    "asi_int8_derived_slopes": partial(derived, derive="slopes"),
+    "rounded_derived": partial(derived, whole=True),
+    "rounded_derived_slopes": partial(derived, derive="slopes", whole=True),
     "asi_checkpointed": checkpointed_asi,
     "asi_micro_batch_2": partial(micro_batched, asi),
     "fixed_bases": fixed_bases,

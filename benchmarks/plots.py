@@ -127,7 +127,7 @@ def draw_speed(frame: pd.DataFrame, folder: Path) -> list[Path]:
 
 def draw_depths(frame: pd.DataFrame, path: Path) -> None:
     """Draw test accuracy over the number of trained layers, a panel for each part of the memory."""
-    parts = sorted(set(frame[frame.method == "asi"].part))
+    parts = sorted(set(frame[frame.method.str.startswith("asi")].part))
     depths = sorted(set(frame.layers.map(str)), key=lambda layers: (layers == "all", layers.zfill(4)))
     with _panels(max(len(parts), 1), 3.2, [path], sharey=True) as axes:
         for axis, part in zip(axes, parts, strict=False):

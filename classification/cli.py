@@ -35,6 +35,7 @@ from experiment.command import Work, finish, underscored
 from experiment.execute import locked, nothing_to_do
 from experiment.launching import run_all
 from experiment.measure import Trained, recipe_of, record_of, write_table
+from experiment.method import table_tag
 from experiment.processes import alone, first_does, first_holds, say
 from experiment.record import RESULT, TABLE
 from experiment.signals import held
@@ -117,7 +118,8 @@ class SuiteCLI(LightningCLI):
         keep_freed_memory()
         join_others(self.start, self.probe)
         measuring = self.subcommand == "measure"
-        method = "perplexity" if measuring else method_tag(self.settings["model"])
+        model = self.settings["model"]
+        method = table_tag(model["derive"]) if measuring else method_tag(model)
         self.identity = run_of(self.settings, method)
         path = self.identity.folder(Path(self.settings["runs_dir"]))
         result = TABLE if measuring else RESULT
@@ -235,6 +237,7 @@ class SuiteCLI(LightningCLI):
                 "energies": model.energies,
                 "mode_energies": model.mode_energies,
                 "storages": model.storages,
+                "derive": model.derive,
             }
             told = (model.backbone, model.names, classification_loss, self._batches(), settings)
             write_table(self.identity, self.folder, *told)

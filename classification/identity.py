@@ -48,7 +48,7 @@ _WATCHING = {
 _SAID = {
     "model": {
         *("backbone", "method", "fuse", "layers", "budget", "energies", "learning_rate"),
-        *("channels_last", "cache_front", "mode_energies", "storages"),
+        *("channels_last", "cache_front", "mode_energies", "storages", "derive"),
     },
     "data": {"dataset", "batch_size", "image_size", "limit"},
     "trainer": {"max_epochs", "max_time", "precision", "strategy", "num_nodes"},
@@ -77,12 +77,15 @@ def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, 
     model = identity["model"]
     model["weights"] = model["weights"] and weights_fingerprint(model["weights"])
     model["budget"] = model["budget"] and _budget(config)
+    model["method"] = _without_new(model["method"])
     identity["trainer"]["max_time"] = None  # a run that it ends has no result
     identity["trainer"]["num_nodes"] = 1  # on how many machines its processes are has no influence
     if not (measures and model["mode_energies"]):
         del model["mode_energies"]  # it has no influence, or is not used, as before it was there
     if not measures or list(model["storages"]) == ["input", "int8"]:
         del model["storages"]
+    if not (measures and model["derive"]):
+        del model["derive"]
     if measures and config["batches"] > 1:
         identity["batches"] = config["batches"]
     if config.get("processes", 1) > 1:
@@ -95,6 +98,18 @@ def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, 
         del data["limit"], data["limit_seed"]  # records of before these settings stay valid
     data["split_file"] = data["split_file"] and split_fingerprint(Path(data["split_file"]))
     return identity
+
+
+_NEW = {"derive": False}  # settings of methods that records of before do not have, with what these were trained by
+
+
+def _without_new(method: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A method's config, which has every default, without those of settings that were not there before."""
+    if method is None:
+        return None
+    settings = dict(method.get("init_args") or {})
+    kept = {key: value for key, value in settings.items() if key not in _NEW or value != _NEW[key]}
+    return {**method, **({"init_args": kept} if "init_args" in method else {})}
 
 
 def _acting(callbacks: Any) -> dict[str, Any]:

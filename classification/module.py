@@ -21,7 +21,7 @@ from classification.data.module import Activations
 from classification.front import Split, split
 from experiment import ExperimentError
 from experiment.checkpoints import TRAINING_STATE, refuse_earlier
-from experiment.method import fuses, with_ranks
+from experiment.method import derived_layers, fuses, require_derived, with_ranks
 from experiment.processes import own_part, with_others
 from experiment.ranks import Budget, RankChoice
 from lowrank import MODE_ENERGIES, Method, NonFiniteError, Storage, Vanilla
@@ -66,6 +66,8 @@ class FineTune(pl.LightningModule):
             empty list for the papers' way, one energy for all modes of a layer.
         storages: in which forms perplexity is measured, see `lowrank.tensors.storage`; those of the methods that are to
             take their ranks from the table, by default of every shipped one.
+        derive: measure as well which layers' inputs follow from another's, and how well: what methods with `derive`
+            take their ranks by. The table has a folder of its own.
         rank_choice: how ranks are chosen within the budget: by "perplexity", of all that was measured; by perplexity
             with one energy for all modes of a layer ("per_layer"); as the highest energy that fits when it is the same
             for all layers ("one_energy"); or without looking, at "random".
@@ -102,6 +104,7 @@ class FineTune(pl.LightningModule):
         energies: tuple[float, ...] = ENERGIES,
         mode_energies: tuple[float, ...] = MODE_ENERGIES,
         storages: tuple[Storage, ...] = ("input", "int8"),
+        derive: bool = False,
         rank_choice: RankChoice = "perplexity",
         rank_seed: int = 0,
         freeze_statistics: bool = True,
@@ -134,6 +137,7 @@ class FineTune(pl.LightningModule):
         self.method = with_ranks(method or Vanilla(), budget, self.names, rank_choice, rank_seed)
         lowrank.convert(self.backbone, self.names, self.method, fuses(self.method, fuse), everywhere=True)
         self.energies, self.mode_energies, self.storages = tuple(energies), tuple(mode_energies), tuple(storages)
+        self.derive = derive
         self.freeze_statistics, self.cache_front = freeze_statistics, cache_front
         self._split: list[Split] = []  # not an attribute of its own, which would register its layers twice
         self.front_folder: Path | None = None  # of files that runs share; None keeps the front's output in memory
@@ -192,6 +196,8 @@ class FineTune(pl.LightningModule):
             raise NonFiniteError(f"{place}: {error}; {advice}") from None
         if not torch.isfinite(loss):
             raise NonFiniteError(f"the training loss is {loss.item()} {place}; {advice}")
+        if behind := derived_layers(self.method):
+            require_derived(self.backbone, behind)
         return loss
 
     def _evaluate(self, batch: Batch, part: str) -> None:

@@ -62,6 +62,7 @@ class Sweep(AnySweep):
 
     task: ClassVar[str] = "classification"
     budget_option: ClassVar[str] = "--model.budget."
+    derive_option: ClassVar[tuple[str, ...]] = ("--model.derive", "true")
 
     @property
     def setup(self) -> str:

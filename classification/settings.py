@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 from classification.start import strategy_of
 from experiment import ExperimentError
 from experiment.launching import require_room
+from experiment.method import check_precision
 
 PRECISIONS = {"32", "32-true", "16-mixed", "bf16-mixed", "16", "bf16"}  # what is measured is in single precision
 LEAST = {  # per number that has one
@@ -93,6 +94,9 @@ def _check_training(config: Mapping[str, Any]) -> None:
         value = _at(config, key)
         if value != only and value not in _AS_GOOD.get(key, ()):
             raise ExperimentError(f"--{key} is {value}; allowed is {_AS_GOOD.get(key, (only,))[0]} alone: {reason}")
+    precision = str(_at(config, "trainer.precision"))
+    if "16" in precision:
+        check_precision(_at(config, "model.method"), f"--trainer.precision is {precision}")
     if config.get("ckpt_path") is not None:
         raise ExperimentError(
             "--ckpt_path is not for fit: an interrupted run goes on by itself, and --model.weights gives what to "

@@ -49,7 +49,7 @@ def locked(run: Run, folder: RunFolder, config: str) -> Iterator[None]:
 
 def _earlier(run: Run, folder: RunFolder) -> Iterator[RunFolder]:
     """The folder of a run that has none, by the name that its method had before budgets were in it."""
-    if folder.path.exists() or folder.path.parts[-3:-2] != (run.method,):
+    if folder.path.exists() or folder.path.parts[-3:-2] != (run.method,) or folder.result.name == TABLE:
         return
     for method in folder.path.parents[2].glob("*/"):
         earlier = folder.at(method.joinpath(*folder.path.parts[-2:]))

@@ -36,7 +36,7 @@ class Job:
 
     Attributes:
         title: what the run is, in short.
-        run: which run; of a perplexity table the method is "perplexity".
+        run: which run; of a perplexity table see `experiment.method.table_tag`.
         arguments: of the command that does it.
         result: name of the file that the run leaves in its folder when it is done.
     """

@@ -36,6 +36,7 @@ def ranks_of(
 
     Returns:
         Per layer its name and method; the input's "shape"; "ranks", one a mode, null where no Tucker form is kept;
+        "derived", of a layer that keeps nothing, the name of the one from whose form its input follows;
         "energy", which the ranks were chosen by (a share, or one for each mode; null if by none); "captured", the share
         of this batch's energy, its squared norm, that is kept; "storage"; "weight_rank" of a factored weight; and by
         formula "activation_bytes", "flops_paper" and "flops".
@@ -57,7 +58,11 @@ def ranks_of(
     plan, rows = getattr(method, "ranks", None), []
     for name, cost in costs.items():
         formula = {key: getattr(cost, key) for key in ("activation_bytes", "flops_paper", "flops")}
-        planned = {"energy": plan.energies[name]} if isinstance(plan, RankPlan) and name in plan.energies else {}
+        planned: dict[str, Any] = {}
+        if isinstance(plan, RankPlan) and name in plan.energies:
+            planned = {"energy": plan.energies[name]}
+        if name in costs.derived:
+            planned = {**dict.fromkeys(("ranks", "energy", "captured", "storage")), "derived": costs.derived[name]}
         rows.append({"name": name, **found.get(name, {}), **planned, **formula})
     return {"schema": SCHEMA, "layers": rows}
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from experiment.errors import ExperimentError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from experiment.ranks import Budget, RankChoice
     from lowrank import Method
 
@@ -97,13 +99,40 @@ def leaves_ranks(config: Mapping[str, Any]) -> bool:
     return known and settings.get("ranks") is None
 
 
+def derives(config: Mapping[str, Any]) -> bool:
+    """Whether the method of a config has `derive`, so that its ranks need a table that was measured with it; imports it
+    only if it is not of `lowrank`."""
+    name, settings = _parts(config)
+    known = str(name).removeprefix("lowrank.") in _RANKED
+    return bool(settings.get("derive", False) if known else build_method(config).derive)
+
+
+def check_precision(config: Mapping[str, Any] | None, mixed: str) -> None:
+    """Refuse the method of a config in mixed precision, where it needs single; `mixed` names the setting that is it.
+
+    Raises:
+        ExperimentError: see above.
+    """
+    if config is not None and derives(config):
+        raise ExperimentError(
+            f"{mixed} with a method with derive: in mixed precision no input follows from another; train in single "
+            f"precision, or with a method without it"
+        )
+
+
+def table_tag(derive: bool) -> str:
+    """What stands for the method in the folder of a perplexity table: one with `derive` has a folder of its own, since
+    runs are told by what their table holds."""
+    return "perplexity_derived" if derive else "perplexity"
+
+
 def with_ranks(
     method: Method, budget: Budget | None, names: Sequence[str], choice: RankChoice = "perplexity", seed: int = 0
 ) -> Method:
     """The method with the ranks that the budget gives these layers, if it needs any.
 
     Raises:
-        ExperimentError: it needs ranks, and there is no budget.
+        ExperimentError: it needs ranks, and there is no budget; see also `experiment.ranks.Budget.plan`.
     """
     if not needs_ranks(method):
         return method
@@ -112,14 +141,51 @@ def with_ranks(
             f"{type(method).__name__} needs ranks: give its own, or a budget, which is a perplexity table and a "
             f"memory: budget.table, and budget.mib or budget.run"
         )
-    plan = budget.plan(names, choice, seed, getattr(method, "storage", "input"))
+    plan = budget.plan(names, choice, seed, getattr(method, "storage", "input"), bool(method.derive))
     return replace(method, ranks=plan)  # type: ignore[type-var]
 
 
+def derived_layers(method: Method) -> dict[str, str]:
+    """Per name of a layer whose input follows from another one's, as a budget chose it, that one's name."""
+    found: dict[str, str] = getattr(getattr(method, "ranks", None), "derived", {})
+    return found
+
+
+def require_derived(network: nn.Module, behind: Mapping[str, str]) -> None:
+    """Refuse a step in which an input was kept that a budget takes for derived from another layer's.
+
+    Args:
+        network: after a forward pass in training.
+        behind: see `derived_layers`.
+
+    Raises:
+        ExperimentError: see above.
+    """
+    from lowrank import converted_layers
+
+    for layer in converted_layers(network):
+        state = layer._lowrank
+        if state.name in behind and state.derived is None and state.kept_bytes:
+            raise ExperimentError(
+                f"layer {state.name!r} keeps {state.kept_bytes} bytes of its input, which was to follow from what "
+                f"{behind[state.name]!r} keeps: the code between them, mixed precision or checkpointing is in the way; "
+                f"train without these, or with a method without derive"
+            )
+
+
 def fuses(method: Method, fuse: bool | None) -> bool:
-    """Whether a run keeps less in the rest of the network; by default (None) yes, but vanilla is ordinary training."""
+    """Whether a run keeps less in the rest of the network; by default (None) yes, but vanilla is ordinary training.
+
+    Raises:
+        ExperimentError: it is not to, and the method needs it.
+    """
     from lowrank import Vanilla
 
+    if fuse is False and method.derive:
+        raise ExperimentError(
+            f"fuse is off with {type(method).__name__}(derive={method.derive!r}): what lies between the layers is "
+            f"not known then, and no input follows from another; leave fuse out"
+        )
     return type(method) is not Vanilla if fuse is None else fuse
 
 

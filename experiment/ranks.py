@@ -50,18 +50,30 @@ class Budget:
         return budget_tag(self.mib, self.run, self.divisor, self.name)
 
     def plan(
-        self, names: Sequence[str], choice: RankChoice = "perplexity", seed: int = 0, storage: Storage = "input"
+        self,
+        names: Sequence[str],
+        choice: RankChoice = "perplexity",
+        seed: int = 0,
+        storage: Storage = "input",
+        derive: bool = False,
     ) -> RankPlan:
         """Ranks of these layers within the budget, chosen in one of four ways; `seed` is of the random one.
 
         Raises:
-            ExperimentError: only by perplexity can ranks be chosen for another storage than the input's own.
+            ExperimentError: only by perplexity can ranks be chosen for another storage than the input's own, and with
+                `derive`, see `lowrank.select_ranks`; or the table was measured without it.
         """
+        if choice != "perplexity" and (storage != "input" or derive):
+            told = "derive" if derive else f"storage {storage!r}"
+            raise ExperimentError(f"--model.rank_choice is {choice!r} with {told}; allowed: 'perplexity'")
         table = PerplexityTable.load(self.table).only(names)
+        if derive and not table.derives:
+            raise ExperimentError(
+                f"the perplexity table {self.table} does not say which inputs follow from which, as a method with "
+                f"derive needs it; measure one with --model.derive true (segmentation: --derive)"
+            )
         if choice == "perplexity":
-            return select_ranks(table, self.nbytes, storages=(storage,))
-        if storage != "input":
-            raise ExperimentError(f"--model.rank_choice is {choice!r} with storage {storage!r}; allowed: 'perplexity'")
+            return select_ranks(table, self.nbytes, storages=(storage,), derive=derive)
         if choice == "per_layer":
             return select_ranks(table.without_mixed(), self.nbytes)
         return one_energy(table, self.nbytes) if choice == "one_energy" else random_energies(table, self.nbytes, seed)

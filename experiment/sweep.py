@@ -18,10 +18,9 @@ from experiment.command import dashed
 from experiment.errors import ExperimentError
 from experiment.jobs import WAIT, WAIT_HELP, Job, Program, list_jobs
 from experiment.launcher import Launcher, add_options, launcher_of, take_slurm
-from experiment.method import leaves_ranks
+from experiment.method import derives, leaves_ranks, table_tag
 from experiment.record import RESULT, TABLE, Run
 
-PERPLEXITY = "perplexity"
 SEED = 233  # the papers' seed
 
 
@@ -60,6 +59,7 @@ class Sweep(ABC):
 
     task: ClassVar[str]
     budget_option: ClassVar[str]  # how options of a budget begin
+    derive_option: ClassVar[tuple[str, ...]]  # measures what methods with `derive` need
 
     @property
     @abstractmethod
@@ -106,18 +106,24 @@ class Sweep(ABC):
     def _jobs(self, dataset: str, seed: int) -> Iterator[Job]:
         yield from self.stages(dataset, seed)
         start, rows = self.start(dataset, seed), list(self.rows())
-        for layers in dict.fromkeys(layers for layers, method in rows if self.leaves_ranks(method)):
-            run = self.run(dataset, PERPLEXITY, layers, self.table_seed(seed))
-            yield self.job("measure", run, "vanilla", start)
+        ranked = [(layers, self.derives(method)) for layers, method in rows if self.leaves_ranks(method)]
+        for layers, derive in dict.fromkeys(ranked):
+            options = [*start, *(self.derive_option if derive else ())]
+            yield self.job("measure", self._table(dataset, layers, seed, derive), "vanilla", options)
         for layers, method in rows:
             for source in self._sources(dataset, layers) if self.leaves_ranks(method) else [None]:
                 tag = method if source is None else f"{method}_{source.tag}"
-                budget = [] if source is None else self._budget(source, dataset, layers, seed)
+                table = self._table(dataset, layers, seed, self.derives(method))
+                budget = [] if source is None else self._budget(source, dataset, layers, seed, table)
                 yield self.job("fit", self.run(dataset, tag, layers, seed), method, [*start, *budget])
 
     def leaves_ranks(self, method: str) -> bool:
         """Whether a method of this name takes its ranks from a budget."""
         return leaves_ranks(self.method_config(method))
+
+    def derives(self, method: str) -> bool:
+        """Whether a method of this name has `derive`."""
+        return derives(self.method_config(method))
 
     def job(self, command: str, run: Run, method: str, options: Sequence[str]) -> Job:
         """One run by its command, "fit" or "measure", as the task spells it."""
@@ -141,9 +147,11 @@ class Sweep(ABC):
                 )
         return sources
 
-    def _budget(self, source: Source, dataset: str, layers: str, seed: int) -> list[str]:
-        table = self.run(dataset, PERPLEXITY, layers, self.table_seed(seed)).folder(self.runs_dir) / TABLE
-        told = {"table": str(table)}
+    def _table(self, dataset: str, layers: str, seed: int, derive: bool) -> Run:
+        return self.run(dataset, table_tag(derive), layers, self.table_seed(seed))
+
+    def _budget(self, source: Source, dataset: str, layers: str, seed: int, table: Run) -> list[str]:
+        told = {"table": str(table.folder(self.runs_dir) / TABLE)}
         if source.method is None:
             told |= {"mib": str(source.mib)} | ({"name": source.name} if source.name else {})
         else:

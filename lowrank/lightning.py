@@ -47,8 +47,8 @@ class LowRankCallback(Callback):
 
     What is ahead of the first of the layers is frozen before the optimizers are made. With a budget, perplexity is
     measured on the first training batch, and the layers get the ranks with the least total perplexity within it.
-    A checkpoint holds the stock model's weights, and under "lowrank" the ranks and what the method carries from step
-    to step; of several processes, which each measure and carry their own, the first one's.
+    A checkpoint holds the stock model's weights, and under "lowrank" what was chosen and what the method carries from
+    step to step; of several processes, which each measure and carry their own, the first one's.
 
     Args:
         method: such as `lowrank.ASI(ranks=[8, 16, 3, 3])`; with a budget one without ranks yet: `lowrank.ASI()`.
@@ -62,9 +62,10 @@ class LowRankCallback(Callback):
     Attributes:
         names: the layers, once training has been set up.
         ranks: per layer, once they are chosen; empty without a budget.
+        derived: per layer that keeps nothing, the one from whose form its input follows; see `RankPlan`.
 
     Raises:
-        SettingError: a budget and a method that cannot go together.
+        SettingError: a budget and a method, or `fuse` and a method, that cannot go together.
     """
 
     def __init__(
@@ -85,10 +86,16 @@ class LowRankCallback(Callback):
             raise SettingError(
                 f"{type(method).__name__} makes parameters before there is a batch; give it ranks in place of a budget"
             )
+        if method.derive and not fuse:
+            raise SettingError(
+                f"fuse is off with {type(method).__name__}(derive={method.derive!r}): what lies between the layers is "
+                f"not known then, and no input follows from another; leave fuse out"
+            )
         self.method, self.layers, self.budget, self.kind = method, layers, budget, kind
         self.loss_fn, self.fuse = loss_fn or _training_loss, fuse
         self.names: list[str] = []
         self.ranks: Ranks = {}
+        self.derived: dict[str, str] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check, freeze, and convert unless ranks are to be measured; ahead of the optimizers.
@@ -118,16 +125,19 @@ class LowRankCallback(Callback):
         if self.budget is None or _is_converted(pl_module):
             return
         storage: Storage = getattr(self.method, "storage", "input")
+        options: dict[str, Any] = {"storages": (storage,), "derive": bool(self.method.derive)}
         with trainer.strategy.precision_plugin.forward_context():
             table = measure_perplexity(
-                pl_module, self.names, self.loss_fn, batch, mode_energies=MODE_ENERGIES, storages=(storage,)
+                pl_module, self.names, self.loss_fn, batch, mode_energies=MODE_ENERGIES, **options
             )
-        self._convert(pl_module, select_ranks(table, self.budget, storages=(storage,)).ranks)
+        plan = select_ranks(table, self.budget, **options)
+        self._convert(pl_module, plan.ranks, plan.derived)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the ranks, and what the method carries, beside the weights."""
         state = {name: tensor.cpu() for name, tensor in training_state(pl_module).items()}
-        checkpoint[KEY] = {"ranks": {name: list(ranks) for name, ranks in self.ranks.items()}, "training_state": state}
+        chosen = {"ranks": {name: list(ranks) for name, ranks in self.ranks.items()}, "derived": self.derived}
+        checkpoint[KEY] = {**chosen, "training_state": state}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take up both, so that training goes on as if it had not been interrupted.
@@ -147,12 +157,16 @@ class LowRankCallback(Callback):
         if ranks and set(ranks) != set(self.names):
             raise StateError(f"the checkpoint has ranks of {', '.join(ranks)}, not of {', '.join(self.names)}")
         if ranks:
-            self._convert(pl_module, ranks)
+            self._convert(pl_module, ranks, saved.get("derived", {}))
         load_training_state(pl_module, saved["training_state"])
 
-    def _convert(self, module: nn.Module, ranks: Ranks) -> None:
-        self.ranks = ranks
-        convert(module, self.names, replace(self.method, ranks=ranks), self.fuse)  # type: ignore[type-var]
+    def _convert(self, module: nn.Module, ranks: Ranks, derived: dict[str, str]) -> None:
+        self.ranks, self.derived = ranks, derived
+        method: Any = replace(self.method, ranks=ranks)  # type: ignore[type-var]
+        # What others of the layers keep is for each of them alone, as it was chosen.
+        alone = replace(method, derive=False) if method.derive else method
+        deriving = {*derived, *derived.values()}
+        convert(module, {name: method if name in deriving else alone for name in self.names}, fuse=self.fuse)
 
 
 def _is_converted(module: nn.Module) -> bool:

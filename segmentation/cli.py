@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--resume", action="store_true", help="as without it: an interrupted run goes on by itself")
         sub.add_argument("--limit", type=float, metavar="N", help="train on so many images, or up to 1 on that share")
         sub.add_argument("--batches", type=int, metavar="N", help="measure: take the mean over N batches (default: 1)")
+        sub.add_argument("--derive", action="store_true", help="measure: what methods with derive need as well")
         sub.add_argument("--amp", action="store_true", help="mixed precision, on an accelerator")
         sub.add_argument("--budget-table", metavar="FILE", help="perplexity table that ranks are chosen by")
         sub.add_argument("--budget-mib", type=float, metavar="MIB", help="memory that they are chosen for")
@@ -114,6 +115,8 @@ def task_of(options: argparse.Namespace) -> Task:
         _limit(config, options.limit)
     if options.batches is not None:
         config.perplexity = {**config.get("perplexity", {}), "batches": options.batches}
+    if options.derive:
+        config.perplexity = {**config.get("perplexity", {}), "derive": True}
     if options.load_from is not None:
         config.load_from = options.load_from
     seed = options.seed if options.seed is not None else config.get("randomness", {}).get("seed", 233)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lowrank
 from experiment import ExperimentError
 from experiment.checkpoints import TRAINING_STATE, refuse_earlier
-from experiment.method import build_method, fuses, with_ranks
+from experiment.method import build_method, derived_layers, fuses, require_derived, with_ranks
 from experiment.processes import own_part, with_others
 from experiment.ranks import Budget
 from lowrank import NonFiniteError
@@ -123,6 +123,8 @@ class LowRankHook(Hook):
                 f"the training loss is {loss.item()} at iteration {runner.iter}; look for NaN in the images, or lower "
                 f"the learning rate"
             )
+        if behind := derived_layers(self.method):
+            require_derived(unwrapped(runner.model), behind)
 
     def collect(self, runner: Any) -> None:
         """Take from all processes, before the first of them saves a checkpoint, what the method carries in each."""

@@ -119,7 +119,8 @@ def perplexity_settings(config: Config) -> dict[str, Any]:
     """How perplexity is measured: arguments of `lowrank.measure_perplexity`, and "batches", their number.
 
     In a config `perplexity` has those that differ from the usual: an energy for each mode, on one batch. With
-    `mode_energies=[]` there is one energy for all modes of a layer, as in the papers.
+    `mode_energies=[]` there is one energy for all modes of a layer, as in the papers; with `derive=True`, or `--derive`
+    of the command, the table serves methods with `derive`, and has a folder of its own.
     """
     settings = {"mode_energies": list(MODE_ENERGIES), "storages": STORAGES, **config.get("perplexity", {})}
     return {key: value for key, value in settings.items() if (key, value) != ("batches", 1)}

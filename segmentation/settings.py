@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiment import ExperimentError
+from experiment.method import check_precision
+from segmentation.compose import HOOK
 
 WHOLE = {  # settings that are whole numbers, with the least of each
     "randomness.seed": 0,
@@ -51,6 +53,9 @@ def check_settings(config: Mapping[str, Any]) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and 0 <= value < math.inf):
             raise ExperimentError(f"optim_wrapper.optimizer.{name} is {value!r}; allowed are finite numbers from 0")
+    derive = _at(config, "perplexity.derive")
+    if derive is not None and not isinstance(derive, bool):
+        raise ExperimentError(f"perplexity.derive is {derive!r}; allowed: True and False")
     hooks = config.get("custom_hooks") or []
     if not isinstance(hooks, Sequence) or not all(isinstance(hook, Mapping) and "type" in hook for hook in hooks):
         raise ExperimentError(f"custom_hooks is {str(hooks)[:200]}; allowed is a list of settings, each with its type")
@@ -59,6 +64,9 @@ def check_settings(config: Mapping[str, Any]) -> None:
         raise ExperimentError(f"crop_size is {size!r}; allowed are two whole numbers from 1")
     if _at(config, "optim_wrapper.type") == "AmpOptimWrapper":
         _need_accelerator()
+        own = [hook.get("method") for hook in hooks if hook["type"] == HOOK]
+        for method in (_at(config, "lowrank.method"), *own):
+            check_precision(method, "optim_wrapper.type is AmpOptimWrapper, mixed precision,")
 
 
 def check_options(options: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from experiment.contents import tell_repeated
 from experiment.execute import locked, nothing_to_do
 from experiment.files import write_whole
 from experiment.measure import Trained, recipe_of, record_of, write_table
+from experiment.method import table_tag
 from experiment.processes import first_does, first_holds, place, say
 from experiment.record import RESULT, TABLE
 from experiment.signals import held
@@ -284,7 +285,7 @@ def measure(task: Task, work: Work | None = None) -> Path | None:
     Raises:
         ExperimentError, LowRankError: something that the user can mend.
     """
-    name = run_of(task.config, "perplexity")
+    name = run_of(task.config, table_tag(perplexity_settings(task.config).get("derive", False)))
     folder = _begun(task, name, TABLE, work)
     if folder is None:
         return None

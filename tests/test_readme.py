@@ -82,7 +82,7 @@ def test_every_python_block_is_a_snippet_that_is_run() -> None:
     shown = re.findall(r"<!-- snippet: (.+?) -->\n```python\n", SHOWN)
     assert SHOWN.count("```python") == len(shown)
     assert SHOWN.count("<!-- snippet: three lines -->") == 2  # README and the guide
-    assert len(set(shown)) == len(shown) - 1 == len(SNIPPETS) == 12
+    assert len(set(shown)) == len(shown) - 1 == len(SNIPPETS) == 13
     assert len(set(re.findall(r"<!-- snippet: three lines -->\n(.+?)```\n", SHOWN, re.DOTALL))) == 1
 
 
@@ -131,6 +131,20 @@ def test_own_model_in_three_lines_and_ranks_by_perplexity(capsys: pytest.Capture
     kept, peak, formula = map(int, printed)
     assert (kept, peak) == (names["kept"], names["peak"])
     assert 0 < formula <= plan.nbytes  # a rank above what the other modes allow is cut
+
+
+def test_inputs_that_follow_from_others_take_nothing() -> None:
+    model = build_model("mobilenet_v2", num_classes=4).eval()
+    names = lowrank.trailing_layers(model, 4)
+    batch = (torch.randn(8, 3, 64, 64), torch.randint(0, 4, (8,)))
+    given = {"model": model, "names": names, "batch": batch, "lowrank": lowrank, "whole": 10**6}
+    given["loss_fn"] = lambda model, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+    given["measured"] = {"energies": (0.5, 0.9), "mode_energies": (0.5, 0.9), "storages": ("int8",)}
+    plan = run("derived inputs", **given)["plan"]
+    assert isinstance(plan, lowrank.RankPlan)
+    account = lowrank.account(model, names, batch[0])
+    assert plan.derived == account.derived == {names[1]: names[0], names[2]: names[0]}
+    assert account.total.activation_bytes > 0
 
 
 def test_what_speaks_against_a_conversion_is_listed_and_each_layer_has_its_own_method(capsys) -> None:

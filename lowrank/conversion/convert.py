@@ -78,7 +78,8 @@ def convert(
         `model`.
 
     Raises:
-        ConversionError: lists every layer that cannot be converted, with the reason.
+        ConversionError: lists every layer that cannot be converted, with the reason; with `fuse` off also those whose
+            method has `derive`.
         SettingError: `smallest` is below zero, or no number.
 
     Example:
@@ -87,6 +88,8 @@ def convert(
     """
     check_smallest(smallest)
     problems, steps = plan_conversion(model, names, method)
+    if not fuse:
+        problems += [f"layer {one.name!r}: derive needs fuse, which is off" for one in steps if one.method.derive]
     if problems:
         raise ConversionError("; ".join(problems))
     for step in steps:

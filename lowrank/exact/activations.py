@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowrank.exact.bits import Gate, Slopes, masked, pack
 from lowrank.exact.slots import Slot, note_slot
-from lowrank.tensors.eager import Node, wants_gradient
+from lowrank.tensors.eager import Node, is_batched, wants_gradient
 
 # PyTorch's slope of Hardsigmoid, a single-precision number in every dtype.
 SIXTH = torch.tensor(1 / 6, dtype=torch.float32, device="cpu").item()
@@ -42,13 +42,28 @@ class Curve:
         function: of a tensor, and whether to work in place.
         gate: which elements have the inner slope, see `pack`.
         slopes: the gradient by that, see `masked`.
-        by_output: the gradient by the output gradient and the output; None: that does not tell.
+        by_output: PyTorch's operator that writes the gradient, by the output gradient, the output and what follows
+            these; None: that does not tell.
     """
 
     function: Callable[[Tensor, bool], Tensor]
     gate: Gate
     slopes: Slopes = _PLAIN
-    by_output: Callable[[Tensor, Tensor], Tensor] | None = None
+    by_output: tuple[Any, ...] | None = None
+
+    def gradient(self, grad: Tensor, y: Tensor, room: bool) -> Tensor:
+        """By the output, to whose memory it is written where there is `room`, and it lies as `grad` does."""
+        assert self.by_output is not None
+        operator, *numbers = self.by_output
+        if room and not torch.is_grad_enabled() and not is_batched(grad) and _alike(grad, y):
+            found: Tensor = operator.grad_input(grad, y, *numbers, grad_input=y)
+        else:
+            found = operator.default(grad, y, *numbers)
+        return found
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return (x.dtype, x.shape, x.stride()) == (y.dtype, y.shape, y.stride())
 
 
 class _TwoSlopes(Node):
@@ -69,7 +84,10 @@ class _TwoSlopes(Node):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         own, kept, curve = ctx.slot.own, ctx.slot.tensor(), ctx.curve
         with torch._C.DisableTorchFunctionSubclass():
-            found = _gradient(grad, kept, ctx.place, curve.slopes) if own else curve.by_output(grad, kept)
+            if own:
+                found = _gradient(grad, kept, ctx.place, curve.slopes)
+            else:
+                found = curve.gradient(grad, kept, ctx.slot.is_free())
         return found, None, None, None
 
 
@@ -100,12 +118,11 @@ def _gradient(grad: Tensor, bits: Tensor, place: list[int], slopes: Slopes) -> T
     return (_Masked.apply if torch.is_grad_enabled() else masked)(grad, bits, place, slopes)
 
 
-_RELU = Curve(F.relu, Gate("above"), by_output=lambda grad, y: _aten.threshold_backward(grad, y, 0))
+_RELU = Curve(F.relu, Gate("above"), by_output=(_aten.threshold_backward, 0))
 
 
 def _clamp(function: Callable[[Tensor, bool], Tensor], low: float, high: float) -> Curve:
-    by_output = lambda grad, y: _aten.hardtanh_backward(grad, y, low, high)  # noqa: E731
-    return Curve(function, Gate("between", low, high), by_output=by_output)
+    return Curve(function, Gate("between", low, high), by_output=(_aten.hardtanh_backward, low, high))
 
 
 _RELU6 = _clamp(F.relu6, 0.0, 6.0)
@@ -138,7 +155,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     """`torch.nn.functional.leaky_relu`; keeps one bit per element."""
     if not wants_gradient(input):
         return F.leaky_relu(input, negative_slope, inplace)
-    by_output = lambda grad, y: _aten.leaky_relu_backward(grad, y, negative_slope, False)  # noqa: E731
+    by_output = (_aten.leaky_relu_backward, negative_slope, False)
     slopes = Slopes(outer=negative_slope)
     function = lambda x, i: F.leaky_relu(x, negative_slope, i)  # noqa: E731
     curve = Curve(function, Gate("strictly above"), slopes, by_output if negative_slope > 0 else None)

@@ -92,6 +92,10 @@ class Step:
         """Whether who asks now may change what it gives: nobody else has asked for it or will."""
         return self.fresh and self.readers <= 1 and self.made is None and self not in known
 
+    def is_free(self) -> bool:
+        """Whether nobody will ask any more for what it has given, which is new memory."""
+        return self.fresh and self.readers == 0 and self.made is None
+
     def followed(self, known: dict[Step, Tensor]) -> Tensor:
         """The same with a graph, anew; what others made has none."""
         if self not in known:

@@ -1,12 +1,14 @@
 """What a backward node keeps, until another node keeps something that serves as well.
 
-Whether the output of an activation is kept in full is known when the layer behind it is called. Then the activation
-needs no bits of its own.
+Whether the output of an activation is kept in full, or computed again, is known when the layer behind it is called.
+Then the activation needs no bits of its own.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, cast
 
@@ -49,17 +51,37 @@ class _Held:
         return (self._tensor,)
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a tensor is computed again: `read` of the kept `tensors`; `is_free` as of `Slot`."""
+
+    read: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+    is_free: Callable[[], bool]
+
+
 class Slot:
-    """One tensor that autograd saves; `own`: it is what was put first; `place`: where that was, see `here`."""
+    """One tensor that autograd saves, or what gives it.
+
+    Attributes:
+        own: whether it is what was put first.
+        place: where that was, see `here`.
+        is_free: whether whoever has just asked for the tensor may write to it, as nobody else will ask.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self.own, self.place = True, here()
-        self._saved: _Held | Tensor | None = _saved(tensor)
+        self.is_free: Callable[[], bool] = _never
+        self._saved: tuple[_Held | Tensor, ...] | None = (_saved(tensor),)
+        self._read: Callable[..., Tensor] | None = None
 
-    def replace(self, tensor: Tensor) -> None:
-        """Save another tensor, which some other node saves as well, in its place."""
+    def replace(self, way: Way | Tensor) -> None:
+        """Save what some other node saves as well, in its place."""
         if self._saved is not None:
-            self.own, self._saved = False, _saved(tensor)
+            tensors = way.tensors if isinstance(way, Way) else (way,)
+            self.own, self._saved = False, tuple(map(_saved, tensors))
+            if isinstance(way, Way):
+                self._read, self.is_free = way.read, way.is_free
 
     def tensor(self) -> Any:
         """The tensor, in a backward pass; after one that does not retain the graph it is gone."""
@@ -68,11 +90,19 @@ class Slot:
                 "Trying to backward through the graph a second time: saved tensors were freed; specify "
                 "retain_graph=True if you need to"
             )
-        node = self._saved if isinstance(self._saved, _Held) else cast(Any, self._saved.grad_fn)
-        (found,) = node.saved_tensors
+        nodes = [one if isinstance(one, _Held) else cast(Any, one.grad_fn) for one in self._saved]
+        tensors = [ordinary(node.saved_tensors[0]) for node in nodes]
+        read = self._read
         if not torch._C._autograd._get_current_graph_task_keep_graph() and not in_batch():
-            self._saved = None
-        return ordinary(found)
+            self._saved = self._read = None
+        if read is None:
+            return tensors[0]
+        with torch.no_grad():  # which elements it has is no matter of its own gradient
+            return read(*tensors)
+
+
+def _never() -> bool:
+    return False
 
 
 def _saved(tensor: Tensor) -> _Held | Tensor:
@@ -129,7 +159,25 @@ def has_slot(tensor: Tensor) -> bool:
 def is_kept(tensor: Tensor) -> None:
     """A node keeps this tensor in full: so the one that gave it may let go of what it kept of its own. Not where one
     of the two is in a checkpoint alone, which keeps nothing after all, and counts what is saved within."""
+    slot = _waiting(tensor)
+    if slot is not None:
+        slot.replace(tensor)
+
+
+def is_computed(tensor: Tensor, way: Callable[[], Way]) -> None:
+    """A node computes this tensor again in the backward pass, ahead of the one that gave it, which may read that;
+    `way` is called where somebody waits."""
+    slot = _waiting(tensor)
+    if slot is not None:
+        slot.replace(way())
+
+
+def waits(tensor: Tensor) -> bool:
+    """Whether the node that gave a tensor keeps bits, and would not where the tensor is kept or computed again."""
+    return has_slot(tensor) and _waiting(tensor) is not None
+
+
+def _waiting(tensor: Tensor) -> Slot | None:
     found = _SLOTS.find(tensor)
     slot = None if found is None else found()
-    if slot is not None and slot.own and slot.place == here():
-        slot.replace(tensor)
+    return slot if slot is not None and slot.own and slot.place == here() else None

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.errors import LowRankError
 from lowrank.exact.origins import Origin, Rebuild, find, is_kept, is_known_as_kept, origin_of, reading
+from lowrank.exact.slots import Way, has_slot, is_computed, waits
+from lowrank.layers.derived import derived
 from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.token_mask import without_padding
-from lowrank.methods.base import Method, Tensors, Vanilla
+from lowrank.methods.base import Derive, Method, Tensors, Vanilla
 from lowrank.tensors.geometry import Geometry
 from lowrank.tensors.worth import is_worth
 
@@ -65,6 +68,7 @@ class LayerState:
         formula_bytes: the same by the method's formula.
         whole: whether it kept its input as it is since keeping less was not worth it.
         exact: whether it kept what its exact input is computed from, where the method would have kept more.
+        derived: name of the layer from whose kept form its input is computed, so that it kept nothing.
         judged: of geometries and shapes, whether keeping less is worth it.
         settled: of calls that are the stock layer's, by the same rule, the bytes that are kept.
         handed_out: the weight that a state dict has, where the layer holds two factors in its place.
@@ -85,6 +89,7 @@ class LayerState:
     formula_bytes: int = 0
     whole: bool = False
     exact: bool = False
+    derived: str | None = None
     judged: dict[Any, bool] = field(default_factory=dict, repr=False)
     settled: dict[tuple[Any, ...], int] = field(default_factory=dict, repr=False)
     handed_out: HandedOut | None = field(default=None, repr=False)
@@ -149,28 +154,60 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
         method = state.method_for(geometry, batched, geometry.by_output(weight).shape[0])
     lighter = None
     if not torch.compiler.is_compiling():
-        lighter = _lighter_origin(state, method, geometry, input) if x is input and not single else None
-        state.exact = lighter is not None and not method.keeps_input
+        own = x is input and not single
+        lighter = _lighter_origin(state, method, geometry, input) if own else None
+        near = derived(input, state.name) if own and method.derive and (not lighter or lighter[0].nbytes) else None
+        state.derived = None if near is None else near[1]
+        state.exact = lighter is not None and near is None and not method.keeps_input
+        if near is not None:
+            state.kept_bytes = state.formula_bytes = 0
+            reader, sources = reading(near[0])
+            if method.derive == "slopes" and has_slot(input):
+                is_computed(input, lambda: _read_again(near[0]))
+            return Near(reader.one), sources
     if lighter is not None:
         origin, state.formula_bytes = lighter
         state.kept_bytes = origin.nbytes
         reader, sources = reading(origin)
+        if has_slot(input):
+            is_computed(input, lambda: _read_again(origin))
         return Rebuilt(reader.one), sources
+    if not torch.compiler.is_compiling():
+        _say_if_planned(state, method, batched)
     kept = find_kept(input, batched, method)
     shared = kept is not None
     if kept is None:
         padded = batched if method.keeps_input else without_padding(batched)
         kept = _compress(state, method, padded, geometry, layer.training)
         kept = tuple(map(_without_the_rest, kept))
-        if kept and kept[0] is not batched:
-            note_kept(input, batched, method, kept)
-        elif x is input:
+        as_it_is = len(kept) == 0 or kept[0] is batched
+        if not as_it_is or (kept and method.derive):
+            note_kept(state.name, input, batched, method, kept)
+        if as_it_is and x is input:
             is_kept(input)
     if not torch.compiler.is_compiling():
         state.whole = method is _WHOLE
         state.kept_bytes = 0 if shared else sum(tensor.nbytes for tensor in kept if tensor is not None)
         state.formula_bytes = method.formula_bytes(kept, tuple(batched.shape)) if kept else 0
     return method, kept
+
+
+def _say_if_planned(state: LayerState, method: Method, x: Tensor) -> None:
+    """Ranks that were chosen for an input that is derived are its whole shape: far more than the plan's bytes."""
+    ahead = getattr(method, "follows", None)
+    if ahead is not None and x.numel():
+        warnings.warn(
+            f"layer {state.name!r} keeps its whole input: its ranks were chosen so that this follows from what layer "
+            f"{ahead!r} keeps, and here it does not. Convert both as the table was measured, with fuse and recompute; "
+            f"or choose ranks without derive",
+            stacklevel=2,
+        )
+
+
+def _read_again(origin: Origin) -> Way:
+    """One more reader of a tensor that is computed again."""
+    reader, sources = reading(origin.as_kept())
+    return Way(reader.one, sources, origin.step.is_free)
 
 
 def _lighter_origin(state: LayerState, method: Method, geometry: Geometry, x: Tensor) -> tuple[Origin, int] | None:
@@ -187,7 +224,8 @@ def _lighter_origin(state: LayerState, method: Method, geometry: Geometry, x: Te
     if price is None:
         return None
     form = x.nbytes - price[0]
-    return (origin, form) if form > origin.nbytes + x.nbytes // LITTLE else None
+    bits = x.numel() // 8 if waits(x) else 0  # of the activation ahead, which reads an exact input in their place
+    return (origin, form) if form + bits > origin.nbytes + x.nbytes // LITTLE else None
 
 
 def _compress(state: LayerState, method: Method, x: Tensor, geometry: Geometry, training: bool) -> Tensors:
@@ -236,3 +274,10 @@ class Rebuilt(Vanilla):
 
     def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: tuple[int, ...]) -> Tensor:
         return geometry.weight_gradient(self.rebuild(*kept), grad)
+
+
+class Near(Rebuilt):
+    """The input, computed again from what another layer keeps of its own: as near as that."""
+
+    keeps_input: ClassVar[bool] = False
+    derive: Derive = True

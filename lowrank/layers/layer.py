@@ -33,6 +33,7 @@ from lowrank.exact.recompute import note_layer
 from lowrank.exact.slots import has_slot, in_checkpoint
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
+from lowrank.layers.derived import nearest
 from lowrank.layers.direct import DIRECT, nothing
 from lowrank.layers.held import Held, can_be_held, hold
 from lowrank.layers.keeping import Kept, LayerState, kept_of
@@ -142,7 +143,7 @@ class LowRankLayer(Changed):
         """It keeps its input; of which a note, which takes as long as all the rest, is made where somebody waits."""
         state = self._lowrank
         state.kept_bytes = state.formula_bytes = nbytes
-        state.whole = not state.method.keeps_input
+        state.whole, state.exact, state.derived = not state.method.keeps_input, False, None
         if has_slot(input):
             is_kept(input)
 
@@ -234,7 +235,7 @@ def is_single(layer: nn.Module, x: Tensor) -> bool:
 def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     state = layer._lowrank
     if not torch.compiler.is_compiling():
-        state.kept_bytes, state.formula_bytes, state.whole = 0, 0, False
+        state.kept_bytes, state.formula_bytes, state.whole, state.exact, state.derived = 0, 0, False, False, None
     x, dtype, outside = as_computed(input, weight)
     single = is_single(layer, x)
     with outside:
@@ -254,14 +255,20 @@ def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | 
     if x is input and not single and state.recompute and not torch.compiler.is_compiling():
         products = weight.shape[-1] if isinstance(geometry, LinearGeometry) else weight.numel() // y.shape[1]
         if not state.smallest or again_is_worth(y.numel(), products, y.itemsize, state.smallest):
-            _note_way(settings, call, (input, weight, bias), y, bool(kept) and method.keeps_input)
+            keeps_x, everywhere = bool(kept) and method.keeps_input, state.everywhere
+            _note_way(settings, call, (input, weight, bias), y, keeps_x, everywhere)
     if type(y) is Lazy and x is input:
         hold(x, y)
     return y
 
 
 def _note_way(
-    settings: Settings, call: Call | None, given: tuple[Tensor, Tensor, Tensor | None], y: Tensor, keeps_x: bool
+    settings: Settings,
+    call: Call | None,
+    given: tuple[Tensor, Tensor, Tensor | None],
+    y: Tensor,
+    keeps_x: bool,
+    everywhere: bool,
 ) -> None:
     """Note how a layer's output comes about, and have the normalisation do so that it is computed with."""
     x, weight, bias = given
@@ -270,8 +277,10 @@ def _note_way(
     ahead = origin_of(x).as_kept() if keeps_x else origin_of(x)
     if not linear and cost > (BUDGET if y.numel() >= x.numel() else SHRINKING):
         return
-    if not linear and 2 * ahead.nbytes > y.nbytes:  # a large input that nothing keeps is not held for this
-        if call is None and weight.shape[1] == 1 and ahead.step.function is None:
+    stream = not linear and call is None and weight.shape[1] == 1
+    ahead, added = nearest(x, ahead, everywhere, bool(settings.method.derive), stream)
+    if not linear and 2 * added > y.nbytes:  # a large input that nothing keeps is not held for this
+        if stream and ahead.step.function is None:
             note_layer(itself(x, stream=True), y, settings.geometry.forward, (weight, bias), cost)
         return
     if call is not None:

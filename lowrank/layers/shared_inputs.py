@@ -1,30 +1,78 @@
-"""Inputs that several layers are given, such as a block's first convolution and its shortcut: kept once."""
+"""What layers keep of their inputs, for the others that it serves.
+
+Layers that are given the same input, such as a block's first convolution and its shortcut, keep it once. Those whose
+input follows from it need not keep that, see `derived`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lowrank.exact.slots import in_checkpoint
+from lowrank.exact.origins import Step
+from lowrank.exact.slots import here, in_checkpoint
 from lowrank.layers.token_mask import current_mask
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.geometry import Shape
 from lowrank.tensors.notes import Glimpse, Notes
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """What a layer keeps of an input; holds none of it alive."""
+@dataclass
+class Form:
+    """What a layer keeps of an input; holds none of it alive.
 
+    Attributes:
+        name: of the layer.
+        dtype: that the layer computes with.
+        mask: of padding, which it leaves out.
+        method: that keeps it.
+        place: where it is kept, see `lowrank.exact.slots.here`.
+        whole: whether it is the input itself, since a form would take no less.
+        restored: the step that gives the input again, made when it is first asked for.
+        steps: steps from the exact input, and those from `restored` in their place.
+    """
+
+    name: str
     dtype: torch.dtype
     mask: Tensor | None
     method: Method
     glimpses: tuple[Glimpse | None, ...]
+    place: int
+    whole: bool = False
+    restored: Step | None = None
+    steps: dict[Step, Step] = field(default_factory=dict)
+
+    def kept(self) -> Tensors | None:
+        """The tensors, if all of them are kept to this moment."""
+        kept = tuple(None if glimpse is None else glimpse.tensor() for glimpse in self.glimpses)
+        gone = any(glimpse is not None and tensor is None for glimpse, tensor in zip(self.glimpses, kept, strict=True))
+        return None if gone else kept
 
 
-_KEPT: Notes[_Kept] = Notes()
+_FORMS: Notes[Form] = Notes()
+_FIRST: Notes[Form] = Notes()  # of several layers with one input the first one's, which choices of ranks count on
+_HELD: ContextVar[list[Tensors] | None] = ContextVar("held_forms", default=None)
+
+
+@contextmanager
+def forms_held() -> Iterator[None]:
+    """Within it what layers keep stays, whoever drops what autograd saves."""
+    token = _HELD.set([])
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+
+
+def form_of(input: Tensor) -> Form | None:
+    """What a layer keeps of this very input, padding and all, if something is known of it and it can be restored; of
+    several layers, what the first one keeps."""
+    return _FIRST.find(input)
 
 
 def find_kept(input: Tensor, x: Tensor, method: Method) -> Tensors | None:
@@ -35,14 +83,10 @@ def find_kept(input: Tensor, x: Tensor, method: Method) -> Tensors | None:
         x: the same as the layer computes with it.
         method: of the layer that asks.
     """
-    known = _KEPT.find(input)
+    known = _FORMS.find(input)
     if known is None or known.dtype != x.dtype or known.mask is not current_mask():
         return None
-    if not _serves(known.method, method, tuple(x.shape)):
-        return None
-    kept = tuple(None if glimpse is None else glimpse.tensor() for glimpse in known.glimpses)
-    gone = any(glimpse is not None and tensor is None for glimpse, tensor in zip(known.glimpses, kept, strict=True))
-    return None if gone else kept
+    return known.kept() if _serves(known.method, method, tuple(x.shape)) else None
 
 
 def _serves(found: Method, method: Method, shape: Shape) -> bool:
@@ -53,8 +97,24 @@ def _serves(found: Method, method: Method, shape: Shape) -> bool:
     return torch.compiler.is_compiling() or not in_checkpoint() or found.can_use(method, shape)
 
 
-def note_kept(input: Tensor, x: Tensor, method: Method, kept: Tensors) -> None:
-    """Remember what a layer keeps of this input."""
-    if not torch.compiler.is_compiling():
-        glimpses = tuple(None if tensor is None else Glimpse(tensor) for tensor in kept)
-        _KEPT.note(input, _Kept(x.dtype, current_mask(), method, glimpses))
+def note_kept(name: str, input: Tensor, x: Tensor, method: Method, kept: Tensors) -> None:
+    """Remember what the layer `name` keeps of this input."""
+    if torch.compiler.is_compiling():
+        return
+    held = _HELD.get()
+    if held is not None:
+        held.append(kept)
+    glimpses = tuple(None if tensor is None else Glimpse(tensor) for tensor in kept)
+    form = Form(name, x.dtype, current_mask(), method, glimpses, here(), whole=kept[0] is x)
+    if not form.whole:  # whoever keeps it as it is as well finds that by itself
+        _FORMS.note(input, form)
+    restorable = method.restores and form.mask is None and x.dtype == input.dtype and x.shape == input.shape
+    if restorable and not _is_behind(form, _FIRST.find(input)):
+        _FIRST.note(input, form)
+
+
+def _is_behind(form: Form, first: Form | None) -> bool:
+    """Whether another layer keeps the input, in the same place and to this moment, ahead of the one of this form."""
+    if first is None or first.name == form.name or first.place != form.place:
+        return False
+    return first.kept() is not None

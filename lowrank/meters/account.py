@@ -13,7 +13,9 @@ from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError
 from lowrank.layers.factored import FactoredLinear
 from lowrank.layers.layer import LowRankLayer, can_be_converted, computed_input, geometry_of, is_single, weight_of
+from lowrank.layers.lazy import real
 from lowrank.layers.preserve import preserved
+from lowrank.layers.shared_inputs import forms_held
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.methods.base import Method, Vanilla
@@ -29,10 +31,15 @@ class Account(Mapping[str, LayerCost]):
     Attributes:
         whole: names of the layers that keep their input as it is, since keeping less of one so small is not worth its
             time; see `smallest` of `convert`.
+        derived: per name of a layer that keeps nothing, since its input follows from what another one keeps, that one's
+            name; see `derive` of `lowrank.ASI`. Their operations are those of exact training, without computing the
+            input again.
     """
 
-    def __init__(self, layers: dict[str, LayerCost], whole: Iterable[str] = ()) -> None:
-        self._layers, self.whole = layers, tuple(whole)
+    def __init__(
+        self, layers: dict[str, LayerCost], whole: Iterable[str] = (), derived: Mapping[str, str] | None = None
+    ) -> None:
+        self._layers, self.whole, self.derived = layers, tuple(whole), dict(derived or {})
 
     def __getitem__(self, name: str) -> LayerCost:
         return self._layers[name]
@@ -81,39 +88,66 @@ def account(
     for name, layer in layers.items():
         if not can_be_converted(layer):
             raise ConversionError(f"layer {name!r} ({stock_class(layer).__name__}) cannot be accounted for")
-    found: dict[str, LayerCost] = {}
+    calls: dict[str, list[LayerCost]] = {name: [] for name in layers}
+    ahead: dict[str, list[str | None]] = {name: [] for name in layers}
+    in_full: dict[str, LayerCost] = {}
     whole: set[str] = set()
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def close(name: str) -> None:
+        """Of a layer's latest call, if there was one, whether it kept anything, is known when it is over."""
+        if len(ahead[name]) < len(calls[name]):
+            ahead[name].append(_ahead(layers[name]))
+            if ahead[name][-1] is not None:
+                calls[name][-1] = replace(in_full[name], activation_bytes=0)
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            close(name)
+            inputs = (
+                real(inputs[0]),
+                *inputs[1:],
+            )  # of an unread one it is known how it comes about when it is read first
             x = computed_input(layer, inputs[0].detach())
             with without_autocast(x.device.type):
                 cost, as_it_is = _layer_cost(layer, inputs[0], x)
-            found[name] = found.get(name, LayerCost()) + cost
+                if isinstance(layer, LowRankLayer) and layer._lowrank.method.derive:
+                    layer._lowrank.derived = None  # as a call may leave it that keeps nothing anyway
+                    in_full[name] = _layer_cost(layer, inputs[0], x, Vanilla())[0]
+            calls[name].append(cost)
             if as_it_is:
                 whole.add(name)
+            return inputs
 
         return hook
 
     # Forward in grad mode tells which inputs need a gradient; what autograd would keep for a backward pass is dropped.
     dropped = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.new_empty(0), lambda empty: empty)
-    with preserved(model), torch.enable_grad(), dropped:
+    with preserved(model), torch.enable_grad(), dropped, forms_held():
         handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
         try:
             forward(model, batch)
+            for name in layers:
+                close(name)
         finally:
             for handle in handles:
                 handle.remove()
-    missing = [name for name in layers if name not in found]
+    missing = [name for name in layers if not calls[name]]
     if missing:
         raise ConversionError(f"the forward pass does not call {', '.join(map(repr, missing))}")
-    return Account({name: found[name] for name in layers}, [name for name in layers if name in whole])
+    derived = {name: others[0] for name, others in ahead.items() if all(others) and others[0] is not None}
+    costs_of = {name: sum(each, LayerCost()) for name, each in calls.items()}
+    return Account(costs_of, [name for name in layers if name in whole], derived)
+
+
+def _ahead(layer: nn.Module) -> str | None:
+    """The layer from whose input that of another one followed, in the forward pass just made."""
+    return layer._lowrank.derived if isinstance(layer, LowRankLayer) else None
 
 
 @torch.no_grad()
-def _layer_cost(layer: nn.Module, given: Tensor, x: Tensor) -> tuple[LayerCost, bool]:
-    """What a layer costs for an input, `x` as it computes with it, and whether it keeps that as it is by the rule of
-    `smallest`."""
+def _layer_cost(layer: nn.Module, given: Tensor, x: Tensor, by: Method | None = None) -> tuple[LayerCost, bool]:
+    """What a layer costs for an input, `x` as it computes with it, by its own method or another, and whether it keeps
+    that as it is by the rule of `smallest`."""
     geometry: Geometry = geometry_of(layer)
     needs_input_gradient = given.requires_grad
     x = without_padding(x.unsqueeze(0) if is_single(layer, x) else x)
@@ -123,9 +157,9 @@ def _layer_cost(layer: nn.Module, given: Tensor, x: Tensor) -> tuple[LayerCost, 
     assert isinstance(weight, Tensor)
     out_channels = geometry.by_output(weight).shape[0]
     if weight.requires_grad:
-        method: Method = Vanilla()
+        method: Method = by or Vanilla()
         whole = False
-        if isinstance(layer, LowRankLayer):
+        if by is None and isinstance(layer, LowRankLayer):
             method = layer._lowrank.method_for(geometry, x, out_channels)
             whole = method is not layer._lowrank.method
         cost = method.cost(x, geometry, out_channels, needs_input_gradient)

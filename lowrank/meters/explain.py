@@ -85,6 +85,7 @@ def explain(model: nn.Module, loss_fn: LossFunction, batch: Any) -> Explanation:
     owners: dict[int, nn.Module | None] = {}
     exact: set[nn.Module | None] = set()  # layers whose method is not used, since their exact input takes no more
     whole: set[nn.Module | None] = set()  # layers that keep their input as it is by the rule of `smallest`
+    derived: dict[LowRankLayer, str] = {}  # layers that keep nothing, as their input follows from another's
 
     def note(storage: int) -> None:
         owner = owners.setdefault(storage, _running(names))
@@ -94,6 +95,7 @@ def explain(model: nn.Module, loss_fn: LossFunction, batch: Any) -> Explanation:
     def watched(model: nn.Module, batch: Any) -> Tensor:
         loss = loss_fn(model, batch)
         exact.update(layer for layer in chosen if layer in called and layer._lowrank.exact)
+        derived.update({one: one._lowrank.derived for one in chosen if one in called and one._lowrank.derived})
         return loss
 
     handles = [layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in chosen]
@@ -109,6 +111,7 @@ def explain(model: nn.Module, loss_fn: LossFunction, batch: Any) -> Explanation:
     rows = [_row(module, size, names, special.get(module)) for module, size in kept.items() if size]
     rows += [_idle(layer, names, _UNCALLED) for layer in chosen if layer not in called]
     rows += [_idle(layer, names, _EXACT) for layer in chosen if layer in exact and not kept.get(layer)]
+    rows += [_idle(layer, names, _DERIVED.format(ahead)) for layer, ahead in derived.items() if not kept.get(layer)]
     return Explanation(rows)
 
 
@@ -138,8 +141,8 @@ def _asked_for(method: Method) -> str:
     """A method as it was called: without what is as by default."""
     if not is_dataclass(method):
         return str(method)
-    given = {field.name: getattr(method, field.name) for field in fields(method)}
-    told = [f"{field.name}={given[field.name]!r}" for field in fields(method) if given[field.name] != field.default]
+    given = {field: getattr(method, field.name) for field in fields(method) if field.init}
+    told = [f"{field.name}={value!r}" for field, value in given.items() if value != field.default]
     return f"{type(method).__name__}({', '.join(told)})"
 
 
@@ -173,6 +176,7 @@ _RULE = "see smallest of convert"
 _UNCALLED = "named in convert to no effect: the forward pass never calls it; its weight may be handed to a function"
 _WHOLE = f"its input as it is: keeping less of one so small is not worth its time; {_RULE}"
 _EXACT = "exact: its input is computed again from this, or what is kept in any case; see everywhere of convert"
+_DERIVED = "near: its input is computed again from what layer {!r} keeps of its own; see derive of its method"
 _AHEAD = "what its input is computed again from"
 _NORMALISED = "its input, which its statistics need; what follows is computed again from it"
 _CAN_BE_CONVERTED = "its input, for the gradient of its weight; name it in convert to keep less"

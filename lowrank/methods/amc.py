@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lowrank.methods.base import Tensors, TuckerMethod, exact_flops, storage_tag
+from lowrank.methods.base import Tensors, TuckerMethod, exact_flops, form_tag
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
 from lowrank.tensors.decompose import check_energy, hosvd, svd
@@ -32,7 +32,7 @@ class SVD(TuckerMethod):
 
     @property
     def tag(self) -> str:
-        return f"svd{storage_tag(self.storage)}_{self.energy:g}"
+        return f"svd{form_tag(self.storage, self.derive)}_{self.energy:g}"
 
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
         return store(x, svd(x, self.energy), self.storage), ()
@@ -70,7 +70,7 @@ class HOSVD(TuckerMethod):
 
     @property
     def tag(self) -> str:
-        return f"hosvd{storage_tag(self.storage)}_{self.energy:g}"
+        return f"hosvd{form_tag(self.storage, self.derive)}_{self.energy:g}"
 
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
         return store(x, hosvd(x, self.energy), self.storage), ()

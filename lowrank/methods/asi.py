@@ -73,7 +73,7 @@ class ASI(RankedMethod):
         variant = "" if self.algorithm == "sequential" else f"_{self.algorithm}"
         rank = f"_rank{self.ranks}" if isinstance(self.ranks, int) else ""
         held = "" if self.refresh == 1 else "_by_energy" if self.refresh == "energy" else f"_every{self.refresh}"
-        return f"asi{self._storage_tag()}{rank}{variant}{'' if self.warm_start else '_cold'}{held}"
+        return f"asi{self._form_tag()}{rank}{variant}{'' if self.warm_start else '_cold'}{held}"
 
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
         shape = tuple(x.shape)

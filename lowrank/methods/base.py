@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
+from lowrank.errors import SettingError
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
 from lowrank.tensors.geometry import Geometry, Shape
@@ -19,6 +21,7 @@ from lowrank.tensors.plans import fewest_macs, plan_gradient
 from lowrank.tensors.storage import Storage, check_storage, kept_ranks, restore, stored_bytes
 
 Tensors = tuple[Tensor | None, ...]
+Derive = bool | Literal["slopes"]
 
 
 class Method(ABC):
@@ -29,10 +32,15 @@ class Method(ABC):
     Attributes:
         factors_weight: whether the layer's weight is held as two factors as well; linear layers alone.
         keeps_input: whether what is kept is the input as it is, which may then be kept in another form.
+        restores: whether `restored` gives the input again, as near as what was kept is.
+        derive: whether an input that can be computed again from what a layer ahead keeps of its own, in whatever form,
+            is not kept; see `TuckerMethod`.
     """
 
     factors_weight: ClassVar[bool] = False
     keeps_input: ClassVar[bool] = False
+    restores: ClassVar[bool] = False
+    derive: Derive = False
 
     @property
     @abstractmethod
@@ -88,6 +96,10 @@ class Method(ABC):
         """
         return self.weight_gradient(kept, grad, geometry, shape), geometry.bias_gradient(grad)
 
+    def restored(self, kept: Tensors, dtype: torch.dtype) -> Tensor:
+        """The input (B, ...) again, in `dtype`, of methods that say so by `restores`."""
+        raise NotImplementedError(f"{type(self).__name__} does not give an input again")
+
     def formula_bytes(self, kept: Tensors, shape: Shape) -> int:
         """Bytes of what was kept of an input of shape `shape`, by the method's formula."""
         return sum(tensor.nbytes for tensor in kept if tensor is not None)
@@ -106,9 +118,10 @@ def exact_flops(geometry: Geometry, shape: Shape, out_channels: int, input_gradi
     return 2 * geometry.macs(shape, out_channels) * (2 if input_gradient else 1)
 
 
-def storage_tag(storage: str) -> str:
-    """Ending of a tag where numbers are not kept in the input's dtype."""
-    return "" if storage == "input" else f"_{storage}"
+def form_tag(storage: str, derive: Derive) -> str:
+    """Ending of a tag where numbers are not kept in the input's dtype, or inputs that follow from others not at all."""
+    behind = "_derived_slopes" if derive == "slopes" else "_derived" if derive else ""
+    return f"{'' if storage == 'input' else f'_{storage}'}{behind}"
 
 
 @dataclass(frozen=True)
@@ -148,16 +161,29 @@ class TuckerMethod(Method):
             dtype; "float32" or "bfloat16", where that is less; "int8", with scales: a quarter of the bytes of float32,
             for half a percent of error. With these two, processors that can make large products in eight bits as well,
             see `lowrank.tensors.halves`.
+        derive: True keeps nothing of an input that can be computed again from what one other layer keeps of its own, in
+            whatever form, by convolutions of few products, and what stands between them: in an inverted bottleneck the
+            two wide inputs follow from the narrow one. The weight's gradient is then as near as that form. A step
+            computes these convolutions once more. "slopes" takes which slope ReLU and its like have from such an input
+            as well, in the place of one bit for each of its numbers, so that the gradients of inputs are near ones too:
+            for far less memory, where most of what is left are bits. In models that `torch.compile` has compiled, in
+            checkpoints, and where autograd's saved tensors are taken elsewhere, such an input is kept as the method
+            keeps it.
     """
 
+    restores: ClassVar[bool] = True
     storage: Storage = field(default="input", kw_only=True)
+    derive: Derive = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_storage(self.storage)
+        if not isinstance(self.derive, bool) and self.derive != "slopes":
+            raise SettingError(f"derive is {self.derive!r}; allowed: True, False or 'slopes'")
 
     def __repr__(self) -> str:
-        shown = [field.name for field in fields(self) if field.name != "storage"]
+        shown = [field.name for field in fields(self) if field.repr and field.name not in ("storage", "derive")]
         shown += [] if self.storage == "input" else ["storage"]
+        shown += ["derive"] if self.derive else []
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @property
@@ -167,6 +193,9 @@ class TuckerMethod(Method):
 
     def can_use(self, other: Method, shape: Shape) -> bool:
         return self == other
+
+    def restored(self, kept: Tensors, dtype: torch.dtype) -> Tensor:
+        return restore(kept, dtype).to(dtype).dense().to(dtype)  # which is float32 of factors in float16
 
     def weight_gradient(self, kept: Tensors, grad: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
         return weight_gradient(restore(kept, grad.dtype), grad, geometry, self.to_eight_bits)

@@ -36,7 +36,7 @@ class FixedBases(RankedMethod):
     @property
     def tag(self) -> str:
         rank = f"_rank{self.ranks}" if isinstance(self.ranks, int) else ""
-        return f"fixed_bases{self._storage_tag()}{rank}"
+        return f"fixed_bases{self._form_tag()}{rank}"
 
     def ranks_for(self, shape: Sequence[int]) -> Shape:
         """The ranks for an input of this shape, the batch mode whole."""

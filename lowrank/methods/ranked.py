@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
 from torch import nn
 
 from lowrank.errors import SettingError
-from lowrank.methods.base import Tensors, TuckerMethod, storage_tag
+from lowrank.methods.base import Derive, Tensors, TuckerMethod, form_tag
 from lowrank.tensors.decompose import allowed_ranks
 from lowrank.tensors.geometry import Shape
 from lowrank.tensors.storage import stored_bytes
@@ -32,9 +32,12 @@ class RankedMethod(TuckerMethod):
             for every mode; or, per layer name, one of these: a mapping, or the result of `select_ranks`. A rank above
             its dimension is cut to it. None: not chosen yet; converting with it is refused.
         storage: see `TuckerMethod`. A plan of `select_ranks` that chose a storage for each layer brings its own.
+        derive: see `TuckerMethod`. A plan of `select_ranks` says for itself which layers do.
     """
 
     ranks: Any = None
+    # Of a plan's layer: name of the one from which its input is to be derived, so that these ranks are its whole shape.
+    follows: str | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,11 +58,19 @@ class RankedMethod(TuckerMethod):
         chosen = getattr(self.ranks, "storages", {}).get(name, self.storage)
         if self.storage not in ("input", chosen):
             raise SettingError(f"the ranks of {name!r} were chosen for storage {chosen!r}, not {self.storage!r}")
-        return replace(self, ranks=per_layer[name], storage=chosen)
+        ahead = getattr(self.ranks, "derived", None)  # a plan's, of which other layers keep each for themselves
+        derives = bool(self.derive) if ahead is None else name in ahead or name in ahead.values()
+        derive = derives and (self.derive or True)
+        found = replace(self, ranks=per_layer[name], storage=chosen, derive=derive)
+        object.__setattr__(found, "follows", (ahead or {}).get(name))
+        return found
 
-    def _storage_tag(self) -> str:
+    def _form_tag(self) -> str:
         chosen = set(getattr(self.ranks, "storages", {}).values()) or {self.storage}
-        return "_mixed" if len(chosen) > 1 else storage_tag(chosen.pop())
+        return form_tag("mixed" if len(chosen) > 1 else chosen.pop(), self._derives())
+
+    def _derives(self) -> Derive:
+        return self.derive or bool(getattr(self.ranks, "derived", {}))
 
     def reason_against(self, layer: nn.Module) -> str | None:
         modes = next((n for kinds, n in _MODES.items() if isinstance(layer, kinds)), None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 
 from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError, NonFiniteError, SettingError
+from lowrank.layers.derived import Derivation
 from lowrank.layers.layer import can_be_converted, computed_input, geometry_of, is_single
 from lowrank.layers.lazy import real
 from lowrank.layers.preserve import LossFunction, loss_of, preserved, tensors_in
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
-from lowrank.ranks.table import Candidates, Energy, LayerPerplexity, PerplexityTable, joined, kept_bytes
+from lowrank.ranks.derivations import find_derivations
+from lowrank.ranks.table import Candidates, Derived, Energy, LayerPerplexity, PerplexityTable, joined, kept_bytes
 from lowrank.tensors.decompose import Spectrum, allowed_ranks, check_energy, project, spectra
 from lowrank.tensors.eager import without_autocast
 from lowrank.tensors.geometry import Geometry
@@ -42,6 +45,7 @@ def measure_perplexity(
     mode_energies: Sequence[float] = (),
     further: Iterable[Any] = (),
     storages: Sequence[Storage] = ("input",),
+    derive: bool = False,
 ) -> PerplexityTable:
     """Perplexity of each layer at each energy, from one forward and one backward pass a batch.
 
@@ -68,6 +72,9 @@ def measure_perplexity(
         further: more batches, whose inputs have the same shapes. Energies are turned into ranks on the first batch;
             perplexity at these ranks, and the norm of the exact gradient, is the mean over all batches.
         storages: of the Tucker form, see `lowrank.tensors.storage`.
+        derive: True measures as well, of each candidate of a layer from whose input those of others follow (`derive` of
+            `TuckerMethod`), the perplexity of all these layers together, for `select_ranks` with `derive`. One more
+            forward pass a batch, and for each candidate the steps that give the others' inputs.
 
     Raises:
         ConversionError: a layer that is unknown, not supported, not called, or called more than once.
@@ -90,13 +97,16 @@ def measure_perplexity(
             layer.requires_grad_(True)
         for number, each in enumerate(batches, start=1):
             probes = {name: _Probe(name, energies, mode_energies, tuple(storages), rows[name]) for name in layers}
+            if derive:
+                for name, how in find_derivations(model, list(layers), loss_fn, each).items():
+                    probes[name].hand_to = partial(probes[how.ahead].take, name, how)
             _backward(model, layers, probes, loss_fn, each)
             missing = [name for name in layers if len(rows[name]) < number]
             if missing:
                 raise ConversionError(f"the loss does not depend on {', '.join(map(repr, missing))}")
     shape = next((tuple(tensor.shape) for tensor in tensors_in(batch)), ())
     means = tuple(_mean(found) for found in rows.values())
-    return PerplexityTable(type(model).__name__, shape, energies, means, len(batches))
+    return PerplexityTable(type(model).__name__, shape, energies, means, len(batches), derive)
 
 
 def _backward(
@@ -127,7 +137,15 @@ def _mean(rows: Sequence[LayerPerplexity]) -> LayerPerplexity:
         if mixed
         else None,
         gradient_norm=fmean(row.gradient_norm for row in rows if row.gradient_norm is not None),
+        derived=_mean_derived([row.derived for row in rows if row.derived is not None], len(rows)),
     )
+
+
+def _mean_derived(found: Sequence[Derived], count: int) -> Derived | None:
+    """Of all batches, on which the same has to follow."""
+    if len(found) < count:
+        return None
+    return replace(found[0], perplexity=tuple(map(fmean, zip(*(each.perplexity for each in found), strict=True))))
 
 
 class _Probe:
@@ -146,6 +164,13 @@ class _Probe:
     ) -> None:
         self.name, self.energies, self.mode_energies, self.rows = name, energies, mode_energies, rows
         self.storages, self.called = storages, False
+        # Layers whose inputs follow from this one's; whom this one follows; neither, where that is not asked for.
+        self.behind: dict[str, _Behind] = {}
+        self.hand_to: Callable[[Tensor, Tensor, Geometry], None] | None = None
+
+    def take(self, name: str, how: Derivation, x: Tensor, grad: Tensor, geometry: Geometry) -> None:
+        """A layer behind this one has its gradient, as it has ahead of this one."""
+        self.behind[name] = _Behind(how, tuple(x.shape), grad, geometry, geometry.weight_gradient(x, grad))
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self.called:
@@ -163,11 +188,24 @@ class _Probe:
         # All of a mode, where candidates may be left whole, and on further batches, whatever their own energies.
         whole = bool(self.mode_energies or self.rows)
         with without_autocast(x.device.type):
+            if self.hand_to is not None:
+                self.hand_to(x.to(dtype), grad.to(dtype), geometry)
             gradients = _Gradients(x.to(dtype), grad.to(dtype), geometry, self.energies + self.mode_energies, whole)
             row = self._again(gradients) if self.rows else self._first(x, gradients)
+            row = replace(row, derived=self._derived(gradients, row, x.dtype))
         if not all(map(math.isfinite, (*row.perplexity, *(row.mixed.perplexity if row.mixed else ())))):
             raise NonFiniteError(f"the weight gradient of layer {self.name!r} is not finite on the perplexity batch")
         self.rows.append(row)
+
+    def _derived(self, gradients: _Gradients, row: LayerPerplexity, dtype: torch.dtype) -> Derived | None:
+        """The perplexity of all that follows from this input, of this dtype, for each of a row's candidates."""
+        if not self.behind:
+            return None
+        layers = list(self.behind.values())
+        own = [gradients.together(gradients.corner(ranks), layers, dtype) for ranks in row.ranks]
+        mixed = [] if row.mixed is None else list(zip(row.mixed.ranks, row.mixed.storages, strict=True))
+        further = [gradients.together(gradients.form(*pair), layers, dtype) for pair in mixed]
+        return Derived({name: layer.shape for name, layer in self.behind.items()}, (*own, *further))
 
     def _first(self, x: Tensor, gradients: _Gradients) -> LayerPerplexity:
         uniform = [tuple(mode.rank(energy) for mode in gradients.modes) for energy in self.energies]
@@ -200,6 +238,30 @@ class _Probe:
         return replace(first, perplexity=measured, mixed=mixed, gradient_norm=gradients.norm)
 
 
+@dataclass(frozen=True)
+class _Behind:
+    """A layer whose input follows from another's.
+
+    Attributes:
+        how: it follows.
+        shape: of the input.
+        grad: of the layer's output.
+        geometry: of the layer.
+        exact: its weight gradient.
+    """
+
+    how: Derivation
+    shape: Ranks
+    grad: Tensor
+    geometry: Geometry
+    exact: Tensor
+
+    def lacks(self, x: Tensor) -> float:
+        """Frobenius norm of what the gradient lacks where the other layer's input is `x`."""
+        near = self.how(x).to(self.grad.dtype)
+        return float(torch.linalg.vector_norm(self.geometry.weight_gradient(near, self.grad) - self.exact))
+
+
 class _Gradients:
     """Weight gradients of one layer from its input truncated at various ranks, decomposed once."""
 
@@ -222,18 +284,27 @@ class _Gradients:
 
     def perplexity(self, ranks: Ranks, storage: Storage) -> float:
         """Frobenius norm of what the gradient lacks where ASI has these ranks, in this storage."""
-        tucker = self._corner(self.kept(ranks, storage))
-        return self._lacks(tucker if storage == "input" else restore(store(self.x, tucker, storage), self.grad.dtype))
+        return self._lacks(self.form(ranks, storage))
+
+    def form(self, ranks: Ranks, storage: Storage) -> Tucker:
+        """What ASI with these ranks has of the input in the backward pass, but for its iteration."""
+        tucker = self.corner(self.kept(ranks, storage))
+        return tucker if storage == "input" else restore(store(self.x, tucker, storage), self.grad.dtype)
+
+    def together(self, tucker: Tucker, layers: Sequence[_Behind], dtype: torch.dtype) -> float:
+        """What the gradient lacks with this form, and those of layers whose inputs follow from it in this dtype."""
+        x = tucker.dense().to(dtype)
+        return self._lacks(tucker) + sum(layer.lacks(x) for layer in layers)
 
     def published(self, ranks: Ranks) -> float:
         """The same of the HOSVD at these ranks (ASI, sec. 3.3), also where ASI leaves a mode whole."""
-        return self._lacks(self._corner(ranks))
+        return self._lacks(self.corner(ranks))
 
     def _lacks(self, tucker: Tucker) -> float:
         low = weight_gradient(tucker, self.grad, self.geometry)
         return float(torch.linalg.vector_norm(low - self.exact))
 
-    def _corner(self, ranks: Ranks) -> Tucker:
+    def corner(self, ranks: Ranks) -> Tucker:
         """The form at lower ranks; a mode of full rank is left whole."""
         core = self.largest.core[tuple(slice(rank) for rank in ranks)].contiguous()
         factors: list[Tensor | None] = []

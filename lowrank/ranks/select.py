@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from lowrank.errors import BudgetError, TableError
-from lowrank.ranks.table import Candidates, Energy, PerplexityTable
+from lowrank.ranks.groups import Pick, groups_of, pareto, pick_of
+from lowrank.ranks.table import Energy, PerplexityTable
 from lowrank.tensors.storage import STORAGES, Storage, check_storage
 
 MOST_BYTES = 2**62  # of a budget; more is without limit
@@ -25,6 +26,8 @@ class RankPlan:
         nbytes: bytes that the plan keeps, at most the budget.
         perplexity: sum over the layers.
         storages: per layer name, the storage that was chosen.
+        derived: per name of a layer that keeps nothing, since its input follows from what another one keeps, that one's
+            name; its ranks are those of the input as it is, its storage is the other one's.
     """
 
     ranks: dict[str, tuple[int, ...]]
@@ -32,22 +35,24 @@ class RankPlan:
     nbytes: int
     perplexity: float
     storages: dict[str, Storage] = field(default_factory=dict)
+    derived: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, table: PerplexityTable, entries: Sequence[int]) -> RankPlan:
         """The plan that takes, for each layer of a table in its order, the candidate at this place."""
-        return cls.from_candidates({layer.name: table.candidates(layer) for layer in table.layers}, entries)
+        rows = [(layer.name, table.candidates(layer), at) for layer, at in zip(table.layers, entries, strict=True)]
+        return cls.from_picks([pick_of(*row) for row in rows])
 
     @classmethod
-    def from_candidates(cls, layers: Mapping[str, Candidates], entries: Sequence[int]) -> RankPlan:
-        """The plan that takes, of each layer's candidates, the one at this place."""
-        picks = [(name, candidates, at) for (name, candidates), at in zip(layers.items(), entries, strict=True)]
+    def from_picks(cls, picks: Sequence[Pick]) -> RankPlan:
+        """The plan of what was chosen for each layer."""
         return cls(
-            ranks={name: candidates.ranks[at] for name, candidates, at in picks},
-            energies={name: candidates.energies[at] for name, candidates, at in picks},
-            nbytes=sum(candidates.nbytes[at] for _, candidates, at in picks),
-            perplexity=sum(candidates.perplexity[at] for _, candidates, at in picks),
-            storages={name: candidates.storages[at] for name, candidates, at in picks},
+            ranks={pick.name: pick.ranks for pick in picks},
+            energies={pick.name: pick.energy for pick in picks},
+            nbytes=sum(pick.nbytes for pick in picks),
+            perplexity=sum(pick.perplexity for pick in picks),
+            storages={pick.name: pick.storage for pick in picks},
+            derived={pick.name: pick.ahead for pick in picks if pick.ahead is not None},
         )
 
 
@@ -56,6 +61,7 @@ def select_ranks(
     budget_bytes: float,
     names: Iterable[str] | None = None,
     storages: Iterable[Storage] = STORAGES,
+    derive: bool = False,
 ) -> RankPlan:
     """Choose one candidate per layer, ranks and storage: least total perplexity, never more than `budget_bytes`.
 
@@ -71,12 +77,15 @@ def select_ranks(
         budget_bytes: the budget; a fraction of a byte is dropped.
         names: the layers to choose for; all of the table by default.
         storages: to choose from.
+        derive: True chooses as well whether inputs that follow from another layer's are kept or derived from what that
+            one keeps, whose bytes then serve them all; see `derive` of `TuckerMethod` and of `measure_perplexity`. Of a
+            layer and those behind it either all derive or none. Never worse than without.
 
     Raises:
         BudgetError: the budget is no number, or below the least that the layers need; states that least.
         SettingError: a storage that does not exist.
-        TableError: a name that the table does not have, none of the storages for a layer, or a perplexity that is not
-            finite.
+        TableError: a name that the table does not have, none of the storages for a layer, a perplexity that is not
+            finite, or `derive` with a table that was not measured so.
 
     Warns:
         UserWarning: more than a tenth of the budget is left though every layer has its best candidate.
@@ -89,12 +98,9 @@ def select_ranks(
     storages = tuple(storages)
     for storage in storages:
         check_storage(storage)
-    layers = table.stored_as(storages)
-    for name, candidates in layers.items():
-        if not np.isfinite(candidates.perplexity).all():
-            raise TableError(f"the perplexity of layer {name!r} is not finite; measure it again")
-    options = [_undominated(candidates) for candidates in layers.values()]
-    least = sum(int(nbytes[0]) for nbytes, _, _ in options)
+    groups = groups_of(table, storages, derive)
+    options = [(group.nbytes, group.perplexity) for group in groups]
+    least = sum(int(nbytes[0]) for nbytes, _ in options)
     try:
         unlimited = budget_bytes >= MOST_BYTES
     except TypeError:
@@ -103,38 +109,22 @@ def select_ranks(
     if not budget_bytes >= least:
         raise BudgetError(
             f"the budget of {budget_bytes:g} bytes ({budget_bytes / 2**20:.6g} MiB) is below the minimum for these "
-            f"{len(layers)} layers: {least} bytes ({least / 2**20:.6g} MiB)"
+            f"{len(table.layers)} layers: {least} bytes ({least / 2**20:.6g} MiB)"
         )
     chosen = _solve(options, int(budget_bytes))
-    places = [int(index[choice]) for (_, _, index), choice in zip(options, chosen, strict=True)]
-    plan = RankPlan.from_candidates(layers, places)
-    best = sum(int(nbytes[-1]) for nbytes, _, _ in options)
+    picks = {pick.name: pick for group, choice in zip(groups, chosen, strict=True) for pick in group.ways[choice]}
+    plan = RankPlan.from_picks([picks[name] for name in table.names])
+    best = sum(int(nbytes[-1]) for nbytes, _ in options)
     if best == plan.nbytes < 0.9 * budget_bytes and not unlimited:
         warnings.warn(
-            f"the best candidates of all {len(layers)} layers take {best} of the {int(budget_bytes)} bytes of the "
-            f"budget; to use the rest, measure perplexity at higher energies as well",
+            f"the best candidates of all {len(table.layers)} layers take {best} of the {int(budget_bytes)} bytes of "
+            f"the budget; to use the rest, measure perplexity at higher energies as well",
             stacklevel=2,
         )
     return plan
 
 
-Options = tuple[np.ndarray, np.ndarray, np.ndarray]  # bytes ascending, perplexity descending, index of the candidate
-
-
-def _undominated(candidates: Candidates) -> Options:
-    """A layer's candidates without those that another beats in both bytes and perplexity."""
-    nbytes = np.array(candidates.nbytes, dtype=np.int64)
-    cost = np.array(candidates.perplexity, dtype=np.float64)
-    kept = _pareto(nbytes, cost)
-    return nbytes[kept], cost[kept], kept
-
-
-def _pareto(nbytes: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """Indices of the points with no other point at most as large and at most as costly; sizes ascending."""
-    order = np.lexsort((cost, nbytes))
-    best = np.minimum.accumulate(cost[order])
-    improves = np.concatenate(([True], cost[order][1:] < best[:-1]))
-    return order[improves]
+Options = tuple[np.ndarray, np.ndarray]  # of a group, see `Group`: bytes ascending, perplexity descending
 
 
 def _relaxation(options: list[Options]) -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +134,7 @@ def _relaxation(options: list[Options]) -> tuple[np.ndarray, np.ndarray]:
     """
     start_bytes, start_cost = 0, 0.0
     steps: list[tuple[float, int, float]] = []
-    for nbytes, cost, _ in options:
+    for nbytes, cost in options:
         start_bytes += int(nbytes[0])
         start_cost += float(cost[0])
         at = 0
@@ -160,11 +150,11 @@ def _relaxation(options: list[Options]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _solve(options: list[Options], budget: int) -> list[int]:
-    """Index of the chosen option per layer."""
-    slack = 1e-9 * sum(float(cost[0]) for _, cost, _ in options)  # rounding must not drop the best choice
+    """Index of the chosen option per group."""
+    slack = 1e-9 * sum(float(cost[0]) for _, cost in options)  # rounding must not drop the best choice
     size, value = np.zeros(1, dtype=np.int64), np.zeros(1)
     trail: list[tuple[np.ndarray, np.ndarray]] = []
-    for at, (nbytes, cost, _) in enumerate(options):
+    for at, (nbytes, cost) in enumerate(options):
         parents = np.repeat(np.arange(len(size)), len(nbytes))
         choices = np.tile(np.arange(len(nbytes)), len(size))
         size = size[parents] + nbytes[choices]
@@ -176,7 +166,7 @@ def _solve(options: list[Options], budget: int) -> list[int]:
         reachable = np.min((value + corner_costs[floor])[feasible])
         bound = value + np.interp(left, corner_sizes, corner_costs)
         alive = np.flatnonzero(feasible & (bound <= reachable + slack))
-        alive = alive[_pareto(size[alive], value[alive])]
+        alive = alive[pareto(size[alive], value[alive])]
         size, value = size[alive], value[alive]
         trail.append((parents[alive], choices[alive]))
     state = int(np.argmin(value))  # sizes ascend, so the first of equal values is the smallest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
@@ -59,6 +59,19 @@ def joined(parts: Sequence[Candidates]) -> Candidates:
 
 
 @dataclass(frozen=True)
+class Derived:
+    """The layers whose inputs follow from what one layer keeps of its own, see `derive` of `TuckerMethod`.
+
+    Attributes:
+        shapes: of their inputs, per layer name.
+        perplexity: for each candidate of the one layer, the sum of its own perplexity and of theirs.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    perplexity: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class LayerPerplexity:
     """One layer's row: for each energy of the table its ranks, bytes and perplexity, in the input's own dtype.
 
@@ -71,6 +84,7 @@ class LayerPerplexity:
         mixed: further candidates, with an energy of its own for each mode, or in another storage; None if they were not
             measured.
         gradient_norm: Frobenius norm of the exact weight gradient; None in tables of before it was stored.
+        derived: what follows from this layer's input; None: nothing does, or it was not measured.
     """
 
     name: str
@@ -80,6 +94,15 @@ class LayerPerplexity:
     perplexity: tuple[float, ...]
     mixed: Candidates | None = None
     gradient_norm: float | None = None
+    derived: Derived | None = None
+
+    def together(self) -> LayerPerplexity:
+        """The row with the perplexity of all that follows from its input in the place of its own."""
+        if self.derived is None:
+            return self
+        own, further = self.derived.perplexity[: len(self.ranks)], self.derived.perplexity[len(self.ranks) :]
+        mixed = None if self.mixed is None else replace(self.mixed, perplexity=further)
+        return replace(self, perplexity=own, mixed=mixed, derived=None)
 
 
 @dataclass(frozen=True)
@@ -92,6 +115,7 @@ class PerplexityTable:
         energies: ascending.
         layers: one row each, in the model's order.
         batches: number of batches.
+        derives: whether it was measured which inputs follow from which, see `derive` of `measure_perplexity`.
     """
 
     model: str
@@ -99,6 +123,7 @@ class PerplexityTable:
     energies: tuple[float, ...]
     layers: tuple[LayerPerplexity, ...]
     batches: int = 1
+    derives: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -106,7 +131,8 @@ class PerplexityTable:
         return [layer.name for layer in self.layers]
 
     def only(self, names: Iterable[str]) -> PerplexityTable:
-        """The table of some of its layers.
+        """The table of some of its layers. What follows from one of these is told where all of it is among them: its
+        perplexity is a sum.
 
         Raises:
             TableError: a layer that the table does not have.
@@ -119,11 +145,11 @@ class PerplexityTable:
                 f"the perplexity table has no layer {', '.join(map(repr, missing))}; "
                 f"it has {', '.join(rows)}. Measure it again for the layers that are trained"
             )
-        return replace(self, layers=tuple(rows[name] for name in names))
+        return replace(self, layers=tuple(_among(rows[name], names) for name in names))
 
     def without_mixed(self) -> PerplexityTable:
         """The table with one energy for all modes of a layer, as published (ASI, sec. 3.3), in the input's dtype."""
-        return replace(self, layers=tuple(replace(layer, mixed=None) for layer in self.layers))
+        return replace(self, layers=tuple(map(_without_mixed, self.layers)))
 
     def candidates(self, layer: LayerPerplexity) -> Candidates:
         """All candidates of one of the table's layers: one for each energy of the table, then the mixed ones."""
@@ -158,13 +184,15 @@ class PerplexityTable:
         part = target.with_name(f"{target.name}.part")
         content = {"schema": SCHEMA, **asdict(self)}
         for row in content["layers"]:
-            for key in ("mixed", "gradient_norm"):
+            for key in ("mixed", "gradient_norm", "derived"):
                 if row[key] is None:
                     del row[key]
             if "mixed" in row and set(row["mixed"]["storages"]) <= {"input"}:
                 del row["mixed"]["storages"]
         if self.batches == 1:
             del content["batches"]
+        if not self.derives:
+            del content["derives"]
         try:
             part.write_text(json.dumps(content, indent=1) + "\n")
             part.replace(target)
@@ -190,6 +218,18 @@ class PerplexityTable:
             raise TableError(f"perplexity table {path} is not whole JSON ({error}); measure it again") from None
 
 
+def _among(row: LayerPerplexity, names: Collection[str]) -> LayerPerplexity:
+    behind = () if row.derived is None else row.derived.shapes
+    return row if all(name in names for name in behind) else replace(row, derived=None)
+
+
+def _without_mixed(row: LayerPerplexity) -> LayerPerplexity:
+    derived = row.derived
+    if derived is not None:
+        derived = replace(derived, perplexity=derived.perplexity[: len(row.ranks)])
+    return replace(row, mixed=None, derived=derived)
+
+
 def _parse(content: Any) -> PerplexityTable:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise TableError(f"not a perplexity table of schema {SCHEMA}")
@@ -207,7 +247,15 @@ def _parse(content: Any) -> PerplexityTable:
         raise TableError("'model' must be a text")
     shape = () if batch_shape == [] else _whole(content, "batch_shape")
     (batches,) = _whole({"batches": [content.get("batches", 1)]}, "batches")
-    return PerplexityTable(model, shape, energies, layers, batches)
+    derives = content.get("derives", False)
+    if not isinstance(derives, bool):
+        raise TableError("'derives' must be true or false")
+    rows_of = {layer.name: layer for layer in layers}
+    for layer in layers:
+        for name, own in (layer.derived.shapes if derives and layer.derived else {}).items():
+            if name not in rows_of or rows_of[name].input_shape != own or rows_of[name].derived is not None:
+                raise TableError(f"what follows from layer {layer.name!r} is no layer {name!r} of shape {own}")
+    return PerplexityTable(model, shape, energies, layers, batches, derives)
 
 
 def _parse_layer(row: Any, count: int) -> LayerPerplexity:
@@ -219,7 +267,8 @@ def _parse_layer(row: Any, count: int) -> LayerPerplexity:
         measured = _parse_entries(row, shape, count)
         if norm is not None and _numbers({"gradient_norm": [norm]}, "gradient_norm") < (0,):
             raise TableError("'gradient_norm' is negative")
-        return LayerPerplexity(name, shape, *measured, None if mixed is None else _parse_mixed(mixed, shape), norm)
+        found = LayerPerplexity(name, shape, *measured, None if mixed is None else _parse_mixed(mixed, shape), norm)
+        return replace(found, derived=_parse_derived(row.get("derived"), found))
     except TableError as error:
         raise TableError(f"layer {name!r}: {error}") from None
 
@@ -235,6 +284,19 @@ def _parse_mixed(row: Any, shape: tuple[int, ...]) -> Candidates:
     if not isinstance(storages, list) or not all(storage in STORAGES for storage in storages):
         raise TableError(f"'storages' must be a list; allowed in it: {', '.join(STORAGES)}")
     return Candidates(energies, *_parse_entries(row, shape, len(energies), storages), tuple(storages))
+
+
+def _parse_derived(row: Any, layer: LayerPerplexity) -> Derived | None:
+    if row is None:
+        return None
+    shapes = row.get("shapes") if isinstance(row, dict) else None
+    if not isinstance(shapes, dict) or not shapes or not all(isinstance(name, str) for name in shapes):
+        raise TableError("'derived' must have 'shapes', one a layer, and 'perplexity'")
+    perplexity = _numbers(row, "perplexity")
+    count = len(layer.ranks) + (0 if layer.mixed is None else len(layer.mixed.ranks))
+    if len(perplexity) != count or min(perplexity) < 0:
+        raise TableError(f"the perplexity of 'derived' needs {count} entries, none of them negative")
+    return Derived({name: _whole(shapes, name) for name in shapes}, perplexity)
 
 
 Entries = tuple[tuple[tuple[int, ...], ...], tuple[int, ...], tuple[float, ...]]

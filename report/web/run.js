@@ -110,7 +110,7 @@ function ranks(layers) {
   const share = (value) => (typeof value === "number" ? `${(100 * value).toFixed(1)} %` : MISSING);
   const titles = [["Layer"], ["Input", "left"], ["Ranks", "left"], ["Energy", "left"], ["Captured"], ["MiB by formula", "left"], ["FLOPs"]];
   return grid(titles, layers.map((layer) => [
-    list(layer.name), list(layer.shape), list(layer.ranks) + (isMissing(layer.weight_rank) ? "" : ` (weight ${layer.weight_rank})`), list(layer.energy),
+    list(layer.name), list(layer.shape), (isMissing(layer.derived) ? list(layer.ranks) : `from ${list(layer.derived)}`) + (isMissing(layer.weight_rank) ? "" : ` (weight ${layer.weight_rank})`), list(layer.energy),
     share(layer.captured), bar(bytes(layer), largest, mebibytes(bytes(layer))), typeof layer.flops === "number" ? engineering(layer.flops) : MISSING,
   ]));
 }

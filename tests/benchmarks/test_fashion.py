@@ -65,7 +65,7 @@ def test_the_tail_gives_what_the_network_gives_wherever_training_begins(small, m
 def test_runs_are_written_as_they_end_and_not_run_again(small, tmp_path, monkeypatch, capsys):
     shrink(monkeypatch)
     out = tmp_path / "fashion.csv"
-    methods = ["vanilla", "micro_batch_4", "asi", "asi_int8", "fixed_bases"]
+    methods = ["vanilla", "micro_batch_4", "asi", "asi_int8", "asi_int8_derived", "fixed_bases"]
     options = ["--root", small, "--weights", small / "weights.pt", "--parts", 4, "--out", out, "--layers", 2]
     options += ["--methods", *methods, "--seeds"]
     run(monkeypatch, fashion, *options, 1)
@@ -98,7 +98,7 @@ def test_errors_are_those_of_the_gradients_and_int8_has_the_smaller_one(small, t
     run(monkeypatch, gradient_error, *options, "--networks", "resnet18")
     rows = pd.read_csv(tmp_path / "error.csv")
     counts = rows.groupby("method").size().to_dict()
-    assert set(counts) == {"asi", "asi_int8", "asi_mixed", "asi_int8_every4"}
+    assert set(counts) == {"asi", "asi_int8", "asi_mixed", "asi_int8_every4", "asi_int8_derived"}
     assert set(counts.values()) == {8}
     assert (rows.plan_bytes <= rows.input_bytes / 8).all()
     for column in ("error", "together"):

@@ -1,5 +1,6 @@
 """Every shipped config is used: all together in a dry run, every method and every network in one training step."""
 
+import json
 import os
 from itertools import product
 from pathlib import Path
@@ -11,7 +12,7 @@ from commands import CONFIGS, TINY, execute, finish, only_file
 from classification.data.registry import source
 from classification.data.text import TEXTS
 from classification.plans import is_transformer
-from experiment.method import leaves_ranks
+from experiment.method import derives, leaves_ranks
 
 KINDS = ("setups", "models", "data", "methods")
 SHIPPED = {kind: sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml")) for kind in KINDS}
@@ -95,17 +96,21 @@ def test_every_combination_describes_a_run_of_its_own(tmp_path, capsys, setup, m
 def test_every_method_takes_a_training_step(tmp_path, capsys, weights, method):
     model = "vit_mini" if method.startswith(LINEAR_ONLY) else "mcunet"
     chosen = files("b", model, "digits", method)
-    options = ["--model.layers", "2", *(["--model.weights", str(weights)] if model == "mcunet" else [])]
-    ranked = leaves_ranks(yaml.safe_load((CONFIGS / "methods" / f"{method}.yaml").read_text())["model"]["method"])
+    config = yaml.safe_load((CONFIGS / "methods" / f"{method}.yaml").read_text())["model"]["method"]
+    ranked, derived = leaves_ranks(config), derives(config)
+    options = ["--model.layers", "4" if derived else "2"]  # a whole bottleneck, where inputs are to follow from one
+    options += ["--model.weights", str(weights)] if model == "mcunet" else []
     if ranked:
         measure = command(files("b", model, "digits", "vanilla"), tmp_path / "measured")
-        execute(["measure", *measure[1:], *options], capsys)
+        execute(["measure", *measure[1:], *options, "--model.derive", str(derived).lower()], capsys)
         table = only_file(tmp_path / "measured", "perplexity.json")
         options += ["--model.budget.table", str(table), "--model.budget.mib", "1"]
     done = finish([*command(chosen, tmp_path / "runs"), *options], tmp_path / "runs", capsys)
     assert done.record["run"]["method"] == (f"{method}_1mib" if ranked else method)
     assert done.record["memory_bytes"]["activation_formula"] > 0
     assert len(done.rows) == 1
+    layers = json.loads((done.folder / "ranks.json").read_text())["layers"]
+    assert sum(layer.get("derived") is not None for layer in layers) == (2 if derived else 0)
 
 
 OWN = {"digits", "fashion_mnist"}  # not of the papers

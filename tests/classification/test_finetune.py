@@ -253,3 +253,30 @@ def test_factors_are_trained_and_nothing_ahead_of_them(digits_32, method):
     changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
     assert {f"{name}.weight" for name in model.names} <= changed
     assert not any(key.startswith("encoder.layers.encoder_layer_2") for key in changed)
+
+
+def test_measuring_what_follows_from_what_leaves_the_network_as_it_was(weights, digits_32):
+    network = module(weights, layers=4, method=Vanilla()).train().backbone
+    names = lowrank.trailing_layers(network, 4)
+    images, labels = digits_32.first_batch(0)
+
+    def loss_fn(network, batch):
+        return F.cross_entropy(network(batch), labels)
+
+    def described():
+        loss = loss_fn(network, images)
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+        network.zero_grad()
+        kinds = [(type(each), list(vars(each)), each.training) for each in network.modules()]
+        return kinds, {"": loss.detach(), **gradients, **copy(network.state_dict())}
+
+    kinds, before = described()
+    order = list(network.state_dict())
+    assert lowrank.measure_perplexity(network, names, loss_fn, images, derive=True).derives
+    again, after = described()
+    assert kinds == again
+    assert list(network.state_dict()) == order
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert value is after[name] is None or torch.equal(value, after[name]), name

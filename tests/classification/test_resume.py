@@ -1,5 +1,6 @@
 """A run that was interrupted ends bit for bit as one that was not."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,12 +16,15 @@ from experiment import Record
 
 EPOCHS = ("--trainer.max_epochs", 4)
 RANKS = ["--model.method.init_args.ranks", 3]
-METHODS = {"vanilla": ("mcunet", []), "asi": ("mcunet", RANKS), "wasi_0.9": ("vit_mini", RANKS)}
+METHODS = {
+    **{"vanilla": ("mcunet", []), "asi": ("mcunet", RANKS), "wasi_0.9": ("vit_mini", RANKS)},
+    "asi_int8_derived": ("mcunet", [*RANKS, "--model.layers", 4]),  # a whole bottleneck: two inputs follow from one
+}
 
 
 def command(runs, weights, method, *options):
     model, settings = METHODS[method]
-    settings = (*EPOCHS, *settings, "--model.layers", 2, "--model.momentum", 0.9, "--model.warmup_epochs", 2)
+    settings = (*EPOCHS, "--model.layers", 2, "--model.momentum", 0.9, "--model.warmup_epochs", 2, *settings)
     if model == "mcunet":
         settings = (*settings, "--model.weights", weights)
     return arguments("fit", runs, *settings, *options, model=model, method=method)
@@ -73,6 +77,7 @@ INTERRUPTED = [
     ("asi", "killed in the third epoch"),
     ("asi", "crashed before the test"),
     ("wasi_0.9", "crashed in the third epoch"),
+    ("asi_int8_derived", "killed in the third epoch"),
 ]
 
 
@@ -150,6 +155,9 @@ def test_its_record_is_that_of_an_uninterrupted_run(uninterrupted, resumed):
     whole, again = (Record.load(path / "result.json") for path in (uninterrupted[method], folder))
     assert (again.run, again.accuracy, again.flops) == (whole.run, whole.accuracy, whole.flops)
     assert again.memory_bytes == whole.memory_bytes
+    layers = [json.loads((path / "ranks.json").read_text())["layers"] for path in (uninterrupted[method], folder)]
+    assert layers[0] == layers[1]
+    assert any(layer.get("derived") for layer in layers[0]) == ("derived" in method)
     assert again.provenance["config_hash"] == whole.provenance["config_hash"]
     assert list(folder.rglob("*.part")) == []
 

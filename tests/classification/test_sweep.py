@@ -13,6 +13,7 @@ from commands import TINY
 from classification import plans, sweep
 from experiment import ExperimentError, Record, Run, RunFolder, find_planned
 from experiment.command import dashed
+from experiment.method import table_tag
 
 NEEDED = ["--setup", "b", "--model", "mcunet", "--dataset", "digits"]
 
@@ -40,7 +41,8 @@ def produced_and_needed(arguments, runs):
     value = {name: options[place + 1] for place, name in enumerate(options) if name.startswith("--")}
     names = re.findall(r"methods/(\S+)\.yaml", " ".join(options))
     pretraining = any("b_pretrain.yaml" in option for option in options)
-    method = "perplexity" if options[0] == "measure" else (names or ["vanilla"])[0]
+    measured = table_tag("--model.derive" in options)
+    method = measured if options[0] == "measure" else (names or ["vanilla"])[0]
     setup = "B-pretrain" if pretraining else "B" if any("/b.yaml" in option for option in options) else "A"
     layers = value.get("--model.layers", "all")
     run = Run(
@@ -69,8 +71,9 @@ def test_each_job_comes_after_what_it_needs(tmp_path, setup):
             assert any(path == str(there) or path.startswith(f"{there}/") for there in made), path
         made.append(folder)
         methods.add(folder.parts[-3])
-    assert methods == methods_shipped | {"perplexity"} | ({"vanilla"} if setup == "b" else set())
-    runs_each = len(methods_shipped) * 3 + 3 + (setup == "b")
+    tables = {"perplexity", "perplexity_derived"}
+    assert methods == methods_shipped | tables | ({"vanilla"} if setup == "b" else set())
+    runs_each = len(methods_shipped) * 3 + 3 * len(tables) + (setup == "b")
     assert len(made) == 2 * runs_each
 
 
@@ -177,6 +180,25 @@ def test_a_network_may_need_other_energies_than_its_data_set(tmp_path):
     measure = next(job for job in sweep.parse(words(tmp_path, *options))[0].jobs() if job.arguments[0] == "measure")
     told = [word for word in measure.arguments if "perplexity" in word and word.endswith(".yaml")]
     assert [Path(word).stem for word in told] == ["b", "b_digits", "b_digits_swin_mini"]
+
+
+def test_methods_with_derive_have_a_table_of_their_own_and_others_the_one_of_before(tmp_path):
+    def tables(*methods):
+        found = {}
+        chosen = words(tmp_path, "--budget", "1/20", "--methods", "vanilla", *methods)
+        for job in sweep.parse(chosen)[0].jobs():
+            if job.arguments[0] == "measure":
+                assert ("--model.derive" in job.arguments) == (job.run.method == "perplexity_derived")
+            if "--model.budget.table" in job.arguments:
+                table = Path(job.arguments[job.arguments.index("--model.budget.table") + 1])
+                found[job.run.method] = table.relative_to(tmp_path).parts[4]
+        return found, sum(job.arguments[0] == "measure" for job in sweep.parse(chosen)[0].jobs())
+
+    before = {"asi_1of20": "perplexity", "asi_int8_1of20": "perplexity"}
+    derived = {"asi_int8_derived_1of20": "perplexity_derived"}
+    assert tables("asi", "asi_int8") == (before, 1)
+    assert tables("asi_int8_derived") == (derived, 1)
+    assert tables("asi", "asi_int8", "asi_int8_derived") == (before | derived, 2)
 
 
 def published_words(*options):

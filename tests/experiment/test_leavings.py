@@ -60,3 +60,22 @@ def test_memory_is_told_by_module_and_what_is_no_number_is_null():
     assert content["kept_bytes"] == lowrank.saved_bytes(network, _loss, x)
     assert json.loads(as_text(content)) == json.loads(json.dumps(content))
     assert json.loads(as_text({"rows": [{"share": math.nan}, [1, "a"]]})) == {"rows": [{"share": None}, [1, "a"]]}
+
+
+def test_a_layer_whose_input_follows_from_anothers_has_no_ranks_but_that_ones_name():
+    torch.manual_seed(0)
+    wide = [nn.Conv2d(4, 24, 1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.ReLU()]
+    network, x = nn.Sequential(nn.Conv2d(3, 4, 3), *wide, nn.Conv2d(24, 4, 1)), torch.randn(4, 3, 8, 8)
+    names = ["1", "3", "5"]
+    table = lowrank.measure_perplexity(network, names, _loss, x, derive=True)
+    budget = next(row for row in table.layers if row.name == "1").nbytes[2]
+    method = lowrank.ASI(ranks=lowrank.select_ranks(table, budget, derive=True), derive=True)
+    lowrank.freeze_before(network, names)
+    lowrank.convert(network, names, method, everywhere=True)
+    _loss(network, x).backward()
+    ahead, *behind = ranks_of(network, _loss, x, lowrank.account(network, names, x), method)["layers"]
+    assert ahead["ranks"] is not None
+    assert "derived" not in ahead
+    for layer in behind:
+        assert (layer["derived"], layer["activation_bytes"]) == ("1", 0)
+        assert {layer[key] for key in ("ranks", "energy", "captured", "storage")} == {None}

@@ -8,7 +8,7 @@ from torch import nn
 
 import lowrank
 from experiment import ExperimentError
-from experiment.method import build_method, fuses, leaves_ranks, method_tag, needs_ranks, with_ranks
+from experiment.method import build_method, derives, fuses, leaves_ranks, method_tag, needs_ranks, with_ranks
 from experiment.ranks import Budget
 
 CONFIGS = [
@@ -20,6 +20,9 @@ CONFIGS = [
     {"type": "ASI", "ranks": 3},
     {"type": "ASI", "refresh": 10},
     {"type": "ASI", "storage": "int8"},
+    {"type": "ASI", "storage": "int8", "derive": True},
+    {"type": "HOSVD", "energy": 0.8, "derive": True},
+    {"type": "ASI", "derive": "slopes"},
     {"type": "FixedBases"},
     {"type": "Rounded", "storage": "int8"},
     {"type": "FixedBases", "ranks": 3},
@@ -60,6 +63,17 @@ def test_a_config_leaves_ranks_to_a_budget_where_its_layers_cannot_do_without(co
     assert leaves_ranks(config) == leaves_ranks(as_class_path(config)) == needs_ranks(build_method(config)) == refused
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_config_says_whether_its_table_is_measured_with_derive(config):
+    derive = config.get("derive", False)
+    assert derives(config) == derives(as_class_path(config)) == bool(derive)
+    assert build_method(config).derive == derive
+    if derive:
+        with pytest.raises(ExperimentError, match=rf"fuse is off with \w+\(derive={derive!r}\): .*; leave fuse out"):
+            fuses(build_method(config), False)
+        assert fuses(build_method(config), None)
+
+
 def test_every_method_of_the_library_is_known_without_importing_it():
     public = [getattr(lowrank, name) for name in lowrank.__all__]
     methods = {kind.__name__ for kind in public if isinstance(kind, type) and issubclass(kind, lowrank.Method)}
@@ -81,6 +95,7 @@ def test_a_method_of_ones_own_is_found_by_its_path_and_by_its_name(own):
     assert fuses(by_path, None)
     assert not leaves_ranks({"type": f"{own}.Halved"})
     assert leaves_ranks({"type": f"{own}.FirstChannels"})
+    assert not derives({"type": f"{own}.FirstChannels"})
 
 
 @pytest.mark.parametrize(
@@ -105,6 +120,7 @@ def test_what_is_no_method_is_refused(config, message):
         ({"type": "ASI"}, None, "random", 0.5, "asi_random_0.5mib"),
         ({"type": "ASI"}, False, "perplexity", 0.5, "asi_unfused_0.5mib"),
         ({"type": "ASI", "refresh": 10}, None, "perplexity", 0.5, "asi_every10_0.5mib"),
+        ({"type": "ASI", "storage": "int8", "derive": True}, None, "perplexity", 0.5, "asi_int8_derived_0.5mib"),
         ({"type": "ASI", "ranks": 3}, None, "random", 0.5, "asi_rank3"),
         ({"type": "HOSVD", "energy": 0.8}, None, "random", 0.5, "hosvd_0.8"),
         ({"type": "Vanilla"}, True, "perplexity", None, "vanilla_fused"),

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 
+from experiment import ExperimentError
 from experiment.ranks import Budget, one_energy, random_energies
 from lowrank import BudgetError, Candidates, PerplexityTable, select_ranks
 from lowrank.ranks.perplexity import LayerPerplexity
+from lowrank.ranks.table import Derived
 from lowrank.tensors.costs import tucker_numel
 
 ENERGIES = (0.4, 0.6, 0.8)
@@ -80,3 +82,27 @@ def test_one_energy_a_layer_leaves_the_mixed_candidates_out(tmp_path):
     budget = Budget(str(tmp_path / "table.json"), mib=(TOTALS[1] + size) / 2**20)
     assert budget.plan(table.names).ranks["first"] == (3, 4, 2, 2)
     assert budget.plan(table.names, "per_layer") == select_ranks(TABLE, TOTALS[1] + size)
+
+
+def test_with_derive_a_budget_is_for_the_layers_that_others_follow_from(tmp_path):
+    first, second, third = TABLE.layers
+    ahead = replace(first, derived=Derived({"second": second.input_shape}, (9.0, 5.0, 1.0)))
+    replace(TABLE, layers=(ahead, second, third), derives=True).save(tmp_path / "derived.json")
+    TABLE.save(tmp_path / "table.json")
+    budget, before = (
+        Budget(str(tmp_path / name), mib=(first.nbytes[2] + third.nbytes[0]) / 2**20)
+        for name in ("derived.json", "table.json")
+    )
+    plan = budget.plan(TABLE.names, derive=True)
+    assert plan.derived == {"second": "first"}
+    assert plan.ranks == {"first": RANKS[2], "second": second.input_shape, "third": RANKS[0]}
+    assert plan.perplexity == 1.0 + 3.0
+    assert budget.plan(TABLE.names) == before.plan(TABLE.names), "without it nothing is another"
+    assert budget.plan(["second", "third"], derive=True).derived == {}
+    with pytest.raises(
+        ExperimentError, match=r"table\.json does not say .*--model\.derive true \(segmentation: --derive"
+    ):
+        before.plan(TABLE.names, derive=True)
+    for choice in ("per_layer", "one_energy", "random"):
+        with pytest.raises(ExperimentError, match=f"rank_choice is '{choice}' with derive; allowed: 'perplexity'"):
+            budget.plan(TABLE.names, choice, derive=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ pl = pytest.importorskip("pytorch_lightning")
 from lowrank.lightning import LowRankCallback  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only("the Trainer moves modules itself")
-BUDGET = 6_000
+BUDGET, LITTLE = 6_000, 800
 EPOCHS, BATCH = 2, 8
 
 
@@ -193,3 +194,61 @@ class Counting(Module):
 def test_the_batch_that_perplexity_is_measured_on_counts_once_in_the_metrics_of_its_epoch(tmp_path: Path) -> None:
     module, _ = fit(tmp_path, LowRankCallback(lowrank.ASI(), layers=2, budget=BUDGET), epochs=1, module=Counting())
     assert module.samples.compute() == 32
+
+
+class Bottlenecks(Module):
+    """An inverted bottleneck at the end, whose two wide inputs follow from the narrow one; statistics are frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torchvision = pytest.importorskip("torchvision")
+        torch.manual_seed(3)
+        self.network = torchvision.models.mobilenet_v2(num_classes=4, width_mult=0.25)
+        for layer in self.network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = 1.0
+        with torch.no_grad():
+            self.network(data()[0])
+        self.train()  # the Trainer keeps the mode in which it gets each layer
+
+    def train(self, mode: bool = True) -> Bottlenecks:
+        super().train(mode)
+        for layer in self.modules():
+            if isinstance(layer, nn.BatchNorm2d | nn.Dropout):
+                layer.eval()
+        return self
+
+
+@pytest.mark.parametrize("follow", [True, False])
+def test_inputs_that_follow_from_others_are_not_kept_where_that_is_chosen_and_resuming_is_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follow: bool
+) -> None:
+    def chosen(*given: Any, derive: bool, **options: Any) -> lowrank.RankPlan:
+        return lowrank.select_ranks(*given, derive=derive and follow, **options)
+
+    monkeypatch.setattr("lowrank.lightning.select_ranks", chosen)
+    runs = {}
+    for name, epochs, resume in (("whole", EPOCHS, None), ("half", 1, None), ("rest", EPOCHS, "half")):
+        (tmp_path / name).mkdir()
+        callback = LowRankCallback(lowrank.ASI(storage="int8", derive=True), layers=4, budget=LITTLE)
+        checkpoint = None if resume is None else runs[resume][1]
+        module, saved = fit(tmp_path / name, callback, epochs, checkpoint, Bottlenecks())
+        runs[name] = module, saved, callback
+        states = [layer._lowrank for layer in lowrank.converted_layers(module) if layer._lowrank.chosen]
+        first, *wide = (f"network.{name}" for name in lowrank.trailing_layers(module.network, 4)[:3])
+        assert callback.derived == (dict.fromkeys(wide, first) if follow else {})
+        assert {state.name: state.derived for state in states if state.derived} == callback.derived
+        assert 0 < sum(state.kept_bytes for state in states) <= LITTLE
+    (whole, _, before), (rest, _, after) = runs["whole"], runs["rest"]
+    assert before.ranks == after.ranks
+    assert same(rest.state_dict(), whole.state_dict())
+    assert lowrank.training_state(rest)
+    assert same(lowrank.training_state(rest), lowrank.training_state(whole))
+    stock = Bottlenecks().state_dict()
+    moved = {name for name, value in whole.state_dict().items() if not torch.equal(value, stock[name])}
+    assert moved >= {f"{name}.weight" for name in (first, *wide)}
+
+
+def test_deriving_needs_to_know_what_lies_between_the_layers() -> None:
+    with pytest.raises(lowrank.SettingError, match=r"fuse is off with ASI\(derive=True\).*leave fuse out"):
+        LowRankCallback(lowrank.ASI(derive=True), budget=BUDGET, fuse=False)

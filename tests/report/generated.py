@@ -54,7 +54,9 @@ def write_runs(root: Path, count: int, seeds: int = 3, epochs: int = 30) -> None
         (folder / "metrics.csv").write_text("\n".join([names, *rows, ""]))
         layer = {"shape": [32, 96, 14, 14], "ranks": [8, 12, 4, 4], "energy": 0.8, "captured": 0.81, "storage": "input"}
         layer |= {"weight_rank": None, "activation_bytes": int(size / depth), "flops_paper": 10**9, "flops": 10**9}
-        content = {"schema": 1, "layers": [{"name": f"blocks.{place}.conv", **layer} for place in range(depth)]}
+        behind = {"name": "behind", **layer, "ranks": None, "derived": "blocks.0.conv", "activation_bytes": 0}
+        layers = [*({"name": f"blocks.{place}.conv", **layer} for place in range(depth)), behind]
+        content = {"schema": 1, "layers": layers}
         (folder / RANKS).write_text(json.dumps(content))
         rows = [[f"blocks.{place}.conv", "Conv2d", int(size / 40), "its input"] for place in range(40)]
         (folder / MEMORY).write_text(json.dumps({"schema": 1, "kept_bytes": 0, "module/kind/bytes/reason": rows}))

@@ -159,6 +159,7 @@ def test_a_run_is_reached_by_keyboard_and_shows_what_it_left(shown):
         "gradient_filter_r2, layers 1",
         " \u00d7 ".join(["8", "12", "4", "4"]),
         "81.0 %",
+        "from blocks.0.conv",
         "All 40 modules",
         "learning rate",
         "made up",

@@ -225,6 +225,9 @@ def test_order_of_rows(write):
 def test_order_of_settings_of_one_method():
     tags = ["asi_hosvd0.9", "asi_10mb", "asi_2mb", "asi_hosvd0.85", "asi"]
     assert sorted(tags, key=method_order) == ["asi", "asi_2mb", "asi_10mb", "asi_hosvd0.85", "asi_hosvd0.9"]
+    forms = ["asi_int8_derived_1of20", "asi_int8_1of20", "asi_1of20"]
+    assert sorted(forms, key=method_order) == forms[::-1]
+    assert {family(name) for name in forms} == {"asi"}
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,12 @@ def test_each_run_starts_from_what_the_ones_before_leave():
     plan = sweep_of("--network", "pspnet_small", "--dataset", "digit_scenes", "--layers", "10", "--seeds", "1", "2")
     jobs = list(plan.jobs())
     titles = [job.title for job in jobs]
-    stages = ["digit_scenes_pretrain: pretrain", "digit_scenes: calibrate", "digit_scenes: perplexity, last 10"]
-    assert titles[:3] == [f"{stage}, seed 233" for stage in stages]
+    stages = ["digit_scenes_pretrain: pretrain", "digit_scenes: calibrate"]
+    stages += [f"digit_scenes: {table}, last 10" for table in ("perplexity", "perplexity_derived")]
+    assert titles[:4] == [f"{stage}, seed 233" for stage in stages]
     asi, hosvd = (f"digit_scenes: {method}, last 10, seed 1" for method in ("asi_hosvd_0.8", "hosvd_0.8"))
     assert titles.index(asi) > titles.index(hosvd)
-    assert len(titles) == 3 + 2 * len(plan.methods)
+    assert len(titles) == 4 + 2 * len(plan.methods)
     below = "r/segmentation"
     pretrained = f"{below}/pretrain/pspnet_small/digit_scenes_pretrain/vanilla/layersall/seed{SEED}/final.pth"
     calibrated = f"{below}/calibrate/pspnet_small/digit_scenes/vanilla/layersall/seed{SEED}/final.pth"
@@ -39,6 +40,9 @@ def test_each_run_starts_from_what_the_ones_before_leave():
     finetune = f"{below}/finetune/pspnet_small/digit_scenes"
     assert option(asi, "--budget-run") == f"{finetune}/hosvd_0.8/layers10/seed2"
     assert option(asi, "--budget-table") == f"{finetune}/perplexity/layers10/seed{SEED}/perplexity.json"
+    derived = jobs[titles.index("digit_scenes: asi_int8_derived_hosvd_0.8, last 10, seed 2")]
+    assert option(derived, "--budget-table") == f"{finetune}/perplexity_derived/layers10/seed{SEED}/perplexity.json"
+    assert ["--derive" in job.arguments for job in jobs] == [job.run.method == "perplexity_derived" for job in jobs]
 
 
 def test_every_job_is_a_command_that_the_command_line_takes():
@@ -49,7 +53,9 @@ def test_every_job_is_a_command_that_the_command_line_takes():
             task = task_of(parser().parse_args(job.arguments))
             assert task.config.stage == job.run.setup
             assert task.config.network == network
-            if job.run.setup == "finetune" and job.run.method != "perplexity":
+            measured = job.arguments[0] == "measure"
+            assert task.config.get("perplexity", {}).get("derive", False) == (job.run.method == "perplexity_derived")
+            if job.run.setup == "finetune" and not measured:
                 assert task.config.train_cfg.max_iters == 20
 
 

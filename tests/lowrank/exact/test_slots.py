@@ -122,6 +122,92 @@ def test_an_output_that_was_changed_behind_the_layer_that_keeps_it_is_an_error_a
             y.sum().backward()
 
 
+class Recomputed(nn.Module):
+    """An activation between convolutions of few products: the one behind it computes its input again."""
+
+    def __init__(self, activation, twice=False):
+        super().__init__()
+        self.first, self.norm, self.activation = nn.Conv2d(4, 16, 1), nn.BatchNorm2d(16), activation
+        self.last, self.other = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 3, 1) if twice else None
+
+    def forward(self, x):
+        y = self.activation(self.norm(self.first(x)))
+        return self.last(y) if self.other is None else self.last(y).sum(1, keepdim=True) + self.other(y)
+
+
+def recomputed(activation, twice=False):
+    torch.manual_seed(0)
+    stock = Recomputed(activation, twice).double().eval()
+    return stock, lowrank.convert(copy.deepcopy(stock), lowrank.trailing_layers(stock, "all"), Vanilla())
+
+
+def images():
+    return random_tensor(2, 4, 8, 9).requires_grad_()
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_an_output_that_is_computed_again_needs_no_bits(activation, twice):
+    stock, model = recomputed(activation, twice)
+    for one, other in zip(results(model, images()), results(stock, images()), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    image = images().nbytes
+    bits = 2 * 16 * 8 * 9 // 8 if getattr(activation, "negative_slope", 1) < 0 else 0
+    assert lowrank.saved_bytes(model, loss, images()) == image + bits
+
+
+@pytest.mark.parametrize("wanted", ["input", "first", "last", "all"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_whoever_asks_first_for_whatever_part(activation, wanted):
+    """The activation's node may run without the one behind it having computed anything, or twice."""
+    for again in (False, True):
+        found = []
+        for network in recomputed(activation):
+            x = images()
+            parts = {"input": [x], "first": [network.first.weight], "last": [network.last.weight]}
+            parts["all"] = [x, *network.parameters()]
+            y = network(x).square().sum()
+            if again:
+                torch.autograd.grad(y, parts["all"], retain_graph=True)
+                torch.autograd.grad(y, [x], retain_graph=True)
+            found.append(torch.autograd.grad(y, parts[wanted]))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.1)], ids=str)
+def test_values_that_are_not_finite_pass_as_in_stock(activation):
+    found = []
+    for network in recomputed(activation):
+        x = random_tensor(2, 4, 8, 9)
+        x[0, 0, 0, 0], x[1, 1, 2, 2], x[0, 2, 3, 3] = float("nan"), float("inf"), -float("inf")
+        x.requires_grad_()
+        network(x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in network.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
+def test_second_derivatives_of_what_is_computed_again():
+    found = []
+    for network in recomputed(nn.ReLU6()):
+        x = images()
+        (first,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_in_a_batch_of_what_is_computed_again():
+    found = []
+    for network in recomputed(nn.ReLU6()):
+        x = images()
+        y = network(x)
+        grads = random_tensor(3, *y.shape, seed=2)
+        found.append(torch.autograd.grad(y, [x, network.first.weight], grads, is_grads_batched=True))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
 def test_nothing_leaks():
     model = lowrank.convert(model_of(nn.ReLU()), ["0", "2"], Vanilla())
     counts = []

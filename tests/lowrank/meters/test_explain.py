@@ -61,6 +61,9 @@ def test_each_kind_has_its_reason(batch):
     assert "loss function" in reasons["(outside the model)"]
     lowrank.convert(model, ["3"], ASI(2))
     rows = {row.module: row for row in lowrank.explain(model, loss, batch)}
+    assert "2" not in rows, "an exact input, which takes less than a form and the bits that it spares"
+    lowrank.convert(model, ["3"], ASI(2), everywhere=True)
+    rows = {row.module: row for row in lowrank.explain(model, loss, batch)}
     assert "1" not in rows
     assert "no convolution's unread output" in rows["5"].reason
     assert "6" not in rows

@@ -1,0 +1,162 @@
+"""Inputs that are computed again from what a layer ahead keeps of its own, in whatever form: as near as that form is.
+
+In an inverted bottleneck a narrow tensor goes through a 1 x 1 convolution, a depthwise one and another 1 x 1, with
+normalisations and activations between them. The last two have inputs six times as large, which follow from the narrow
+one by few products. Where the first layer keeps its input as a form, these need none of their own: all bytes serve the
+narrow input, at ranks that are many times as high.
+
+The steps are those of `lowrank.exact.origins`, with the form in the place of the exact source. They are steps of their
+own: whoever asks for the exact tensor must not be given one that is near it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lowrank.exact.origins import Origin, Source, Step, find, itself, version_of
+from lowrank.exact.slots import here, in_checkpoint
+from lowrank.layers.shared_inputs import Form, form_of
+from lowrank.methods.base import Tensors
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """How the input of a layer follows from another layer's; as of one forward pass, whose tensors it holds.
+
+    Attributes:
+        ahead: name of the other layer.
+        source: the step that stands for its input.
+        step: the step that gives the input.
+        others: what else it is computed from, such as parameters.
+    """
+
+    ahead: str
+    source: Step
+    step: Step
+    others: dict[Step, Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The input that follows from `x` in the place of the other layer's."""
+        return self.step.value({**self.others, self.source: x})
+
+
+_NOTED: ContextVar[dict[str, Derivation] | None] = ContextVar("derivations", default=None)
+
+
+@contextmanager
+def derivations_noted() -> Iterator[dict[str, Derivation]]:
+    """Within it, every layer's derivation is put into the dictionary, by its name."""
+    found: dict[str, Derivation] = {}
+    token = _NOTED.set(found)
+    try:
+        yield found
+    finally:
+        _NOTED.reset(token)
+
+
+def derived(x: Tensor, name: str) -> tuple[Origin, str] | None:
+    """How the input of the layer `name` comes about from what is kept in any case, one form of another layer's input
+    among it, and that layer's name.
+
+    None: something on the way is not kept, or the way is not known.
+    """
+    exact = find(x)
+    if exact is None:
+        return None
+    missing = [source for source in exact.sources if not source.kept]
+    if not missing:
+        return _from_whole(exact)
+    found = derived_from(exact)
+    if found is None:
+        return None
+    form = form_of(missing[0].tensor)
+    assert form is not None
+    noted = _NOTED.get()
+    if noted is not None:
+        others = {other.step: other.tensor for other in exact.sources if other.kept}
+        noted[name] = Derivation(form.name, missing[0].step, exact.step, others)
+    return found, form.name
+
+
+def _from_whole(exact: Origin) -> tuple[Origin, str] | None:
+    """The same of an input that comes about from what a layer keeps of its own as it is, since a form of that would
+    take no less: so it is exact."""
+    forms = [form_of(source.tensor) for source in exact.sources]
+    name = next((form.name for form in forms if form is not None and form.whole), None)
+    return None if name is None or in_checkpoint() else (exact, name)
+
+
+def derived_from(origin: Origin) -> Origin | None:
+    """The same of a tensor that comes about so."""
+    missing = [source for source in origin.sources if not source.kept]
+    form = form_of(missing[0].tensor) if len(missing) == 1 else None
+    # A checkpoint drops at first what a layer keeps, and has it there when it runs again: both have to save the same.
+    if form is None or form.place != here() or in_checkpoint():
+        return None
+    kept = form.kept()
+    if kept is None:
+        return None
+    if form.restored is None:
+        leaves = [Step(None) for tensor in kept if tensor is not None]
+        form.restored = Step(_restoring(form, kept), leaves)
+        form.steps = {}
+    form.steps[missing[0].step] = form.restored
+    sources = [source for source in origin.sources if source.kept]
+    tensors = [tensor for tensor in kept if tensor is not None]
+    for step, tensor in zip(form.restored.inputs, tensors, strict=True):
+        sources.append(Source(step, tensor, True, version_of(tensor)))
+    return Origin(_through(origin.step, form.steps), tuple(sources), place=origin.place)
+
+
+def nearest(x: Tensor, origin: Origin, everywhere: bool, derive: bool, stream: bool) -> tuple[Origin, int]:
+    """From where others may be derived, of a tensor and its origin, and the bytes that keeping by it adds.
+
+    That is the origin, where it is exact and takes nothing, unless forms are to be used `everywhere`, or where a form
+    may stand for its source; the tensor itself, where only the form that is kept of that can stand for it. A layer
+    that does not `derive` leaves the way open for those behind it, if the one ahead keeps its form for others.
+    `stream`: of what is made of the tensor itself, see `Origin`.
+    """
+    computed = origin.step.function is not None
+    if not derive and not (computed and _is_for_others(origin)):
+        return origin, origin.nbytes
+    if computed and ((origin.nbytes == 0 and not everywhere) or derived_from(origin) is not None):
+        return origin, 0
+    if not derive:
+        return origin, origin.nbytes
+    own = replace(itself(x), parts=True, stream=stream)  # which is noted of a tensor that is no larger, too
+    return (origin, origin.nbytes) if derived_from(own) is None else (own, 0)
+
+
+def _is_for_others(origin: Origin) -> bool:
+    missing = [source for source in origin.sources if not source.kept]
+    form = form_of(missing[0].tensor) if len(missing) == 1 else None
+    return form is not None and bool(form.method.derive)
+
+
+def _restoring(form: Form, kept: Tensors) -> Callable[..., Tensor]:
+    return partial(_restored, form.method.restored, [tensor is not None for tensor in kept], form.dtype)
+
+
+def _restored(
+    restored: Callable[[Tensors, torch.dtype], Tensor], places: list[bool], dtype: torch.dtype, *kept: Tensor
+) -> Tensor:
+    given = iter(kept)
+    return restored(tuple(next(given) if there else None for there in places), dtype)
+
+
+def _through(step: Step, known: dict[Step, Step]) -> Step:
+    """The same step with others in the place of known ones; itself, where none of these is on the way."""
+    if step not in known:
+        inputs = [_through(ahead, known) for ahead in step.inputs]
+        if all(new is old for new, old in zip(inputs, step.inputs, strict=True)):
+            return step
+        own = step.cost - max(ahead.cost for ahead in step.inputs)
+        known[step] = Step(step.function, inputs, own, step.change, step.fresh, step.link)
+    return known[step]
