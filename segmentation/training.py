@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from logging import FileHandler
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.visualization import TensorboardVisBackend
 from mmseg.registry import DATASETS, MODELS
@@ -304,6 +306,13 @@ def _measure(task: Task, name: RunName, folder: RunFolder) -> None:
         write_table(name, folder, training_mode(model), layers, segmentation_loss, batches, settings)
 
 
+def _forget_closed_logs() -> None:
+    """Log files of a run that ended in this process are closed; MMEngine writes initial weights to all that it has."""
+    logger = MMLogger.get_current_instance()
+    for handler in [one for one in logger.handlers if isinstance(one, FileHandler) and one.stream is None]:
+        logger.removeHandler(handler)
+
+
 def prepared_model(config: Config) -> tuple[Any, list[str]]:
     """The config's model with its weights, frozen as for training but not converted, and the layers it trains.
 
@@ -317,6 +326,7 @@ def prepared_model(config: Config) -> tuple[Any, list[str]]:
     with quietly():
         register_all_modules(init_default_scope=True)
         model = MODELS.build(config.model)
+        _forget_closed_logs()
         model.init_weights()
     if config.get("load_from"):
         load_weights(model, config.load_from)

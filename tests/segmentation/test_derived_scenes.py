@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from segmentors import files, narrow_config
 
 from experiment import Record, Run
@@ -160,3 +162,11 @@ def test_a_killed_run_is_resumed_to_the_same_weights(finished, data_dir, tmp_pat
         assert one
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one), part
+
+
+def test_a_measurement_behind_a_run_in_one_process(finished, data_dir, tmp_path):
+    """The run's log file is closed by then; a measurement behind it ended in an error of MMEngine's."""
+    for handler in MMLogger.get_current_instance().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
+    assert main(arguments("measure", "vanilla", data_dir, tmp_path)) == 0
