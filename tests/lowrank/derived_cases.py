@@ -1,7 +1,12 @@
 """A block whose wide inputs follow from its narrow one, and its gradients by hand."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
+
+import lowrank
+from lowrank import ASI, HOSVD, SVD, FixedBases, Rounded
 
 
 class Inverted(nn.Module):
@@ -65,3 +70,41 @@ def by_hand(stock, x, narrow):
         form = (layer.weight.shape, grads[name], layer.stride, layer.padding, layer.dilation, layer.groups)
         found[f"{name}.weight"] = torch.nn.grad.conv2d_weight(inputs[name], *form)
     return found
+
+
+METHODS = [
+    HOSVD(0.7, derive=True),
+    HOSVD(0.9, storage="int8", derive=True),
+    SVD(0.5, derive=True),
+    ASI((3, 3, 3, 4), derive=True),
+    FixedBases((3, 3, 3, 4), storage="bfloat16", derive=True),
+    Rounded(derive=True),
+]
+
+
+def gradients(model, x, passes=1):
+    for _ in range(passes):
+        model.zero_grad()
+        x = x.detach().requires_grad_()
+        loss_of(model, x).backward()
+    return {"input": x.grad, **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def layers_of(model):
+    return {layer._lowrank.name: layer._lowrank for layer in lowrank.converted_layers(model)}
+
+
+def derived(model):
+    return {name: state.derived for name, state in layers_of(model).items() if state.derived}
+
+
+@dataclass(frozen=True)
+class Noted(HOSVD):
+    """Tells what it gives again of an input."""
+
+    def restored(self, kept, dtype):
+        SEEN.append(super().restored(kept, dtype))
+        return SEEN[-1]
+
+
+SEEN = []
