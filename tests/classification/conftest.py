@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from commands import arguments
 
 from classification.backbones import build_model
+from classification.cli import main
 from classification.data import ImageDataModule
 
 
@@ -46,3 +48,13 @@ def weights(tmp_path_factory, digits_32):
     path = tmp_path_factory.mktemp("weights") / "mcunet.pt"
     torch.save(network.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, weights):
+    """A folder with an HOSVD run and a perplexity table of the same two layers."""
+    runs = tmp_path_factory.mktemp("measured")
+    options = ("--model.layers", 2, "--model.weights", weights, "--data.image_size", 64)
+    assert main(arguments("fit", runs, *options, method="hosvd_0.8")) == 0
+    assert main(arguments("measure", runs, *options)) == 0
+    return runs, options
