@@ -39,7 +39,7 @@ from lowrank import (
     Storage,
     Vanilla,
 )
-from lowrank.methods.base import Derive
+from lowrank.methods.deriving import Derive, measured_with
 from lowrank.ranks.table import kept_bytes
 
 NETWORK, CLASSIFIER, EPOCHS = "efficientnet_lite0", "classifier", 6
@@ -132,7 +132,7 @@ class Task:
     def measure(self, run: Run, batch: Batch) -> PerplexityTable:
         """Perplexity in the storages of the run's method."""
         given = (self.model, self.names, self.loss, self.at_once(run, batch)[0])
-        options = {"storages": run.kind.storages, "derive": bool(run.kind.derive)}
+        options = {"storages": run.kind.storages, "derive": measured_with(run.kind.derive)}
         found = lowrank.measure_perplexity(*given, mode_energies=MODE_ENERGIES, **options)
         return whole_batch(found) if run.kind.method is FixedBases else found
 
@@ -143,7 +143,7 @@ class Task:
         if not run.kind.storages:
             return None
         budget = self.input_bytes(batch) / run.part
-        options = {"storages": run.kind.storages, "derive": bool(run.kind.derive)}
+        options = {"storages": run.kind.storages, "derive": measured_with(run.kind.derive)}
         plan = lowrank.select_ranks(self.measure(run, batch), budget, **options)
         self.method = self.method_of(run, plan)
         methods: dict[str, Method] = dict.fromkeys(self.names, self.method)

@@ -16,7 +16,7 @@ import lowrank
 from benchmarks.networks import Batch, loss_of
 from benchmarks.svd_llm import start_truncated
 from lowrank.layers.preserve import LossFunction
-from lowrank.methods.base import Derive
+from lowrank.methods.deriving import Derive
 from lowrank.tensors.factors import factorise
 
 RANKS = (8, 8, 4, 4)  # of ASI, where no published budget fits

@@ -67,7 +67,8 @@ class FineTune(pl.LightningModule):
         storages: in which forms perplexity is measured, see `lowrank.tensors.storage`; those of the methods that are to
             take their ranks from the table, by default of every shipped one.
         derive: measure as well which layers' inputs follow from another's, and how well: what methods with `derive`
-            take their ranks by. The table has a folder of its own.
+            take their ranks by; a number of products, of those whose `derive` is that. The table has a folder of its
+            own.
         rank_choice: how ranks are chosen within the budget: by "perplexity", of all that was measured; by perplexity
             with one energy for all modes of a layer ("per_layer"); as the highest energy that fits when it is the same
             for all layers ("one_energy"); or without looking, at "random".
@@ -104,7 +105,7 @@ class FineTune(pl.LightningModule):
         energies: tuple[float, ...] = ENERGIES,
         mode_energies: tuple[float, ...] = MODE_ENERGIES,
         storages: tuple[Storage, ...] = ("input", "int8"),
-        derive: bool = False,
+        derive: bool | int = False,
         rank_choice: RankChoice = "perplexity",
         rank_seed: int = 0,
         freeze_statistics: bool = True,

@@ -62,7 +62,7 @@ class Sweep(AnySweep):
 
     task: ClassVar[str] = "classification"
     budget_option: ClassVar[str] = "--model.budget."
-    derive_option: ClassVar[tuple[str, ...]] = ("--model.derive", "true")
+    derive_option: ClassVar[str] = "--model.derive"
 
     @property
     def setup(self) -> str:

@@ -99,12 +99,13 @@ def leaves_ranks(config: Mapping[str, Any]) -> bool:
     return known and settings.get("ranks") is None
 
 
-def derives(config: Mapping[str, Any]) -> bool:
-    """Whether the method of a config has `derive`, so that its ranks need a table that was measured with it; imports it
-    only if it is not of `lowrank`."""
+def derives(config: Mapping[str, Any]) -> bool | int:
+    """With which `derive` the table for the method of a config is measured; imports it only if it is not of
+    `lowrank`."""
     name, settings = _parts(config)
     known = str(name).removeprefix("lowrank.") in _RANKED
-    return bool(settings.get("derive", False) if known else build_method(config).derive)
+    derive = settings.get("derive", False) if known else build_method(config).derive
+    return derive if type(derive) is int else bool(derive)
 
 
 def check_precision(config: Mapping[str, Any] | None, mixed: str) -> None:
@@ -120,10 +121,12 @@ def check_precision(config: Mapping[str, Any] | None, mixed: str) -> None:
         )
 
 
-def table_tag(derive: bool) -> str:
+def table_tag(derive: bool | int) -> str:
     """What stands for the method in the folder of a perplexity table: one with `derive` has a folder of its own, since
     runs are told by what their table holds."""
-    return "perplexity_derived" if derive else "perplexity"
+    if not derive:
+        return "perplexity"
+    return "perplexity_derived" if derive is True else f"perplexity_derived_{derive}"
 
 
 def with_ranks(
@@ -141,7 +144,9 @@ def with_ranks(
             f"{type(method).__name__} needs ranks: give its own, or a budget, which is a perplexity table and a "
             f"memory: budget.table, and budget.mib or budget.run"
         )
-    plan = budget.plan(names, choice, seed, getattr(method, "storage", "input"), bool(method.derive))
+    from lowrank.methods.deriving import measured_with
+
+    plan = budget.plan(names, choice, seed, getattr(method, "storage", "input"), measured_with(method.derive))
     return replace(method, ranks=plan)  # type: ignore[type-var]
 
 

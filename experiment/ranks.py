@@ -55,7 +55,7 @@ class Budget:
         choice: RankChoice = "perplexity",
         seed: int = 0,
         storage: Storage = "input",
-        derive: bool = False,
+        derive: bool | int = False,
     ) -> RankPlan:
         """Ranks of these layers within the budget, chosen in one of four ways; `seed` is of the random one.
 
@@ -67,10 +67,11 @@ class Budget:
             told = "derive" if derive else f"storage {storage!r}"
             raise ExperimentError(f"--model.rank_choice is {choice!r} with {told}; allowed: 'perplexity'")
         table = PerplexityTable.load(self.table).only(names)
-        if derive and not table.derives:
+        if derive and table.derives != derive:
             raise ExperimentError(
                 f"the perplexity table {self.table} does not say which inputs follow from which, as a method with "
-                f"derive needs it; measure one with --model.derive true (segmentation: --derive)"
+                f"derive={derive} needs it; measure one with --model.derive {str(derive).lower()} (segmentation: "
+                f"--derive)"
             )
         if choice == "perplexity":
             return select_ranks(table, self.nbytes, storages=(storage,), derive=derive)

@@ -59,7 +59,7 @@ class Sweep(ABC):
 
     task: ClassVar[str]
     budget_option: ClassVar[str]  # how options of a budget begin
-    derive_option: ClassVar[tuple[str, ...]]  # measures what methods with `derive` need
+    derive_option: ClassVar[str]  # measures what methods with `derive` need
 
     @property
     @abstractmethod
@@ -108,7 +108,7 @@ class Sweep(ABC):
         start, rows = self.start(dataset, seed), list(self.rows())
         ranked = [(layers, self.derives(method)) for layers, method in rows if self.leaves_ranks(method)]
         for layers, derive in dict.fromkeys(ranked):
-            options = [*start, *(self.derive_option if derive else ())]
+            options = [*start, *((f"{self.derive_option}={str(derive).lower()}",) if derive else ())]
             yield self.job("measure", self._table(dataset, layers, seed, derive), "vanilla", options)
         for layers, method in rows:
             for source in self._sources(dataset, layers) if self.leaves_ranks(method) else [None]:
@@ -121,8 +121,8 @@ class Sweep(ABC):
         """Whether a method of this name takes its ranks from a budget."""
         return leaves_ranks(self.method_config(method))
 
-    def derives(self, method: str) -> bool:
-        """Whether a method of this name has `derive`."""
+    def derives(self, method: str) -> bool | int:
+        """With which `derive` the table of a method of this name is measured."""
         return derives(self.method_config(method))
 
     def job(self, command: str, run: Run, method: str, options: Sequence[str]) -> Job:
@@ -147,7 +147,7 @@ class Sweep(ABC):
                 )
         return sources
 
-    def _table(self, dataset: str, layers: str, seed: int, derive: bool) -> Run:
+    def _table(self, dataset: str, layers: str, seed: int, derive: bool | int) -> Run:
         return self.run(dataset, table_tag(derive), layers, self.table_seed(seed))
 
     def _budget(self, source: Source, dataset: str, layers: str, seed: int, table: Run) -> list[str]:

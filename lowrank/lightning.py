@@ -21,6 +21,7 @@ from lowrank.layers.layer import converted_layers
 from lowrank.layers.preserve import LossFunction
 from lowrank.layers.training_state import load_training_state, training_state
 from lowrank.methods.base import Method
+from lowrank.methods.deriving import measured_with
 from lowrank.ranks.perplexity import MODE_ENERGIES, measure_perplexity
 from lowrank.ranks.select import select_ranks
 from lowrank.tensors.storage import Storage
@@ -125,7 +126,7 @@ class LowRankCallback(Callback):
         if self.budget is None or _is_converted(pl_module):
             return
         storage: Storage = getattr(self.method, "storage", "input")
-        options: dict[str, Any] = {"storages": (storage,), "derive": bool(self.method.derive)}
+        options: dict[str, Any] = {"storages": (storage,), "derive": measured_with(self.method.derive)}
         with trainer.strategy.precision_plugin.forward_context():
             table = measure_perplexity(
                 pl_module, self.names, self.loss_fn, batch, mode_energies=MODE_ENERGIES, **options

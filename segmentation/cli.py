@@ -60,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--resume", action="store_true", help="as without it: an interrupted run goes on by itself")
         sub.add_argument("--limit", type=float, metavar="N", help="train on so many images, or up to 1 on that share")
         sub.add_argument("--batches", type=int, metavar="N", help="measure: take the mean over N batches (default: 1)")
-        sub.add_argument("--derive", action="store_true", help="measure: what methods with derive need as well")
+        derive = "measure: what methods with derive need as well; N: those that allow so many products"
+        sub.add_argument("--derive", type=int, nargs="?", const=True, default=False, metavar="N", help=derive)
         sub.add_argument("--amp", action="store_true", help="mixed precision, on an accelerator")
         sub.add_argument("--budget-table", metavar="FILE", help="perplexity table that ranks are chosen by")
         sub.add_argument("--budget-mib", type=float, metavar="MIB", help="memory that they are chosen for")
@@ -116,7 +117,7 @@ def task_of(options: argparse.Namespace) -> Task:
     if options.batches is not None:
         config.perplexity = {**config.get("perplexity", {}), "batches": options.batches}
     if options.derive:
-        config.perplexity = {**config.get("perplexity", {}), "derive": True}
+        config.perplexity = {**config.get("perplexity", {}), "derive": options.derive}
     if options.load_from is not None:
         config.load_from = options.load_from
     seed = options.seed if options.seed is not None else config.get("randomness", {}).get("seed", 233)

@@ -54,8 +54,8 @@ def check_settings(config: Mapping[str, Any]) -> None:
         if value is not None and not (number and 0 <= value < math.inf):
             raise ExperimentError(f"optim_wrapper.optimizer.{name} is {value!r}; allowed are finite numbers from 0")
     derive = _at(config, "perplexity.derive")
-    if derive is not None and not isinstance(derive, bool):
-        raise ExperimentError(f"perplexity.derive is {derive!r}; allowed: True and False")
+    if derive is not None and type(derive) not in (bool, int):
+        raise ExperimentError(f"perplexity.derive is {derive!r}; allowed: True, False and a number of products")
     hooks = config.get("custom_hooks") or []
     if not isinstance(hooks, Sequence) or not all(isinstance(hook, Mapping) and "type" in hook for hook in hooks):
         raise ExperimentError(f"custom_hooks is {str(hooks)[:200]}; allowed is a list of settings, each with its type")

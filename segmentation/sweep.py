@@ -40,7 +40,7 @@ class Sweep(AnySweep):
 
     task: ClassVar[str] = "segmentation"
     budget_option: ClassVar[str] = "--budget-"
-    derive_option: ClassVar[tuple[str, ...]] = ("--derive",)
+    derive_option: ClassVar[str] = "--derive"
     setup: ClassVar[str] = "finetune"
 
     def stages(self, dataset: str, seed: int) -> Iterator[Job]:

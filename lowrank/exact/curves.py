@@ -220,7 +220,7 @@ def _by_output(name: str, forward: Callable[..., Tensor], backward: Callable[...
 def _takes_little(x: Tensor) -> bool:
     """Whether scores of attention add no more than biases of positions, which all samples share."""
     origin = find(x)
-    return origin is not None and 4 * origin.nbytes <= x.nbytes
+    return origin is not None and not origin.reach and 4 * origin.nbytes <= x.nbytes
 
 
 def _softmax_curve(dim: Any, _stacklevel: int = 3, dtype: Any = None) -> Curve:

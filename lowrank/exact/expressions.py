@@ -84,7 +84,7 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
         own, options = (filled, kwargs) if layout is None else tree_unflatten(filled, layout)
         return stock(*own, **options)
 
-    origins = [least_of(tensor, origin, stream=True) for tensor, origin in zip(tensors, known, strict=True)]
+    origins = [least_of(tensor, origin, stream=True, far=True) for tensor, origin in zip(tensors, known, strict=True)]
     if stock in _SUMS and _starts_anew(y, tensors, origins):
         return
     if isinstance(y, (tuple, list)):
@@ -120,7 +120,8 @@ def _noted_in_place(stock: Callable[..., Any], again: Callable[..., Any]) -> Cal
     def function(input: Any, other: Any, **options: Any) -> Any:
         both = isinstance(other, Tensor) and (lean_mode(input) or lean_mode(other))
         both = both and torch.result_type(input, other) is input.dtype  # otherwise `again` gives another dtype
-        ahead = [origin_of(input), origin_of(other)] if both and (find(input) or find(other)) else None
+        noted = both and (find(input) or find(other))
+        ahead = [origin_of(input, far=True), origin_of(other, far=True)] if noted else None
         y = stock(input, other, **options)
         if ahead is not None and lean_mode(y) and not _starts_anew(y, [input, other], ahead):
             change = lambda a, b: stock(a, b, **options)  # noqa: E731

@@ -25,7 +25,7 @@ from lowrank.tensors.notes import Notes
 
 Rebuild = Callable[..., Tensor]
 DEEPEST = 48  # steps from a source to a tensor; what is further away is kept itself
-LAYER = 1000  # what a linear layer or attention takes; one is on the way to a tensor at most
+LAYER = 1 << 24  # what a linear layer or attention takes; one is on the way to a tensor at most
 BUDGET = 256  # and convolutions of so many products per number
 SHRINKING = 144  # of one that gives less than it is given, whose output takes little and serves those behind it
 
@@ -155,6 +155,9 @@ class Origin:
         stream: whether it is of the size of its one source, such as a depthwise convolution's output; of use to a
             normalisation, which has to keep one of the two: from its source more can be computed.
         place: where it was noted, such as within a checkpoint, which keeps nothing after all.
+        reach: products per number that the way may take beyond `BUDGET`, or to a tensor smaller than the source; 0: no
+            more than that. Of use only where a form stands for the source, see `lowrank.layers.derived`: who needs the
+            tensor as it is keeps it.
     """
 
     step: Step
@@ -162,6 +165,7 @@ class Origin:
     parts: bool = False
     place: int = 0
     stream: bool = False
+    reach: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -184,7 +188,7 @@ class Origin:
             source if source.kept else Source(source.step, source.tensor, True, source.version)
             for source in self.sources
         )
-        return Origin(self.step, kept, self.parts, self.place, self.stream)
+        return Origin(self.step, kept, self.parts, self.place, self.stream, self.reach)
 
     def holds(self) -> bool:
         """Whether its sources are there, and as they were."""
@@ -253,21 +257,24 @@ def is_noted(x: Tensor) -> bool:
     return _ORIGINS.may_know(x)
 
 
-def origin_of(x: Tensor, stream: bool = False) -> Origin:
+def origin_of(x: Tensor, stream: bool = False, far: bool = False) -> Origin:
     """The way to have a tensor in the backward pass that keeps least: its origin, or the tensor itself.
 
-    `stream`: of two that take as much, the one further ahead, see `Origin`.
+    `stream`: of two that take as much, the one further ahead, see `Origin`. `far`: also one with `reach`, for who notes
+    what follows from the tensor, and does not keep it.
     """
-    return least_of(x, find(x), stream)
+    return least_of(x, find(x), stream, far)
 
 
-def least_of(x: Tensor, origin: Origin | None, stream: bool = False) -> Origin:
+def least_of(x: Tensor, origin: Origin | None, stream: bool = False, far: bool = False) -> Origin:
     """The same, where `find` has been asked."""
-    if origin is None:
+    if origin is None or (origin.reach and not far):
         return itself(x)
     with torch._C.DisableTorchFunctionSubclass():
         if is_known_as_kept(x):
             return itself(x, kept=True)
+        if origin.reach:
+            return origin
         added, own = origin.nbytes, x.untyped_storage().nbytes()
         equal = origin.parts or (stream and origin.stream)
         return origin if added < own or (equal and added <= own) else itself(x)
@@ -276,7 +283,7 @@ def least_of(x: Tensor, origin: Origin | None, stream: bool = False) -> Origin:
 def takes_nothing(x: Tensor) -> bool:
     """Whether a tensor can be had from what is kept in any case."""
     origin = find(x)
-    return origin is not None and origin.nbytes == 0
+    return origin is not None and origin.nbytes == 0 and not origin.reach
 
 
 def come_about(
@@ -291,7 +298,8 @@ def come_about(
     """The origin of `function` of these, see `note`; None where that takes too much."""
     origins = list(inputs)
     step = Step(function, [origin.step for origin in origins], cost, change, fresh, link)
-    if step.depth > DEEPEST or step.cost >= 2 * LAYER or step.cost % LAYER > BUDGET:
+    reach = max([origin.reach for origin in origins], default=0)
+    if step.depth > DEEPEST or step.cost >= 2 * LAYER or step.cost % LAYER > max(BUDGET, reach):
         return None
     sources: dict[Step, Source] = {}
     stream = False
@@ -300,7 +308,9 @@ def come_about(
         for source in origin.sources:
             if source.kept or source.step not in sources:  # of one that is kept for one input and not for another
                 sources[source.step] = source
-    return Origin(step, tuple(sources.values()), parts, place_of_saving(), stream)
+    if reach and len({id(source.tensor) for source in sources.values() if not source.kept}) > 1:
+        return None  # one form stands for one tensor
+    return Origin(step, tuple(sources.values()), parts, place_of_saving(), stream, reach)
 
 
 def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], **options: Any) -> None:
@@ -326,7 +336,7 @@ def note_origin(y: Tensor, found: Origin | None) -> None:
     with torch._C.DisableTorchFunctionSubclass():
         read = type(y).untyped_storage is Tensor.untyped_storage  # otherwise it has no memory yet
         added, own = found.nbytes, y.untyped_storage().nbytes() if read else y.nbytes
-    if added < own or ((found.parts or found.stream) and added <= own):
+    if found.reach or added < own or ((found.parts or found.stream) and added <= own):
         _ORIGINS.note(y, found)
 
 

@@ -181,7 +181,7 @@ def max_pool2d(
     if lean_mode(y) and find(input) is not None:
         chosen = lambda x, places: _chosen(x, places, settings)  # noqa: E731
         again = chosen if y.is_contiguous() else lambda x, _: F.max_pool2d(x, *settings)
-        note(y, again, [origin_of(input, stream=True), itself(made[0], kept=True)])
+        note(y, again, [origin_of(input, stream=True, far=True), itself(made[0], kept=True)])
     return y
 
 

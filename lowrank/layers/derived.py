@@ -24,6 +24,7 @@ from lowrank.exact.origins import Origin, Source, Step, find, itself, version_of
 from lowrank.exact.slots import here, in_checkpoint
 from lowrank.layers.shared_inputs import Form, form_of
 from lowrank.methods.base import Tensors
+from lowrank.methods.deriving import reach
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,19 @@ class Derivation:
 
     Attributes:
         ahead: name of the other layer.
-        source: the step that stands for its input.
+        sources: the steps that stand for its input.
         step: the step that gives the input.
         others: what else it is computed from, such as parameters.
     """
 
     ahead: str
-    source: Step
+    sources: tuple[Step, ...]
     step: Step
     others: dict[Step, Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The input that follows from `x` in the place of the other layer's."""
-        return self.step.value({**self.others, self.source: x})
+        return self.step.value({**self.others, **dict.fromkeys(self.sources, x)})
 
 
 _NOTED: ContextVar[dict[str, Derivation] | None] = ContextVar("derivations", default=None)
@@ -70,33 +71,35 @@ def derived(x: Tensor, name: str) -> tuple[Origin, str] | None:
     exact = find(x)
     if exact is None:
         return None
-    missing = [source for source in exact.sources if not source.kept]
-    if not missing:
+    if all(source.kept for source in exact.sources):
         return _from_whole(exact)
     found = derived_from(exact)
     if found is None:
         return None
-    form = form_of(missing[0].tensor)
+    missing, form = _only_form(exact)
     assert form is not None
     noted = _NOTED.get()
     if noted is not None:
         others = {other.step: other.tensor for other in exact.sources if other.kept}
-        noted[name] = Derivation(form.name, missing[0].step, exact.step, others)
+        noted[name] = Derivation(form.name, missing, exact.step, others)
     return found, form.name
 
 
 def _from_whole(exact: Origin) -> tuple[Origin, str] | None:
     """The same of an input that comes about from what a layer keeps of its own as it is, since a form of that would
     take no less: so it is exact."""
-    forms = [form_of(source.tensor) for source in exact.sources]
-    name = next((form.name for form in forms if form is not None and form.whole), None)
-    return None if name is None or in_checkpoint() else (exact, name)
+    form = _whole_form(exact)
+    return None if form is None or in_checkpoint() else (exact, form.name)
+
+
+def _whole_form(exact: Origin) -> Form | None:
+    forms = [form_of(source.tensor) for source in exact.sources if source.kept]
+    return next((form for form in forms if form is not None and form.whole), None)
 
 
 def derived_from(origin: Origin) -> Origin | None:
     """The same of a tensor that comes about so."""
-    missing = [source for source in origin.sources if not source.kept]
-    form = form_of(missing[0].tensor) if len(missing) == 1 else None
+    missing, form = _only_form(origin)
     # A checkpoint drops at first what a layer keeps, and has it there when it runs again: both have to save the same.
     if form is None or form.place != here() or in_checkpoint():
         return None
@@ -107,7 +110,7 @@ def derived_from(origin: Origin) -> Origin | None:
         leaves = [Step(None) for tensor in kept if tensor is not None]
         form.restored = Step(_restoring(form, kept), leaves)
         form.steps = {}
-    form.steps[missing[0].step] = form.restored
+    form.steps.update(dict.fromkeys(missing, form.restored))
     sources = [source for source in origin.sources if source.kept]
     tensors = [tensor for tensor in kept if tensor is not None]
     for step, tensor in zip(form.restored.inputs, tensors, strict=True):
@@ -135,9 +138,22 @@ def nearest(x: Tensor, origin: Origin, everywhere: bool, derive: bool, stream: b
 
 
 def _is_for_others(origin: Origin) -> bool:
-    missing = [source for source in origin.sources if not source.kept]
-    form = form_of(missing[0].tensor) if len(missing) == 1 else None
+    form = _only_form(origin)[1]
     return form is not None and bool(form.method.derive)
+
+
+def reach_of(origin: Origin) -> int:
+    """The products per number that may be spent on what follows from a tensor of this origin, if a form stands for its
+    source; 0: no more than on any other, see `lowrank.exact.origins.BUDGET`."""
+    form = _only_form(origin)[1] or _whole_form(origin)
+    return 0 if form is None else reach(form.method.derive)
+
+
+def _only_form(origin: Origin) -> tuple[tuple[Step, ...], Form | None]:
+    """The steps of an origin's source that is not kept, if there is one, and what a layer keeps of that."""
+    missing = [source for source in origin.sources if not source.kept]
+    one = bool(missing) and all(source.tensor is missing[0].tensor for source in missing)
+    return tuple(source.step for source in missing), form_of(missing[0].tensor) if one else None
 
 
 def _restoring(form: Form, kept: Tensors) -> Callable[..., Tensor]:

@@ -18,7 +18,8 @@ from lowrank.exact.slots import Way, has_slot, is_computed, waits
 from lowrank.layers.derived import derived
 from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.token_mask import without_padding
-from lowrank.methods.base import Derive, Method, Tensors, Vanilla
+from lowrank.methods.base import Method, Tensors, Vanilla
+from lowrank.methods.deriving import Derive
 from lowrank.tensors.geometry import Geometry
 from lowrank.tensors.worth import is_worth
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import lru_cache, partial
 from math import prod
 from typing import Any, ClassVar
@@ -33,7 +34,7 @@ from lowrank.exact.recompute import note_layer
 from lowrank.exact.slots import has_slot, in_checkpoint
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
-from lowrank.layers.derived import nearest
+from lowrank.layers.derived import nearest, reach_of
 from lowrank.layers.direct import DIRECT, nothing
 from lowrank.layers.held import Held, can_be_held, hold
 from lowrank.layers.keeping import Kept, LayerState, kept_of
@@ -274,11 +275,16 @@ def _note_way(
     x, weight, bias = given
     linear = isinstance(settings.geometry, LinearGeometry)
     cost = LAYER if linear else weight.numel() // y.shape[1]
-    ahead = origin_of(x).as_kept() if keeps_x else origin_of(x)
-    if not linear and cost > (BUDGET if y.numel() >= x.numel() else SHRINKING):
+    ahead = origin_of(x).as_kept() if keeps_x else origin_of(x, far=True)
+    costly = not linear and cost > (BUDGET if y.numel() >= x.numel() else SHRINKING)
+    if costly and not settings.method.derive and ahead.step.function is None:
         return
     stream = not linear and call is None and weight.shape[1] == 1
     ahead, added = nearest(x, ahead, everywhere, bool(settings.method.derive), stream)
+    if costly or (not linear and (ahead.step.cost % LAYER + cost > BUDGET or ahead.nbytes > y.nbytes)):
+        ahead = replace(ahead, reach=reach_of(ahead))
+    if costly and not ahead.reach:
+        return
     if not linear and 2 * added > y.nbytes:  # a large input that nothing keeps is not held for this
         if stream and ahead.step.function is None:
             note_layer(itself(x, stream=True), y, settings.geometry.forward, (weight, bias), cost)

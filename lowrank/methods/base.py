@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import SettingError
+from lowrank.methods.deriving import Derive, check_derive, reach
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
 from lowrank.tensors.geometry import Geometry, Shape
@@ -21,7 +21,6 @@ from lowrank.tensors.plans import fewest_macs, plan_gradient
 from lowrank.tensors.storage import Storage, check_storage, kept_ranks, restore, stored_bytes
 
 Tensors = tuple[Tensor | None, ...]
-Derive = bool | Literal["slopes"]
 
 
 class Method(ABC):
@@ -121,6 +120,7 @@ def exact_flops(geometry: Geometry, shape: Shape, out_channels: int, input_gradi
 def form_tag(storage: str, derive: Derive) -> str:
     """Ending of a tag where numbers are not kept in the input's dtype, or inputs that follow from others not at all."""
     behind = "_derived_slopes" if derive == "slopes" else "_derived" if derive else ""
+    behind += f"_{reach(derive)}" if reach(derive) else ""
     return f"{'' if storage == 'input' else f'_{storage}'}{behind}"
 
 
@@ -166,9 +166,11 @@ class TuckerMethod(Method):
             two wide inputs follow from the narrow one. The weight's gradient is then as near as that form. A step
             computes these convolutions once more. "slopes" takes which slope ReLU and its like have from such an input
             as well, in the place of one bit for each of its numbers, so that the gradients of inputs are near ones too:
-            for far less memory, where most of what is left are bits. In models that `torch.compile` has compiled, in
-            checkpoints, and where autograd's saved tensors are taken elsewhere, such an input is kept as the method
-            keeps it.
+            for far less memory, where most of what is left are bits. A number allows so many products for each number
+            of an input, where True allows 256. Then inputs follow by a 3 x 3 convolution of 512 channels, of 4,608, or
+            by several blocks of such ones, which run once more in a step: at most a third of what they take anyway. In
+            models that `torch.compile` has compiled, in checkpoints, and where autograd's saved tensors are taken
+            elsewhere, such an input is kept as the method keeps it.
     """
 
     restores: ClassVar[bool] = True
@@ -177,8 +179,7 @@ class TuckerMethod(Method):
 
     def __post_init__(self) -> None:
         check_storage(self.storage)
-        if not isinstance(self.derive, bool) and self.derive != "slopes":
-            raise SettingError(f"derive is {self.derive!r}; allowed: True, False or 'slopes'")
+        check_derive(self.derive)
 
     def __repr__(self) -> str:
         shown = [field.name for field in fields(self) if field.repr and field.name not in ("storage", "derive")]

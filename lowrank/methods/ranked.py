@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lowrank.errors import SettingError
-from lowrank.methods.base import Derive, Tensors, TuckerMethod, form_tag
+from lowrank.methods.base import Tensors, TuckerMethod, form_tag
+from lowrank.methods.deriving import Derive
 from lowrank.tensors.decompose import allowed_ranks
 from lowrank.tensors.geometry import Shape
 from lowrank.tensors.storage import stored_bytes
@@ -60,7 +61,9 @@ class RankedMethod(TuckerMethod):
             raise SettingError(f"the ranks of {name!r} were chosen for storage {chosen!r}, not {self.storage!r}")
         ahead = getattr(self.ranks, "derived", None)  # a plan's, of which other layers keep each for themselves
         derives = bool(self.derive) if ahead is None else name in ahead or name in ahead.values()
-        derive = derives and (self.derive or True)
+        if ahead is not None and self.derive != "slopes":
+            derives = derives and (self.ranks.reach or True)  # by which they were chosen
+        derive = derives and (self.derive or True) if derives is True else derives
         found = replace(self, ranks=per_layer[name], storage=chosen, derive=derive)
         object.__setattr__(found, "follows", (ahead or {}).get(name))
         return found

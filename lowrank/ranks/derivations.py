@@ -13,28 +13,29 @@ from lowrank.conversion.convert import convert
 from lowrank.layers.derived import Derivation, derivations_noted
 from lowrank.layers.preserve import LossFunction, loss_of, preserved
 from lowrank.methods.base import Tensors
+from lowrank.methods.deriving import Derive
 from lowrank.methods.rounded import Rounded
 from lowrank.tensors.geometry import Geometry
 
 
 def find_derivations(
-    model: nn.Module, names: Iterable[str], loss_fn: LossFunction, batch: Any
+    model: nn.Module, names: Iterable[str], loss_fn: LossFunction, batch: Any, derive: Derive = True
 ) -> dict[str, Derivation]:
     """Per name of a layer whose input need not be kept, how it follows from another one's; from one forward pass.
 
     The model is left as it was. Arguments as of `measure_perplexity`.
     """
-    with preserved(model), _converted(model, names), torch.enable_grad(), derivations_noted() as found:
+    with preserved(model), _converted(model, names, derive), torch.enable_grad(), derivations_noted() as found:
         loss_of(loss_fn, model, batch)
     return found
 
 
 @contextmanager
-def _converted(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+def _converted(model: nn.Module, names: Iterable[str], derive: Derive) -> Iterator[None]:
     """Within it the named layers keep a form each, by which it shows what follows from which."""
     before = [(module, type(module), _own(module)) for module in model.modules()]
     try:
-        convert(model, names, _Probe(derive=True), everywhere=True)
+        convert(model, names, _Probe(derive=derive), everywhere=True)
         yield
     finally:
         for module, kind, own in before:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lowrank.errors import TableError
+from lowrank.methods.deriving import reach
 from lowrank.ranks.table import Candidates, Energy, PerplexityTable
 from lowrank.tensors.storage import Storage
 
@@ -84,7 +85,7 @@ def pareto(nbytes: np.ndarray, cost: np.ndarray) -> np.ndarray:
     return order[improves]
 
 
-def groups_of(table: PerplexityTable, storages: Iterable[Storage], derive: bool) -> list[Group]:
+def groups_of(table: PerplexityTable, storages: Iterable[Storage], derive: bool | int) -> list[Group]:
     """The groups of a table's layers, with the candidates in these storages.
 
     Raises:
@@ -93,6 +94,9 @@ def groups_of(table: PerplexityTable, storages: Iterable[Storage], derive: bool)
     """
     if derive and not table.derives:
         raise TableError("the perplexity table does not say what follows from what; measure it with derive=True")
+    if reach(derive) and table.derives != derive:
+        told = table.derives if reach(table.derives) else "the usual number"
+        raise TableError(f"derive is {derive}, and the perplexity table was measured by {told} of products")
     storages = tuple(storages)
     own = {name: _single(name, candidates) for name, candidates in table.stored_as(storages).items()}
     if not derive:

@@ -21,6 +21,7 @@ from lowrank.layers.lazy import real
 from lowrank.layers.preserve import LossFunction, loss_of, preserved, tensors_in
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
+from lowrank.methods.deriving import check_derive, measured_with
 from lowrank.ranks.derivations import find_derivations
 from lowrank.ranks.table import Candidates, Derived, Energy, LayerPerplexity, PerplexityTable, joined, kept_bytes
 from lowrank.tensors.decompose import Spectrum, allowed_ranks, check_energy, project, spectra
@@ -45,7 +46,7 @@ def measure_perplexity(
     mode_energies: Sequence[float] = (),
     further: Iterable[Any] = (),
     storages: Sequence[Storage] = ("input",),
-    derive: bool = False,
+    derive: bool | int = False,
 ) -> PerplexityTable:
     """Perplexity of each layer at each energy, from one forward and one backward pass a batch.
 
@@ -74,18 +75,21 @@ def measure_perplexity(
         storages: of the Tucker form, see `lowrank.tensors.storage`.
         derive: True measures as well, of each candidate of a layer from whose input those of others follow (`derive` of
             `TuckerMethod`), the perplexity of all these layers together, for `select_ranks` with `derive`. One more
-            forward pass a batch, and for each candidate the steps that give the others' inputs.
+            forward pass a batch, and for each candidate the steps that give the others' inputs. A number: of methods
+            that allow so many products.
 
     Raises:
         ConversionError: a layer that is unknown, not supported, not called, or called more than once.
         NonFiniteError: the loss is not finite.
-        SettingError: energies or a storage out of what is allowed.
+        SettingError: energies, a storage or `derive` out of what is allowed.
     """
     energies, mode_energies = _ascending(energies), _ascending(mode_energies)
     if not energies:
         raise SettingError("no energy is given; give some above 0 and at most 1, such as (0.4, 0.6, 0.8)")
     for storage in storages:
         check_storage(storage)
+    check_derive(derive)
+    derive = measured_with(derive)
     layers = named_layers(model, names)
     for name, layer in layers.items():
         if not can_be_converted(layer):
@@ -98,7 +102,7 @@ def measure_perplexity(
         for number, each in enumerate(batches, start=1):
             probes = {name: _Probe(name, energies, mode_energies, tuple(storages), rows[name]) for name in layers}
             if derive:
-                for name, how in find_derivations(model, list(layers), loss_fn, each).items():
+                for name, how in find_derivations(model, list(layers), loss_fn, each, derive).items():
                     probes[name].hand_to = partial(probes[how.ahead].take, name, how)
             _backward(model, layers, probes, loss_fn, each)
             missing = [name for name in layers if len(rows[name]) < number]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lowrank.errors import BudgetError, TableError
+from lowrank.methods.deriving import reach
 from lowrank.ranks.groups import Pick, groups_of, pareto, pick_of
 from lowrank.ranks.table import Energy, PerplexityTable
 from lowrank.tensors.storage import STORAGES, Storage, check_storage
@@ -28,6 +29,7 @@ class RankPlan:
         storages: per layer name, the storage that was chosen.
         derived: per name of a layer that keeps nothing, since its input follows from what another one keeps, that one's
             name; its ranks are those of the input as it is, its storage is the other one's.
+        reach: products per number by which they follow, if the table was measured with a number; otherwise 0.
     """
 
     ranks: dict[str, tuple[int, ...]]
@@ -36,6 +38,7 @@ class RankPlan:
     perplexity: float
     storages: dict[str, Storage] = field(default_factory=dict)
     derived: dict[str, str] = field(default_factory=dict)
+    reach: int = 0
 
     @classmethod
     def of(cls, table: PerplexityTable, entries: Sequence[int]) -> RankPlan:
@@ -44,7 +47,7 @@ class RankPlan:
         return cls.from_picks([pick_of(*row) for row in rows])
 
     @classmethod
-    def from_picks(cls, picks: Sequence[Pick]) -> RankPlan:
+    def from_picks(cls, picks: Sequence[Pick], reach: int = 0) -> RankPlan:
         """The plan of what was chosen for each layer."""
         return cls(
             ranks={pick.name: pick.ranks for pick in picks},
@@ -53,6 +56,7 @@ class RankPlan:
             perplexity=sum(pick.perplexity for pick in picks),
             storages={pick.name: pick.storage for pick in picks},
             derived={pick.name: pick.ahead for pick in picks if pick.ahead is not None},
+            reach=reach,
         )
 
 
@@ -61,7 +65,7 @@ def select_ranks(
     budget_bytes: float,
     names: Iterable[str] | None = None,
     storages: Iterable[Storage] = STORAGES,
-    derive: bool = False,
+    derive: bool | int = False,
 ) -> RankPlan:
     """Choose one candidate per layer, ranks and storage: least total perplexity, never more than `budget_bytes`.
 
@@ -79,7 +83,8 @@ def select_ranks(
         storages: to choose from.
         derive: True chooses as well whether inputs that follow from another layer's are kept or derived from what that
             one keeps, whose bytes then serve them all; see `derive` of `TuckerMethod` and of `measure_perplexity`. Of a
-            layer and those behind it either all derive or none. Never worse than without.
+            layer and those behind it either all derive or none. Never worse than without. By as many products as the
+            table was measured with; a number has to be the same.
 
     Raises:
         BudgetError: the budget is no number, or below the least that the layers need; states that least.
@@ -113,7 +118,7 @@ def select_ranks(
         )
     chosen = _solve(options, int(budget_bytes))
     picks = {pick.name: pick for group, choice in zip(groups, chosen, strict=True) for pick in group.ways[choice]}
-    plan = RankPlan.from_picks([picks[name] for name in table.names])
+    plan = RankPlan.from_picks([picks[name] for name in table.names], reach(table.derives if derive else False))
     best = sum(int(nbytes[-1]) for nbytes, _ in options)
     if best == plan.nbytes < 0.9 * budget_bytes and not unlimited:
         warnings.warn(

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from lowrank.errors import TableError
+from lowrank.errors import SettingError, TableError
+from lowrank.methods.deriving import check_derive
 from lowrank.tensors.costs import tucker_numel
 from lowrank.tensors.decompose import allowed_ranks
 from lowrank.tensors.storage import STORAGES, Storage, kept_ranks, stored_bytes
@@ -115,7 +116,8 @@ class PerplexityTable:
         energies: ascending.
         layers: one row each, in the model's order.
         batches: number of batches.
-        derives: whether it was measured which inputs follow from which, see `derive` of `measure_perplexity`.
+        derives: whether it was measured which inputs follow from which, or by how many products, see `derive` of
+            `measure_perplexity`.
     """
 
     model: str
@@ -123,7 +125,7 @@ class PerplexityTable:
     energies: tuple[float, ...]
     layers: tuple[LayerPerplexity, ...]
     batches: int = 1
-    derives: bool = False
+    derives: bool | int = False
 
     @property
     def names(self) -> list[str]:
@@ -248,8 +250,10 @@ def _parse(content: Any) -> PerplexityTable:
     shape = () if batch_shape == [] else _whole(content, "batch_shape")
     (batches,) = _whole({"batches": [content.get("batches", 1)]}, "batches")
     derives = content.get("derives", False)
-    if not isinstance(derives, bool):
-        raise TableError("'derives' must be true or false")
+    try:
+        check_derive(derives)
+    except SettingError:
+        raise TableError("'derives' must be true, false or a number of products") from None
     rows_of = {layer.name: layer for layer in layers}
     for layer in layers:
         for name, own in (layer.derived.shapes if derives and layer.derived else {}).items():
