@@ -108,7 +108,7 @@ class Sweep(ABC):
         start, rows = self.start(dataset, seed), list(self.rows())
         ranked = [(layers, self.derives(method)) for layers, method in rows if self.leaves_ranks(method)]
         for layers, derive in dict.fromkeys(ranked):
-            options = [*start, *((f"{self.derive_option}={str(derive).lower()}",) if derive else ())]
+            options = [*start, *((self.derive_option, str(derive).lower()) if derive else ())]
             yield self.job("measure", self._table(dataset, layers, seed, derive), "vanilla", options)
         for layers, method in rows:
             for source in self._sources(dataset, layers) if self.leaves_ranks(method) else [None]:

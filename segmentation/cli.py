@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--limit", type=float, metavar="N", help="train on so many images, or up to 1 on that share")
         sub.add_argument("--batches", type=int, metavar="N", help="measure: take the mean over N batches (default: 1)")
         derive = "measure: what methods with derive need as well; N: those that allow so many products"
-        sub.add_argument("--derive", type=int, nargs="?", const=True, default=False, metavar="N", help=derive)
+        sub.add_argument("--derive", type=_derive, nargs="?", const=True, default=False, metavar="N", help=derive)
         sub.add_argument("--amp", action="store_true", help="mixed precision, on an accelerator")
         sub.add_argument("--budget-table", metavar="FILE", help="perplexity table that ranks are chosen by")
         sub.add_argument("--budget-mib", type=float, metavar="MIB", help="memory that they are chosen for")
@@ -89,6 +89,14 @@ def parser() -> argparse.ArgumentParser:
     prepared.add_argument("--archives", type=Path, help="folder with the archives as published (default: --data-dir)")
     commands.add_parser("sweep", add_help=False, help="many runs by one command; see sweep --help")
     return command
+
+
+def _derive(word: str) -> bool | int:
+    """What `--derive` says: true, or a number of products."""
+    try:
+        return True if word == "true" else int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r}; allowed: true, or a number of products such as 20000") from None
 
 
 def _layers(text: str) -> int | str:

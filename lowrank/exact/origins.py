@@ -155,9 +155,8 @@ class Origin:
         stream: whether it is of the size of its one source, such as a depthwise convolution's output; of use to a
             normalisation, which has to keep one of the two: from its source more can be computed.
         place: where it was noted, such as within a checkpoint, which keeps nothing after all.
-        reach: products per number that the way may take beyond `BUDGET`, or to a tensor smaller than the source; 0: no
-            more than that. Of use only where a form stands for the source, see `lowrank.layers.derived`: who needs the
-            tensor as it is keeps it.
+        reach: products per number that the way may take beyond `BUDGET`, or to what is smaller than the source; 0: no
+            more. Of use only where a form stands for the source, see `lowrank.layers.derived`.
     """
 
     step: Step
@@ -260,8 +259,8 @@ def is_noted(x: Tensor) -> bool:
 def origin_of(x: Tensor, stream: bool = False, far: bool = False) -> Origin:
     """The way to have a tensor in the backward pass that keeps least: its origin, or the tensor itself.
 
-    `stream`: of two that take as much, the one further ahead, see `Origin`. `far`: also one with `reach`, for who notes
-    what follows from the tensor, and does not keep it.
+    `stream`: of two that take as much, the one further ahead, see `Origin`. `far`: also one with `reach`, to note what
+    follows, not to keep it.
     """
     return least_of(x, find(x), stream, far)
 
@@ -273,11 +272,9 @@ def least_of(x: Tensor, origin: Origin | None, stream: bool = False, far: bool =
     with torch._C.DisableTorchFunctionSubclass():
         if is_known_as_kept(x):
             return itself(x, kept=True)
-        if origin.reach:
-            return origin
         added, own = origin.nbytes, x.untyped_storage().nbytes()
         equal = origin.parts or (stream and origin.stream)
-        return origin if added < own or (equal and added <= own) else itself(x)
+        return origin if origin.reach or added < own or (equal and added <= own) else itself(x)
 
 
 def takes_nothing(x: Tensor) -> bool:

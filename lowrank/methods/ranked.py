@@ -60,10 +60,7 @@ class RankedMethod(TuckerMethod):
         if self.storage not in ("input", chosen):
             raise SettingError(f"the ranks of {name!r} were chosen for storage {chosen!r}, not {self.storage!r}")
         ahead = getattr(self.ranks, "derived", None)  # a plan's, of which other layers keep each for themselves
-        derives = bool(self.derive) if ahead is None else name in ahead or name in ahead.values()
-        if ahead is not None and self.derive != "slopes":
-            derives = derives and (self.ranks.reach or True)  # by which they were chosen
-        derive = derives and (self.derive or True) if derives is True else derives
+        derive = self._derives() if ahead is None or name in ahead or name in ahead.values() else False
         found = replace(self, ranks=per_layer[name], storage=chosen, derive=derive)
         object.__setattr__(found, "follows", (ahead or {}).get(name))
         return found
@@ -73,7 +70,10 @@ class RankedMethod(TuckerMethod):
         return form_tag("mixed" if len(chosen) > 1 else chosen.pop(), self._derives())
 
     def _derives(self) -> Derive:
-        return self.derive or bool(getattr(self.ranks, "derived", {}))
+        """Of a plan by as many products as it was chosen with."""
+        if not getattr(self.ranks, "derived", {}) or self.derive == "slopes":
+            return self.derive
+        return self.ranks.reach or True
 
     def reason_against(self, layer: nn.Module) -> str | None:
         modes = next((n for kinds, n in _MODES.items() if isinstance(layer, kinds)), None)

@@ -41,7 +41,8 @@ def produced_and_needed(arguments, runs):
     value = {name: options[place + 1] for place, name in enumerate(options) if name.startswith("--")}
     names = re.findall(r"methods/(\S+)\.yaml", " ".join(options))
     pretraining = any("b_pretrain.yaml" in option for option in options)
-    measured = table_tag("--model.derive" in options)
+    derive = value.get("--model.derive", "false")
+    measured = table_tag(int(derive) if derive.isdecimal() else derive == "true")
     method = measured if options[0] == "measure" else (names or ["vanilla"])[0]
     setup = "B-pretrain" if pretraining else "B" if any("/b.yaml" in option for option in options) else "A"
     layers = value.get("--model.layers", "all")
@@ -71,7 +72,7 @@ def test_each_job_comes_after_what_it_needs(tmp_path, setup):
             assert any(path == str(there) or path.startswith(f"{there}/") for there in made), path
         made.append(folder)
         methods.add(folder.parts[-3])
-    tables = {"perplexity", "perplexity_derived"}
+    tables = {"perplexity", "perplexity_derived", "perplexity_derived_20000"}
     assert methods == methods_shipped | tables | ({"vanilla"} if setup == "b" else set())
     runs_each = len(methods_shipped) * 3 + 3 * len(tables) + (setup == "b")
     assert len(made) == 2 * runs_each
@@ -188,7 +189,7 @@ def test_methods_with_derive_have_a_table_of_their_own_and_others_the_one_of_bef
         chosen = words(tmp_path, "--budget", "1/20", "--methods", "vanilla", *methods)
         for job in sweep.parse(chosen)[0].jobs():
             if job.arguments[0] == "measure":
-                assert ("--model.derive" in job.arguments) == (job.run.method == "perplexity_derived")
+                assert ("--model.derive" in job.arguments) == job.run.method.startswith("perplexity_derived")
             if "--model.budget.table" in job.arguments:
                 table = Path(job.arguments[job.arguments.index("--model.budget.table") + 1])
                 found[job.run.method] = table.relative_to(tmp_path).parts[4]
@@ -199,6 +200,8 @@ def test_methods_with_derive_have_a_table_of_their_own_and_others_the_one_of_bef
     assert tables("asi", "asi_int8") == (before, 1)
     assert tables("asi_int8_derived") == (derived, 1)
     assert tables("asi", "asi_int8", "asi_int8_derived") == (before | derived, 2)
+    far = {"asi_int8_derived_20000_1of20": "perplexity_derived_20000"}
+    assert tables("asi_int8_derived_20000", "asi_int8_derived") == (far | derived, 2)
 
 
 def published_words(*options):

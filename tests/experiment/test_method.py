@@ -23,6 +23,7 @@ CONFIGS = [
     {"type": "ASI", "storage": "int8", "derive": True},
     {"type": "HOSVD", "energy": 0.8, "derive": True},
     {"type": "ASI", "derive": "slopes"},
+    {"type": "ASI", "derive": 20000},
     {"type": "FixedBases"},
     {"type": "Rounded", "storage": "int8"},
     {"type": "FixedBases", "ranks": 3},
@@ -66,7 +67,9 @@ def test_a_config_leaves_ranks_to_a_budget_where_its_layers_cannot_do_without(co
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_a_config_says_whether_its_table_is_measured_with_derive(config):
     derive = config.get("derive", False)
-    assert derives(config) == derives(as_class_path(config)) == bool(derive)
+    expected = derive if derive == 20000 else bool(derive)
+    assert derives(config) == derives(as_class_path(config)) == expected
+    assert type(derives(config)) is type(expected)
     assert build_method(config).derive == derive
     if derive:
         with pytest.raises(ExperimentError, match=rf"fuse is off with \w+\(derive={derive!r}\): .*; leave fuse out"):

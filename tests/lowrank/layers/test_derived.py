@@ -302,5 +302,5 @@ def test_a_method_says_so():
     assert "derive=True" in repr(HOSVD(0.8, derive=True))
     assert "derive" not in repr(HOSVD(0.8))
     assert Rounded(derive="slopes").tag == "rounded_int8_derived_slopes"
-    with pytest.raises(SettingError, match="allowed: True, False or 'slopes'"):
+    with pytest.raises(SettingError, match="allowed: True, False, 'slopes' or a number"):
         ASI(4, derive="bits")

@@ -10,7 +10,7 @@ from references import left_vectors, multiply, random_tensor
 from torch import nn
 
 import lowrank
-from lowrank import ASI, BudgetError, PerplexityTable, TableError, Vanilla, select_ranks
+from lowrank import ASI, BudgetError, PerplexityTable, SettingError, TableError, Vanilla, select_ranks
 from lowrank.tensors.storage import restore, store
 from lowrank.tensors.tucker import Tucker
 
@@ -236,10 +236,50 @@ def test_a_damaged_table_is_refused(tmp_path, change, message):
         PerplexityTable.load(path)
 
 
-def test_nothing_follows_where_nothing_does():
+def dear():
+    """A network whose last input follows by 288 products for each of its numbers."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3)).double()
-    x = random_tensor(4, 3, 9, 8)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 3, 3))
+    return model.double(), random_tensor(4, 3, 9, 8)
+
+
+@pytest.mark.parametrize("derive", [True, 300])
+def test_a_plan_brings_the_number_of_products_that_its_table_was_measured_with(tmp_path, derive):
+    model, x = dear()
+    options = {"mode_energies": MODE_ENERGIES, "storages": ("int8",), "derive": 300}
+    measured = lowrank.measure_perplexity(model, ["2", "4"], loss_of, x, **options)
+    measured.save(tmp_path / "table.json")
+    table = PerplexityTable.load(tmp_path / "table.json")
+    assert table == measured
+    assert table.derives == 300
+    plan = select_ranks(table, 7000, storages=("int8",), derive=derive)
+    assert (plan.derived, plan.reach) == ({"4": "2"}, 300)
+    for method in (ASI(plan), ASI(plan, derive=True), ASI(plan, derive=300)):
+        assert method.for_layer("2").derive == method.for_layer("4").derive == 300
+        trained = lowrank.convert(copy.deepcopy(model), ["2", "4"], method, everywhere=True)
+        loss_of(trained, x).backward()
+        kept = {layer._lowrank.name: layer._lowrank.kept_bytes for layer in lowrank.converted_layers(trained)}
+        assert kept == {"2": plan.nbytes, "4": 0}
+    assert ASI(plan).tag == "asi_int8_derived_300"
+
+
+def test_another_number_than_the_table_was_measured_with_is_refused():
+    model, x = dear()
+    for measured, told in ((300, "by 300"), (True, "by the usual number")):
+        table = lowrank.measure_perplexity(model, ["2", "4"], loss_of, x, derive=measured)
+        with pytest.raises(TableError, match=f"derive is 400, and the perplexity table was measured {told} of products"):
+            select_ranks(table, 6000, derive=400)
+
+
+@pytest.mark.parametrize("derive", [2.5, "far", -1, 256])
+def test_what_is_no_number_of_products_is_refused(derive):
+    model, x = dear()
+    with pytest.raises(SettingError, match="or a number of products between"):
+        lowrank.measure_perplexity(model, ["2", "4"], loss_of, x, derive=derive)
+
+
+def test_nothing_follows_where_nothing_does():
+    model, x = dear()
     table = lowrank.measure_perplexity(model, ["2", "4"], loss_of, x, derive=True)  # 288 products for each number
     assert table.derives
     plan, same = (select_ranks(table, 4000, derive=derive) for derive in (True, False))
