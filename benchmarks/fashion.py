@@ -76,6 +76,8 @@ KINDS = {
     "asi": Kind(("input",)),
     "asi_int8": Kind(("int8",)),
     "asi_int8_derived": Kind(("int8",), derive=True),
+    "asi_int8_derived_20000": Kind(("int8",), derive=20000),
+    "asi_int8_derived_20000_rounded": Kind(("int8",), derive=20000, rounds_classifier=True),
     "asi_int8_derived_slopes": Kind(("int8",), partial(ASI, derive="slopes"), "slopes"),
     "asi_int8_derived_rounded": Kind(("int8",), derive=True, rounds_classifier=True),
     "asi_int8_derived_slopes_rounded": Kind(("int8",), partial(ASI, derive="slopes"), "slopes", True),
@@ -287,10 +289,11 @@ def summary(rows: pd.DataFrame) -> str:
 4,000 images of Fashion-MNIST at 96 pixels, tested on 10,000. Memory: of the trained layers' inputs. Mean over the
 seeds ± the standard error of the mean; the gap is to vanilla of the same seed. Closed: share of `asi`'s training loss
 above vanilla's, at the same memory, that the method does not have. `micro_16`: gradients summed up over parts of 16
-samples, so that each may keep four times as much. `derived`: inputs that follow from others are not kept; `slopes`: nor
-are bits of the activations ahead of these; `rounded`: the classifier's input is kept in eight bits. `exact_layers`:
-inputs as they are, or what they are computed from, at most bits for activations, nothing for normalisations. Step:
-processor time over vanilla's, of runs on CPUs with one thread.
+samples, so that each may keep four times as much. `derived`: inputs that follow from others are not kept, by up to 256
+products for each number, or as many as are named; `slopes`: nor are bits of the activations ahead of these; `rounded`:
+the classifier's input is kept in eight bits. `exact_layers`: inputs as they are, or what they are computed from, at
+most bits for activations, nothing for normalisations. Step: processor time over vanilla's, of runs on CPUs with one
+thread.
 Trained on {", ".join(sorted(set(rows.device)))}.
 """
     )

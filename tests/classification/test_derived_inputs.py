@@ -47,7 +47,7 @@ def test_a_method_with_derive_has_a_table_of_its_own_that_serves_it_and_leaves_o
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "does not say which inputs follow from which, as a method with derive needs it; measure one with "),
+        ([], "does not say which inputs follow from which, as a method with derive=True needs it; measure one with "),
         (["--model.rank_choice", "random"], "--model.rank_choice is 'random' with derive; allowed: 'perplexity'"),
         (["--model.fuse", "false"], "fuse is off with ASI(derive=True): "),
         (["--trainer.precision", "bf16-mixed"], "--trainer.precision is bf16-mixed with a method with derive: "),

@@ -103,7 +103,9 @@ def test_with_derive_a_budget_is_for_the_layers_that_others_follow_from(tmp_path
         ExperimentError, match=r"table\.json does not say .*--model\.derive true \(segmentation: --derive"
     ):
         before.plan(TABLE.names, derive=True)
-    with pytest.raises(ExperimentError, match=r"derived\.json does not say .* with derive=5000 .*--model\.derive 5000 "):
+    with pytest.raises(
+        ExperimentError, match=r"derived\.json does not say .* with derive=5000 .*--model\.derive 5000 "
+    ):
         budget.plan(TABLE.names, derive=5000)
     for choice in ("per_layer", "one_energy", "random"):
         with pytest.raises(ExperimentError, match=f"rank_choice is '{choice}' with derive; allowed: 'perplexity'"):

@@ -267,7 +267,9 @@ def test_another_number_than_the_table_was_measured_with_is_refused():
     model, x = dear()
     for measured, told in ((300, "by 300"), (True, "by the usual number")):
         table = lowrank.measure_perplexity(model, ["2", "4"], loss_of, x, derive=measured)
-        with pytest.raises(TableError, match=f"derive is 400, and the perplexity table was measured {told} of products"):
+        with pytest.raises(
+            TableError, match=f"derive is 400, and the perplexity table was measured {told} of products"
+        ):
             select_ranks(table, 6000, derive=400)
 
 
