@@ -25,7 +25,7 @@ from segmentation.cli import main as command
 from segmentation.sweep import Sweep, parse
 
 NETWORK, DATASET, LAYERS, BATCH, STEPS, DIVISOR = "pspnet_small", "digit_scenes_96", "10", 16, 800, 20
-EXACT, WHOLE = "vanilla", ("asi", "asi_int8")
+EXACT, WHOLE = "vanilla", ("asi", "asi_int8", "asi_int8_derived_20000")
 KEY = ["layers", "method", "parts", "seed"]
 
 
