@@ -31,7 +31,6 @@ from lowrank.exact.origins import (
     LAYER,
     Origin,
     Reader,
-    Rebuild,
     find,
     is_kept,
     is_parameter,
@@ -41,6 +40,7 @@ from lowrank.exact.origins import (
     reading,
     takes_nothing,
 )
+from lowrank.exact.steps import Rebuild
 from lowrank.tensors.eager import Node, is_batched, saved
 from lowrank.tensors.memory_layout import plainly_last
 

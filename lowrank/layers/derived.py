@@ -20,8 +20,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowrank.exact.origins import Origin, Source, Step, find, itself, version_of
+from lowrank.exact.origins import Origin, Source, find, itself, version_of
 from lowrank.exact.slots import here, in_checkpoint
+from lowrank.exact.steps import Step
 from lowrank.layers.shared_inputs import Form, form_of
 from lowrank.methods.base import Tensors
 from lowrank.methods.deriving import reach

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import LowRankError
-from lowrank.exact.origins import Origin, Rebuild, find, is_kept, is_known_as_kept, origin_of, reading
+from lowrank.exact.origins import Origin, find, is_kept, is_known_as_kept, origin_of, reading
 from lowrank.exact.slots import Way, has_slot, is_computed, waits
+from lowrank.exact.steps import Rebuild
 from lowrank.layers.derived import derived
 from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.token_mask import without_padding

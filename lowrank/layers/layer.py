@@ -279,10 +279,13 @@ def _note_way(
     costly = not linear and cost > (BUDGET if y.numel() >= x.numel() else SHRINKING)
     if costly and not settings.method.derive and ahead.step.function is None:
         return
+    ahead.step.given = max(ahead.step.given, x.nbytes)
     stream = not linear and call is None and weight.shape[1] == 1
     ahead, added = nearest(x, ahead, everywhere, bool(settings.method.derive), stream)
     if costly or (not linear and (ahead.step.cost % LAYER + cost > BUDGET or ahead.nbytes > y.nbytes)):
-        ahead = replace(ahead, reach=reach_of(ahead))
+        # What is far larger than all that layers are given, such as a stem's output, is not there once more for this.
+        largest = max(ahead.step.given, *[source.tensor.nbytes for source in ahead.sources])
+        ahead = replace(ahead, reach=reach_of(ahead) if ahead.step.widest <= 2 * largest else 0)
     if costly and not ahead.reach:
         return
     if not linear and 2 * added > y.nbytes:  # a large input that nothing keeps is not held for this

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowrank.exact.origins import Step
 from lowrank.exact.slots import here, in_checkpoint
+from lowrank.exact.steps import Step
 from lowrank.layers.token_mask import current_mask
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.geometry import Shape

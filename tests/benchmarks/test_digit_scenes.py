@@ -61,7 +61,9 @@ def test_the_table_has_the_gap_to_ordinary_training_of_the_same_seed(done):
     rows = pd.read_csv(done[1])
     assert len(rows) == 2 * (len(ACCURACY) + 1)
     lines = done[1].with_suffix(".md").read_text().splitlines()
-    cells = {(line.split(" | ")[1], line.split(" | ")[2]): line.split(" | ") for line in lines if line.startswith("| 10 ")}
+    cells = {
+        (line.split(" | ")[1], line.split(" | ")[2]): line.split(" | ") for line in lines if line.startswith("| 10 ")
+    }
     assert cells["asi_int8_derived_20000", "1"][5].startswith("-0.50")
     assert cells["asi_int8", "4"][5].startswith("-1.00")
     assert cells["vanilla", "1"][5] == "-"
