@@ -168,8 +168,8 @@ def test_the_number_counts_the_products_on_the_costliest_way():
 
 
 def test_what_is_far_larger_than_all_inputs_is_not_there_once_more():
-    """Of a stem, whose output no layer is given before it is pooled: nothing follows from the image, and the peak is that
-    of exact layers, or hardly more."""
+    """Of a stem, whose output no layer is given before it is pooled: nothing follows from the image, and the peak is
+    that of exact layers, or hardly more."""
 
     class Stem(nn.Sequential):
         def __init__(self):
