@@ -313,7 +313,7 @@ def test_slopes_with_a_plan_by_a_number_of_products_are_refused():
     options = {"mode_energies": MODE_ENERGIES, "storages": ("int8",)}
     table = lowrank.measure_perplexity(model, ["2", "4"], loss_of, x, derive=300, **options)
     plan = select_ranks(table, 7000, storages=("int8",), derive=True)
-    with pytest.raises(lowrank.LowRankError, match="'slopes', and the ranks were chosen so .* up to 300"):
+    with pytest.raises(lowrank.LowRankError, match="'slopes', and the ranks were chosen so"):
         lowrank.convert(model, ["2", "4"], ASI(plan, derive="slopes"))
     assert not list(lowrank.converted_layers(model))
     apart = select_ranks(table, 7000, storages=("int8",))
