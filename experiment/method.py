@@ -123,10 +123,21 @@ def check_precision(config: Mapping[str, Any] | None, mixed: str) -> None:
 
 def table_tag(derive: bool | int) -> str:
     """What stands for the method in the folder of a perplexity table: one with `derive` has a folder of its own, since
-    runs are told by what their table holds."""
-    if not derive:
-        return "perplexity"
-    return "perplexity_derived" if derive is True else f"perplexity_derived_{derive}"
+    runs are told by what their table holds.
+
+    Raises:
+        ExperimentError: a number of products that `derive` cannot be, ahead of all that measuring takes.
+    """
+    if isinstance(derive, bool):
+        return "perplexity_derived" if derive else "perplexity"
+    from lowrank import SettingError
+    from lowrank.methods.deriving import check_derive
+
+    try:
+        check_derive(derive)
+    except SettingError as error:
+        raise ExperimentError(f"of the perplexity table {error}") from None
+    return f"perplexity_derived_{derive}"
 
 
 def with_ranks(

@@ -124,7 +124,7 @@ def task_of(options: argparse.Namespace) -> Task:
         _limit(config, options.limit)
     if options.batches is not None:
         config.perplexity = {**config.get("perplexity", {}), "batches": options.batches}
-    if options.derive:
+    if options.derive is not False:
         config.perplexity = {**config.get("perplexity", {}), "derive": options.derive}
     if options.load_from is not None:
         config.load_from = options.load_from

@@ -138,6 +138,12 @@ def nearest(x: Tensor, origin: Origin, everywhere: bool, derive: bool, stream: b
     return (origin, origin.nbytes) if derived_from(own) is None else (own, 0)
 
 
+def is_kept_for_others(x: Tensor) -> bool:
+    """Whether a layer keeps a form of this very tensor that others may be derived from."""
+    form = form_of(x)
+    return form is not None and bool(form.method.derive)
+
+
 def _is_for_others(origin: Origin) -> bool:
     form = _only_form(origin)[1]
     return form is not None and bool(form.method.derive)

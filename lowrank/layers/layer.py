@@ -34,7 +34,7 @@ from lowrank.exact.recompute import note_layer
 from lowrank.exact.slots import has_slot, in_checkpoint
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
-from lowrank.layers.derived import nearest, reach_of
+from lowrank.layers.derived import is_kept_for_others, nearest, reach_of
 from lowrank.layers.direct import DIRECT, nothing
 from lowrank.layers.held import Held, can_be_held, hold
 from lowrank.layers.keeping import Kept, LayerState, kept_of
@@ -277,11 +277,13 @@ def _note_way(
     cost = LAYER if linear else weight.numel() // y.shape[1]
     ahead = origin_of(x).as_kept() if keeps_x else origin_of(x, far=True)
     costly = not linear and cost > (BUDGET if y.numel() >= x.numel() else SHRINKING)
-    if costly and not settings.method.derive and ahead.step.function is None:
+    # Also of a layer, such as a shortcut, that has its input in common with one that keeps it for those behind both.
+    derive = bool(settings.method.derive) or is_kept_for_others(x)
+    if costly and not derive and ahead.step.function is None:
         return
     ahead.step.given = max(ahead.step.given, x.nbytes)
     stream = not linear and call is None and weight.shape[1] == 1
-    ahead, added = nearest(x, ahead, everywhere, bool(settings.method.derive), stream)
+    ahead, added = nearest(x, ahead, everywhere, derive, stream)
     if costly or (not linear and (ahead.step.cost % LAYER + cost > BUDGET or ahead.nbytes > y.nbytes)):
         # What is far larger than all that layers are given, such as a stem's output, is not there once more for this.
         largest = max(ahead.step.given, *[source.tensor.nbytes for source in ahead.sources])

@@ -59,6 +59,7 @@ class RankedMethod(TuckerMethod):
         chosen = getattr(self.ranks, "storages", {}).get(name, self.storage)
         if self.storage not in ("input", chosen):
             raise SettingError(f"the ranks of {name!r} were chosen for storage {chosen!r}, not {self.storage!r}")
+        self._check_slopes()
         ahead = getattr(self.ranks, "derived", None)  # a plan's, of which other layers keep each for themselves
         derive = self._derives() if ahead is None or name in ahead or name in ahead.values() else False
         found = replace(self, ranks=per_layer[name], storage=chosen, derive=derive)
@@ -68,6 +69,14 @@ class RankedMethod(TuckerMethod):
     def _form_tag(self) -> str:
         chosen = set(getattr(self.ranks, "storages", {}).values()) or {self.storage}
         return form_tag("mixed" if len(chosen) > 1 else chosen.pop(), self._derives())
+
+    def _check_slopes(self) -> None:
+        """Refuse slopes with a plan by a number of products: what follows by so many would be kept, and whole."""
+        if self.derive == "slopes" and getattr(self.ranks, "derived", {}) and self.ranks.reach:
+            raise SettingError(
+                f"derive is 'slopes', and the ranks were chosen so that inputs follow by up to {self.ranks.reach} "
+                f"products; choose them by a table that was measured with derive=True"
+            )
 
     def _derives(self) -> Derive:
         """Of a plan by as many products as it was chosen with."""

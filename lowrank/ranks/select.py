@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lowrank.errors import BudgetError, TableError
-from lowrank.methods.deriving import reach
+from lowrank.methods.deriving import check_derive, measured_with, reach
 from lowrank.ranks.groups import Pick, groups_of, pareto, pick_of
 from lowrank.ranks.table import Energy, PerplexityTable
 from lowrank.tensors.storage import STORAGES, Storage, check_storage
@@ -88,7 +88,7 @@ def select_ranks(
 
     Raises:
         BudgetError: the budget is no number, or below the least that the layers need; states that least.
-        SettingError: a storage that does not exist.
+        SettingError: a storage that does not exist, or `derive` out of what is allowed.
         TableError: a name that the table does not have, none of the storages for a layer, a perplexity that is not
             finite, or `derive` with a table that was not measured so.
 
@@ -103,6 +103,8 @@ def select_ranks(
     storages = tuple(storages)
     for storage in storages:
         check_storage(storage)
+    check_derive(derive)
+    derive = measured_with(derive)
     groups = groups_of(table, storages, derive)
     options = [(group.nbytes, group.perplexity) for group in groups]
     least = sum(int(nbytes[0]) for nbytes, _ in options)

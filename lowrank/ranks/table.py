@@ -253,7 +253,9 @@ def _parse(content: Any) -> PerplexityTable:
     try:
         check_derive(derives)
     except SettingError:
-        raise TableError("'derives' must be true, false or a number of products") from None
+        derives = None
+    if derives is None or isinstance(derives, str):  # a method's "slopes" is no way to measure
+        raise TableError("'derives' must be true, false or a number of products")
     rows_of = {layer.name: layer for layer in layers}
     for layer in layers:
         for name, own in (layer.derived.shapes if derives and layer.derived else {}).items():

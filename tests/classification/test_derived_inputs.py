@@ -44,6 +44,13 @@ def test_a_method_with_derive_has_a_table_of_its_own_that_serves_it_and_leaves_o
     assert "done already" in execute(arguments("measure", measured[0], *measured[1], "--model.derive", "false"), capsys)
 
 
+@pytest.mark.parametrize("derive", [0, 1, 256])
+def test_a_number_that_no_table_is_measured_with_is_one_line_ahead_of_all_else(derive, tmp_path, capsys):
+    assert main(arguments("measure", tmp_path, "--model.derive", derive, "--dry_run")) == 2
+    assert f"error: of the perplexity table derive is {derive}; allowed: " in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -8,7 +8,16 @@ from torch import nn
 
 import lowrank
 from experiment import ExperimentError
-from experiment.method import build_method, derives, fuses, leaves_ranks, method_tag, needs_ranks, with_ranks
+from experiment.method import (
+    build_method,
+    derives,
+    fuses,
+    leaves_ranks,
+    method_tag,
+    needs_ranks,
+    table_tag,
+    with_ranks,
+)
 from experiment.ranks import Budget
 
 CONFIGS = [
@@ -75,6 +84,14 @@ def test_a_config_says_whether_its_table_is_measured_with_derive(config):
         with pytest.raises(ExperimentError, match=rf"fuse is off with \w+\(derive={derive!r}\): .*; leave fuse out"):
             fuses(build_method(config), False)
         assert fuses(build_method(config), None)
+
+
+def test_the_folder_of_a_table_is_told_by_a_number_that_can_be_measured_with():
+    assert [table_tag(derive) for derive in (False, True)] == ["perplexity", "perplexity_derived"]
+    assert table_tag(20000) == "perplexity_derived_20000"
+    for derive in (0, 1, 256, -5, 1 << 24):
+        with pytest.raises(ExperimentError, match=f"of the perplexity table derive is {derive}; allowed: "):
+            table_tag(derive)
 
 
 def test_every_method_of_the_library_is_known_without_importing_it():

@@ -62,6 +62,14 @@ def finished(data_dir, tmp_path_factory):
     return runs
 
 
+@pytest.mark.parametrize("derive", [0, 1, 256])
+def test_a_number_that_no_table_is_measured_with_is_one_line_ahead_of_all_else(derive, data_dir, tmp_path, capsys):
+    words = arguments("measure", "vanilla", data_dir, tmp_path, f"--derive={derive}", "--dry-run")
+    assert main(words) == 2
+    assert f"error: of the perplexity table derive is {derive}; allowed: " in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*"))
+
+
 def test_its_table_says_what_follows_from_what_and_lies_beside_the_other(finished, data_dir, capsys):
     before, derived = (
         PerplexityTable.load(folder(finished, name) / "perplexity.json")

@@ -3,8 +3,10 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from derived_cases import DEPTHWISE, EXPAND, NAMES, PROJECT, by_hand, loss_of, network
 from references import left_vectors, multiply, random_tensor
 from torch import nn
@@ -20,6 +22,13 @@ ENERGIES, MODE_ENERGIES = (0.4, 0.8), (0.3, 0.9)
 def measured(model, x, **options):
     settings = {"energies": ENERGIES, "mode_energies": MODE_ENERGIES, "storages": ("int8",), "derive": True, **options}
     return lowrank.measure_perplexity(model, NAMES, loss_of, x, **settings)
+
+
+class Sine(nn.Module):
+    """Of what it gives nothing is known, so that it does not follow from the image."""
+
+    def forward(self, x):
+        return torch.sin(x)
 
 
 def near(x, ranks, storage):
@@ -263,6 +272,54 @@ def test_a_plan_brings_the_number_of_products_that_its_table_was_measured_with(t
     assert ASI(plan).tag == "asi_int8_derived_300"
 
 
+class Smaller(nn.Module):
+    """A residual block whose shortcut has the input of its first convolution, to half the size."""
+
+    def __init__(self, inside, outside):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, 2, 1)
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1)
+        self.short = nn.Conv2d(inside, outside, 1, 2)
+
+    def forward(self, x):
+        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.short(x))
+
+
+@pytest.mark.parametrize("inside", [16, 32, 160])
+def test_a_plan_lets_inputs_follow_over_shortcuts_that_share_what_is_kept(inside, recwarn):
+    """Such a shortcut derives nothing itself. Of the layers behind the block all derive that the plan says."""
+    torch.manual_seed(0)
+    blocks = nn.Sequential(Smaller(inside, 2 * inside), nn.Conv2d(2 * inside, 6, 3, 1, 1), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, inside, 3), Sine(), blocks, nn.Conv2d(6, 2, 1)).double()
+    x, names = random_tensor(4, 3, 9, 8), ["2.0.conv1", "2.0.conv2", "2.0.short", "2.1"]
+    table = lowrank.measure_perplexity(model, names, loss_of, x, ENERGIES, storages=("int8",), derive=20_000)
+    found = table.stored_as(("int8",))
+    least = sum(min(found[name].nbytes) for name in ("2.0.conv1", "2.0.short"))
+    for budget in (least, 1e9):
+        plan = select_ranks(table, budget, storages=("int8",), derive=20_000)
+        trained = lowrank.convert(copy.deepcopy(model), names, ASI(plan), everywhere=True)
+        loss_of(trained, x).backward()
+        states = {layer._lowrank.name: layer._lowrank for layer in lowrank.converted_layers(trained)}
+        assert {name: state.derived for name, state in states.items() if state.derived} == plan.derived
+        assert sum(state.kept_bytes for state in states.values()) <= plan.nbytes
+        if budget == least:
+            assert plan.derived == dict.fromkeys(["2.0.conv2", "2.1"], "2.0.conv1")
+    assert not [str(warning.message) for warning in recwarn if "keeps its whole input" in str(warning.message)]
+
+
+def test_slopes_with_a_plan_by_a_number_of_products_are_refused():
+    """What follows by more than the usual number would be kept, at ranks that are its whole shape."""
+    model, x = dear()
+    options = {"mode_energies": MODE_ENERGIES, "storages": ("int8",)}
+    table = lowrank.measure_perplexity(model, ["2", "4"], loss_of, x, derive=300, **options)
+    plan = select_ranks(table, 7000, storages=("int8",), derive=True)
+    with pytest.raises(lowrank.LowRankError, match="'slopes', and the ranks were chosen so"):
+        lowrank.convert(model, ["2", "4"], ASI(plan, derive="slopes"))
+    assert not list(lowrank.converted_layers(model))
+    apart = select_ranks(table, 7000, storages=("int8",))
+    lowrank.convert(model, ["2", "4"], ASI(apart, derive="slopes"))
+
+
 def test_another_number_than_the_table_was_measured_with_is_refused():
     model, x = dear()
     for measured, told in ((300, "by 300"), (True, "by the usual number")):
@@ -273,11 +330,24 @@ def test_another_number_than_the_table_was_measured_with_is_refused():
             select_ranks(table, 6000, derive=400)
 
 
-@pytest.mark.parametrize("derive", [2.5, "far", -1, 256])
+@pytest.mark.parametrize("derive", [2.5, "far", -1, 256, None, np.int64(300)])
 def test_what_is_no_number_of_products_is_refused(derive):
     model, x = dear()
     with pytest.raises(SettingError, match="or a number of products between"):
         lowrank.measure_perplexity(model, ["2", "4"], loss_of, x, derive=derive)
+    table = lowrank.measure_perplexity(model, ["2", "4"], loss_of, x, derive=True)
+    with pytest.raises(SettingError, match="or a number of products between"):
+        select_ranks(table, 10**6, derive=derive)
+
+
+@pytest.mark.parametrize("derives", [12.5, -1, 256, "slopes", "300", None, [300]])
+def test_a_table_of_a_damaged_number_is_refused(tmp_path, derives):
+    model, x = dear()
+    lowrank.measure_perplexity(model, ["2", "4"], loss_of, x, derive=300).save(tmp_path / "table.json")
+    content = json.loads((tmp_path / "table.json").read_text())
+    (tmp_path / "table.json").write_text(json.dumps({**content, "derives": derives}))
+    with pytest.raises(TableError, match="'derives' must be true, false or a number of products"):
+        PerplexityTable.load(tmp_path / "table.json")
 
 
 def test_nothing_follows_where_nothing_does():
