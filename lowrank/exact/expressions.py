@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowrank.exact import chains
 from lowrank.exact.origins import (
-    LAYER,
     Origin,
     Reader,
     find,
@@ -31,6 +30,7 @@ from lowrank.exact.origins import (
     origin_of,
     reading,
 )
+from lowrank.tensors.again import LAYER
 from lowrank.tensors.eager import ORDINARY, Node, saved
 
 _ADDED = {torch.add, Tensor.add}

@@ -21,13 +21,11 @@ from torch import Tensor, nn
 from lowrank.exact import slots
 from lowrank.exact.slots import here, place_of_saving
 from lowrank.exact.steps import Rebuild, Step
+from lowrank.tensors.again import BUDGET, LAYER
 from lowrank.tensors.eager import in_autocast, nodes_run, wants_gradient
 from lowrank.tensors.notes import Notes
 
 DEEPEST = 48  # steps from a source to a tensor; what is further away is kept itself
-LAYER = 1 << 24  # what a linear layer or attention takes; one is on the way to a tensor at most
-BUDGET = 256  # and convolutions of so many products per number
-SHRINKING = 144  # of one that gives less than it is given, whose output takes little and serves those behind it
 
 
 @dataclass(slots=True, eq=False)

@@ -28,7 +28,6 @@ from torch import Tensor
 from lowrank.exact.chains import Normalisation
 from lowrank.exact.expressions import is_fixed, keeps_its_input, note_of
 from lowrank.exact.origins import (
-    LAYER,
     Origin,
     Reader,
     find,
@@ -41,6 +40,7 @@ from lowrank.exact.origins import (
     takes_nothing,
 )
 from lowrank.exact.steps import Rebuild
+from lowrank.tensors.again import LAYER
 from lowrank.tensors.eager import Node, is_batched, saved
 from lowrank.tensors.memory_layout import plainly_last
 

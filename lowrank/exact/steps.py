@@ -22,7 +22,7 @@ class Step:
         link: what it is of a chain that is computed in one pass, see `chains`; None: nothing.
         fresh: whether what it gives is new memory, that nothing else refers to.
         readers: backward nodes that have still to read it, and steps that such nodes need and that need it.
-        cost: of the layers on the costliest way to it, see `BUDGET` and `LAYER` of `origins`.
+        cost: of the layers on the costliest way to it, see `lowrank.tensors.again`.
         widest, given: bytes of the largest tensor on the way, and of the largest that a layer is given.
     """
 

@@ -151,7 +151,7 @@ def _is_for_others(origin: Origin) -> bool:
 
 def reach_of(origin: Origin) -> int:
     """The products per number that may be spent on what follows from a tensor of this origin, if a form stands for its
-    source; 0: no more than on any other, see `lowrank.exact.origins.BUDGET`."""
+    source; 0: no more than on any other, see `lowrank.tensors.again`."""
     form = _only_form(origin)[1] or _whole_form(origin)
     return 0 if form is None else reach(form.method.derive)
 

@@ -21,9 +21,6 @@ from torch.nn.utils import parametrize
 
 from lowrank.errors import ConversionError
 from lowrank.exact.origins import (
-    BUDGET,
-    LAYER,
-    SHRINKING,
     find,
     is_kept,
     is_noted,
@@ -42,6 +39,7 @@ from lowrank.layers.kinds import KINDS, Kind, kind_of
 from lowrank.layers.lazy import Lazy, real
 from lowrank.layers.swap import Changed, is_parametrized_class, own_of, plain_class
 from lowrank.methods.base import Method, Tensors
+from lowrank.tensors.again import BUDGET, LAYER, SHRINKING
 from lowrank.tensors.eager import in_autocast, in_compiled_graph, trains_plainly, without_autocast
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry
 from lowrank.tensors.worth import again_is_worth, bits_are_worth, merging_ahead_is_worth, merging_is_worth

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from lowrank.errors import SettingError
-from lowrank.exact.origins import BUDGET, LAYER
+from lowrank.tensors.again import BUDGET, LAYER
 
 Derive = bool | int | Literal["slopes"]
 

@@ -1,0 +1,5 @@
+"""What it may take to compute a tensor again in the backward pass, in products for each of its numbers."""
+
+LAYER = 1 << 24  # what a linear layer or attention takes; one is on the way to a tensor at most
+BUDGET = 256  # and convolutions of so many
+SHRINKING = 144  # of one that gives less than it is given, whose output takes little and serves those behind it
