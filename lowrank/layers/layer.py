@@ -285,9 +285,11 @@ def _note_way(
     if costly or (not linear and (ahead.step.cost % LAYER + cost > BUDGET or ahead.nbytes > y.nbytes)):
         # What is far larger than all that layers are given, such as a stem's output, is not there once more for this.
         largest = max(ahead.step.given, *[source.tensor.nbytes for source in ahead.sources])
-        ahead = replace(ahead, reach=reach_of(ahead) if ahead.step.widest <= 2 * largest else 0)
-    if costly and not ahead.reach:
-        return
+        reach = reach_of(ahead) if ahead.step.widest <= 2 * largest else 0
+        if costly and not reach:
+            return
+        if reach != ahead.reach:
+            ahead = replace(ahead, reach=reach)
     if not linear and 2 * added > y.nbytes:  # a large input that nothing keeps is not held for this
         if stream and ahead.step.function is None:
             note_layer(itself(x, stream=True), y, settings.geometry.forward, (weight, bias), cost)
