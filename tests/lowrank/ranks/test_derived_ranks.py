@@ -354,6 +354,20 @@ def test_slopes_with_a_plan_by_a_number_of_products_are_refused():
     lowrank.convert(model, ["2", "4"], ASI(apart, derive="slopes"))
 
 
+def test_a_plan_is_kept_to_where_the_exact_input_of_the_layer_ahead_takes_no_more(recwarn):
+    """The first input follows from what is kept; the second one, by dear convolutions, from a form alone."""
+    model, x = dear()
+    model[1] = nn.Sequential(nn.BatchNorm2d(32), nn.ReLU()).double().eval()
+    table = lowrank.measure_perplexity(model, ["2", "4"], loss_of, x, energies=(0.8,), derive=300)
+    plan = select_ranks(table, table.layers[0].nbytes[0], derive=True)
+    assert plan.derived == {"4": "2"}
+    lowrank.convert(model, ["2", "4"], ASI(plan))
+    loss_of(model, x).backward()
+    kept = {layer._lowrank.name: layer._lowrank.kept_bytes for layer in lowrank.converted_layers(model)}
+    assert kept == {"2": plan.nbytes, "4": 0}
+    assert not [str(warning.message) for warning in recwarn if "keeps its whole input" in str(warning.message)]
+
+
 def test_another_number_than_the_table_was_measured_with_is_refused():
     model, x = dear()
     for measured, told in ((300, "by 300"), (True, "by the usual number")):
