@@ -124,10 +124,11 @@ def nearest(x: Tensor, origin: Origin, everywhere: bool, derive: bool, stream: b
 
     That is the origin, where it is exact and takes nothing, unless forms are to be used `everywhere`, or where a form
     may stand for its source; the tensor itself, where only the form that is kept of that can stand for it. A layer
-    that does not `derive` leaves the way open for those behind it, if the one ahead keeps its form for others.
+    that does not `derive` leaves the way open for those behind it, if the one ahead keeps its form for others. A form
+    that a choice of ranks counts on comes first.
     `stream`: of what is made of the tensor itself, see `Origin`.
     """
-    computed = origin.step.function is not None
+    computed = origin.step.function is not None and not _leads(x)
     if not derive and not (computed and _is_for_others(origin)):
         return origin, origin.nbytes
     if computed and ((origin.nbytes == 0 and not everywhere) or derived_from(origin) is not None):
@@ -142,6 +143,12 @@ def is_kept_for_others(x: Tensor) -> bool:
     """Whether a layer keeps a form of this very tensor that others may be derived from."""
     form = form_of(x)
     return form is not None and bool(form.method.derive)
+
+
+def _leads(x: Tensor) -> bool:
+    """Whether a choice of ranks counts on the form of this tensor for those behind it."""
+    form = form_of(x)
+    return form is not None and bool(getattr(form.method, "leads", False))
 
 
 def _is_for_others(origin: Origin) -> bool:

@@ -157,8 +157,10 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
     lighter = None
     if not torch.compiler.is_compiling():
         own = x is input and not single
-        lighter = _lighter_origin(state, method, geometry, input) if own else None
-        near = derived(input, state.name) if own and method.derive and (not lighter or lighter[0].nbytes) else None
+        leads = getattr(method, "leads", False)  # without its form those behind would keep their inputs, and whole
+        lighter = _lighter_origin(state, method, geometry, input) if own and not leads else None
+        derives = own and method.derive and not leads
+        near = derived(input, state.name) if derives and (not lighter or lighter[0].nbytes) else None
         state.derived = None if near is None else near[1]
         state.exact = lighter is not None and near is None and not method.keeps_input
         if near is not None:

@@ -40,6 +40,9 @@ class RankedMethod(TuckerMethod):
     # Of a plan's layer: name of the one from which its input is to be derived, so that these ranks are its whole shape.
     follows: str | None = field(default=None, init=False, repr=False, compare=False)
 
+    # Of a plan's layer: whether others are to be derived from what it keeps, so that it keeps that in any case.
+    leads: bool = field(default=False, init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         per_layer = getattr(self.ranks, "ranks", self.ranks)
@@ -64,6 +67,7 @@ class RankedMethod(TuckerMethod):
         derive = self._derives() if ahead is None or name in ahead or name in ahead.values() else False
         found = replace(self, ranks=per_layer[name], storage=chosen, derive=derive)
         object.__setattr__(found, "follows", (ahead or {}).get(name))
+        object.__setattr__(found, "leads", name in (ahead or {}).values())
         return found
 
     def _form_tag(self) -> str:

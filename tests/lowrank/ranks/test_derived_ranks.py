@@ -307,6 +307,40 @@ def test_a_plan_lets_inputs_follow_over_shortcuts_that_share_what_is_kept(inside
     assert not [str(warning.message) for warning in recwarn if "keeps its whole input" in str(warning.message)]
 
 
+class Partial(nn.Module):
+    """Half of the channels go on as they are, half by way of a convolution whose input follows from what is kept."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 1)
+        half = channels // 2
+        padded = nn.Conv2d(half, half, 3, padding=1, padding_mode="replicate")
+        self.part = nn.Sequential(padded, nn.BatchNorm2d(half), nn.ReLU(), nn.Conv2d(half, half, 1), nn.ReLU())
+        self.both = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        one, other = F.relu(self.first(x)).chunk(2, 1)
+        return F.relu(self.both(torch.cat([one, self.part(other)], 1)))
+
+
+def test_a_layer_that_a_plan_counts_on_keeps_its_form_even_if_it_could_do_without():
+    """Where others keep for themselves that were to derive as they were measured, more may follow than was measured."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Sine(), Partial(8), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 2, 1))
+    model, x = model.double().eval(), random_tensor(4, 3, 9, 8)
+    names = ["2.first", "2.part.0", "2.part.3", "2.both", "3"]
+    table = lowrank.measure_perplexity(model, names, loss_of, x, ENERGIES, storages=("int8",), derive=20_000)
+    found = table.stored_as(("int8",))
+    least = sum(min(found[name].nbytes) for name in ("2.first", "2.part.3", "2.both"))
+    plan = select_ranks(table, least, storages=("int8",), derive=True)
+    assert plan.derived == {"2.part.0": "2.first", "3": "2.both"}
+    lowrank.convert(model, names, ASI(plan), everywhere=True)
+    loss_of(model, x).backward()
+    states = {layer._lowrank.name: layer._lowrank for layer in lowrank.converted_layers(model)}
+    assert {name: state.derived for name, state in states.items() if state.derived} == plan.derived
+    assert sum(state.kept_bytes for state in states.values()) == plan.nbytes
+
+
 def test_slopes_with_a_plan_by_a_number_of_products_are_refused():
     """What follows by more than the usual number would be kept, at ranks that are its whole shape."""
     model, x = dear()
@@ -318,6 +352,20 @@ def test_slopes_with_a_plan_by_a_number_of_products_are_refused():
     assert not list(lowrank.converted_layers(model))
     apart = select_ranks(table, 7000, storages=("int8",))
     lowrank.convert(model, ["2", "4"], ASI(apart, derive="slopes"))
+
+
+def test_a_plan_is_kept_to_where_the_exact_input_of_the_layer_ahead_takes_no_more(recwarn):
+    """The first input follows from what is kept; the second one, by dear convolutions, from a form alone."""
+    model, x = dear()
+    model[1] = nn.Sequential(nn.BatchNorm2d(32), nn.ReLU()).double().eval()
+    table = lowrank.measure_perplexity(model, ["2", "4"], loss_of, x, energies=(0.8,), derive=300)
+    plan = select_ranks(table, table.layers[0].nbytes[0], derive=True)
+    assert plan.derived == {"4": "2"}
+    lowrank.convert(model, ["2", "4"], ASI(plan))
+    loss_of(model, x).backward()
+    kept = {layer._lowrank.name: layer._lowrank.kept_bytes for layer in lowrank.converted_layers(model)}
+    assert kept == {"2": plan.nbytes, "4": 0}
+    assert not [str(warning.message) for warning in recwarn if "keeps its whole input" in str(warning.message)]
 
 
 def test_another_number_than_the_table_was_measured_with_is_refused():
