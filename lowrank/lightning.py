@@ -21,9 +21,9 @@ from lowrank.layers.layer import converted_layers
 from lowrank.layers.preserve import LossFunction
 from lowrank.layers.training_state import load_training_state, training_state
 from lowrank.methods.base import Method
-from lowrank.methods.deriving import measured_with
+from lowrank.methods.deriving import measured_with, reach
 from lowrank.ranks.perplexity import MODE_ENERGIES, measure_perplexity
-from lowrank.ranks.select import select_ranks
+from lowrank.ranks.select import RankPlan, select_ranks
 from lowrank.tensors.storage import Storage
 
 if TYPE_CHECKING:
@@ -163,11 +163,8 @@ class LowRankCallback(Callback):
 
     def _convert(self, module: nn.Module, ranks: Ranks, derived: dict[str, str]) -> None:
         self.ranks, self.derived = ranks, derived
-        method: Any = replace(self.method, ranks=ranks)  # type: ignore[type-var]
-        # What others of the layers keep is for each of them alone, as it was chosen.
-        alone = replace(method, derive=False) if method.derive else method
-        deriving = {*derived, *derived.values()}
-        convert(module, {name: method if name in deriving else alone for name in self.names}, fuse=self.fuse)
+        plan = RankPlan(ranks, {}, nbytes=0, perplexity=0, derived=derived, reach=reach(self.method.derive))
+        convert(module, self.names, replace(self.method, ranks=plan), fuse=self.fuse)  # type: ignore[type-var]
 
 
 def _is_converted(module: nn.Module) -> bool:
