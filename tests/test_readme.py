@@ -324,8 +324,8 @@ def rows(text: str) -> list[str]:
 
 
 TABLES = {
-    "digits_table": 2 + 2 * 5,  # two of heading; five methods at two depths
-    "swin_mini_digits": 2 + 4,
+    "digits_table": 2 + 2 * 6,  # two of heading; six methods at two depths
+    "swin_mini_digits": 2 + 5,
     "digit_scenes_table": 2 + 4,
     "segmentation_memory": 2 + 6,
 }
