@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from derived_cases import SEEN, Noted, derived, gradients, layers_of, loss_of
+from derived_cases import SEEN, Noted, Sine, derived, gradients, layers_of, loss_of, settled
 from references import random_tensor
 from torch import nn
 
@@ -51,23 +51,10 @@ class Pyramid(nn.Module):
         return self.joined(torch.cat([x, *parts], dim=1))
 
 
-class Sine(nn.Module):
-    """Of what it gives nothing is known, so that it does not follow from the image."""
-
-    def forward(self, x):
-        return torch.sin(x)
-
-
 def network(*blocks):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), Sine()), *blocks, nn.Conv2d(6, 3, 1))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_var.uniform_(0.5, 2)
-            module.running_mean.uniform_(-0.3, 0.3)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-    return model.double().eval()
+    stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), Sine())
+    return settled(nn.Sequential(stem, *blocks, nn.Conv2d(6, 3, 1)))
 
 
 NETWORKS = {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from derived_cases import loss_of
+from derived_cases import Sine, loss_of
 from references import random_tensor
 from torch import nn
 
@@ -15,13 +15,6 @@ import lowrank
 from lowrank import ASI, PerplexityTable, SettingError, TableError, select_ranks
 
 ENERGIES, MODE_ENERGIES = (0.4, 0.8), (0.3, 0.9)
-
-
-class Sine(nn.Module):
-    """Of what it gives nothing is known, so that it does not follow from the image."""
-
-    def forward(self, x):
-        return torch.sin(x)
 
 
 def dear():
