@@ -12,7 +12,7 @@ The next layer, if it keeps its input as it is, keeps the origin of the activati
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,13 @@ from torch import Tensor
 
 from lowrank.exact import activations
 from lowrank.exact.chains import GELU, SILU, Limits
+from lowrank.exact.near import follow, note_near
 from lowrank.exact.origins import (
     Reader,
     come_about,
     find,
     itself,
+    known,
     lean_mode,
     note,
     note_origin,
@@ -107,7 +109,7 @@ def curved(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
     """A curve of a tensor in lean mode."""
     origin = origin_of(x)
     if inplace and any(source.tensor is x for source in origin.sources):
-        origin = itself(x.clone())
+        origin = replace(itself(x.clone()), near=origin.near)
     options: dict[str, Any] = {"change": curve.change, "fresh": True, "link": curve.link}
     output = come_about(curve.function, [origin], **options) if curve.by_output else None
     reader, sources = reading(origin if output is None else output)
@@ -116,6 +118,7 @@ def curved(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
         note(y, curve.function, [origin.as_kept()], **options)
     else:
         note_origin(y, output.as_kept())
+        note_near(y, follow(curve.function, [origin], **options))
     return y
 
 
@@ -199,8 +202,7 @@ def _where_input_is_free(stock: Callable[..., Tensor], otherwise: Callable[..., 
     """The same for curves of two slopes, for whose bits alone no layer is worth running again."""
 
     def function(input: Tensor, *arguments: Any, inplace: bool = False) -> Tensor:
-        origin = find(input)
-        origin = origin if origin is not None and lean_mode(input) else None
+        origin = known(input) if lean_mode(input) else None
         if origin is not None and origin.nbytes == 0 and origin.step.cost == 0:
             return curved(input, curve(*arguments), inplace)
         y = otherwise(input, *arguments, **({"inplace": True} if inplace else {}))
@@ -220,7 +222,7 @@ def _by_output(name: str, forward: Callable[..., Tensor], backward: Callable[...
 def _takes_little(x: Tensor) -> bool:
     """Whether scores of attention add no more than biases of positions, which all samples share."""
     origin = find(x)
-    return origin is not None and not origin.reach and 4 * origin.nbytes <= x.nbytes
+    return origin is not None and 4 * origin.nbytes <= x.nbytes
 
 
 def _softmax_curve(dim: Any, _stacklevel: int = 3, dtype: Any = None) -> Curve:

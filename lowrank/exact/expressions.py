@@ -18,18 +18,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowrank.exact import chains
+from lowrank.exact.near import is_near
 from lowrank.exact.origins import (
-    Origin,
     Reader,
     find,
     is_kept,
     itself,
+    known,
     lean_mode,
     least_of,
     note,
     origin_of,
     reading,
+    with_near,
 )
+from lowrank.exact.sources import Origin
 from lowrank.tensors.again import LAYER
 from lowrank.tensors.eager import ORDINARY, Node, saved
 
@@ -72,8 +75,8 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
     places = [at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[at] for at in places]
     parts = stock in _PARTS
-    known = [find(tensor) for tensor in tensors]
-    if not parts and known.count(None) == len(known):
+    ways = [find(tensor) for tensor in tensors]
+    if not parts and ways.count(None) == len(ways) and not any(map(is_near, tensors)):
         return  # of nothing that is kept
     others = [None if at in places else leaf for at, leaf in enumerate(leaves)]
 
@@ -84,7 +87,7 @@ def _note_call(stock: Callable[..., Any], args: Any, kwargs: Any, y: Any) -> Non
         own, options = (filled, kwargs) if layout is None else tree_unflatten(filled, layout)
         return stock(*own, **options)
 
-    origins = [least_of(tensor, origin, stream=True, far=True) for tensor, origin in zip(tensors, known, strict=True)]
+    origins = [least_of(tensor, origin, stream=True) for tensor, origin in zip(tensors, ways, strict=True)]
     if stock in _SUMS and _starts_anew(y, tensors, origins):
         return
     if isinstance(y, (tuple, list)):
@@ -120,8 +123,8 @@ def _noted_in_place(stock: Callable[..., Any], again: Callable[..., Any]) -> Cal
     def function(input: Any, other: Any, **options: Any) -> Any:
         both = isinstance(other, Tensor) and (lean_mode(input) or lean_mode(other))
         both = both and torch.result_type(input, other) is input.dtype  # otherwise `again` gives another dtype
-        noted = both and (find(input) or find(other))
-        ahead = [origin_of(input, far=True), origin_of(other, far=True)] if noted else None
+        noted = both and (known(input) or known(other))
+        ahead = [origin_of(input), origin_of(other)] if noted else None
         y = stock(input, other, **options)
         if ahead is not None and lean_mode(y) and not _starts_anew(y, [input, other], ahead):
             change = lambda a, b: stock(a, b, **options)  # noqa: E731
@@ -186,7 +189,7 @@ def keeps_its_input(
     """Note that `y` is `stock(input, *parameters)`, of which autograd keeps the input anyway; `link`: see `Step`."""
     if lean_mode(y):
         is_kept(input)
-        note_of(y, stock, itself(input, kept=True), parameters, fresh=True, link=link)
+        note_of(y, stock, with_near(input, itself(input, kept=True)), parameters, fresh=True, link=link)
     return y
 
 

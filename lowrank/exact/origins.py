@@ -12,107 +12,25 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank.exact import near as near_ways
 from lowrank.exact import slots
+from lowrank.exact.near import is_near, near_of, note_near
 from lowrank.exact.slots import here, place_of_saving
+from lowrank.exact.sources import Origin, Source, version_of
 from lowrank.exact.steps import Rebuild, Step
-from lowrank.tensors.again import BUDGET, LAYER
+from lowrank.tensors.again import too_much
 from lowrank.tensors.eager import in_autocast, nodes_run, wants_gradient
 from lowrank.tensors.notes import Notes
-
-DEEPEST = 48  # steps from a source to a tensor; what is further away is kept itself
-
-
-@dataclass(slots=True, eq=False)
-class Source:
-    """A tensor that others are computed from, or a reference to one that nothing may keep.
-
-    Attributes:
-        step: the step that gives it.
-        held: the tensor; a weak reference, where what is computed from it is as large.
-        kept: whether a backward node keeps it in any case.
-        version: of the tensor.
-    """
-
-    step: Step
-    held: Tensor | weakref.ref[Tensor]
-    kept: bool
-    version: int
-
-    @property
-    def tensor(self) -> Tensor:
-        if type(self.held) is not weakref.ref:
-            return self.held  # type: ignore[return-value]
-        found = self.held()
-        assert found is not None, "whoever finds an origin has all of its sources"
-        return found
-
-
-@dataclass(slots=True, eq=False)
-class Origin:
-    """The step that gives a tensor, and the sources of that.
-
-    Attributes:
-        parts: whether the tensor is put together of sources that others may keep too; then these are kept even where
-            that takes as much as the tensor.
-        stream: whether it is of the size of its one source, such as a depthwise convolution's output; of use to a
-            normalisation, which has to keep one of the two: from its source more can be computed.
-        place: where it was noted, such as within a checkpoint, which keeps nothing after all.
-        reach: products per number that the way may take beyond `BUDGET`, or to what is smaller than the source; 0: no
-            more. Of use only where a form stands for the source, see `lowrank.layers.derived`.
-    """
-
-    step: Step
-    sources: tuple[Source, ...]
-    parts: bool = False
-    place: int = 0
-    stream: bool = False
-    reach: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that keeping it adds: none if all sources are kept in any case."""
-        sizes: dict[int, int] = {}
-        for source in self.sources:
-            if not source.kept:
-                storage = source.tensor.untyped_storage()
-                sizes[storage._cdata] = storage.nbytes()
-        return sum(sizes.values()) if sizes else 0
-
-    def as_kept(self) -> Origin:
-        """The same, now that its sources are kept."""
-        for source in self.sources:
-            if not source.kept:
-                break
-        else:
-            return self
-        kept = tuple(
-            source if source.kept else Source(source.step, source.tensor, True, source.version)
-            for source in self.sources
-        )
-        return Origin(self.step, kept, self.parts, self.place, self.stream, self.reach)
-
-    def holds(self) -> bool:
-        """Whether its sources are there, and as they were."""
-        for source in self.sources:
-            found = source.held() if type(source.held) is weakref.ref else source.held
-            if found is None or (source.version >= 0 and source.version != found._version):  # type: ignore[union-attr]
-                return False
-        return True
-
 
 _ORIGINS: Notes[Origin] = Notes()
 # Of a tensor that a backward node keeps: where, see `place_of_saving`, and until when, see `_until`.
 _KEPT: Notes[tuple[int, int]] = Notes()
-
-
-def version_of(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
 
 
 def itself(x: Tensor, kept: bool = False, stream: bool = False) -> Origin:
@@ -159,36 +77,51 @@ def find(x: Tensor) -> Origin | None:
         return origin if origin.holds() else None
 
 
+def known(x: Tensor) -> Origin | None:
+    """What is known of how a tensor comes about, by an exact way, or a near one, or both."""
+    origin, near = find(x), near_of(x) if is_near(x) else None
+    if near is None:
+        return origin
+    return near_ways.beyond(near) if origin is None else replace(origin, near=near)
+
+
 def is_noted(x: Tensor) -> bool:
     """Whether anything may be known of how a tensor comes about; by little, and not whether it still holds."""
-    return _ORIGINS.may_know(x)
+    return _ORIGINS.may_know(x) or is_near(x)
 
 
-def origin_of(x: Tensor, stream: bool = False, far: bool = False) -> Origin:
+def origin_of(x: Tensor, stream: bool = False) -> Origin:
     """The way to have a tensor in the backward pass that keeps least: its origin, or the tensor itself.
 
-    `stream`: of two that take as much, the one further ahead, see `Origin`. `far`: also one with `reach`, to note what
-    follows, not to keep it.
+    `stream`: of two that take as much, the one further ahead, see `Origin`.
     """
-    return least_of(x, find(x), stream, far)
+    return least_of(x, find(x), stream)
 
 
-def least_of(x: Tensor, origin: Origin | None, stream: bool = False, far: bool = False) -> Origin:
+def least_of(x: Tensor, origin: Origin | None, stream: bool = False) -> Origin:
     """The same, where `find` has been asked."""
-    if origin is None or (origin.reach and not far):
-        return itself(x)
+    return with_near(x, itself(x) if origin is None else _least(x, origin, stream))
+
+
+def _least(x: Tensor, origin: Origin, stream: bool) -> Origin:
     with torch._C.DisableTorchFunctionSubclass():
         if is_known_as_kept(x):
             return itself(x, kept=True)
         added, own = origin.nbytes, x.untyped_storage().nbytes()
         equal = origin.parts or (stream and origin.stream)
-        return origin if origin.reach or added < own or (equal and added <= own) else itself(x)
+        return origin if added < own or (equal and added <= own) else itself(x)
+
+
+def with_near(x: Tensor, origin: Origin) -> Origin:
+    """An origin of a tensor and, for what follows from it, its way from a form, if there is one."""
+    near = near_of(x) if is_near(x) else None
+    return origin if near is None else replace(origin, near=near)
 
 
 def takes_nothing(x: Tensor) -> bool:
     """Whether a tensor can be had from what is kept in any case."""
     origin = find(x)
-    return origin is not None and origin.nbytes == 0 and not origin.reach
+    return origin is not None and origin.nbytes == 0
 
 
 def come_about(
@@ -203,8 +136,7 @@ def come_about(
     """The origin of `function` of these, see `note`; None where that takes too much."""
     origins = list(inputs)
     step = Step(function, [origin.step for origin in origins], cost, change, fresh, link)
-    reach = max([origin.reach for origin in origins], default=0)
-    if step.depth > DEEPEST or step.cost >= 2 * LAYER or step.cost % LAYER > max(BUDGET, reach):
+    if too_much(step.depth, step.cost):
         return None
     sources: dict[Step, Source] = {}
     stream = False
@@ -213,13 +145,11 @@ def come_about(
         for source in origin.sources:
             if source.kept or source.step not in sources:  # of one that is kept for one input and not for another
                 sources[source.step] = source
-    if reach and len({id(source.tensor) for source in sources.values() if not source.kept}) > 1:
-        return None  # one form stands for one tensor
-    return Origin(step, tuple(sources.values()), parts, place_of_saving(), stream, reach)
+    return Origin(step, tuple(sources.values()), parts, place_of_saving(), stream)
 
 
-def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], **options: Any) -> None:
-    """Note that `y` is `function` of these, unless that takes too much.
+def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = False, **options: Any) -> None:
+    """Note that `y` is `function` of these, unless that takes too much; and the way from a form, if one has such.
 
     Args:
         y: any tensor that autograd follows.
@@ -228,7 +158,10 @@ def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], **options: Any)
         options: `parts`, see `Origin`; `cost` of a layer, see `BUDGET` and `LAYER`; `change`, `fresh` and `link`, see
             `Step`.
     """
-    note_origin(y, come_about(function, inputs, **options))
+    origins = list(inputs)
+    note_origin(y, come_about(function, origins, parts, **options))
+    if any(origin.near for origin in origins):
+        note_near(y, near_ways.follow(function, origins, **options))
 
 
 def note_origin(y: Tensor, found: Origin | None) -> None:
@@ -241,8 +174,7 @@ def note_origin(y: Tensor, found: Origin | None) -> None:
     with torch._C.DisableTorchFunctionSubclass():
         read = type(y).untyped_storage is Tensor.untyped_storage  # otherwise it has no memory yet
         added, own = found.nbytes, y.untyped_storage().nbytes() if read else y.nbytes
-    found.step.widest = max(found.step.widest, own)
-    if found.reach or added < own or ((found.parts or found.stream) and added <= own):
+    if added < own or ((found.parts or found.stream) and added <= own):
         _ORIGINS.note(y, found)
 
 
@@ -251,6 +183,7 @@ def hand_on(x: Tensor, same: Tensor) -> None:
     origin = _ORIGINS.find(x)
     if origin is not None:
         _ORIGINS.note(same, origin)
+    near_ways.hand_on(x, same)
 
 
 class Reader:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.exact.origins import find, itself, lean_mode, note, origin_of
+from lowrank.exact.origins import itself, known, lean_mode, note, origin_of
 from lowrank.tensors.eager import Node, in_batch, wants_gradient
 
 Size = int | tuple[int, ...] | list[int]
@@ -178,10 +178,10 @@ def max_pool2d(
     settings = (kernel, _pair(stride) if stride else kernel, _pair(padding), _pair(dilation), ceil_mode)
     made: list[Tensor] = []
     y: Tensor = _MaxPool2d.apply(input, settings, made)
-    if lean_mode(y) and find(input) is not None:
+    if lean_mode(y) and known(input) is not None:
         chosen = lambda x, places: _chosen(x, places, settings)  # noqa: E731
         again = chosen if y.is_contiguous() else lambda x, _: F.max_pool2d(x, *settings)
-        note(y, again, [origin_of(input, stream=True, far=True), itself(made[0], kept=True)])
+        note(y, again, [origin_of(input, stream=True), itself(made[0], kept=True)])
     return y
 
 

@@ -178,8 +178,7 @@ def _normalised(stock: Callable[..., Tensor], input: Tensor, *parameters: Tensor
     """`stock(input, *parameters)`, computed again with its input where that takes nothing and no linear layer, whose
     output is kept, so that the next one can be computed from it."""
     origin = find(input) if lean_mode(input) else None
-    near = origin is not None and not origin.reach and (origin.nbytes == 0 or origin.stream)
-    if origin is not None and near and origin.step.cost < LAYER:
+    if origin is not None and (origin.nbytes == 0 or origin.stream) and origin.step.cost < LAYER:
         return _run_again(stock, (input, *parameters), 0, stream=True)
     return keeps_its_input(stock, input, *parameters, y=stock(input, *parameters))
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import ChangedError
-from lowrank.exact.origins import Origin
 from lowrank.exact.slots import here
+from lowrank.exact.sources import Origin
 from lowrank.kernels import passes
 from lowrank.layers.lazy import Lazy, lazy_gradient, real, unread
 from lowrank.methods.base import Method, Tensors

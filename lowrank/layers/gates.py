@@ -13,7 +13,8 @@ from lowrank.exact import expressions
 from lowrank.exact.chains import Gate
 from lowrank.exact.curves import Sloped
 from lowrank.exact.functions import LEAN_FUNCTIONS
-from lowrank.exact.origins import Origin, Reader, lean_mode, note, origin_of, reading
+from lowrank.exact.origins import Reader, lean_mode, note, origin_of, reading
+from lowrank.exact.sources import Origin
 from lowrank.kernels import passes
 from lowrank.layers.lazy import lazy_gradient
 from lowrank.tensors.eager import Node, saved

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import LowRankError
-from lowrank.exact.origins import Origin, find, is_kept, is_known_as_kept, origin_of, reading
+from lowrank.exact.origins import find, is_kept, is_known_as_kept, origin_of, reading, takes_nothing
 from lowrank.exact.slots import Way, has_slot, is_computed, waits
+from lowrank.exact.sources import Origin
 from lowrank.exact.steps import Rebuild
 from lowrank.layers.derived import derived
 from lowrank.layers.shared_inputs import find_kept, note_kept
@@ -161,6 +162,8 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
         lighter = _lighter_origin(state, method, geometry, input) if own and not leads else None
         derives = own and method.derive and not leads
         near = derived(input, state.name) if derives and (not lighter or lighter[0].nbytes) else None
+        if near is not None and takes_nothing(input):
+            lighter, near = (origin_of(input), 0), None  # as it was, for as little
         state.derived = None if near is None else near[1]
         state.exact = lighter is not None and near is None and not method.keeps_input
         if near is not None:

@@ -20,18 +20,20 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 from lowrank.errors import ConversionError
+from lowrank.exact.near import beyond
 from lowrank.exact.origins import (
-    find,
     is_kept,
     is_noted,
     itself,
+    known,
     origin_of,
 )
 from lowrank.exact.recompute import note_layer
 from lowrank.exact.slots import has_slot, in_checkpoint
+from lowrank.exact.sources import Origin
 from lowrank.exact.watched import Watched, watch
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
-from lowrank.layers.derived import is_kept_for_others, nearest, reach_of
+from lowrank.layers.derived import near_ahead, within_reach
 from lowrank.layers.direct import DIRECT, nothing
 from lowrank.layers.held import Held, can_be_held, hold
 from lowrank.layers.keeping import Kept, LayerState, kept_of
@@ -254,45 +256,34 @@ def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | 
     if x is input and not single and state.recompute and not torch.compiler.is_compiling():
         products = weight.shape[-1] if isinstance(geometry, LinearGeometry) else weight.numel() // y.shape[1]
         if not state.smallest or again_is_worth(y.numel(), products, y.itemsize, state.smallest):
-            keeps_x, everywhere = bool(kept) and method.keeps_input, state.everywhere
-            _note_way(settings, call, (input, weight, bias), y, keeps_x, everywhere)
+            _note_way(settings, call, (input, weight, bias), y, bool(kept) and method.keeps_input)
     if type(y) is Lazy and x is input:
         hold(x, y)
     return y
 
 
 def _note_way(
-    settings: Settings,
-    call: Call | None,
-    given: tuple[Tensor, Tensor, Tensor | None],
-    y: Tensor,
-    keeps_x: bool,
-    everywhere: bool,
+    settings: Settings, call: Call | None, given: tuple[Tensor, Tensor, Tensor | None], y: Tensor, keeps_x: bool
 ) -> None:
     """Note how a layer's output comes about, and have the normalisation do so that it is computed with."""
     x, weight, bias = given
     linear = isinstance(settings.geometry, LinearGeometry)
     cost = LAYER if linear else weight.numel() // y.shape[1]
-    ahead = origin_of(x).as_kept() if keeps_x else origin_of(x, far=True)
-    costly = not linear and cost > (BUDGET if y.numel() >= x.numel() else SHRINKING)
-    # Also of a layer, such as a shortcut, that has its input in common with one that keeps it for those behind both.
-    derive = bool(settings.method.derive) or is_kept_for_others(x)
-    if costly and not derive and ahead.step.function is None:
-        return
-    ahead.step.given = max(ahead.step.given, x.nbytes)
-    stream = not linear and call is None and weight.shape[1] == 1
-    ahead, added = nearest(x, ahead, everywhere, derive, stream)
-    if costly or (not linear and (ahead.step.cost % LAYER + cost > BUDGET or ahead.nbytes > y.nbytes)):
-        # What is far larger than all that layers are given, such as a stem's output, is not there once more for this.
-        largest = max(ahead.step.given, *[source.tensor.nbytes for source in ahead.sources])
-        reach = reach_of(ahead) if ahead.step.widest <= 2 * largest else 0
-        if costly and not reach:
-            return
-        if reach != ahead.reach:
-            ahead = replace(ahead, reach=reach)
-    if not linear and 2 * added > y.nbytes:  # a large input that nothing keeps is not held for this
-        if stream and ahead.step.function is None:
-            note_layer(itself(x, stream=True), y, settings.geometry.forward, (weight, bias), cost)
+    found = origin_of(x).as_kept() if keeps_x else origin_of(x)
+    near = near_ahead(x, found.near, bool(settings.method.derive))
+    dear = not linear and cost > (BUDGET if y.numel() >= x.numel() else SHRINKING)
+    near = None if near is None else within_reach(near, x, y, cost, dear)
+    if not linear and found.step.cost % LAYER + cost > BUDGET:
+        found = itself(x)  # from where the way is shorter
+    ahead: Origin | None = found
+    if dear:
+        ahead = None
+    elif not linear and 2 * found.nbytes > y.nbytes:  # a large input that nothing keeps is not held for this
+        stream = call is None and weight.shape[1] == 1 and found.step.function is None
+        ahead = itself(x, stream=True) if stream else None
+    if near is not None:
+        ahead = beyond(near) if ahead is None else replace(ahead, near=near)
+    elif ahead is None:
         return
     if call is not None:
         call.ahead, call.cost = ahead, cost
@@ -305,7 +296,7 @@ def _is_best_as_stock(layer: LowRankLayer, input: Tensor, weight: Tensor) -> boo
     state, geometry = layer._lowrank, geometry_of(layer)
     linear = type(geometry) is LinearGeometry
     unlike = not (linear or type(geometry) is ConvGeometry) or layer.kind.prepare is not None
-    if unlike or not weight.requires_grad or is_single(layer, input) or find(input) is not None:
+    if unlike or not weight.requires_grad or is_single(layer, input) or known(input) is not None:
         return False
     if not state.method.keeps_input and not state.method_for(geometry, input, weight.shape[0]).keeps_input:
         return False

@@ -6,10 +6,11 @@ input follows from it need not keep that, see `derived`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from lowrank.exact.slots import here, in_checkpoint
 from lowrank.exact.steps import Step
 from lowrank.layers.token_mask import current_mask
 from lowrank.methods.base import Method, Tensors
+from lowrank.methods.deriving import reach
 from lowrank.tensors.geometry import Shape
 from lowrank.tensors.notes import Glimpse, Notes
 
@@ -32,9 +34,7 @@ class Form:
         mask: of padding, which it leaves out.
         method: that keeps it.
         place: where it is kept, see `lowrank.exact.slots.here`.
-        whole: whether it is the input itself, since a form would take no less.
-        restored: the step that gives the input again, made when it is first asked for.
-        steps: steps from the exact input, and those from `restored` in their place.
+        nbytes: of the input.
     """
 
     name: str
@@ -43,15 +43,39 @@ class Form:
     method: Method
     glimpses: tuple[Glimpse | None, ...]
     place: int
-    whole: bool = False
-    restored: Step | None = None
-    steps: dict[Step, Step] = field(default_factory=dict)
+    nbytes: int
+
+    @property
+    def reach(self) -> int:
+        """See `lowrank.exact.sources.Root`."""
+        return reach(self.method.derive)
+
+    @cached_property
+    def step(self) -> Step:
+        """The step that gives the input again."""
+        there = [glimpse is not None for glimpse in self.glimpses]
+        restored = partial(_restored, self.method.restored, there, self.dtype)
+        step = Step(restored, [Step(None) for _ in range(sum(there))])
+        step.widest = step.given = self.nbytes
+        step.depth = 1  # as of the input
+        return step
+
+    def is_kept(self) -> bool:
+        """Whether all of it is kept to this moment, and here."""
+        return self.place == here() and all(glimpse is None or glimpse.is_there() for glimpse in self.glimpses)
 
     def kept(self) -> Tensors | None:
         """The tensors, if all of them are kept to this moment."""
         kept = tuple(None if glimpse is None else glimpse.tensor() for glimpse in self.glimpses)
         gone = any(glimpse is not None and tensor is None for glimpse, tensor in zip(self.glimpses, kept, strict=True))
         return None if gone else kept
+
+
+def _restored(
+    restored: Callable[[Tensors, torch.dtype], Tensor], places: list[bool], dtype: torch.dtype, *kept: Tensor
+) -> Tensor:
+    given = iter(kept)
+    return restored(tuple(next(given) if there else None for there in places), dtype)
 
 
 _FORMS: Notes[Form] = Notes()
@@ -105,8 +129,8 @@ def note_kept(name: str, input: Tensor, x: Tensor, method: Method, kept: Tensors
     if held is not None:
         held.append(kept)
     glimpses = tuple(None if tensor is None else Glimpse(tensor) for tensor in kept)
-    form = Form(name, x.dtype, current_mask(), method, glimpses, here(), whole=kept[0] is x)
-    if not form.whole:  # whoever keeps it as it is as well finds that by itself
+    form = Form(name, x.dtype, current_mask(), method, glimpses, here(), x.nbytes)
+    if kept[0] is not x:  # whoever keeps it as it is as well finds that by itself
         _FORMS.note(input, form)
     restorable = method.restores and form.mask is None and x.dtype == input.dtype and x.shape == input.shape
     if restorable and not _is_behind(form, _FIRST.find(input)):

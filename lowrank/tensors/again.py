@@ -3,3 +3,9 @@
 LAYER = 1 << 24  # what a linear layer or attention takes; one is on the way to a tensor at most
 BUDGET = 256  # and convolutions of so many
 SHRINKING = 144  # of one that gives less than it is given, whose output takes little and serves those behind it
+DEEPEST = 48  # steps from a source to a tensor; what is further away is kept itself
+
+
+def too_much(depth: int, cost: int, reach: int = 0) -> bool:
+    """Whether a way of so many steps and products for each number, and layers, is too long; it may take `reach`."""
+    return depth > DEEPEST or cost >= 2 * LAYER or cost % LAYER > max(BUDGET, reach)

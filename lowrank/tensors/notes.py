@@ -71,6 +71,10 @@ class Glimpse:
         self._like = (tensor.dtype, tensor.device)
         self._place = (tensor.storage_offset(), tensor.shape, tensor.stride())
 
+    def is_there(self) -> bool:
+        """Whether its memory is there."""
+        return self._storage() is not None
+
     def tensor(self) -> Tensor | None:
         """The tensor; None if its memory is gone."""
         storage: Any = self._storage()

@@ -32,6 +32,13 @@ class Sine(nn.Module):
         return torch.sin(x)
 
 
+class Stem(nn.Conv2d):
+    """The same, of what a convolution gives."""
+
+    def forward(self, x):
+        return torch.sin(super().forward(x))
+
+
 EXPAND, DEPTHWISE, PROJECT = "1.expand.0", "1.depthwise.0", "1.project.0"
 NAMES = [EXPAND, DEPTHWISE, PROJECT]
 
@@ -49,7 +56,7 @@ def settled(model):
 
 def network(activation=nn.ReLU6, stride=1):
     torch.manual_seed(0)
-    return settled(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Inverted(activation, stride), nn.Conv2d(4, 3, 1)))
+    return settled(nn.Sequential(Stem(3, 4, 3, padding=1), Inverted(activation, stride), nn.Conv2d(4, 3, 1)))
 
 
 def loss_of(model, x):

@@ -53,16 +53,20 @@ def test_gradients_are_those_of_what_follows_from_the_form(activation, stride, s
         torch.testing.assert_close(found[name], exact[name])
 
 
-@pytest.mark.parametrize("activation", [nn.Hardswish, nn.SiLU])
-def test_activations_that_keep_their_input_have_nothing_derived(activation):
-    """All but the weights that have a form of their own is exact."""
+@pytest.mark.parametrize("products", [True, 20_000])
+@pytest.mark.parametrize("activation", [nn.Hardswish, nn.SiLU, nn.Mish])
+def test_what_an_activation_needs_as_it_was_serves_the_layers_behind_it(activation, products):
+    """It is computed again from the narrow input, which is kept as it was: so nothing has to be near it."""
     stock, x = network(activation), random_tensor(4, 3, 9, 8)
-    model = lowrank.convert(copy.deepcopy(stock), NAMES, Noted(0.7, derive=True), everywhere=True)
-    SEEN.clear()
+    plain = lowrank.convert(copy.deepcopy(stock), NAMES, HOSVD(0.7), everywhere=True)
+    model = lowrank.convert(copy.deepcopy(stock), NAMES, HOSVD(0.7, derive=products), everywhere=True)
     found, exact = gradients(model, x), gradients(stock, x)
-    assert not SEEN
+    gradients(plain, x)
     assert not derived(model)
-    for name in ("input", "0.weight", "2.weight", "1.expand.0.bias", "1.project.1.bias"):
+    assert [layers_of(model)[name].kept_bytes for name in (DEPTHWISE, PROJECT)] == [0, 0]
+    forms = sum(layers_of(plain)[name].kept_bytes for name in (DEPTHWISE, PROJECT))
+    assert lowrank.saved_bytes(plain, loss_of, x) - lowrank.saved_bytes(model, loss_of, x) == forms > 0
+    for name in exact.keys() - {f"{EXPAND}.weight", "1.expand.1.weight"}:  # the normalisation is computed with it
         torch.testing.assert_close(found[name], exact[name])
 
 
@@ -101,8 +105,8 @@ def test_slopes_are_those_of_the_near_tensor():
         last = block.depthwise(wide)
     grad = _through(block.depthwise, grad, last, wide.shape)
     grad = _through(block.expand, grad, wide, narrow.shape)
-    with torch.no_grad():
-        wanted = torch.nn.grad.conv2d_input(x.shape, stock[0].weight, outputs[0] + grad, padding=1)
+    x.requires_grad_()
+    (wanted,) = torch.autograd.grad(stock[0](x), x, outputs[0] + grad)
     torch.testing.assert_close(found["input"], wanted)
     assert not torch.allclose(found["input"], exact["input"], rtol=1e-3)
     size = 4 * 24 * 9 * 8 // 8

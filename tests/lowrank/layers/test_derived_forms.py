@@ -12,6 +12,7 @@ from derived_cases import (
     NAMES,
     PROJECT,
     Inverted,
+    Stem,
     derived,
     gradients,
     layers_of,
@@ -40,7 +41,7 @@ class Shortcut(Inverted):
 def test_of_two_layers_with_one_input_the_first_ones_form_stands_for_it():
     """As ranks were chosen; the other one may keep hardly anything."""
     torch.manual_seed(0)
-    stock = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), Shortcut(), nn.Conv2d(4, 3, 1)).double().eval()
+    stock = nn.Sequential(Stem(3, 4, 3, padding=1), nn.ReLU(), Shortcut(), nn.Conv2d(4, 3, 1)).double().eval()
     names, down, x = [name.replace("1.", "2.", 1) for name in NAMES], "2.down", random_tensor(4, 3, 9, 8)
     model = copy.deepcopy(stock)
     crude = FixedBases((1, 1, 1, 1), derive=True)
@@ -115,7 +116,7 @@ def test_a_layer_that_keeps_its_own_form_is_on_the_way_of_those_that_do_not():
     torch.manual_seed(0)
     block = Inverted(nn.ReLU6, wide=8)
     block.shortcut = False
-    stock = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), block, nn.Conv2d(4, 3, 1)).double().eval()
+    stock = nn.Sequential(Stem(3, 4, 3, padding=1), block, nn.Conv2d(4, 3, 1)).double().eval()
     x, wide = random_tensor(4, 3, 9, 8), {name: Rounded() for name in (DEPTHWISE, PROJECT)}
     model = copy.deepcopy(stock)
     narrow = Rounded(derive=True)
