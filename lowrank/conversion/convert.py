@@ -72,7 +72,8 @@ def convert(
             see `lowrank.tensors.worth`; a step says so in `lowrank.account` and `lowrank.explain`. 0: whatever saves
             anything, as published numbers and tables have it. 2**18: at no batch does a step take much longer than
             stock's, and small batches keep more, at one image all. 2**15: some longer, and less is kept.
-        everywhere: True uses the method also where the exact input takes no more than what it keeps, as the papers do.
+        everywhere: True uses the method also where the exact input takes no more than what it keeps, as the papers do;
+            of inputs that are derived from others (`derive`) the exact one, where that takes nothing either.
 
     Returns:
         `model`.

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from derived_cases import Sine
 from references import TOLERANCE, random_tensor
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -133,3 +134,15 @@ def test_a_stem_that_is_computed_again_takes_two_tensors_of_its_size():
     torch.testing.assert_close(steps(model, x), steps(stock, x), **TOLERANCE)
     size = 8 * 16 * 96 * 96 * 8
     assert peak(model) < 2.6 * size < peak(stock)
+
+
+def test_where_the_way_from_afar_is_too_long_it_begins_anew_at_the_layers_input():
+    """Two convolutions of 100 and of 200 products: what the second gives follows from its own input alone."""
+    torch.manual_seed(0)
+    wide = block(100, 200, nn.ReLU(), kernel_size=1)
+    stock = nn.Sequential(nn.Conv2d(3, 100, 1), Sine(), *wide, *block(200, 800, nn.SiLU(), kernel_size=1))
+    stock = nn.Sequential(*stock, nn.Conv2d(800, 2, 1)).double().eval()
+    model, x = converted(stock), random_tensor(2, 3, 8, 8)
+    torch.testing.assert_close(steps(model, x), steps(stock, x), **TOLERANCE)
+    number = IMAGE // 3
+    assert kept(converted(stock)) <= (3 + 2 * 100 + 200 + 3) * number, "of 800 channels nothing is kept"
