@@ -155,13 +155,15 @@ def note(y: Tensor, function: Rebuild, inputs: Iterable[Origin], parts: bool = F
         y: any tensor that autograd follows.
         function: the operation; refers to no tensor itself.
         inputs: origins of its arguments.
-        options: `parts`, see `Origin`; `cost` of a layer, see `BUDGET` and `LAYER`; `change`, `fresh` and `link`, see
-            `Step`.
+        parts: see `Origin`.
+        options: `cost` of a layer, see `BUDGET` and `LAYER`; `change`, `fresh` and `link`, see `Step`.
     """
     origins = list(inputs)
     note_origin(y, come_about(function, origins, parts, **options))
-    if any(origin.near for origin in origins):
-        note_near(y, near_ways.follow(function, origins, **options))
+    for origin in origins:
+        if origin.near is not None:
+            note_near(y, near_ways.follow(function, origins, **options))
+            break
 
 
 def note_origin(y: Tensor, found: Origin | None) -> None:
