@@ -41,7 +41,7 @@ from lowrank.layers.kinds import KINDS, Kind, kind_of
 from lowrank.layers.lazy import Lazy, real
 from lowrank.layers.swap import Changed, is_parametrized_class, own_of, plain_class
 from lowrank.methods.base import Method, Tensors
-from lowrank.tensors.again import BUDGET, LAYER, SHRINKING
+from lowrank.tensors.again import BUDGET, LAYER, ROOM, SHRINKING
 from lowrank.tensors.eager import in_autocast, in_compiled_graph, trains_plainly, without_autocast
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry
 from lowrank.tensors.worth import again_is_worth, bits_are_worth, merging_ahead_is_worth, merging_is_worth
@@ -273,8 +273,8 @@ def _note_way(
     near = near_ahead(x, found.near, bool(settings.method.derive))
     dear = not linear and cost > (BUDGET if y.numel() >= x.numel() else SHRINKING)
     near = None if near is None else within_reach(near, x, y, cost, dear)
-    if not linear and found.step.cost % LAYER + cost > BUDGET:
-        found = itself(x)  # from where the way is shorter
+    if not linear and found.step.cost % LAYER + cost > BUDGET - ROOM and 2 * x.nbytes <= y.nbytes:
+        found = itself(x)  # a little more is kept here, and all that is behind follows from that
     ahead: Origin | None = found
     if dear:
         ahead = None

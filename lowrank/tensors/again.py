@@ -2,6 +2,7 @@
 
 LAYER = 1 << 24  # what a linear layer or attention takes; one is on the way to a tensor at most
 BUDGET = 256  # and convolutions of so many
+ROOM = 16  # of them is left for what is behind a layer that widens its input, such as a depthwise convolution
 SHRINKING = 144  # of one that gives less than it is given, whose output takes little and serves those behind it
 DEEPEST = 48  # steps from a source to a tensor; what is further away is kept itself
 

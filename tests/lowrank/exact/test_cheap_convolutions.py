@@ -146,3 +146,16 @@ def test_where_the_way_from_afar_is_too_long_it_begins_anew_at_the_layers_input(
     torch.testing.assert_close(steps(model, x), steps(stock, x), **TOLERANCE)
     number = IMAGE // 3
     assert kept(converted(stock)) <= (3 + 2 * 100 + 200 + 3) * number, "of 800 channels nothing is kept"
+
+
+def test_a_way_that_would_end_behind_a_widening_layer_begins_anew_ahead_of_it():
+    """The widening one is within what a way may take, from afar, and the depthwise one behind it would not be."""
+    torch.manual_seed(0)
+    narrow = block(120, 128, nn.ReLU(), kernel_size=1)
+    wide = block(128, 512, nn.SiLU(), kernel_size=1)
+    depthwise = block(512, 512, nn.SiLU(), kernel_size=3, padding=1, groups=512)
+    stock = nn.Sequential(nn.Conv2d(3, 120, 1), Sine(), *narrow, *wide, *depthwise, nn.Conv2d(512, 2, 1))
+    stock, x = stock.double().eval(), random_tensor(2, 3, 8, 8)
+    torch.testing.assert_close(steps(converted(stock), x), steps(stock, x), **TOLERANCE)
+    number = IMAGE // 3
+    assert kept(converted(stock)) <= (3 + 2 * 120 + 128 + 3) * number, "of 512 channels nothing is kept"
