@@ -30,9 +30,10 @@ def _sides(shape: Sequence[int], mode: int) -> tuple[int, int, int]:
 # Of `iteration_order`: ranks that compiled kernels take at any size, and numbers of the widest vector.
 _KERNEL_RANKS, _VECTOR = 8, 16
 # Of `products`: multiplications that are worth copies, with one matrix, with several and where one of their sizes is
-# small, and matrices that always are; numbers of a large matrix, and of a copy; how many lie side by side, at least.
+# small, and matrices that always are; numbers of a large matrix, of a copy, and of one that threads share, each call of
+# which takes what they need to meet; how many lie side by side, at least.
 _WORTH_ONE, _WORTH_COPIES, _WORTH_THIN, _MANY = 2**16, 2**19, 2**21, 2**12
-_LARGE, _COPY, _BESIDE = 2**14, 2**16, 16
+_LARGE, _COPY, _COPY_TOGETHER, _BESIDE = 2**14, 2**16, 2**19, 16
 
 
 def mode_product(x: Tensor, matrix: Tensor, mode: int) -> Tensor:
@@ -69,7 +70,9 @@ def products(x: Tensor, matrix: Tensor, bias: Tensor | None = None, out: Tensor 
         each = matrix.expand(left, -1, -1)
         return torch.bmm(each, x, out=out) if bias is None else torch.baddbmm(bias[:, None], each, x, out=out)
     out = x.new_empty(left, m, right) if out is None else out
-    some = max(_BESIDE, _COPY // (right * max(m, n)))  # so few that their copies do not count
+    parallel = not torch.compiler.is_compiling() and torch.get_num_threads() > 1
+    copy = _COPY_TOGETHER if parallel else _COPY
+    some = max(_BESIDE, copy // (right * max(m, n)))  # so few that their copies do not count
     for at in range(0, left, some):
         _beside(x[at : at + some], matrix, bias, out[at : at + some])
     return out
