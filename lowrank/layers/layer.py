@@ -273,7 +273,8 @@ def _note_way(
     near = near_ahead(x, found.near, bool(settings.method.derive))
     dear = not linear and cost > (BUDGET if y.numel() >= x.numel() else SHRINKING)
     near = None if near is None else within_reach(near, x, y, cost, dear)
-    if not linear and found.step.cost % LAYER + cost > BUDGET - ROOM and 2 * x.nbytes <= y.nbytes:
+    spent = found.step.cost % LAYER
+    if not linear and spent + min(spent, ROOM) + cost > BUDGET and 2 * x.nbytes <= y.nbytes:
         found = itself(x)  # a little more is kept here, and all that is behind follows from that
     ahead: Origin | None = found
     if dear:
