@@ -83,6 +83,23 @@ def test_products_of_one_matrix_and_many(shape, given_out, biased):
     assert out is None or result is out
 
 
+@pytest.mark.cpu_only("threads are the CPU's")
+def test_threads_share_larger_parts():
+    """The same, in fewer parts, for each of which they have to meet."""
+    x, matrix = random_tensor(512, 8, 9).float(), random_tensor(512, 8, seed=1).float()
+    threads, results, calls = torch.get_num_threads(), [], []
+    try:
+        for several in (1, 2):
+            torch.set_num_threads(several)
+            with torch.profiler.profile() as found:
+                results.append(products(x, matrix))
+            calls.append(sum(event.count for event in found.key_averages() if event.key == "aten::mm"))
+    finally:
+        torch.set_num_threads(threads)
+    assert calls == [32, 5]
+    torch.testing.assert_close(results[1], results[0])
+
+
 @given(SHAPES, st.integers(0, 3), st.integers(1, 7), SEEDS)
 def test_mode_correlation_is_the_product_of_unfoldings(shape, mode, size, seed):
     mode %= len(shape)
