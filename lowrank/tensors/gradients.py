@@ -21,6 +21,7 @@ from torch import Tensor
 from lowrank.kernels import contractions, passes
 from lowrank.tensors import halves
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
+from lowrank.tensors.memory_layout import is_channels_last
 from lowrank.tensors.plans import Plan, plan_gradient
 from lowrank.tensors.tucker import Tucker, mode_correlation, mode_product
 
@@ -38,7 +39,8 @@ def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry, to_eight_b
         The gradient, (O, C/g, K_h, K_w), (O, I) or, of a transposed convolution, (C, O/g, K_h, K_w), equal to
         autograd's on `tucker.dense()`.
     """
-    return _gradients(tucker, grad.to(tucker.core.dtype), geometry, False, to_eight_bits)[0].to(grad.dtype)
+    found = _laid_out_gradients(tucker, grad.to(tucker.core.dtype), geometry, to_eight_bits, with_bias=False)
+    return found[0].to(grad.dtype)
 
 
 def gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, to_eight_bits: bool = False) -> tuple[Tensor, Tensor]:
@@ -50,11 +52,46 @@ def gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, to_eight_bits: b
     Returns:
         The weight gradient, and the bias gradient, (O,): the sum of `grad` over all else.
     """
-    batch, dtype = tucker.factors[0], grad.dtype
+    dtype = grad.dtype
     grad = grad.to(tucker.core.dtype)
-    joined = contractions.can_contract(grad) if batch is None else passes.can_project(grad, batch.shape[1] + 1)
-    weight, bias = _gradients(tucker, grad, geometry, joined, to_eight_bits)
+    weight, bias = _laid_out_gradients(tucker, grad, geometry, to_eight_bits, with_bias=True)
     return weight.to(dtype), (geometry.bias_gradient(grad) if bias is None else bias).to(dtype)
+
+
+def _laid_out_gradients(
+    tucker: Tucker, grad: Tensor, geometry: Geometry, to_eight_bits: bool, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `_gradients`, and of a gradient with its channels last, which no product of one of its modes may copy."""
+    if isinstance(geometry, ConvGeometry) and is_channels_last(grad):
+        return _of_channels_last(tucker, grad, geometry, to_eight_bits, with_bias)
+    batch = tucker.factors[0]
+    if not with_bias:
+        joined = False
+    elif batch is None:
+        joined = contractions.can_contract(grad)
+    else:
+        joined = passes.can_project(grad, batch.shape[1] + 1)
+    return _gradients(tucker, grad, geometry, joined, to_eight_bits)
+
+
+def _of_channels_last(
+    tucker: Tucker, grad: Tensor, geometry: ConvGeometry, to_eight_bits: bool, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A convolution whose positions meet one by one is a linear layer there. Of any other, what a projection on the
+    batch's factor leaves of the gradient is so few images that they may be copied."""
+    batch, bias = tucker.factors[0], None
+    positions = grad.movedim(1, -1)
+    if geometry.is_product:
+        core, factors = tucker.core.movedim(1, -1), tucker.factors
+        linear = Tucker(core.contiguous(), (factors[0], *factors[2:], factors[1]))
+        weight, bias = _laid_out_gradients(linear, positions, LinearGeometry(), to_eight_bits, with_bias)
+        return weight.view(*weight.shape, *geometry.kernel), bias
+    if batch is not None:
+        left, bias = _project_ahead(positions, batch, 0, LinearGeometry() if with_bias else None)
+        grad, tucker = left.movedim(-1, 1), Tucker(tucker.core, (None, *tucker.factors[1:]))
+        with_bias = False
+    weight, found = _laid_out_gradients(tucker, grad.contiguous(), geometry, to_eight_bits, with_bias)
+    return weight, found if with_bias else bias
 
 
 def _gradients(

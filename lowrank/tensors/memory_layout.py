@@ -37,14 +37,19 @@ def plainly_last(x: Tensor) -> Tensor:
 
     Where they are other ones, PyTorch's batch normalisation takes its input or its gradient for a contiguous one.
     """
-    last = _LAST.get(x.ndim)
-    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+    if not is_channels_last(x):
         return x
     strides = dense_strides(tuple(x.shape), True)
     return x if x.stride() == strides else x.as_strided(x.shape, strides)
 
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a tensor (B, C, H, W) or (B, C, D, H, W) has its channels last in memory, and in no other way."""
+    last = _LAST.get(x.ndim)
+    return last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
 
 
 def order_of(x: Tensor, linear: bool) -> Callable[[Tensor], Tensor] | None:
