@@ -13,7 +13,7 @@ typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias
 /* As `plan` of `lowrank_depthwise_float` has it, and of the padded image: that all places of the kernel lie on. */
 typedef struct {
   int64_t samples, channels, height, width, out_height, out_width, kernel_height, kernel_width, stride_down, stride_along,
-      pad_down, pad_along, step_down, step_along;
+      pad_down, pad_along, step_down, step_along, last; /* whether the channels are last in memory */
 } layer;
 
 static int64_t padded_height(const layer *l) {
@@ -29,15 +29,30 @@ int64_t lowrank_depthwise_room_float(const int64_t *plan) {
   return LANES * (padded_height(l) * padded_width(l) + l->out_height * l->out_width + l->kernel_height * l->kernel_width);
 }
 
-/* Rows of an image of `channels` channels, each `jump` behind the last, side by side. */
-static void side_by_side(const float *x, int64_t jump, int64_t channels, int64_t rows, int64_t columns, int64_t width,
-                         float *out, int64_t out_width) {
+#define INLINE static inline __attribute__((always_inline))
+
+/* Rows of an image, of `channels` channels from `first` on, side by side, `out_width` places a row. */
+INLINE void side_by_side(const layer *l, const float *x, int64_t first, int64_t channels, int64_t height, int64_t width,
+                         int64_t rows, int64_t columns, float *out, int64_t out_width) {
+  const int64_t all = l->channels;
+  if (l->last) {
+    x += first;
+    for (int64_t row = 0; row < rows; row++, x += width * all, out += LANES * out_width)
+      for (int64_t column = 0; column < columns; column++) {
+        const float *from = x + column * all;
+        float *to = out + LANES * column;
+        if (channels == LANES)
+          *(lanes *)to = *(const lanes *)from;
+        else
+          for (int64_t c = 0; c < channels; c++) to[c] = from[c];
+      }
+    return;
+  }
+  x += first * height * width;
   for (int64_t row = 0; row < rows; row++, x += width, out += LANES * out_width)
     for (int64_t c = 0; c < channels; c++)
-      for (int64_t column = 0; column < columns; column++) out[LANES * column + c] = x[c * jump + column];
+      for (int64_t column = 0; column < columns; column++) out[LANES * column + c] = x[c * height * width + column];
 }
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* Of `count` places of one row of the kernel, the products with all outputs of a sample. */
 INLINE void places(const layer *l, const float *x, const float *grad, float *sums, const int count) {
@@ -65,12 +80,12 @@ INLINE void channels(const task *t, int64_t block, float *room) {
                 columns = wide - l->pad_along < l->width ? wide - l->pad_along : l->width;
   memset(room, 0, sizeof(float) * (size_t)lowrank_depthwise_room_float((const int64_t *)l));
   for (int64_t b = 0; b < l->samples; b++) {
-    const int64_t at = b * l->channels + first;
+    const int64_t at = b * l->channels;
     if (rows > 0 && columns > 0)
-      side_by_side((const float *)t->a + at * in, in, count, rows, columns, l->width,
+      side_by_side(l, (const float *)t->a + at * in, first, count, l->height, l->width, rows, columns,
                    x + LANES * (l->pad_down * wide + l->pad_along), wide);
-    side_by_side((const float *)t->bits + at * out, out, count, l->out_height, l->out_width, l->out_width, grad,
-                 l->out_width);
+    side_by_side(l, (const float *)t->bits + at * out, first, count, l->out_height, l->out_width, l->out_height,
+                 l->out_width, grad, l->out_width);
     for (int64_t i = 0; i < places_down; i++)
       for (int64_t j = 0; j < places_along; j += AT_ONCE) {
         const float *from = x + LANES * (i * l->step_down * wide + j * l->step_along);
@@ -101,7 +116,7 @@ PIECE(piece_avx2, __attribute__((target("avx2,fma"))))
 PIECE(piece_avx512, __attribute__((target("avx512f"))))
 #endif
 
-/* out (C, K_h K_w) of x (B, C, H, W) and grad (B, C, H', W'); room: `lowrank_depthwise_room_float` numbers for each
+/* out (C, K_h K_w) of x (B, C, H, W) and grad (B, C, H', W'), both with the channels last in memory or neither; room: `lowrank_depthwise_room_float` numbers for each
    thread; plan: a `layer`. */
 void lowrank_depthwise_float(const float *x, float *grad, float *out, float *room, const int64_t *plan, int threads) {
   const layer *l = (const layer *)plan;

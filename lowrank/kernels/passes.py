@@ -179,16 +179,21 @@ def depthwise(
 
     Args:
         x: its input, (B, C, H, W), float32, or nothing is done.
-        grad: of its output, (B, C, H', W').
+        grad: of its output, (B, C, H', W'); of an order in memory that both are read in, contiguous or with channels last.
         kernel, stride, padding, dilation: two numbers each; `padding` is that ahead of the image, of zeros.
 
     Returns:
         (C, 1, K_h, K_w); None: not for these.
     """
-    work = None if library() is None else kernel_for("depthwise", x := x.contiguous(), grad := grad.contiguous())
-    if work is None or not grad.numel():
+    if library() is None or not grad.numel():
         return None
-    plan, room = _depthwise_plan((*x.shape, *grad.shape[2:], *kernel, *stride, *padding, *dilation))
+    last = not grad.is_contiguous() and grad.is_contiguous(memory_format=torch.channels_last)
+    form = torch.channels_last if last else torch.contiguous_format
+    x, grad = x.contiguous(memory_format=form), grad.contiguous(memory_format=form)
+    work = kernel_for("depthwise", *(one.permute(0, 2, 3, 1) if last else one for one in (x, grad)))
+    if work is None:
+        return None
+    plan, room = _depthwise_plan((*x.shape, *grad.shape[2:], *kernel, *stride, *padding, *dilation, int(last)))
     threads = torch.get_num_threads()
     out, scratch = x.new_empty(x.shape[1], 1, *kernel), x.new_empty(threads * room)
     work(x.data_ptr(), grad.data_ptr(), out.data_ptr(), scratch.data_ptr(), plan, threads)  # type: ignore[operator]

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowrank.kernels import passes
 from lowrank.tensors import positions
 from lowrank.tensors.eager import remembered
-from lowrank.tensors.memory_layout import dense_strides
+from lowrank.tensors.memory_layout import dense_strides, is_channels_last
 from lowrank.tensors.tucker import products
 
 Shape = tuple[int, ...]
@@ -39,6 +39,7 @@ def _placeholder(like: Tensor, shape: Shape) -> Tensor:
 
 _SMALL = 2**16  # numbers
 _FEW_POSITIONS = 64
+_FAR = 2**22  # numbers beyond the caches
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,10 @@ class ConvGeometry:
         """Bias gradient, shape (O,)."""
         if grad.dtype in _PRODUCT_TYPES and prod(grad.shape[2:]) < _FEW_POSITIONS:
             return grad.sum(0).flatten(1).sum(1)  # in a half to a seventh of the time
+        if is_channels_last(grad) and grad.numel() >= _FAR:
+            samples = passes.project(grad.movedim(1, -1).flatten(1), grad.new_ones(len(grad), 1))
+            if samples is not None:
+                return samples.view(-1, grad.shape[1]).sum(0)  # in a half of the time
         return grad.sum((0, *range(2, grad.ndim)))
 
     def by_output(self, weight: Tensor, groups: int | None = None) -> Tensor:
