@@ -179,7 +179,7 @@ def depthwise(
 
     Args:
         x: its input, (B, C, H, W), float32, or nothing is done.
-        grad: of its output, (B, C, H', W'); of an order in memory that both are read in, contiguous or with channels last.
+        grad: of its output, (B, C, H', W'); both are read in its order in memory, contiguous or with channels last.
         kernel, stride, padding, dilation: two numbers each; `padding` is that ahead of the image, of zeros.
 
     Returns:

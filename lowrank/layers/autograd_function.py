@@ -25,7 +25,7 @@ from lowrank.layers.lazy import Lazy, lazy_gradient, real, unread
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.eager import Node, refuse_double_backward, saved
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
-from lowrank.tensors.memory_layout import dense_strides, laid_out, order_of, suggests_channels_last
+from lowrank.tensors.memory_layout import dense_strides, is_channels_last, laid_out, order_of, suggests_channels_last
 
 
 @dataclass(frozen=True)
@@ -378,10 +378,13 @@ def _scaled_rows(grad_weight: Tensor, scale: Tensor) -> Tensor:
 def _row_products(weight: Tensor, grad_weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Per output channel the inner product of weight and gradient, (O,), and the gradient times the scale, if there is
     one; in one pass, where there is a kernel for these."""
-    a, b = weight.flatten(1), grad_weight.to(weight.dtype).flatten(1)
+    last = is_channels_last(weight)  # in which order a row's numbers are multiplied is all the same
+    a, b = (one.movedim(1, -1) if last else one for one in (weight, grad_weight.to(weight.dtype)))
+    shape, a, b = b.shape, a.flatten(1), b.flatten(1)
     found = passes.row_products(a, b, scale)
     if found is not None:
-        return found, None if scale is None else b.view(grad_weight.shape)
+        b = b.view(shape)
+        return found, None if scale is None else b.movedim(-1, 1) if last else b
     if weight.is_cuda:
         found = torch.bmm(a[:, None], b[:, :, None]).view(-1)
     else:

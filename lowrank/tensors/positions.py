@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank.kernels import passes
+from lowrank.tensors.memory_layout import is_channels_last
 
 Sizes = tuple[int, ...]
 FAST = (3, 3)  # the kernel for which a depthwise convolution is fast
@@ -76,10 +77,11 @@ def weight_gradient(x: Tensor, grad: Tensor, pairs: Pairs, kernel: Sizes, groups
         groups: 1, or C, which then is O.
 
     Returns:
-        (O, C / groups, ...), the kernel behind.
+        (O, C / groups, ...), the kernel behind; without groups with its channels last in memory, where the input has.
     """
+    last = is_channels_last(x)
     x, grad = x.flatten(2), grad.flatten(2)
-    found = _dense(x, grad, pairs, prod(kernel)) if groups == 1 else _depthwise(x, grad, pairs, prod(kernel))
+    found = _dense(x, grad, pairs, prod(kernel), last) if groups == 1 else _depthwise(x, grad, pairs, prod(kernel))
     return found.view(grad.shape[1], -1, *kernel)
 
 
@@ -104,14 +106,14 @@ def _side_by_side(x: Tensor) -> Tensor:
     return passes.swapped(x).flatten(1)
 
 
-def _dense(x: Tensor, grad: Tensor, pairs: Pairs, size: int) -> Tensor:
-    """Per weight of the kernel one matrix product, (O, C, size)."""
+def _dense(x: Tensor, grad: Tensor, pairs: Pairs, size: int, last: bool) -> Tensor:
+    """Per weight of the kernel one matrix product, (O, C, size); last: C is last in memory."""
     x, grad = (tensor.permute(2, 0, 1).contiguous() for tensor in (x, grad))  # a position ahead: (P, B, C), (Q, B, O)
     found = x.new_empty(size, grad.shape[2], x.shape[2])
     counts = torch.bincount(pairs.weights, minlength=size).tolist()
     for at, (p, q) in enumerate(zip(pairs.inputs.split(counts), pairs.outputs.split(counts), strict=True)):
         torch.mm(grad[q].flatten(0, 1).mT, x[p].flatten(0, 1), out=found[at])
-    return found.permute(1, 2, 0).contiguous()
+    return found.transpose(0, 1).contiguous().mT if last else found.permute(1, 2, 0).contiguous()
 
 
 def _depthwise(x: Tensor, grad: Tensor, pairs: Pairs, size: int) -> Tensor:
