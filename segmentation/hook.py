@@ -47,6 +47,8 @@ class LowRankHook(Hook):
             `fuse`.
         freeze_statistics: batch normalisation uses its stored statistics and does not update them.
         dropout: False switches off every dropout layer.
+        channels_last: hold weights, and so what comes of images, with the channels fastest in memory; on a CPU often
+            faster, the same result up to rounding.
     """
 
     def __init__(
@@ -59,12 +61,14 @@ class LowRankHook(Hook):
         recompute_loss: bool | None = None,
         freeze_statistics: bool = True,
         dropout: bool = False,
+        channels_last: bool = False,
     ) -> None:
         self.method, self.layers, self.freeze = build_method(method), layers, list(freeze)
         self.budget = None if budget is None else Budget(**budget)
         self.fuse = fuses(self.method, fuse)
         self.recompute_loss = self.fuse if recompute_loss is None else recompute_loss
         self.freeze_statistics, self.dropout = freeze_statistics, dropout
+        self.channels_last = channels_last
         self._carried: dict[str, Tensor] = {}
         self._collected: dict[str, Any] | None = None
 
@@ -88,7 +92,7 @@ class LowRankHook(Hook):
             _wrap_again(runner, model)
 
     def prepare(self, model: nn.Module) -> list[str]:
-        """Freeze and convert a model, in place.
+        """Freeze, lay out in memory and convert a model, in place.
 
         Returns:
             Names of the converted layers.
@@ -100,6 +104,8 @@ class LowRankHook(Hook):
         apply_freeze_list(model, self.freeze)
         if not self.dropout:
             switch_off_dropout(model)
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
         names = lowrank.trailing_layers(model, "all") if self.layers == "all" else list(self.layers)
         if names:
             self.method = with_ranks(self.method, self.budget, names)

@@ -21,6 +21,8 @@ FULL_RANK = {
     "svd": {"method": {"type": "SVD", "energy": 1.0}},
     "hosvd": {"method": {"type": "HOSVD", "energy": 1.0}},
     "asi": {"method": {"type": "ASI", "ranks": 10**6}},
+    "hosvd, channels last": {"method": {"type": "HOSVD", "energy": 1.0}, "channels_last": True},
+    "vanilla_fused, channels last": {"method": {"type": "Vanilla"}, "fuse": True, "channels_last": True},
 }
 
 
@@ -89,6 +91,26 @@ def test_kept_bytes_fall(network, build, batch):
     converted, _ = prepared(config, build(config), method={"type": "ASI", "ranks": [2, 2, 2, 2]})
     kept = [lowrank.saved_bytes(model, segmentation_loss, batch) for model in (vanilla, converted)]
     assert kept[0] > 10 * kept[1]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_with_channels_last_all_that_is_computed_is_so_and_as_much_is_kept(network, build, batch):
+    config, orders, kept = narrow_config(network), {}, []
+    method = {"type": "ASI", "ranks": [2, 2, 2, 2]}
+
+    def note(layer, given, output):
+        orders[layer] = output.is_contiguous(memory_format=torch.channels_last)
+
+    for channels_last in (False, True):
+        model, _ = prepared(config, build(config), method=method, channels_last=channels_last)
+        kept.append(lowrank.saved_bytes(model, segmentation_loss, batch))
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(note)
+    segmentation_loss(model, batch).backward()
+    assert kept[0] == kept[1]
+    assert orders
+    assert all(orders.values())
 
 
 def test_a_converted_segmentor_is_copied_and_predicts_as_before(build, batch):
