@@ -1,4 +1,4 @@
-"""Training steps at small batches, as comparisons."""
+"""Training steps at small batches, and with channels last in memory, as comparisons."""
 
 from __future__ import annotations
 
@@ -46,3 +46,31 @@ def _both_ways(network: str, layers: str, way: str, other: str, setting: Setting
     method, parts, smallest = WAYS[way]
     own = training_step(network, layers, method, setting, parts=min(parts, setting.batch), smallest=smallest)
     return own, training_step(network, layers, NoWeightGradient() if other == "limit" else None, setting)
+
+
+# Of `channels_last`: a way, whether it has its channels last, and the same of what it is compared with.
+ORDERS = (
+    ("vanilla", True, "vanilla", False),
+    ("lean", True, "vanilla", True),
+    ("asi", True, "vanilla", True),
+    ("asi_int8", True, "vanilla", True),
+    ("asi", True, "limit", True),
+    ("asi", True, "asi", False),
+)
+
+
+def channels_last(setting: Setting) -> Iterator[Comparison]:
+    """Steps of networks and images with their channels last in memory, against vanilla's, the limit's and others'."""
+    for network, layers, order in product(setting.networks, ("4", "all"), ORDERS):
+        names = [f"{way}, channels last" if last else way for way, last in (order[:2], order[2:])]
+        pair = partial(_both_orders, network, layers, order, setting)
+        yield Comparison("channels last", f"{network}, last {layers}", names[0], names[1], pair)
+
+
+def _both_orders(network: str, layers: str, order: tuple[str, bool, str, bool], setting: Setting) -> tuple[Work, Work]:
+    def step(way: str, last: bool) -> Work:
+        method = NoWeightGradient() if way == "limit" else WAYS[way][0]
+        return training_step(network, layers, method, setting, channels_last=last)
+
+    first, first_last, second, second_last = order
+    return step(first, first_last), step(second, second_last)

@@ -248,12 +248,15 @@ def training_step(
     fuse: bool = True,
     parts: int = 1,
     smallest: float = 0,
+    channels_last: bool = False,
 ) -> Work:
-    model = build(network, setting.size)
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    model = build(network, setting.size).to(memory_format=form)
     names = trained_layers(network, model, layers)
     if method is not None:
         lowrank.convert(model, names, method, fuse, smallest=smallest)
     images, labels = batch_of(setting.batch, setting.size)
+    images = images.contiguous(memory_format=form)
     pieces = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
 
     def step() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from benchmarks.batches import batch_steps
+from benchmarks.batches import batch_steps, channels_last
 from benchmarks.comparisons import CONVOLUTIONAL, METHODS, Comparison, Setting
 from benchmarks.comparisons import SECTIONS as LARGER
 from benchmarks.pairs import ratio
@@ -28,7 +28,7 @@ from benchmarks.plots import draw_batches, draw_speed
 from experiment.allocator import keep_freed_memory
 from experiment.files import write_whole
 
-SECTIONS = {**LARGER, "batch": batch_steps}
+SECTIONS = {**LARGER, "batch": batch_steps, "channels-last": channels_last}
 KEY = ["section", "case", "first", "second", "batch", "size", "threads"]
 
 
