@@ -16,13 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from lowrank.exact.bits import Gate, Slopes, masked, pack
+from lowrank.exact.bits import Gate, Slopes, masked, pack, pack_clamped
 from lowrank.exact.slots import Slot, note_slot
 from lowrank.tensors.eager import Node, is_batched, wants_gradient
 
@@ -42,6 +44,7 @@ class Curve:
         function: of a tensor, and whether to work in place.
         gate: which elements have the inner slope, see `pack`.
         slopes: the gradient by that, see `masked`.
+        high: of a function that clamps between the gate's lower limit and this one; None: of another one.
         by_output: PyTorch's operator that writes the gradient, by the output gradient, the output and what follows
             these; None: that does not tell.
     """
@@ -50,6 +53,7 @@ class Curve:
     gate: Gate
     slopes: Slopes = _PLAIN
     by_output: tuple[Any, ...] | None = None
+    high: float | None = None
 
     def gradient(self, grad: Tensor, y: Tensor, room: bool) -> Tensor:
         """By the output, to whose memory it is written where there is `room`, and it lies as `grad` does."""
@@ -71,14 +75,17 @@ class _TwoSlopes(Node):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, curve: Curve, inplace: bool, slots: list[Slot]) -> Tensor:
-        bits, ctx.place = pack(x, curve.gate)
+        joined = None if curve.high is None else pack_clamped(x, curve.gate, curve.high, inplace)
+        bits, ctx.place = pack(x, curve.gate) if joined is None else joined[:2]
         ctx.slot, ctx.curve = Slot(bits), curve
         slots.append(ctx.slot)
-        if not inplace:
-            return curve.function(x, False)
-        ctx.mark_dirty(x)
-        curve.function(x, True)
-        return x
+        if inplace:
+            ctx.mark_dirty(x)
+        if joined is None:
+            return curve.function(x, inplace)
+        if inplace:
+            increment_version(x)
+        return joined[2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -118,11 +125,12 @@ def _gradient(grad: Tensor, bits: Tensor, place: list[int], slopes: Slopes) -> T
     return (_Masked.apply if torch.is_grad_enabled() else masked)(grad, bits, place, slopes)
 
 
-_RELU = Curve(F.relu, Gate("above"), by_output=(_aten.threshold_backward, 0))
+_RELU = Curve(F.relu, Gate("above"), by_output=(_aten.threshold_backward, 0), high=inf)
 
 
 def _clamp(function: Callable[[Tensor, bool], Tensor], low: float, high: float) -> Curve:
-    return Curve(function, Gate("between", low, high), by_output=(_aten.hardtanh_backward, low, high))
+    by_output = (_aten.hardtanh_backward, low, high)
+    return Curve(function, Gate("between", low, high), by_output=by_output, high=high if low < high else None)
 
 
 _RELU6 = _clamp(F.relu6, 0.0, 6.0)

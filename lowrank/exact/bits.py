@@ -99,6 +99,39 @@ def pack(x: Tensor, gate: Rule) -> tuple[Tensor, list[int]]:
     return bits, place
 
 
+def pack_clamped(x: Tensor, gate: Gate, high: float, inplace: bool) -> tuple[Tensor, list[int], Tensor] | None:
+    """`pack`, and the tensor clamped between the gate's lower limit and `high`, in one pass.
+
+    Args:
+        x: any tensor.
+        gate: "above" or "between".
+        high: infinite where the gate is "above".
+        inplace: whether the clamped tensor is to be written to `x`.
+
+    Returns:
+        What `pack` returns, and the clamped tensor, in the memory order of `x`; None: there is no kernel for these.
+    """
+    ordered, place = in_memory_order(x)
+    if ordered.device.type != "cpu" or not ordered.numel() or ordered.data_ptr() != x.data_ptr():
+        return None
+    form = (
+        _form(x) if gate.rule == "above" else torch.preserve_format
+    )  # of dimensions of size 1, as ReLU and clamp have
+    flat, out = ordered.view(-1), x if inplace else torch.empty_like(x, memory_format=form)
+    bits = flat.new_empty(_bytes(flat.numel()), dtype=torch.uint8)
+    order = [place.index(position) for position in range(x.ndim)]
+    done = passes.clamp(flat, gate.rule, gate.low, high, bits, out.permute(order).view(-1))
+    return (bits, place, out) if done else None
+
+
+def _form(x: Tensor) -> torch.memory_format:
+    """In which PyTorch's iterator writes what it makes of each element of `x`."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.preserve_format
+
+
 def masked(grad: Tensor, bits: Tensor, place: Sequence[int], rule: Rule) -> Tensor:
     """A gradient by a rule that reads the bits.
 

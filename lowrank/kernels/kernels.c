@@ -68,6 +68,47 @@ static inline uint8_t eight_float(int rule, const float *x, float low, float hig
 PACK(float)
 PACK(double)
 
+/* --- Both a gate's bits and `clamp(x, low, high)`, NaN included, which may be written to where x lies. */
+
+static inline void clamped(const float *x, float *out, float low, float high) {
+  float v[8];
+  memcpy(v, x, sizeof v);
+  for (int i = 0; i < 8; i++) {
+    const float least = low > v[i] ? low : v[i];
+    v[i] = high < least ? high : least;
+  }
+  memcpy(out, v, sizeof v);
+}
+
+#define CLAMP_LOOP(RULE)                                                                                               \
+  for (; from + 8 <= to; from += 8) {                                                                                  \
+    bits[from / 8] = eight_float(RULE, x + from, low, high);                                                           \
+    clamped(x + from, out + from, low, high);                                                                          \
+  }
+
+static void clamp_piece_float(const task *t, int64_t from, int64_t to) {
+  const float *x = t->a, low = (float)t->low, high = (float)t->high;
+  float *out = t->out;
+  uint8_t *bits = t->bits;
+  if (t->rule == ABOVE) {
+    CLAMP_LOOP(ABOVE)
+  } else {
+    CLAMP_LOOP(BETWEEN)
+  }
+  if (from < to) bits[from / 8] = byte_float(t->rule, x + from, to - from, low, high);
+  for (; from < to; from++) {
+    const float least = low > x[from] ? low : x[from];
+    out[from] = high < least ? high : least;
+  }
+}
+
+void lowrank_clamp_float(const float *x, uint8_t *bits, float *out, int64_t count, int rule, double low, double high,
+                         int threads) {
+  task t = {.piece = clamp_piece_float, .a = x, .bits = bits, .out = out, .count = count, .step = PIECE, .low = low,
+            .high = high, .rule = rule};
+  lowrank_run(&t, threads);
+}
+
 /* --- Slopes: `inner` times the gradient where the bit is set, elsewhere zero or `outer` times it. */
 
 enum { ZERO_OUTSIDE, SCALED_OUTSIDE };

@@ -20,6 +20,7 @@ _ALLOWED = ("", "auto", "off")
 _COUNT, _POINTER, _NUMBER, _INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double, ctypes.c_int
 _INT8 = (("round", "float"), ("restore", "int8"))
 _SIGNATURES = {
+    "clamp_float": (_POINTER, _POINTER, _POINTER, _COUNT, _INT, _NUMBER, _NUMBER, _INT),
     **{f"pack_{kind}": (_POINTER, _POINTER, _COUNT, _INT, _NUMBER, _NUMBER, _INT) for kind in ("float", "double")},
     **{
         f"apply_{kind}": (_POINTER, _POINTER, _POINTER, _COUNT, _INT, _NUMBER, _NUMBER, _INT)

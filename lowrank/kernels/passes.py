@@ -66,6 +66,27 @@ def pack(x: Tensor, gate: Gate, low: float, high: float, bits: Tensor) -> bool:
     return True
 
 
+def clamp(x: Tensor, gate: Gate, low: float, high: float, bits: Tensor, out: Tensor) -> bool:
+    """`pack` and, to the last bit, `torch.clamp` in one pass.
+
+    Args:
+        x: (n,), on a CPU float32, or nothing is done.
+        gate: "above", or "between"; of the first `high` is infinite.
+        low, high: of the gate, and of the clamp.
+        bits: (ceil(n / 8),), uint8, to write to.
+        out: (n,), to write to; may be `x` itself.
+
+    Returns:
+        Whether it was done.
+    """
+    kernel = kernel_for("clamp", x, out, stored=(bits, torch.uint8))
+    if kernel is None:
+        return False
+    pointers = x.data_ptr(), bits.data_ptr(), out.data_ptr()
+    kernel(*pointers, x.numel(), _GATES[gate], low, high, torch.get_num_threads())  # type: ignore[operator]
+    return True
+
+
 def apply(grad: Tensor, bits: Tensor, inner: float, outer: float | None, out: Tensor) -> bool:
     """Multiply each element by one of two slopes, by its bit.
 

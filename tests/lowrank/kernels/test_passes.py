@@ -220,3 +220,65 @@ def test_a_switch_within_the_process():
         assert not kernels.status().active
         assert passes.row_products(torch.ones(2, 2), torch.ones(2, 2)) is None
     assert kernels.status().active
+
+
+CLAMPS = {
+    "relu": (relu, F.relu),
+    "relu6": (relu6, F.relu6),
+    "hardtanh": (lambda x, inplace: hardtanh(x, -2.5, 0.25, inplace), lambda x, i: F.hardtanh(x, -2.5, 0.25, i)),
+}
+
+
+LAYOUTS = {
+    "dense": lambda x: x,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 3),
+    "one image": lambda x: x[:1, :, :1].contiguous(memory_format=torch.channels_last),
+    "one row": lambda x: x[:1, :, :1].to(memory_format=torch.channels_last),
+    "odd strides": lambda x: torch.empty_strided((1, 16, 1, 53), (999, 1, 777, 16)).copy_(x[:1, :, :1]),
+    "gaps": lambda x: x[..., ::2],
+    "nothing": lambda x: x[:0],
+}
+
+
+def clamped(function, x, inplace):
+    """What a function makes of a tensor laid out as `x`, its gradient where that is no NaN, and strides."""
+    leaf = torch.empty_strided(x.shape, x.stride()).copy_(x).requires_grad_()
+    y = function(leaf.as_strided(x.shape, x.stride()) * 1 if inplace else leaf, inplace)
+    (grad,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+    return y.detach(), grad[~x.isnan()], y.stride()
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", CLAMPS)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_values_and_bits_of_a_clamp_are_made_in_one_pass(name, inplace, layout, threads, monkeypatch):
+    x = LAYOUTS[layout](values(3 * 16 * 61 * 53, torch.float32).view(3, 16, 61, 53))
+    once, made = passes.clamp, []
+    monkeypatch.setattr(passes, "clamp", lambda *given: made.append(once(*given)) or made[-1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y, grad, strides = clamped(CLAMPS[name][0], x, inplace)
+        wanted, wanted_grad, wanted_strides = clamped(CLAMPS[name][1], x, inplace)
+    finally:
+        torch.set_num_threads(before)
+    if layout not in ("gaps", "nothing"):  # of the first a product is dense, of the second there is none
+        assert made == [True]
+    numbers = ~wanted.isnan()
+    assert torch.equal(y.isnan(), wanted.isnan())
+    assert torch.equal(y[numbers].view(torch.int32), wanted[numbers].view(torch.int32)), "zeros have their signs"
+    assert torch.equal(grad, wanted_grad)
+    assert strides == wanted_strides
+
+
+@needs_kernels
+def test_a_clamp_in_place_is_told_to_who_keeps_the_tensor():
+    x = torch.randn(4, 5, requires_grad=True)
+    y = x * 1
+    square = y * y  # keeps y
+    relu(y, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
