@@ -70,15 +70,20 @@ PACK(double)
 
 /* --- Both a gate's bits and `clamp(x, low, high)`, NaN included, which may be written to where x lies. */
 
-static inline void clamped(const float *x, float *out, float low, float high) {
-  float v[8];
-  memcpy(v, x, sizeof v);
-  for (int i = 0; i < 8; i++) {
-    const float least = low > v[i] ? low : v[i];
-    v[i] = high < least ? high : least;
-  }
-  memcpy(out, v, sizeof v);
+#if defined(__SSE2__)
+static inline void clamped(const float *x, float *out, float low, float high) { /* where neither is more, the second */
+  const __m128 l = _mm_set1_ps(low), h = _mm_set1_ps(high);
+  const __m128 v = _mm_min_ps(h, _mm_max_ps(l, _mm_loadu_ps(x))), w = _mm_min_ps(h, _mm_max_ps(l, _mm_loadu_ps(x + 4)));
+  _mm_storeu_ps(out, v), _mm_storeu_ps(out + 4, w);
 }
+#else
+static inline void clamped(const float *x, float *out, float low, float high) {
+  for (int i = 0; i < 8; i++) {
+    const float least = low > x[i] ? low : x[i];
+    out[i] = high < least ? high : least;
+  }
+}
+#endif
 
 #define CLAMP_LOOP(RULE)                                                                                               \
   for (; from + 8 <= to; from += 8) {                                                                                  \
