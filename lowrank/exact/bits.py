@@ -114,9 +114,8 @@ def pack_clamped(x: Tensor, gate: Gate, high: float, inplace: bool) -> tuple[Ten
     ordered, place = in_memory_order(x)
     if ordered.device.type != "cpu" or not ordered.numel() or ordered.data_ptr() != x.data_ptr():
         return None
-    form = (
-        _form(x) if gate.rule == "above" else torch.preserve_format
-    )  # of dimensions of size 1, as ReLU and clamp have
+    # ReLU and clamp do not agree on the strides of dimensions of size 1.
+    form = _form(x) if gate.rule == "above" else torch.preserve_format
     flat, out = ordered.view(-1), x if inplace else torch.empty_like(x, memory_format=form)
     bits = flat.new_empty(_bytes(flat.numel()), dtype=torch.uint8)
     order = [place.index(position) for position in range(x.ndim)]

@@ -85,7 +85,7 @@ def _of_channels_last(
         core, factors = tucker.core.movedim(1, -1), tucker.factors
         linear = Tucker(core.contiguous(), (factors[0], *factors[2:], factors[1]))
         weight, bias = _laid_out_gradients(linear, positions, LinearGeometry(), to_eight_bits, with_bias)
-        return weight.view(*weight.shape, *geometry.kernel), bias
+        return geometry.by_output(weight.view(*weight.shape, *geometry.kernel), 1), bias
     if batch is not None:
         left, bias = _project_ahead(positions, batch, 0, LinearGeometry() if with_bias else None)
         grad, tucker = left.movedim(-1, 1), Tucker(tucker.core, (None, *tucker.factors[1:]))

@@ -32,6 +32,7 @@ CASES = [
     (nn.Conv2d(8, 8, 5, 2, 2, groups=8), (2, 3, 2, 2)),
     (nn.Conv2d(8, 8, 3, padding=1, groups=8, padding_mode="circular"), (2, 8, 2, 2)),
     (nn.ConvTranspose2d(8, 12, 3, 2, 1), (3, 4, 2, 5)),
+    (nn.ConvTranspose2d(8, 12, 1), (3, 4, 2, 5)),
 ]
 
 
@@ -72,6 +73,17 @@ def test_gradients_of_any_convolution_are_autograds_on_the_dense_input(setting, 
     torch.testing.assert_close(found, wanted, **TOLERANCE)
     torch.testing.assert_close(bias, grad.sum((0, 2, 3)), **TOLERANCE)
     torch.testing.assert_close(weight_gradient(tucker, grad, geometry_of(layer)), wanted, **TOLERANCE)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv3d(6, 4, 1), nn.Conv3d(6, 4, 3, padding=1)], ids=str)
+@pytest.mark.parametrize("ranks", [(2, 3, 2, 3, 2), (5, 6, 2, 4, 3)])
+def test_of_three_dimensions(layer, ranks):
+    layer, tucker = copy.deepcopy(layer).to(DEVICE, torch.float64), tucker_of((5, 6, 4, 4, 3), ranks)
+    grad = random_tensor(*layer(tucker.dense()).shape, seed=1).contiguous(memory_format=torch.channels_last_3d)
+    wanted = autograd(layer, tucker.dense(), grad)[2]["weight"]
+    found, bias = gradients(tucker, grad, geometry_of(layer))
+    torch.testing.assert_close(found, wanted, **TOLERANCE)
+    torch.testing.assert_close(bias, grad.sum((0, 2, 3, 4)), **TOLERANCE)
 
 
 @pytest.mark.parametrize("context", [nullcontext, library.plain], ids=["compiled", "plain"])
