@@ -105,7 +105,7 @@ class LowRankHook(Hook):
         if not self.dropout:
             switch_off_dropout(model)
         if self.channels_last:
-            model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         names = lowrank.trailing_layers(model, "all") if self.layers == "all" else list(self.layers)
         if names:
             self.method = with_ranks(self.method, self.budget, names)
