@@ -78,19 +78,22 @@ def _of_channels_last(
     tucker: Tucker, grad: Tensor, geometry: ConvGeometry, to_eight_bits: bool, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """A convolution whose positions meet one by one is a linear layer there. Of any other, what a projection on the
-    batch's factor leaves of the gradient is so few images that they may be copied."""
-    batch, bias = tucker.factors[0], None
+    batch's factor leaves of the gradient is so few images that they may be copied; and the channels' factor is applied
+    last, so that a large gradient lies as the weight does and is not laid out again beside itself."""
+    (batch, channels, *sides), bias = tucker.factors, None
     positions = grad.movedim(1, -1)
     if geometry.is_product:
-        core, factors = tucker.core.movedim(1, -1), tucker.factors
-        linear = Tucker(core.contiguous(), (factors[0], *factors[2:], factors[1]))
+        linear = Tucker(tucker.core.movedim(1, -1).contiguous(), (batch, *sides, channels))
         weight, bias = _laid_out_gradients(linear, positions, LinearGeometry(), to_eight_bits, with_bias)
         return geometry.by_output(weight.view(*weight.shape, *geometry.kernel), 1), bias
     if batch is not None:
         left, bias = _project_ahead(positions, batch, 0, LinearGeometry() if with_bias else None)
-        grad, tucker = left.movedim(-1, 1), Tucker(tucker.core, (None, *tucker.factors[1:]))
-        with_bias = False
-    weight, found = _laid_out_gradients(tucker, grad.contiguous(), geometry, to_eight_bits, with_bias)
+        grad, with_bias = left.movedim(-1, 1), False
+    apart = channels is not None and geometry.groups == 1 and type(geometry) is ConvGeometry
+    few = Tucker(tucker.core, (None, None if apart else channels, *sides))
+    weight, found = _laid_out_gradients(few, grad.contiguous(), geometry, to_eight_bits, with_bias)
+    if apart:
+        weight = (weight.movedim(1, -1) @ _matrix(channels).mT).movedim(-1, 1)
     return weight, found if with_bias else bias
 
 
