@@ -67,7 +67,8 @@ def pack(x: Tensor, gate: Gate, low: float, high: float, bits: Tensor) -> bool:
 
 
 def clamp(x: Tensor, gate: Gate, low: float, high: float, bits: Tensor, out: Tensor) -> bool:
-    """`pack` and, to the last bit, `torch.clamp` in one pass.
+    """`pack` and `torch.clamp` in one pass; to the last bit, but on Arm, where the sign of a zero that PyTorch makes of
+    zeros depends on how many numbers there are.
 
     Args:
         x: (n,), on a CPU float32, or nothing is done.

@@ -21,9 +21,11 @@ from torch import Tensor
 from lowrank.kernels import contractions, passes
 from lowrank.tensors import halves
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
-from lowrank.tensors.memory_layout import is_channels_last
+from lowrank.tensors.memory_layout import channels_last, is_channels_last
 from lowrank.tensors.plans import Plan, plan_gradient
 from lowrank.tensors.tucker import Tucker, mode_correlation, mode_product
+
+_AT_ONCE = 2**18  # numbers of a gradient that are laid out together, in the cache
 
 
 def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry, to_eight_bits: bool = False) -> Tensor:
@@ -91,7 +93,8 @@ def _of_channels_last(
         grad, with_bias = left.movedim(-1, 1), False
     apart = channels is not None and geometry.groups == 1 and type(geometry) is ConvGeometry
     few = Tucker(tucker.core, (None, None if apart else channels, *sides))
-    weight, found = _laid_out_gradients(few, grad.contiguous(), geometry, to_eight_bits, with_bias)
+    joined = with_bias and contractions.can_contract(grad.movedim(1, -1))
+    weight, found = _gradients(few, grad, geometry, joined, to_eight_bits)
     if apart:
         weight = (weight.movedim(1, -1) @ _matrix(channels).mT).movedim(-1, 1)
     return weight, found if with_bias else bias
@@ -104,7 +107,10 @@ def _gradients(
     channel = geometry.channel_axis % grad.ndim
     factored = tuple(factor is not None for factor in tucker.factors)
     plan = plan_gradient(geometry, tucker.shape, tucker.ranks, factored, grad.shape[channel], joined)
-    compiled = None if plan.kind is None else _by_kernel(tucker, grad, geometry, plan, plan.kind)
+    last = isinstance(geometry, ConvGeometry) and is_channels_last(grad)
+    if last and (plan.meet != "shifts" or plan.project):
+        grad = grad.contiguous()
+    compiled = None if plan.kind is None else _by_kernel(tucker, grad, geometry, plan, last)
     if compiled is not None:
         return compiled
     core, factors, bias = tucker.core, list(tucker.factors), None
@@ -135,19 +141,21 @@ def _gradients(
     groups = geometry.groups if remaining is None else 1
     if plan.meet == "windows":
         assert isinstance(geometry, ConvGeometry)
-        dense = _correlate_windows(grad, core, geometry.kernel, groups)
+        dense = _correlate_windows(grad, core, geometry.kernel, groups, last)
     else:
-        dense = geometry.weight_gradient(core, grad, groups=groups)
+        dense = geometry.weight_gradient(channels_last(core) if last else core, grad, groups=groups)
     if remaining is None:
         return dense, bias
     return geometry.by_output(_apply_channels(geometry.by_output(dense, 1), remaining, geometry.groups)), bias
 
 
 def _by_kernel(
-    tucker: Tucker, grad: Tensor, geometry: Geometry, plan: Plan, kind: contractions.Kind
+    tucker: Tucker, grad: Tensor, geometry: Geometry, plan: Plan, last: bool
 ) -> tuple[Tensor, Tensor] | None:
     """Both gradients, from the one read of a compiled kernel; None: not for these."""
+    kind = plan.kind
     assert isinstance(geometry, ConvGeometry)
+    assert kind is not None
     samples, channels, *sides = tucker.factors
     of_channels = channels if kind == "rows" else None
     factors = samples, of_channels, *(_matrix(side) for side in sides)
@@ -159,7 +167,7 @@ def _by_kernel(
     if kind == "windows":
         whole = channels is None or 1 in plan.expand
         core = tucker.core if channels is None or not whole else mode_product(tucker.core, channels, 1)
-        dense = _correlate_windows(dense, core, geometry.kernel, geometry.groups if whole else 1)
+        dense = _correlate_windows(dense, core, geometry.kernel, geometry.groups if whole else 1, last)
         return dense if whole else _apply_channels(dense, channels, geometry.groups), bias
     result = _apply_channels(dense, channels, geometry.groups)
     return result.view(*result.shape, *geometry.kernel), bias
@@ -178,17 +186,22 @@ def _project_ahead(grad: Tensor, factor: Tensor, mode: int, of_bias: Geometry | 
     return found.narrow(mode, 0, last).contiguous(), of_bias.bias_gradient(found.narrow(mode, last, 1))
 
 
-def _correlate_windows(grad: Tensor, core: Tensor, kernel: Shape, groups: int) -> Tensor:
+def _correlate_windows(grad: Tensor, core: Tensor, kernel: Shape, groups: int, last: bool) -> Tensor:
     """Weight gradient (O, C/g, K_h, K_w), from the output's gradient (B, O, K_h r_2, K_w r_3) projected on what each
-    place of the kernel meets, and a core (B, C, r_2, r_3)."""
-    outputs, spatial = grad.shape[1], range(len(kernel))
+    place of the kernel meets, and a core (B, C, r_2, r_3); `last`: C is last in memory, as the product has it."""
+    outputs, spatial, places = grad.shape[1], range(len(kernel)), prod(kernel)
     apart = [size for k, rank in zip(kernel, core.shape[2:], strict=True) for size in (k, rank)]
-    places, ranks = [2 + 2 * axis for axis in spatial], [3 + 2 * axis for axis in spatial]
-    gathered = grad.view(grad.shape[0], outputs, *apart).permute(1, *places, 0, *ranks)
-    gathered = gathered.reshape(groups, outputs // groups * prod(kernel), -1)
-    inputs = core.transpose(0, 1).reshape(groups, core.shape[1] // groups, -1)
-    found = torch.bmm(gathered, inputs.mT).view(outputs, *kernel, -1)
-    return found.movedim(-1, 1).contiguous()
+    along, ranks = [2 + 2 * axis for axis in spatial], [3 + 2 * axis for axis in spatial]
+    gathered = grad.view(grad.shape[0], outputs, *apart).permute(1, *along, 0, *ranks)
+    gathered = gathered.reshape(groups, outputs // groups * places, -1)
+    inputs = core.transpose(0, 1).reshape(groups, core.shape[1] // groups, -1).mT
+    if last:
+        return torch.bmm(gathered, inputs).view(outputs, *kernel, -1).movedim(-1, 1)
+    found = grad.new_empty(groups, outputs // groups, core.shape[1] // groups, places)
+    each = max(_AT_ONCE // max(found[:, :1].numel(), 1), 1)  # a few outputs at a time: there is no second gradient
+    for some, rows in zip(found.split(each, 1), gathered.split(each * places, 1), strict=True):
+        some.copy_(torch.bmm(rows, inputs).unflatten(1, (-1, places)).mT)
+    return found.view(outputs, -1, *kernel)
 
 
 def _along(geometry: Geometry, factor: Tensor) -> Tensor:

@@ -52,6 +52,12 @@ def is_channels_last(x: Tensor) -> bool:
     return last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """A tensor (B, C, H, W) or (B, C, D, H, W) with its channels last in memory; any other as it is."""
+    last = _LAST.get(x.ndim)
+    return x if last is None else x.contiguous(memory_format=last)
+
+
 def order_of(x: Tensor, linear: bool) -> Callable[[Tensor], Tensor] | None:
     """What gives the gradient of a layer's input `x` the order in memory that PyTorch gives it, where operators behind
     may tell: of a linear layer (..., I) for an input that lies as (I, ...), of a convolution for one image with its
