@@ -187,8 +187,8 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
         padded = batched if method.keeps_input else without_padding(batched)
         kept = _compress(state, method, padded, geometry, layer.training)
         kept = tuple(map(_without_the_rest, kept))
-        as_it_is = len(kept) == 0 or kept[0] is batched
-        if not as_it_is or (kept and method.derive):
+        as_it_is = bool(kept) and kept[0] is batched
+        if kept and (not as_it_is or method.derive):
             note_kept(state.name, input, batched, method, kept)
         if as_it_is and x is input:
             is_kept(input)

@@ -53,6 +53,15 @@ def test_the_limit_has_the_exact_input_gradients_and_no_weight_gradient():
     assert all(stock[f"{name}.weight"].count_nonzero() > 0 for name in names)
 
 
+def test_the_limit_keeps_no_input_and_activations_read_their_bits_there():
+    kept = []
+    for method in (NoWeightGradient(), lowrank.ASI((1, 1, 1, 1))):
+        model = build("mcunet", 32)
+        lowrank.convert(model, trained_layers("mcunet", model, "all"), method)
+        kept.append(lowrank.saved_bytes(model, lambda model, batch: loss_of(model, batch), batch_of(2, 32)))
+    assert 0 < kept[0] < kept[1]
+
+
 def test_a_ratio_is_the_median_of_pairs():
     first, second = iter([9.0, 1.0, 6.0, 8.0]), iter([9.0, 1.0, 2.0, 2.0])
     found = ratio(lambda: next(first), lambda: next(second), 3)
