@@ -25,7 +25,8 @@ from lowrank.tensors.memory_layout import channels_last, is_channels_last
 from lowrank.tensors.plans import Plan, plan_gradient
 from lowrank.tensors.tucker import Tucker, mode_correlation, mode_product
 
-_AT_ONCE = 2**18  # numbers of a gradient that are laid out together, in the cache
+_LARGE = 2**20  # numbers of a gradient of which there is to be no second one
+_AT_ONCE = 2**18  # of such a gradient, that are laid out together
 
 
 def weight_gradient(tucker: Tucker, grad: Tensor, geometry: Geometry, to_eight_bits: bool = False) -> Tensor:
@@ -195,10 +196,12 @@ def _correlate_windows(grad: Tensor, core: Tensor, kernel: Shape, groups: int, l
     gathered = grad.view(grad.shape[0], outputs, *apart).permute(1, *along, 0, *ranks)
     gathered = gathered.reshape(groups, outputs // groups * places, -1)
     inputs = core.transpose(0, 1).reshape(groups, core.shape[1] // groups, -1).mT
-    if last:
-        return torch.bmm(gathered, inputs).view(outputs, *kernel, -1).movedim(-1, 1)
-    found = grad.new_empty(groups, outputs // groups, core.shape[1] // groups, places)
-    each = max(_AT_ONCE // max(found[:, :1].numel(), 1), 1)  # a few outputs at a time: there is no second gradient
+    count = outputs * inputs.shape[-1] * places
+    if last or count <= _LARGE:
+        found = torch.bmm(gathered, inputs).view(outputs, *kernel, -1).movedim(-1, 1)
+        return found if last else found.contiguous()
+    found = grad.new_empty(groups, outputs // groups, inputs.shape[-1], places)
+    each = max(_AT_ONCE // found[:, :1].numel(), 1)
     for some, rows in zip(found.split(each, 1), gathered.split(each * places, 1), strict=True):
         some.copy_(torch.bmm(rows, inputs).unflatten(1, (-1, places)).mT)
     return found.view(outputs, -1, *kernel)

@@ -91,7 +91,11 @@ def test_every_order_of_contraction_gives_the_same_gradient(setting, data):
 
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
 @pytest.mark.parametrize("options", [{"groups": 6}, {"groups": 6, "kernel_size": 1}, {"groups": 3}, {}], ids=str)
-def test_so_it_does_whichever_modes_have_factors(kind, options):
+@pytest.mark.parametrize("large", [False, True], ids=["small", "laid out in pieces"])
+def test_so_it_does_whichever_modes_have_factors(kind, options, large, monkeypatch):
+    if large:  # the gradient, of which a few outputs at a time are made, the last time fewer
+        monkeypatch.setattr(gradients, "_LARGE", 0)
+        monkeypatch.setattr(gradients, "_AT_ONCE", 4 * 6 * 3 ** (kind(1, 1, 1).weight.ndim - 2))
     layer = kind(6, 6, **({"kernel_size": 3, "padding": 1, "bias": False} | options), dtype=torch.float64)
     shape = (5, 6, 7, 4, 5)[: layer.weight.ndim]
     geometry = ConvGeometry.of(layer)
