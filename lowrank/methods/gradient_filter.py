@@ -14,6 +14,7 @@ from lowrank.methods.base import Method, Tensors
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
 from lowrank.tensors.geometry import ConvGeometry, Geometry, Shape
+from lowrank.tensors.memory_layout import channels_last, is_channels_last
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class GradientFilter(Method):
         (sums,) = kept
         assert sums is not None
         pointwise = replace(geometry, kernel=(1, 1), stride=(1, 1), dilation=(1, 1), padding=(0, 0, 0, 0))
-        return pointwise.weight_gradient(sums, self._pool(grad)).expand(-1, -1, *geometry.kernel).contiguous()
+        places = pointwise.weight_gradient(sums, self._pool(grad)).expand(-1, -1, *geometry.kernel)
+        return channels_last(places) if is_channels_last(grad) else places.contiguous()
 
     def input_gradient(self, grad: Tensor, weight: Tensor, geometry: Geometry, shape: Shape) -> Tensor:
         assert isinstance(geometry, ConvGeometry)

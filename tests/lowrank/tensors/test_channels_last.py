@@ -142,10 +142,15 @@ def test_neither_bytes_nor_the_peak_depend_on_the_order_in_memory(method):
     assert peak_last <= 1.02 * peak
 
 
-WAYS = [lowrank.ASI((8, 8, 2, 2), storage="int8"), lowrank.ASI((16, 512, 2, 2)), lowrank.HOSVD(0.9)]
+WAYS = [
+    lowrank.ASI((8, 8, 2, 2), storage="int8"),
+    lowrank.ASI((16, 512, 2, 2)),
+    lowrank.HOSVD(0.9),
+    lowrank.GradientFilter(2),
+]
 
 
-@pytest.mark.parametrize("method", WAYS, ids=["ranks", "all channels", "energy"])
+@pytest.mark.parametrize("method", WAYS, ids=["ranks", "all channels", "energy", "patches"])
 def test_nor_does_the_peak_of_a_network_whose_weights_are_most_of_it(method):
     """Its largest gradient is 9 MiB, of which there is no second."""
     found = []
