@@ -4,7 +4,8 @@
 
 #define COLUMNS 4096 /* of x, that a thread takes at a time; a multiple of all vectors */
 #define LINE 16      /* numbers that come to the cache together */
-#define AHEAD 256    /* numbers, where a row is called for */
+#define AHEAD 4096   /* numbers of x, which are called for so far ahead of their turn, */
+#define FARTHEST 512 /* but of a row no farther than so many */
 #define WORK 262144  /* multiplications that a thread is worth */
 
 struct product {
@@ -26,18 +27,25 @@ static void the_last(const struct product *p, int64_t c, int64_t end) {
 #define NAME(name) name##_plain
 #define TARGET
 #define WIDTH 4
-#define MOST 5
+#if defined(__x86_64__)
+#define MOST 1
+#else
+#define MOST 3 /* of twice as many registers */
+#endif
+#define LONG 8
 #include "project.h"
 #if defined(__x86_64__)
 #define NAME(name) name##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define WIDTH 8
-#define MOST 5
+#define MOST 2
+#define LONG 6
 #include "project.h"
 #define NAME(name) name##_avx512
 #define TARGET __attribute__((target("avx512f")))
 #define WIDTH 16
-#define MOST 9
+#define MOST 5
+#define LONG 4
 #include "project.h"
 #endif
 

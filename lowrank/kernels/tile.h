@@ -76,7 +76,7 @@ static TARGET void NAME(project)(const float *x, int64_t stride, int64_t count, 
       const int64_t last = (end > w ? w : end) - WIDTH - at;
       const float *a = x + from * stride + at, *b = s + from * r;
       const float *next = a - at + rows * stride + at * rows / w * stride + at * rows % w;
-      const float *ahead = call && (turns > 1 || r > 5) ? next : NULL; /* one turn reads in order by itself */
+      const float *ahead = call ? next : NULL;
       switch ((end - at) / WIDTH) {
 #define TURN(P)                                                                                                        \
   case P:                                                                                                              \
@@ -153,6 +153,17 @@ static TARGET void NAME(clear_overlap)(float *z, int64_t r, int64_t w) {
 /* A matrix (r, w) in vectors out of, or into, one whose element (k, p) is at k * down + p * along. */
 static TARGET void NAME(arrange)(float *z, int64_t r, int64_t w, float *a, int64_t down, int64_t along, int into) {
   const int64_t row = PADDED(w);
+  if (along == 1) {
+    for (int64_t k = 0; k < r; k++, z += row, a += down)
+      for (int64_t p = 0; p < row; p += WIDTH) {
+        float *place = a + (p + WIDTH <= w ? p : w - WIDTH);
+        if (into)
+          VECTOR(place) = READ(z + p);
+        else
+          VECTOR(z + p) = READ(place);
+      }
+    return;
+  }
   for (int64_t k = 0; k < r; k++)
     for (int64_t p = 0; p < row; p++) {
       float *place = a + k * down + (p < w / WIDTH * WIDTH ? p : p - row + w) * along;
