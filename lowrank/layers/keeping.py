@@ -76,6 +76,7 @@ class LayerState:
         settled: of calls that are the stock layer's, by the same rule, the bytes that are kept.
         handed_out: the weight that a state dict has, where the layer holds two factors in its place.
         reader: the normalisation that has read the latest lazy output by the batch's statistics.
+        unstored: the weight's version at a pass in evaluation mode, since which there was none in training mode.
     """
 
     method: Method
@@ -97,6 +98,7 @@ class LayerState:
     settled: dict[tuple[Any, ...], int] = field(default_factory=dict, repr=False)
     handed_out: HandedOut | None = field(default=None, repr=False)
     reader: weakref.ref[nn.Module] | None = field(default=None, repr=False)
+    unstored: int | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"reader": None, "handed_out": None, "recorded": ()}  # of this model, not of its copies
@@ -109,7 +111,21 @@ class LayerState:
                 self.recorded = self.bases if torch.cuda.is_current_stream_capturing() else ()
             if self.recorded:
                 bases = tuple(_into(*pair) for pair in zip_longest(self.recorded[: len(bases)], bases))
-        self.bases = bases
+        self.bases, self.unstored = bases, None
+
+    def leave(self, bases: Tensors, version: int) -> None:
+        """Leave the bases for the next step as they are, in evaluation mode; and say so where the weight, of this
+        version now, was changed since such a pass: then this is no evaluation."""
+        if torch.compiler.is_compiling() or not any(basis is not None for basis in bases):
+            return
+        if self.unstored not in (None, version):
+            warnings.warn(
+                f"layer {self.name!r} is trained in evaluation mode, in which {self.method.tag} stores no bases: each "
+                f"step begins anew. Call train() on the converted layers; normalisations and dropout may stay as they "
+                f"are",
+                stacklevel=2,
+            )
+        self.unstored = version
 
     def note_reader(self, module: nn.Module) -> None:
         """Note who has read the latest lazy output as it is."""
@@ -185,7 +201,7 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
     shared = kept is not None
     if kept is None:
         padded = batched if method.keeps_input else without_padding(batched)
-        kept = _compress(state, method, padded, geometry, layer.training)
+        kept = _compress(state, method, padded, geometry, None if layer.training else weight)
         kept = tuple(map(_without_the_rest, kept))
         as_it_is = bool(kept) and kept[0] is batched
         if kept and (not as_it_is or method.derive):
@@ -235,7 +251,8 @@ def _lighter_origin(state: LayerState, method: Method, geometry: Geometry, x: Te
     return (origin, form) if form + bits > origin.nbytes + x.nbytes // LITTLE else None
 
 
-def _compress(state: LayerState, method: Method, x: Tensor, geometry: Geometry, training: bool) -> Tensors:
+def _compress(state: LayerState, method: Method, x: Tensor, geometry: Geometry, evaluated: Tensor | None) -> Tensors:
+    """What the method keeps; evaluated: the weight of a layer in evaluation mode."""
     if x.numel() == 0:
         return ()
     try:
@@ -243,7 +260,9 @@ def _compress(state: LayerState, method: Method, x: Tensor, geometry: Geometry, 
             kept, bases = method.compress(x, geometry, state.bases, state.name)
     except LowRankError as error:
         raise type(error)(f"layer {state.name!r}: {error}") from None
-    if training and method is not _WHOLE:
+    if evaluated is not None:
+        state.leave(bases, evaluated._version)
+    elif method is not _WHOLE:
         state.carry(bases)
     return kept
 

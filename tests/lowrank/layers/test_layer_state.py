@@ -186,6 +186,29 @@ def test_evaluation_with_gradients_leaves_the_state_alone(algorithm):
     torch.testing.assert_close(bases_of(model[0]), before, rtol=0, atol=0)
 
 
+METHODS = [ASI(2), lowrank.WASI(2), FixedBases(2), ASI(2, warm_start=False), HOSVD(0.8), Vanilla()]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.tag}")
+def test_training_in_evaluation_mode_says_that_no_bases_are_stored(method, recwarn):
+    model = lowrank.convert(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5)), ["1"], method).eval()
+    x, optimizer = random_tensor(4, 7, 8).float(), torch.optim.SGD(model.parameters(), 0.1)
+    said = lambda: sum("'1' is trained in evaluation mode" in str(one.message) for one in recwarn.list)  # noqa: E731
+    for _ in range(2):  # an evaluation
+        model(x).square().sum().backward()
+    model.train()
+    for _ in range(2):
+        model(x).square().sum().backward()
+        optimizer.step()
+    model.eval()
+    for _ in range(2):  # and one behind training
+        model(x).square().sum().backward()
+    assert said() == 0
+    optimizer.step()
+    model(x)
+    assert said() == (METHODS.index(method) < 3)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_nothing_is_stored(mode):
     model, x = conv_model(ASI(2)), random_tensor(5, 4, 7, 6)
