@@ -11,10 +11,11 @@ from torch import nn
 from lowrank.conversion.attention import closed_projections
 from lowrank.conversion.parts import PARTS, Part, is_of_attention, is_of_mlp, layers_of_mlps
 from lowrank.errors import ConversionError, SettingError
+from lowrank.layers.kinds import kind_of
 from lowrank.layers.swap import plain_class
 
 Kind = Literal["conv", "linear"]
-KINDS: dict[str, tuple[type[nn.Module], ...]] = {"conv": (nn.Conv2d, nn.ConvTranspose2d), "linear": (nn.Linear,)}
+KINDS: dict[str, int] = {"conv": 4, "linear": 0}  # dimensions of an input, see `lowrank.layers.kinds.Kind`
 
 
 def trailing_layers(
@@ -25,8 +26,9 @@ def trailing_layers(
     Args:
         model: any module.
         count: how many, from 1; or "all".
-        kind: "conv" for `nn.Conv2d` and `nn.ConvTranspose2d`, "linear" for `nn.Linear`; their subclasses are not meant,
-            nor are projections of attention that are not called (see `open_attention`).
+        kind: "conv" for convolutions of two dimensions, transposed ones too, "linear" for linear layers: all that
+            `convert` takes, such as timm's padded convolutions, GPT-2's `Conv1D` and what `register_layer` was given;
+            but no projections of attention that are not called (see `open_attention`).
         part: of a transformer, by the names of the modules that hold the layers: "mlp", and the linear layers outside
             of attention of a block that has none of that name, such as BERT's; "attention", named attention or attn;
             or "all".
@@ -38,7 +40,8 @@ def trailing_layers(
         if value not in allowed:
             raise SettingError(f"{setting} is {value!r}; allowed: {', '.join(allowed)}")
     closed = {name for _, name in closed_projections(model)}
-    names = [name for name, layer in model.named_modules() if plain_class(layer) in KINDS[kind] and name not in closed]
+    names = [name for name in _of_dimensions(model, KINDS[kind]) if name not in closed]
+    others = "" if names else _others(model)
     if part == "attention":
         names = [name for name in names if is_of_attention(name)]
     elif part == "mlp":
@@ -50,9 +53,24 @@ def trailing_layers(
         hint = "; call lowrank.open_attention(model) first" if part == "attention" and closed else ""
         raise SettingError(
             f"{count!r} trailing {kind} layers{of_part} asked of {type(model).__name__}, which has {len(names)}; "
-            f"allowed: 1 to {len(names)}, or 'all'{hint}"
+            + (others or f"allowed: 1 to {len(names)}, or 'all'{hint}")
         )
     return names[-count:]
+
+
+def _of_dimensions(model: nn.Module, dimensions: int) -> list[str]:
+    """Names of the layers that can be converted and take inputs of so many dimensions."""
+    kinds = ((name, kind_of(plain_class(layer))) for name, layer in model.named_modules())
+    return [name for name, kind in kinds if kind is not None and kind.dimensions == dimensions]
+
+
+def _others(model: nn.Module) -> str:
+    """What a model without layers of the kind that was asked for has in their place."""
+    for kind, dimensions in KINDS.items():
+        if count := len(_of_dimensions(model, dimensions)):
+            return f"it has {count} of kind {kind!r}"
+    names = [name for dimensions in (3, 5) for name in _of_dimensions(model, dimensions)]
+    return f"name the convolutions of other dimensions, such as {names[-1]!r}" if names else "it has none of any kind"
 
 
 def freeze_before(model: nn.Module, names: Iterable[str]) -> None:

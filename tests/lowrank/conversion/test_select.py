@@ -1,11 +1,14 @@
 """Which layers a model has of a kind, by place, and what is frozen ahead of them."""
 
 import pytest
+import timm
 import torch
 import torchvision
+import transformers
 from conversion_cases import Zoo
 from references import TwoConvolutions
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import lowrank
 from lowrank import HOSVD, ConversionError, SettingError
@@ -42,9 +45,45 @@ def test_a_count_that_the_model_does_not_have_is_refused(count):
         lowrank.trailing_layers(TwoConvolutions(), count)
 
 
-def test_a_kind_that_the_model_does_not_have_is_refused():
-    with pytest.raises(SettingError, match="has 0"):
-        lowrank.trailing_layers(nn.Sequential(nn.Linear(2, 2)), "all")
+class Named(nn.Conv2d):
+    """Computes what its base does."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=1)
+
+
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_all_layers_of_a_kind_that_can_be_converted_count():
+    padded = timm.layers.create_conv2d(4, 4, 3, stride=2, padding="same")
+    model = nn.Sequential(padded, Named(4), nn.Conv1d(4, 4, 1), Conv1D(8, 4), Scaled(4, 4))
+    assert lowrank.trailing_layers(model, "all") == ["0", "1"]
+    assert lowrank.trailing_layers(model, "all", "linear") == ["3"]
+    lowrank.convert(model, ["0", "1", "3"], HOSVD(0.8))
+    assert lowrank.trailing_layers(model, "all") == ["0", "1"]
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_positions=8, n_embd=8, n_layer=2, n_head=2))
+    blocks = [f"transformer.h.{block}.mlp.{name}" for block in range(2) for name in ("c_fc", "c_proj")]
+    assert lowrank.trailing_layers(gpt2, "all", "linear", "mlp") == blocks
+    assert len(lowrank.trailing_layers(gpt2, "all", "linear")) == 9
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (nn.Linear(2, 2), "has 0; it has 1 of kind 'linear'"),
+        (nn.Conv1d(2, 2, 1), "has 0; name the convolutions of other dimensions, such as '0'"),
+        (nn.ReLU(), "has 0; it has none of any kind"),
+    ],
+)
+def test_a_kind_that_the_model_does_not_have_is_refused(layer, said):
+    with pytest.raises(SettingError, match=said):
+        lowrank.trailing_layers(nn.Sequential(layer), "all")
+
+
+def test_an_unknown_kind_is_refused():
     with pytest.raises(SettingError, match="conv, linear"):
         lowrank.trailing_layers(TwoConvolutions(), 1, kind="norm")
 
