@@ -23,8 +23,9 @@ SOURCES = (
     "contract.c",
     "elementwise.c",
     "swap.c",
+    "expand.c",
 )
-HEADERS = ("team.h", "tile.h", "tiles.h", "project.h", "chains.h")
+HEADERS = ("team.h", "tile.h", "tiles.h", "project.h", "chains.h", "expand.h")
 # For any processor of its kind: homes are shared among machines.
 OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fPIC", "-shared")
 SECONDS = 60  # that a compiler may take

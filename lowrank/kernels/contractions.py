@@ -1,4 +1,4 @@
-"""Weight gradients from Tucker factors by a compiled kernel; where it cannot, it says so, and callers do without."""
+"""Weight gradients from Tucker factors by compiled kernels; where they cannot, they say so, and callers do without."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ Kind = Literal["spread", "samples", "images", "rows", "windows"]
 _KINDS: dict[Kind, int] = {"spread": 0, "samples": 1, "images": 2, "rows": 3, "windows": 4}
 Sizes = tuple[int, ...]
 _MOST_SAMPLES, _MOST = 11, 64  # ranks of the batch; columns of any side: of more, BLAS makes larger products faster
+# Of `expand`: columns and rows of the matrix, numbers behind the mode, and of the product; of others BLAS is faster.
+_MOST_EXPANDED, _LEAST_ROWS, _BEHIND, _LEAST_PRODUCT = 16, 32, range(2, 10), 2**17
 
 
 def contract(
@@ -67,6 +69,29 @@ def contract(
     pointers = grad.data_ptr(), *of_factors, core.data_ptr(), scratch.data_ptr(), out.data_ptr(), bias.data_ptr()
     kernel(plan, (ctypes.c_int64 * len(pointers))(*pointers), threads)  # type: ignore[operator]
     return out, bias
+
+
+def expand(x: Tensor, matrix: Tensor) -> Tensor | None:
+    """The product of a matrix of few columns and each of many small matrices.
+
+    Args:
+        x: (left, n, right), float32, or nothing is done.
+        matrix: (m, n).
+
+    Returns:
+        (left, m, right); None: not for these.
+    """
+    (left, n, right), m = x.shape, matrix.shape[0]
+    if right not in _BEHIND or n > _MOST_EXPANDED or m < _LEAST_ROWS or left * m * right < _LEAST_PRODUCT:
+        return None
+    matrix = matrix.contiguous()
+    kernel, room_of = kernel_for("expand", x, matrix), kernel_for("expand_room", x)
+    if kernel is None or room_of is None:
+        return None
+    sizes = (left, n, right, m, torch.get_num_threads())
+    out, scratch = x.new_empty(left, m, right), x.new_empty(room_of(*sizes))  # type: ignore[operator]
+    kernel(x.data_ptr(), matrix.data_ptr(), out.data_ptr(), scratch.data_ptr(), *sizes)  # type: ignore[operator]
+    return out
 
 
 def can_contract(grad: Tensor) -> bool:

@@ -40,6 +40,8 @@ _SIGNATURES = {
     "gate_float": (*[_POINTER] * 3, _COUNT, _INT, _INT),
     "slopes_float": (*[_POINTER] * 5, _COUNT, _INT, _INT),
     **{f"swap_{kind}": (_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _INT) for kind in ("float", "half")},
+    "expand_room_float": (*[_COUNT] * 4, _INT),
+    "expand_float": (*[_POINTER] * 4, *[_COUNT] * 4, _INT),
     "set_width": (_INT,),
 }
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank.kernels import passes
+from lowrank.kernels import contractions, passes
 from lowrank.tensors.eager import remembered
 from lowrank.tensors.positions import sum_of_products
 from lowrank.tensors.sample import share_of
@@ -66,6 +66,9 @@ def products(x: Tensor, matrix: Tensor, bias: Tensor | None = None, out: Tensor 
         (left, m, right), contiguous; `out`, where that is given to be written to.
     """
     (left, n, right), m = x.shape, matrix.shape[0]
+    made = contractions.expand(x, matrix) if bias is None and out is None else None
+    if made is not None:
+        return made
     if not _are_narrow(x, matrix):
         each = matrix.expand(left, -1, -1)
         return torch.bmm(each, x, out=out) if bias is None else torch.baddbmm(bias[:, None], each, x, out=out)

@@ -86,7 +86,7 @@ def test_products_of_one_matrix_and_many(shape, given_out, biased):
 @pytest.mark.cpu_only("threads are the CPU's")
 def test_threads_share_larger_parts():
     """The same, in fewer parts, for each of which they have to meet."""
-    x, matrix = random_tensor(512, 8, 9).float(), random_tensor(512, 8, seed=1).float()
+    x, matrix = random_tensor(512, 32, 9).float(), random_tensor(512, 32, seed=1).float()
     threads, results, calls = torch.get_num_threads(), [], []
     try:
         for several in (1, 2):
