@@ -1,4 +1,4 @@
-"""Builds the library of compiled kernels once per user and keeps it; a second for who runs it first."""
+"""Builds the library of compiled kernels once per user and keeps it; some seconds for who runs it first."""
 
 from __future__ import annotations
 
