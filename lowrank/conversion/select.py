@@ -36,12 +36,12 @@ def trailing_layers(
     Raises:
         SettingError: unknown kind or part, or a count that the model does not have.
     """
-    for setting, value, allowed in (("kind", kind, KINDS), ("part", part, PARTS)):
-        if value not in allowed:
-            raise SettingError(f"{setting} is {value!r}; allowed: {', '.join(allowed)}")
+    for setting, value, known in (("kind", kind, KINDS), ("part", part, PARTS)):
+        if value not in known:
+            raise SettingError(f"{setting} is {value!r}; allowed: {', '.join(known)}")
     closed = {name for _, name in closed_projections(model)}
-    names = [name for name in _of_dimensions(model, KINDS[kind]) if name not in closed]
-    others = "" if names else _others(model)
+    of_kind = [name for name in _of_dimensions(model, KINDS[kind]) if name not in closed]
+    names = of_kind
     if part == "attention":
         names = [name for name in names if is_of_attention(name)]
     elif part == "mlp":
@@ -51,9 +51,10 @@ def trailing_layers(
     if not isinstance(count, int) or not 1 <= count <= len(names):
         of_part = "" if part == "all" else f" of its {part}"
         hint = "; call lowrank.open_attention(model) first" if part == "attention" and closed else ""
+        allowed = f"allowed: 1 to {len(names)}, or 'all'" if names else _others(model, of_kind)
         raise SettingError(
             f"{count!r} trailing {kind} layers{of_part} asked of {type(model).__name__}, which has {len(names)}; "
-            + (others or f"allowed: 1 to {len(names)}, or 'all'{hint}")
+            f"{allowed}{hint}"
         )
     return names[-count:]
 
@@ -64,8 +65,10 @@ def _of_dimensions(model: nn.Module, dimensions: int) -> list[str]:
     return [name for name, kind in kinds if kind is not None and kind.dimensions == dimensions]
 
 
-def _others(model: nn.Module) -> str:
-    """What a model without layers of the kind that was asked for has in their place."""
+def _others(model: nn.Module, of_kind: list[str]) -> str:
+    """What a model has in the place of layers that were asked for: of their kind, or of others."""
+    if of_kind:
+        return f"of its {len(of_kind)} none is named so; give names of layers, such as {of_kind[-1]!r}"
     for kind, dimensions in KINDS.items():
         if count := len(_of_dimensions(model, dimensions)):
             return f"it has {count} of kind {kind!r}"

@@ -81,6 +81,8 @@ def expand(x: Tensor, matrix: Tensor) -> Tensor | None:
     Returns:
         (left, m, right); None: not for these.
     """
+    if torch.compiler.is_compiling():  # ahead of sizes, of which it would make guards
+        return None
     (left, n, right), m = x.shape, matrix.shape[0]
     if right not in _BEHIND or n > _MOST_EXPANDED or m < _LEAST_ROWS or left * m * right < _LEAST_PRODUCT:
         return None

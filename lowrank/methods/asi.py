@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.errors import SettingError
@@ -39,7 +40,8 @@ class ASI(RankedMethod):
         algorithm: "sequential" iterates each mode on the tensor already truncated in the modes before it (faster), and
             reads the input once where that starts with a mode of positions (height, width, tokens) whose basis of the
             step before is there, see `subspace_iteration`; "published" iterates each mode on the full tensor.
-        warm_start: start each step from the basis of the step before; otherwise from the same random one every time.
+        warm_start: start each step from the basis of the step before, resampled where the size is another one;
+            otherwise from the same random one every time.
         seed: seed of the first, random basis. The global random state is neither read nor changed.
         refresh: when to iterate the bases anew: 1, at every forward pass in training mode that autograd records, as in
             the paper; n, at every n-th of them (with checkpointing inside a model there are two a step); "energy",
@@ -166,6 +168,8 @@ class ASI(RankedMethod):
         fits = stored is not None and (stored.shape[0] == size or (mode == 0 and stored.shape[0] > size))
         if stored is not None and fits and stored.shape[1] == rank:
             return (stored if stored.shape[0] == size else stored[:size]).to(x.device)
+        if stored is not None and mode > 0 and stored.shape[1] == rank:
+            return _resampled(stored, size).to(x.device)
         wide = x.dtype == torch.float64
         return _random_basis(size, rank, f"{self.seed}/{name}/{mode}", wide).to(x.device)
 
@@ -254,6 +258,12 @@ def _either(due: Tensor, fresh: Callable[[], Found], held: Callable[[], Found], 
     core = next(found)
     bases: Bases = [next(found) if one else None for one in factored]
     return Tucker(core, tuple(bases)), bases
+
+
+def _resampled(basis: Tensor, size: int) -> Tensor:
+    """A start (size, r) from a basis (n, r) of other positions, such as those of a longer text or a larger image: its
+    columns, interpolated linearly."""
+    return F.interpolate(basis.mT.unsqueeze(0), size, mode="linear", align_corners=False)[0].mT.contiguous()
 
 
 @torch.library.custom_op("lowrank::random_basis", mutates_args=())  # a compiled graph can hold no generator itself

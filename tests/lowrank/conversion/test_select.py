@@ -83,6 +83,11 @@ def test_a_kind_that_the_model_does_not_have_is_refused(layer, said):
         lowrank.trailing_layers(nn.Sequential(layer), "all")
 
 
+def test_a_part_that_no_name_tells_of_is_refused():
+    with pytest.raises(SettingError, match="has 0; of its 1 none is named so; give names of layers, such as 'head'"):
+        lowrank.trailing_layers(TwoConvolutions(), "all", "linear", "mlp")
+
+
 def test_an_unknown_kind_is_refused():
     with pytest.raises(SettingError, match="conv, linear"):
         lowrank.trailing_layers(TwoConvolutions(), 1, kind="norm")

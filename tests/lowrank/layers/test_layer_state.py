@@ -186,6 +186,25 @@ def test_evaluation_with_gradients_leaves_the_state_alone(algorithm):
     torch.testing.assert_close(bases_of(model[0]), before, rtol=0, atol=0)
 
 
+def waves(length):
+    """(B, T, C), of eight cosines along T whose energies fall slowly, and the same ones whatever T is."""
+    places = (torch.arange(length) + 0.5) / length
+    curves = torch.stack([0.8**k * torch.cos(k * torch.pi * places) for k in range(8)])
+    return torch.einsum("bk,kt,kc->btc", random_tensor(6, 8), curves.double(), random_tensor(8, 20, seed=1))
+
+
+@pytest.mark.parametrize(("before", "length"), [(24, 36), (36, 24), (24, 25)])
+def test_a_length_that_changes_starts_from_the_basis_of_the_one_before(before, length):
+    method, geometry, x = ASI((6, 4, 20)), lowrank.tensors.geometry.LinearGeometry(), waves(length)
+    error = lambda state: (lowrank.Tucker(*split(method.compress(x, geometry, state, "0")[0])).dense() - x).norm()  # noqa: E731
+    split = lambda kept: (kept[0], kept[1:])  # noqa: E731
+    state = ()
+    for _ in range(6):
+        state = method.compress(waves(before), geometry, state, "0")[1]
+    best = error(method.compress(x, geometry, state, "0")[1])
+    assert error(state) < best + 0.2 * (error(()) - best)
+
+
 METHODS = [ASI(2), lowrank.WASI(2), FixedBases(2), ASI(2, warm_start=False), HOSVD(0.8), Vanilla()]
 
 
