@@ -15,8 +15,9 @@ Kind = Literal["spread", "samples", "images", "rows", "windows"]
 _KINDS: dict[Kind, int] = {"spread": 0, "samples": 1, "images": 2, "rows": 3, "windows": 4}
 Sizes = tuple[int, ...]
 _MOST_SAMPLES, _MOST = 11, 64  # ranks of the batch; columns of any side: of more, BLAS makes larger products faster
-# Of `expand`: columns and rows of the matrix, numbers behind the mode, and of the product; of others BLAS is faster.
-_MOST_EXPANDED, _LEAST_ROWS, _BEHIND, _LEAST_PRODUCT = 16, 32, range(2, 10), 2**17
+# Of `expand`: columns and rows of the matrix, numbers behind the mode, and of the product; of others BLAS is faster;
+# and small matrices for each column: as the kernel takes the large one, it is no more than such a part of the product.
+_MOST_EXPANDED, _LEAST_ROWS, _BEHIND, _LEAST_PRODUCT, _PART = 16, 32, range(2, 10), 2**17, 6
 
 
 def contract(
@@ -84,7 +85,8 @@ def expand(x: Tensor, matrix: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling():  # ahead of sizes, of which it would make guards
         return None
     (left, n, right), m = x.shape, matrix.shape[0]
-    if right not in _BEHIND or n > _MOST_EXPANDED or m < _LEAST_ROWS or left * m * right < _LEAST_PRODUCT:
+    few = n <= _MOST_EXPANDED and right in _BEHIND
+    if not few or m < _LEAST_ROWS or left < _PART * n or left * m * right < _LEAST_PRODUCT:
         return None
     matrix = matrix.contiguous()
     kernel, room_of = kernel_for("expand", x, matrix), kernel_for("expand_room", x)

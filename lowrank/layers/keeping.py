@@ -113,11 +113,12 @@ class LayerState:
                 bases = tuple(_into(*pair) for pair in zip_longest(self.recorded[: len(bases)], bases))
         self.bases, self.unstored = bases, None
 
-    def leave(self, bases: Tensors, version: int) -> None:
-        """Leave the bases for the next step as they are, in evaluation mode; and say so where the weight, of this
-        version now, was changed since such a pass: then this is no evaluation."""
+    def leave(self, bases: Tensors, weight: Tensor) -> None:
+        """Store no bases for the next step, in evaluation mode; and say so where the weight was changed since the last
+        such pass: then this is no evaluation."""
         if torch.compiler.is_compiling() or not any(basis is not None for basis in bases):
             return
+        version = weight._version
         if self.unstored not in (None, version):
             warnings.warn(
                 f"layer {self.name!r} is trained in evaluation mode, in which {self.method.tag} stores no bases: each "
@@ -260,10 +261,8 @@ def _compress(state: LayerState, method: Method, x: Tensor, geometry: Geometry, 
             kept, bases = method.compress(x, geometry, state.bases, state.name)
     except LowRankError as error:
         raise type(error)(f"layer {state.name!r}: {error}") from None
-    if evaluated is not None:
-        state.leave(bases, evaluated._version)
-    elif method is not _WHOLE:
-        state.carry(bases)
+    if method is not _WHOLE:
+        state.carry(bases) if evaluated is None else state.leave(bases, evaluated)
     return kept
 
 
