@@ -388,9 +388,10 @@ def _row_products(weight: Tensor, grad_weight: Tensor, scale: Tensor | None) -> 
     if weight.is_cuda:
         found = torch.bmm(a[:, None], b[:, :, None]).view(-1)
     else:
-        rows = max(1, _PIECE // a.shape[1])  # a batch of single products takes several times as long on a CPU
+        piece = max(_PIECE, a.numel() // 32)  # whose products are there at once
+        rows = max(1, piece // a.shape[1])  # a batch of single products takes several times as long on a CPU
         found = torch.cat([(x * y).sum(1) for x, y in zip(a.split(rows), b.split(rows), strict=True)])
     return found, None if scale is None else _scaled_rows(grad_weight, scale)
 
 
-_PIECE = 2**17  # numbers that are multiplied at once
+_PIECE = 2**14  # numbers that are multiplied at once, at least
