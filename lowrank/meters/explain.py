@@ -87,8 +87,10 @@ def explain(model: nn.Module, loss_fn: LossFunction, batch: Any) -> Explanation:
     whole: set[nn.Module | None] = set()  # layers that keep their input as it is by the rule of `smallest`
     derived: dict[LowRankLayer, str] = {}  # layers that keep nothing, as their input follows from another's
 
-    def note(storage: int) -> None:
-        owner = owners.setdefault(storage, _running(names))
+    def note(storage: int, first: bool) -> None:
+        if first:
+            owners[storage] = _running(names)
+        owner = owners[storage]
         if isinstance(owner, LowRankLayer) and owner._lowrank.whole:
             whole.add(owner)
 

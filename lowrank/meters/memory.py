@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -38,23 +39,25 @@ def saved_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any) -> int:
 
 
 def saved_storages(
-    model: nn.Module, loss_fn: LossFunction, batch: Any, note: Callable[[int], None] | None = None
+    model: nn.Module, loss_fn: LossFunction, batch: Any, note: Callable[[int, bool], None] | None = None
 ) -> dict[int, int]:
-    """Every storage that `saved_bytes` counts, with its bytes; `note` is called with each as it is saved."""
-    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
+    """Every storage that `saved_bytes` counts, with its bytes; `note` is called with each as it is saved, and whether
+    nobody has saved it yet: one that is gone may have had its address."""
+    kept: defaultdict[int, weakref.WeakSet[_Kept]] = defaultdict(weakref.WeakSet)
 
     def pack(tensor: Tensor) -> _Kept:
-        entry = _Kept(tensor)
-        kept.add(entry)
+        entry, storage = _Kept(tensor), _storage_id(tensor)
         if note is not None:
-            note(_storage_id(tensor))
+            note(storage, not kept[storage])
+        kept[storage].add(entry)
         return entry
 
     with preserved(model):
         own = {_storage_id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda entry: entry.tensor):
             loss = loss_fn(model, batch)
-        sizes = {_storage_id(entry.tensor): entry.tensor.untyped_storage().nbytes() for entry in kept}
+        entries = [entry for some in kept.values() for entry in some]
+        sizes = {_storage_id(entry.tensor): entry.tensor.untyped_storage().nbytes() for entry in entries}
         del loss
     return {storage: size for storage, size in sizes.items() if storage not in own}
 

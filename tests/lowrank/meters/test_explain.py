@@ -120,3 +120,14 @@ def test_a_layer_that_is_exact_for_nothing_says_so(batch, everywhere):
     assert (found["3"].nbytes > 0) is everywhere
     loss(model, batch).backward()
     assert torch.allclose(model[3].weight.grad, exact, atol=1e-6) is not everywhere
+
+
+def test_no_memory_goes_to_who_had_its_address_before(batch):
+    """The bits of a ReLU are gone once the layer behind keeps its input exactly: what lies there next is another's."""
+    for _ in range(60):
+        first, second = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Sequential(nn.ELU(), nn.BatchNorm2d(4))
+        head = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5)
+        model = nn.Sequential(*first, nn.ReLU(), nn.Conv2d(4, 4, 3), *second, *head)
+        frozen_statistics(model)
+        lowrank.convert(model, ["3"], ASI(2))
+        assert "2" not in {row.module for row in lowrank.explain(model, loss, batch)}
