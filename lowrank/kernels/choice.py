@@ -47,6 +47,12 @@ def kernel_for(name: str, *tensors: Tensor, stored: tuple[Tensor, torch.dtype] |
     return getattr(found, f"{name}_{_KINDS.get(dtype)}", None)
 
 
+def kernel_and_room(name: str, *tensors: Tensor) -> tuple[Any, Any] | None:
+    """A kernel for these tensors, and its function that tells the numbers of scratch memory that it takes."""
+    kernel = kernel_for(name, *tensors)
+    return None if kernel is None else (kernel, getattr(library(), f"{name}_room_{_KINDS[tensors[0].dtype]}"))
+
+
 def _is_plain(tensor: Tensor) -> bool:
     own = type(tensor) in _OWN and torch._C._dispatch_keys(tensor).raw_repr() in _KEYS
     return own and tensor.is_contiguous()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowrank.kernels.choice import kernel_for
+from lowrank.kernels.choice import kernel_and_room, kernel_for
 
 Kind = Literal["spread", "samples", "images", "rows", "windows"]
 _KINDS: dict[Kind, int] = {"spread": 0, "samples": 1, "images": 2, "rows": 3, "windows": 4}
@@ -50,14 +50,15 @@ def contract(
     samples, channels, height, width = factors
     given = [None if factor is None else factor.contiguous() for factor in (samples, channels, height, width)]
     there = [factor for factor in given if factor is not None]
-    kernel, room_of = kernel_for("contract", grad, core, *there), kernel_for("contract_room", grad)
-    if kernel is None or room_of is None or not grad.numel():
+    found = kernel_and_room("contract", grad, core, *there)
+    if found is None or not grad.numel():
         return None
+    kernel, room_of = found
     full = height.shape[0], width.shape[0]
     numbers = (_KINDS[kind], *grad.shape, *core.shape, *full, *(one for pair in window for one in pair))
     threads = torch.get_num_threads()
     plan = _plan((*numbers, int(channels is not None), int(samples is None)))
-    room = room_of(plan, threads)  # type: ignore[operator]
+    room = room_of(plan, threads)
     if room < 0:
         return None
     (ranks, outputs), ((down, along), *_) = (core.shape, grad.shape[1]), window
@@ -68,7 +69,7 @@ def contract(
     out, bias, scratch = grad.new_empty(shape), grad.new_empty(outputs), grad.new_empty(room)
     of_factors = (0 if factor is None else factor.data_ptr() for factor in given)
     pointers = grad.data_ptr(), *of_factors, core.data_ptr(), scratch.data_ptr(), out.data_ptr(), bias.data_ptr()
-    kernel(plan, (ctypes.c_int64 * len(pointers))(*pointers), threads)  # type: ignore[operator]
+    kernel(plan, (ctypes.c_int64 * len(pointers))(*pointers), threads)
     return out, bias
 
 
@@ -89,12 +90,13 @@ def expand(x: Tensor, matrix: Tensor) -> Tensor | None:
     if not few or m < _LEAST_ROWS or left < _PART * n or left * m * right < _LEAST_PRODUCT:
         return None
     matrix = matrix.contiguous()
-    kernel, room_of = kernel_for("expand", x, matrix), kernel_for("expand_room", x)
-    if kernel is None or room_of is None:
+    found = kernel_and_room("expand", x, matrix)
+    if found is None:
         return None
+    kernel, room_of = found
     sizes = (left, n, right, m, torch.get_num_threads())
-    out, scratch = x.new_empty(left, m, right), x.new_empty(room_of(*sizes))  # type: ignore[operator]
-    kernel(x.data_ptr(), matrix.data_ptr(), out.data_ptr(), scratch.data_ptr(), *sizes)  # type: ignore[operator]
+    out, scratch = x.new_empty(left, m, right), x.new_empty(room_of(*sizes))
+    kernel(x.data_ptr(), matrix.data_ptr(), out.data_ptr(), scratch.data_ptr(), *sizes)
     return out
 
 

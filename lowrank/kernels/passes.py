@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.kernels.choice import kernel_for, on_gpu
+from lowrank.kernels.choice import kernel_and_room, kernel_for, on_gpu
 from lowrank.kernels.library import library
 
 Gate = Literal["above", "between", "within", "strictly above", "not zero"]
@@ -144,24 +144,25 @@ def subspace(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, list[Tensor]] | 
         The core, and a basis for each step, the start itself where that is one; None: not for these.
     """
     starts = [start.contiguous() for _, start, *_ in steps]
-    kernel, room_of = kernel_for("subspace", x, *starts) if steps else None, kernel_for("subspace_room", x)
-    if kernel is None or room_of is None:
+    found = kernel_and_room("subspace", x, *starts) if steps else None
+    if found is None:
         return None
+    kernel, room_of = found
     sizes = tuple(x.shape)
     ranks = tuple([(mode, start.shape[1], share) for mode, start, share, *_ in steps])
     shape, plan = _subspace_plan(sizes, ranks)
-    room = room_of(plan)  # type: ignore[operator]
+    room = room_of(plan)
     if room < 0:
         return None
     core, scratch = x.new_empty(shape), x.new_empty(room)
     bases = []
     pointers = [x.data_ptr(), core.data_ptr(), scratch.data_ptr()]
     for own, (_, start, share, turn, ahead) in zip(starts, steps, strict=True):
-        basis = own if share == HELD else torch.empty_like(own)
+        basis = own if share == HELD else x.new_empty(own.shape)
         bases.append(start if share == HELD else basis)
         pointers += own.data_ptr(), basis.data_ptr(), turn, ahead
     memory = (ctypes.c_int64 * len(pointers))(*pointers)
-    kernel(plan, memory, torch.get_num_threads())  # type: ignore[operator]
+    kernel(plan, memory, torch.get_num_threads())
     return core, bases
 
 

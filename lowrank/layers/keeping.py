@@ -270,6 +270,8 @@ def _into(recorded: Tensor | None, basis: Tensor | None) -> Tensor | None:
     """A basis in the memory of the recorded one, where there is one of its kind."""
     if recorded is None or basis is None or recorded is basis:
         return basis
+    if not basis.ndim and not basis.is_cuda:  # a count, which no graph reads, and other layers share
+        return basis
     if (recorded.shape, recorded.dtype, recorded.device) != (basis.shape, basis.dtype, basis.device):
         return basis
     return recorded.copy_(basis)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -89,7 +90,7 @@ class ASI(RankedMethod):
         starts = [self._start(x, mode, rank, held[mode], name) for mode, rank in enumerate(ranks)]
         left, passes = None, _passes(counted)
         if self.algorithm == "sequential" and is_large(shape) and not torch.compiler.is_compiling():
-            counted = torch.tensor(passes + 1, device="cpu")
+            counted = _count(passes + 1)
         if self.refresh == 1:
             tucker, bases = self._iterated(x, starts, passes)
         else:
@@ -167,7 +168,8 @@ class ASI(RankedMethod):
         # Samples change from step to step, so any rows of the batch basis serve a smaller batch as well.
         fits = stored is not None and (stored.shape[0] == size or (mode == 0 and stored.shape[0] > size))
         if stored is not None and fits and stored.shape[1] == rank:
-            return (stored if stored.shape[0] == size else stored[:size]).to(x.device)
+            start = stored if stored.shape[0] == size else stored[:size]
+            return start if start.device == x.device else start.to(x.device)
         if stored is not None and mode > 0 and stored.shape[1] == rank:
             return _resampled(stored, size).to(x.device)
         wide = x.dtype == torch.float64
@@ -229,6 +231,13 @@ def _passes(counted: Tensor | None) -> int:
     if counted is None or torch.compiler.is_compiling():
         return 0
     return 0 if counted.is_cuda and torch.cuda.is_current_stream_capturing() else int(counted)
+
+
+@lru_cache(maxsize=64)
+def _count(passes: int) -> Tensor:
+    """The number as a tensor that nobody writes to: the same one for all layers that are at it."""
+    with torch.inference_mode(False):
+        return torch.tensor(passes, device="cpu")
 
 
 def restored_basis(stored: Tensor | None, scale: Tensor | None) -> Tensor | None:

@@ -229,7 +229,9 @@ def subspace_iteration(
     core, made = _one_by_one(wide, steps, published, to_eight_bits)
     for (mode, _), basis in zip(pairs, made, strict=True):
         bases[mode] = basis
-    return Tucker(core.permute(place).contiguous(), tuple(bases)).to(x.dtype), bases
+    if place != sorted(place):
+        core = core.permute(place)
+    return Tucker(core.contiguous(), tuple(bases)).to(x.dtype), bases
 
 
 def _steps(

@@ -169,12 +169,10 @@ def test_they_are_the_same_with_any_number_of_threads(samples, setting):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_no_more_scratch_is_written_than_was_asked_for(width, setting, monkeypatch):
     _, *form = given(*setting)
-    own, rooms, beyond = contractions.kernel_for, [], 64
+    own, rooms, beyond = contractions.kernel_and_room, [], 64
 
     def guarded(name, *tensors):
-        kernel = own(name, *tensors)
-        if name == "contract_room":
-            return lambda plan, threads: rooms.append(kernel(plan, threads)) or rooms[-1] + beyond
+        kernel, room_of = own(name, *tensors)
 
         def run(plan, memory, threads):
             guard = (ctypes.c_float * beyond).from_address(memory[6] + 4 * rooms[-1])
@@ -182,9 +180,9 @@ def test_no_more_scratch_is_written_than_was_asked_for(width, setting, monkeypat
             kernel(plan, memory, threads)
             assert guard[:] == [7.0] * beyond
 
-        return run
+        return run, lambda plan, threads: rooms.append(room_of(plan, threads)) or rooms[-1] + beyond
 
-    monkeypatch.setattr(contractions, "kernel_for", guarded)
+    monkeypatch.setattr(contractions, "kernel_and_room", guarded)
     for _, plan in orders(*form):
         by_order(plan, *form)
     assert rooms
