@@ -88,7 +88,7 @@ def _orthonormal(image, start, some, out, n, r, PART: tl.constexpr, N: tl.conste
 
 
 def iterate(x: Tensor, mode: int, start: Tensor, share: int, turn: int = 0, ahead: int = 0) -> Tensor | None:
-    """See `passes.iterate`."""
+    """See `iterations.iterate`."""
     if x.dtype != torch.float32 or start.dtype != torch.float32 or not _fits(*start.shape):
         return None
     unfolding = _unfolding(x, mode, share, turn, ahead)

@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from functools import lru_cache
 from math import inf, prod
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.kernels.choice import kernel_and_room, kernel_for, on_gpu
+from lowrank.kernels import iterations
+from lowrank.kernels.choice import kernel_for, on_gpu
 from lowrank.kernels.library import library
 
 Gate = Literal["above", "between", "within", "strictly above", "not zero"]
 _GATES: dict[Gate, int] = {"above": 0, "between": 1, "within": 1, "strictly above": 2, "not zero": 3}
 GateOf = Literal["SiLU", "GELU"]
 _GATES_OF: dict[GateOf, int] = {"SiLU": 0, "GELU": 1}
-HELD = 0  # of a step of `subspace`
 _MOST_PROJECTED = 12  # columns; of more, a product of BLAS takes less
 _MOST_ROWS, _ROW = 8, 16  # columns of the product of a mode with so many numbers behind it
 _SWAPPED = range(5, 65)  # bytes of a row that is one vector; it is read and written as a whole
-
-
-class Step(NamedTuple):
-    """Of `subspace`: a mode, and the part of its fibres that its basis is iterated on.
-
-    Attributes:
-        mode: its place.
-        start: (n, r), at most 128 columns and 2048 rows.
-        share: of the fibres, see `sample.share_of`; or `HELD`, the start is a basis already.
-        turn, ahead: see `sample.turn_of`.
-    """
-
-    mode: int
-    start: Tensor
-    share: int
-    turn: int = 0
-    ahead: int = 0
 
 
 def pack(x: Tensor, gate: Gate, low: float, high: float, bits: Tensor) -> bool:
@@ -133,63 +115,6 @@ def row_products(a: Tensor, b: Tensor, scales: Tensor | None = None) -> Tensor |
     return out
 
 
-def subspace(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, list[Tensor]] | None:
-    """Subspace iterations of one mode after the other, see `lowrank.tensors.decompose.subspace_iteration`.
-
-    Args:
-        x: of at most 8 modes, float32, or nothing is done.
-        steps: one for each mode that is cut.
-
-    Returns:
-        The core, and a basis for each step, the start itself where that is one; None: not for these.
-    """
-    starts = [start.contiguous() for _, start, *_ in steps]
-    found = kernel_and_room("subspace", x, *starts) if steps else None
-    if found is None:
-        return None
-    kernel, room_of = found
-    sizes = tuple(x.shape)
-    ranks = tuple([(mode, start.shape[1], share) for mode, start, share, *_ in steps])
-    shape, plan = _subspace_plan(sizes, ranks)
-    room = room_of(plan)
-    if room < 0:
-        return None
-    core, scratch = x.new_empty(shape), x.new_empty(room)
-    bases = []
-    pointers = [x.data_ptr(), core.data_ptr(), scratch.data_ptr()]
-    for own, (_, start, share, turn, ahead) in zip(starts, steps, strict=True):
-        basis = own if share == HELD else x.new_empty(own.shape)
-        bases.append(start if share == HELD else basis)
-        pointers += own.data_ptr(), basis.data_ptr(), turn, ahead
-    memory = (ctypes.c_int64 * len(pointers))(*pointers)
-    kernel(plan, memory, torch.get_num_threads())
-    return core, bases
-
-
-def iterate(x: Tensor, step: Step) -> Tensor | None:
-    """A basis of a mode by one subspace iteration, on a GPU.
-
-    Args:
-        x: float32, or nothing is done.
-        step: with a start in float32, of at most 2**14 numbers, both sizes counted as the next power of two.
-
-    Returns:
-        (n, r), of finite numbers whatever the others are; None: not for these.
-    """
-    found = on_gpu(x, step.start)
-    return None if found is None else found.iterate(x, *step)
-
-
-@lru_cache(maxsize=4096)
-def _subspace_plan(sizes: tuple[int, ...], steps: tuple[tuple[int, int, int], ...]) -> tuple[list[int], Any]:
-    """Shape of the core, and what the kernel is told of the sizes."""
-    shape = list(sizes)
-    for mode, rank, _ in steps:
-        shape[mode] = rank
-    plan = [len(sizes), *sizes, len(steps), *[number for step in steps for number in step]]
-    return shape, (ctypes.c_int64 * len(plan))(*plan)
-
-
 def depthwise(
     x: Tensor,
     grad: Tensor,
@@ -253,7 +178,7 @@ def project_mode(x: Tensor, columns: Tensor, mode: int) -> Tensor | None:
     if mode == 0:
         projected = project(x.flatten(1), columns)
         return None if projected is None else projected.view(-1, *x.shape[1:])
-    found = subspace(x, [Step(mode, columns, HELD)])
+    found = iterations.subspace(x, [iterations.Step(mode, columns, iterations.HELD)])
     return None if found is None else found[0]
 
 

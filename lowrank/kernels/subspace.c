@@ -18,7 +18,7 @@
 #define MOST_COLUMNS 128   /* of a start */
 #define FEW_COLUMNS 8      /* of a start: of more, BLAS makes large products faster */
 #define LARGE 4194304      /* multiplications of a large product */
-#define HELD 0 /* share of a step whose start is a basis, see `passes.subspace` */
+#define HELD 0 /* share of a step whose start is a basis, see `iterations.subspace` */
 typedef float four __attribute__((vector_size(16)));
 typedef float loose __attribute__((vector_size(16), aligned(4), may_alias));
 #if defined(__clang__) || __GNUC__ >= 12
@@ -286,7 +286,8 @@ static void iterate(view *v, const float *start, float *basis, float *scratch, i
   if (v->layout == ROWS)
     v->with->arrange(images, r, n, scratch, n, 1, 1);
   else
-    for (int64_t i = 0; i < n * r; i++) scratch[i % r * n + i / r] = images[i];
+    for (int64_t k = 0; k < r; k++)
+      for (int64_t i = 0; i < n; i++) scratch[k * n + i] = images[i * r + k];
   for (int64_t k = 0, kept = -1; k < r; k++)
     if (is_zero(scratch + k * n, n)) {
       if (kept < 0) kept = v->share != 1 && is_empty(v);

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import NonFiniteError, SettingError
-from lowrank.kernels import passes
+from lowrank.kernels import iterations, passes
 from lowrank.tensors import halves
 from lowrank.tensors.eager import remembered
 from lowrank.tensors.sample import sampled, share_of, turn_of
@@ -236,32 +236,32 @@ def subspace_iteration(
 
 def _steps(
     shape: Sequence[int], asked: list[tuple[int, Tensor, bool]], published: bool, passes_before: int
-) -> list[passes.Step]:
+) -> list[iterations.Step]:
     """The modes in turn, each with its start, and the share of its fibres; asked: of each, whether it is held."""
     current, steps = list(shape), []
     for mode, start, held in asked:
         rank = start.shape[1]
-        share = passes.HELD if held else 1 if published else share_of(current, mode, rank)
+        share = iterations.HELD if held else 1 if published else share_of(current, mode, rank)
         if share == 1 or held:
-            steps.append(passes.Step(mode, start, share))
+            steps.append(iterations.Step(mode, start, share))
         else:
-            steps.append(passes.Step(mode, start, share, *turn_of(passes_before, prod(current[mode + 1 :]), share)))
+            steps.append(iterations.Step(mode, start, share, *turn_of(passes_before, prod(current[mode + 1 :]), share)))
         current[mode] = rank
     return steps
 
 
 def _one_by_one(
-    x: Tensor, steps: Sequence[passes.Step], published: bool, to_eight_bits: bool
+    x: Tensor, steps: Sequence[iterations.Step], published: bool, to_eight_bits: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """As `passes.subspace`, which makes the last steps where it can; published: each mode is iterated on all that those
-    held leave."""
+    """As `iterations.subspace`, which makes the last steps where it can; published: each mode is iterated on all that
+    those held leave."""
     core: Tensor = x
     bases: list[Tensor] = []
     for at, step in enumerate(steps):
-        rest = None if published else passes.subspace(core, steps[at:])
+        rest = None if published else iterations.subspace(core, steps[at:])
         if rest is not None:
             return rest[0], bases + rest[1]
-        if published and step.share != passes.HELD:
+        if published and step.share != iterations.HELD:
             basis = _iterated(x, step)[0]
             core = mode_product(core, basis.mT, step.mode)
         elif not published and to_eight_bits and halves.are_worth(core, step.mode, step.start.shape[1]):
@@ -273,18 +273,18 @@ def _one_by_one(
     return core, bases
 
 
-def _one(x: Tensor, step: passes.Step) -> tuple[Tensor, Tensor]:
+def _one(x: Tensor, step: iterations.Step) -> tuple[Tensor, Tensor]:
     """One step: what is left of a tensor, and the basis."""
-    if step.share == passes.HELD:
+    if step.share == iterations.HELD:
         return mode_product(x, step.start.to(x.dtype).mT, step.mode), step.start
     basis, source, place = _iterated(x, step)
     return mode_product(source, basis.mT, place).movedim(place, step.mode).contiguous(), basis
 
 
-def _iterated(x: Tensor, step: passes.Step) -> tuple[Tensor, Tensor, int]:
+def _iterated(x: Tensor, step: iterations.Step) -> tuple[Tensor, Tensor, int]:
     """A basis; and the tensor, or what was made of it on the way, with the place of the mode there."""
     mode, start, share, *turn = step
-    basis = passes.iterate(x, step)
+    basis = iterations.iterate(x, step)
     if basis is not None:
         return basis, x, mode
     source, place = _ahead(x, mode)
@@ -292,11 +292,11 @@ def _iterated(x: Tensor, step: passes.Step) -> tuple[Tensor, Tensor, int]:
     return _iterate(*part, start, share != 1), source, place
 
 
-def _in_halves(x: Tensor, step: passes.Step) -> tuple[Tensor, Tensor]:
+def _in_halves(x: Tensor, step: iterations.Step) -> tuple[Tensor, Tensor]:
     """One step in bfloat16: what is left of a tensor, and the basis."""
     mode, start, share, *turn = step
     unfolding, basis = halves.unfolded(x, mode), start
-    if share != passes.HELD:
+    if share != iterations.HELD:
         part = unfolding if share == 1 else halves.unfolded(*sampled(x, mode, share, *turn))
         image_of = lambda start: (part @ (start.to(halves.HALF).mT @ part).mT).to(x.dtype)  # noqa: E731
         basis = _basis(image_of, part, start, share != 1)

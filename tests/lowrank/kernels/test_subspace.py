@@ -5,7 +5,7 @@ import torch
 from references import fibres_by_definition, random_tensor, same_span, subspace_step
 
 from lowrank import kernels
-from lowrank.kernels import library, passes
+from lowrank.kernels import iterations, library
 from lowrank.tensors.decompose import subspace_iteration
 
 pytestmark = [
@@ -68,8 +68,8 @@ def double(starts):
 
 def in_one_call(monkeypatch):
     """What the compiled function answers from here on."""
-    answers, own = [], passes.subspace
-    monkeypatch.setattr(passes, "subspace", lambda *args: answers.append(own(*args)) or answers[-1])
+    answers, own = [], iterations.subspace
+    monkeypatch.setattr(iterations, "subspace", lambda *args: answers.append(own(*args)) or answers[-1])
     return answers
 
 
@@ -103,8 +103,8 @@ def test_bases_span_what_one_iteration_by_definition_spans(width, shape, ranks):
 @pytest.mark.parametrize(("shape", "ranks", "share"), SAMPLED)
 def test_of_a_large_tensor_a_mode_is_iterated_on_the_fibres_that_are_named(width, shape, ranks, share, monkeypatch):
     x, starts = random_tensor(*shape, seed=3), starts_for(shape, ranks)
-    steps, own = [], passes.subspace
-    monkeypatch.setattr(passes, "subspace", lambda x, asked: steps.extend(asked) or own(x, asked))
+    steps, own = [], iterations.subspace
+    monkeypatch.setattr(iterations, "subspace", lambda x, asked: steps.extend(asked) or own(x, asked))
     _, bases = subspace_iteration(x.float(), starts)
     mode, start, named, *_ = steps[0]
     assert named == share
@@ -182,8 +182,8 @@ def test_several_threads_do_what_one_does(width):
 def test_what_it_is_not_made_for_is_left_to_the_operators():
     def takes(x, *ranks):
         starts = starts_for(x.shape, ranks)
-        steps = [passes.Step(mode, start, 1) for mode, start in enumerate(starts) if start is not None]
-        return passes.subspace(x, steps) is not None
+        steps = [iterations.Step(mode, start, 1) for mode, start in enumerate(starts) if start is not None]
+        return iterations.subspace(x, steps) is not None
 
     ones = torch.ones(4, 5, 6)
     assert takes(ones, 2, 3, 2)
@@ -204,9 +204,9 @@ def test_bases_that_lie_out_of_order_are_read_in_theirs():
         columns = random_tensor(rank, x.shape[mode], seed=mode).float().mT  # not contiguous
         apart = random_tensor(2 * x.shape[mode], rank, seed=mode).float()[::2]
         for start in (columns, apart):
-            for share in (passes.HELD, 1):
-                core, (basis,) = passes.subspace(x, [passes.Step(mode, start, share)])
-                wanted, (other,) = passes.subspace(x, [passes.Step(mode, start.contiguous(), share)])
+            for share in (iterations.HELD, 1):
+                core, (basis,) = iterations.subspace(x, [iterations.Step(mode, start, share)])
+                wanted, (other,) = iterations.subspace(x, [iterations.Step(mode, start.contiguous(), share)])
                 assert torch.equal(core, wanted)
                 assert torch.equal(basis, other)
-                assert (basis is start) is (share == passes.HELD)
+                assert (basis is start) is (share == iterations.HELD)
