@@ -26,6 +26,7 @@ from torch.autograd.graph import increment_version
 
 from lowrank.exact.bits import Gate, Slopes, masked, pack, pack_clamped
 from lowrank.exact.slots import Slot, note_slot
+from lowrank.tensors import ahead
 from lowrank.tensors.eager import Node, is_batched, wants_gradient
 
 # PyTorch's slope of Hardsigmoid, a single-precision number in every dtype.
@@ -74,11 +75,11 @@ class _TwoSlopes(Node):
     """A curve; keeps one bit per element, or the output, where another node keeps that."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, curve: Curve, inplace: bool, slots: list[Slot]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, curve: Curve, inplace: bool, notes: list[Any]) -> Tensor:
         joined = None if curve.high is None else pack_clamped(x, curve.gate, curve.high, inplace)
         bits, ctx.place = pack(x, curve.gate) if joined is None else joined[:2]
         ctx.slot, ctx.curve = Slot(bits), curve
-        slots.append(ctx.slot)
+        notes += ctx.slot, None if joined is None else joined[3]
         if inplace:
             ctx.mark_dirty(x)
         if joined is None:
@@ -99,10 +100,13 @@ class _TwoSlopes(Node):
 
 
 def _two_slopes(x: Tensor, curve: Curve, inplace: bool) -> Tensor:
-    slots: list[Slot] = []
-    y: Tensor = _TwoSlopes.apply(x, curve, inplace, slots)
+    notes: list[Any] = []
+    y: Tensor = _TwoSlopes.apply(x, curve, inplace, notes)
+    slot, begun = notes
     if curve.by_output is not None:
-        note_slot(y, slots[0])
+        note_slot(y, slot)
+    if begun is not None:
+        ahead.note(y, begun)
     return y
 
 

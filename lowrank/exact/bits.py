@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowrank.kernels import passes
+from lowrank.tensors import ahead
 from lowrank.tensors.tucker import in_memory_order
 
 Rule = Callable[[Tensor, Tensor, Tensor], object]
@@ -99,7 +100,9 @@ def pack(x: Tensor, gate: Rule) -> tuple[Tensor, list[int]]:
     return bits, place
 
 
-def pack_clamped(x: Tensor, gate: Gate, high: float, inplace: bool) -> tuple[Tensor, list[int], Tensor] | None:
+def pack_clamped(
+    x: Tensor, gate: Gate, high: float, inplace: bool
+) -> tuple[Tensor, list[int], Tensor, ahead.Begun | None] | None:
     """`pack`, and the tensor clamped between the gate's lower limit and `high`, in one pass.
 
     Args:
@@ -109,7 +112,8 @@ def pack_clamped(x: Tensor, gate: Gate, high: float, inplace: bool) -> tuple[Ten
         inplace: whether the clamped tensor is to be written to `x`.
 
     Returns:
-        What `pack` returns, and the clamped tensor, in the memory order of `x`; None: there is no kernel for these.
+        What `pack` returns, the clamped tensor, in the memory order of `x`, and what of its compression was begun, if
+        anything; None: there is no kernel for these.
     """
     ordered, place = in_memory_order(x)
     if ordered.device.type != "cpu" or not ordered.numel() or ordered.data_ptr() != x.data_ptr():
@@ -118,9 +122,14 @@ def pack_clamped(x: Tensor, gate: Gate, high: float, inplace: bool) -> tuple[Ten
     form = _form(x) if gate.rule == "above" else torch.preserve_format
     flat, out = ordered.view(-1), x if inplace else torch.empty_like(x, memory_format=form)
     bits = flat.new_empty(_bytes(flat.numel()), dtype=torch.uint8)
+    begun = None
+    if inplace and x.is_contiguous():
+        begun = ahead.clamp(flat.view(x.shape), gate.rule, gate.low, high, bits)
+    if begun is not None:
+        return bits, place, x, begun
     order = [place.index(position) for position in range(x.ndim)]
     done = passes.clamp(flat, gate.rule, gate.low, high, bits, out.permute(order).view(-1))
-    return (bits, place, out) if done else None
+    return (bits, place, out, None) if done else None
 
 
 def _form(x: Tensor) -> torch.memory_format:

@@ -17,6 +17,7 @@ SOURCES = (
     "team.c",
     "kernels.c",
     "int8.c",
+    "qr.c",
     "subspace.c",
     "depthwise.c",
     "project.c",
@@ -25,7 +26,7 @@ SOURCES = (
     "swap.c",
     "expand.c",
 )
-HEADERS = ("team.h", "tile.h", "tiles.h", "project.h", "chains.h", "expand.h")
+HEADERS = ("team.h", "clamp.h", "qr.h", "tile.h", "tiles.h", "project.h", "chains.h", "expand.h")
 # For any processor of its kind: homes are shared among machines.
 OPTIONS = ("-O3", "-std=c11", "-ffp-contract=fast", "-fPIC", "-shared")
 SECONDS = 60  # that a compiler may take

@@ -47,9 +47,11 @@ def kernel_for(name: str, *tensors: Tensor, stored: tuple[Tensor, torch.dtype] |
     return getattr(found, f"{name}_{_KINDS.get(dtype)}", None)
 
 
-def kernel_and_room(name: str, *tensors: Tensor) -> tuple[Any, Any] | None:
+def kernel_and_room(
+    name: str, *tensors: Tensor, stored: tuple[Tensor, torch.dtype] | None = None
+) -> tuple[Any, Any] | None:
     """A kernel for these tensors, and its function that tells the numbers of scratch memory that it takes."""
-    kernel = kernel_for(name, *tensors)
+    kernel = kernel_for(name, *tensors, stored=stored)
     return None if kernel is None else (kernel, getattr(library(), f"{name}_room_{_KINDS[tensors[0].dtype]}"))
 
 

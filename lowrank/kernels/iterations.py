@@ -32,12 +32,15 @@ class Step(NamedTuple):
     ahead: int = 0
 
 
-def subspace(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, list[Tensor]] | None:
+def subspace(
+    x: Tensor, steps: Sequence[Step], begun: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, list[Tensor]] | None:
     """Subspace iterations of one mode after the other, see `lowrank.tensors.decompose.subspace_iteration`.
 
     Args:
         x: of at most 8 modes, float32, or nothing is done.
         steps: one for each mode that is cut.
+        begun: what the first step leaves, and its basis, where it was made already.
 
     Returns:
         The core, and a basis for each step, the start itself where that is one; None: not for these.
@@ -49,10 +52,13 @@ def subspace(x: Tensor, steps: Sequence[Step]) -> tuple[Tensor, list[Tensor]] | 
     kernel, room_of = found
     sizes = tuple(x.shape)
     ranks = tuple([(mode, start.shape[1], share) for mode, start, share, *_ in steps])
-    shape, plan = _subspace_plan(sizes, ranks)
+    shape, plan = plan_of(sizes, ranks)
     room = room_of(plan)
     if room < 0:
         return None
+    if begun is not None:
+        rest = subspace(begun[0], steps[1:]) if len(steps) > 1 else (begun[0], [])
+        return None if rest is None else (rest[0], [begun[1], *rest[1]])
     core, scratch = x.new_empty(shape), x.new_empty(room)
     bases = []
     pointers = [x.data_ptr(), core.data_ptr(), scratch.data_ptr()]
@@ -80,7 +86,7 @@ def iterate(x: Tensor, step: Step) -> Tensor | None:
 
 
 @lru_cache(maxsize=4096)
-def _subspace_plan(sizes: tuple[int, ...], steps: tuple[tuple[int, int, int], ...]) -> tuple[list[int], Any]:
+def plan_of(sizes: tuple[int, ...], steps: tuple[tuple[int, int, int], ...]) -> tuple[list[int], Any]:
     """Shape of the core, and what the kernel is told of the sizes."""
     shape = list(sizes)
     for mode, rank, _ in steps:

@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include "clamp.h"
 #include "team.h"
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -91,16 +92,18 @@ static inline void clamped(const float *x, float *out, float low, float high) {
     clamped(x + from, out + from, low, high);                                                                          \
   }
 
-static void clamp_piece_float(const task *t, int64_t from, int64_t to) {
+void lowrank_clamp_piece(const task *t, int64_t from, int64_t to) {
   const float *x = t->a, low = (float)t->low, high = (float)t->high;
   float *out = t->out;
   uint8_t *bits = t->bits;
-  if (t->rule == ABOVE) {
+  if (!bits) {
+    for (; from + 8 <= to; from += 8) clamped(x + from, out + from, low, high);
+  } else if (t->rule == ABOVE) {
     CLAMP_LOOP(ABOVE)
   } else {
     CLAMP_LOOP(BETWEEN)
   }
-  if (from < to) bits[from / 8] = byte_float(t->rule, x + from, to - from, low, high);
+  if (bits && from < to) bits[from / 8] = byte_float(t->rule, x + from, to - from, low, high);
   for (; from < to; from++) {
     const float least = low > x[from] ? low : x[from];
     out[from] = high < least ? high : least;
@@ -109,7 +112,7 @@ static void clamp_piece_float(const task *t, int64_t from, int64_t to) {
 
 void lowrank_clamp_float(const float *x, uint8_t *bits, float *out, int64_t count, int rule, double low, double high,
                          int threads) {
-  task t = {.piece = clamp_piece_float, .a = x, .bits = bits, .out = out, .count = count, .step = PIECE, .low = low,
+  task t = {.piece = lowrank_clamp_piece, .a = x, .bits = bits, .out = out, .count = count, .step = PIECE, .low = low,
             .high = high, .rule = rule};
   lowrank_run(&t, threads);
 }

@@ -31,6 +31,8 @@ _SIGNATURES = {
     **{f"{way}_columns_{kind}": (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT) for way, kind in _INT8},
     "subspace_room_float": (_POINTER,),
     "subspace_float": (_POINTER, _POINTER, _INT),
+    "clamped_room_float": (_POINTER,),
+    "clamped_float": (_POINTER, _POINTER, _INT, _NUMBER, _NUMBER, _INT),
     "depthwise_room_float": (_POINTER,),
     "depthwise_float": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT),
     "project_float": (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _INT),

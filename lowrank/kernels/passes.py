@@ -16,7 +16,7 @@ from lowrank.kernels.choice import kernel_for, on_gpu
 from lowrank.kernels.library import library
 
 Gate = Literal["above", "between", "within", "strictly above", "not zero"]
-_GATES: dict[Gate, int] = {"above": 0, "between": 1, "within": 1, "strictly above": 2, "not zero": 3}
+GATES: dict[Gate, int] = {"above": 0, "between": 1, "within": 1, "strictly above": 2, "not zero": 3}
 GateOf = Literal["SiLU", "GELU"]
 _GATES_OF: dict[GateOf, int] = {"SiLU": 0, "GELU": 1}
 _MOST_PROJECTED = 12  # columns; of more, a product of BLAS takes less
@@ -44,7 +44,7 @@ def pack(x: Tensor, gate: Gate, low: float, high: float, bits: Tensor) -> bool:
     if kernel is None:
         return False
     threads = torch.get_num_threads()
-    kernel(x.data_ptr(), bits.data_ptr(), x.numel(), _GATES[gate], low, high, threads)  # type: ignore[operator]
+    kernel(x.data_ptr(), bits.data_ptr(), x.numel(), GATES[gate], low, high, threads)  # type: ignore[operator]
     return True
 
 
@@ -66,7 +66,7 @@ def clamp(x: Tensor, gate: Gate, low: float, high: float, bits: Tensor, out: Ten
     if kernel is None:
         return False
     pointers = x.data_ptr(), bits.data_ptr(), out.data_ptr()
-    kernel(*pointers, x.numel(), _GATES[gate], low, high, torch.get_num_threads())  # type: ignore[operator]
+    kernel(*pointers, x.numel(), GATES[gate], low, high, torch.get_num_threads())  # type: ignore[operator]
     return True
 
 

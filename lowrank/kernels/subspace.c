@@ -5,6 +5,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "clamp.h"
+#include "qr.h"
 #include "team.h"
 #include "tiles.h"
 
@@ -15,7 +17,6 @@
 #define LINE 16 /* numbers that come to the cache together */
 #define NEAR 6144          /* numbers in the nearest cache */
 #define PRODUCT 4096       /* numbers of the product of a tile and a start */
-#define MOST_COLUMNS 128   /* of a start */
 #define FEW_COLUMNS 8      /* of a start: of more, BLAS makes large products faster */
 #define LARGE 4194304      /* multiplications of a large product */
 #define HELD 0 /* share of a step whose start is a basis, see `iterations.subspace` */
@@ -77,6 +78,7 @@ typedef struct {
   int64_t together; /* of `left`, that are done at a time */
   int64_t blocks;   /* that rows are cut into */
   enum layout layout;
+  const task *clamp; /* whose limits each tile is clamped by ahead of all else, in its place; or NULL */
 } view;
 
 static int64_t padded(const view *v, int64_t w) { return (w + v->with->width - 1) / v->with->width * v->with->width; }
@@ -115,12 +117,23 @@ static const float *tile_of(const view *v, int64_t index, int64_t *first, int64_
   return x + *first * v->jump;
 }
 
+/* With bits, tiles lie one behind the other. */
+static void clamp(const view *v, const float *x, int64_t some) {
+  const int64_t plane = v->n * v->right, begin = x - v->x;
+  if (v->clamp->bits) {
+    lowrank_clamp_piece(v->clamp, begin, begin + some * plane);
+    return;
+  }
+  for (int64_t t = 0; t < some; t++) lowrank_clamp_piece(v->clamp, begin + t * v->jump, begin + t * v->jump + plane);
+}
+
 static void lying(const view *v, int64_t index, float *z, float *image) {
   const int64_t r = v->r, block = index % v->blocks;
   const int64_t from = v->right * block / v->blocks, w = v->right * (block + 1) / v->blocks - from;
   int64_t first, some;
   const float *x = tile_of(v, index / v->blocks, &first, &some) + from;
   if (some < 1) return;
+  if (v->clamp) clamp(v, x, some);
   across(v, x, v->stride, w, some, v->jump, z);
   for (int64_t t = 0; v->out && t < some; t++)
     v->with->arrange(z + t * r * padded(v, w), r, w, v->out + (first + t) * r * v->right + from, v->right, 1, 1);
@@ -212,48 +225,6 @@ static const float *arranged(const view *v, float *s, float *room) {
   return room;
 }
 
-static float inner(const float *a, const float *b, int64_t n) {
-  float sums[8] = {0};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8)
-    for (int j = 0; j < 8; j++) sums[j] += a[i + j] * b[i + j];
-  for (; i < n; i++) sums[0] += a[i] * b[i];
-  return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
-}
-
-static void reflect(const float *v, float tau, float *a, int64_t n) { /* v[0] counts as 1 */
-  const float by = tau * (a[0] + inner(v + 1, a + 1, n - 1));
-  a[0] -= by;
-  for (int64_t i = 1; i < n; i++) a[i] -= by * v[i];
-}
-
-/* Q of the QR decomposition of a matrix whose columns lie one after the other, in its place: by Householder's
-   reflections, with LAPACK's signs. */
-static void orthonormal(float *a, int64_t n, int64_t r) {
-  float taus[MOST_COLUMNS];
-  for (int64_t k = 0; k < r; k++) {
-    float *v = a + k * n + k;
-    const int64_t length = n - k;
-    double squares = 0;
-    for (int64_t i = 1; i < length; i++) squares += (double)v[i] * v[i];
-    taus[k] = 0;
-    if (squares == 0) continue;
-    /* In double precision, which the smallest numbers do not leave. */
-    const double alpha = v[0], beta = -copysign(sqrt(alpha * alpha + squares), alpha), by = 1 / (alpha - beta);
-    taus[k] = (float)((beta - alpha) / beta);
-    for (int64_t i = 1; i < length; i++) v[i] = (float)(v[i] * by);
-    for (int64_t j = k + 1; j < r; j++) reflect(v, taus[k], a + j * n + k, length);
-    v[0] = (float)beta;
-  }
-  for (int64_t k = r - 1; k >= 0; k--) {
-    float *v = a + k * n + k;
-    for (int64_t j = k + 1; j < r; j++) a[j * n + k] = 0, reflect(v, taus[k], a + j * n + k, n - k);
-    for (int64_t i = 1; i < n - k; i++) v[i] *= -taus[k];
-    v[0] = 1 - taus[k];
-    memset(a + k * n, 0, sizeof(float) * (size_t)k);
-  }
-}
-
 /* Numbers in which no direction is favoured, see `decompose`. */
 static float other(int64_t place) { return (float)cos((double)place * (double)place); }
 
@@ -293,7 +264,7 @@ static void iterate(view *v, const float *start, float *basis, float *scratch, i
       if (kept < 0) kept = v->share != 1 && is_empty(v);
       for (int64_t i = 0; i < n; i++) scratch[k * n + i] = kept ? basis[i * r + k] : other(i * r + k);
     }
-  orthonormal(scratch, n, r);
+  lowrank_orthonormal(scratch, n, r);
   for (int64_t k = 0; k < r; k++)
     for (int64_t i = 0; i < n; i++) basis[i * r + k] = scratch[k * n + i];
 }
@@ -381,4 +352,38 @@ void lowrank_subspace_float(const int64_t *plan, const int64_t *memory, int thre
     over_tiles(v, arranged(v, basis, scratch), NULL, out, threads);
     x = out;
   }
+}
+
+/* Whether the one step of a tensor that is still to be clamped can be made in the pass that clamps it: its tiles are whole
+   planes and begin where a byte of bits does, and those that the basis is iterated on are few. They are clamped twice,
+   which changes neither them nor their bits. */
+static int look_clamped(course *c, const int64_t *plan) {
+  if (plan[1 + plan[0]] != 1 || !look(c, plan)) return 0;
+  view *all = c->views;
+  const view *some = c->iterated;
+  if (all->layout != LYING || all->blocks != 1 || some->layout != LYING || some->blocks != 1 || some->share < 2) return 0;
+  if (all->together > 8) all->together -= all->together % 8;
+  all->tiles = (all->left + all->together - 1) / all->together;
+  if (all->pieces > all->tiles) all->pieces = all->tiles;
+  return all->together * all->n * all->right % 8 == 0 || all->tiles == 1;
+}
+
+/* Returns as `lowrank_subspace_room_float`. */
+int64_t lowrank_clamped_room_float(const int64_t *plan) {
+  course c;
+  return look_clamped(&c, plan) ? c.images : -1;
+}
+
+/* `memory`: x, what the step leaves, scratch, start, basis, the turn of its part and what is ahead of that, and bits. */
+void lowrank_clamped_float(const int64_t *plan, const int64_t *memory, int rule, double low, double high, int threads) {
+  course c;
+  if (!look_clamped(&c, plan)) return;
+  float *x = (float *)memory[0], *scratch = (float *)memory[2], *basis = (float *)memory[4];
+  const task alone = {.a = x, .out = x, .low = low, .high = high, .rule = rule};
+  const task packed = {.a = x, .out = x, .low = low, .high = high, .rule = rule, .bits = (uint8_t *)memory[7]};
+  view *all = c.views, *some = c.iterated;
+  some->x = all->x = x, some->turn = memory[5], some->ahead = memory[6];
+  some->clamp = &alone, all->clamp = &packed;
+  iterate(some, (const float *)memory[3], basis, scratch, threads);
+  over_tiles(all, basis, NULL, (float *)memory[1], threads);
 }

@@ -17,12 +17,14 @@ from lowrank.exact.origins import find, is_kept, is_known_as_kept, origin_of, re
 from lowrank.exact.slots import Way, has_slot, is_computed, waits
 from lowrank.exact.sources import Origin
 from lowrank.exact.steps import Rebuild
+from lowrank.kernels.iterations import Step
 from lowrank.layers.derived import derived
 from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.token_mask import without_padding
 from lowrank.methods.base import Method, Tensors, Vanilla
 from lowrank.methods.deriving import Derive
-from lowrank.tensors.geometry import Geometry
+from lowrank.tensors import ahead
+from lowrank.tensors.geometry import Geometry, Shape
 from lowrank.tensors.worth import is_worth
 
 Kept = tuple[Method, Tensors]
@@ -77,6 +79,7 @@ class LayerState:
         handed_out: the weight that a state dict has, where the layer holds two factors in its place.
         reader: the normalisation that has read the latest lazy output by the batch's statistics.
         unstored: the weight's version at a pass in evaluation mode, since which there was none in training mode.
+        behind, misled: see `lowrank.tensors.ahead`.
     """
 
     method: Method
@@ -99,9 +102,12 @@ class LayerState:
     handed_out: HandedOut | None = field(default=None, repr=False)
     reader: weakref.ref[nn.Module] | None = field(default=None, repr=False)
     unstored: int | None = field(default=None, repr=False)
+    behind: weakref.ref[LayerState] | None = field(default=None, repr=False)
+    misled: int = field(default=0, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"reader": None, "handed_out": None, "recorded": ()}  # of this model, not of its copies
+        of_this_model = {"reader": None, "handed_out": None, "recorded": (), "behind": None}  # and not of its copies
+        return vars(self) | of_this_model
 
     def carry(self, bases: Tensors) -> None:
         """Take bases over for the next step: as they are, since the backward pass of the step before may still need the
@@ -127,6 +133,10 @@ class LayerState:
                 stacklevel=2,
             )
         self.unstored = version
+
+    def first_step(self, shape: Shape) -> Step | None:
+        """What the method will begin with on an input of this shape, as far as it can tell."""
+        return self.method.first_step(shape, self.bases)
 
     def note_reader(self, module: nn.Module) -> None:
         """Note who has read the latest lazy output as it is."""
@@ -201,6 +211,8 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
     kept = find_kept(input, batched, method)
     shared = kept is not None
     if kept is None:
+        if x is input and not single:
+            ahead.hand_on(input, batched)
         padded = batched if method.keeps_input else without_padding(batched)
         kept = _compress(state, method, padded, geometry, None if layer.training else weight)
         kept = tuple(map(_without_the_rest, kept))
@@ -263,6 +275,8 @@ def _compress(state: LayerState, method: Method, x: Tensor, geometry: Geometry, 
         raise type(error)(f"layer {state.name!r}: {error}") from None
     if method is not _WHOLE:
         state.carry(bases) if evaluated is None else state.leave(bases, evaluated)
+        if not torch.compiler.is_compiling():
+            ahead.compressed(state)
     return kept
 
 

@@ -13,16 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.errors import SettingError
+from lowrank.kernels.iterations import Step
 from lowrank.methods.base import Method, Tensors, exact_flops
 from lowrank.methods.ranked import RankedMethod
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
-from lowrank.tensors.decompose import ALGORITHMS, Algorithm, subspace_iteration
+from lowrank.tensors.decompose import ALGORITHMS, Algorithm, steps_of, subspace_iteration
 from lowrank.tensors.geometry import Geometry, Shape
 from lowrank.tensors.memory_layout import bytes_of
 from lowrank.tensors.sample import is_large
 from lowrank.tensors.storage import columns, store
-from lowrank.tensors.tucker import Tucker
+from lowrank.tensors.tucker import Tucker, iteration_order
 from lowrank.tensors.worth import CONVOLVED_A_CALL, MACS_A_CALL, MOVED_A_CALL
 
 Bases = list[Tensor | None]
@@ -107,6 +108,17 @@ class ASI(RankedMethod):
             bases[0], scale[0] = stored[0], scales[0]
         further = (left, *scale, counted)
         return kept, (*bases, *(further if any(tensor is not None for tensor in further) else ()))
+
+    def first_step(self, shape: Shape, state: Tensors) -> Step | None:
+        if self.algorithm != "sequential" or self.refresh != 1 or not self.warm_start or not state:
+            return None
+        ranks = self.kept_ranks(shape, self.ranks_for(shape))
+        mode, modes = iteration_order(shape, ranks)[0], len(shape)
+        state = in_places(state, (*[2] * modes, 0, *[1] * modes, 0))
+        basis = restored_basis(state[mode], state[modes + 1 + mode])
+        if ranks == shape or basis is None or basis.shape != (shape[mode], ranks[mode]):
+            return None
+        return steps_of(shape, [(mode, basis, False)], False, _passes(state[-1]))[0]
 
     def _iterated(self, x: Tensor, starts: Bases, passes: int, held: Sequence[int] = ()) -> Found:
         return subspace_iteration(x, starts, self.algorithm, held, self.to_eight_bits, passes)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lowrank.kernels.iterations import Step
 from lowrank.methods.deriving import Derive, check_derive, reach
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
@@ -75,6 +76,11 @@ class Method(ABC):
     def price(self, x: Tensor, geometry: Geometry, out_channels: int) -> tuple[int, float] | None:
         """Against keeping the input `x` as it is: the bytes that the method saves, and the time that it takes more, in
         operator calls (see `lowrank.tensors.worth`); by the shape alone. None: the shape does not say."""
+        return None
+
+    def first_step(self, shape: Shape, state: Tensors) -> Step | None:
+        """The subspace iteration that `compress` begins with on a contiguous tensor of this shape, as far as the state
+        tells: it may then have been made ahead, see `lowrank.tensors.ahead`. None: none, or not known."""
         return None
 
     def can_use(self, other: Method, shape: Shape) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowrank.errors import NonFiniteError, SettingError
 from lowrank.kernels import iterations, passes
-from lowrank.tensors import halves
+from lowrank.tensors import ahead, halves
 from lowrank.tensors.eager import remembered
 from lowrank.tensors.sample import sampled, share_of, turn_of
 from lowrank.tensors.tucker import Tucker, in_memory_order, iteration_order, mode_correlation, mode_order, mode_product
@@ -225,7 +225,7 @@ def subspace_iteration(
     pairs = _ordered(starts, iteration_order(x.shape, _ranks(x, starts)))
     pairs.sort(key=lambda pair: pair[0] not in held)
     asked = [(place[mode], start, mode in held) for mode, start in pairs]
-    steps = _steps(wide.shape, asked, published, passes_before)
+    steps = steps_of(wide.shape, asked, published, passes_before)
     core, made = _one_by_one(wide, steps, published, to_eight_bits)
     for (mode, _), basis in zip(pairs, made, strict=True):
         bases[mode] = basis
@@ -234,8 +234,8 @@ def subspace_iteration(
     return Tucker(core.contiguous(), tuple(bases)).to(x.dtype), bases
 
 
-def _steps(
-    shape: Sequence[int], asked: list[tuple[int, Tensor, bool]], published: bool, passes_before: int
+def steps_of(
+    shape: Sequence[int], asked: Sequence[tuple[int, Tensor, bool]], published: bool, passes_before: int
 ) -> list[iterations.Step]:
     """The modes in turn, each with its start, and the share of its fibres; asked: of each, whether it is held."""
     current, steps = list(shape), []
@@ -258,8 +258,11 @@ def _one_by_one(
     core: Tensor = x
     bases: list[Tensor] = []
     for at, step in enumerate(steps):
-        rest = None if published else iterations.subspace(core, steps[at:])
+        begun = None if at or published else ahead.begun_of(x, step)
+        rest = None if published else iterations.subspace(core, steps[at:], None if begun is None else begun.found)
         if rest is not None:
+            if begun is not None:
+                ahead.take(begun)
             return rest[0], bases + rest[1]
         if published and step.share != iterations.HELD:
             basis = _iterated(x, step)[0]
