@@ -254,7 +254,7 @@ def _count(passes: int) -> Tensor:
 
 def restored_basis(stored: Tensor | None, scale: Tensor | None) -> Tensor | None:
     """A basis as it is computed with; the stored tensor itself, where that is float32 or float64."""
-    if stored is None or stored.dtype == torch.float64:
+    if stored is None or (scale is None and stored.dtype in (torch.float32, torch.float64)):
         return stored
     return columns(stored, scale, torch.float32)
 
