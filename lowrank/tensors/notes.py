@@ -49,7 +49,7 @@ class Notes(Generic[Fact]):
 
     def may_know(self, tensor: Tensor) -> bool:
         """Whether there is a fact, of this tensor or of an earlier one in its place."""
-        return id(tensor) in self._facts
+        return not torch.compiler.is_compiling() and id(tensor) in self._facts
 
     def _ended(self, key: int, reference: weakref.ref[Tensor]) -> None:
         found = self._facts.get(key)
