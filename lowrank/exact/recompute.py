@@ -221,7 +221,8 @@ class _Call:
     def followed(self, grad: Tensor, *values: Tensor) -> list[Tensor | None]:
         """The gradients for these arguments, with a graph to them and to `grad`."""
         given = iter(values)
-        arguments = [None if want is None else next(given) for want in self.wanted]
+        # One may be computed from another: the function is given each as a tensor of its own, where its gradient ends.
+        arguments = [None if want is None else (one := next(given)).view_as(one) for want in self.wanted]
         inputs = [one for one, want in zip(arguments, self.wanted, strict=True) if one is not None and want]
         found = iter(torch.autograd.grad(self.function(*arguments), inputs, grad, create_graph=True, allow_unused=True))
         return [next(found) if want else None for want in self.wanted]

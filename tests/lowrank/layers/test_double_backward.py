@@ -240,6 +240,50 @@ def test_recomputed_attention_is_differentiated_again():
         assert_right_or_refused(stock, model, random_tensor(3, 5, 4), refused=False)
 
 
+class SharedKeys(nn.Module):
+    """Keys are values as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.query, self.keys, self.out = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.norm(x)
+        q, k = self.query(y), self.keys(y)
+        return 1.0 * self.out(self.attend(y, q, k))
+
+
+DEPENDENT = {
+    "keys are values": lambda self, y, q, k: (q @ k.transpose(-1, -2)).softmax(-1) @ k,
+    "keys are queries and values": lambda self, y, q, k: (k @ k.transpose(-1, -2)).softmax(-1) @ k,
+    "of the input itself": lambda self, y, q, k: (y @ y.transpose(-1, -2)).softmax(-1) @ y,
+    "values are ahead of the keys": lambda self, y, q, k: F.scaled_dot_product_attention(q, k, y),
+    "one tensor in three places": lambda self, y, q, k: F.scaled_dot_product_attention(k, k, k),
+    "a sum of products": lambda self, y, q, k: torch.einsum("bti,bsi,bsj->btj", y, y, y),
+    "batches": lambda self, y, q, k: torch.bmm(torch.bmm(q, k.transpose(-1, -2)), k),
+    "a scaled sum": lambda self, y, q, k: torch.addcmul(y, q, y),
+    "a scaled sum of one": lambda self, y, q, k: torch.addcmul(y, y, y, value=0.5),
+}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("attend", DEPENDENT)
+def test_arguments_that_are_computed_from_each_other(attend, twice):
+    """The gradient itself, with the graph that it is asked for with, and its own."""
+    torch.manual_seed(0)
+    stock = type("Shared", (SharedKeys,), {"attend": DEPENDENT[attend]})().double()
+    model = lowrank.convert(copy.deepcopy(stock), ["query", "keys", "out"], Vanilla())
+    found = []
+    for network in (stock, model):
+        x = random_tensor(2, 5, 8).requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):
+            (slope,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+            if twice:
+                slope.square().sum().backward()
+        found.append([slope.detach(), x.grad, *[p.grad for p in network.parameters()]])
+    torch.testing.assert_close(found[1], found[0])
+
+
 def assert_right_or_refused(stock, model, x, refused=True):
     gradients = []
     for network in (stock, model):
