@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import inf
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowrank.exact.bits import Gate, Slopes, masked, pack, pack_clamped
 from lowrank.exact.slots import Slot, note_slot
@@ -48,6 +50,8 @@ class Curve:
         high: of a function that clamps between the gate's lower limit and this one; None: of another one.
         by_output: PyTorch's operator that writes the gradient, by the output gradient, the output and what follows
             these; None: that does not tell.
+        limits: between which the output is; it tells nothing in a dtype that rounds them, since PyTorch compares the
+            input with what they were.
     """
 
     function: Callable[[Tensor, bool], Tensor]
@@ -55,6 +59,11 @@ class Curve:
     slopes: Slopes = _PLAIN
     by_output: tuple[Any, ...] | None = None
     high: float | None = None
+    limits: tuple[float, ...] = ()
+
+    def is_told_by_output(self, dtype: torch.dtype) -> bool:
+        """Whether the output, in this dtype, tells which of the slopes an element has."""
+        return self.by_output is not None and all(_is_itself(limit, dtype) for limit in self.limits)
 
     def gradient(self, grad: Tensor, y: Tensor, room: bool) -> Tensor:
         """By the output, to whose memory it is written where there is `room`, and it lies as `grad` does."""
@@ -65,6 +74,14 @@ class Curve:
         else:
             found = operator.default(grad, y, *numbers)
         return found
+
+
+@lru_cache(maxsize=256)
+def _is_itself(number: float, dtype: torch.dtype) -> bool:
+    """Whether a number stays what PyTorch computes with, at least single precision, in a dtype."""
+    with _disable_current_modes():
+        given = torch.tensor(number, dtype=torch.promote_types(dtype, torch.float32), device="cpu")
+        return bool(given == given.to(dtype))
 
 
 def _alike(x: Tensor, y: Tensor) -> bool:
@@ -103,7 +120,7 @@ def _two_slopes(x: Tensor, curve: Curve, inplace: bool) -> Tensor:
     notes: list[Any] = []
     y: Tensor = _TwoSlopes.apply(x, curve, inplace, notes)
     slot, begun = notes
-    if curve.by_output is not None:
+    if curve.is_told_by_output(y.dtype):
         note_slot(y, slot)
     if begun is not None:
         ahead.note(y, begun)
@@ -134,7 +151,8 @@ _RELU = Curve(F.relu, Gate("above"), by_output=(_aten.threshold_backward, 0), hi
 
 def _clamp(function: Callable[[Tensor, bool], Tensor], low: float, high: float) -> Curve:
     by_output = (_aten.hardtanh_backward, low, high)
-    return Curve(function, Gate("between", low, high), by_output=by_output, high=high if low < high else None)
+    joined = high if low < high else None
+    return Curve(function, Gate("between", low, high), by_output=by_output, high=joined, limits=(low, high))
 
 
 _RELU6 = _clamp(F.relu6, 0.0, 6.0)

@@ -57,6 +57,38 @@ def test_gradients_are_stock_and_no_more_is_kept(activation, method):
         )
 
 
+LIMITED = [nn.Hardtanh(-0.5, 0.7), nn.Hardtanh(0.0, 0.1), nn.Hardtanh(-1.0, 1.0), nn.Hardtanh(-1e4, 0.3), nn.ReLU6()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("activation", LIMITED, ids=str)
+def test_limits_that_a_dtype_rounds(activation, dtype):
+    """What is cut lies at the rounded limit, which may be within the one that PyTorch compares with."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Linear(16, 64), activation, nn.Linear(64, 8)).to(dtype)
+    model = lowrank.convert(copy.deepcopy(stock), ["0", "2"], Vanilla())
+    x = random_tensor(32, 16).to(dtype)
+    for network in (stock, model):
+        network(x).float().square().sum().backward()
+    assert stock[0].weight.grad.any()
+    for one, other in zip(model.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("activation", LIMITED, ids=str)
+def test_limits_that_autocast_rounds(activation):
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(3, 16, 3), activation, nn.Conv2d(16, 8, 3))
+    model = lowrank.convert(copy.deepcopy(stock), ["0", "2"], Vanilla())
+    x = random_tensor(4, 3, 12, 12).float()
+    for network in (stock, model):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = network(x)
+        y.float().square().sum().backward()
+    for one, other in zip(model.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=2e-2, atol=2e-2 * other.grad.abs().max().item())
+
+
 READERS = {
     "normalisation": lambda y: torch.nn.functional.layer_norm(y, (40,)),
     "product": lambda y: y * y,
