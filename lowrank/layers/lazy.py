@@ -24,6 +24,7 @@ from lowrank.exact.origins import hand_on
 from lowrank.exact.watched import BACKWARD, foreign, is_watched_for, of_class, watch
 from lowrank.tensors.eager import ORDINARY, without_autocast
 from lowrank.tensors.memory_layout import laid_out
+from lowrank.tensors.notes import hand_on_all
 
 
 class Lazy(Tensor):
@@ -31,9 +32,11 @@ class Lazy(Tensor):
 
     Attributes:
         origin: what it is computed from, for who can do more with that than read the value; None once it is read.
+        written: whether a function that keeps less has changed it in place, of which something may be noted.
     """
 
     origin: Any
+    written: bool
     _make: Callable[[], Tensor] | None
     _value: Tensor | None
     _watched: bool
@@ -53,6 +56,7 @@ class Lazy(Tensor):
         self: Lazy = Tensor._make_wrapper_subclass(cls, shape, **options)
         torch._C._set_throw_on_mutable_data_ptr(self)  # an error, no crash, where code in C++ goes by no operator
         self._make, self._value, self.origin, self._watched = make, None, origin, watched
+        self.written = False
         return self
 
     def value(self) -> Tensor:
@@ -154,6 +158,8 @@ def real(x: Tensor) -> Tensor:
         found = torch.ops.aten.alias.default(x)  # where `view_as` gives one image other strides, by which PyTorch errs
     if first:
         hand_on(x, found)
+    elif x.written:
+        hand_on_all(x, found)
     return found
 
 
@@ -164,9 +170,16 @@ def read(func: Any, args: Any, kwargs: Any = MappingProxyType({})) -> Any:
             y = READERS[func](*args, **kwargs)
             if y is not None:
                 return y
-        if func in LEAN_FUNCTIONS:
-            args, kwargs = _mapped(real, args), _mapped(real, dict(kwargs))
-        return LEAN_FUNCTIONS.get(func, func)(*args, **kwargs)
+        if func not in LEAN_FUNCTIONS:
+            return func(*args, **kwargs)
+        first = args[0] if args else None
+        args, kwargs = _mapped(real, args), _mapped(real, dict(kwargs))
+        y = LEAN_FUNCTIONS[func](*args, **kwargs)
+        if not args or y is not args[0] or type(first) is not Lazy:
+            return y
+        first.written = True
+        hand_on_all(y, first)
+        return first  # as any function in place gives what it was given
 
 
 def lazy_gradient(grad: Tensor, strides: tuple[int, ...], make: Callable[[], Tensor], origin: Any) -> Lazy:

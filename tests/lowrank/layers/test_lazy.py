@@ -145,6 +145,48 @@ def test_changed_in_place_behind_the_norm(change):
     assert_the_same(use, freeze=["0.weight", "0.bias", "1.weight", "1.bias"])
 
 
+IN_PLACE_FUNCTIONS = {
+    "relu": lambda y: nn.functional.relu(y, inplace=True),
+    "relu_": lambda y: nn.functional.relu_(y),
+    "torch.relu_": torch.relu_,
+    "a module": lambda y: nn.ReLU6(inplace=True)(y),
+    "hardtanh": lambda y: nn.functional.hardtanh(y, -0.5, 0.7, True),
+    "leaky_relu": lambda y: nn.functional.leaky_relu(y, 0.1, True),
+    "silu": lambda y: nn.functional.silu(y, inplace=True),
+    "hardswish": lambda y: nn.functional.hardswish(y, inplace=True),
+    "dropout": lambda y: nn.functional.dropout(y, 1e-12, True, True),
+    "add_": lambda y: y.add_(y),
+    "mul_": lambda y: y.mul_(2),
+    "+=": lambda y: y.__iadd__(y),
+}
+
+
+@pytest.mark.parametrize("function", IN_PLACE_FUNCTIONS)
+def test_a_function_in_place_gives_the_tensor_that_it_was_given(function):
+    """So that a hook on the one sees what reaches the other."""
+
+    def use(model, x):
+        y = model[0](x)
+        z = IN_PLACE_FUNCTIONS[function](y)
+        assert z is y
+        z.register_hook(lambda grad: grad * 0.5)
+        return model[1](y)
+
+    assert_the_same(use)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(True), nn.Hardtanh(-0.5, 0.7, True), nn.LeakyReLU(0.1, True)], ids=str)
+@pytest.mark.parametrize("method", [Vanilla(), lowrank.ASI([3, 4, 3, 3])], ids=["vanilla", "compressed"])
+def test_behind_an_activation_in_place_no_more_is_kept_than_of_an_output_that_was_never_unread(activation, method):
+    parts = nn.Conv2d(3, 8, 3), activation, nn.Conv2d(8, 8, 3), activation, nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+    x, kept = random_tensor(8, 3, 20, 20).float(), []
+    for stock in (nn.Sequential(*parts), nn.Sequential(*parts[:5])):
+        model = lowrank.convert(copy.deepcopy(stock), ["0", "2", "4"], method)
+        assert (type(model[0](x)) is Lazy) == (len(stock) == 6)
+        kept.append(lowrank.saved_bytes(model[:5], lambda model, x: model(x).sum(), x))
+    assert kept[0] == kept[1]
+
+
 class Doubling(torch.autograd.Function):
     """A user's own node; as `inplace` says it changes its input, or hands it on."""
 
