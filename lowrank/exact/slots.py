@@ -16,6 +16,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from lowrank.errors import ChangedError
 from lowrank.tensors.eager import in_batch, ordinary
 from lowrank.tensors.notes import Notes
 
@@ -91,7 +92,16 @@ class Slot:
                 "retain_graph=True if you need to"
             )
         nodes = [one if isinstance(one, _Held) else cast(Any, one.grad_fn) for one in self._saved]
-        tensors = [ordinary(node.saved_tensors[0]) for node in nodes]
+        try:
+            tensors = [ordinary(node.saved_tensors[0]) for node in nodes]
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error) or self.own:
+                raise
+            raise ChangedError(
+                f"an activation: its output, which a layer behind it keeps and its gradient is computed from, or what "
+                f"that is computed from, was changed in place between forward and backward pass "
+                f"({' '.join(str(error).split())[:200]}); change a copy of it"
+            ) from None
         read = self._read
         if not torch._C._autograd._get_current_graph_task_keep_graph() and not in_batch():
             self._saved = self._read = None

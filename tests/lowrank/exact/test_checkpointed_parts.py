@@ -63,6 +63,55 @@ def test_a_checkpoint_between_any_two_layers_changes_no_gradient(kind, method, t
             torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11, msg=lambda text, at=part: f"{at}: {text}")
 
 
+class Branching(nn.Module):
+    """Several layers of one input, of which some are read at once and some later."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(4, 8, 1)
+        self.norm, self.other, self.last = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        self.wide, self.narrow = nn.Linear(8, 16), nn.Linear(16, 8)
+
+
+class Gated(Branching):
+    def forward(self, x):
+        h = self.first(x)
+        y = self.norm(h)
+        return self.last(y) + (y * torch.sigmoid(h)).mean(1, keepdim=True)
+
+
+class ReadLater(Branching):
+    def forward(self, x):
+        h, z = self.first(x), self.second(x)
+        y = self.narrow(nn.functional.silu(self.wide(h.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+        return self.norm(h) + y * z.sigmoid()
+
+
+class BothUnread(Branching):
+    def forward(self, x):
+        h, z = self.first(x), self.second(x)
+        y = x * x.mean()  # keeps the input of both
+        return self.last(self.other(z) * self.norm(h)) + y
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [Gated, ReadLater, BothUnread])
+def test_outputs_that_are_unread_when_their_input_is_taken(kind, method, training):
+    torch.manual_seed(0)
+    stock = kind().double().train(training)
+    model = lowrank.convert(copy.deepcopy(stock), lowrank.trailing_layers(stock, "all"), METHODS[method])
+    for _ in range(2):
+        found = []
+        for network in (stock, model):
+            network.zero_grad()
+            x = random_tensor(*SHAPE, seed=1).requires_grad_()
+            y = checkpoint(network, x, use_reentrant=False)
+            y.backward(random_tensor(*y.shape, seed=2))
+            found.append([y.detach(), x.grad, *[p.grad for p in network.parameters() if p.grad is not None]])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
+
+
 def trained_in_a_checkpoint(model, steps=3):
     """Gradients of the first step, and what an ordinary call in between forward and backward pass leaves them."""
     found = []

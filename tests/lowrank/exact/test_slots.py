@@ -89,6 +89,25 @@ def test_limits_that_autocast_rounds(activation):
         torch.testing.assert_close(one.grad, other.grad, rtol=2e-2, atol=2e-2 * other.grad.abs().max().item())
 
 
+def test_an_output_that_is_changed_behind_a_layer_that_keeps_it_is_named_where_it_is_needed():
+    """PyTorch's own activation keeps its input, so that nothing is wrong there."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.aside, self.last = nn.Linear(6, 40), nn.Linear(40, 3), nn.Linear(40, 5)
+
+        def forward(self, x):
+            y = nn.functional.relu6(self.first(x))
+            self.aside(y)  # is given no gradient
+            y.mul_(x[:, :1])
+            return self.last(y)
+
+    model = lowrank.convert(Network().double(), ["first", "aside", "last"], lowrank.SVD(1.0))
+    with pytest.raises(lowrank.ChangedError, match=r"^an activation: its output.*change a copy of it$"):
+        model(inputs()).sum().backward()
+
+
 READERS = {
     "normalisation": lambda y: torch.nn.functional.layer_norm(y, (40,)),
     "product": lambda y: y * y,
