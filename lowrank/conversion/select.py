@@ -48,7 +48,7 @@ def trailing_layers(
         names = layers_of_mlps(model, names) if kind == "linear" else [name for name in names if is_of_mlp(name)]
     if count == "all" and names:
         count = len(names)
-    if not isinstance(count, int) or not 1 <= count <= len(names):
+    if type(count) is bool or not isinstance(count, int) or not 1 <= count <= len(names):
         of_part = "" if part == "all" else f" of its {part}"
         hint = "; call lowrank.open_attention(model) first" if part == "attention" and closed else ""
         allowed = f"allowed: 1 to {len(names)}, or 'all'" if names else _others(model, of_kind)

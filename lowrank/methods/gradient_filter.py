@@ -33,7 +33,7 @@ class GradientFilter(Method):
 
     def __post_init__(self) -> None:
         for patch in self.patch.values() if isinstance(self.patch, Mapping) else (self.patch,):
-            if not isinstance(patch, int) or patch < 1:
+            if type(patch) is bool or not isinstance(patch, int) or patch < 1:
                 raise SettingError(f"patch is {patch!r}; allowed is a whole number from 1, such as 2")
 
     @property

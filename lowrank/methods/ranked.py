@@ -127,5 +127,5 @@ class RankedMethod(TuckerMethod):
 def _check_ranks(ranks: Any) -> None:
     sequence = [ranks] if isinstance(ranks, int) else ranks
     valid = isinstance(sequence, Sequence) and not isinstance(sequence, str) and len(sequence) > 0
-    if not valid or not all(isinstance(rank, int) and rank >= 1 for rank in sequence):
+    if not valid or not all(type(rank) is not bool and isinstance(rank, int) and rank >= 1 for rank in sequence):
         raise SettingError(f"ranks are {ranks!r}; allowed are whole numbers from 1, one per mode or one for all")

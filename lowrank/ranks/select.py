@@ -109,10 +109,12 @@ def select_ranks(
     options = [(group.nbytes, group.perplexity) for group in groups]
     least = sum(int(nbytes[0]) for nbytes, _ in options)
     try:
-        unlimited = budget_bytes >= MOST_BYTES
+        unlimited, some = budget_bytes >= MOST_BYTES, budget_bytes > 0
     except TypeError:
-        raise BudgetError(f"the budget is {budget_bytes!r}; allowed is a number of bytes, such as 200_000") from None
-    budget_bytes = max(min(budget_bytes, MOST_BYTES), -MOST_BYTES)  # whole numbers may be beyond what floats can hold
+        some = False
+    if not some:  # nor is one that is not a number
+        raise BudgetError(f"the budget is {budget_bytes!r}; allowed is a number of bytes, such as 200_000")
+    budget_bytes = min(budget_bytes, MOST_BYTES)  # whole numbers may be beyond what floats can hold
     if not budget_bytes >= least:
         raise BudgetError(
             f"the budget of {budget_bytes:g} bytes ({budget_bytes / 2**20:.6g} MiB) is below the minimum for these "

@@ -35,9 +35,12 @@ from lowrank.tensors.tucker import iteration_order
         (lambda: ASI(ranks="2222"), "ranks"),
         (lambda: ASI(ranks=[]), "ranks"),
         (lambda: ASI(ranks={"layer": [0]}), "ranks"),
+        (lambda: ASI(ranks=True), "ranks"),
+        (lambda: ASI(ranks=[4, True, 2, 2]), "ranks"),
         (lambda: ASI(ranks=2, algorithm="svd"), "sequential, published"),
         (lambda: GradientFilter(patch=0), "patch"),
         (lambda: GradientFilter(patch=2.0), "patch"),
+        (lambda: GradientFilter(patch=True), "patch"),
         (lambda: GradientFilter(patch={"0": 2, "1": 0}), "patch"),
     ],
 )

@@ -236,7 +236,7 @@ def test_a_budget_below_the_minimum_is_refused_and_the_minimum_stated(short):
 
 @pytest.mark.parametrize("budget", [0, -1, float("nan"), float("-inf"), None, "1e6", [10**6]])
 def test_a_budget_that_is_no_size_is_refused(budget):
-    with pytest.raises(BudgetError):
+    with pytest.raises(BudgetError, match=r"allowed is a number of bytes, such as 200_000$"):
         select_ranks(released_table(), budget)
 
 
