@@ -49,6 +49,27 @@ def test_bits_are_those_of_the_rule_and_gradients_those_of_the_operators(count, 
 
 
 @needs_kernels
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("first", [0, 1, 4])  # where it is written to: vectors lie across lines of the cache, or not
+@pytest.mark.parametrize("slopes", SLOPES)
+def test_a_gradient_that_leaves_the_cache_is_written_past_it(slopes, first, threads):
+    count = 2**22 + 3
+    grad, packed = values(count, torch.float32), torch.arange(-(-count // 8)).to(torch.uint8)
+    with library.plain():
+        wanted = bits.masked(grad, packed, [0], slopes)
+    out = torch.full((first + count + 8,), 7.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert passes.apply(grad, packed, slopes.inner, slopes.outer, out[first : first + count])
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(out[first : first + count], wanted, rtol=0, atol=0, equal_nan=True)
+    assert (out[:first] == 7).all()
+    assert (out[first + count :] == 7).all()
+
+
+@needs_kernels
 def test_the_operators_pack_the_same_bits():
     x = values(1001, torch.float32).nan_to_num(6)
     for gate in GATES:
