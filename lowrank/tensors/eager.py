@@ -126,8 +126,8 @@ def saved(ctx: Any, name: str) -> tuple[Any, ...]:
             raise
         raise ChangedError(
             f"{name}: a tensor or parameter that its gradient is computed from was changed in place between "
-            f"forward and backward pass ({' '.join(str(error).split())[:200]}); change it after the backward pass, or a "
-            f"copy of it, or, where PyTorch needs it no more, convert with fuse=False"
+            f"forward and backward pass ({' '.join(str(error).split())[:200]}); change it after the backward pass, or "
+            f"a copy of it, or, where PyTorch needs it no more, convert with fuse=False"
         ) from None
     if torch.compiler.is_compiling():
         return tensors
