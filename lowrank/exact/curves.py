@@ -105,10 +105,16 @@ class _Curved(Node):
         return ctx.curve.derivative(grad, x), None, None, None, None
 
 
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are on one memory, as a tensor and a part of it are, so that who changes one changes both."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return one is other or one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
 def curved(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
     """A curve of a tensor in lean mode."""
     origin = origin_of(x)
-    if inplace and any(source.tensor is x for source in origin.sources):
+    if inplace and any(_share_memory(source.tensor, x) for source in origin.sources):
         origin = replace(itself(x.clone()), near=origin.near)
     options: dict[str, Any] = {"change": curve.change, "fresh": True, "link": curve.link}
     output = come_about(curve.function, [origin], **options) if curve.by_output else None

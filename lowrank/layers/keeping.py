@@ -25,6 +25,7 @@ from lowrank.methods.base import Method, Tensors, Vanilla
 from lowrank.methods.deriving import Derive
 from lowrank.tensors import ahead
 from lowrank.tensors.geometry import Geometry, Shape
+from lowrank.tensors.notes import Changes
 from lowrank.tensors.worth import is_worth
 
 Kept = tuple[Method, Tensors]
@@ -43,15 +44,11 @@ class HandedOut:
 
     def __init__(self, tensor: Tensor, before: HandedOut | None = None) -> None:
         self._written = before is not None and before.is_written()
-        self._like: Tensor | None = None
-        if not tensor.is_inference() and not tensor.is_meta:
-            self._like = tensor.detach()  # it counts the same changes
-            self._like.data = tensor.new_empty(0)
-            self._version = self._like._version
+        self._changes = Changes(tensor)
 
     def is_written(self) -> bool:
         """Whether one of them was."""
-        return self._written or (self._like is not None and self._like._version != self._version)
+        return self._written or bool(self._changes)
 
 
 @dataclass

@@ -128,7 +128,10 @@ def note_kept(name: str, input: Tensor, x: Tensor, method: Method, kept: Tensors
     held = _HELD.get()
     if held is not None:
         held.append(kept)
-    glimpses = tuple(None if tensor is None else Glimpse(tensor) for tensor in kept)
+    own = x.untyped_storage()._cdata  # of which a form may be a part, and which its owner may change
+    glimpses = tuple(
+        None if tensor is None else Glimpse(tensor, tensor.untyped_storage()._cdata == own) for tensor in kept
+    )
     form = Form(name, x.dtype, current_mask(), method, glimpses, here(), x.nbytes)
     if kept[0] is not x:  # whoever keeps it as it is as well finds that by itself
         _FORMS.note(input, form)

@@ -72,25 +72,44 @@ def hand_on_all(x: Tensor, same: Tensor) -> None:
             notes.note(same, fact)
 
 
-class Glimpse:
-    """A tensor without a graph for as long as its memory lives; does not keep that alive.
-
-    Whoever saves the tensor for the backward pass may have saved another object on the same memory.
-    """
+class Changes:
+    """Tells whether a tensor is changed in place from here on; holds none of its memory."""
 
     def __init__(self, tensor: Tensor) -> None:
+        self._like: Tensor | None = None
+        if not tensor.is_inference() and not tensor.is_meta:
+            self._like = tensor.detach()  # it counts the same changes
+            self._like.data = tensor.new_empty(0)
+            self._version = self._like._version
+
+    def __bool__(self) -> bool:
+        return self._like is not None and self._like._version != self._version
+
+
+class Glimpse:
+    """A tensor without a graph for as long as its memory lives, and is as it was; does not keep that alive.
+
+    Whoever saves the tensor for the backward pass may have saved another object on the same memory.
+
+    Args:
+        tensor: that somebody keeps.
+        known: whether others know its memory, and may change it.
+    """
+
+    def __init__(self, tensor: Tensor, known: bool = False) -> None:
+        self._changes = Changes(tensor) if known else None
         self._storage = weakref.ref(tensor.untyped_storage())
         self._like = (tensor.dtype, tensor.device)
         self._place = (tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def is_there(self) -> bool:
-        """Whether its memory is there."""
-        return self._storage() is not None
+        """Whether its memory is there, as it was."""
+        return self._storage() is not None and not self._changes
 
     def tensor(self) -> Tensor | None:
-        """The tensor; None if its memory is gone."""
+        """The tensor; None if its memory is gone, or changed."""
         storage: Any = self._storage()
-        if storage is None:
+        if storage is None or self._changes:
             return None
         dtype, device = self._like
         return torch.empty(0, dtype=dtype, device=device).set_(storage, *self._place)

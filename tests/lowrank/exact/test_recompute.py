@@ -292,3 +292,43 @@ def test_explain_says_what_is_left():
     assert "computed again from it" in text
     stock = str(lowrank.explain(Block().double(), loss_of, x))
     assert "convert makes it compute that again" in stock
+
+
+PARTS = {
+    "rows": lambda v: v[:, :, ::2],
+    "images": lambda v: v[1:],
+    "another shape": lambda v: v.view(3, 4, 2, -1),
+    "turned": lambda v: v.transpose(2, 3),
+    "all": lambda v: v,
+}
+
+
+class Part(nn.Module):
+    """An activation in place of a part of what a normalisation keeps, whose result is not used."""
+
+    def __init__(self, norm, activation):
+        super().__init__()
+        self.conv, self.norm, self.activation = nn.ConvTranspose2d(4, 8, 2), norm, activation
+
+    def forward(self, x):
+        y = self.conv(x)
+        self.norm(y)
+        return self.activation(self.take(y)) * 1.0
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(8, track_running_stats=False), nn.InstanceNorm2d(8, affine=True)], ids=str
+)
+@pytest.mark.parametrize("activation", [nn.SiLU(True), nn.Hardswish(True), nn.Mish(True), nn.ReLU(True)], ids=str)
+@pytest.mark.parametrize("part", PARTS)
+def test_an_activation_in_place_of_a_part_of_what_is_kept(part, activation, norm):
+    torch.manual_seed(0)
+    own = {"take": lambda self, v: PARTS[part](v)}
+    stock = type("Own", (Part,), own)(norm, activation).double()
+    model = lowrank.convert(copy.deepcopy(stock), ["conv"], lowrank.Vanilla())
+    gradients = []
+    for network in (stock, model):
+        x = random_tensor(3, 4, 5, 5).requires_grad_()
+        network(x).square().sum().backward()
+        gradients.append([x.grad, network.conv.weight.grad, network.conv.bias.grad])
+    torch.testing.assert_close(gradients[1], gradients[0])

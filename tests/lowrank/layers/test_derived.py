@@ -308,3 +308,34 @@ def test_a_method_says_so():
     assert Rounded(derive="slopes").tag == "rounded_int8_derived_slopes"
     with pytest.raises(SettingError, match="allowed: True, False, 'slopes' or a number"):
         ASI(4, derive="bits")
+
+
+class Changed(nn.Module):
+    """A layer's input is changed in place, and given to another one; what the first one made is not used."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.first, self.activation, self.second = nn.Conv2d(4, 8, 1), activation, nn.Conv2d(4, 6, 3)
+
+    def forward(self, x):
+        x = x * 1.0
+        self.first(x)
+        return self.second(self.activation(x)).tanh()
+
+
+IN_PLACE = [nn.LeakyReLU(0.1, True), nn.ReLU(True), nn.Hardtanh(-0.5, 0.7, True), nn.SiLU(True), nn.Hardswish(True)]
+
+
+@pytest.mark.parametrize("activation", IN_PLACE, ids=str)
+@pytest.mark.parametrize("derive", [True, "slopes", 20_000])
+@pytest.mark.parametrize("method", [lowrank.SVD(1.0), HOSVD(1.0), ASI(99)], ids=lambda method: method.tag)
+def test_a_form_that_is_the_input_itself_is_gone_when_that_is_changed(method, derive, activation):
+    torch.manual_seed(0)
+    stock = Changed(activation).double()
+    model = lowrank.convert(copy.deepcopy(stock), ["first", "second"], replace(method, derive=derive))
+    found = []
+    for trained in (stock, model):
+        x = random_tensor(3, 4, 5, 5).requires_grad_()
+        trained(x).square().sum().backward()
+        found.append([x.grad, trained.second.weight.grad, trained.second.bias.grad])
+    torch.testing.assert_close(found[1], found[0])
