@@ -26,4 +26,5 @@ fi
 echo "installing the packages of requirements.txt into $venv (some minutes, about 2 GB) ..."
 "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt -e . "./$shim"
-echo "$wanted" > "$venv/.installed"
+echo "$wanted" > "$venv/.installed.part"
+mv "$venv/.installed.part" "$venv/.installed"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -102,6 +104,66 @@ def test_workers_and_launcher_go_to_the_sweep(
         done = subprocess.run(command, env=script_environment | changed, capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert message in done.stderr
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the scripts and of what they read, beside `figures/` with results that were kept."""
+    tree = tmp_path / "tree"
+    for name in ("scripts", "configs"):
+        shutil.copytree(ROOT / name, tree / name)
+    for name in ("requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tree / name)
+    shutil.copytree(ROOT / "figures", tree / "figures", ignore=lambda folder, names: [n for n in names if "." not in n])
+    return tree
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def call(tree: Path, script: str, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of a copy of the tree."""
+    command = ["bash", str(tree / script), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("left", [[], ["table.md"], ["table.md", "table.csv"], ["mcunet/digits/table.md"]])
+@pytest.mark.parametrize("script", ["scripts/classification/results_page.sh", "scripts/figures.sh"])
+def test_results_stay_as_they_are_where_the_runs_for_new_ones_are_not_there(
+    script_environment: dict[str, str], tree: Path, script: str, left: list[str]
+) -> None:
+    Path(script_environment["VENV"], "bin", "python").write_text("#!/usr/bin/env bash\n")  # everything is done
+    report = Path(script_environment["RUNS_DIR"], "report/classification/B")
+    for name in left:
+        (report / name).parent.mkdir(parents=True, exist_ok=True)
+        (report / name).write_text("new")
+    before = files_of(tree)
+    done = call(tree, script, script_environment)
+    assert done.returncode != 0
+    assert "error: " in done.stderr.splitlines()[-1]
+    assert files_of(tree) == before
+
+
+def test_the_page_of_results_is_written_from_the_runs_there_are(script_environment: dict[str, str], tree: Path) -> None:
+    Path(script_environment["VENV"], "bin", "python").write_text("#!/usr/bin/env bash\n")
+    report = Path(script_environment["RUNS_DIR"], "report/classification/B")
+    for name in ("table.md", "mcunet/digits/table.md", "table.csv"):
+        (report / name).parent.mkdir(parents=True, exist_ok=True)
+        (report / name).write_text(f"{name}\n")
+    before = files_of(tree)
+    assert call(tree, "scripts/classification/results_page.sh", script_environment).returncode == 0
+    written = {tree / "figures/setup_b_digits.md": b"table.md\n\nmcunet/digits/table.md\n\n"}
+    written |= {tree / "figures/setup_b_digits.csv": b"table.csv\n"}
+    assert files_of(tree) == before | written
+
+
+def test_no_script_empties_a_file_before_there_is_something_to_put_in_its_place() -> None:
+    for script in SCRIPTS:
+        for line in (ROOT / script).read_text().splitlines():
+            replaced = re.search(r"(?<![<>&\d])> *(\"?[^ >&]+)", line.partition("#")[0])
+            told = replaced and replaced[1].strip('"')
+            assert not told or told == "/dev/null" or told.endswith(".part"), f"{script}: {line}"
 
 
 SAVES = """#!/usr/bin/env bash

@@ -17,9 +17,22 @@ bash scripts/setup.sh
 runs="${RUNS_DIR:-runs}"
 report="$runs/report/classification/B"
 "${VENV:-.venv}/bin/python" -m report "$runs" > /dev/null
-for part in "$report/table.md" "$report"/*/digits/table.md; do
+parts=("$report/table.md" "$report"/*/digits/table.md)
+for part in "${parts[@]}" "$report/table.csv"; do
+    if [[ ! -s "$part" ]]; then
+        echo "error: there is no $part, so figures/setup_b_digits stays as it is: $runs has no runs of setup B on the" \
+            "digits; do them first, by scripts/figures.sh, or give another RUNS_DIR" >&2
+        exit 2
+    fi
+done
+# Both are whole before either takes its place.
+page=figures/setup_b_digits
+trap 'rm -f "$page".{md,csv}.part' EXIT
+for part in "${parts[@]}"; do
     cat "$part"
     echo
-done > figures/setup_b_digits.md
-cp "$report/table.csv" figures/setup_b_digits.csv
-echo "figures/setup_b_digits.md and .csv written"
+done > "$page.md.part"
+cp "$report/table.csv" "$page.csv.part"
+mv "$page.md.part" "$page.md"
+mv "$page.csv.part" "$page.csv"
+echo "$page.md and .csv written"
