@@ -2,7 +2,7 @@
 # Measure side by side against ordinary training of the same layers, into figures/. Run again, it measures only what the
 # tables lack. All of it takes hours on two CPU cores.
 #
-# Usage: bash scripts/benchmark.sh [--help] [memory|speed|gradient_error|fashion|review_sentences] [ARGUMENT ...]
+# Usage: bash scripts/benchmark.sh [--help] [--dry-run] [memory|speed|gradient_error|fashion|review_sentences] [ARGUMENT ...]
 #        memory: kept, peak and resident bytes of every way to train in less memory
 #        speed:  compression, layers, whole networks, growth, perplexity and the allocator, as ratios of times
 #        gradient_error, fashion: gradients and accuracy at equal memory, on Fashion-MNIST (prepare it first), such as
@@ -16,6 +16,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 parts=(memory speed)
+dry_run=""
+if [[ "${1:-}" == --dry-run ]]; then
+    dry_run=yes
+    shift
+fi
 case "${1:-}" in
     --help)
         sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
@@ -26,6 +31,13 @@ case "${1:-}" in
         shift
         ;;
 esac
+if [[ -n "$dry_run" ]]; then
+    for part in "${parts[@]}"; do
+        words=(-m "benchmarks.$part" "$@")
+        echo "python ${words[*]@Q}"
+    done
+    exit 0
+fi
 
 bash scripts/setup.sh
 export OMP_PROC_BIND="${OMP_PROC_BIND:-true}"

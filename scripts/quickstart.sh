@@ -22,6 +22,12 @@ case "${1:-}" in
         shift
         ;;
 esac
+for word in "$@"; do
+    if [[ ! "$word" =~ ^[0-9]+$ ]]; then
+        echo "error: unknown argument $word; allowed: --help or --dry-run ahead of all, and seeds, such as 233" >&2
+        exit 2
+    fi
+done
 
 bash scripts/setup.sh
 python="${VENV:-.venv}/bin/python"

@@ -166,6 +166,61 @@ def test_no_script_empties_a_file_before_there_is_something_to_put_in_its_place(
             assert not told or told == "/dev/null" or told.endswith(".part"), f"{script}: {line}"
 
 
+NEEDED = {  # what scripts have to be given besides
+    "scripts/classification/run.sh": ["b", "mcunet"],
+    "scripts/classification/curve.sh": ["mcunet", "digits"],
+    "scripts/segmentation/sweep.sh": ["fcn"],
+}
+# Notes what was started, and refuses the unknown argument as every command of the suite does.
+NOTES = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$HOME/started"
+[[ "$*" != *--nonsense* ]] || exit 2
+"""
+
+
+def started(script: str, environment: dict[str, str], tree: Path, *words: str) -> tuple[int, list[str], str]:
+    """How a script ended with these words, which commands it has started, and what it printed; no file is written."""
+    for name in ("python", "ruff", "mypy", "shellcheck"):
+        command = Path(environment["VENV"], "bin", name)
+        command.write_text(NOTES)
+        command.chmod(0o755)
+    before = files_of(tree)
+    done = call(tree, script, environment, *NEEDED.get(script, []), *words)
+    assert files_of(tree) == before
+    assert not Path(environment["RUNS_DIR"]).exists()
+    notes = Path(environment["HOME"], "started")
+    return done.returncode, notes.read_text().splitlines() if notes.exists() else [], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_starts_nothing(script_environment: dict[str, str], tree: Path, script: str) -> None:
+    code, commands, printed = started(script, script_environment, tree, "--dry-run")
+    assert code == (2 if script == "scripts/completion.sh" else 0), printed  # it prints itself, and takes no such word
+    assert all("--dry-run" in command.split() for command in commands)
+    assert commands or printed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("words", [["--nonsense"], ["--dry-run", "--nonsense"]], ids=" ".join)
+def test_an_unknown_argument_starts_nothing(
+    script_environment: dict[str, str], tree: Path, script: str, words: list[str]
+) -> None:
+    if script in ("scripts/benchmark.sh", "scripts/test.sh") and "--dry-run" in words:
+        pytest.skip("its dry run prints the commands as they are given")
+    code, commands, printed = started(script, script_environment, tree, *words)
+    assert code == 2, printed
+    assert all("--nonsense" in command for command in commands)  # which refuse it
+    assert commands or "--nonsense" in printed.splitlines()[-1]
+
+
+def test_the_dry_run_of_all_results_lists_every_run(script_environment: dict[str, str]) -> None:
+    titles = dry_run("figures.sh", script_environment)
+    for wanted in ("digits: pretrain, seed 233", "digits: asi_int8_derived_20000_1of20, last 4, seed 235"):
+        assert wanted in titles
+    assert "digits: wasi_0.9_1of20, last all, seed 238" in titles
+    assert "digit_scenes: asi_1of20, last 10, seed 234" in titles
+
+
 SAVES = """#!/usr/bin/env bash
 trap 'sleep 0.3; echo saved >> "$HOME/said"; exit 143' TERM
 echo "$*" >> "$HOME/said"

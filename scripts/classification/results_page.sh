@@ -2,20 +2,31 @@
 # Write figures/setup_b_digits.md and .csv from the runs there are: setup B on the digits, all networks, and ablations of
 # ASI. What is planned and not finished is in the tables as missing.
 #
-# Usage: bash scripts/classification/results_page.sh [--help]
+# Usage: bash scripts/classification/results_page.sh [--help] [--dry-run]
 # Environment:
 #   RUNS_DIR   folder that holds all runs (default: runs)
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-if [[ "${1:-}" == --help ]]; then
-    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/classification/results_page.sh
-    exit 0
-fi
-
-bash scripts/setup.sh
 runs="${RUNS_DIR:-runs}"
 report="$runs/report/classification/B"
+case "$*" in
+    "") ;;
+    --help)
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/classification/results_page.sh
+        exit 0
+        ;;
+    --dry-run)
+        echo "would write the report of $runs, and from it figures/setup_b_digits.md and .csv"
+        exit 0
+        ;;
+    *)
+        echo "error: unknown arguments $*; allowed: --help, --dry-run" >&2
+        exit 2
+        ;;
+esac
+
+bash scripts/setup.sh
 "${VENV:-.venv}/bin/python" -m report "$runs" > /dev/null
 parts=("$report/table.md" "$report"/*/digits/table.md)
 for part in "${parts[@]}" "$report/table.csv"; do

@@ -52,6 +52,10 @@ datasets=()
 while [[ $# -gt 0 && "$1" != -- ]]; do
     case "$1" in
         --dry-run | --report) options+=("$1") ;;
+        -*)
+            echo "error: unknown argument $1; allowed: --help, --dry-run, --report, and behind -- arguments of every run" >&2
+            exit 2
+            ;;
         *) datasets+=("$1") ;;
     esac
     shift

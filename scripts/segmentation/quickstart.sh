@@ -15,10 +15,17 @@
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-if [[ "${1:-}" == --help ]]; then
-    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/segmentation/quickstart.sh
-    exit 0
-fi
+case "$*" in
+    "" | --dry-run) ;;
+    --help)
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/segmentation/quickstart.sh
+        exit 0
+        ;;
+    *)
+        echo "error: unknown arguments $*; allowed: --help, --dry-run" >&2
+        exit 2
+        ;;
+esac
 
 network="${NETWORK:-pspnet_small}"
 export BUDGET="${BUDGET:-1/20}"

@@ -34,6 +34,13 @@ elif [[ "${1:-}" == --dry-run ]]; then
     dry_run=(--dry-run)
     shift
 fi
+for word in "$network" "$@"; do
+    [[ "$word" != -- ]] || break
+    if [[ "$word" == -* && ("$word" != --dry-run || "$word" == "$network") ]]; then
+        echo "error: unknown argument $word; allowed: --help, --dry-run, and behind -- arguments of every run" >&2
+        exit 2
+    fi
+done
 
 bash scripts/setup.sh
 python="${VENV:-.venv}/bin/python"
