@@ -22,7 +22,7 @@ from classification.data import ImageDataModule
 from classification.data.prepared import forget_ahead
 from classification.data.text import TEXTS
 from classification.help import RUN_OPTIONS, TRAINER_DEFAULTS
-from classification.identity import data_fingerprint, further_settings, identity_of, method_tag, run_of
+from classification.identity import budget_settings, data_fingerprint, further_settings, identity_of, method_tag, run_of
 from classification.loggers import log_record, loggers
 from classification.module import Batch, FineTune, classification_loss
 from classification.progress import Progress
@@ -218,7 +218,8 @@ class SuiteCLI(LightningCLI):
         network, loss = self.model.train().backbone, classification_loss
         trained = Trained(network, self.model.names, loss, loss, self._batches()[0], optimizer, self.model.method)
         further = further_settings(self.folder.identity)
-        return record_of(self.identity, self.folder, trained, self.history, accuracy, recipe, further)
+        beside = budget_settings(self.settings["model"])
+        return record_of(self.identity, self.folder, trained, self.history, accuracy, recipe, further, beside)
 
     def _batches(self) -> list[Batch]:
         """The batches that measurements are made on, as the network gets them."""

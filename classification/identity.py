@@ -14,7 +14,7 @@ from classification.data.prepared import load_ahead
 from classification.data.registry import MissingDataError
 from classification.data.text import TEXTS, is_there
 from experiment import ExperimentError, Run
-from experiment.method import build_method
+from experiment.method import build_method, leaves_ranks
 from experiment.method import method_tag as tag_of
 from experiment.provenance import plain
 from experiment.ranks import Budget
@@ -136,6 +136,12 @@ def further_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
         if key not in said and value is not None
     }
     return {key: plain(value) for key, value in sorted(found.items())}
+
+
+def budget_settings(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What ranks are chosen by, of a resolved `model` config; empty where none are. See `experiment.ranks.Budget`."""
+    chosen = model["budget"] and model["method"] and leaves_ranks(model["method"])
+    return Budget(**model["budget"]).settings if chosen else {}
 
 
 def data_fingerprint(config: Mapping[str, Any]) -> str | None:

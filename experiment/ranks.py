@@ -12,6 +12,7 @@ import numpy as np
 
 from experiment.budget import budget_bytes, budget_tag, check_divisor
 from experiment.errors import ExperimentError
+from experiment.folder import IDENTITY
 from experiment.provenance import fingerprint
 from lowrank import BudgetError, PerplexityTable, RankPlan, Storage, select_ranks
 
@@ -48,6 +49,20 @@ class Budget:
     def tag(self) -> str:
         """What the tag of a run with this budget ends in; see `experiment.budget.budget_tag`."""
         return budget_tag(self.mib, self.run, self.divisor, self.name)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the tag of a run with this budget stands for, by "budget.NAME": its size or its source, and how its
+        perplexity was measured.
+
+        Raises:
+            TableError: there is no such table.
+        """
+        table = PerplexityTable.load(self.table)
+        size = {"mib": self.mib} if self.run is None else {"of": budget_tag(None, self.run, self.divisor)}
+        measured = {"energies": list(table.energies), "batches": table.batches, "derive": table.derives}
+        told = size | measured | _measured_by(Path(self.table))
+        return {f"budget.{name}": value for name, value in told.items()}
 
     def plan(
         self,
@@ -102,6 +117,16 @@ class Budget:
         content = json.dumps(json.loads(Path(self.table).read_text(encoding="utf-8")), sort_keys=True)
         ways = {} if choice == "perplexity" else {"choice": choice, "seed": seed}
         return {"table": fingerprint([content.encode()]), "bytes": self.nbytes, **ways}
+
+
+def _measured_by(table: Path) -> dict[str, Any]:
+    """Those settings of the measurement that its folder tells and the table does not, as each task has them."""
+    try:
+        identity = json.loads(table.with_name(IDENTITY).read_text(encoding="utf-8"))
+        every = identity.get("model", {}) | identity.get("perplexity", {})
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}  # a table from elsewhere
+    return {name: every.get(name) for name in ("mode_energies", "storages")}
 
 
 def one_energy(table: PerplexityTable, budget_bytes: float) -> RankPlan:

@@ -1,6 +1,7 @@
 """Ranks within a budget, chosen without perplexity."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
@@ -110,3 +111,25 @@ def test_with_derive_a_budget_is_for_the_layers_that_others_follow_from(tmp_path
     for choice in ("per_layer", "one_energy", "random"):
         with pytest.raises(ExperimentError, match=f"rank_choice is '{choice}' with derive; allowed: 'perplexity'"):
             budget.plan(TABLE.names, choice, derive=True)
+
+
+def test_the_settings_of_a_budget_say_its_size_and_how_its_table_was_measured(tmp_path):
+    def settings(table=TABLE, identity=None, **budget):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        table.save(folder / "perplexity.json")
+        if identity is not None:
+            (folder / "identity.json").write_text(json.dumps(identity))
+        return Budget(str(folder / "perplexity.json"), **budget).settings
+
+    usual = settings(mib=0.2)
+    assert usual == {
+        **{"budget.mib": 0.2, "budget.energies": list(ENERGIES), "budget.batches": 1, "budget.derive": False}
+    }
+    assert settings(mib=0.3, name="papers") != settings(mib=0.2, name="papers")
+    others = [replace(TABLE, batches=8), replace(TABLE, derives=True)]
+    measured = [{"model": {"mode_energies": [0.5]}}, {"model": {"storages": ["input"]}}, {"perplexity": {"x": 1}}]
+    every = [usual, *(settings(other, mib=0.2) for other in others)]
+    every += [settings(identity=identity, mib=0.2) for identity in measured]
+    assert len({json.dumps(one) for one in every}) == len(every)
+    assert settings(identity=["damaged"], mib=0.2) == usual
