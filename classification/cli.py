@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from torch.optim import Optimizer
 
+from classification.backbones.registry import model_sources
 from classification.backbones.weights import read_state_dict
 from classification.callbacks import BestCheckpoint, History, LastCheckpoint, RandomState, WholeEpochs, unfinished
 from classification.checkpoint_io import WholeCheckpointIO
@@ -124,7 +125,7 @@ class SuiteCLI(LightningCLI):
         path = self.identity.folder(Path(self.settings["runs_dir"]))
         result = TABLE if measuring else RESULT
         told = (identity_of(self.settings, measuring), result, data_fingerprint(self.settings))
-        self.folder = RunFolder(path, *told, run=self.identity)
+        self.folder = RunFolder(path, *told, run=self.identity, sources=model_sources(model["backbone"]))
         self.work.title, self.work.folder = str(self.identity), path
         if self.subcommand in ("fit", "measure"):
             told_to_stop = first_does(self._nothing_to_do)

@@ -17,6 +17,7 @@ from experiment.errors import ExperimentError
 from experiment.files import remove_parts, write_whole
 from experiment.lock import hold
 from experiment.record import Record, Run, is_result
+from experiment.sources import Sources, method_sources, require_same, save_sources
 
 CONFIG, IDENTITY, DATA = "config.yaml", "identity.json", "data_fingerprint"
 
@@ -39,6 +40,7 @@ class RunFolder:
         data_fingerprint: of the data that the run would read; None if that is not there or not to be compared.
         last: name of the file that is there once the run can be resumed.
         run: whose record the result has to be, if it is one.
+        sources: of the code of the run's model, see `experiment.sources`; those of its methods are found by themselves.
 
     Attributes:
         repeated: images that are tested as well as trained or validated on, once the data set was looked at.
@@ -55,8 +57,10 @@ class RunFolder:
         data_fingerprint: str | None = None,
         last: str = "checkpoints/last.ckpt",
         run: Run | None = None,
+        sources: Sources | None = None,
     ) -> None:
-        self._run, self._made = run, (identity, result, data_fingerprint, last, run)
+        self._run, self._made = run, (identity, result, data_fingerprint, last, run, sources)
+        self._model_sources = sources or {}
         self.path, self.result, self._last = path, path / result, path / last
         self.data_fingerprint, self.repeated = data_fingerprint, 0
         self._asked = _as_json(identity)
@@ -71,6 +75,11 @@ class RunFolder:
         """The run's identity; as the folder has it where that is equal, so that its hash stays what it was."""
         stored = {key: value for key, value in (self._stored_identity() or {}).items() if key != DATA}
         return stored if stored == self._asked else self._asked
+
+    @functools.cached_property
+    def sources(self) -> Sources:
+        """Files and hashes of the code of the run's methods and model."""
+        return {**method_sources(self._asked), **self._model_sources}
 
     @property
     def identity_hash(self) -> str:
@@ -87,7 +96,7 @@ class RunFolder:
         """What the folder holds of this very run.
 
         Raises:
-            ExperimentError: it holds a run of another identity, or on other data.
+            ExperimentError: it holds a run of another identity, on other data, or of other code.
         """
         stored = self._stored_identity()
         data = None if stored is None else stored.pop(DATA, None)
@@ -101,7 +110,10 @@ class RunFolder:
                 f"{self.path} holds a run with other settings ({_difference(stored, self.identity)}); delete that "
                 f"folder or give another --runs-dir"
             )
-        if is_result(self.result, self.identity_hash, self._run):
+        done = is_result(self.result, self.identity_hash, self._run)
+        if done or self.last_checkpoint is not None:  # one that came to nothing may be begun anew
+            require_same(self.path, self.sources)
+        if done:
             return Status.DONE
         return Status.INTERRUPTED if self.last_checkpoint is not None else Status.NEW
 
@@ -171,6 +183,7 @@ class RunFolder:
             remove_parts(self.path)
             write_whole(self.path / CONFIG, config)
             identity = self.identity | ({DATA: self.data_fingerprint} if self.data_fingerprint else {})
+            save_sources(self.path, self.sources)
             write_whole(self.path / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n")
             yield
 

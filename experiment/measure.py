@@ -17,7 +17,7 @@ from experiment.history import History
 from experiment.leavings import as_text, curves, memory_of, ranks_of
 from experiment.processes import noted, place
 from experiment.provenance import provenance, untold
-from experiment.record import CURVES, FURTHER, MEMORY, RANKS, SETTINGS, Record, Run
+from experiment.record import CODE, CURVES, FURTHER, MEMORY, RANKS, SETTINGS, Record, Run
 from lowrank import Method, account, explain, measure_perplexity, peak_bytes, weight_memory
 
 Loss = Callable[[Any, Any], Any]
@@ -100,6 +100,7 @@ def record_of(
         time_s=history.times,
         provenance=provenance(folder.identity_hash, folder.data_fingerprint, keep_freed_memory())
         | {"repeated_test_images": folder.repeated, FURTHER: dict(further)}
+        | {CODE: {what: source["hash"] for what, source in folder.sources.items()}}
         | {SETTINGS: untold(folder.identity, further) | dict(beside or {})}
         | noted(),
         recipe=dict(recipe),

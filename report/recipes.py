@@ -14,7 +14,7 @@ from typing import Any
 
 from experiment import Record
 from experiment.provenance import fingerprint
-from experiment.record import FURTHER, PER_SEED, SETTINGS
+from experiment.record import CODE, FURTHER, PER_SEED, SETTINGS
 
 # Of what the records of a row have noted, all that may differ: the seed, the network that each seed starts from, what a
 # budget comes to for it, and what has an influence on measuring perplexity alone, which the table tells of itself.
@@ -64,16 +64,20 @@ def recipes(records: Sequence[Record]) -> Callable[[Record], Recipe]:
     noted = all(every) or not any(every)
     further = _odd(records, _further, lambda name, record: record.run.seed if name in PER_SEED else None)
     everywhere = sorted({name for names in further.values() for name in names})
+    models = _odd(records, _code("model"), lambda *_: None)[None]
     depths = _odd(records, _of_depth, lambda _, record: record.run.layers)
-    rows = _odd(records, _of_method, lambda _, record: (record.run.layers, record.run.method))
+    row_of = lambda _, record: (record.run.layers, record.run.method)  # noqa: E731
+    rows, methods = _odd(records, _of_method, row_of), _odd(records, _code("method"), row_of)
 
     def recipe_of(record: Record) -> Recipe:
-        beside = _words(_further(record), everywhere) + _words(_of_depth(record), depths[record.run.layers])
+        beside = _words(_further(record), everywhere) + _words(_code("model")(record), models)
+        beside += _words(_of_depth(record), depths[record.run.layers])
         if record.recipe:
             told = [*_words(record.recipe, odd), *beside] or ([] if noted else ["recorded"])
         else:
             told = [*([] if noted else ["not recorded"]), *beside]
-        own = _words(_of_method(record), rows[record.run.layers, record.run.method])
+        row = row_of("", record)
+        own = _words(_of_method(record), rows[row]) + _words(_code("method")(record), methods[row])
         return Recipe(", ".join(told), ", ".join(own))
 
     return recipe_of
@@ -94,6 +98,18 @@ def _of_depth(record: Record) -> dict[str, Any]:
 def _of_method(record: Record) -> dict[str, Any]:
     """All that a record has noted, but what `COMPARED_ELSEWHERE` lists."""
     return {name: value for name, value in _noted(record).items() if _plain(name) not in COMPARED_ELSEWHERE}
+
+
+def _code(kind: str) -> Callable[[Record], dict[str, Any]]:
+    """What records have noted of the code of their "model" or "method": a hash, by what it is of."""
+
+    def code_of(record: Record) -> dict[str, Any]:
+        code = record.provenance.get(CODE)
+        every = code if isinstance(code, dict) else {}
+        of_kind = ((what, value) for what, value in every.items() if what.startswith(f"{kind} "))
+        return {f"code of {what.rpartition(' ')[2].rpartition('.')[2]}": value for what, value in of_kind}
+
+    return code_of
 
 
 def _noted(record: Record) -> dict[str, Any]:

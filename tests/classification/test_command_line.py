@@ -18,7 +18,6 @@ from classification.cli import main
 from classification.data import load_splits, registry
 from classification.identity import further_settings
 from experiment import Record
-from experiment.provenance import untold
 from lowrank import PerplexityTable
 
 
@@ -93,24 +92,6 @@ def test_the_record_says_every_setting_that_the_recipe_does_not(best_first):
         assert further_settings(identity | {part: identity[part] | {key: value}}) != further, key
     for part, key, value in (("model", "method", {"class_path": "lowrank.SVD"}), ("model", "layers", 4)):
         assert further_settings(identity | {part: identity[part] | {key: value}}) == further, key
-
-
-def test_the_record_says_all_settings_of_the_run(best_first):
-    """Here or there: whatever is another, a report can see it."""
-    identity = json.loads((best_first.folder / "identity.json").read_text())
-    del identity["data_fingerprint"]  # which provenance has by itself
-    provenance = best_first.record["provenance"]
-    assert provenance["settings"] == untold(identity, provenance["further_settings"])
-
-    def told(changed):
-        further = further_settings(changed)
-        return further, untold(changed, further)
-
-    for part in ("model", "data", "trainer"):
-        for key in identity[part]:
-            assert told(identity | {part: identity[part] | {key: "another"}}) != told(identity), key
-    for change in ({"setup": "Z"}, {"seed": 5}):
-        assert told(identity | change) != told(identity), change
 
 
 def test_a_callback_that_may_do_more_than_watch_makes_another_run(best_first, capsys):

@@ -195,3 +195,25 @@ def test_values_that_begin_alike_are_not_taken_for_one(write, one, other):
 def test_a_record_of_before_settings_were_noted_is_in_the_row_of_its_name(write):
     table = summarise([write("asi", 2, seed=1, **noted(seed=1)), write("asi", 2, seed=2, recipe=RECIPE)])
     assert list(table["n"]) == [2]
+
+
+def of_code(**code):
+    return {"recipe": RECIPE, "provenance": came_from() | {"code": {n.replace("__", " "): h for n, h in code.items()}}}
+
+
+def test_runs_of_one_method_by_other_code_are_rows_of_their_own(write):
+    records = [write("vanilla", 2, memory=8000, **of_code(model__tiny="m1"))]
+    for seed, code in ((1, "a1"), (2, "a1"), (3, "b2")):
+        records.append(write("mine", 2, seed=seed, memory=1000, **of_code(model__tiny="m1", method__Mine=code)))
+    records.append(write("mine", 2, seed=4, memory=1000, recipe=RECIPE, provenance=came_from()))  # of before
+    found = {row["recipe"]: row for row in summarise(records).to_dict("records") if row["method"] == "mine"}
+    assert {recipe: row["n"] for recipe, row in found.items()} == {"": 1, "code of Mine a1": 2, "code of Mine b2": 1}
+    assert {row["activation_formula_times_less"] for row in found.values()} == {8}
+
+
+def test_a_row_is_not_compared_with_a_baseline_of_other_code_of_the_model(write):
+    records = [write("vanilla", 2, memory=8000, **of_code(model__tiny="m1"))]
+    records.append(write("asi", 2, memory=1000, **of_code(model__tiny="m2")))
+    table = summarise(records)
+    assert list(table["recipe"]) == ["code of tiny m1", "code of tiny m2"]
+    assert math.isnan(table["activation_formula_times_less"][1])
