@@ -31,6 +31,8 @@ NO_INFLUENCE = {
     },
 }
 
+# What has no influence on the accuracy of a checkpoint beside: what it was trained from, and in how many processes.
+UNTESTED = ("model.weights", "model.pretrained", "processes", "trainer.strategy")
 NO_INFLUENCE_MARK = "no_influence"  # true of the class of a callback of your own that says so of itself
 # Callbacks of Lightning that show, time and save; a run that one of them ends early is not done.
 _WATCHING = {

@@ -63,8 +63,8 @@ def load_sources(folder: Path) -> dict[str, dict[str, str]]:
         return {}
 
 
-def require_same(folder: Path, sources: Sources) -> None:
-    """Refuse a run's folder that was made by other code, as far as it has noted which.
+def require_same(folder: Path, sources: Sources, advice: str) -> None:
+    """Refuse a run's folder that was made by other code, as far as it has noted which; `advice` says what else to do.
 
     Raises:
         ExperimentError: see above.
@@ -74,6 +74,5 @@ def require_same(folder: Path, sources: Sources) -> None:
         if what in there and there[what]["hash"] != source["hash"]:
             raise ExperimentError(
                 f"{folder} holds a run of other code: the file of the {what} has changed since ({source['file']}, "
-                f"fingerprint {there[what]['hash']} there, {source['hash']} here); restore the file, or delete that "
-                f"folder or give another --runs-dir"
+                f"fingerprint {there[what]['hash']} there, {source['hash']} here); restore the file, or {advice}"
             )

@@ -66,3 +66,31 @@ def test_a_run_by_code_that_has_changed_since_is_not_done_already(tmp_path, monk
     what = f"method {name}.Mine" if own == "method" else "model own_net"
     assert what in code
     assert f"holds a run of other code: the file of the {what} has changed since" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data.image_size", 32), "with other settings (data.image_size is 64 there and 32 here)"),
+        (("--model.learning_rate", 0.5), "with other settings (model.learning_rate is "),
+        (("--data.limit", 50), "with other settings (data.limit is "),
+        (("swapped images",), "a run on other data (fingerprint "),
+    ],
+)
+def test_only_the_run_itself_is_validated_and_tested(measured, monkeypatch, capsys, command, options, message):
+    runs, usual = measured
+    given = (*usual, *(() if options == ("swapped images",) else options))
+    if options == ("swapped images",):
+        monkeypatch.setattr("classification.cli.data_fingerprint", lambda config: "another")
+    assert main(arguments(command, runs, *given, method="hosvd_0.8")) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "give the settings of that run, which are in its config.yaml, or another checkpoint as --ckpt_path" in error
+
+
+@pytest.mark.parametrize("without", [0, 2])  # options of the weights that it was trained from
+def test_a_run_is_tested_by_its_own_settings_also_where_what_it_was_trained_from_is_gone(measured, capsys, without):
+    runs, (layers, number, _, path, *rest) = measured
+    told = (layers, number, *([] if without else ["--model.weights", path]), *rest)
+    assert "test_accuracy" in execute(arguments("test", runs, *told, method="hosvd_0.8"), capsys)
