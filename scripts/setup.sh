@@ -6,7 +6,11 @@
 #   VENV     folder of the virtual environment (default: .venv)
 #   PYTHON   Python 3.11 or newer to make it with (default: python3)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root="$(dirname "${BASH_SOURCE[0]}")/.."
+for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
+    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
+done
+cd "$root"
 case "$*" in
     "" | --dry-run) ;;
     --help)

@@ -213,6 +213,30 @@ def test_an_unknown_argument_starts_nothing(
     assert commands or "--nonsense" in printed.splitlines()[-1]
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_relative_paths_in_variables_are_of_the_callers_folder(
+    script_environment: dict[str, str], tree: Path, script: str
+) -> None:
+    here = Path(script_environment["HOME"], "here")
+    here.mkdir()
+    started(script, script_environment, tree, "--help")  # makes what notes the commands
+    given = {"RUNS_DIR": "mine", "DATA_DIR": "images", "WEIGHTS": "w.pt", "VENV": "../venv"}
+    script_environment.pop("RUNS_DIR")
+    command = ["bash", str(Path("..", "tree", script)), *NEEDED.get(script, [])]
+    done = subprocess.run(
+        command, env=script_environment | given, cwd=here, capture_output=True, text=True, check=False
+    )
+    notes = Path(script_environment["HOME"], "started")
+    words = notes.read_text().split() if notes.exists() else []
+    for option, value in (("--runs-dir", "mine"), ("--data-dir", "images"), ("--weights", "w.pt")):
+        for at in (at for at, word in enumerate(words) if word == option):
+            assert words[at + 1] == str(here / value)
+    assert ("--runs-dir" in words) == ("sweep" in words)
+    assert "No such file" not in done.stderr or "figures/" in done.stderr  # there are no tables to copy
+    helped = subprocess.run([*command[:2], "--help"], cwd=here, capture_output=True, text=True, check=True)
+    assert f"Usage: bash {script}" in helped.stdout
+
+
 def test_the_dry_run_of_all_results_lists_every_run(script_environment: dict[str, str]) -> None:
     titles = dry_run("figures.sh", script_environment)
     for wanted in ("digits: pretrain, seed 233", "digits: asi_int8_derived_20000_1of20, last 4, seed 235"):

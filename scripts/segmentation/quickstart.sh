@@ -14,7 +14,11 @@
 #   WORKERS, LAUNCHER        see sweep.sh; with slurm no picture is drawn
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+root="$(dirname "${BASH_SOURCE[0]}")/../.."
+for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
+    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
+done
+cd "$root"
 case "$*" in
     "" | --dry-run) ;;
     --help)
