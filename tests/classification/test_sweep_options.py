@@ -1,9 +1,11 @@
 """Options of a sweep's runs: what the sweep sets itself is refused among those that go to every run."""
 
+import shutil
+
 import pytest
 from test_sweep import Commands, words
 
-from classification import sweep
+from classification import plans, sweep
 from experiment.command import dashed
 
 
@@ -48,3 +50,26 @@ def test_every_option_that_a_run_of_a_sweep_is_given_is_refused_behind_it(tmp_pa
     for option in given:
         with pytest.raises(SystemExit):
             sweep.parse(words(tmp_path, *options, f"{option}=1"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("methods", "model: {method: 'a", "is no YAML: "),
+        ("methods", "x: 1", "has no settings of `model`"),
+        ("methods", "model: {x: 1}", "has no settings of `model.method`"),
+        ("models", "[1, 2", "is no YAML: "),
+        ("models", "", "has no settings of `model`"),
+    ],
+)
+def test_a_config_of_ones_own_that_is_none_is_named(tmp_path, monkeypatch, capsys, kind, content, message):
+    shutil.copytree(plans.CONFIGS, tmp_path / "configs")
+    monkeypatch.setattr(plans, "CONFIGS", tmp_path / "configs")
+    path = tmp_path / "configs" / kind / "mine_of_test.yaml"
+    path.write_text(content)
+    option = ["--methods", "mine_of_test"] if kind == "methods" else ["--model", "mine_of_test"]
+    with pytest.raises(SystemExit) as ended:
+        sweep.main(words(tmp_path / "runs", *option), Commands())
+    assert ended.value.code == 2
+    assert f"config {path} {message}" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
