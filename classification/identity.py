@@ -165,7 +165,7 @@ def _budget(config: Mapping[str, Any]) -> dict[str, Any]:
     model, data = config["model"], config["data"]
     sample = (data["max_length"],) if data["dataset"] in TEXTS else (3, data["image_size"], data["image_size"])
     told = (model["backbone"], (data["batch_size"], *sample), model["rank_choice"], config["seed_everything"])
-    return Budget(**model["budget"]).identity(*told)
+    return Budget(**model["budget"]).identity(*told, dataset=data["dataset"])
 
 
 def run_of(config: Mapping[str, Any], method: str) -> Run:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from experiment import ExperimentError
+from experiment import ExperimentError, Record, Run
 from experiment.ranks import Budget, one_energy, random_energies
 from lowrank import BudgetError, Candidates, PerplexityTable, select_ranks
 from lowrank.ranks.perplexity import LayerPerplexity
@@ -133,3 +133,18 @@ def test_the_settings_of_a_budget_say_its_size_and_how_its_table_was_measured(tm
     every += [settings(identity=identity, mib=0.2) for identity in measured]
     assert len({json.dumps(one) for one in every}) == len(every)
     assert settings(identity=["damaged"], mib=0.2) == usual
+
+
+@pytest.mark.parametrize("other", ["table", "run"])
+def test_a_table_or_a_run_of_another_data_set_gives_no_budget(tmp_path, other):
+    TABLE.save(tmp_path / "perplexity.json")
+    data = {"table": "digits", "run": "digits"} | {other: "pets"}
+    (tmp_path / "identity.json").write_text(json.dumps({"data": {"dataset": data["table"]}}))
+    run = Run("classification", "A", "net", data["run"], "vanilla", 2, 1)
+    Record(run, {}, {"activation_formula": 4000}, {}, {}).save(tmp_path)
+    budget = Budget(str(tmp_path / "perplexity.json"), run=str(tmp_path))
+    told = (TABLE.model, TABLE.batch_shape)
+    with pytest.raises(ExperimentError, match=r"data set pets.* this run (is on|of) digits; "):
+        budget.identity(*told, dataset="digits")
+    (tmp_path / "identity.json").unlink()  # a table from elsewhere does not say
+    assert budget.identity(*told, dataset=data["run"]) == budget.identity(*told)
