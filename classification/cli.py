@@ -31,6 +31,7 @@ from classification.identity import (
     identity_of,
     method_tag,
     run_of,
+    weights_of_done,
 )
 from classification.loggers import log_record, loggers
 from classification.module import Batch, FineTune, classification_loss
@@ -133,7 +134,8 @@ class SuiteCLI(LightningCLI):
         self.identity = run_of(self.settings, method)
         path = self.identity.folder(Path(self.settings["runs_dir"]))
         result = TABLE if measuring else RESULT
-        told = (identity_of(self.settings, measuring), result, data_fingerprint(self.settings))
+        weights = weights_of_done(self.settings, path / result)
+        told = (identity_of(self.settings, measuring, weights), result, data_fingerprint(self.settings))
         self.folder = RunFolder(path, *told, run=self.identity, sources=model_sources(model["backbone"]))
         self.work.title, self.work.folder = str(self.identity), path
         if self.subcommand in ("fit", "measure"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,12 @@ from classification.data.prepared import load_ahead
 from classification.data.registry import MissingDataError
 from classification.data.text import TEXTS, is_there
 from experiment import ExperimentError, Run
+from experiment.folder import IDENTITY
 from experiment.method import build_method, leaves_ranks
 from experiment.method import method_tag as tag_of
 from experiment.provenance import plain
 from experiment.ranks import Budget
+from experiment.record import is_result
 
 # Settings that have no influence on a run's result, so that they may change between two tries. Which devices train has
 # none, but how many of them at once has: it is part of the identity by itself.
@@ -65,19 +68,37 @@ def method_tag(config: Mapping[str, Any]) -> str:
     )
 
 
-def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, Any]:
+def weights_of_done(config: Mapping[str, Any], result: Path) -> str | None:
+    """The fingerprint of the weights that a finished run was trained from, as its folder has it, where they are gone.
+
+    Args:
+        config: of the run.
+        result: what it leaves when it is done.
+    """
+    weights = config["model"]["weights"]
+    if not weights or Path(weights).exists() or not is_result(result):
+        return None
+    try:
+        stored = json.loads(result.with_name(IDENTITY).read_text(encoding="utf-8"))["model"]["weights"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return stored if isinstance(stored, str) else None
+
+
+def identity_of(config: Mapping[str, Any], measures: bool = False, weights: str | None = None) -> dict[str, Any]:
     """Everything in a resolved config that has an influence on the result, files by their content.
 
     Args:
         config: of a training run, or of one that measures perplexity.
         measures: whether it is the latter.
+        weights: the fingerprint of the weights that it starts from, where these are not there to be read.
     """
     identity: dict[str, Any] = {"setup": config["setup"], "seed": config["seed_everything"]}
     for part, without in NO_INFLUENCE.items():
         identity[part] = {key: value for key, value in config[part].items() if key not in without}
     identity["trainer"] |= _acting(identity["trainer"].pop("callbacks"))
     model = identity["model"]
-    model["weights"] = model["weights"] and weights_fingerprint(model["weights"])
+    model["weights"] = model["weights"] and (weights or weights_fingerprint(model["weights"]))
     model["budget"] = model["budget"] and _budget(config)
     model["method"] = _without_new(model["method"])
     identity["trainer"]["max_time"] = None  # a run that it ends has no result
