@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from torch.optim import Optimizer
 
+from classification.backbones.registry import model_sources
 from classification.backbones.weights import read_state_dict
 from classification.callbacks import BestCheckpoint, History, LastCheckpoint, RandomState, WholeEpochs, unfinished
 from classification.checkpoint_io import WholeCheckpointIO
@@ -22,7 +23,16 @@ from classification.data import ImageDataModule
 from classification.data.prepared import forget_ahead
 from classification.data.text import TEXTS
 from classification.help import RUN_OPTIONS, TRAINER_DEFAULTS
-from classification.identity import data_fingerprint, further_settings, identity_of, method_tag, run_of
+from classification.identity import (
+    UNTESTED,
+    budget_settings,
+    data_fingerprint,
+    further_settings,
+    identity_of,
+    method_tag,
+    run_of,
+    weights_of_done,
+)
 from classification.loggers import log_record, loggers
 from classification.module import Batch, FineTune, classification_loss
 from classification.progress import Progress
@@ -41,6 +51,7 @@ from experiment.record import RESULT, TABLE
 from experiment.signals import held
 
 SPLIT = "split.npz"
+_TO_TEST = "give the settings of that run, which are in its config.yaml, or another checkpoint as --ckpt_path"
 SEED = 233  # the papers' seed
 
 
@@ -123,13 +134,16 @@ class SuiteCLI(LightningCLI):
         self.identity = run_of(self.settings, method)
         path = self.identity.folder(Path(self.settings["runs_dir"]))
         result = TABLE if measuring else RESULT
-        told = (identity_of(self.settings, measuring), result, data_fingerprint(self.settings))
-        self.folder = RunFolder(path, *told, run=self.identity)
+        weights = weights_of_done(self.settings, path / result)
+        told = (identity_of(self.settings, measuring, weights), result, data_fingerprint(self.settings))
+        self.folder = RunFolder(path, *told, run=self.identity, sources=model_sources(model["backbone"]))
         self.work.title, self.work.folder = str(self.identity), path
         if self.subcommand in ("fit", "measure"):
             told_to_stop = first_does(self._nothing_to_do)
             if told_to_stop is not None:
                 raise _NothingToDo(told_to_stop)
+        elif self._checkpoint_path().parent == self.folder.checkpoints:
+            first_does(lambda: self.folder.require_this_run(_TO_TEST, UNTESTED))
         if self.settings["processes"] > 1 and not self.start.started:
             raise _SeveralProcesses(self.settings["processes"])
 
@@ -218,7 +232,8 @@ class SuiteCLI(LightningCLI):
         network, loss = self.model.train().backbone, classification_loss
         trained = Trained(network, self.model.names, loss, loss, self._batches()[0], optimizer, self.model.method)
         further = further_settings(self.folder.identity)
-        return record_of(self.identity, self.folder, trained, self.history, accuracy, recipe, further)
+        beside = budget_settings(self.settings["model"])
+        return record_of(self.identity, self.folder, trained, self.history, accuracy, recipe, further, beside)
 
     def _batches(self) -> list[Batch]:
         """The batches that measurements are made on, as the network gets them."""
@@ -244,18 +259,19 @@ class SuiteCLI(LightningCLI):
 
     def validate(self, ckpt_path: str | None = None, verbose: bool = True, **options: Any) -> None:
         """Validation accuracy of a checkpoint, by default the run's best."""
-        self.trainer.validate(
-            self.model, datamodule=self.datamodule, ckpt_path=self._checkpoint(ckpt_path), verbose=verbose
-        )
+        self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=self._checkpoint(), verbose=verbose)
 
     def test(self, ckpt_path: str | None = None, verbose: bool = True, **options: Any) -> None:
         """Test accuracy of a checkpoint, by default the run's best."""
-        self.trainer.test(
-            self.model, datamodule=self.datamodule, ckpt_path=self._checkpoint(ckpt_path), verbose=verbose
-        )
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=self._checkpoint(), verbose=verbose)
 
-    def _checkpoint(self, given: str | None) -> str:
-        path = Path(given) if given else self.folder.checkpoints / BEST
+    def _checkpoint_path(self) -> Path:
+        """What is validated or tested: what was given, by default the run's best."""
+        given = self.settings.get("ckpt_path")
+        return Path(given) if given else self.folder.checkpoints / BEST
+
+    def _checkpoint(self) -> str:
+        path = self._checkpoint_path()
         if not path.is_file():
             raise ExperimentError(f"there is no checkpoint {path}; train this run first, or give --ckpt_path")
         _require_checkpoint_of(self.model, path)

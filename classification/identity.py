@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,12 @@ from classification.data.prepared import load_ahead
 from classification.data.registry import MissingDataError
 from classification.data.text import TEXTS, is_there
 from experiment import ExperimentError, Run
-from experiment.method import build_method
+from experiment.folder import IDENTITY
+from experiment.method import build_method, leaves_ranks
 from experiment.method import method_tag as tag_of
 from experiment.provenance import plain
 from experiment.ranks import Budget
+from experiment.record import is_result
 
 # Settings that have no influence on a run's result, so that they may change between two tries. Which devices train has
 # none, but how many of them at once has: it is part of the identity by itself.
@@ -31,6 +34,8 @@ NO_INFLUENCE = {
     },
 }
 
+# What has no influence on the accuracy of a checkpoint beside: what it was trained from, and in how many processes.
+UNTESTED = ("model.weights", "model.pretrained", "processes", "trainer.strategy")
 NO_INFLUENCE_MARK = "no_influence"  # true of the class of a callback of your own that says so of itself
 # Callbacks of Lightning that show, time and save; a run that one of them ends early is not done.
 _WATCHING = {
@@ -63,19 +68,37 @@ def method_tag(config: Mapping[str, Any]) -> str:
     )
 
 
-def identity_of(config: Mapping[str, Any], measures: bool = False) -> dict[str, Any]:
+def weights_of_done(config: Mapping[str, Any], result: Path) -> str | None:
+    """The fingerprint of the weights that a finished run was trained from, as its folder has it, where they are gone.
+
+    Args:
+        config: of the run.
+        result: what it leaves when it is done.
+    """
+    weights = config["model"]["weights"]
+    if not weights or Path(weights).exists() or not is_result(result):
+        return None
+    try:
+        stored = json.loads(result.with_name(IDENTITY).read_text(encoding="utf-8"))["model"]["weights"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return stored if isinstance(stored, str) else None
+
+
+def identity_of(config: Mapping[str, Any], measures: bool = False, weights: str | None = None) -> dict[str, Any]:
     """Everything in a resolved config that has an influence on the result, files by their content.
 
     Args:
         config: of a training run, or of one that measures perplexity.
         measures: whether it is the latter.
+        weights: the fingerprint of the weights that it starts from, where these are not there to be read.
     """
     identity: dict[str, Any] = {"setup": config["setup"], "seed": config["seed_everything"]}
     for part, without in NO_INFLUENCE.items():
         identity[part] = {key: value for key, value in config[part].items() if key not in without}
     identity["trainer"] |= _acting(identity["trainer"].pop("callbacks"))
     model = identity["model"]
-    model["weights"] = model["weights"] and weights_fingerprint(model["weights"])
+    model["weights"] = model["weights"] and (weights or weights_fingerprint(model["weights"]))
     model["budget"] = model["budget"] and _budget(config)
     model["method"] = _without_new(model["method"])
     identity["trainer"]["max_time"] = None  # a run that it ends has no result
@@ -138,6 +161,12 @@ def further_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {key: plain(value) for key, value in sorted(found.items())}
 
 
+def budget_settings(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What ranks are chosen by, of a resolved `model` config; empty where none are. See `experiment.ranks.Budget`."""
+    chosen = model["budget"] and model["method"] and leaves_ranks(model["method"])
+    return Budget(**model["budget"]).settings if chosen else {}
+
+
 def data_fingerprint(config: Mapping[str, Any]) -> str | None:
     """The fingerprint of a run's data set; None if that is not there, also if it is still to be downloaded.
 
@@ -157,7 +186,7 @@ def _budget(config: Mapping[str, Any]) -> dict[str, Any]:
     model, data = config["model"], config["data"]
     sample = (data["max_length"],) if data["dataset"] in TEXTS else (3, data["image_size"], data["image_size"])
     told = (model["backbone"], (data["batch_size"], *sample), model["rank_choice"], config["seed_everything"])
-    return Budget(**model["budget"]).identity(*told)
+    return Budget(**model["budget"]).identity(*told, dataset=data["dataset"])
 
 
 def run_of(config: Mapping[str, Any], method: str) -> Run:

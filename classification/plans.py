@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 import yaml
 
-from experiment import Run
+from experiment import ExperimentError, Run
 from experiment.budget import BUDGET_METHOD
 from experiment.jobs import Job
+from experiment.strict_yaml import check_yaml_file
 from experiment.sweep import Sweep as AnySweep
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "classification"
@@ -29,8 +30,12 @@ def names(kind: str) -> list[str]:
 
 @functools.cache
 def _model_settings(kind: str, name: str) -> dict[str, Any]:
-    content = yaml.safe_load((CONFIGS / kind / f"{name}.yaml").read_text(encoding="utf-8"))
-    settings: dict[str, Any] = content["model"]
+    path = CONFIGS / kind / f"{name}.yaml"
+    check_yaml_file(path)
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(settings, dict):
+        raise ExperimentError(f"config {path} has no settings of `model`; write them as those beside it are")
     return settings
 
 
@@ -98,7 +103,10 @@ class Sweep(AnySweep):
 
     def method_config(self, method: str) -> Mapping[str, Any]:
         """The method in a config of this name."""
-        config: Mapping[str, Any] = _model_settings("methods", method)["method"]
+        config = _model_settings("methods", method).get("method")
+        if not isinstance(config, dict):
+            path = CONFIGS / "methods" / f"{method}.yaml"
+            raise ExperimentError(f"config {path} has no settings of `model.method`; write them as those beside it are")
         return config
 
     def published(self, dataset: str, layers: str) -> float | None:

@@ -7,7 +7,7 @@ import enum
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from experiment.errors import ExperimentError
 from experiment.files import remove_parts, write_whole
 from experiment.lock import hold
 from experiment.record import Record, Run, is_result
+from experiment.sources import Sources, method_sources, require_same, save_sources
 
+_ANOTHER = "delete that folder or give another --runs-dir"
 CONFIG, IDENTITY, DATA = "config.yaml", "identity.json", "data_fingerprint"
 
 
@@ -39,6 +41,7 @@ class RunFolder:
         data_fingerprint: of the data that the run would read; None if that is not there or not to be compared.
         last: name of the file that is there once the run can be resumed.
         run: whose record the result has to be, if it is one.
+        sources: of the code of the run's model, see `experiment.sources`; those of its methods are found by themselves.
 
     Attributes:
         repeated: images that are tested as well as trained or validated on, once the data set was looked at.
@@ -55,8 +58,10 @@ class RunFolder:
         data_fingerprint: str | None = None,
         last: str = "checkpoints/last.ckpt",
         run: Run | None = None,
+        sources: Sources | None = None,
     ) -> None:
-        self._run, self._made = run, (identity, result, data_fingerprint, last, run)
+        self._run, self._made = run, (identity, result, data_fingerprint, last, run, sources)
+        self._model_sources = sources or {}
         self.path, self.result, self._last = path, path / result, path / last
         self.data_fingerprint, self.repeated = data_fingerprint, 0
         self._asked = _as_json(identity)
@@ -71,6 +76,11 @@ class RunFolder:
         """The run's identity; as the folder has it where that is equal, so that its hash stays what it was."""
         stored = {key: value for key, value in (self._stored_identity() or {}).items() if key != DATA}
         return stored if stored == self._asked else self._asked
+
+    @functools.cached_property
+    def sources(self) -> Sources:
+        """Files and hashes of the code of the run's methods and model."""
+        return {**method_sources(self._asked), **self._model_sources}
 
     @property
     def identity_hash(self) -> str:
@@ -87,23 +97,37 @@ class RunFolder:
         """What the folder holds of this very run.
 
         Raises:
-            ExperimentError: it holds a run of another identity, or on other data.
+            ExperimentError: it holds a run of another identity, on other data, or of other code.
+        """
+        self.require_this_run()
+        if is_result(self.result, self.identity_hash, self._run):
+            return Status.DONE
+        return Status.INTERRUPTED if self.last_checkpoint is not None else Status.NEW
+
+    def require_this_run(self, advice: str = _ANOTHER, aside: Collection[str] = ()) -> None:
+        """Refuse what the folder holds, unless it is of this very run or nothing.
+
+        Args:
+            advice: what else to do than to restore what has changed.
+            aside: full names of settings that may differ, such as "model.weights" where only the result is looked at.
+
+        Raises:
+            ExperimentError: as of `status`.
         """
         stored = self._stored_identity()
         data = None if stored is None else stored.pop(DATA, None)
         if data is not None and self.data_fingerprint not in (None, data):
             raise ExperimentError(
                 f"{self.path} holds a run on other data (fingerprint {data} there, {self.data_fingerprint} here); "
-                f"restore the data set, or delete that folder or give another --runs-dir"
+                f"restore the data set, or {advice}"
             )
         if stored is not None and stored != self.identity:
-            raise ExperimentError(
-                f"{self.path} holds a run with other settings ({_difference(stored, self.identity)}); delete that "
-                f"folder or give another --runs-dir"
-            )
-        if is_result(self.result, self.identity_hash, self._run):
-            return Status.DONE
-        return Status.INTERRUPTED if self.last_checkpoint is not None else Status.NEW
+            difference = _difference(stored, self.identity, aside)
+            if difference or not aside:
+                raise ExperimentError(f"{self.path} holds a run with other settings ({difference}); {advice}")
+        # One that came to nothing may be begun anew.
+        if self.last_checkpoint is not None or is_result(self.result, self.identity_hash, self._run):
+            require_same(self.path, self.sources, advice)
 
     def at(self, path: Path) -> RunFolder:
         """The same run in another folder."""
@@ -171,6 +195,7 @@ class RunFolder:
             remove_parts(self.path)
             write_whole(self.path / CONFIG, config)
             identity = self.identity | ({DATA: self.data_fingerprint} if self.data_fingerprint else {})
+            save_sources(self.path, self.sources)
             write_whole(self.path / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n")
             yield
 
@@ -200,9 +225,10 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _difference(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+def _difference(stored: Mapping[str, Any], asked: Mapping[str, Any], aside: Collection[str] = ()) -> str:
     there, here = _flat(stored), _flat(asked)
-    keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    every = sorted((there.keys() | here.keys()) - set(aside))
+    keys = [key for key in every if there.get(key) != here.get(key)]
     named = {key: key if key.isprintable() else repr(key) for key in keys[:3]}
     shown = [f"{name} is {there.get(key)!r} there and {here.get(key)!r} here" for key, name in named.items()]
     return "; ".join(shown) + (f"; and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -16,8 +16,8 @@ from experiment.folder import RunFolder
 from experiment.history import History
 from experiment.leavings import as_text, curves, memory_of, ranks_of
 from experiment.processes import noted, place
-from experiment.provenance import provenance
-from experiment.record import CURVES, FURTHER, MEMORY, RANKS, Record, Run
+from experiment.provenance import provenance, untold
+from experiment.record import CODE, CURVES, FURTHER, MEMORY, RANKS, SETTINGS, Record, Run
 from lowrank import Method, account, explain, measure_perplexity, peak_bytes, weight_memory
 
 Loss = Callable[[Any, Any], Any]
@@ -66,11 +66,13 @@ def record_of(
     accuracy: Mapping[str, float],
     recipe: Mapping[str, Any],
     further: Mapping[str, Any],
+    beside: Mapping[str, Any] | None = None,
 ) -> Record:
     """The record of a finished run, to be saved, and what it leaves for people to look at, which is written.
 
     The folder knows the run's data; the network is left in evaluation mode. `further` has the settings that neither the
-    run nor its recipe says, by which the record can be told from others. See `experiment.leavings` for the files.
+    run nor its recipe says, by which the record can be told from others, and `beside` what not even the run's identity
+    tells, such as how the perplexity was measured that ranks were chosen by. See `experiment.leavings` for the files.
     """
     assert folder.data_fingerprint is not None
     network, loss_fn, batch = trained.network, trained.loss_fn, trained.batch
@@ -98,6 +100,8 @@ def record_of(
         time_s=history.times,
         provenance=provenance(folder.identity_hash, folder.data_fingerprint, keep_freed_memory())
         | {"repeated_test_images": folder.repeated, FURTHER: dict(further)}
+        | {CODE: {what: source["hash"] for what, source in folder.sources.items()}}
+        | {SETTINGS: untold(folder.identity, further) | dict(beside or {})}
         | noted(),
         recipe=dict(recipe),
         loss={"train_last": history.rows[-1]["train_loss"]},

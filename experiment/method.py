@@ -35,7 +35,7 @@ def build_method(config: Mapping[str, Any] | None) -> Method:
     if config is None:
         config = {"type": "Vanilla"}
     name, settings = _parts(config)
-    found = _class(name)
+    found = method_class(name)
     try:
         return found(**settings)
     except TypeError as error:
@@ -50,7 +50,8 @@ def _parts(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return settings.pop("type", None), settings
 
 
-def _class(name: Any) -> type[Method]:
+def method_class(name: Any) -> type[Method]:
+    """The class of a method by its name; see `build_method`."""
     import lowrank
     from lowrank import Method
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,30 @@ def plain(value: Any) -> Any:
     if isinstance(value, int | float | str):
         return value
     return fingerprint([json.dumps(value, sort_keys=True, default=str).encode()])
+
+
+LONGEST = 200  # letters of a setting that is kept as it is
+
+
+def untold(identity: Mapping[str, Any], told: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """All settings of an identity by their full names, such as "model.method.init_args.ranks", without those of which
+    `told` has what `plain` gives.
+
+    None is left out, as it stands for what is not given. Long values are told by a fingerprint.
+    """
+    found: dict[str, Any] = {}
+    for key, value in identity.items():
+        name = f"{prefix}{key}"
+        if value is None or told.get(name) == plain(value):
+            continue
+        if isinstance(value, list | tuple) and value and all(isinstance(one, Mapping) for one in value):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping) and value:
+            found |= untold({str(inner): one for inner, one in value.items()}, told, f"{name}.")
+        else:
+            text = json.dumps(value, sort_keys=True, default=str)
+            found[name] = json.loads(text) if len(text) <= LONGEST else fingerprint([text.encode()])
+    return found
 
 
 def code_version(root: Path) -> str:

@@ -12,7 +12,9 @@ import numpy as np
 
 from experiment.budget import budget_bytes, budget_tag, check_divisor
 from experiment.errors import ExperimentError
+from experiment.folder import IDENTITY
 from experiment.provenance import fingerprint
+from experiment.record import RESULT, Record
 from lowrank import BudgetError, PerplexityTable, RankPlan, Storage, select_ranks
 
 RankChoice = Literal["perplexity", "per_layer", "one_energy", "random"]
@@ -49,6 +51,20 @@ class Budget:
         """What the tag of a run with this budget ends in; see `experiment.budget.budget_tag`."""
         return budget_tag(self.mib, self.run, self.divisor, self.name)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the tag of a run with this budget stands for, by "budget.NAME": its size or its source, and how its
+        perplexity was measured.
+
+        Raises:
+            TableError: there is no such table.
+        """
+        table = PerplexityTable.load(self.table)
+        size = {"mib": self.mib} if self.run is None else {"of": budget_tag(None, self.run, self.divisor)}
+        measured = {"energies": list(table.energies), "batches": table.batches, "derive": table.derives}
+        told = size | measured | _measured_by(Path(self.table))
+        return {f"budget.{name}": value for name, value in told.items()}
+
     def plan(
         self,
         names: Sequence[str],
@@ -80,7 +96,12 @@ class Budget:
         return one_energy(table, self.nbytes) if choice == "one_energy" else random_energies(table, self.nbytes, seed)
 
     def identity(
-        self, model: str | None, batch_shape: tuple[int, ...], choice: RankChoice = "perplexity", seed: int = 0
+        self,
+        model: str | None,
+        batch_shape: tuple[int, ...],
+        choice: RankChoice = "perplexity",
+        seed: int = 0,
+        dataset: str | None = None,
     ) -> dict[str, Any]:
         """The budget by its content, as a part of a run's identity.
 
@@ -88,9 +109,11 @@ class Budget:
             model: name of the run's network.
             batch_shape: of the run's training batches.
             choice, seed: as of `plan`.
+            dataset: name of the run's data set; None: it is not looked at.
 
         Raises:
-            ExperimentError: the table was not measured for this very run.
+            ExperimentError: the table was not measured for this very run, or the budget is that of a run on another
+                data set.
             TableError: there is no such table.
         """
         table = PerplexityTable.load(self.table)
@@ -99,9 +122,43 @@ class Budget:
                 f"the perplexity table {self.table} is of {table.model} on batches {table.batch_shape}, this run of "
                 f"{model} on batches {batch_shape}; measure it again"
             )
+        if dataset is not None:
+            self._require_data(dataset)
         content = json.dumps(json.loads(Path(self.table).read_text(encoding="utf-8")), sort_keys=True)
         ways = {} if choice == "perplexity" else {"choice": choice, "seed": seed}
         return {"table": fingerprint([content.encode()]), "bytes": self.nbytes, **ways}
+
+    def _require_data(self, dataset: str) -> None:
+        """Refuse a table or a run of another data set, as far as they tell theirs."""
+        measured = _identity_beside(Path(self.table)).get("data")
+        found = measured.get("dataset", dataset) if isinstance(measured, dict) else dataset
+        if found != dataset:
+            raise ExperimentError(
+                f"the perplexity table {self.table} is of the data set {found}, this run of {dataset}; measure it again"
+            )
+        used = dataset if self.run is None else Record.load(Path(self.run) / RESULT).run.dataset
+        if used != dataset:
+            raise ExperimentError(
+                f"the budget is what the run {self.run} on the data set {used} used, this run is on {dataset}; take "
+                f"that of a run on {dataset}, or give its size as budget.mib"
+            )
+
+
+def _identity_beside(table: Path) -> dict[str, Any]:
+    """The identity of the measurement that left a table in its folder; empty of a table from elsewhere."""
+    try:
+        found = json.loads(table.with_name(IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _measured_by(table: Path) -> dict[str, Any]:
+    """Those settings of the measurement that its folder tells and the table does not, as each task has them."""
+    identity = _identity_beside(table)
+    parts = [part for part in (identity.get("model"), identity.get("perplexity")) if isinstance(part, dict)]
+    every = {name: value for part in parts for name, value in part.items()}
+    return {name: every.get(name) for name in ("mode_energies", "storages")} if identity else {}
 
 
 def one_energy(table: PerplexityTable, budget_bytes: float) -> RankPlan:

@@ -1,6 +1,7 @@
 """A note beside a run's result of the very command that led to it: a sweep that is run again need not load anything.
 
-It holds hashes of the command, of the files that this names, and of the result. What a command does not name, such as
+It holds hashes of the command, of the files that this names, of those that hold the code of the run's method and model,
+and of the result. What a command does not name, such as
 images, is not looked at; the command of the single run does that.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from experiment.files import write_whole
 from experiment.record import RESULT
+from experiment.sources import load_sources
 
 RECEIPT = ".done_by"
 _LARGE = 2**22  # bytes, from which on a file counts by its size and time
@@ -36,6 +38,7 @@ def has_receipt(result: Path, arguments: Sequence[str]) -> bool:
 
 def _hash(result: Path, arguments: Sequence[str]) -> str:
     stated = [_content(str(result)), *arguments, *_contents(arguments)]
+    stated += [_content(source["file"]) for source in load_sources(result.parent).values()]
     return hashlib.sha256(json.dumps(stated).encode()).hexdigest()
 
 

@@ -16,6 +16,8 @@ SCHEMA = 1
 RESULT, TABLE = "result.json", "perplexity.json"  # what a finished training run leaves, and a perplexity measurement
 NUMBERS = ("accuracy", "memory_bytes", "flops", "time_s", "loss")  # parts of a record that hold numbers alone
 FURTHER = "further_settings"  # in a record's provenance: settings that its recipe does not say
+CODE = "code"  # in it as well: hashes of the files of its method and its model, see `experiment.sources`
+SETTINGS = "settings"  # in it as well: all others of the run's identity, which its names and its recipe stand for
 PER_SEED = (
     "model.weights",
     "load_from",
@@ -93,7 +95,9 @@ class Record:
         flops: of one training step of the trained layers, "paper" and "corrected" (see `lowrank.costs`).
         time_s: "step_median" and "total", seconds.
         provenance: see `experiment.provenance`; and "further_settings", those that have an influence on the result and
-            are said neither by the run nor by its recipe. Records of before they were noted do not have them.
+            are said neither by the run nor by its recipe; and "settings", all others by their full names, which the
+            names of the run and its recipe stand for, by which a report sees whether they do. Records of before these
+            were noted do not have them, nor "code", hashes of the files that hold the run's method and model.
         recipe: how it was trained: "epochs", "steps" (of the optimizer, in all), "learning_rate" (the largest),
             "batch_size" (of each process), "processes" (that trained together), "joined_batch_size" (of all of them),
             "image_size" (None of texts), "precision"; and "limit", where it was trained on a part of its data set.

@@ -16,15 +16,15 @@ _OCTAL = re.compile(r"[-+]?0[0-7_]+")  # YAML 1.1: 0100 is 64
 
 
 def check_yaml_file(path: Path, aliases: bool = False) -> None:
-    """Check a file; one that is no YAML is left to the parser.
+    """Check a file.
 
     Args:
         path: the file.
         aliases: a value may be named and be put in several places, as long as that makes no more than `MOST_VALUES`.
 
     Raises:
-        ExperimentError: it cannot be read, is no text, holds a key twice, refers to itself, is nested beyond reason, or
-            has a number that YAML reads in another base than ten.
+        ExperimentError: it cannot be read, is no text or no YAML, holds a key twice, refers to itself, is
+            nested beyond reason, or has a number that YAML reads in another base than ten.
     """
     try:
         content = path.read_bytes()
@@ -35,11 +35,23 @@ def check_yaml_file(path: Path, aliases: bool = False) -> None:
         raise ExperimentError(f"config {path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ExperimentError(f"config {path} is no UTF-8 ({error.reason} at byte {error.start})") from None
-    check_yaml(text, f"config {path}", aliases)
+    try:
+        _Checks(f"config {path}", aliases).every(text)
+    except RecursionError:
+        return  # the parser says what is wrong
+    except yaml.YAMLError as error:
+        raise ExperimentError(f"config {path} is no YAML: {_what_is_wrong(error)}") from None
+
+
+def _what_is_wrong(error: yaml.YAMLError) -> str:
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    if problem is None or mark is None:
+        return " ".join(str(error).split())
+    return f"{problem} in line {mark.line + 1}, column {mark.column + 1}; mend it there or ahead of it"
 
 
 def check_yaml(text: str, where: str, aliases: bool = False) -> None:
-    """Check a text; see `check_yaml_file`. `where` says in an error what it is."""
+    """Check a text; see `check_yaml_file`. `where` says in an error what it is. What is no YAML may be plain text."""
     try:
         _Checks(where, aliases).every(text)
     except (yaml.YAMLError, RecursionError):

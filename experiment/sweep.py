@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -22,6 +22,17 @@ from experiment.method import derives, leaves_ranks, table_tag
 from experiment.record import RESULT, TABLE, Run
 
 SEED = 233  # the papers' seed
+# Options of single runs that would make a sweep's runs others than it names, each with the sweep's own in their place.
+OWN_OPTIONS = {
+    **{"--seed-everything": "--seeds", "--seed": "--seeds", "--setup": "--setup", "--model.backbone": "--model"},
+    **{"--data.dataset": "--dataset", "--model.layers": "--layers", "--model.method": "--methods"},
+    **{"--model.budget": "--budget", "--budget": "--budget", "--model.derive": "--methods", "--derive": "--methods"},
+}
+# Those that it sets only where it is asked to, or not for every run.
+_WHERE_SET = {
+    **{"--trainer.max-epochs": "--epochs", "--model.weights": "--weights", "--load-from": "--weights"},
+    **{"--data.root": "--data-dir", "--work-dir": "--runs-dir", "--runs-dir": "--runs-dir"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +260,7 @@ def parsed(
     try:
         sweep = sweep_of(options, extra)
         jobs = sweep.jobs()
+        refuse_own(extra, {word for job in jobs for word in job.arguments[: len(job.arguments) - len(extra)]})
     except ExperimentError as error:
         parser.error(str(error))
     if extra and not all(job.known(sweep.runs_dir) for job in jobs):
@@ -256,6 +268,32 @@ def parsed(
             if (problem := check(job.arguments)) is not None:
                 parser.error(problem)
     return sweep, options.dry_run
+
+
+def refuse_own(extra: Sequence[str], given: Collection[str]) -> None:
+    """Refuse arguments of every run that say what the sweep says itself, as they would go over it.
+
+    Args:
+        extra: arguments that go to every run, with dashes.
+        given: words of the runs' commands without them.
+
+    Raises:
+        ExperimentError: there is one; names the sweep's own option for it.
+    """
+    named = {dashed([word])[0] for word in given if word.startswith("--")}
+    for word in extra:
+        option = word.partition("=")[0]
+        own = next((own for start, own in OWN_OPTIONS.items() if _is_or_of(option, start)), None)
+        if own is None and option in named and option not in ("--config", "-c"):
+            own = _WHERE_SET.get(option, "")
+        if own is not None:
+            instead = f"give {own} of the sweep" if own else "leave it out"
+            raise ExperimentError(f"{option} is set by the sweep for each of its runs; {instead} in its place")
+
+
+def _is_or_of(option: str, start: str) -> bool:
+    """Whether an option is this one, or one of its settings, such as --model.budget.mib or --budget-mib."""
+    return option.startswith(start) and option[len(start) :][:1] in ("", ".", "+", "-")
 
 
 def numbers(words: Sequence[str]) -> tuple[str, ...]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiment import ExperimentError
+from experiment import ExperimentError, fingerprint
 from experiment.files import part_of
+
+LIST = ".files.json"  # in a report's folder: hashes of its files, by name
 
 
 def write_all(files: Mapping[Path, bytes]) -> None:
@@ -34,6 +39,45 @@ def write_all(files: Mapping[Path, bytes]) -> None:
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
+
+
+def write_report(output: Path, files: Mapping[Path, bytes]) -> None:
+    """Write the files of a report as `write_all` does, and remove those of the one before that it has not any more.
+
+    A file that was changed since it was written is nobody's but the user's, and stays.
+
+    Args:
+        output: the report's folder.
+        files: all of them, below it.
+
+    Raises:
+        ExperimentError: see `write_all`.
+    """
+    now = {path.relative_to(output).as_posix(): fingerprint([content]) for path, content in files.items()}
+    before = _listed(output / LIST)
+    write_all({**files, output / LIST: (json.dumps(now, indent=0, sort_keys=True) + "\n").encode()})
+    for name in before.keys() - now.keys():
+        _remove(output, name, before[name])
+
+
+def _listed(path: Path) -> dict[str, str]:
+    """What the report before has written, by name below its folder; nothing where that is not known."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _remove(output: Path, name: str, written: object) -> None:
+    """Remove a file that holds what was written, and folders that are empty then."""
+    path = output / name
+    with contextlib.suppress(OSError, ValueError):
+        inside = ".." not in path.parts and path.resolve().is_relative_to(output.resolve())
+        if inside and fingerprint([path.read_bytes()]) == written:
+            path.unlink()
+            for folder in itertools.takewhile(lambda folder: folder != output, path.parents):
+                folder.rmdir()  # ends at the first that is not empty
 
 
 def make_folder(path: Path) -> None:

@@ -26,9 +26,10 @@ from report.metrics import METRICS, Metrics
 from report.pareto import dominated
 from report.plots import looks_of
 from report.published import Point
+from report.recipes import recipe_labels
 from report.shown import AXES, COLUMNS
 from report.states import DONE, state_of
-from report.summary import Group, group_records, recipe_labels
+from report.summary import Group, group_records
 from report.tables import RECIPE_NOTE, recipes_differ
 
 CHUNK = 32  # runs whose details are packed together; one is unpacked when one of its runs is looked at

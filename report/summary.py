@@ -16,12 +16,14 @@ import pandas as pd
 from experiment import ExperimentError, Record, Run
 from experiment.files import below
 from experiment.plan import PLANNED, load_plan
-from experiment.record import FURTHER, PER_SEED, RESULT
+from experiment.record import RESULT
 from report.methods import BASELINE, method_order
 from report.metrics import METRICS, Metrics
+from report.recipes import Recipe, recipes
 
 LARGEST = 10**24  # bytes, FLOPs, seconds; more is an error in a file
 T = TypeVar("T")
+Key = tuple[int | str, str, Recipe]  # of a row: layers, method, and in what its runs differ from those of others
 MEANS = {
     "activation_formula_bytes": ("memory_bytes", "activation_formula"),
     "saved_measured_bytes": ("memory_bytes", "saved_measured"),
@@ -180,8 +182,8 @@ def summarise(
 ) -> pd.DataFrame:
     """One row per number of layers and method, by layers ("all" last), then by method; also for those not yet run.
 
-    Runs of one layers and method that were trained by different recipes have a row each, and a row is compared with
-    rows of its own recipe alone.
+    Runs of one layers and method that were trained by different recipes, or with other settings of the method, have a
+    row each, and a row is compared with rows of its own recipe alone; see `report.recipes`.
 
     A mean is over all seeds of its row; where one seed lacks the number it is NaN. "times_less" is the baseline's value
     at the same number of layers over the row's. `equal_accuracy_times_less` is the least formula memory among the
@@ -198,27 +200,27 @@ def summarise(
         planned: runs that there should be; those of them that are not among the records are missing.
 
     Returns:
-        Columns with their units in their names. `recipe` says in what a row's recipe differs from others of the table,
-        "" where all are the same. `seeds` is a tuple; the standard deviations are of the sample, NaN for
+        Columns with their units in their names. `recipe` says in what a row's recipe or settings differ from others of
+        the table, "" where all are the same. `seeds` is a tuple; the standard deviations are of the sample, NaN for
         one seed. `missing` is the number of planned runs that are not there. `reported_difference_points` is the
         accuracy on the validation split less the reported one, which is of a validation split as well.
     """
     planned = list(planned)
     metrics = METRICS[[*(record.run for record in records), *planned][0].task]
-    label = recipe_labels(records)
-    rows: dict[tuple[int | str, str, str], list[Record]] = defaultdict(list)
+    recipe_of = recipes(records)
+    rows: dict[Key, list[Record]] = defaultdict(list)
     for record in records:
-        rows[record.run.layers, record.run.method, label(record)].append(record)
+        rows[record.run.layers, record.run.method, recipe_of(record)].append(record)
     absent = set(planned) - {record.run for record in records}
-    missing: Counter[tuple[int | str, str, str]] = Counter()
+    missing: Counter[Key] = Counter()
     for run in absent:
         own = sorted(key[2] for key in rows if key[:2] == (run.layers, run.method))
-        missing[run.layers, run.method, own[0] if own else ""] += 1
+        missing[run.layers, run.method, own[0] if own else Recipe()] += 1
     keys = sorted(
         rows.keys() | missing.keys(),
         key=lambda key: (key[0] == "all", 0 if key[0] == "all" else key[0], method_order(key[1]), key[2]),
     )
-    table = pd.DataFrame([_row(*key, rows[key], missing[key], metrics) for key in keys])
+    table = pd.DataFrame([_row(key, rows[key], missing[key], metrics) for key in keys])
     published = [(reported or {}).get(key[:2], Reported(math.nan)) for key in keys]
     table["reported_accuracy_percent"] = [row.accuracy for row in published]
     table["reported_other_percent"] = [row.other for row in published]
@@ -226,68 +228,12 @@ def summarise(
     table["reported_flops"] = [row.flops for row in published]
     difference = table[f"{metrics.published}_mean_percent"] - table["reported_accuracy_percent"]
     table["reported_difference_points"] = difference.round(10)
-    return _with_ratios(table, baseline, metrics)
+    return _with_ratios(table, [key[2].trained for key in keys], baseline, metrics)
 
 
-def recipe_labels(records: Sequence[Record]) -> Callable[[Record], str]:
-    """What to call a record's recipe among these: what differs of it, such as "epochs 2"; "" where none differs.
-
-    Settings that recipes do not say, and the data, are told by the names of settings, where both of two records have
-    noted them.
-    """
-    every = [record.recipe for record in records]
-    names = list(dict.fromkeys(name for recipe in every for name in recipe))
-    odd = [name for name in names if len({str(recipe.get(name)) for recipe in every if recipe}) > 1]
-    noted = all(every) or not any(every)
-    further = _odd_further(records)
-
-    def label(record: Record) -> str:
-        settings = _further(record)
-        beside = [f"{_named(name)} {_told(settings.get(name))}" for name in further if settings]
-        if not record.recipe:
-            return ", ".join([*([] if noted else ["not recorded"]), *beside])
-        told = [f"{name.replace('_', ' ')} {_told(record.recipe.get(name))}" for name in odd]
-        return ", ".join([*told, *beside]) or ("" if noted else "recorded")
-
-    return label
-
-
-def _further(record: Record) -> dict[str, Any]:
-    """Settings that the recipe does not say, and the data; empty in records of before the former were noted."""
-    settings = record.provenance.get(FURTHER)
-    if not isinstance(settings, dict):
-        return {}
-    return settings | {"data": record.provenance.get("data_fingerprint")}
-
-
-def _odd_further(records: Sequence[Record]) -> list[str]:
-    """The names of those that differ; of what may be one for each seed, those that do within a seed."""
-    found: dict[tuple[str, int | None], set[str]] = defaultdict(set)
-    every = [(record.run.seed, settings) for record in records if (settings := _further(record))]
-    names = sorted({name for _, settings in every for name in settings})
-    for seed, settings in every:
-        for name in names:
-            found[name, seed if name in PER_SEED else None].add(str(settings.get(name)))
-    odd = {name for (name, _), values in found.items() if len(values) > 1}
-    return [name for name in names if name in odd]
-
-
-def _named(setting: str) -> str:
-    """A setting in words: "weight decay" of "model.weight_decay"."""
-    return setting.rpartition(".")[2].replace("_", " ")[:40]
-
-
-def _told(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return " x ".join(map(_told, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)[:40]
-
-
-def _row(
-    layers: int | str, method: str, recipe: str, records: Sequence[Record], missing: int, metrics: Metrics
-) -> dict[str, Any]:
+def _row(key: Key, records: Sequence[Record], missing: int, metrics: Metrics) -> dict[str, Any]:
     seeds = tuple(sorted(record.run.seed for record in records))
-    row: dict[str, Any] = {"layers": layers, "method": method, "recipe": recipe}
+    row: dict[str, Any] = {"layers": key[0], "method": key[1], "recipe": str(key[2])}
     row |= {"n": len(seeds), "missing": missing, "seeds": seeds}
     for name in (metrics.main, metrics.other):
         percents = [100 * record.accuracy.get(name, math.nan) for record in records]
@@ -307,13 +253,15 @@ def _std(values: Sequence[float]) -> float:
     return math.nan if len(values) < 2 or any(map(math.isnan, values)) else round(float(stdev(values)), 10)
 
 
-def _with_ratios(table: pd.DataFrame, baseline: str, metrics: Metrics) -> pd.DataFrame:
+def _with_ratios(table: pd.DataFrame, trained: Sequence[str], baseline: str, metrics: Metrics) -> pd.DataFrame:
+    """The table with what compares its rows with the baseline's; `trained` tells the recipes to compare within."""
+    recipe = pd.Series(list(trained), table.index, dtype=object)
     reference = table[table["method"] == baseline]
-    at_depth = reference.set_index(["layers", "recipe"])
-    own = list(zip(table["layers"], table["recipe"], strict=True))
+    compared = _baseline_rows(table, recipe, reference)
 
     def of_baseline(column: str) -> pd.Series:
-        return pd.Series([at_depth[column].get(key, math.nan) for key in own], table.index, dtype=float)
+        found = [math.nan if place is None else table[column][place] for place in compared]
+        return pd.Series(found, table.index, dtype=float)
 
     for ratio, column in RATIOS.items():
         table[ratio] = _divide(of_baseline(column), table[column])
@@ -323,24 +271,37 @@ def _with_ratios(table: pd.DataFrame, baseline: str, metrics: Metrics) -> pd.Dat
     for ratio, column in EQUAL_ACCURACY_RATIOS.items():
         # Of as much accuracy: turned around, so that the least of a cost is the most of its negative.
         table[ratio] = _divide(
-            -_best(table, reference, -accuracy, -reference[metrics.mean], -reference[column]), table[column]
+            -_best(recipe, reference, -accuracy, -reference[metrics.mean], -reference[column]), table[column]
         )
     for difference, column in EQUAL_MEMORY_DIFFERENCES.items():
-        best = _best(table, reference, table[column], reference[column], reference[metrics.mean])
+        best = _best(recipe, reference, table[column], reference[column], reference[metrics.mean])
         table[difference] = (accuracy - best).round(10)
     return table
 
 
+def _baseline_rows(table: pd.DataFrame, recipe: pd.Series, reference: pd.DataFrame) -> list[Any]:
+    """For each row the place of the baseline's at its depth and of its recipe, itself if it is one; None where there is
+    none, or more than one, as nothing says which."""
+    found: dict[tuple[Any, str], list[Any]] = defaultdict(list)
+    for place in reference.index:
+        found[table["layers"][place], recipe[place]].append(place)
+    compared = []
+    for place in table.index:
+        own = found[table["layers"][place], recipe[place]]
+        compared.append(place if place in own else own[0] if len(own) == 1 else None)
+    return compared
+
+
 def _best(
-    table: pd.DataFrame, reference: pd.DataFrame, limits: pd.Series, costs: pd.Series, gains: pd.Series
+    recipe: pd.Series, reference: pd.DataFrame, limits: pd.Series, costs: pd.Series, gains: pd.Series
 ) -> pd.Series:
     """For each row, the most gain of the reference's rows of its recipe that cost at most its limit, NaN for none."""
-    every = list(zip(reference["recipe"], costs, gains, strict=True))
+    every = list(zip(recipe[reference.index], costs, gains, strict=True))
     found = [
-        max((gain for own, cost, gain in every if own == recipe and cost <= limit and gain == gain), default=math.nan)
-        for recipe, limit in zip(table["recipe"], limits, strict=True)
+        max((gain for other, cost, gain in every if other == own and cost <= limit and gain == gain), default=math.nan)
+        for own, limit in zip(recipe, limits, strict=True)
     ]
-    return pd.Series(found, table.index, dtype=float)
+    return pd.Series(found, recipe.index, dtype=float)
 
 
 def _divide(above: pd.Series, below: pd.Series) -> pd.Series:

@@ -249,8 +249,9 @@ def markdown_body(rows: Sequence[Row], shown: Sequence[Column]) -> str:
 
 
 RECIPE_NOTE = (
-    "Recipe: the runs were trained by different recipes, and this is what differs in them. Ratios and Δ are between "
-    "rows of one recipe alone; accuracies of different ones do not compare the methods."
+    "Recipe: the runs were trained by different recipes, or with different settings of a method, and this is what "
+    "differs in them. Ratios and Δ are between rows of one recipe alone; accuracies of different ones do not compare "
+    "the methods."
 )
 WEIGHTS_NOTE = (
     "Weights in training: the weights of the trained layers, their gradients and the optimizer's state, as measured. "

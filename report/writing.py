@@ -11,7 +11,7 @@ import pandas as pd
 from experiment import ExperimentError, Record, Run
 from report.drawn import Figures
 from report.methods import BASELINE
-from report.output import make_folder, write_all
+from report.output import make_folder, write_report
 from report.page import page
 from report.payload import compose, listed_runs
 from report.plots import pareto_figure, published_figure
@@ -72,7 +72,7 @@ def report(
     points = {group: points for of_task in curves.values() for group, points in of_task.items() if group in tables}
     shown_on_page = compose(tables, listed_runs(found, waiting), points, baseline, others)
     files[output / PAGE] = page(shown_on_page).encode()
-    write_all(files | figures.notes)
+    write_report(output, files | figures.notes)
     print("\n".join(texts), f"all on one page: {output / PAGE}", sep="\n")
 
 

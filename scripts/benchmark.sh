@@ -2,7 +2,7 @@
 # Measure side by side against ordinary training of the same layers, into figures/. Run again, it measures only what the
 # tables lack. All of it takes hours on two CPU cores.
 #
-# Usage: bash scripts/benchmark.sh [--help] [memory|speed|gradient_error|fashion|review_sentences] [ARGUMENT ...]
+# Usage: bash scripts/benchmark.sh [--help] [--dry-run] [memory|speed|gradient_error|fashion|review_sentences] [ARGUMENT ...]
 #        memory: kept, peak and resident bytes of every way to train in less memory
 #        speed:  compression, layers, whole networks, growth, perplexity and the allocator, as ratios of times
 #        gradient_error, fashion: gradients and accuracy at equal memory, on Fashion-MNIST (prepare it first), such as
@@ -14,11 +14,20 @@
 #   VENV, PYTHON   see scripts/setup.sh
 #   OMP_PROC_BIND  default true: each thread stays on its core; two that share one wait for each other, 16 ms at a time
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root="$(dirname "${BASH_SOURCE[0]}")/.."
+for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
+    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
+done
+cd "$root"
 parts=(memory speed)
+dry_run=""
+if [[ "${1:-}" == --dry-run ]]; then
+    dry_run=yes
+    shift
+fi
 case "${1:-}" in
     --help)
-        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/benchmark.sh
         exit 0
         ;;
     memory | speed | gradient_error | fashion | review_sentences)
@@ -26,6 +35,13 @@ case "${1:-}" in
         shift
         ;;
 esac
+if [[ -n "$dry_run" ]]; then
+    for part in "${parts[@]}"; do
+        words=(-m "benchmarks.$part" "$@")
+        echo "python ${words[*]@Q}"
+    done
+    exit 0
+fi
 
 bash scripts/setup.sh
 export OMP_PROC_BIND="${OMP_PROC_BIND:-true}"

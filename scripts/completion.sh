@@ -3,10 +3,17 @@
 #
 # Usage: bash scripts/completion.sh [--help]     (prints it: eval "$(bash scripts/completion.sh)")
 set -euo pipefail
-if [[ "${1:-}" == --help ]]; then
-    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
-    exit 0
-fi
+case "$*" in
+    "") ;;
+    --help)
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+    *)
+        echo "error: unknown arguments $*; allowed: --help" >&2
+        exit 2
+        ;;
+esac
 
 # Arguments, as `complete -F` gives them: the command, the word at the cursor, the word before it. Where the command is
 # no module of the suite nothing is offered, and file names are completed as ever.

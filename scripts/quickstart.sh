@@ -10,11 +10,15 @@
 #   WORKERS, LAUNCHER   see scripts/classification/run.sh
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root="$(dirname "${BASH_SOURCE[0]}")/.."
+for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
+    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
+done
+cd "$root"
 dry_run=()
 case "${1:-}" in
     --help)
-        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/quickstart.sh
         exit 0
         ;;
     --dry-run)
@@ -22,6 +26,12 @@ case "${1:-}" in
         shift
         ;;
 esac
+for word in "$@"; do
+    if [[ ! "$word" =~ ^[0-9]+$ ]]; then
+        echo "error: unknown argument $word; allowed: --help or --dry-run ahead of all, and seeds, such as 233" >&2
+        exit 2
+    fi
+done
 
 bash scripts/setup.sh
 python="${VENV:-.venv}/bin/python"

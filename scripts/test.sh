@@ -1,21 +1,41 @@
 #!/usr/bin/env bash
 # Everything that must hold: lint, format, types, shell scripts, all tests; one of them builds the pages of docs/.
 #
-# Usage: bash scripts/test.sh [--help] [PYTEST ARGUMENT ...]
+# Usage: bash scripts/test.sh [--help] [--dry-run] [PYTEST ARGUMENT ...]
 # Environment:
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [[ "${1:-}" == --help ]]; then
-    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
-    exit 0
-fi
+root="$(dirname "${BASH_SOURCE[0]}")/.."
+for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
+    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
+done
+cd "$root"
+dry_run=""
+case "${1:-}" in
+    --help)
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/test.sh
+        exit 0
+        ;;
+    --dry-run)
+        dry_run=yes
+        shift
+        ;;
+esac
 
-bash scripts/setup.sh
 bin="${VENV:-.venv}/bin"
-"$bin/ruff" check .
-"$bin/ruff" format --check .
-"$bin/mypy"
+# Runs a command; a dry run prints its words alone.
+run() {
+    if [[ -n "$dry_run" ]]; then echo "${*@Q}"; else "$@"; fi
+}
+run bash scripts/setup.sh
+# Refuses an option that pytest does not know ahead of the minutes that the rest takes.
+[[ -n "$dry_run" || $# -eq 0 ]] || "$bin/python" -m pytest --version --version "$@" > /dev/null 2>&1 || {
+    echo "error: pytest does not take the arguments $*; see pytest --help" >&2
+    exit 2
+}
+run "$bin/ruff" check .
+run "$bin/ruff" format --check .
+run "$bin/mypy"
 shopt -s globstar
-"$bin/shellcheck" .ci/run scripts/**/*.sh
-"$bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+run "$bin/shellcheck" .ci/run scripts/**/*.sh
+run "$bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

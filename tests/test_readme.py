@@ -209,11 +209,11 @@ def test_new_method_trains_and_is_accounted_for() -> None:
 
 
 def follow(block: str, *options: str) -> None:
-    """Do a block's commands as they stand, but the sweep small."""
-    for line in block.splitlines():
+    """Do a block's commands as they stand, but for what is added to the sweep."""
+    for line in block.replace("\\\n", "").splitlines():
         (words,) = commands([line])
         if words[:4] == ["python", "-m", "classification", "sweep"]:
-            assert classification.sweep.main([*words[4:], "--trainer.max_epochs", "1", *options]) == 0
+            assert classification.sweep.main([*words[4:], *options]) == 0
         elif words[:3] == ["python", "-m", "report"]:
             assert report.__main__.main(words[3:]) == 0
         else:
@@ -234,7 +234,7 @@ def test_a_new_data_set_model_and_method_become_rows_of_the_table(
     monkeypatch.setitem(sys.modules, "my_package", package)
     exec(SNIPPETS["method"], vars(package))
     monkeypatch.chdir(tmp_path)
-    follow(block, "--data.batch_size", "16")
+    follow(block)
     (table,) = (tmp_path / "runs" / "report").rglob("stripes/*.md")
     rows = [line.split("|")[2].strip() for line in table.read_text().splitlines() if line.startswith("|  ")]
     assert rows[1:] == ["vanilla", "half_precision"]
@@ -254,7 +254,8 @@ def test_a_folder_of_images_becomes_rows_of_the_table(tmp_path: Path, monkeypatc
     monkeypatch.setattr(classification.plans, "CONFIGS", shipped)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
-    follow(block, "--model.pretrained", "false", "--data.image_size", "64", "--data.batch_size", "8")  # no download
+    small = ("--trainer.max_epochs", "1", "--data.image_size", "64", "--data.batch_size", "8")
+    follow(block, "--model.pretrained", "false", *small)  # no download
     (table,) = (tmp_path / "runs" / "report").rglob("fish/*.md")
     rows = [line.split("|")[2].strip() for line in table.read_text().splitlines() if line.startswith("|  ")]
     assert rows[1:] == ["vanilla", "hosvd_0.8", "asi_hosvd_0.8"]

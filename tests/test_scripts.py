@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -102,6 +104,145 @@ def test_workers_and_launcher_go_to_the_sweep(
         done = subprocess.run(command, env=script_environment | changed, capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert message in done.stderr
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the scripts and of what they read, beside `figures/` with results that were kept."""
+    tree = tmp_path / "tree"
+    for name in ("scripts", "configs"):
+        shutil.copytree(ROOT / name, tree / name)
+    for name in ("requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tree / name)
+    shutil.copytree(ROOT / "figures", tree / "figures", ignore=lambda folder, names: [n for n in names if "." not in n])
+    return tree
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def call(tree: Path, script: str, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of a copy of the tree."""
+    command = ["bash", str(tree / script), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("left", [[], ["table.md"], ["table.md", "table.csv"], ["mcunet/digits/table.md"]])
+@pytest.mark.parametrize("script", ["scripts/classification/results_page.sh", "scripts/figures.sh"])
+def test_results_stay_as_they_are_where_the_runs_for_new_ones_are_not_there(
+    script_environment: dict[str, str], tree: Path, script: str, left: list[str]
+) -> None:
+    Path(script_environment["VENV"], "bin", "python").write_text("#!/usr/bin/env bash\n")  # everything is done
+    report = Path(script_environment["RUNS_DIR"], "report/classification/B")
+    for name in left:
+        (report / name).parent.mkdir(parents=True, exist_ok=True)
+        (report / name).write_text("new")
+    before = files_of(tree)
+    done = call(tree, script, script_environment)
+    assert done.returncode != 0
+    assert "error: " in done.stderr.splitlines()[-1]
+    assert files_of(tree) == before
+
+
+def test_the_page_of_results_is_written_from_the_runs_there_are(script_environment: dict[str, str], tree: Path) -> None:
+    Path(script_environment["VENV"], "bin", "python").write_text("#!/usr/bin/env bash\n")
+    report = Path(script_environment["RUNS_DIR"], "report/classification/B")
+    for name in ("table.md", "mcunet/digits/table.md", "table.csv"):
+        (report / name).parent.mkdir(parents=True, exist_ok=True)
+        (report / name).write_text(f"{name}\n")
+    before = files_of(tree)
+    assert call(tree, "scripts/classification/results_page.sh", script_environment).returncode == 0
+    written = {tree / "figures/setup_b_digits.md": b"table.md\n\nmcunet/digits/table.md\n\n"}
+    written |= {tree / "figures/setup_b_digits.csv": b"table.csv\n"}
+    assert files_of(tree) == before | written
+
+
+def test_no_script_empties_a_file_before_there_is_something_to_put_in_its_place() -> None:
+    for script in SCRIPTS:
+        for line in (ROOT / script).read_text().splitlines():
+            replaced = re.search(r"(?<![<>&\d])> *(\"?[^ >&]+)", line.partition("#")[0])
+            told = replaced and replaced[1].strip('"')
+            assert not told or told == "/dev/null" or told.endswith(".part"), f"{script}: {line}"
+
+
+NEEDED = {  # what scripts have to be given besides
+    "scripts/classification/run.sh": ["b", "mcunet"],
+    "scripts/classification/curve.sh": ["mcunet", "digits"],
+    "scripts/segmentation/sweep.sh": ["fcn"],
+}
+# Notes what was started, and refuses the unknown argument as every command of the suite does.
+NOTES = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$HOME/started"
+[[ "$*" != *--nonsense* ]] || exit 2
+"""
+
+
+def started(script: str, environment: dict[str, str], tree: Path, *words: str) -> tuple[int, list[str], str]:
+    """How a script ended with these words, which commands it has started, and what it printed; no file is written."""
+    for name in ("python", "ruff", "mypy", "shellcheck"):
+        command = Path(environment["VENV"], "bin", name)
+        command.write_text(NOTES)
+        command.chmod(0o755)
+    before = files_of(tree)
+    done = call(tree, script, environment, *NEEDED.get(script, []), *words)
+    assert files_of(tree) == before
+    assert not Path(environment["RUNS_DIR"]).exists()
+    notes = Path(environment["HOME"], "started")
+    return done.returncode, notes.read_text().splitlines() if notes.exists() else [], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_starts_nothing(script_environment: dict[str, str], tree: Path, script: str) -> None:
+    code, commands, printed = started(script, script_environment, tree, "--dry-run")
+    assert code == (2 if script == "scripts/completion.sh" else 0), printed  # it prints itself, and takes no such word
+    assert all("--dry-run" in command.split() for command in commands)
+    assert commands or printed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("words", [["--nonsense"], ["--dry-run", "--nonsense"]], ids=" ".join)
+def test_an_unknown_argument_starts_nothing(
+    script_environment: dict[str, str], tree: Path, script: str, words: list[str]
+) -> None:
+    if script in ("scripts/benchmark.sh", "scripts/test.sh") and "--dry-run" in words:
+        pytest.skip("its dry run prints the commands as they are given")
+    code, commands, printed = started(script, script_environment, tree, *words)
+    assert code == 2, printed
+    assert all("--nonsense" in command for command in commands)  # which refuse it
+    assert commands or "--nonsense" in printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_relative_paths_in_variables_are_of_the_callers_folder(
+    script_environment: dict[str, str], tree: Path, script: str
+) -> None:
+    here = Path(script_environment["HOME"], "here")
+    here.mkdir()
+    started(script, script_environment, tree, "--help")  # makes what notes the commands
+    given = {"RUNS_DIR": "mine", "DATA_DIR": "images", "WEIGHTS": "w.pt", "VENV": "../venv"}
+    script_environment.pop("RUNS_DIR")
+    command = ["bash", str(Path("..", "tree", script)), *NEEDED.get(script, [])]
+    done = subprocess.run(
+        command, env=script_environment | given, cwd=here, capture_output=True, text=True, check=False
+    )
+    notes = Path(script_environment["HOME"], "started")
+    words = notes.read_text().split() if notes.exists() else []
+    for option, value in (("--runs-dir", "mine"), ("--data-dir", "images"), ("--weights", "w.pt")):
+        for at in (at for at, word in enumerate(words) if word == option):
+            assert words[at + 1] == str(here / value)
+    assert ("--runs-dir" in words) == ("sweep" in words)
+    assert "No such file" not in done.stderr or "figures/" in done.stderr  # there are no tables to copy
+    helped = subprocess.run([*command[:2], "--help"], cwd=here, capture_output=True, text=True, check=True)
+    assert f"Usage: bash {script}" in helped.stdout
+
+
+def test_the_dry_run_of_all_results_lists_every_run(script_environment: dict[str, str]) -> None:
+    titles = dry_run("figures.sh", script_environment)
+    for wanted in ("digits: pretrain, seed 233", "digits: asi_int8_derived_20000_1of20, last 4, seed 235"):
+        assert wanted in titles
+    assert "digits: wasi_0.9_1of20, last all, seed 238" in titles
+    assert "digit_scenes: asi_1of20, last 10, seed 234" in titles
 
 
 SAVES = """#!/usr/bin/env bash

@@ -9,10 +9,21 @@ from torch import nn
 import classification.backbones as package
 from classification.backbones.weights import load_weights
 from classification.registry import Registry
+from experiment.sources import source_of
 
 Builder = Callable[[int, bool], nn.Module]
 backbone: Registry[Builder] = Registry("backbone", package)  # decorates a builder `(num_classes, pretrained) -> module`
 names = backbone.names
+
+
+def model_sources(name: str) -> dict[str, dict[str, str]]:
+    """The file that holds the builder of a network, and its hash; see `experiment.sources`.
+
+    Raises:
+        ExperimentError: unknown name.
+    """
+    source = source_of(backbone.find(name))
+    return {f"model {name}": source} if source else {}
 
 
 def build_model(name: str, num_classes: int = 1000, pretrained: bool = False, weights: str | None = None) -> nn.Module:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from classification.data.files import files_fingerprint, hold_out, image_set
 from classification.data.registry import ImageSet, Splits
 from experiment import ExperimentError
+from experiment.processes import is_first
 
 PARTS = ("train", "val", "test")
+ENDINGS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")  # of files that are read as images; of a GIF its first picture
 LEAST = 5  # images of a class, so that each part gets one
 # How else people name the parts, each with the name that is read here.
 _OTHER_NAMES = {
@@ -21,6 +25,7 @@ _OTHER_NAMES = {
     "val": r"(val|valid|validation|validate|dev|eval)",
     "test": r"(te|tst|test|testing|holdout)",
 }
+_OF_SYSTEMS = ("thumbs.db", "desktop.ini")  # what they leave in folders of images, beside hidden files
 _AFTER = r"([ _.-]?(set|data|dataset|images|imgs|split|part))?"
 
 
@@ -39,7 +44,10 @@ def image_folder(folder: Path, stratified: bool = True) -> Splits:
             elsewhere.
     """
     parts = _parts(folder)
-    found = {name: _read(folder / name, folder) for name in parts} if parts else {"": _read(folder, folder)}
+    left = _Left(folder)
+    if parts:
+        left.folders = [path.name for path in _folders(folder) if path.name not in parts]
+    found = {name: _read(folder / name, folder, left) for name in parts or [""]}
     (train, classes), *others = found.values()
     for name, (_, other) in zip(list(found)[1:], others, strict=True):
         if other != classes:
@@ -47,10 +55,46 @@ def image_folder(folder: Path, stratified: bool = True) -> Splits:
             raise ExperimentError(f"{folder} has other classes in train/ and in {name}/, such as {odd!r}")
     whole = [part for part, _ in found.values()]
     divided = _divide(folder, train, [part for part, _ in others], classes, stratified)
+    left.say()
     try:
         return Splits(*divided, classes=tuple(classes), fingerprint=files_fingerprint(folder, whole))
     except OSError as error:
         raise ExperimentError(f"image {error.filename} cannot be read ({error.strerror}); replace it") from None
+
+
+class _Left:
+    """What in the folder of a data set is not read, which is said in one line.
+
+    Attributes:
+        files: in folders of classes, that do not end as images do.
+        loose: images beside the folders of classes.
+        folders: beside train/, val/ and test/.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.files: list[Path] = []
+        self.loose: list[Path] = []
+        self.folders: list[str] = []
+
+    def say(self) -> None:
+        """Say it on standard error, if there is anything: once, however often the data set is read."""
+        told = []
+        if self.files:
+            what = f"files whose names do not end in {', '.join(ENDINGS)}"
+            told.append(f"{len(self.files)} {what}, such as {self.files[0].relative_to(self.root)}")
+        if self.loose:
+            such = min(self.loose).relative_to(self.root)
+            told.append(f"{len(self.loose)} images that are in no folder of a class, such as {such}")
+        if self.folders:
+            told.append(f"{', '.join(f'{name}/' for name in self.folders)} beside train/, val/ and test/")
+        if told and is_first():
+            _warn(f"warning: not read of {self.root}: {'; '.join(told)}")
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    print(line.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def _parts(folder: Path) -> list[str]:
@@ -117,7 +161,7 @@ def _divide(
     return *hold_out(rest, stratified), test
 
 
-def _read(folder: Path, root: Path) -> tuple[ImageSet, list[str]]:
+def _read(folder: Path, root: Path, left: _Left) -> tuple[ImageSet, list[str]]:
     """Images and names of the classes in a folder of a data set, both in alphabetical order."""
     if folder != root:
         _refuse_link(folder)
@@ -125,15 +169,27 @@ def _read(folder: Path, root: Path) -> tuple[ImageSet, list[str]]:
     labels: list[int] = []
     classes = [path.name for path in _folders(folder)]
     for label, name in enumerate(classes):
-        images = [path for path in _files(folder / name) if path.name.lower().endswith(IMG_EXTENSIONS)]
+        every = _files(folder / name)
+        images = [path for path in every if _is_image(path)]
+        read = set(images)
+        left.files += [path for path in every if path not in read and not _is_of_system(path)]
         if not images:
             raise ExperimentError(f"{folder} is to hold one folder of images per class, and {name}/ holds no image")
         paths += images
         labels += [label] * len(images)
     if not classes:
         raise ExperimentError(f"{folder} is to hold one folder of images per class; there is none")
+    left.loose += [Path(entry.path) for entry in os.scandir(folder) if entry.is_file() and _is_image(entry)]
     _refuse_links(paths, root)
     return image_set(paths, labels), classes
+
+
+def _is_image(path: Path | os.DirEntry[str]) -> bool:
+    return path.name.lower().endswith(ENDINGS)
+
+
+def _is_of_system(path: Path) -> bool:
+    return path.name.startswith(".") or path.name.lower() in _OF_SYSTEMS
 
 
 def _files(folder: Path) -> list[Path]:

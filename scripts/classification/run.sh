@@ -29,7 +29,11 @@
 #   LAUNCHER   local or slurm (default: local); what sbatch needs goes behind --, such as -- --slurm.partition gpu
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+root="$(dirname "${BASH_SOURCE[0]}")/../.."
+for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
+    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
+done
+cd "$root"
 usage() {
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/classification/run.sh
 }
@@ -52,6 +56,10 @@ datasets=()
 while [[ $# -gt 0 && "$1" != -- ]]; do
     case "$1" in
         --dry-run | --report) options+=("$1") ;;
+        -*)
+            echo "error: unknown argument $1; allowed: --help, --dry-run, --report, and behind -- arguments of every run" >&2
+            exit 2
+            ;;
         *) datasets+=("$1") ;;
     esac
     shift

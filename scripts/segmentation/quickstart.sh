@@ -14,11 +14,22 @@
 #   WORKERS, LAUNCHER        see sweep.sh; with slurm no picture is drawn
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-if [[ "${1:-}" == --help ]]; then
-    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/segmentation/quickstart.sh
-    exit 0
-fi
+root="$(dirname "${BASH_SOURCE[0]}")/../.."
+for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
+    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
+done
+cd "$root"
+case "$*" in
+    "" | --dry-run) ;;
+    --help)
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/segmentation/quickstart.sh
+        exit 0
+        ;;
+    *)
+        echo "error: unknown arguments $*; allowed: --help, --dry-run" >&2
+        exit 2
+        ;;
+esac
 
 network="${NETWORK:-pspnet_small}"
 export BUDGET="${BUDGET:-1/20}"

@@ -21,7 +21,11 @@
 #   LAUNCHER     local or slurm (default: local); what sbatch needs goes behind --, such as -- --slurm.partition gpu
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+root="$(dirname "${BASH_SOURCE[0]}")/../.."
+for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
+    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
+done
+cd "$root"
 network="${1:---help}"
 shift || true
 dry_run=()
@@ -34,6 +38,13 @@ elif [[ "${1:-}" == --dry-run ]]; then
     dry_run=(--dry-run)
     shift
 fi
+for word in "$network" "$@"; do
+    [[ "$word" != -- ]] || break
+    if [[ "$word" == -* && ("$word" != --dry-run || "$word" == "$network") ]]; then
+        echo "error: unknown argument $word; allowed: --help, --dry-run, and behind -- arguments of every run" >&2
+        exit 2
+    fi
+done
 
 bash scripts/setup.sh
 python="${VENV:-.venv}/bin/python"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiment import fingerprint, provenance
-from experiment.provenance import CODE, code_version
+from experiment.provenance import CODE, code_version, plain, untold
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,3 +85,16 @@ def test_the_provenance_names_config_code_data_packages_hardware_and_allocator()
     assert found["packages"]["torch"] == torch.__version__
     assert found["packages"]["numpy"] == version("numpy")
     assert found["hardware"].endswith("threads") or torch.cuda.is_available()
+
+
+def test_all_settings_are_told_here_or_there():
+    identity = {
+        "a": {"b": [1, 2], "c": None, "d": {}},
+        "hooks": [{"layers": ["x"]}, {"layers": []}],
+        "long": ["x"] * 99,
+    }
+    found = untold(identity, {})
+    assert found.pop("long") == plain(["x"] * 99)
+    assert found == {"a.b": [1, 2], "a.d": {}, "hooks.0.layers": ["x"], "hooks.1.layers": []}
+    assert untold(identity, {"a.b": plain([1, 2]), "hooks": plain(identity["hooks"])}).keys() == {"a.d", "long"}
+    assert untold(identity, {"a.b": plain([1, 3])})["a.b"] == [1, 2]

@@ -1,11 +1,12 @@
 """Ranks within a budget, chosen without perplexity."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
 
-from experiment import ExperimentError
+from experiment import ExperimentError, Record, Run
 from experiment.ranks import Budget, one_energy, random_energies
 from lowrank import BudgetError, Candidates, PerplexityTable, select_ranks
 from lowrank.ranks.perplexity import LayerPerplexity
@@ -110,3 +111,40 @@ def test_with_derive_a_budget_is_for_the_layers_that_others_follow_from(tmp_path
     for choice in ("per_layer", "one_energy", "random"):
         with pytest.raises(ExperimentError, match=f"rank_choice is '{choice}' with derive; allowed: 'perplexity'"):
             budget.plan(TABLE.names, choice, derive=True)
+
+
+def test_the_settings_of_a_budget_say_its_size_and_how_its_table_was_measured(tmp_path):
+    def settings(table=TABLE, identity=None, **budget):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        table.save(folder / "perplexity.json")
+        if identity is not None:
+            (folder / "identity.json").write_text(json.dumps(identity))
+        return Budget(str(folder / "perplexity.json"), **budget).settings
+
+    usual = settings(mib=0.2)
+    assert usual == {
+        **{"budget.mib": 0.2, "budget.energies": list(ENERGIES), "budget.batches": 1, "budget.derive": False}
+    }
+    assert settings(mib=0.3, name="papers") != settings(mib=0.2, name="papers")
+    others = [replace(TABLE, batches=8), replace(TABLE, derives=True)]
+    measured = [{"model": {"mode_energies": [0.5]}}, {"model": {"storages": ["input"]}}, {"perplexity": {"x": 1}}]
+    every = [usual, *(settings(other, mib=0.2) for other in others)]
+    every += [settings(identity=identity, mib=0.2) for identity in measured]
+    assert len({json.dumps(one) for one in every}) == len(every)
+    assert settings(identity=["damaged"], mib=0.2) == usual
+
+
+@pytest.mark.parametrize("other", ["table", "run"])
+def test_a_table_or_a_run_of_another_data_set_gives_no_budget(tmp_path, other):
+    TABLE.save(tmp_path / "perplexity.json")
+    data = {"table": "digits", "run": "digits"} | {other: "pets"}
+    (tmp_path / "identity.json").write_text(json.dumps({"data": {"dataset": data["table"]}}))
+    run = Run("classification", "A", "net", data["run"], "vanilla", 2, 1)
+    Record(run, {}, {"activation_formula": 4000}, {}, {}).save(tmp_path)
+    budget = Budget(str(tmp_path / "perplexity.json"), run=str(tmp_path))
+    told = (TABLE.model, TABLE.batch_shape)
+    with pytest.raises(ExperimentError, match=r"data set pets.* this run (is on|of) digits; "):
+        budget.identity(*told, dataset="digits")
+    (tmp_path / "identity.json").unlink()  # a table from elsewhere does not say
+    assert budget.identity(*told, dataset=data["run"]) == budget.identity(*told)

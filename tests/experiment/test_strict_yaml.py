@@ -77,3 +77,12 @@ def test_a_file_is_of_text_and_of_bounded_size(tmp_path):
         check_yaml_file(path)
     with pytest.raises(ExperimentError, match="cannot be read"):
         check_yaml_file(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a: [1,", "a: 'x", "\t", "a: b: c", "%", "a: 1\n b: 2", "\x00", "{"])
+def test_a_file_that_is_no_yaml_is_named(tmp_path, text):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ExperimentError, match=rf"^config {path} is no YAML: ") as raised:
+        check_yaml_file(path)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,75 @@
+"""Options of a sweep's runs: what the sweep sets itself is refused among those that go to every run."""
+
+import shutil
+
+import pytest
+from test_sweep import Commands, words
+
+from classification import plans, sweep
+from experiment.command import dashed
+
+
+@pytest.mark.parametrize(
+    ("extra", "own"),
+    [
+        (["--seed_everything", "5"], "--seeds"),
+        (["--seed-everything=5"], "--seeds"),
+        (["--setup", "b", "--model.backbone", "resnet18"], "--model"),
+        (["--model.layers", "1"], "--layers"),
+        (["--data.dataset", "fish"], "--dataset"),
+        (["--model.method", "lowrank.Vanilla"], "--methods"),
+        (["--model.method.init_args.energy", "0.5"], "--methods"),
+        (["--model.budget.mib", "1"], "--budget"),
+        (["--epochs", "1", "--trainer.max_epochs", "2"], "--epochs"),
+        (["--data-dir", "d", "--data.root", "e"], "--data-dir"),
+        (["--weights", "some.pt", "--model.weights", "other.pt"], "--weights"),
+        (["--model.weights", "other.pt"], "--weights"),  # of the pretraining
+    ],
+    ids=lambda words: words[-2] if isinstance(words, list) and len(words) > 1 else None,
+)
+def test_what_a_sweep_sets_itself_is_not_passed_through(tmp_path, capsys, extra, own):
+    commands = Commands()
+    with pytest.raises(SystemExit) as ended:
+        sweep.main(words(tmp_path, *extra), commands)
+    assert (ended.value.code, commands.calls) == (2, [])
+    error = capsys.readouterr().err.splitlines()[-1]
+    option = dashed([next(word for word in reversed(extra) if word.startswith("--"))])[0].partition("=")[0]
+    assert f"{option} is set by the sweep for each of its runs; give {own} of the sweep in its place" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_option_that_a_run_of_a_sweep_is_given_is_refused_behind_it(tmp_path):
+    """Whatever the sweep sets: an option of every run goes over it."""
+    options = ["--epochs", "1", "--data-dir", "d", "--budget", "1/20"]
+    jobs = sweep.parse(words(tmp_path, *options))[0].jobs()
+    given = {word for job in jobs for word in dashed(job.arguments) if word.startswith("--")} - {
+        "--config",
+        "--runs-dir",
+    }  # the latter is the sweep's own
+    assert {"--seed-everything", "--model.layers", "--model.budget.run", "--trainer.max-epochs"} <= given
+    for option in given:
+        with pytest.raises(SystemExit):
+            sweep.parse(words(tmp_path, *options, f"{option}=1"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("methods", "model: {method: 'a", "is no YAML: "),
+        ("methods", "x: 1", "has no settings of `model`"),
+        ("methods", "model: {x: 1}", "has no settings of `model.method`"),
+        ("models", "[1, 2", "is no YAML: "),
+        ("models", "", "has no settings of `model`"),
+    ],
+)
+def test_a_config_of_ones_own_that_is_none_is_named(tmp_path, monkeypatch, capsys, kind, content, message):
+    shutil.copytree(plans.CONFIGS, tmp_path / "configs")
+    monkeypatch.setattr(plans, "CONFIGS", tmp_path / "configs")
+    path = tmp_path / "configs" / kind / "mine_of_test.yaml"
+    path.write_text(content)
+    option = ["--methods", "mine_of_test"] if kind == "methods" else ["--model", "mine_of_test"]
+    with pytest.raises(SystemExit) as ended:
+        sweep.main(words(tmp_path / "runs", *option), Commands())
+    assert ended.value.code == 2
+    assert f"config {path} {message}" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

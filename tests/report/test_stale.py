@@ -1,0 +1,46 @@
+"""What a report no longer has is not left beside what it has."""
+
+import shutil
+
+from report.__main__ import main
+
+
+def made(runs):
+    assert main([str(runs), "--published", str(runs)]) == 0
+    return {path.relative_to(runs / "report").as_posix() for path in (runs / "report").rglob("*") if path.is_file()}
+
+
+def test_tables_of_runs_that_are_gone_go_as_well(write, runs):
+    write("vanilla", 2)
+    alone = made(runs)
+    write("vanilla", 2, dataset="flowers102")
+    write("vanilla", 2, setup="B")
+    assert made(runs) > alone
+    for gone in ("A/mcunet/flowers102", "B"):
+        shutil.rmtree(runs / "classification" / gone)
+    assert made(runs) == alone
+    assert not (runs / "report" / "classification" / "B").exists()
+
+
+def test_what_a_user_has_changed_or_put_there_stays(write, runs):
+    write("vanilla", 2)
+    write("vanilla", 2, dataset="flowers102")
+    made(runs)
+    folder = runs / "report" / "classification" / "A" / "mcunet" / "flowers102"
+    (folder / "table.md").write_text("mine")
+    (folder / "predictions.png").write_bytes(b"mine")
+    shutil.rmtree(runs / "classification" / "A" / "mcunet" / "flowers102")
+    made(runs)
+    assert {path.name for path in folder.iterdir()} == {"table.md", "predictions.png"}
+
+
+def test_a_list_of_anything_removes_nothing_outside(write, runs, tmp_path):
+    write("vanilla", 2)
+    made(runs)
+    outside = tmp_path / "kept"
+    outside.write_bytes(b"a")
+    listed = runs / "report" / ".files.json"
+    for content in ('{"../../kept": "x"}', f'{{"{outside}": 1}}', "[1]", "{", '{"a\\u0000": "x", "": 1}'):
+        listed.write_text(content)
+        made(runs)
+        assert outside.read_bytes() == b"a"
