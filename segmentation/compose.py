@@ -14,6 +14,8 @@ from experiment.strict_yaml import check_yaml_file
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "segmentation"
 HOOK = "LowRankHook"
+LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+_PLACES = {"data_root", "data_prefix", "ann_file"}  # what tells a data set's config from that of one around others
 _NAMING = {"LoadImageFromFile": "NamedImage", "LoadAnnotations": "NamedLabels"}
 
 
@@ -153,9 +155,13 @@ def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def datasets(config: Any) -> list[dict[str, Any]]:
-    """Every data set's config in a config or a part of one, those inside of others included."""
-    parts = _dictionaries(config._cfg_dict if isinstance(config, Config) else config)
-    return [part for part in parts if "data_root" in part and "type" in part]
+    """Every data set's config in a config's loaders, or in a part of one, those inside of others included.
+
+    What a config says of data sets outside of its loaders, as variables, is not loaded.
+    """
+    if isinstance(config, Config):
+        return [part for name in LOADERS for part in datasets(config.get(name))]
+    return [part for part in _dictionaries(config) if "type" in part and _PLACES & part.keys()]
 
 
 def move_data(config: Config, data_dir: Path) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from logging import FileHandler
 from pathlib import Path
@@ -19,7 +16,6 @@ from mmengine.logging import MMLogger
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.visualization import TensorboardVisBackend
 from mmseg.registry import DATASETS, MODELS
-from mmseg.utils import register_all_modules
 
 from experiment import ExperimentError, Record, RunFolder
 from experiment import Run as RunName
@@ -50,6 +46,7 @@ from segmentation.identity import (
     perplexity_settings,
     run_of,
 )
+from segmentation.quiet import quietly, register_modules
 from segmentation.saving import WholeCheckpoints
 from segmentation.start import share_out
 
@@ -164,22 +161,13 @@ def _runner(config: Config) -> Runner:
         return Runner.from_cfg(config)
 
 
-@contextmanager
-def quietly() -> Iterator[None]:
-    """The log goes to its file, the terminal shows the run's own lines: a logger keeps the stream it is made with."""
-    nowhere = Path(os.devnull).open("w")  # noqa: SIM115 - open as long as the logger lives
-    with redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
-
-
 def require_classes(config: Config) -> None:
     """Refuse a network of another number of classes than its data sets have.
 
     Raises:
         ExperimentError: see above.
     """
-    with quietly():
-        register_all_modules(init_default_scope=True)
+    register_modules()
     count = class_count(config)
     for part in datasets(config):
         kind = DATASETS.get(part["type"])
@@ -199,8 +187,8 @@ def require_weights(config: Config) -> None:
     source = config.get("load_from")
     if source:
         content = CheckpointLoader.load_checkpoint(source, "cpu", logger="silent")
+        register_modules()
         with quietly():
-            register_all_modules(init_default_scope=True)
             model = MODELS.build(config.model)
         check_fit(model, content, source)
 
@@ -323,8 +311,8 @@ def prepared_model(config: Config) -> tuple[Any, list[str]]:
     if settings is None or not settings["layers"]:
         raise ExperimentError("the config names no layers; give --layers, or a LowRankHook in custom_hooks")
     read_safely_everywhere()
+    register_modules()
     with quietly():
-        register_all_modules(init_default_scope=True)
         model = MODELS.build(config.model)
         _forget_closed_logs()
         model.init_weights()
