@@ -15,8 +15,9 @@ from experiment.launching import run_all
 from experiment.processes import alone, place
 from segmentation import register, sweep
 from segmentation.compose import choose_depth, load_config, move_data, rescale
+from segmentation.config_names import check_options
 from segmentation.data.prepare import DATASETS, prepare
-from segmentation.settings import check_options, check_settings
+from segmentation.settings import check_settings
 
 if TYPE_CHECKING:
     from segmentation.training import Task

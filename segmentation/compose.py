@@ -11,6 +11,7 @@ from mmengine.config import Config, ConfigDict
 
 from experiment import ExperimentError
 from experiment.strict_yaml import check_yaml_file
+from segmentation.config_names import check_names
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "segmentation"
 HOOK = "LowRankHook"
@@ -23,7 +24,7 @@ def load_config(files: Sequence[str | Path], options: Mapping[str, Any] | None =
     """The files merged in their order, a later one over an earlier one, and the options over all.
 
     Raises:
-        ExperimentError: a file is missing or is not a config.
+        ExperimentError: a file is missing, is not a config, or has a name that is nearly one that is read.
     """
     config = Config()
     for path in files:
@@ -35,6 +36,7 @@ def load_config(files: Sequence[str | Path], options: Mapping[str, Any] | None =
             raise
         except (Exception, SystemExit) as error:  # a config is code, which may fail in any way
             raise ExperimentError(f"config {path} cannot be read: {type(error).__name__}: {error}") from None
+        check_names(path, loaded, config)
         config.merge_from_dict(loaded.to_dict(), allow_list_keys=False)
         config.merge_from_dict({"config_files": [*config.get("config_files", []), str(path)]}, allow_list_keys=False)
     if options:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,15 +23,6 @@ WHOLE = {  # settings that are whole numbers, with the least of each
 }
 AT_LEAST_0 = ("lr", "momentum", "weight_decay")  # of the optimizer
 MOST_SEED = 2**32 - 1  # of numpy's generators
-OWN = {"stage", "network", "dataset", "layers", "lowrank", "depths", "perplexity", "crop_size", "weights"}
-OTHERS = {
-    "_base_",
-    "custom_imports",
-    "find_unused_parameters",
-    "model_wrapper_cfg",
-    "sync_bn",
-    "activation_checkpointing",
-}
 
 
 def check_settings(config: Mapping[str, Any]) -> None:
@@ -67,22 +57,6 @@ def check_settings(config: Mapping[str, Any]) -> None:
         own = [hook.get("method") for hook in hooks if hook["type"] == HOOK]
         for method in (_at(config, "lowrank.method"), *own):
             check_precision(method, "optim_wrapper.type is AmpOptimWrapper, mixed precision,")
-
-
-def check_options(options: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:
-    """Refuse an option of the command line that is of nothing in the config, nor of MMEngine: a typo.
-
-    Raises:
-        ExperimentError: there is one; names it.
-    """
-    from mmengine.runner import Runner
-
-    known = {*config, *inspect.signature(Runner.__init__).parameters, *OWN, *OTHERS}
-    for key in options or {}:
-        name = key.partition(".")[0]
-        if name not in known:
-            listed = ", ".join(sorted(str(one) for one in config))
-            raise ExperimentError(f"--cfg-options has {key!r}, and nothing is called {name!r}; the config has {listed}")
 
 
 def _is_size(size: Any) -> bool:
