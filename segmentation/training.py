@@ -35,7 +35,7 @@ from segmentation.batches import first_batch, first_batches, logits, segmentatio
 from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
 from segmentation.compose import class_count, datasets, hook_settings, with_naming_readers
 from segmentation.data.registry import data_of, require_data
-from segmentation.history import History
+from segmentation.history import Begun, History
 from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import (
     MEASURED,
@@ -117,9 +117,10 @@ def train(task: Task, work: Work | None = None) -> Record | None:
     if folder is None:
         return None
     records: list[Record] = []
-    with first_holds(locked(name, folder, as_yaml(task.config))):
+    begun = Begun()
+    with first_holds(locked(name, folder, as_yaml(task.config), begun)):
         checkpoint = first_does(lambda: _resumed(name, folder))
-        runner, history = _trained(task, folder, checkpoint)
+        runner, history = _trained(task, folder, checkpoint, begun)
 
         def save() -> None:
             record = _record(task, name, runner, history, folder)
@@ -148,9 +149,10 @@ def _resumed(name: RunName, folder: RunFolder) -> Path | None:
     return newest(folder.path, folder.identity_hash) if resumes else None
 
 
-def _trained(task: Task, folder: RunFolder, checkpoint: Path | None) -> tuple[Runner, History]:
+def _trained(task: Task, folder: RunFolder, checkpoint: Path | None, begun: Begun) -> tuple[Runner, History]:
     runner, history = _runner(_for_runner(task.config, folder, checkpoint)), History(folder.path)
-    runner.register_hook(history)
+    for hook in (begun, history):
+        runner.register_hook(hook)
     with held(later=True):
         runner.train()
     return runner, history
@@ -284,7 +286,7 @@ def measure(task: Task, work: Work | None = None) -> Path | None:
 
 
 def _measure(task: Task, name: RunName, folder: RunFolder) -> None:
-    with locked(name, folder, as_yaml(task.config)):
+    with locked(name, folder, as_yaml(task.config), begun=lambda: False):
         torch.manual_seed(name.seed)  # what has no weights to start from gets the same ones every time
         model, layers = prepared_model(task.config)
         dataset = DATASETS.build(with_naming_readers(task.config).train_dataloader.dataset)

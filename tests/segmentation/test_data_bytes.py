@@ -10,6 +10,7 @@ import torch
 from mmengine.config import Config
 from mmseg.registry import DATASETS
 from mmseg.utils import register_all_modules
+from own_configs import dataset, write_data
 from PIL import Image
 from segmentors import files
 
@@ -136,36 +137,6 @@ def test_data_that_is_elsewhere_is_the_same_and_none_has_no_fingerprint(task):
 # A config of one's own, whose files are found in other ways.
 
 
-def _own_data(folder, names, suffix):
-    """Images and label maps of a training and a validation part, with lists of their names."""
-    drawn = np.random.default_rng(0)
-    for part in ("train", "val"):
-        for kind in ("img", "ann"):
-            (folder / kind / part).mkdir(parents=True)
-        listed = [f"{part} {name}" if " " in name else f"{part}_{name}" for name in names]
-        for name in listed:
-            image = drawn.integers(0, 255, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(image).save(folder / "img" / part / f"{name}.png")
-            Image.fromarray(image[..., 0] // 128).save(folder / "ann" / part / f"{name}{suffix}")
-        (folder / f"{part}.txt").write_text("".join(f"{name}\n" for name in listed))
-    return folder
-
-
-def _own_part(folder, part, suffix, listed=True, rooted=True):
-    data = {
-        "type": "BaseSegDataset",
-        "metainfo": {"classes": ("ground", "thing"), "palette": [[0, 0, 0], [255, 255, 255]]},
-        "data_prefix": {"img_path": f"img/{part}", "seg_map_path": f"ann/{part}"},
-        **{"img_suffix": ".png", "seg_map_suffix": suffix, "pipeline": []},
-    }
-    if listed:
-        data["ann_file"] = f"{part}.txt"
-    if rooted:
-        return data | {"data_root": str(folder)}
-    full = {kind: str(folder / prefix) for kind, prefix in data["data_prefix"].items()}
-    return data | {"data_prefix": full} | ({"ann_file": str(folder / data["ann_file"])} if listed else {})
-
-
 def _own_config(train, val):
     return Config({"train_dataloader": {"dataset": train}, "val_dataloader": {"dataset": val}})
 
@@ -183,8 +154,8 @@ OWN = {
 @pytest.mark.parametrize("name", OWN)
 def test_a_changed_byte_of_any_file_that_is_loaded_is_noticed(name, tmp_path):
     names, suffix, how = OWN[name]
-    root = _own_data(tmp_path / "own", names, suffix)
-    config = _own_config(*(_own_part(root, part, suffix, **how) for part in ("train", "val")))
+    root = write_data(tmp_path / "own", names, suffix)
+    config = _own_config(*(dataset(root, part, suffix, **how) for part in ("train", "val")))
     before = data_of(config)
     assert (len(before.trained), len(before.tested)) == (2, 2)
     (root / "unrelated.png").write_bytes(b"")
@@ -200,8 +171,8 @@ def test_a_changed_byte_of_any_file_that_is_loaded_is_noticed(name, tmp_path):
 
 
 def test_a_label_map_that_is_gone_or_an_image_that_is_cut_is_told_before_training(tmp_path):
-    root = _own_data(tmp_path / "own", ("image 1", "image 2"), "_mask.png")
-    config = _own_config(*(_own_part(root, part, "_mask.png") for part in ("train", "val")))
+    root = write_data(tmp_path / "own", ("image 1", "image 2"), "_mask.png")
+    config = _own_config(*(dataset(root, part, "_mask.png") for part in ("train", "val")))
     labels, image = root / "ann/val/val image 2_mask.png", root / "img/train/train image 1.png"
     content = labels.read_bytes()
     labels.unlink()
@@ -217,10 +188,10 @@ def test_a_label_map_that_is_gone_or_an_image_that_is_cut_is_told_before_trainin
 
 @pytest.mark.parametrize("rooted", [True, False])
 def test_a_part_elsewhere_belongs_to_the_data_wherever_it_is(rooted, tmp_path):
-    first, second = (_own_data(tmp_path / name, ("a", "b"), ".png") for name in ("first", "second"))
+    first, second = (write_data(tmp_path / name, ("a", "b"), ".png") for name in ("first", "second"))
 
     def found(train, val):
-        return data_of(_own_config(_own_part(train, "train", ".png"), _own_part(val, "val", ".png", rooted=rooted)))
+        return data_of(_own_config(dataset(train, "train", ".png"), dataset(val, "val", ".png", rooted=rooted)))
 
     before = found(first, second)
     assert (len(before.trained), len(before.tested)) == (2, 2)
@@ -229,15 +200,15 @@ def test_a_part_elsewhere_belongs_to_the_data_wherever_it_is(rooted, tmp_path):
     (tmp_path / "copy/ann/val/val_a.png").write_bytes((second / "ann/val/val_b.png").read_bytes())
     assert found(first, tmp_path / "copy").fingerprint != before.fingerprint
     shutil.rmtree(second)
-    config = _own_config(_own_part(first, "train", ".png"), _own_part(second, "val", ".png", rooted=rooted))
+    config = _own_config(dataset(first, "train", ".png"), dataset(second, "val", ".png", rooted=rooted))
     assert data_of(config).fingerprint is None
     with pytest.raises(ExperimentError, match=f"there is no data set in {second}"):
         require_data(config)
 
 
 def test_a_data_set_that_cannot_be_listed_is_one_line(tmp_path):
-    root = _own_data(tmp_path / "own", ("a", "b"), ".png")
-    whole = {part: _own_part(root, part, ".png") for part in ("train", "val")}
+    root = write_data(tmp_path / "own", ("a", "b"), ".png")
+    whole = {part: dataset(root, part, ".png") for part in ("train", "val")}
     for change in (
         {"ann_file": "none.txt"},
         {"img_suffix": ".jpg", "ann_file": ""},
