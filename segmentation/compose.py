@@ -38,7 +38,9 @@ def load_config(files: Sequence[str | Path], options: Mapping[str, Any] | None =
             raise ExperimentError(f"config {path} cannot be read: {type(error).__name__}: {error}") from None
         check_names(path, loaded, config)
         config.merge_from_dict(loaded.to_dict(), allow_list_keys=False)
-        config.merge_from_dict({"config_files": [*config.get("config_files", []), str(path)]}, allow_list_keys=False)
+        if "config_files" not in loaded:  # else a run wrote it, which is of the configs that it names
+            files_so_far = [*config.get("config_files", []), str(path)]
+            config.merge_from_dict({"config_files": files_so_far}, allow_list_keys=False)
     if options:
         config.merge_from_dict(dict(options))
     return config

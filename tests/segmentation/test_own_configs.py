@@ -8,6 +8,7 @@ import pytest
 from own_configs import dataset, settings, write_config, write_data
 
 from experiment import Record
+from lowrank import PerplexityTable
 from segmentation.cli import main
 
 
@@ -61,3 +62,22 @@ def test_what_fails_before_the_first_step_leaves_nothing_and_the_mended_command_
     assert main(words(command)) == 0
     if command == "train":
         assert Record.load(next(tmp_path.rglob("result.json"))).run.model == "net"
+
+
+def test_a_table_that_was_measured_for_a_config_gives_its_method_ranks(own, tmp_path, capsys):
+    content, words = own
+    set_at(content, "custom_hooks", 0, "method", {"type": "ASI"})
+    assert main(words("measure")) == 0
+    table = next(tmp_path.rglob("perplexity.json"))
+    budget = ["--budget-table", str(table), "--budget-mib", "0.1"]
+    assert PerplexityTable.load(table).model == "net"
+    assert main(words("train", *budget)) == 0
+    result = next(tmp_path.rglob("result.json"))
+    assert Record.load(result).run.model == "net"
+    capsys.readouterr()
+    assert main(["train", str(result.parent / "config.yaml"), "--runs-dir", str(tmp_path / "runs")]) == 0
+    assert "done already" in capsys.readouterr().out
+    set_at(content, "crop_size", None)
+    assert main(words("train", *budget)) == 2
+    (line,) = errors(capsys)
+    assert "set crop_size to the height and width" in line
