@@ -17,6 +17,7 @@ from segmentation import register, sweep
 from segmentation.compose import choose_depth, load_config, move_data, rescale
 from segmentation.config_names import check_options
 from segmentation.data.prepare import DATASETS, prepare
+from segmentation.parts import check_parts
 from segmentation.settings import check_settings
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def task_of(options: argparse.Namespace) -> Task:
     check_options(options.cfg_options, config)
     config.merge_from_dict(dict(options.cfg_options or {}))
     check_settings(config.to_dict())
+    check_parts(config.to_dict(), options.command)
     choose_depth(config, options.layers)
     if options.iterations is not None:
         rescale(config, options.iterations)

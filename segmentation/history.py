@@ -125,6 +125,11 @@ class History(Hook):
 
 
 def _share(metrics: Mapping[str, float], name: str) -> float:
+    if name not in metrics:
+        raise ExperimentError(
+            f"the validation gives no {name}, by which a run is judged, but {', '.join(metrics)}; have val_evaluator "
+            f"give it, as an IoUMetric with 'mIoU' among its iou_metrics does"
+        )
     value = float(metrics[name]) / 100
     if not math.isfinite(value):
         raise ExperimentError(

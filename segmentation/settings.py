@@ -9,6 +9,7 @@ from typing import Any
 from experiment import ExperimentError
 from experiment.method import check_precision
 from segmentation.compose import HOOK
+from segmentation.parts import at
 
 WHOLE = {  # settings that are whole numbers, with the least of each
     "randomness.seed": 0,
@@ -32,18 +33,18 @@ def check_settings(config: Mapping[str, Any]) -> None:
         ExperimentError: a setting that cannot work; names it and what is allowed.
     """
     for key, least in WHOLE.items():
-        value = _at(config, key)
+        value = at(config, key)
         if value is not None and (type(value) is not int or value < least):
             raise ExperimentError(f"{key} is {value!r}; allowed are whole numbers from {least}")
-    seed = _at(config, "randomness.seed")
+    seed = at(config, "randomness.seed")
     if seed is not None and seed > MOST_SEED:
         raise ExperimentError(f"randomness.seed is {seed}; allowed are whole numbers from 0 to {MOST_SEED}")
     for name in AT_LEAST_0:
-        value = _at(config, f"optim_wrapper.optimizer.{name}")
+        value = at(config, f"optim_wrapper.optimizer.{name}")
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and 0 <= value < math.inf):
             raise ExperimentError(f"optim_wrapper.optimizer.{name} is {value!r}; allowed are finite numbers from 0")
-    derive = _at(config, "perplexity.derive")
+    derive = at(config, "perplexity.derive")
     if derive is not None and type(derive) not in (bool, int):
         raise ExperimentError(f"perplexity.derive is {derive!r}; allowed: True, False and a number of products")
     hooks = config.get("custom_hooks") or []
@@ -52,10 +53,10 @@ def check_settings(config: Mapping[str, Any]) -> None:
     size = config.get("crop_size")
     if size is not None and not _is_size(size):
         raise ExperimentError(f"crop_size is {size!r}; allowed are two whole numbers from 1")
-    if _at(config, "optim_wrapper.type") == "AmpOptimWrapper":
+    if at(config, "optim_wrapper.type") == "AmpOptimWrapper":
         _need_accelerator()
         own = [hook.get("method") for hook in hooks if hook["type"] == HOOK]
-        for method in (_at(config, "lowrank.method"), *own):
+        for method in (at(config, "lowrank.method"), *own):
             check_precision(method, "optim_wrapper.type is AmpOptimWrapper, mixed precision,")
 
 
@@ -71,12 +72,3 @@ def _need_accelerator() -> None:
             "optim_wrapper.type is AmpOptimWrapper, mixed precision, which needs an accelerator, and there is none; "
             "leave --amp out, or set it to OptimWrapper"
         )
-
-
-def _at(config: Mapping[str, Any], key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(name)
-    return value
