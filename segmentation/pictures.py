@@ -32,9 +32,11 @@ def picture(runs: Sequence[Path], output: Path, count: int = 4) -> None:
     """Write a PNG with a row per validation image, the first `count` of them, and a column per run.
 
     Raises:
-        ExperimentError: a folder without a finished run, runs of different data sets, or an output that cannot be
-            written.
+        ExperimentError: no images are asked for, a folder without a finished run, runs of different data sets, or an
+            output that cannot be written.
     """
+    if count < 1:
+        raise ExperimentError(f"--count is {count}; allowed are whole numbers from 1")
     records = {run: Record.load(run / RESULT) for run in runs}
     if len({record.run.dataset for record in records.values()}) != 1:
         raise ExperimentError("the runs are of different data sets; give runs of one")

@@ -11,8 +11,10 @@ from own_configs import dataset, settings, write_config, write_data
 
 from experiment import ExperimentError, Record
 from lowrank import PerplexityTable
-from segmentation.cli import main
+from segmentation.cli import main, parser, task_of
 from segmentation.history import History
+
+EPOCHS = {"type": "EpochBasedTrainLoop", "max_epochs": 2}
 
 
 @pytest.fixture
@@ -135,3 +137,57 @@ def test_a_measure_of_ones_own_that_tells_no_miou_is_one_line(tmp_path):
     history.history.step_end(runner.model, 0.5)
     with pytest.raises(ExperimentError, match="gives no mIoU, by which a run is judged, but Dice, aAcc;"):
         history.after_val_epoch(runner, {"Dice": 1.0, "aAcc": 1.0})
+
+
+REFUSED = {
+    "length of epochs": ([("train_cfg", EPOCHS)], ["--iterations", "2"], "train_cfg has no max_iters; give"),
+    "unnamed data": ([], ["--data-dir", "data"], "names its data set, a folder in there, as dataset = 'NAME'"),
+    "data in two folders": (
+        [("dataset", "own"), ("val_dataloader", "dataset", "data_root", "elsewhere")],
+        ["--data-dir", "data"],
+        "whose data are below one data_root; this one has ",
+    ),
+    "no training data": ([("train_dataloader", None)], [], "the config has no train_dataloader.batch_size, train_data"),
+    "no optimizer": ([("optim_wrapper", None)], [], "the config has no optim_wrapper, and train needs"),
+    "data nowhere": (
+        [("train_dataloader", "dataset", {"type": "BaseSegDataset"})],
+        [],
+        "train_dataloader.dataset does not say where it is",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_one_line(name, own, tmp_path, capsys):
+    changes, options, message = REFUSED[name]
+    refused("train", changes, message, own, tmp_path, capsys, options)
+
+
+def test_a_picture_has_images(tmp_path, capsys):
+    assert main(["picture", str(tmp_path), "--output", str(tmp_path / "p.png"), "--count", "0"]) == 2
+    assert capsys.readouterr().err == "error: --count is 0; allowed are whole numbers from 1\n"
+
+
+def test_a_schedule_gets_shorter_with_the_run_whatever_is_left_to_mmengine(own):
+    content, words = own
+    schedulers = [
+        {"type": "LinearLR", "start_factor": 0.1, "end": 100, "by_epoch": False},
+        {"type": "CosineAnnealingLR", "begin": 100, "T_max": 300, "by_epoch": False},
+        {"type": "MultiStepLR", "milestones": [200, 300], "by_epoch": False},
+    ]
+    for given in (None, schedulers[0], schedulers):
+        set_at(content, "train_cfg", {"type": "IterBasedTrainLoop", "max_iters": 400})
+        if given is not None:
+            set_at(content, "param_scheduler", given)
+        task = task_of(parser().parse_args(words("train", "--iterations", "40")))
+        assert (task.config.train_cfg.max_iters, task.config.train_cfg.val_interval) == (40, 100)
+    linear, cosine, steps = task.config.param_scheduler
+    assert (linear.end, cosine.begin, cosine.T_max, steps.milestones) == (10, 10, 30, [20, 30])
+
+
+def test_data_in_two_folders_and_by_full_paths_are_trained_on(own, tmp_path):
+    content, words = own
+    set_at(content, "val_dataloader", "dataset", dataset(write_data(tmp_path / "other"), "val", rooted=False))
+    assert main(words("train", "--iterations", "2")) == 0
+    record = Record.load(next(tmp_path.rglob("result.json")))
+    assert len(record.provenance["data_fingerprint"]) == 16
