@@ -22,6 +22,10 @@ WHOLE = {  # settings that are whole numbers, with the least of each
     "val_dataloader.num_workers": 0,
     "model.decode_head.num_classes": 1,
 }
+PARTS = (  # settings that hold others
+    *("model", "train_cfg", "val_cfg", "optim_wrapper", "default_hooks", "randomness", "lowrank", "lowrank.method"),
+    *("train_dataloader", "train_dataloader.dataset", "val_dataloader", "val_dataloader.dataset"),
+)
 AT_LEAST_0 = ("lr", "momentum", "weight_decay")  # of the optimizer
 MOST_SEED = 2**32 - 1  # of numpy's generators
 
@@ -32,6 +36,10 @@ def check_settings(config: Mapping[str, Any]) -> None:
     Raises:
         ExperimentError: a setting that cannot work; names it and what is allowed.
     """
+    for key in PARTS:
+        value = at(config, key)
+        if value is not None and not isinstance(value, Mapping):
+            raise ExperimentError(f"{key} is {str(value)[:200]!r}; allowed are settings by their names, as {key}.NAME")
     for key, least in WHOLE.items():
         value = at(config, key)
         if value is not None and (type(value) is not int or value < least):
@@ -47,9 +55,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
     derive = at(config, "perplexity.derive")
     if derive is not None and type(derive) not in (bool, int):
         raise ExperimentError(f"perplexity.derive is {derive!r}; allowed: True, False and a number of products")
-    hooks = config.get("custom_hooks") or []
-    if not isinstance(hooks, Sequence) or not all(isinstance(hook, Mapping) and "type" in hook for hook in hooks):
-        raise ExperimentError(f"custom_hooks is {str(hooks)[:200]}; allowed is a list of settings, each with its type")
+    hooks = _hooks(config)
     size = config.get("crop_size")
     if size is not None and not _is_size(size):
         raise ExperimentError(f"crop_size is {size!r}; allowed are two whole numbers from 1")
@@ -58,6 +64,17 @@ def check_settings(config: Mapping[str, Any]) -> None:
         own = [hook.get("method") for hook in hooks if hook["type"] == HOOK]
         for method in (at(config, "lowrank.method"), *own):
             check_precision(method, "optim_wrapper.type is AmpOptimWrapper, mixed precision,")
+
+
+def _hooks(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    hooks: Any = config.get("custom_hooks") or []
+    if not isinstance(hooks, Sequence) or not all(isinstance(hook, Mapping) and "type" in hook for hook in hooks):
+        raise ExperimentError(f"custom_hooks is {str(hooks)[:200]}; allowed is a list of settings, each with its type")
+    for hook in hooks:
+        if hook["type"] == HOOK and not isinstance(hook.get("method"), Mapping):
+            method = str(hook.get("method"))[:200]
+            raise ExperimentError(f"the method of {HOOK} is {method!r}; allowed are settings with a type, as of HOSVD")
+    return hooks
 
 
 def _is_size(size: Any) -> bool:

@@ -141,6 +141,17 @@ def test_a_measure_of_ones_own_that_tells_no_miou_is_one_line(tmp_path):
 
 REFUSED = {
     "length of epochs": ([("train_cfg", EPOCHS)], ["--iterations", "2"], "train_cfg has no max_iters; give"),
+    "two lengths": (
+        [],
+        ["--iterations", "4", "--cfg-options", "train_cfg.max_iters=6"],
+        "--iterations and --cfg-options train_cfg.max_iters both set the length of the run; give one of them",
+    ),
+    "a part in words": ([], ["--cfg-options", "train_cfg={'max_iters':6}"], "train_cfg is "),
+    "a method in words": (
+        [],
+        ["--cfg-options", "custom_hooks.0.method={'type':'ASI'}"],
+        "the method of LowRankHook is ",
+    ),
     "unnamed data": ([], ["--data-dir", "data"], "names its data set, a folder in there, as dataset = 'NAME'"),
     "data in two folders": (
         [("dataset", "own"), ("val_dataloader", "dataset", "data_root", "elsewhere")],
