@@ -34,6 +34,7 @@ from lowrank import converted_layers
 from segmentation.batches import first_batch, first_batches, logits, segmentation_loss, training_mode
 from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
 from segmentation.compose import class_count, datasets, hook_settings, with_naming_readers
+from segmentation.data.draws import place_draws
 from segmentation.data.registry import data_of, require_data
 from segmentation.history import Begun, History
 from segmentation.hook import LowRankHook, unwrapped
@@ -229,6 +230,12 @@ def _for_runner(config: Config, folder: RunFolder, checkpoint: Path | None) -> C
     for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if config.get(key):
             config[key].setdefault("worker_init_fn", {"type": "worker_of_run", "seed": config.randomness.seed})
+    unplaced = place_draws(config)
+    if checkpoint is not None and unplaced is not None:
+        say(
+            f"warning: train_dataloader has a sampler of type {unplaced}, so the augmentation of this resumed run is "
+            f"not that of a run without a break; with InfiniteSampler or DefaultSampler it is"
+        )
     if checkpoint is not None:
         config.load_from, config.resume = str(checkpoint), True
     if place().count > 1:
