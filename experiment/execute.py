@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from experiment.errors import InUseError
 from experiment.folder import RunFolder, Status
@@ -35,13 +35,13 @@ def nothing_to_do(run: Run, folder: RunFolder, dry_run: bool) -> str | None:
 
 
 @contextlib.contextmanager
-def locked(run: Run, folder: RunFolder, config: str) -> Iterator[None]:
+def locked(run: Run, folder: RunFolder, config: str, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Hold the folder of a run that is to be done; see `experiment.RunFolder.locked`.
 
     Raises:
         InUseError: another process is at work in it, or has done the run since it was looked at.
     """
-    with folder.locked(config):
+    with folder.locked(config, begun):
         if nothing_to_do(run, folder, dry_run=False) is not None:
             raise InUseError(f"another process has just done {run}; its result is {folder.result}")
         yield

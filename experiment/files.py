@@ -6,8 +6,9 @@ import contextlib
 import fcntl
 import os
 import secrets
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -85,6 +86,23 @@ def remove_parts(folder: Path) -> None:
     for pattern in (f".*{PART}", f"*/.*{PART}"):
         for part in folder.glob(pattern):
             part.unlink(missing_ok=True)
+
+
+def remove_all(paths: Iterable[Path]) -> None:
+    """Remove files and folders with what is in them, as far as that can be done."""
+    for path in list(paths):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, each of which is in the one behind it, up to the first that holds something else."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 @contextlib.contextmanager

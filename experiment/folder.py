@@ -7,14 +7,14 @@ import enum
 import functools
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from experiment.checkpoints import BEST, PREVIOUS
 from experiment.errors import ExperimentError
-from experiment.files import remove_parts, write_whole
+from experiment.files import remove_all, remove_empty, remove_parts, write_whole
 from experiment.lock import hold
 from experiment.record import Record, Run, is_result
 from experiment.sources import Sources, method_sources, require_same, save_sources
@@ -172,32 +172,46 @@ class RunFolder:
         return content if isinstance(content, dict) else {}
 
     @contextlib.contextmanager
-    def locked(self, config: str) -> Iterator[None]:
+    def locked(self, config: str, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
         """Make the folder, hold its lock, and write the config beside the identity.
 
         Args:
             config: the resolved config as YAML, from which the run can be started again.
+            begun: whether there is something of the run to keep. What fails while there is not, in a folder that was
+                not there or empty, leaves nothing behind.
 
         Raises:
             ExperimentError: the folder cannot be written.
             InUseError: another process is at work in it; says which.
         """
+        made = [one for one in (self.path, *self.path.parents) if not one.exists()]
         with contextlib.ExitStack() as stack:
             try:
                 if self.result.is_dir():
                     raise IsADirectoryError(0, f"{self.result.name} is a folder")
                 self._last.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(hold(self.path))
+                unmade = stack.enter_context(contextlib.ExitStack())  # what is left to do once the lock is gone
+                lock = stack.enter_context(hold(self.path))
             except OSError as error:
                 raise ExperimentError(
                     f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs-dir"
                 ) from None
             remove_parts(self.path)
-            write_whole(self.path / CONFIG, config)
-            identity = self.identity | ({DATA: self.data_fingerprint} if self.data_fingerprint else {})
-            save_sources(self.path, self.sources)
-            write_whole(self.path / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n")
-            yield
+            fresh = not any(path.is_file() for path in self.path.rglob("*") if path != lock)
+            try:
+                self._say_which(config)
+                yield
+            except BaseException:
+                if fresh and not begun():
+                    remove_all(path for path in self.path.iterdir() if path != lock)
+                    unmade.callback(remove_empty, made)
+                raise
+
+    def _say_which(self, config: str) -> None:
+        write_whole(self.path / CONFIG, config)
+        identity = self.identity | ({DATA: self.data_fingerprint} if self.data_fingerprint else {})
+        save_sources(self.path, self.sources)
+        write_whole(self.path / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n")
 
 
 def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Low-rank activations in MMSegmentation: importing this package registers the hook `LowRankHook`,
-and for exact resuming the sampler `PlacedSampler` and the data set wrapper `PlacedDataset`.
+and for exact resuming the samplers `PlacedSampler` and `PlacedEpochs` and the data set wrapper `PlacedDataset`, which
+`python -m segmentation train` puts in the place of MMEngine's own.
 
 In a config of your own:
 
@@ -16,10 +17,10 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from segmentation.data.draws import PlacedDataset, PlacedSampler
+    from segmentation.data.draws import PlacedDataset, PlacedEpochs, PlacedSampler
     from segmentation.hook import LowRankHook
 
-__all__ = ["LowRankHook", "PlacedDataset", "PlacedSampler"]
+__all__ = ["LowRankHook", "PlacedDataset", "PlacedEpochs", "PlacedSampler"]
 
 
 def register() -> dict[str, Any]:
@@ -27,10 +28,12 @@ def register() -> dict[str, Any]:
     # MMSegmentation prints that it does without a package that is not used here.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.filterwarnings("ignore", "Fail to import")  # a part of MMCV that is not used here
-        from segmentation.data.draws import PlacedDataset, PlacedSampler
+        from segmentation.data.draws import PlacedDataset, PlacedEpochs, PlacedSampler
         from segmentation.data.reading import NamedImage, NamedLabels
         from segmentation.hook import LowRankHook
-    return {one.__name__: one for one in (LowRankHook, PlacedDataset, PlacedSampler, NamedImage, NamedLabels)}
+    return {
+        one.__name__: one for one in (LowRankHook, PlacedDataset, PlacedEpochs, PlacedSampler, NamedImage, NamedLabels)
+    }
 
 
 def __getattr__(name: str) -> Any:

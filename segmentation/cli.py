@@ -15,12 +15,15 @@ from experiment.launching import run_all
 from experiment.processes import alone, place
 from segmentation import register, sweep
 from segmentation.compose import choose_depth, load_config, move_data, rescale
+from segmentation.config_names import check_options
 from segmentation.data.prepare import DATASETS, prepare
-from segmentation.settings import check_options, check_settings
+from segmentation.parts import check_parts
+from segmentation.settings import check_settings
 
 if TYPE_CHECKING:
     from segmentation.training import Task
 
+LENGTHS = ("train_cfg.max_iters", "train_cfg.max_epochs")
 HELP = ("--help", "-h")
 PICTURE = "Draw the first validation images: input, truth, and the prediction of each run's last weights."
 PREPARE = "Write a data set in the layout that is read, from its archives as published, or digit scenes from nothing."
@@ -115,8 +118,10 @@ def task_of(options: argparse.Namespace) -> Task:
     check_options(options.cfg_options, config)
     config.merge_from_dict(dict(options.cfg_options or {}))
     check_settings(config.to_dict())
+    check_parts(config.to_dict(), options.command)
     choose_depth(config, options.layers)
     if options.iterations is not None:
+        _require_one_length(options)
         rescale(config, options.iterations)
     if options.data_dir is not None:
         move_data(config, options.data_dir)
@@ -142,6 +147,15 @@ def task_of(options: argparse.Namespace) -> Task:
     started = options.launcher != "none"
     config.processes = place().count if started else options.processes or config.get("processes", 1)
     return Task(config, options.runs_dir, options.work_dir, options.dry_run)
+
+
+def _require_one_length(options: argparse.Namespace) -> None:
+    """Refuse `--iterations` beside an option that sets the length as well, to which no schedule would be fitted."""
+    for key in LENGTHS:
+        if key in (options.cfg_options or {}):
+            raise ExperimentError(
+                f"--iterations and --cfg-options {key} both set the length of the run; give one of them"
+            )
 
 
 def _limit(config: Config, limit: float) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from mmengine.config import Config, ConfigDict
 
 from experiment import ExperimentError
 from experiment.strict_yaml import check_yaml_file
+from segmentation.config_names import check_names
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "segmentation"
 HOOK = "LowRankHook"
+LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+_PLACES = {"data_root", "data_prefix", "ann_file"}  # what tells a data set's config from that of one around others
 _NAMING = {"LoadImageFromFile": "NamedImage", "LoadAnnotations": "NamedLabels"}
 
 
@@ -21,7 +25,7 @@ def load_config(files: Sequence[str | Path], options: Mapping[str, Any] | None =
     """The files merged in their order, a later one over an earlier one, and the options over all.
 
     Raises:
-        ExperimentError: a file is missing or is not a config.
+        ExperimentError: a file is missing, is not a config, or has a name that is nearly one that is read.
     """
     config = Config()
     for path in files:
@@ -33,8 +37,11 @@ def load_config(files: Sequence[str | Path], options: Mapping[str, Any] | None =
             raise
         except (Exception, SystemExit) as error:  # a config is code, which may fail in any way
             raise ExperimentError(f"config {path} cannot be read: {type(error).__name__}: {error}") from None
+        check_names(path, loaded, config)
         config.merge_from_dict(loaded.to_dict(), allow_list_keys=False)
-        config.merge_from_dict({"config_files": [*config.get("config_files", []), str(path)]}, allow_list_keys=False)
+        if "config_files" not in loaded:  # else a run wrote it, which is of the configs that it names
+            files_so_far = [*config.get("config_files", []), str(path)]
+            config.merge_from_dict({"config_files": files_so_far}, allow_list_keys=False)
     if options:
         config.merge_from_dict(dict(options))
     return config
@@ -112,20 +119,45 @@ def hook_settings(config: Config) -> dict[str, Any] | None:
 
 
 def rescale(config: Config, iterations: int) -> None:
-    """Make the run as long as this, with schedule, validations and checkpoints in proportion, in place."""
+    """Make the run as long as this, with schedule, validations and checkpoints in proportion, in place.
+
+    Raises:
+        ExperimentError: it is no length, or the run is not counted in iterations.
+    """
     if iterations < 1:
         raise ExperimentError(f"--iterations is {iterations}; allowed are whole numbers from 1")
-    share = iterations / config.train_cfg.max_iters
+    length = config.train_cfg.get("max_iters")
+    if length is None:
+        raise ExperimentError(
+            "--iterations is for a run that is counted in iterations, and train_cfg has no max_iters; give "
+            "--cfg-options train_cfg.max_epochs=N, or a train_cfg with IterBasedTrainLoop and max_iters"
+        )
+    share = iterations / length
 
     def scaled(number: int) -> int:
         return max(1, round(number * share))
 
-    config.train_cfg.update(max_iters=iterations, val_interval=scaled(config.train_cfg.val_interval))
-    checkpoint = config.default_hooks.checkpoint
-    checkpoint.interval = scaled(checkpoint.interval)
-    for scheduler in config.param_scheduler:
-        scheduler.begin, scheduler.end = round(scheduler.begin * share), scaled(scheduler.end)
-    config.param_scheduler = [scheduler for scheduler in config.param_scheduler if scheduler.begin < scheduler.end]
+    config.train_cfg.update(max_iters=iterations, val_interval=scaled(config.train_cfg.get("val_interval", 1000)))
+    checkpoint = (config.get("default_hooks") or {}).get("checkpoint") or {}
+    if checkpoint.get("interval", -1) > 0:
+        checkpoint["interval"] = scaled(checkpoint["interval"])
+    given = config.get("param_scheduler") or []
+    schedulers = [given] if isinstance(given, Mapping) else list(given)
+    for scheduler in schedulers:
+        _rescale_schedule(scheduler, share, scaled)
+    if given:
+        config.param_scheduler = [one for one in schedulers if one.get("begin", 0) < one.get("end", math.inf)]
+
+
+def _rescale_schedule(scheduler: Any, share: float, scaled: Callable[[int], int]) -> None:
+    """Make what a scheduler says in iterations shorter or longer, in place."""
+    if "begin" in scheduler:
+        scheduler["begin"] = round(scheduler["begin"] * share)
+    for name in ("end", "T_max", "total_steps", "total_iters", "step_size"):
+        if scheduler.get(name) not in (None, math.inf):
+            scheduler[name] = scaled(scheduler[name])
+    if "milestones" in scheduler:
+        scheduler["milestones"] = [scaled(one) for one in scheduler["milestones"]]
 
 
 def with_naming_readers(config: Config) -> Config:
@@ -153,12 +185,32 @@ def _dictionaries(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def datasets(config: Any) -> list[dict[str, Any]]:
-    """Every data set's config in a config or a part of one, those inside of others included."""
-    parts = _dictionaries(config._cfg_dict if isinstance(config, Config) else config)
-    return [part for part in parts if "data_root" in part and "type" in part]
+    """Every data set's config in a config's loaders, or in a part of one, those inside of others included.
+
+    What a config says of data sets outside of its loaders, as variables, is not loaded.
+    """
+    if isinstance(config, Config):
+        return [part for name in LOADERS for part in datasets(config.get(name))]
+    return [part for part in _dictionaries(config) if "type" in part and _PLACES & part.keys()]
 
 
 def move_data(config: Config, data_dir: Path) -> None:
-    """Read the data set from `data_dir/<dataset>`, in place."""
-    for part in datasets(config):
-        part["data_root"] = str(data_dir / config.dataset)
+    """Read the data set from `data_dir/<dataset>`, in place.
+
+    Raises:
+        ExperimentError: the config does not name its data set, or has not one `data_root`.
+    """
+    name, parts = config.get("dataset"), datasets(config)
+    roots = sorted({str(part.get("data_root")) for part in parts})
+    if not name:
+        raise ExperimentError(
+            "--data-dir is for a config that names its data set, a folder in there, as dataset = 'NAME'; this one has "
+            f"data_root {', '.join(roots)}: change that"
+        )
+    if len(roots) > 1 or not all(part.get("data_root") for part in parts):
+        raise ExperimentError(
+            f"--data-dir is for a config whose data are below one data_root; this one has {', '.join(roots)}: change "
+            f"that"
+        )
+    for part in parts:
+        part["data_root"] = str(data_dir / name)

@@ -21,6 +21,22 @@ from segmentation.hook import unwrapped
 KEY = "lowrank_run_history"  # of a checkpoint
 
 
+class Begun(Hook):
+    """Whether a step was made."""
+
+    priority = "VERY_HIGH"
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def after_train_iter(self, runner: Any, *arguments: Any, **options: Any) -> None:
+        """One was."""
+        self._begun = True
+
+    def __call__(self) -> bool:
+        return self._begun
+
+
 class History(Hook):
     """Forwards MMEngine's events to the run's history, and carries that through checkpoints.
 
@@ -109,6 +125,11 @@ class History(Hook):
 
 
 def _share(metrics: Mapping[str, float], name: str) -> float:
+    if name not in metrics:
+        raise ExperimentError(
+            f"the validation gives no {name}, by which a run is judged, but {', '.join(metrics)}; have val_evaluator "
+            f"give it, as an IoUMetric with 'mIoU' among its iou_metrics does"
+        )
     value = float(metrics[name]) / 100
     if not math.isfinite(value):
         raise ExperimentError(

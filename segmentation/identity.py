@@ -61,16 +61,22 @@ def run_of(config: Config, method: str) -> Run:
     Raises:
         ExperimentError: a setting that no run can have.
     """
-    files = config.get("config_files") or ["config"]
     return Run(
         task="segmentation",
         setup=config.get("stage", "finetune"),
-        model=config.get("network", Path(files[-1]).stem),
+        model=network_of(config),
         dataset=config.get("dataset", config.train_dataloader.dataset.type),
         method=method,
         layers=config.get("layers", "all"),
         seed=config.randomness.seed,
     )
+
+
+def network_of(config: Config) -> str:
+    """The name of a config's network in records, folders and perplexity tables: its `network`, or that of its file."""
+    files = config.get("config_files") or ["config"]
+    name: str = config.get("network", Path(files[-1]).stem)
+    return name
 
 
 def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]:
@@ -146,5 +152,10 @@ def _weights(source: str | None) -> str | None:
 
 def _budget(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
     """The budget by its content."""
+    if config.get("crop_size") is None:
+        raise ExperimentError(
+            "a budget is for images of one size, which the config does not say; set crop_size to the height and width "
+            "that its pipeline gives, such as crop_size = (512, 512)"
+        )
     batch_shape = (config.train_dataloader.batch_size, 3, *config.crop_size)
-    return Budget(**settings).identity(config.get("network"), batch_shape)
+    return Budget(**settings).identity(network_of(config), batch_shape)

@@ -13,7 +13,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mmengine.dataset import pseudo_collate
 from mmseg.registry import DATASETS, MODELS
-from mmseg.utils import register_all_modules
 from numpy.typing import NDArray
 
 from experiment import ExperimentError, Record
@@ -23,7 +22,7 @@ from experiment.folder import CONFIG
 from experiment.record import RESULT
 from segmentation.checkpoints import load_weights, read_safely_everywhere
 from segmentation.compose import read_run_config
-from segmentation.training import quietly
+from segmentation.quiet import register_modules
 
 Classes = NDArray[np.int64]
 IGNORED, IGNORED_COLOUR = 255, (224, 224, 192)
@@ -33,14 +32,15 @@ def picture(runs: Sequence[Path], output: Path, count: int = 4) -> None:
     """Write a PNG with a row per validation image, the first `count` of them, and a column per run.
 
     Raises:
-        ExperimentError: a folder without a finished run, runs of different data sets, or an output that cannot be
-            written.
+        ExperimentError: no images are asked for, a folder without a finished run, runs of different data sets, or an
+            output that cannot be written.
     """
+    if count < 1:
+        raise ExperimentError(f"--count is {count}; allowed are whole numbers from 1")
     records = {run: Record.load(run / RESULT) for run in runs}
     if len({record.run.dataset for record in records.values()}) != 1:
         raise ExperimentError("the runs are of different data sets; give runs of one")
-    with quietly():
-        register_all_modules(init_default_scope=True)
+    register_modules()
     read_safely_everywhere()
     config = read_run_config(runs[0] / CONFIG)
     dataset = DATASETS.build(config.val_dataloader.dataset)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from experiment import ExperimentError
 from experiment.method import check_precision
 from segmentation.compose import HOOK
+from segmentation.parts import at
 
 WHOLE = {  # settings that are whole numbers, with the least of each
     "randomness.seed": 0,
@@ -22,17 +22,12 @@ WHOLE = {  # settings that are whole numbers, with the least of each
     "val_dataloader.num_workers": 0,
     "model.decode_head.num_classes": 1,
 }
+PARTS = (  # settings that hold others
+    *("model", "train_cfg", "val_cfg", "optim_wrapper", "default_hooks", "randomness", "lowrank", "lowrank.method"),
+    *("train_dataloader", "train_dataloader.dataset", "val_dataloader", "val_dataloader.dataset"),
+)
 AT_LEAST_0 = ("lr", "momentum", "weight_decay")  # of the optimizer
 MOST_SEED = 2**32 - 1  # of numpy's generators
-OWN = {"stage", "network", "dataset", "layers", "lowrank", "depths", "perplexity", "crop_size", "weights"}
-OTHERS = {
-    "_base_",
-    "custom_imports",
-    "find_unused_parameters",
-    "model_wrapper_cfg",
-    "sync_bn",
-    "activation_checkpointing",
-}
 
 
 def check_settings(config: Mapping[str, Any]) -> None:
@@ -41,48 +36,45 @@ def check_settings(config: Mapping[str, Any]) -> None:
     Raises:
         ExperimentError: a setting that cannot work; names it and what is allowed.
     """
+    for key in PARTS:
+        value = at(config, key)
+        if value is not None and not isinstance(value, Mapping):
+            raise ExperimentError(f"{key} is {str(value)[:200]!r}; allowed are settings by their names, as {key}.NAME")
     for key, least in WHOLE.items():
-        value = _at(config, key)
+        value = at(config, key)
         if value is not None and (type(value) is not int or value < least):
             raise ExperimentError(f"{key} is {value!r}; allowed are whole numbers from {least}")
-    seed = _at(config, "randomness.seed")
+    seed = at(config, "randomness.seed")
     if seed is not None and seed > MOST_SEED:
         raise ExperimentError(f"randomness.seed is {seed}; allowed are whole numbers from 0 to {MOST_SEED}")
     for name in AT_LEAST_0:
-        value = _at(config, f"optim_wrapper.optimizer.{name}")
+        value = at(config, f"optim_wrapper.optimizer.{name}")
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and 0 <= value < math.inf):
             raise ExperimentError(f"optim_wrapper.optimizer.{name} is {value!r}; allowed are finite numbers from 0")
-    derive = _at(config, "perplexity.derive")
+    derive = at(config, "perplexity.derive")
     if derive is not None and type(derive) not in (bool, int):
         raise ExperimentError(f"perplexity.derive is {derive!r}; allowed: True, False and a number of products")
-    hooks = config.get("custom_hooks") or []
-    if not isinstance(hooks, Sequence) or not all(isinstance(hook, Mapping) and "type" in hook for hook in hooks):
-        raise ExperimentError(f"custom_hooks is {str(hooks)[:200]}; allowed is a list of settings, each with its type")
+    hooks = _hooks(config)
     size = config.get("crop_size")
     if size is not None and not _is_size(size):
         raise ExperimentError(f"crop_size is {size!r}; allowed are two whole numbers from 1")
-    if _at(config, "optim_wrapper.type") == "AmpOptimWrapper":
+    if at(config, "optim_wrapper.type") == "AmpOptimWrapper":
         _need_accelerator()
         own = [hook.get("method") for hook in hooks if hook["type"] == HOOK]
-        for method in (_at(config, "lowrank.method"), *own):
+        for method in (at(config, "lowrank.method"), *own):
             check_precision(method, "optim_wrapper.type is AmpOptimWrapper, mixed precision,")
 
 
-def check_options(options: Mapping[str, Any] | None, config: Mapping[str, Any]) -> None:
-    """Refuse an option of the command line that is of nothing in the config, nor of MMEngine: a typo.
-
-    Raises:
-        ExperimentError: there is one; names it.
-    """
-    from mmengine.runner import Runner
-
-    known = {*config, *inspect.signature(Runner.__init__).parameters, *OWN, *OTHERS}
-    for key in options or {}:
-        name = key.partition(".")[0]
-        if name not in known:
-            listed = ", ".join(sorted(str(one) for one in config))
-            raise ExperimentError(f"--cfg-options has {key!r}, and nothing is called {name!r}; the config has {listed}")
+def _hooks(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    hooks: Any = config.get("custom_hooks") or []
+    if not isinstance(hooks, Sequence) or not all(isinstance(hook, Mapping) and "type" in hook for hook in hooks):
+        raise ExperimentError(f"custom_hooks is {str(hooks)[:200]}; allowed is a list of settings, each with its type")
+    for hook in hooks:
+        if hook["type"] == HOOK and not isinstance(hook.get("method"), Mapping):
+            method = str(hook.get("method"))[:200]
+            raise ExperimentError(f"the method of {HOOK} is {method!r}; allowed are settings with a type, as of HOSVD")
+    return hooks
 
 
 def _is_size(size: Any) -> bool:
@@ -97,12 +89,3 @@ def _need_accelerator() -> None:
             "optim_wrapper.type is AmpOptimWrapper, mixed precision, which needs an accelerator, and there is none; "
             "leave --amp out, or set it to OptimWrapper"
         )
-
-
-def _at(config: Mapping[str, Any], key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(name)
-    return value

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from logging import FileHandler
 from pathlib import Path
@@ -19,7 +16,6 @@ from mmengine.logging import MMLogger
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.visualization import TensorboardVisBackend
 from mmseg.registry import DATASETS, MODELS
-from mmseg.utils import register_all_modules
 
 from experiment import ExperimentError, Record, RunFolder
 from experiment import Run as RunName
@@ -38,8 +34,9 @@ from lowrank import converted_layers
 from segmentation.batches import first_batch, first_batches, logits, segmentation_loss, training_mode
 from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
 from segmentation.compose import class_count, datasets, hook_settings, with_naming_readers
+from segmentation.data.draws import place_draws
 from segmentation.data.registry import data_of, require_data
-from segmentation.history import History
+from segmentation.history import Begun, History
 from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import (
     MEASURED,
@@ -50,6 +47,7 @@ from segmentation.identity import (
     perplexity_settings,
     run_of,
 )
+from segmentation.quiet import quietly, register_modules
 from segmentation.saving import WholeCheckpoints
 from segmentation.start import share_out
 
@@ -120,9 +118,10 @@ def train(task: Task, work: Work | None = None) -> Record | None:
     if folder is None:
         return None
     records: list[Record] = []
-    with first_holds(locked(name, folder, as_yaml(task.config))):
+    begun = Begun()
+    with first_holds(locked(name, folder, as_yaml(task.config), begun)):
         checkpoint = first_does(lambda: _resumed(name, folder))
-        runner, history = _trained(task, folder, checkpoint)
+        runner, history = _trained(task, folder, checkpoint, begun)
 
         def save() -> None:
             record = _record(task, name, runner, history, folder)
@@ -151,9 +150,10 @@ def _resumed(name: RunName, folder: RunFolder) -> Path | None:
     return newest(folder.path, folder.identity_hash) if resumes else None
 
 
-def _trained(task: Task, folder: RunFolder, checkpoint: Path | None) -> tuple[Runner, History]:
+def _trained(task: Task, folder: RunFolder, checkpoint: Path | None, begun: Begun) -> tuple[Runner, History]:
     runner, history = _runner(_for_runner(task.config, folder, checkpoint)), History(folder.path)
-    runner.register_hook(history)
+    for hook in (begun, history):
+        runner.register_hook(hook)
     with held(later=True):
         runner.train()
     return runner, history
@@ -164,22 +164,13 @@ def _runner(config: Config) -> Runner:
         return Runner.from_cfg(config)
 
 
-@contextmanager
-def quietly() -> Iterator[None]:
-    """The log goes to its file, the terminal shows the run's own lines: a logger keeps the stream it is made with."""
-    nowhere = Path(os.devnull).open("w")  # noqa: SIM115 - open as long as the logger lives
-    with redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
-
-
 def require_classes(config: Config) -> None:
     """Refuse a network of another number of classes than its data sets have.
 
     Raises:
         ExperimentError: see above.
     """
-    with quietly():
-        register_all_modules(init_default_scope=True)
+    register_modules()
     count = class_count(config)
     for part in datasets(config):
         kind = DATASETS.get(part["type"])
@@ -199,8 +190,8 @@ def require_weights(config: Config) -> None:
     source = config.get("load_from")
     if source:
         content = CheckpointLoader.load_checkpoint(source, "cpu", logger="silent")
+        register_modules()
         with quietly():
-            register_all_modules(init_default_scope=True)
             model = MODELS.build(config.model)
         check_fit(model, content, source)
 
@@ -239,6 +230,12 @@ def _for_runner(config: Config, folder: RunFolder, checkpoint: Path | None) -> C
     for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if config.get(key):
             config[key].setdefault("worker_init_fn", {"type": "worker_of_run", "seed": config.randomness.seed})
+    unplaced = place_draws(config)
+    if checkpoint is not None and unplaced is not None:
+        say(
+            f"warning: train_dataloader has a sampler of type {unplaced}, so the augmentation of this resumed run is "
+            f"not that of a run without a break; with InfiniteSampler or DefaultSampler it is"
+        )
     if checkpoint is not None:
         config.load_from, config.resume = str(checkpoint), True
     if place().count > 1:
@@ -296,7 +293,7 @@ def measure(task: Task, work: Work | None = None) -> Path | None:
 
 
 def _measure(task: Task, name: RunName, folder: RunFolder) -> None:
-    with locked(name, folder, as_yaml(task.config)):
+    with locked(name, folder, as_yaml(task.config), begun=lambda: False):
         torch.manual_seed(name.seed)  # what has no weights to start from gets the same ones every time
         model, layers = prepared_model(task.config)
         dataset = DATASETS.build(with_naming_readers(task.config).train_dataloader.dataset)
@@ -323,8 +320,8 @@ def prepared_model(config: Config) -> tuple[Any, list[str]]:
     if settings is None or not settings["layers"]:
         raise ExperimentError("the config names no layers; give --layers, or a LowRankHook in custom_hooks")
     read_safely_everywhere()
+    register_modules()
     with quietly():
-        register_all_modules(init_default_scope=True)
         model = MODELS.build(config.model)
         _forget_closed_logs()
         model.init_weights()

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from experiment import ExperimentError, archives
@@ -61,9 +61,10 @@ def read_list(path: Path) -> list[str]:
         ExperimentError: the list cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8").split()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ExperimentError(f"{path} cannot be read ({error.strerror}); prepare the data set first") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def file_hashes(root: Path, files: Iterable[Path]) -> dict[Path, bytes]:
@@ -78,7 +79,7 @@ def file_hashes(root: Path, files: Iterable[Path]) -> dict[Path, bytes]:
     return dict(zip(paths, content_hashes(paths, store, require_uncut), strict=True))
 
 
-def fingerprint_of(root: Path, hashes: Mapping[Path, bytes]) -> str:
-    """A short hash of files' names, relative to `root`, and bytes, whatever their order."""
-    lines = (f"{path.relative_to(root)} {digest.hex()}" for path, digest in hashes.items())
+def fingerprint_of(hashes: Iterable[tuple[str, bytes]]) -> str:
+    """A short hash of files' names and bytes, whatever their order."""
+    lines = (f"{name} {digest.hex()}" for name, digest in hashes)
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config
 
 from experiment import ExperimentError
 from segmentation.compose import datasets
-from segmentation.data.folders import file_hashes, fingerprint_of, read_list
+from segmentation.data.folders import file_hashes, fingerprint_of
+from segmentation.data.listing import listing_of, root_of
 from segmentation.data.scenes import SETS, write_scenes
 
 
@@ -20,15 +20,15 @@ def require_data(config: Config) -> None:
     Raises:
         ExperimentError: the data set is not there.
     """
-    root = Path(datasets(config)[0]["data_root"])
-    if root.is_dir():
-        return
-    name = config.get("dataset", "")
-    if name not in SETS:
-        command = f"; python -m segmentation prepare {name} --data-dir {root.parent}" if name else ""
-        raise ExperimentError(f"there is no data set in {root}{command}")
-    print(f"writing {name} to {root}", flush=True)
-    write_scenes(root, SETS[name])
+    for root in _roots(config):
+        if root.is_dir():
+            continue
+        name = config.get("dataset", "")
+        if name not in SETS:
+            command = f"; python -m segmentation prepare {name} --data-dir {root.parent}" if name else ""
+            raise ExperimentError(f"there is no data set in {root}{command}")
+        print(f"writing {name} to {root}", flush=True)
+        write_scenes(root, SETS[name])
 
 
 @dataclass(frozen=True)
@@ -47,31 +47,33 @@ class Data:
 
 
 def data_of(config: Config) -> Data:
-    """Look at a config's data.
+    """Look at a config's data: at every image and label map that its data sets load.
 
     Raises:
         ExperimentError: a part of them is not there, or an image was cut.
     """
-    parts = datasets(config)
-    roots = {Path(part["data_root"]) for part in parts}
+    roots = _roots(config)
     if not all(root.is_dir() for root in roots):
         return Data()
-    root = min(roots, key=str)
-    try:
-        hashes = file_hashes(root, {path for part in parts for path in _files(part)})
-        training = {path for part in datasets(config.train_dataloader) for path in _files(part, "img_path")}
-        others = {path for part in parts for path in _files(part, "img_path")} - training
-    except OSError as error:
-        raise ExperimentError(f"the data set in {root} cannot be read ({error.filename}: {error.strerror})") from None
-    trained, tested = (tuple(hashes[path] for path in sorted(paths)) for paths in (training, others))
-    return Data(fingerprint_of(root, hashes), trained, tested)
+    parts = [(roots.index(root_of(part)), listing_of(part)) for part in datasets(config)]
+    hashes: dict[Path, bytes] = {}
+    names: set[tuple[int, str, Path]] = {
+        (number, name, path) for number, one in parts for path, name in one.names.items()
+    }
+    for number, root in enumerate(roots):
+        try:
+            hashes |= file_hashes(root, {path for place, _, path in names if place == number})
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}"
+            raise ExperimentError(f"the data set in {root} cannot be read ({reason})") from None
+    count = len(datasets(config.train_dataloader))
+    training, every = (frozenset[Path]().union(*(one.images for _, one in some)) for some in (parts[:count], parts))
+    trained, tested = (tuple(hashes[path] for path in sorted(paths)) for paths in (training, every - training))
+    # Of one folder names are as they are in it; further folders are told apart by their numbers.
+    told = {(f"{number}:{name}" if number else name, hashes[path]) for number, name, path in names}
+    return Data(fingerprint_of(told), trained, tested)
 
 
-def _files(part: dict[str, Any], kind: str | None = None) -> set[Path]:
-    """The images and label maps of one data set's config, or those of one kind, as its `data_prefix` has it."""
-    root = Path(part["data_root"])
-    prefixes = [root / prefix for name, prefix in part.get("data_prefix", {}).items() if kind in (None, name)]
-    if not part.get("ann_file"):
-        return {path for prefix in prefixes for path in prefix.rglob("*") if path.is_file()}
-    names = set(read_list(root / part["ann_file"]))
-    return {path for prefix in prefixes for path in prefix.iterdir() if path.stem in names}
+def _roots(config: Config) -> list[Path]:
+    """The folders of a config's data sets, each once, in their order."""
+    return list(dict.fromkeys(root_of(part) for part in datasets(config)))

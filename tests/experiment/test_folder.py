@@ -41,6 +41,32 @@ def started(path):
     return run
 
 
+@pytest.mark.parametrize("error", [ExperimentError("x"), KeyboardInterrupt()])
+def test_what_fails_before_there_is_something_to_keep_leaves_nothing_behind(error, tmp_path):
+    run = RunFolder(tmp_path / "runs" / "a" / "run", IDENTITY, "result.json")
+
+    def fail(begun):
+        with run.locked("a: 1\n", begun):
+            (run.path / "logs").mkdir(exist_ok=True)
+            (run.path / "logs" / "log").touch()
+            raise error
+
+    def failed(begun):
+        with pytest.raises(type(error)):
+            fail(begun)
+
+    failed(lambda: False)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "runs").mkdir()
+    failed(lambda: False)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "runs"]
+    failed(lambda: True)
+    there = sorted(run.path.rglob("*"))
+    assert (run.path / "logs" / "log") in there
+    failed(lambda: False)  # of what was there before, nothing is taken away
+    assert sorted(run.path.rglob("*")) == there
+
+
 def test_a_folder_that_does_not_exist_is_new(tmp_path):
     run = folder(tmp_path)
     assert (run.status(), run.last_checkpoint) == (Status.NEW, None)

@@ -7,15 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmseg.registry import DATASETS
 from mmseg.utils import register_all_modules
+from own_configs import dataset, write_data
 from PIL import Image
 from segmentors import files
 
 from experiment import ExperimentError, Run
 from experiment.record import RESULT
 from segmentation.compose import choose_depth, load_config, move_data, with_naming_readers
-from segmentation.data.registry import data_of
+from segmentation.data.registry import data_of, require_data
 from segmentation.history import History
 from segmentation.training import Task
 
@@ -130,3 +132,88 @@ def test_data_that_is_elsewhere_is_the_same_and_none_has_no_fingerprint(task):
     assert data_of(task.config).fingerprint is None
     shutil.copytree(root.with_name("moved"), root)
     assert task.begin(RUN, RESULT, None).data_fingerprint == before
+
+
+# A config of one's own, whose files are found in other ways.
+
+
+def _own_config(train, val):
+    return Config({"train_dataloader": {"dataset": train}, "val_dataloader": {"dataset": val}})
+
+
+OWN = {
+    "label maps with a suffix": (("a", "b"), "_mask.png", {}),
+    "names with a space": (("image 1", "image 2"), ".png", {}),
+    "names with a dot": (("a.1", "b.2"), ".png", {}),
+    "no lists": (("a", "b"), "_mask.png", {"listed": False}),
+    "full paths": (("a", "b"), "_mask.png", {"rooted": False}),
+    "full paths without lists": (("image 1", "b"), ".png", {"rooted": False, "listed": False}),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_changed_byte_of_any_file_that_is_loaded_is_noticed(name, tmp_path):
+    names, suffix, how = OWN[name]
+    root = write_data(tmp_path / "own", names, suffix)
+    config = _own_config(*(dataset(root, part, suffix, **how) for part in ("train", "val")))
+    before = data_of(config)
+    assert (len(before.trained), len(before.tested)) == (2, 2)
+    (root / "unrelated.png").write_bytes(b"")
+    assert data_of(config).fingerprint == before.fingerprint
+    files = sorted(root.glob("*/*/*.png"))
+    assert len(files) == 8
+    found = {before.fingerprint}
+    for path in files:
+        with path.open("ab") as file:
+            file.write(b"x")
+        found.add(data_of(config).fingerprint)
+    assert len(found) == 9
+
+
+def test_a_label_map_that_is_gone_or_an_image_that_is_cut_is_told_before_training(tmp_path):
+    root = write_data(tmp_path / "own", ("image 1", "image 2"), "_mask.png")
+    config = _own_config(*(dataset(root, part, "_mask.png") for part in ("train", "val")))
+    labels, image = root / "ann/val/val image 2_mask.png", root / "img/train/train image 1.png"
+    content = labels.read_bytes()
+    labels.unlink()
+    with pytest.raises(ExperimentError, match=f"cannot be read .{labels}: No such file"):
+        data_of(config)
+    labels.write_bytes(content)
+    shutil.copy(image, root / "img/val/val image 1.png")
+    assert set(data_of(config).trained) & set(data_of(config).tested)
+    image.write_bytes(image.read_bytes()[:-20])
+    with pytest.raises(ExperimentError, match=rf"^image {image} cannot be read \(it was cut"):
+        data_of(config)
+
+
+@pytest.mark.parametrize("rooted", [True, False])
+def test_a_part_elsewhere_belongs_to_the_data_wherever_it_is(rooted, tmp_path):
+    first, second = (write_data(tmp_path / name, ("a", "b"), ".png") for name in ("first", "second"))
+
+    def found(train, val):
+        return data_of(_own_config(dataset(train, "train", ".png"), dataset(val, "val", ".png", rooted=rooted)))
+
+    before = found(first, second)
+    assert (len(before.trained), len(before.tested)) == (2, 2)
+    shutil.copytree(second, tmp_path / "copy")
+    assert found(first, tmp_path / "copy") == before
+    (tmp_path / "copy/ann/val/val_a.png").write_bytes((second / "ann/val/val_b.png").read_bytes())
+    assert found(first, tmp_path / "copy").fingerprint != before.fingerprint
+    shutil.rmtree(second)
+    config = _own_config(dataset(first, "train", ".png"), dataset(second, "val", ".png", rooted=rooted))
+    assert data_of(config).fingerprint is None
+    with pytest.raises(ExperimentError, match=f"there is no data set in {second}"):
+        require_data(config)
+
+
+def test_a_data_set_that_cannot_be_listed_is_one_line(tmp_path):
+    root = write_data(tmp_path / "own", ("a", "b"), ".png")
+    whole = {part: dataset(root, part, ".png") for part in ("train", "val")}
+    for change in (
+        {"ann_file": "none.txt"},
+        {"img_suffix": ".jpg", "ann_file": ""},
+        {"data_prefix": {"img_path": "x"}},
+    ):
+        with pytest.raises(ExperimentError, match=r"^the data set in .* cannot be read") as told:
+            data_of(_own_config(whole["train"] | change, whole["val"]))
+        assert "\n" not in str(told.value)

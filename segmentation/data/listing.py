@@ -1,0 +1,85 @@
+"""The images and label maps that a data set loads, as the data set itself lists them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.dataset import BaseDataset
+from mmseg.registry import DATASETS
+
+from experiment import ExperimentError
+from segmentation.quiet import quietly, register_modules
+
+IMAGES = "img_path"  # how the names of images begin in what a data set says of a sample; label maps have others
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What one data set's config loads.
+
+    Attributes:
+        names: of all files, each by its path: as it is below the data set's folder, wherever that is.
+        images: those of them that are images.
+    """
+
+    names: Mapping[Path, str]
+    images: frozenset[Path]
+
+
+def root_of(part: Mapping[str, Any]) -> Path:
+    """The folder of a data set's config: its `data_root`, or else what its prefixes and its list have in common."""
+    if part.get("data_root"):
+        return Path(part["data_root"])
+    given = [*(part.get("data_prefix") or {}).values(), *filter(None, [part.get("ann_file")])]
+    return Path(os.path.commonpath([Path(one).absolute() for one in given or ["."]]))
+
+
+def listing_of(part: Mapping[str, Any]) -> Listing:
+    """The files of one data set's config, whose folder is there.
+
+    Raises:
+        ExperimentError: the data set cannot be listed, or has no samples.
+    """
+    register_modules()
+    kind, root = DATASETS.get(part["type"]), root_of(part)
+    if not (isinstance(kind, type) and issubclass(kind, BaseDataset)):  # it says nothing of its files
+        found = frozenset(path for path in root.rglob("*") if path.is_file())
+        return Listing({path: str(path.relative_to(root)) for path in found}, found)
+    try:
+        with quietly():
+            dataset = DATASETS.build({**part, "pipeline": [], "lazy_init": True})
+            dataset.serialize_data = False  # which takes long, and fails where there is no sample
+            dataset.full_init()
+        samples = [dataset.get_data_info(index) for index in range(len(dataset))]
+        if not samples:
+            raise ValueError("there are none")
+    except Exception as error:  # a data set is code, which may fail in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ExperimentError(
+            f"the data set in {root} cannot be read: {part['type']} cannot list its images ({reason}); look at its "
+            f"data_root, data_prefix, ann_file, img_suffix and seg_map_suffix, or prepare the data set first"
+        ) from None
+    files = [entry for sample in samples for entry in _files(sample, may_lack_labels=bool(part.get("test_mode")))]
+    prefixes = [Path(prefix) for prefix in dataset.data_prefix.values() if prefix]
+    names = {path: _name(path, root, prefixes) for _, path in files}
+    return Listing(names, frozenset(path for key, path in files if key.startswith(IMAGES)))
+
+
+def _files(sample: Mapping[str, Any], may_lack_labels: bool) -> Iterator[tuple[str, Path]]:
+    """The files of a sample by what they are; one that is only tested on may have no label map."""
+    for key, value in sample.items():
+        if "_path" in key and isinstance(value, str):
+            path = Path(value)
+            if key.startswith(IMAGES) or not may_lack_labels or path.exists():
+                yield key, path
+
+
+def _name(path: Path, root: Path, prefixes: Iterable[Path]) -> str:
+    if path.is_relative_to(root):
+        return str(path.relative_to(root))
+    places = (f"{number} {path.relative_to(one)}" for number, one in enumerate(prefixes) if path.is_relative_to(one))
+    return next(places, str(path))

@@ -1,0 +1,24 @@
+"""What MMEngine and MMSegmentation say while they are set up, kept off the terminal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from mmseg.utils import register_all_modules
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """The log goes to its file, the terminal shows the run's own lines: a logger keeps the stream it is made with."""
+    nowhere = Path(os.devnull).open("w")  # noqa: SIM115 - open as long as the logger lives
+    with redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def register_modules() -> None:
+    """Make all of MMSegmentation known by name."""
+    with quietly():
+        register_all_modules(init_default_scope=True)
