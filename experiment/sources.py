@@ -1,7 +1,8 @@
 """Which files hold the code of a run's method and model, and whether they are what they were.
 
-`code_version` in a record is of the whole suite, and another after each of its changes, so that it refuses no run. What
-a run stands for by name, its method and its model, may be anybody's code: of each its own file counts, byte by byte.
+`code_version` in a record is of the whole suite, and another after each of its changes, so that it refuses no run; nor
+do the methods that the library itself exports, which change with it. Any other method, and the model, may be anybody's
+code: of each its own file counts, byte by byte.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import lowrank
 from experiment.errors import ExperimentError
 from experiment.files import write_whole
 from experiment.method import method_class
@@ -31,10 +33,14 @@ def source_of(defined: Any) -> dict[str, str]:
 
 
 def method_sources(identity: Any) -> dict[str, dict[str, str]]:
-    """Those of the methods that a run's identity names, as either task has them."""
-    names = dict.fromkeys(_method_names(identity))
-    found = {f"method {name}": source_of(method_class(name)) for name in names}
+    """Those of the methods that a run's identity names, as either task has them, but for the library's own."""
+    classes = {name: method_class(name) for name in _method_names(identity)}
+    found = {f"method {name}": source_of(own) for name, own in classes.items() if not _is_exported(own)}
     return {what: source for what, source in found.items() if source}
+
+
+def _is_exported(defined: Any) -> bool:
+    return getattr(lowrank, getattr(defined, "__name__", ""), None) is defined
 
 
 def _method_names(value: Any) -> Iterator[str]:

@@ -150,6 +150,12 @@ def _weights(source: str | None) -> str | None:
         raise ExperimentError(f"weights {source} cannot be read: {error.strerror}") from None
 
 
+def budget_settings(config: Config) -> dict[str, Any]:
+    """What ranks are chosen by; empty where none are. See `experiment.ranks.Budget`."""
+    budget = (hook_settings(config) or {}).get("budget")
+    return Budget(**budget).settings if budget else {}
+
+
 def _budget(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
     """The budget by its content."""
     if config.get("crop_size") is None:

@@ -41,6 +41,7 @@ from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import (
     MEASURED,
     TRAINED,
+    budget_settings,
     further_settings,
     identity_of,
     method_tag,
@@ -262,7 +263,8 @@ def _record(task: Task, name: RunName, runner: Runner, forwarding: History, fold
     layers = [layer._lowrank.name for layer in converted_layers(model)]
     method = next((hook.method for hook in runner.hooks if isinstance(hook, LowRankHook)), None)
     trained = Trained(model, layers, segmentation_loss, logits, batch, runner.optim_wrapper.optimizer, method)
-    return record_of(name, folder, trained, history, accuracy, _recipe(config), further_settings(folder.identity))
+    further = further_settings(folder.identity)
+    return record_of(name, folder, trained, history, accuracy, _recipe(config), further, budget_settings(config))
 
 
 def _recipe(config: Config) -> dict[str, Any]:

@@ -104,8 +104,9 @@ def test_a_sweep_looks_again_where_the_code_has_changed(tmp_path, own):
 
 
 def test_only_files_of_their_own_count():
-    found = method_sources({"model": {"method": {"class_path": "lowrank.HOSVD"}}})
-    assert found["method lowrank.HOSVD"]["file"].endswith("lowrank/methods/amc.py")
+    """The library's methods change with the suite, whose version records name."""
+    for name in ("lowrank.HOSVD", "lowrank.ASI", "lowrank.GradientFilter"):
+        assert method_sources({"model": {"method": {"class_path": name}}}) == {}
     assert source_of(print) == {}
     namespace = {"__name__": "nowhere"}
     exec("class Mine: pass", namespace)
