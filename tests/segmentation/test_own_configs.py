@@ -79,8 +79,8 @@ def test_a_table_that_was_measured_for_a_config_gives_its_method_ranks(own, tmp_
     assert main(words("train", *budget)) == 0
     result = next(tmp_path.rglob("result.json"))
     record = Record.load(result)
-    assert (record.run.model, record.settings["budget.mib"]) == ("net", 0.1)
-    assert record.settings["budget.energies"] == list(PerplexityTable.load(table).energies)
+    assert (record.run.model, record.provenance["settings"]["budget.mib"]) == ("net", 0.1)
+    assert record.provenance["settings"]["budget.energies"] == list(PerplexityTable.load(table).energies)
     capsys.readouterr()
     assert main(["train", str(result.parent / "config.yaml"), "--runs-dir", str(tmp_path / "runs")]) == 0
     assert "done already" in capsys.readouterr().out
