@@ -99,15 +99,20 @@ class LowRankCallback(Callback):
         self.derived: dict[str, str] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check, freeze, and convert unless ranks are to be measured; ahead of the optimizers.
+        """Check, freeze, and convert unless ranks are to be measured; ahead of the optimizers. A module that is
+        converted so already stays as it is, with the ranks that it has.
 
         Raises:
-            ConversionError, SettingError: layers that are not there, or cannot be converted; nothing is changed.
+            ConversionError, SettingError: layers that are not there, or cannot be converted, or a module that is
+                converted in another way; nothing is changed.
         """
-        if stage != "fit" or _is_converted(pl_module):
+        if stage != "fit":
             return
         counted = isinstance(self.layers, int) or self.layers == "all"
         self.names = trailing_layers(pl_module, self.layers, self.kind) if counted else list(self.layers)  # type: ignore[arg-type]
+        if _is_converted(pl_module):
+            self._take_over(pl_module)
+            return
         trial = self.method if self.budget is None else replace(self.method, ranks=1)  # type: ignore[type-var]
         problems = check(pl_module, self.names, trial)
         if problems:
@@ -160,6 +165,27 @@ class LowRankCallback(Callback):
         if ranks:
             self._convert(pl_module, ranks, saved.get("derived", {}))
         load_training_state(pl_module, saved["training_state"])
+
+    def _take_over(self, module: nn.Module) -> None:
+        """Take what a converted module has for what this callback would have made."""
+        methods = {layer._lowrank.name: layer._lowrank.method for layer in converted_layers(module)}
+        if set(methods) != set(self.names) or not all(self._has_made(*each) for each in methods.items()):
+            raise ConversionError(
+                f"the module is converted already, and otherwise than LowRankCallback is told: {len(methods)} layers, "
+                f"the last by {list(methods.values())[-1]!r}; lowrank.revert(module) first, or tell it the same"
+            )
+        if self.budget is not None:
+            self.ranks = {name: tuple(method.ranks) for name, method in methods.items()}  # type: ignore[attr-defined]
+            follows = {name: method.follows for name, method in methods.items()}  # type: ignore[attr-defined]
+            self.derived = {name: ahead for name, ahead in follows.items() if ahead is not None}
+
+    def _has_made(self, name: str, method: Method) -> bool:
+        if self.budget is None:
+            return method == self.method.for_layer(name)
+        if type(method) is not type(self.method):
+            return False
+        own: Any = method
+        return own == replace(self.method, ranks=own.ranks, derive=own.derive)  # type: ignore[type-var]
 
     def _convert(self, module: nn.Module, ranks: Ranks, derived: dict[str, str]) -> None:
         self.ranks, self.derived = ranks, derived

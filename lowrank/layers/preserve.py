@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ Restore = Callable[[], None]
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restore buffers, gradients, `requires_grad` flags, what methods carry, and the random state, whatever happens; of
-    modules that are not PyTorch's, attributes as well, such as a count of calls or the state of a metric.
+    modules that are not PyTorch's, attributes as well, such as a count of calls, the state of a metric, or a note that
+    hooks are there: so hooks that are registered inside, by anybody but PyTorch, are removed.
 
     Inside, every gradient is None, as after `optimizer.zero_grad()`.
     """
     attributes = [_attributes_of(module) for module in model.modules() if not _is_of_torch(module)]
+    attributes += [_hooks_of(module) for module in model.modules()]
     buffers = {module: dict(module._buffers) for module in model.modules()}
     values = [(tensor, tensor.clone()) for tensor in model.buffers()]
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
@@ -61,6 +64,24 @@ def preserved(model: nn.Module) -> Iterator[None]:
 def _is_of_torch(module: nn.Module) -> bool:
     """Whether a module's class is one of PyTorch's, whose state is buffers, or which knows best itself."""
     return type(module).__module__.partition(".")[0] == "torch"
+
+
+def _hooks_of(module: nn.Module) -> Restore:
+    """Removes hooks that a module has not now. One that is gone then has done what it was there for."""
+    own = vars(module).items()
+    before = [(hooks, set(hooks)) for name, hooks in own if name.endswith("_hooks") and isinstance(hooks, dict)]
+
+    def restore() -> None:
+        for hooks, known in before:
+            for key in [key for key in hooks if key not in known and not _is_torchs(hooks[key])]:
+                del hooks[key]
+
+    return restore
+
+
+def _is_torchs(hook: Any) -> bool:
+    function = hook.func if isinstance(hook, partial) else hook
+    return str(getattr(function, "__module__", "")).partition(".")[0] == "torch"
 
 
 def _attributes_of(module: nn.Module) -> Restore:

@@ -153,7 +153,8 @@ def _layer_cost(layer: nn.Module, given: Tensor, x: Tensor, by: Method | None = 
     x = without_padding(x.unsqueeze(0) if is_single(layer, x) else x)
     if isinstance(layer, FactoredLinear):
         return layer.cost(x, needs_input_gradient), False
-    weight = weight_of(layer)
+    with torch.enable_grad():  # of a weight that is computed, by which it is known whether it is trained
+        weight = weight_of(layer)
     assert isinstance(weight, Tensor)
     out_channels = geometry.by_output(weight).shape[0]
     if weight.requires_grad:

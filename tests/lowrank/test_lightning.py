@@ -252,3 +252,43 @@ def test_inputs_that_follow_from_others_are_not_kept_where_that_is_chosen_and_re
 def test_deriving_needs_to_know_what_lies_between_the_layers() -> None:
     with pytest.raises(lowrank.SettingError, match=r"fuse is off with ASI\(derive=True\).*leave fuse out"):
         LowRankCallback(lowrank.ASI(derive=True), budget=BUDGET, fuse=False)
+
+
+AGAIN = {
+    "a budget": lambda: LowRankCallback(lowrank.ASI(), 2, BUDGET),
+    "ranks": lambda: LowRankCallback(lowrank.ASI([2, 3, 2, 2]), 2),
+}
+
+
+@pytest.mark.parametrize("settings", ["a budget", "ranks"])
+def test_a_module_that_a_callback_like_it_has_converted_goes_on(settings: str, tmp_path: Path) -> None:
+    """As when a notebook's cell is run again; its checkpoints are as good as the first one's."""
+    first = AGAIN[settings]()
+    module, checkpoint = fit(tmp_path, first)
+    second = AGAIN[settings]()
+    fit(tmp_path, second, EPOCHS + 1, checkpoint, module)
+    assert (second.names, second.ranks) == (first.names, first.ranks)
+    third = AGAIN[settings]()
+    _, again = fit(tmp_path, third, module=module)
+    fresh, _ = fit(tmp_path, AGAIN[settings](), EPOCHS + 1, again)
+    assert isinstance(fresh.network[4], nn.Conv2d)
+    assert lowrank.training_state(fresh)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: LowRankCallback(lowrank.ASI([2, 3, 2, 2]), 3),
+        lambda: LowRankCallback(lowrank.ASI([2, 2, 2, 2]), 2),
+        lambda: LowRankCallback(lowrank.HOSVD(0.9), 2),
+        lambda: LowRankCallback(lowrank.ASI(storage="int8"), 2, BUDGET),
+    ],
+)
+def test_a_module_that_is_converted_in_another_way_is_refused(other: Any, tmp_path: Path) -> None:
+    module, _ = fit(tmp_path, AGAIN["ranks"]())
+    before = {name: p.requires_grad for name, p in module.named_parameters()}
+    with pytest.raises(lowrank.ConversionError, match=r"converted already.*lowrank\.revert\(module\) first"):
+        fit(tmp_path, other(), module=module)
+    assert before == {name: p.requires_grad for name, p in module.named_parameters()}
+    lowrank.revert(module)
+    fit(tmp_path, other(), module=module)

@@ -5,6 +5,7 @@ import torch
 import torchvision
 from references import TwoConvolutions, cross_entropy, labelled_batch, random_tensor
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 import lowrank
@@ -239,3 +240,27 @@ def test_ranks_within_a_budget_keep_no_more_in_autocast(within, around):
     lowrank.convert(model, names, ASI(plan), fuse=False, everywhere=True)
     loss_fn(model, batch)
     assert plan.nbytes == sum(model.get_submodule(name)._lowrank.kept_bytes for name in names)
+
+
+COMPUTED = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+}
+
+
+@pytest.mark.parametrize("method", [None, Vanilla(), ASI(2)])
+@pytest.mark.parametrize("computed", COMPUTED)
+def test_a_layer_whose_weight_is_computed_counts_as_one_whose_weight_is_not(computed, method):
+    plain, own = (nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)) for _ in range(2))
+    COMPUTED[computed](own[2])
+    for model in (plain, own):
+        if method is not None:
+            lowrank.convert(model, ["0", "2"], method)
+    x = torch.randn(3, 7, 6)
+    counted, wanted = (lowrank.account(model, ["0", "2"], x) for model in (own, plain))
+    assert counted["2"] == wanted["2"]
+    assert counted["2"].activation_bytes
+    for parameter in own[2].parameters():
+        parameter.requires_grad_(False)
+    assert lowrank.account(own, ["2"], x)["2"].activation_bytes == 0
