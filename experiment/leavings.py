@@ -77,8 +77,9 @@ def _kept_form(layer: LowRankLayer, x: Tensor) -> dict[str, Any]:
         "weight_rank": layer.rank if isinstance(layer, FactoredLinear) else None,
     }
     if isinstance(method, TuckerMethod):
-        x = without_padding(x.detach().unsqueeze(0) if is_single(layer, x) else x.detach())
-        kept, _ = method.compress(x, geometry_of(layer), layer._lowrank.bases, layer._lowrank.name)
+        geometry = geometry_of(layer)
+        x = without_padding(x.detach().unsqueeze(0) if is_single(layer, x) else x.detach(), geometry)
+        kept, _ = method.compress(x, geometry, layer._lowrank.bases, layer._lowrank.name)
         form = restore(kept, torch.float64)
         # The bases are orthonormal, so the core has the energy of what is kept.
         share = form.core.square().sum() / x.to(torch.float64).square().sum()

@@ -29,6 +29,7 @@ from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.tensors.decompose import check_energy
 from lowrank.tensors.factors import Factors, factorise
+from lowrank.tensors.geometry import LinearGeometry
 
 Grams = dict[str, Tensor]
 UNCERTAIN = 1e-10  # share of the mean diagonal that is added to a Gram matrix, which few inputs leave singular
@@ -144,7 +145,7 @@ def layer_grams(
     reached: list[tuple[str, GradientEdge]] = []
 
     def hook(name: str, layer: nn.Module, given: tuple[Tensor, ...], named: Any, output: Tensor) -> Tensor | None:
-        _add(inputs, name, without_padding((*given, *named.values())[0].detach()))
+        _add(inputs, name, without_padding((*given, *named.values())[0].detach(), LinearGeometry()))
         if not weigh_outputs or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return None
         # Of an output that is a view, a change in place would leave its node out of the graph; one behind frozen layers

@@ -210,7 +210,7 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
     if kept is None:
         if x is input and not single:
             ahead.hand_on(input, batched)
-        padded = batched if method.keeps_input else without_padding(batched)
+        padded = batched if method.keeps_input else without_padding(batched, geometry)
         kept = _compress(state, method, padded, geometry, None if layer.training else weight)
         kept = tuple(map(_without_the_rest, kept))
         as_it_is = bool(kept) and kept[0] is batched

@@ -150,7 +150,7 @@ def _layer_cost(layer: nn.Module, given: Tensor, x: Tensor, by: Method | None = 
     that as it is by the rule of `smallest`."""
     geometry: Geometry = geometry_of(layer)
     needs_input_gradient = given.requires_grad
-    x = without_padding(x.unsqueeze(0) if is_single(layer, x) else x)
+    x = without_padding(x.unsqueeze(0) if is_single(layer, x) else x, geometry)
     if isinstance(layer, FactoredLinear):
         return layer.cost(x, needs_input_gradient), False
     with torch.enable_grad():  # of a weight that is computed, by which it is known whether it is trained

@@ -178,12 +178,18 @@ class _Probe:
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self.called:
-            raise ConversionError(f"layer {self.name!r} is called more than once in a forward pass")
+            again = torch._C._current_graph_task_id() != -1
+            raise ConversionError(
+                f"layer {self.name!r} is run again in the backward pass, as gradient checkpointing does; switch that "
+                f"off while perplexity is measured"
+                if again
+                else f"layer {self.name!r} is called more than once in a forward pass"
+            )
         self.called = True
         if not output.requires_grad:
             raise ConversionError(f"layer {self.name!r} is called without gradients, so it has no perplexity")
         x, geometry, single = computed_input(layer, inputs[0].detach()), geometry_of(layer), is_single(layer, inputs[0])
-        x = without_padding(x.unsqueeze(0) if single else x)
+        x = without_padding(x.unsqueeze(0) if single else x, geometry)
         output.register_hook(lambda grad: self.measure(x, real(grad.unsqueeze(0) if single else grad), geometry))
 
     @torch.no_grad()

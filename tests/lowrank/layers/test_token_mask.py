@@ -129,3 +129,15 @@ def test_inputs_of_other_sizes_are_left_as_they_are(shape):
 def test_what_is_kept_exactly_keeps_padding_too():
     model, x = model_of(Vanilla()), random_tensor(*SHAPE)
     torch.testing.assert_close(gradient(model, x, mask_of(SHORT)), expected(x))
+
+
+@pytest.mark.parametrize("method", [HOSVD(1.0), SVD(1.0), ASI(99)], ids=lambda method: method.tag)
+def test_channels_are_no_tokens(method):
+    """Of a convolution, where there happen to be as many."""
+    convolution = nn.Conv1d(SHAPE[1], 4, 3).double()
+    model = lowrank.convert(nn.Sequential(convolution), ["0"], method, everywhere=True)
+    x = random_tensor(*SHAPE[:2], 9)
+    found = [torch.autograd.grad(model(x).square().sum(), convolution.weight)[0]]
+    with lowrank.token_mask(mask_of(SHORT)):
+        found.append(torch.autograd.grad(model(x).square().sum(), convolution.weight)[0])
+    torch.testing.assert_close(*found)

@@ -18,6 +18,7 @@ from references import (
     svd_rank,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lowrank
 from lowrank import ASI, ConversionError, NonFiniteError, SettingError
@@ -232,6 +233,21 @@ class Twice(nn.Module):
 def test_layers_that_cannot_be_measured_are_named(names, message):
     with pytest.raises(ConversionError, match=message):
         lowrank.measure_perplexity(Twice(), names, lambda m, b: m(b).sum(), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_layer_in_a_checkpoint_cannot_be_measured_and_that_is_said(reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.part = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+        def forward(self, x):
+            return checkpoint(self.part, self.first(x), use_reentrant=reentrant)
+
+    said = "called without gradients" if reentrant else "as gradient checkpointing does; switch that off"
+    with pytest.raises(ConversionError, match=rf"'part\.0' is .*{said}"):
+        lowrank.measure_perplexity(Checkpointed(), ["part.0"], lambda m, b: m(b).square().sum(), torch.randn(2, 4))
 
 
 @pytest.mark.parametrize(
