@@ -289,7 +289,9 @@ def test_a_state_dict_that_is_filled_in_place_and_loaded_is_as_ever():
     held = model[0]._lowrank.handed_out
     assert held is None
     model.state_dict()
-    assert model[0]._lowrank.handed_out._like.untyped_storage().nbytes() == 0, "nothing is held of what is handed out"
+    assert model[0]._lowrank.handed_out._changes._like.untyped_storage().nbytes() == 0, (
+        "nothing is held of what is handed out"
+    )
 
 
 def test_other_data_for_the_product_are_refused_where_they_are_given():
