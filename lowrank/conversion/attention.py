@@ -25,7 +25,7 @@ def _can_be_opened(module: nn.Module) -> bool:
         return True
     if type(module) is not nn.MultiheadAttention or type(module.out_proj) is not _OUT_PROJECTION:
         return False
-    if not isinstance(module._parameters.get("in_proj_weight"), nn.Parameter):
+    if type(module._parameters.get("in_proj_weight")) is not nn.Parameter:  # nor one that FSDP2 has sharded, and finds
         return False
     return module._qkv_same_embed_dim and module.bias_k is None and not module.add_zero_attn
 

@@ -99,6 +99,8 @@ def _plan_layer(
 def _reason_against(layer: nn.Module) -> str | None:
     if not can_be_converted(layer):
         supported = ", ".join(f"nn.{kind.__name__}" for kind in KINDS if kind.__module__.startswith("torch.nn."))
+        if any(base.__name__ == "FSDPModule" for base in type(layer).__mro__):
+            return "it is sharded already; convert the model ahead of fully_shard"
         base = next((kind.__name__ for kind in KINDS if isinstance(layer, kind)), None)
         if base is not None:
             return f"is a subclass of nn.{base} that may compute something else; supported are {supported} themselves"

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from factored_cases import NAMES, data, loss_of, network, train
-from torch import distributed, multiprocessing
+from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lowrank
@@ -90,3 +90,34 @@ def test_sharded_factors_train_with_another_optimizer_and_sgd_says_that_it_canno
     torch.testing.assert_close(found, dict(copy.deepcopy(model.state_dict())), rtol=0, atol=1e-12)
     assert "AdamW" in refused[0]
     assert "before they are sharded" in refused[1]
+
+
+def with_attention():
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.Linear(6, 16), block, nn.Linear(16, 4)).double()
+
+
+def sharded_ahead(process):
+    from torch.distributed.fsdp import fully_shard
+
+    model, alone = with_attention(), with_attention()
+    fully_shard(model)
+    lowrank.convert(model, ["0", "2"], lowrank.Vanilla())
+    fully_shard(alone[0])
+    refused = [str(problem) for problem in lowrank.check(alone, ["0", "2"], lowrank.Vanilla())]
+    x = data((4, 5, 6), 0)[0][2 * process : 2 * process + 2]
+    model(x).square().sum().backward()
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}, refused
+
+
+def test_a_model_with_attention_that_is_sharded_already_is_converted_and_its_sharded_layers_are_refused(tmp_path):
+    (found, refused), _ = in_two_processes(sharded_ahead, tmp_path)
+    stock = with_attention()
+    for process in range(2):
+        stock(data((4, 5, 6), 0)[0][2 * process : 2 * process + 2]).square().sum().backward()
+    for name, parameter in stock.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad / 2, rtol=1e-9, atol=1e-11)
+    assert len(refused) == 1
+    assert "'0'" in refused[0]
+    assert "convert the model ahead of fully_shard" in refused[0]
