@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import lowrank
 from experiment.errors import ExperimentError
 from experiment.files import write_whole
 from experiment.method import method_class
@@ -40,6 +39,8 @@ def method_sources(identity: Any) -> dict[str, dict[str, str]]:
 
 
 def _is_exported(defined: Any) -> bool:
+    import lowrank  # which what has its class has imported; not ahead of a command's help
+
     return getattr(lowrank, getattr(defined, "__name__", ""), None) is defined
 
 
