@@ -19,7 +19,6 @@ DRAWN = [{"type": "RandomFlip", "prob": 0.5}, {"type": "PhotoMetricDistortion"}]
 KINDS = {
     "iterations": ("InfiniteSampler", {"type": "IterBasedTrainLoop", "max_iters": 8, "val_interval": 4}, 4),
     "epochs": ("DefaultSampler", {"type": "EpochBasedTrainLoop", "max_epochs": 4, "val_interval": 2}, 1),
-    "iterations of epochs": ("DefaultSampler", {"type": "IterBasedTrainLoop", "max_iters": 8, "val_interval": 4}, 3),
 }
 OWN_SAMPLER = """
 from mmengine.dataset import InfiniteSampler
