@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowrank.errors import LowRankError
 from lowrank.exact.origins import find, is_kept, is_known_as_kept, origin_of, reading, takes_nothing
-from lowrank.exact.slots import Way, has_slot, is_computed, waits
+from lowrank.exact.slots import Way, has_slot, is_computed, place_of_saving, waits
 from lowrank.exact.sources import Origin
 from lowrank.exact.steps import Rebuild
 from lowrank.kernels.iterations import Step
@@ -214,6 +214,8 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
         kept = _compress(state, method, padded, geometry, None if layer.training else weight)
         kept = tuple(map(_without_the_rest, kept))
         as_it_is = bool(kept) and kept[0] is batched
+        if as_it_is and geometry.copies(batched) and place_of_saving():
+            kept, as_it_is = (batched.clone(), *kept[1:]), False  # which nobody would see change in place there
         if kept and (not as_it_is or method.derive):
             note_kept(state.name, input, batched, method, kept)
         if as_it_is and x is input:

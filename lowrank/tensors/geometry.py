@@ -91,6 +91,10 @@ class ConvGeometry:
         """Whether each output position reads one input position: a 1x1 kernel and no padding."""
         return prod(self.kernel) == 1 and not any(self.padding)
 
+    def copies(self, x: Tensor) -> bool:
+        """Whether PyTorch's own layer computes with a copy of its input, and keeps that."""
+        return not self.native
+
     def _arguments(self) -> tuple[list[int], list[int], list[int]]:
         own = list(self.padding[::2]) if self.native else [0] * len(self.kernel)
         return list(self.stride), own, list(self.dilation)
@@ -310,6 +314,10 @@ class LinearGeometry:
     groups = 1
     pointwise = True
     stride = (1, 1)
+
+    def copies(self, x: Tensor) -> bool:
+        """Whether PyTorch's own layer computes with a copy of its input, and keeps that."""
+        return x.ndim > 2 and not x.is_contiguous()
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
