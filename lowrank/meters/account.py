@@ -26,7 +26,8 @@ from lowrank.tensors.geometry import Geometry
 
 
 class Account(Mapping[str, LayerCost]):
-    """Cost per layer name; `total` is their sum.
+    """Cost per layer name; `total` is their sum. An input that several layers are given counts for each of them, as in
+    the papers' tables; `lowrank.saved_bytes` measures what is kept of it, once.
 
     Attributes:
         whole: names of the layers that keep their input as it is, since keeping less of one so small is not worth its
