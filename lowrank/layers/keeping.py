@@ -179,52 +179,64 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
     method = state.method
     if state.smallest:
         method = state.method_for(geometry, batched, geometry.by_output(weight).shape[0])
-    lighter = None
+    own = x is input and not single
     if not torch.compiler.is_compiling():
-        own = x is input and not single
-        leads = getattr(method, "leads", False)  # without its form those behind would keep their inputs, and whole
-        lighter = _lighter_origin(state, method, geometry, input) if own and not leads else None
-        derives = own and method.derive and not leads
-        near = derived(input, state.name) if derives and (not lighter or lighter[0].nbytes) else None
-        if near is not None and takes_nothing(input):
-            lighter, near = (origin_of(input), 0), None  # as it was, for as little
-        state.derived = None if near is None else near[1]
-        state.exact = lighter is not None and near is None and not method.keeps_input
-        if near is not None:
-            state.kept_bytes = state.formula_bytes = 0
-            reader, sources = reading(near[0])
-            if method.derive == "slopes" and has_slot(input):
-                is_computed(input, lambda: _read_again(near[0]))
-            return Near(reader.one), sources
-    if lighter is not None:
-        origin, state.formula_bytes = lighter
-        state.kept_bytes = origin.nbytes
-        reader, sources = reading(origin)
-        if has_slot(input):
-            is_computed(input, lambda: _read_again(origin))
-        return Rebuilt(reader.one), sources
-    if not torch.compiler.is_compiling():
+        found = _from_others(state, method, geometry, input) if own else None
+        if found is not None:
+            return found
+        state.derived, state.exact = None, False
         _say_if_planned(state, method, batched)
     kept = find_kept(input, batched, method)
     shared = kept is not None
     if kept is None:
-        if x is input and not single:
+        if own:
             ahead.hand_on(input, batched)
-        padded = batched if method.keeps_input else without_padding(batched, geometry)
-        kept = _compress(state, method, padded, geometry, None if layer.training else weight)
-        kept = tuple(map(_without_the_rest, kept))
-        as_it_is = bool(kept) and kept[0] is batched
-        if as_it_is and geometry.copies(batched) and place_of_saving():
-            kept, as_it_is = (batched.clone(), *kept[1:]), False  # which nobody would see change in place there
-        if kept and (not as_it_is or method.derive):
+        kept = _form(layer, method, geometry, weight, batched)
+        if kept and (kept[0] is not batched or method.derive):
             note_kept(state.name, input, batched, method, kept)
-        if as_it_is and x is input:
+        if kept and kept[0] is batched and x is input:
             is_kept(input)
     if not torch.compiler.is_compiling():
         state.whole = method is _WHOLE
         state.kept_bytes = 0 if shared else sum(tensor.nbytes for tensor in kept if tensor is not None)
         state.formula_bytes = method.formula_bytes(kept, tuple(batched.shape)) if kept else 0
     return method, kept
+
+
+def _from_others(state: LayerState, method: Method, geometry: Geometry, x: Tensor) -> Kept | None:
+    """How an input is computed again: from another layer's form, or where that takes less than the method's own."""
+    if getattr(method, "leads", False):  # without its form those behind would keep their inputs, and whole
+        return None
+    lighter = _lighter_origin(state, method, geometry, x)
+    near = derived(x, state.name) if method.derive and (not lighter or lighter[0].nbytes) else None
+    if near is not None and takes_nothing(x):
+        lighter, near = (origin_of(x), 0), None  # as it was, for as little
+    state.derived = None if near is None else near[1]
+    state.exact = lighter is not None and near is None and not method.keeps_input
+    if near is not None:
+        state.kept_bytes = state.formula_bytes = 0
+        reader, sources = reading(near[0])
+        if method.derive == "slopes" and has_slot(x):
+            is_computed(x, lambda: _read_again(near[0]))
+        return Near(reader.one), sources
+    if lighter is None:
+        return None
+    origin, state.formula_bytes = lighter
+    state.kept_bytes = origin.nbytes
+    reader, sources = reading(origin)
+    if has_slot(x):
+        is_computed(x, lambda: _read_again(origin))
+    return Rebuilt(reader.one), sources
+
+
+def _form(layer: Any, method: Method, geometry: Geometry, weight: Tensor, x: Tensor) -> Tensors:
+    """What the method keeps of an input that is this layer's to keep."""
+    padded = x if method.keeps_input else without_padding(x, geometry)
+    kept = _compress(layer._lowrank, method, padded, geometry, None if layer.training else weight)
+    kept = tuple(map(_without_the_rest, kept))
+    if kept and kept[0] is x and geometry.copies(x) and place_of_saving():
+        return (x.clone(), *kept[1:])  # nobody would see it change in place there
+    return kept
 
 
 def _say_if_planned(state: LayerState, method: Method, x: Tensor) -> None:
