@@ -20,7 +20,8 @@ from experiment.record import Record, Run, is_result
 from experiment.sources import Sources, method_sources, require_same, save_sources
 
 _ANOTHER = "delete that folder or give another --runs-dir"
-CONFIG, IDENTITY, DATA = "config.yaml", "identity.json", "data_fingerprint"
+CONFIG, IDENTITY, DATA, DATASET = "config.yaml", "identity.json", "data_fingerprint", "dataset"
+_BESIDE = (DATA, DATASET)  # what the file of the identity holds besides, of which no hash is taken
 
 
 class Status(enum.Enum):
@@ -74,7 +75,7 @@ class RunFolder:
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """The run's identity; as the folder has it where that is equal, so that its hash stays what it was."""
-        stored = {key: value for key, value in (self._stored_identity() or {}).items() if key != DATA}
+        stored = _without_beside(self._stored_identity() or {})
         return stored if stored == self._asked else self._asked
 
     @functools.cached_property
@@ -115,7 +116,8 @@ class RunFolder:
             ExperimentError: as of `status`.
         """
         stored = self._stored_identity()
-        data = None if stored is None else stored.pop(DATA, None)
+        data = (stored or {}).get(DATA)
+        stored = None if stored is None else _without_beside(stored)
         if data is not None and self.data_fingerprint not in (None, data):
             raise ExperimentError(
                 f"{self.path} holds a run on other data (fingerprint {data} there, {self.data_fingerprint} here); "
@@ -141,7 +143,7 @@ class RunFolder:
     @property
     def difference(self) -> str | None:
         """In which settings the run that it holds is another one; None if it is this one."""
-        stored = {key: value for key, value in (self._stored_identity() or {}).items() if key != DATA}
+        stored = _without_beside(self._stored_identity() or {})
         return None if stored == self.identity else _difference(stored, self.identity)
 
     def take_over(self, other: RunFolder) -> None:
@@ -210,8 +212,13 @@ class RunFolder:
     def _say_which(self, config: str) -> None:
         write_whole(self.path / CONFIG, config)
         identity = self.identity | ({DATA: self.data_fingerprint} if self.data_fingerprint else {})
+        identity |= {DATASET: self._run.dataset} if self._run is not None else {}
         save_sources(self.path, self.sources)
         write_whole(self.path / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n")
+
+
+def _without_beside(stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in stored.items() if key not in _BESIDE}
 
 
 def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:
