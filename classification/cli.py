@@ -26,6 +26,7 @@ from classification.help import RUN_OPTIONS, TRAINER_DEFAULTS
 from classification.identity import (
     UNTESTED,
     budget_settings,
+    callback_sources,
     data_fingerprint,
     further_settings,
     identity_of,
@@ -135,8 +136,10 @@ class SuiteCLI(LightningCLI):
         path = self.identity.folder(Path(self.settings["runs_dir"]))
         result = TABLE if measuring else RESULT
         weights = weights_of_done(self.settings, path / result)
-        told = (identity_of(self.settings, measuring, weights), result, data_fingerprint(self.settings))
-        self.folder = RunFolder(path, *told, run=self.identity, sources=model_sources(model["backbone"]))
+        identity = identity_of(self.settings, measuring, weights)
+        told = (identity, result, data_fingerprint(self.settings))
+        sources = model_sources(model["backbone"]) | callback_sources(identity)
+        self.folder = RunFolder(path, *told, run=self.identity, sources=sources)
         self.work.title, self.work.folder = str(self.identity), path
         if self.subcommand in ("fit", "measure"):
             told_to_stop = first_does(self._nothing_to_do)

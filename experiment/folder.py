@@ -42,7 +42,8 @@ class RunFolder:
         data_fingerprint: of the data that the run would read; None if that is not there or not to be compared.
         last: name of the file that is there once the run can be resumed.
         run: whose record the result has to be, if it is one.
-        sources: of the code of the run's model, see `experiment.sources`; those of its methods are found by themselves.
+        sources: of the code of the run's model and of what else is one's own, see `experiment.sources`; those of its
+            methods are found by themselves.
 
     Attributes:
         repeated: images that are tested as well as trained or validated on, once the data set was looked at.
@@ -80,7 +81,7 @@ class RunFolder:
 
     @functools.cached_property
     def sources(self) -> Sources:
-        """Files and hashes of the code of the run's methods and model."""
+        """Files and hashes of the code of the run's methods, model and what else is one's own."""
         return {**method_sources(self._asked), **self._model_sources}
 
     @property
