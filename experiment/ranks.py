@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiment.budget import budget_bytes, budget_tag, check_divisor
+from experiment.budget import budget_bytes, budget_tag, check_divisor, check_mib
 from experiment.errors import ExperimentError
 from experiment.folder import DATASET, IDENTITY
 from experiment.provenance import fingerprint
@@ -40,6 +40,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         check_divisor(self.divisor, self.run)
+        check_mib(self.mib)
 
     @property
     def nbytes(self) -> float:

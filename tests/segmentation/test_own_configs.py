@@ -262,3 +262,49 @@ def test_code_by_its_path_is_ones_own_as_well_and_the_stock_is_not(own, own_code
     for kind in (f"mmseg.{names['head']}", f"{path.stem}.{names['head']}", f"{path.stem}.FCNHead"):
         found = own_sources({"model": {"decode_head": {"type": kind}}})
         assert [source["file"] for source in found.values()] == [str(path)] * (not kind.endswith("FCNHead"))
+
+
+def hook(**settings):
+    return [(("custom_hooks", 0, name, value)) for name, value in settings.items()]
+
+
+OF_THE_SUITE = {  # what is changed, and what is said
+    "typo": ("train", hook(freze=["backbone"]), "LowRankHook has the setting 'freze'; allowed: type, priority, method"),
+    "layers": ("train", hook(layers="decode_head.convs.0.conv"), "layers of LowRankHook is 'decode_head.convs.0.conv'"),
+    "freeze": ("train", hook(freeze="backbone"), "freeze of LowRankHook is 'backbone'; allowed: a list of paths"),
+    "fuse": ("train", hook(fuse="no"), "fuse of LowRankHook is 'no'; allowed: True, False and None"),
+    "dropout": ("train", hook(dropout="no"), "dropout of LowRankHook is 'no'; allowed: True and False"),
+    "nothing": ("train", hook(layers=[]), "LowRankHook has the method HOSVD and no layers"),
+    "budget typo": ("train", hook(budget={"table": "t", "mb": 1}), "the budget of LowRankHook has the setting 'mb'"),
+    "budget": ("train", hook(budget={"table": "t", "mib": "1"}, method={"type": "ASI"}), "budget.mib is '1'; allowed"),
+    "divisor": (
+        "train",
+        hook(budget={"table": "t", "run": "r", "divisor": 2.5}, method={"type": "ASI"}),
+        "budget.divisor is 2.5; allowed are whole numbers",
+    ),
+    "energy": ("train", hook(method={"type": "HOSVD", "energy": True}), "energy is True; allowed is a number above 0"),
+    "warm start": (
+        "train",
+        hook(method={"type": "ASI", "ranks": 2, "warm_start": "no"}),
+        "warm_start is 'no'; allowed",
+    ),
+    "processes": ("train", [("processes", "2")], "processes is '2'; allowed are whole numbers from 1"),
+    "measured typo": ("measure", [("perplexity", {"enrgies": [0.5]})], "perplexity has the setting 'enrgies'; allowed"),
+    "energies": ("measure", [("perplexity", {"energies": "0.5"})], "energies of perplexity is '0.5'; allowed: a list"),
+    "no settings": ("measure", [("perplexity", [0.5])], "perplexity is '[0.5]'; allowed are settings by their names"),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_SUITE)
+def test_settings_of_the_suites_own_parts_are_checked_by_name_and_kind(name, own, tmp_path, capsys):
+    refused(*OF_THE_SUITE[name], own, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("loop", [{}, EPOCHS])
+def test_a_batch_that_the_images_do_not_fill_is_refused_where_it_would_be_dropped(loop, own, tmp_path, capsys):
+    content, _ = own
+    content["train_cfg"] = loop or content["train_cfg"]
+    sampler = {"type": "DefaultSampler", "shuffle": True}
+    loader = {"batch_size": 64, "drop_last": True, "sampler": sampler}
+    changes = [("train_dataloader", key, value) for key, value in loader.items()]
+    refused("train", changes, "4 training images do not fill one batch of 64", own, tmp_path, capsys)
