@@ -15,6 +15,7 @@ from typing import Any
 from experiment.checkpoints import BEST, PREVIOUS
 from experiment.errors import ExperimentError
 from experiment.files import remove_all, remove_empty, remove_parts, write_whole
+from experiment.jobs import FAILURE
 from experiment.lock import hold
 from experiment.record import Record, Run, is_result
 from experiment.sources import Sources, method_sources, require_same, save_sources
@@ -181,7 +182,7 @@ class RunFolder:
         Args:
             config: the resolved config as YAML, from which the run can be started again.
             begun: whether there is something of the run to keep. What fails while there is not, in a folder that was
-                not there or empty, leaves nothing behind.
+                not there, or empty but for a log, leaves nothing behind.
 
         Raises:
             ExperimentError: the folder cannot be written.
@@ -200,7 +201,8 @@ class RunFolder:
                     f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs-dir"
                 ) from None
             remove_parts(self.path)
-            fresh = not any(path.is_file() for path in self.path.rglob("*") if path != lock)
+            others = {lock, self.path / FAILURE}  # why an earlier try came to nothing
+            fresh = not any(path.is_file() for path in self.path.rglob("*") if path not in others)
             try:
                 self._say_which(config)
                 yield

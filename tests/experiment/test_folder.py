@@ -61,6 +61,10 @@ def test_what_fails_before_there_is_something_to_keep_leaves_nothing_behind(erro
     (tmp_path / "runs").mkdir()
     failed(lambda: False)
     assert list(tmp_path.rglob("*")) == [tmp_path / "runs"]
+    run.path.mkdir(parents=True)
+    (run.path / "failure.log").write_text("of an earlier try, as a sweep leaves it")
+    failed(lambda: False)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
     failed(lambda: True)
     there = sorted(run.path.rglob("*"))
     assert (run.path / "logs" / "log") in there
