@@ -26,6 +26,7 @@ from classification.help import RUN_OPTIONS, TRAINER_DEFAULTS
 from classification.identity import (
     UNTESTED,
     budget_settings,
+    callback_sources,
     data_fingerprint,
     further_settings,
     identity_of,
@@ -135,8 +136,10 @@ class SuiteCLI(LightningCLI):
         path = self.identity.folder(Path(self.settings["runs_dir"]))
         result = TABLE if measuring else RESULT
         weights = weights_of_done(self.settings, path / result)
-        told = (identity_of(self.settings, measuring, weights), result, data_fingerprint(self.settings))
-        self.folder = RunFolder(path, *told, run=self.identity, sources=model_sources(model["backbone"]))
+        identity = identity_of(self.settings, measuring, weights)
+        told = (identity, result, data_fingerprint(self.settings))
+        sources = model_sources(model["backbone"]) | callback_sources(identity)
+        self.folder = RunFolder(path, *told, run=self.identity, sources=sources)
         self.work.title, self.work.folder = str(self.identity), path
         if self.subcommand in ("fit", "measure"):
             told_to_stop = first_does(self._nothing_to_do)
@@ -179,7 +182,7 @@ class SuiteCLI(LightningCLI):
         """Train, test the best epoch, measure, and write the record."""
         self.model.front_folder = Path(self.settings["runs_dir"]) / "fronts"
         self.folder.data_fingerprint, self.folder.repeated = self.datamodule.fingerprint, self.datamodule.repeated
-        with first_holds(locked(self.identity, self.folder, self._config_text())):
+        with first_holds(locked(self.identity, self.folder, self._config_text(), self._has_begun)):
             resume = first_does(self._begin)
             with held(later=True):
                 self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume)
@@ -193,6 +196,10 @@ class SuiteCLI(LightningCLI):
             first_does(lambda: self._save_record(optimizer, recipe))
         accuracy = float(self.trainer.callback_metrics["test_accuracy"])
         say(f"  test accuracy {100 * accuracy:.1f} %, record in {self.folder.result}")
+
+    def _has_begun(self) -> bool:
+        """Whether there is something to keep: a step was made, or what it led to is saved."""
+        return self.trainer.global_step > 0 or self.folder.last_checkpoint is not None
 
     def _begin(self) -> Path | None:
         """The checkpoint to go on from, if there is one; what a run has to say and to write when it begins."""
@@ -246,7 +253,7 @@ class SuiteCLI(LightningCLI):
         first_does(self._measure)
 
     def _measure(self) -> None:
-        with locked(self.identity, self.folder, self._config_text()):
+        with locked(self.identity, self.folder, self._config_text(), begun=lambda: False):
             model = self.model.train()
             settings = {
                 "energies": model.energies,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from experiment import ExperimentError
+from experiment.command import dashed
 from experiment.strict_yaml import check_yaml, check_yaml_file, misread_number
 
 _CONFIG = ("--config", "-c")
@@ -32,6 +36,40 @@ def check_config_files(arguments: Sequence[str]) -> None:
             raise ExperimentError(f"{name} is {value}, which would be read as {misread}; write it in base ten")
         if value.lstrip().startswith(("{", "[")):
             check_yaml(value, name)
+
+
+def settings_in(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Every setting that arguments give within a config, or within an option that is a group of settings.
+
+    Yields:
+        the setting as the option with dashes that it stands for, and as an error names it.
+
+    Raises:
+        ExperimentError: a config that cannot be read.
+    """
+    check_config_files(arguments)
+    for name, value in _options(arguments):
+        prefix = "" if name in _CONFIG else name.removeprefix("--")
+        for key in _keys(_settings(value, name in _CONFIG), prefix):
+            yield dashed([f"--{key}"])[0], f"{key} in {name} {value}"
+
+
+def _settings(value: str, is_config: bool) -> Any:
+    """What a value holds as YAML: in place, or in the file of this name."""
+    try:
+        is_file = (is_config or Path(value).suffix in (".yaml", ".yml", ".json")) and Path(value).is_file()
+        return yaml.safe_load(Path(value).read_text(encoding="utf-8") if is_file else value)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None  # no settings, or the parser says what is wrong
+
+
+def _keys(content: Any, prefix: str) -> Iterator[str]:
+    """The full names of all settings in a mapping, such as "model.method.class_path"."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            name = f"{prefix}.{key}".removeprefix(".")
+            yield name
+            yield from _keys(value, name)
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

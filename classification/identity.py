@@ -21,6 +21,7 @@ from experiment.method import method_tag as tag_of
 from experiment.provenance import plain
 from experiment.ranks import Budget
 from experiment.record import is_result
+from experiment.sources import source_of
 
 # Settings that have no influence on a run's result, so that they may change between two tries. Which devices train has
 # none, but how many of them at once has: it is part of the identity by itself.
@@ -139,15 +140,35 @@ def _acting(callbacks: Any) -> dict[str, Any]:
     """Those of a trainer's callbacks that may do more than watch; no word of it, as before they were looked at, where
     none does."""
     given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
-    found = [one for one in given if not _watches(str(one["class_path"] if isinstance(one, Mapping) else one))]
+    found = [one for one in given if not _watches(_path_of(one))]
     return {"callbacks": found} if found else {}
 
 
+def _path_of(callback: Any) -> str:
+    return str(callback["class_path"] if isinstance(callback, Mapping) else callback)
+
+
 def _watches(path: str) -> bool:
-    module, _, name = path.rpartition(".")
-    if name in _WATCHING and module.split(".")[0] in ("pytorch_lightning", "lightning"):
+    if path.rpartition(".")[2] in _WATCHING and _is_lightnings(path):
         return True
-    return bool(getattr(getattr(sys.modules.get(module), name, None), NO_INFLUENCE_MARK, False))
+    return bool(getattr(_imported(path), NO_INFLUENCE_MARK, False))
+
+
+def _is_lightnings(path: str) -> bool:
+    return path.split(".")[0] in ("pytorch_lightning", "lightning")
+
+
+def _imported(path: str) -> Any:
+    """The class of this path, which the parser has imported."""
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
+
+
+def callback_sources(identity: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The files that hold the callbacks of one's own that an identity names; see `experiment.sources`."""
+    paths = [path for path in map(_path_of, identity["trainer"].get("callbacks", [])) if not _is_lightnings(path)]
+    found = {f"callback {path}": source_of(_imported(path)) for path in paths}
+    return {what: source for what, source in found.items() if source}
 
 
 def further_settings(identity: Mapping[str, Any]) -> dict[str, Any]:

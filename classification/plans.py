@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 
+from classification.config_files import settings_in
 from experiment import ExperimentError, Run
 from experiment.budget import BUDGET_METHOD
 from experiment.jobs import Job
@@ -108,6 +109,10 @@ class Sweep(AnySweep):
             path = CONFIGS / "methods" / f"{method}.yaml"
             raise ExperimentError(f"config {path} has no settings of `model.method`; write them as those beside it are")
         return config
+
+    def settings_in(self, extra: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Those in configs, and in options that are groups of settings."""
+        return settings_in(extra)
 
     def published(self, dataset: str, layers: str) -> float | None:
         """The published budget in MiB, if there is one."""

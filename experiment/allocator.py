@@ -10,14 +10,24 @@ from __future__ import annotations
 import ctypes
 import os
 
+from experiment.errors import ExperimentError
+
+_SWITCH = "LOWRANK_ALLOCATOR"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> str:
-    """Apply the setting, where the C library has it. Returns what is in force, for the record."""
-    if os.environ.get("LOWRANK_ALLOCATOR") == "default":
+    """Apply the setting, where the C library has it. Returns what is in force, for the record.
+
+    Raises:
+        ExperimentError: the environment variable is something else.
+    """
+    asked = os.environ.get(_SWITCH)
+    if asked == "default":
         return "default"
+    if asked:
+        raise ExperimentError(f"the environment variable {_SWITCH} is {asked!r}; allowed is default, or leave it out")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or not mallopt(_M_MMAP_THRESHOLD, _LARGEST) or not mallopt(_M_TRIM_THRESHOLD, _LARGEST):
         return "default"

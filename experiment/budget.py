@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experiment.errors import ExperimentError
 from experiment.record import RESULT, Record
@@ -70,10 +72,17 @@ def check_divisor(divisor: int, run: str | None) -> None:
     Raises:
         ExperimentError: the divisor is not of a run, or below 1.
     """
-    if divisor < 1 or (divisor > 1 and run is None):
+    if type(divisor) is not int or divisor < 1 or (divisor > 1 and run is None):
         raise ExperimentError(
             f"budget.divisor is {divisor}; allowed are whole numbers from 1, and with budget.run alone"
         )
+
+
+def check_mib(mib: Any) -> None:
+    """Raise `ExperimentError` unless it is None or a memory in MiB: a finite number above 0."""
+    number = isinstance(mib, int | float) and not isinstance(mib, bool)
+    if mib is not None and not (number and 0 < mib < math.inf):
+        raise ExperimentError(f"budget.mib is {mib!r}; allowed are finite numbers above 0")
 
 
 def budget_word(text: str) -> str:

@@ -15,12 +15,14 @@ from typing import Any
 from experiment.checkpoints import BEST, PREVIOUS
 from experiment.errors import ExperimentError
 from experiment.files import remove_all, remove_empty, remove_parts, write_whole
+from experiment.jobs import FAILURE
 from experiment.lock import hold
 from experiment.record import Record, Run, is_result
 from experiment.sources import Sources, method_sources, require_same, save_sources
 
 _ANOTHER = "delete that folder or give another --runs-dir"
-CONFIG, IDENTITY, DATA = "config.yaml", "identity.json", "data_fingerprint"
+CONFIG, IDENTITY, DATA, DATASET = "config.yaml", "identity.json", "data_fingerprint", "dataset"
+_BESIDE = (DATA, DATASET)  # what the file of the identity holds besides, of which no hash is taken
 
 
 class Status(enum.Enum):
@@ -41,7 +43,8 @@ class RunFolder:
         data_fingerprint: of the data that the run would read; None if that is not there or not to be compared.
         last: name of the file that is there once the run can be resumed.
         run: whose record the result has to be, if it is one.
-        sources: of the code of the run's model, see `experiment.sources`; those of its methods are found by themselves.
+        sources: of the code of the run's model and of what else is one's own, see `experiment.sources`; those of its
+            methods are found by themselves.
 
     Attributes:
         repeated: images that are tested as well as trained or validated on, once the data set was looked at.
@@ -74,12 +77,12 @@ class RunFolder:
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """The run's identity; as the folder has it where that is equal, so that its hash stays what it was."""
-        stored = {key: value for key, value in (self._stored_identity() or {}).items() if key != DATA}
+        stored = _without_beside(self._stored_identity() or {})
         return stored if stored == self._asked else self._asked
 
     @functools.cached_property
     def sources(self) -> Sources:
-        """Files and hashes of the code of the run's methods and model."""
+        """Files and hashes of the code of the run's methods, model and what else is one's own."""
         return {**method_sources(self._asked), **self._model_sources}
 
     @property
@@ -115,7 +118,8 @@ class RunFolder:
             ExperimentError: as of `status`.
         """
         stored = self._stored_identity()
-        data = None if stored is None else stored.pop(DATA, None)
+        data = (stored or {}).get(DATA)
+        stored = None if stored is None else _without_beside(stored)
         if data is not None and self.data_fingerprint not in (None, data):
             raise ExperimentError(
                 f"{self.path} holds a run on other data (fingerprint {data} there, {self.data_fingerprint} here); "
@@ -141,7 +145,7 @@ class RunFolder:
     @property
     def difference(self) -> str | None:
         """In which settings the run that it holds is another one; None if it is this one."""
-        stored = {key: value for key, value in (self._stored_identity() or {}).items() if key != DATA}
+        stored = _without_beside(self._stored_identity() or {})
         return None if stored == self.identity else _difference(stored, self.identity)
 
     def take_over(self, other: RunFolder) -> None:
@@ -178,7 +182,7 @@ class RunFolder:
         Args:
             config: the resolved config as YAML, from which the run can be started again.
             begun: whether there is something of the run to keep. What fails while there is not, in a folder that was
-                not there or empty, leaves nothing behind.
+                not there, or empty but for a log, leaves nothing behind.
 
         Raises:
             ExperimentError: the folder cannot be written.
@@ -197,7 +201,8 @@ class RunFolder:
                     f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs-dir"
                 ) from None
             remove_parts(self.path)
-            fresh = not any(path.is_file() for path in self.path.rglob("*") if path != lock)
+            others = {lock, self.path / FAILURE}  # why an earlier try came to nothing
+            fresh = not any(path.is_file() for path in self.path.rglob("*") if path not in others)
             try:
                 self._say_which(config)
                 yield
@@ -210,8 +215,13 @@ class RunFolder:
     def _say_which(self, config: str) -> None:
         write_whole(self.path / CONFIG, config)
         identity = self.identity | ({DATA: self.data_fingerprint} if self.data_fingerprint else {})
+        identity |= {DATASET: self._run.dataset} if self._run is not None else {}
         save_sources(self.path, self.sources)
         write_whole(self.path / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n")
+
+
+def _without_beside(stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in stored.items() if key not in _BESIDE}
 
 
 def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from experiment.budget import budget_bytes, budget_tag, check_divisor
+from experiment.budget import budget_bytes, budget_tag, check_divisor, check_mib
 from experiment.errors import ExperimentError
-from experiment.folder import IDENTITY
+from experiment.folder import DATASET, IDENTITY
 from experiment.provenance import fingerprint
 from experiment.record import RESULT, Record
 from lowrank import BudgetError, PerplexityTable, RankPlan, Storage, select_ranks
@@ -40,6 +40,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         check_divisor(self.divisor, self.run)
+        check_mib(self.mib)
 
     @property
     def nbytes(self) -> float:
@@ -130,9 +131,8 @@ class Budget:
 
     def _require_data(self, dataset: str) -> None:
         """Refuse a table or a run of another data set, as far as they tell theirs."""
-        measured = _identity_beside(Path(self.table)).get("data")
-        found = measured.get("dataset", dataset) if isinstance(measured, dict) else dataset
-        if found != dataset:
+        found = _dataset_of(_identity_beside(Path(self.table)))
+        if found not in (None, dataset):
             raise ExperimentError(
                 f"the perplexity table {self.table} is of the data set {found}, this run of {dataset}; measure it again"
             )
@@ -151,6 +151,12 @@ def _identity_beside(table: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _dataset_of(identity: Mapping[str, Any]) -> Any:
+    """The data set of a measurement; those of before all told it have it among the settings, if at all."""
+    data = identity.get("data")
+    return identity.get(DATASET, data.get("dataset") if isinstance(data, dict) else None)
 
 
 def _measured_by(table: Path) -> dict[str, Any]:

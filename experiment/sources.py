@@ -1,8 +1,8 @@
-"""Which files hold the code of a run's method and model, and whether they are what they were.
+"""Which files hold the code of a run's method, model and what else is one's own, and whether they are what they were.
 
 `code_version` in a record is of the whole suite, and another after each of its changes, so that it refuses no run; nor
-do the methods that the library itself exports, which change with it. Any other method, and the model, may be anybody's
-code: of each its own file counts, byte by byte.
+do the methods that the library itself exports, which change with it. Any other method, the model, callbacks and
+what a config of MMEngine names may be anybody's code: of each its own file counts, byte by byte.
 """
 
 from __future__ import annotations

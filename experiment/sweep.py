@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -27,6 +27,10 @@ OWN_OPTIONS = {
     **{"--seed-everything": "--seeds", "--seed": "--seeds", "--setup": "--setup", "--model.backbone": "--model"},
     **{"--data.dataset": "--dataset", "--model.layers": "--layers", "--model.method": "--methods"},
     **{"--model.budget": "--budget", "--budget": "--budget", "--model.derive": "--methods", "--derive": "--methods"},
+    # As configs have them, see `Sweep.settings_in`.
+    **{"--dataset": "--dataset", "--network": "--model", "--layers": "--layers", "--randomness.seed": "--seeds"},
+    **{"--lowrank.method": "--methods", "--lowrank.budget": "--budget", "--perplexity.derive": "--methods"},
+    **{"--stage": "", "--depths": "", "--custom-hooks": ""},
 }
 # Those that it sets only where it is asked to, or not for every run.
 _WHERE_SET = {
@@ -100,6 +104,11 @@ class Sweep(ABC):
     @abstractmethod
     def rows(self) -> Iterator[tuple[str, str]]:
         """Depths and methods of the runs, those that need another run's memory after it."""
+
+    def settings_in(self, extra: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """What further arguments set otherwise than by options of their own, as in a config that they name: each
+        setting as an option with dashes, and how an error names it."""
+        return iter(())
 
     def table_seed(self, seed: int) -> int:
         """The seed of the perplexity table that runs with a seed use."""
@@ -260,7 +269,8 @@ def parsed(
     try:
         sweep = sweep_of(options, extra)
         jobs = sweep.jobs()
-        refuse_own(extra, {word for job in jobs for word in job.arguments[: len(job.arguments) - len(extra)]})
+        told = [*((word.partition("=")[0],) * 2 for word in extra), *sweep.settings_in(extra)]
+        refuse_own(told, {word for job in jobs for word in job.arguments[: len(job.arguments) - len(extra)]})
     except ExperimentError as error:
         parser.error(str(error))
     if extra and not all(job.known(sweep.runs_dir) for job in jobs):
@@ -270,25 +280,24 @@ def parsed(
     return sweep, options.dry_run
 
 
-def refuse_own(extra: Sequence[str], given: Collection[str]) -> None:
+def refuse_own(extra: Iterable[tuple[str, str]], given: Collection[str]) -> None:
     """Refuse arguments of every run that say what the sweep says itself, as they would go over it.
 
     Args:
-        extra: arguments that go to every run, with dashes.
+        extra: what arguments that go to every run set: options, with dashes, and how an error names each.
         given: words of the runs' commands without them.
 
     Raises:
         ExperimentError: there is one; names the sweep's own option for it.
     """
     named = {dashed([word])[0] for word in given if word.startswith("--")}
-    for word in extra:
-        option = word.partition("=")[0]
+    for option, shown in extra:
         own = next((own for start, own in OWN_OPTIONS.items() if _is_or_of(option, start)), None)
         if own is None and option in named and option not in ("--config", "-c"):
             own = _WHERE_SET.get(option, "")
         if own is not None:
-            instead = f"give {own} of the sweep" if own else "leave it out"
-            raise ExperimentError(f"{option} is set by the sweep for each of its runs; {instead} in its place")
+            instead = f"give {own} of the sweep in its place" if own else "leave it out"
+            raise ExperimentError(f"{shown} is set by the sweep for each of its runs; {instead}")
 
 
 def _is_or_of(option: str, start: str) -> bool:

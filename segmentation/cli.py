@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +119,8 @@ def task_of(options: argparse.Namespace) -> Task:
     config.merge_from_dict(dict(options.cfg_options or {}))
     check_settings(config.to_dict())
     check_parts(config.to_dict(), options.command)
+    if "depths" in config:
+        _refuse_of_depth(options.cfg_options or {})
     choose_depth(config, options.layers)
     if options.iterations is not None:
         _require_one_length(options)
@@ -147,6 +149,16 @@ def task_of(options: argparse.Namespace) -> Task:
     started = options.launcher != "none"
     config.processes = place().count if started else options.processes or config.get("processes", 1)
     return Task(config, options.runs_dir, options.work_dir, options.dry_run)
+
+
+def _refuse_of_depth(given: Mapping[str, Any]) -> None:
+    """Refuse to override what follows from `--layers` and the method: a run would be another one than its name says."""
+    for key in given:
+        if key.partition(".")[0] in ("layers", "custom_hooks"):
+            raise ExperimentError(
+                f"--cfg-options sets {key}, which in the suite's own configs follows from --layers and the method; "
+                "give --layers and a config of a method, and further hooks as custom_hooks of a config behind these"
+            )
 
 
 def _require_one_length(options: argparse.Namespace) -> None:

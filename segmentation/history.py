@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dataset import InfiniteSampler
 from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 
@@ -22,12 +23,25 @@ KEY = "lowrank_run_history"  # of a checkpoint
 
 
 class Begun(Hook):
-    """Whether a step was made."""
+    """Whether a step was made; and that one can be."""
 
     priority = "VERY_HIGH"
 
     def __init__(self) -> None:
         self._begun = False
+
+    def before_train(self, runner: Any) -> None:
+        """Refuse a loader that gives no batch: an epoch of it would be over at once.
+
+        Raises:
+            ExperimentError: see above.
+        """
+        loader = runner.train_dataloader
+        if len(loader) == 0 and not isinstance(loader.sampler, InfiniteSampler):
+            raise ExperimentError(
+                f"{len(loader.dataset)} training images do not fill one batch of {loader.batch_size} in each process; "
+                f"lower train_dataloader.batch_size, or set its drop_last to False"
+            )
 
     def after_train_iter(self, runner: Any, *arguments: Any, **options: Any) -> None:
         """One was."""

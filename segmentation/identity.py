@@ -65,11 +65,17 @@ def run_of(config: Config, method: str) -> Run:
         task="segmentation",
         setup=config.get("stage", "finetune"),
         model=network_of(config),
-        dataset=config.get("dataset", config.train_dataloader.dataset.type),
+        dataset=dataset_of(config),
         method=method,
         layers=config.get("layers", "all"),
         seed=config.randomness.seed,
     )
+
+
+def dataset_of(config: Config) -> str:
+    """The name of a config's data set in records and folders: its `dataset`, or the type of what it trains on."""
+    name: str = config.get("dataset", config.train_dataloader.dataset.type)
+    return name
 
 
 def network_of(config: Config) -> str:
@@ -164,4 +170,4 @@ def _budget(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
             "that its pipeline gives, such as crop_size = (512, 512)"
         )
     batch_shape = (config.train_dataloader.batch_size, 3, *config.crop_size)
-    return Budget(**settings).identity(network_of(config), batch_shape)
+    return Budget(**settings).identity(network_of(config), batch_shape, dataset=dataset_of(config))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from mmengine.logging import MMLogger
 from mmseg.utils import register_all_modules
 
 
@@ -22,3 +23,4 @@ def register_modules() -> None:
     """Make all of MMSegmentation known by name."""
     with quietly():
         register_all_modules(init_default_scope=True)
+        MMLogger.get_current_instance()  # made here, so that initial weights are told nowhere

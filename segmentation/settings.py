@@ -9,6 +9,7 @@ from typing import Any
 from experiment import ExperimentError
 from experiment.method import check_precision
 from segmentation.compose import HOOK
+from segmentation.hook_settings import check_hook, check_perplexity
 from segmentation.parts import at
 
 WHOLE = {  # settings that are whole numbers, with the least of each
@@ -21,6 +22,7 @@ WHOLE = {  # settings that are whole numbers, with the least of each
     "val_dataloader.batch_size": 1,
     "val_dataloader.num_workers": 0,
     "model.decode_head.num_classes": 1,
+    "processes": 1,
 }
 PARTS = (  # settings that hold others
     *("model", "train_cfg", "val_cfg", "optim_wrapper", "default_hooks", "randomness", "lowrank", "lowrank.method"),
@@ -55,6 +57,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
     derive = at(config, "perplexity.derive")
     if derive is not None and type(derive) not in (bool, int):
         raise ExperimentError(f"perplexity.derive is {derive!r}; allowed: True, False and a number of products")
+    check_perplexity(config.get("perplexity") or {})
     hooks = _hooks(config)
     size = config.get("crop_size")
     if size is not None and not _is_size(size):
@@ -74,6 +77,8 @@ def _hooks(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         if hook["type"] == HOOK and not isinstance(hook.get("method"), Mapping):
             method = str(hook.get("method"))[:200]
             raise ExperimentError(f"the method of {HOOK} is {method!r}; allowed are settings with a type, as of HOSVD")
+        if hook["type"] == HOOK:
+            check_hook(hook)
     return hooks
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from experiment import ExperimentError, Run
 from experiment.checkpoints import FINAL
+from experiment.command import dashed
 from experiment.jobs import Command, Job, Program
 from experiment.sweep import SEED, do_sweep, length_word, parsed, shared_settings, sweep_parser
 from experiment.sweep import Sweep as AnySweep
@@ -26,6 +27,7 @@ PUBLISHED_ON = "voc12aug"
 BUDGETS = CONFIGS.parent / "published" / "segmentation_budgets.yaml"
 PRETRAINED_ON = {name: f"{name}_pretrain" for name in ("digit_scenes", "digit_scenes_96")}
 PROGRAM = "python -m segmentation"
+OVERRIDE = "--cfg-options"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,15 @@ class Sweep(AnySweep):
         """The method in a config of this name."""
         config: Mapping[str, Any] = _config(method).lowrank.method
         return config
+
+    def settings_in(self, extra: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Those of `--cfg-options`."""
+        option = ""
+        for word in extra:
+            option = word.partition("=")[0] if word.startswith("--") else option
+            key = word.removeprefix(f"{OVERRIDE}=").partition("=")[0]
+            if option == OVERRIDE and not key.startswith("--"):
+                yield dashed([f"--{key}"])[0], f"{OVERRIDE} {key}"
 
     def published(self, dataset: str, layers: str) -> float | None:
         """The published budget in MiB, if there is one."""

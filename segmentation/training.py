@@ -50,6 +50,7 @@ from segmentation.identity import (
 )
 from segmentation.quiet import quietly, register_modules
 from segmentation.saving import WholeCheckpoints
+from segmentation.sources import own_sources
 from segmentation.start import share_out
 
 
@@ -79,7 +80,7 @@ class Task:
         identity = identity_of(self.config, MEASURED if result == TABLE else TRAINED)
         path = self.work_dir or name.folder(self.runs_dir)
         data = data_of(self.config)
-        folder = RunFolder(path, identity, result, data.fingerprint, LAST, name)
+        folder = RunFolder(path, identity, result, data.fingerprint, LAST, name, own_sources(identity))
         if work is not None:
             work.title, work.folder = str(name), path
         said = nothing_to_do(name, folder, self.dry_run)

@@ -64,6 +64,8 @@ class ASI(RankedMethod):
         self._check_refresh()
         if self.algorithm not in ALGORITHMS:
             raise SettingError(f"ASI algorithm is {self.algorithm!r}; allowed: {', '.join(ALGORITHMS)}")
+        if not isinstance(self.warm_start, bool):
+            raise SettingError(f"ASI warm_start is {self.warm_start!r}; allowed: True and False")
 
     def _check_refresh(self) -> None:
         counts = isinstance(self.refresh, int) and not isinstance(self.refresh, bool) and self.refresh >= 1

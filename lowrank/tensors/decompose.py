@@ -31,7 +31,7 @@ _SCATTERED = range(2, 16)
 
 def check_energy(energy: float) -> None:
     """Raise `SettingError` unless 0 < energy <= 1."""
-    if not (isinstance(energy, int | float) and 0 < energy <= 1):
+    if isinstance(energy, bool) or not (isinstance(energy, int | float) and 0 < energy <= 1):
         raise SettingError(f"energy is {energy!r}; allowed is a number above 0 and at most 1, such as 0.8")
 
 

@@ -58,6 +58,22 @@ def test_an_unforeseen_error_is_one_line_and_a_log(whole, tmp_path, capsys):
     assert "CrashInEpoch" in log.read_text() or "interrupt" in log.read_text()
 
 
+FAILING = {  # before the first step, with the settings that are right
+    "fit": (["--trainer.limit_train_batches", "1e-4"], ["--trainer.limit_train_batches", "1"]),
+    "measure": (["--model.energies", "[2.0]"], ["--model.energies", "[0.5]"]),
+}
+
+
+@pytest.mark.parametrize("command", FAILING)
+def test_what_fails_before_the_first_step_leaves_nothing_and_the_mended_command_works(command, tmp_path, capsys):
+    wrong, right = FAILING[command]
+    words = arguments(command, tmp_path / "runs", "--trainer.max_epochs", "1")
+    assert main([*words, *wrong]) in (1, 2)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+    assert main([*words, *wrong, *right]) == 0
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "foreign", "gone"])
 def test_a_damaged_checkpoint_is_gone_round_and_the_run_ends_as_it_would_have(whole, tmp_path, capsys, damage):
     words = arguments("fit", tmp_path, *whole[0])

@@ -8,8 +8,9 @@ from commands import arguments, execute, only_file
 
 from classification.backbones.registry import backbone as registry_of_backbones
 from classification.cli import main
-from classification.identity import further_settings
+from classification.identity import callback_sources, further_settings
 from experiment.provenance import untold
+from experiment.sources import source_of
 
 
 def test_the_record_says_all_settings_of_the_run(measured):
@@ -17,6 +18,7 @@ def test_the_record_says_all_settings_of_the_run(measured):
     folder = only_file(measured[0], "result.json").parent
     identity = json.loads((folder / "identity.json").read_text())
     del identity["data_fingerprint"]  # which provenance has by itself
+    assert identity.pop("dataset") == identity["data"]["dataset"]
     provenance = json.loads((folder / "result.json").read_text())["provenance"]
     assert provenance["settings"] == untold(identity, provenance["further_settings"])
 
@@ -94,3 +96,17 @@ def test_a_run_is_tested_by_its_own_settings_also_where_what_it_was_trained_from
     runs, (layers, number, _, path, *rest) = measured
     told = (layers, number, *([] if without else ["--model.weights", path]), *rest)
     assert "test_accuracy" in execute(arguments("test", runs, *told, method="hosvd_0.8"), capsys)
+
+
+def test_the_code_of_callbacks_of_ones_own_is_noted(tmp_path, monkeypatch):
+    path = tmp_path / "own_callback_of_test.py"
+    path.write_text("class Mine: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module(path.stem)
+    given = [f"{path.stem}.Mine", {"class_path": f"{path.stem}.Mine", "init_args": {}}]
+    lightnings = "pytorch_lightning.callbacks.StochasticWeightAveraging"
+    for callback in given:
+        found = callback_sources({"trainer": {"callbacks": [lightnings, callback]}})
+        assert found == {f"callback {path.stem}.Mine": source_of(own.Mine)}
+        assert found[f"callback {path.stem}.Mine"]["file"] == str(path)
+    assert callback_sources({"trainer": {}}) == {}

@@ -38,6 +38,44 @@ def test_what_a_sweep_sets_itself_is_not_passed_through(tmp_path, capsys, extra,
     assert not list(tmp_path.iterdir())
 
 
+IN_CONFIGS = [
+    ("data: {dataset: fish}", "data.dataset", "give --dataset"),
+    ("seed_everything: 5", "seed_everything", "give --seeds"),
+    ("trainer: {max_epochs: 7}", "trainer.max_epochs", "give --epochs"),
+    ("model: {method: {class_path: lowrank.SVD}}", "model.method", "give --methods"),
+    ("{runs_dir: elsewhere}", "runs_dir", "give --runs-dir"),
+]
+
+
+@pytest.mark.parametrize("option", ["--config", "-c"])
+@pytest.mark.parametrize(("content", "setting", "instead"), IN_CONFIGS)
+@pytest.mark.parametrize("in_a_file", [True, False])
+def test_nor_is_it_within_a_config_of_every_run(tmp_path, capsys, option, content, setting, instead, in_a_file):
+    config = tmp_path / "mine.yaml"
+    config.write_text(content)
+    given = str(config) if in_a_file else content
+    runs = tmp_path / "runs"
+    with pytest.raises(SystemExit) as ended:
+        sweep.main(words(runs, "--epochs", "2", option, given), commands := Commands())
+    assert (ended.value.code, commands.calls) == (2, [])
+    told = f"{setting} in {option} {given} is set by the sweep for each of its runs; {instead} of the sweep in its"
+    assert told in capsys.readouterr().err.splitlines()[-1]
+    assert not runs.exists()
+
+
+def test_nor_within_a_group_of_settings(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sweep.main(words(tmp_path, "--data", "{batch_size: 8, dataset: fish}"), Commands())
+    assert "data.dataset in --data " in capsys.readouterr().err
+
+
+def test_a_config_of_every_run_may_set_what_the_sweep_does_not(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("data: {batch_size: 8}\ntrainer: {limit_train_batches: 2}\n")
+    jobs = sweep.parse(words(tmp_path / "runs", "--config", str(config)))[0].jobs()
+    assert all(job.arguments[-2:] == ("--config", str(config)) for job in jobs)
+
+
 def test_every_option_that_a_run_of_a_sweep_is_given_is_refused_behind_it(tmp_path):
     """Whatever the sweep sets: an option of every run goes over it."""
     options = ["--epochs", "1", "--data-dir", "d", "--budget", "1/20"]

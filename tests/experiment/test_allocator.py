@@ -2,6 +2,7 @@ import ctypes
 
 import pytest
 
+from experiment import ExperimentError
 from experiment.allocator import keep_freed_memory
 
 
@@ -40,3 +41,9 @@ def test_a_c_library_without_the_setting_is_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     monkeypatch.delenv("LOWRANK_ALLOCATOR", raising=False)
     assert keep_freed_memory() == "default"
+
+
+def test_another_word_in_the_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("LOWRANK_ALLOCATOR", "defualt")
+    with pytest.raises(ExperimentError, match="LOWRANK_ALLOCATOR is 'defualt'; allowed is default, or leave it out"):
+        keep_freed_memory()

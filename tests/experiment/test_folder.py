@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -60,11 +61,28 @@ def test_what_fails_before_there_is_something_to_keep_leaves_nothing_behind(erro
     (tmp_path / "runs").mkdir()
     failed(lambda: False)
     assert list(tmp_path.rglob("*")) == [tmp_path / "runs"]
+    run.path.mkdir(parents=True)
+    (run.path / "failure.log").write_text("of an earlier try, as a sweep leaves it")
+    failed(lambda: False)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
     failed(lambda: True)
     there = sorted(run.path.rglob("*"))
     assert (run.path / "logs" / "log") in there
     failed(lambda: False)  # of what was there before, nothing is taken away
     assert sorted(run.path.rglob("*")) == there
+
+
+def test_the_data_set_is_told_beside_the_identity_and_is_no_part_of_it(tmp_path):
+    named, nameless = (
+        RunFolder(tmp_path / "run", IDENTITY, "perplexity.json", "ab", run=run)
+        for run in (Run("segmentation", "finetune", "net", "pets", "perplexity", 2, 1), None)
+    )
+    with named.locked(""):
+        named.result.write_text("{}")
+    told = json.loads((named.path / "identity.json").read_text())
+    assert (told["dataset"], told["data_fingerprint"]) == ("pets", "ab")
+    assert nameless.status() is Status.DONE
+    assert (nameless.difference, nameless.identity_hash) == (None, named.identity_hash)
 
 
 def test_a_folder_that_does_not_exist_is_new(tmp_path):

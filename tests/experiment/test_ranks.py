@@ -135,11 +135,13 @@ def test_the_settings_of_a_budget_say_its_size_and_how_its_table_was_measured(tm
     assert settings(identity=["damaged"], mib=0.2) == usual
 
 
+@pytest.mark.parametrize("of_before", [True, False])
 @pytest.mark.parametrize("other", ["table", "run"])
-def test_a_table_or_a_run_of_another_data_set_gives_no_budget(tmp_path, other):
+def test_a_table_or_a_run_of_another_data_set_gives_no_budget(tmp_path, other, of_before):
     TABLE.save(tmp_path / "perplexity.json")
     data = {"table": "digits", "run": "digits"} | {other: "pets"}
-    (tmp_path / "identity.json").write_text(json.dumps({"data": {"dataset": data["table"]}}))
+    told = {"dataset": data["table"]}
+    (tmp_path / "identity.json").write_text(json.dumps({"data": told} if of_before else told))
     run = Run("classification", "A", "net", data["run"], "vanilla", 2, 1)
     Record(run, {}, {"activation_formula": 4000}, {}, {}).save(tmp_path)
     budget = Budget(str(tmp_path / "perplexity.json"), run=str(tmp_path))

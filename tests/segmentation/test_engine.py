@@ -71,6 +71,24 @@ def test_any_method_that_needs_ranks_takes_them_from_a_budget(method, tag, table
     assert record.run.method == f"{tag}_{budget_tag}"
 
 
+@pytest.mark.slow
+def test_measuring_says_no_more_than_where_the_table_is(data_dir, tmp_path):
+    words = arguments("measure", "vanilla", data_dir, tmp_path)
+    command = [sys.executable, "-m", "segmentation", *words, "perplexity.energies=[0.5]"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    (line,) = done.stdout.splitlines()
+    assert line == f"perplexity of 5 layers in {folder(tmp_path, 'perplexity') / 'perplexity.json'}"
+
+
+def test_a_table_of_another_data_set_is_refused(table, data_dir, tmp_path, capsys):
+    words = [*arguments("train", "asi", data_dir, tmp_path / "runs"), "dataset=digit_scenes_pretrain"]
+    place = words.index("--cfg-options")
+    assert main([*words[:place], *budget_of(table)[0], *words[place:]]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert line.endswith("is of the data set digit_scenes, this run of digit_scenes_pretrain; measure it again")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_sweep_gives_every_method_that_needs_ranks_a_budget(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(OWN.parent))
     own = tmp_path / "own"

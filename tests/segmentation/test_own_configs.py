@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,7 @@ from experiment import ExperimentError, Record
 from lowrank import PerplexityTable
 from segmentation.cli import main, parser, task_of
 from segmentation.history import History
+from segmentation.sources import own_sources
 
 EPOCHS = {"type": "EpochBasedTrainLoop", "max_epochs": 2}
 
@@ -204,3 +208,103 @@ def test_data_in_two_folders_and_by_full_paths_are_trained_on(own, tmp_path):
     assert main(words("train", "--iterations", "2")) == 0
     record = Record.load(next(tmp_path.rglob("result.json")))
     assert len(record.provenance["data_fingerprint"]) == 16
+
+
+OWN_CODE = """from mmengine.registry import TRANSFORMS as OF_ALL
+from mmseg.models.decode_heads import FCNHead
+from mmseg.registry import MODELS
+
+
+@MODELS.register_module()
+class {head}(FCNHead):
+    pass
+
+
+@OF_ALL.register_module()
+class {step}(dict):
+    def __call__(self, sample):
+        return sample
+"""
+
+
+@pytest.fixture
+def own_code(own, tmp_path, monkeypatch):
+    """The config with a head and a transform of one's own; the file of these, and their names, new to the process."""
+    content, _ = own
+    path = tmp_path / f"own_code_{tmp_path.name}.py"
+    names = {"head": f"Head{tmp_path.name}", "step": f"Step{tmp_path.name}"}
+    path.write_text(OWN_CODE.format(**names))
+    monkeypatch.syspath_prepend(tmp_path)
+    set_at(content, "custom_imports", "imports", ["segmentation", path.stem])
+    set_at(content, "model", "decode_head", "type", names["head"])
+    content["train_dataloader"]["dataset"]["pipeline"].insert(2, {"type": names["step"]})
+    return path, names
+
+
+def test_a_run_of_other_code_of_ones_own_is_not_taken_for_this_one(own, own_code, tmp_path, capsys):
+    _, words = own
+    path, names = own_code
+    assert main(words()) == 0
+    (told,) = tmp_path.rglob("sources.json")
+    assert set(json.loads(told.read_text())) == {f"model {names['head']}", f"transform {names['step']}"}
+    assert main(words()) == 0
+    assert "done already" in capsys.readouterr().out
+    path.write_text(path.read_text() + "\n")
+    assert main(words()) == 2
+    assert re.search(r"of other code: the file of the (model|transform) .*\.py, fingerprint", errors(capsys)[0])
+
+
+def test_code_by_its_path_is_ones_own_as_well_and_the_stock_is_not(own, own_code):
+    path, names = own_code
+    importlib.import_module(path.stem)
+    stock = [{"type": name} for name in ("FCNHead", "mmseg.FCNHead", "SGD", "PlacedSampler", "nowhere.Mine", "Nothing")]
+    assert own_sources({"model": stock, "custom_hooks": [{"type": "LowRankHook", "method": {"type": "HOSVD"}}]}) == {}
+    for kind in (f"mmseg.{names['head']}", f"{path.stem}.{names['head']}", f"{path.stem}.FCNHead"):
+        found = own_sources({"model": {"decode_head": {"type": kind}}})
+        assert [source["file"] for source in found.values()] == [str(path)] * (not kind.endswith("FCNHead"))
+
+
+def hook(**settings):
+    return [(("custom_hooks", 0, name, value)) for name, value in settings.items()]
+
+
+OF_THE_SUITE = {  # what is changed, and what is said
+    "typo": ("train", hook(freze=["backbone"]), "LowRankHook has the setting 'freze'; allowed: type, priority, method"),
+    "layers": ("train", hook(layers="decode_head.convs.0.conv"), "layers of LowRankHook is 'decode_head.convs.0.conv'"),
+    "freeze": ("train", hook(freeze="backbone"), "freeze of LowRankHook is 'backbone'; allowed: a list of paths"),
+    "fuse": ("train", hook(fuse="no"), "fuse of LowRankHook is 'no'; allowed: True, False and None"),
+    "dropout": ("train", hook(dropout="no"), "dropout of LowRankHook is 'no'; allowed: True and False"),
+    "nothing": ("train", hook(layers=[]), "LowRankHook has the method HOSVD and no layers"),
+    "budget typo": ("train", hook(budget={"table": "t", "mb": 1}), "the budget of LowRankHook has the setting 'mb'"),
+    "budget": ("train", hook(budget={"table": "t", "mib": "1"}, method={"type": "ASI"}), "budget.mib is '1'; allowed"),
+    "divisor": (
+        "train",
+        hook(budget={"table": "t", "run": "r", "divisor": 2.5}, method={"type": "ASI"}),
+        "budget.divisor is 2.5; allowed are whole numbers",
+    ),
+    "energy": ("train", hook(method={"type": "HOSVD", "energy": True}), "energy is True; allowed is a number above 0"),
+    "warm start": (
+        "train",
+        hook(method={"type": "ASI", "ranks": 2, "warm_start": "no"}),
+        "warm_start is 'no'; allowed",
+    ),
+    "processes": ("train", [("processes", "2")], "processes is '2'; allowed are whole numbers from 1"),
+    "measured typo": ("measure", [("perplexity", {"enrgies": [0.5]})], "perplexity has the setting 'enrgies'; allowed"),
+    "energies": ("measure", [("perplexity", {"energies": "0.5"})], "energies of perplexity is '0.5'; allowed: a list"),
+    "no settings": ("measure", [("perplexity", [0.5])], "perplexity is '[0.5]'; allowed are settings by their names"),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_SUITE)
+def test_settings_of_the_suites_own_parts_are_checked_by_name_and_kind(name, own, tmp_path, capsys):
+    refused(*OF_THE_SUITE[name], own, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("loop", [{}, EPOCHS])
+def test_a_batch_that_the_images_do_not_fill_is_refused_where_it_would_be_dropped(loop, own, tmp_path, capsys):
+    content, _ = own
+    content["train_cfg"] = loop or content["train_cfg"]
+    sampler = {"type": "DefaultSampler", "shuffle": True}
+    loader = {"batch_size": 64, "drop_last": True, "sampler": sampler}
+    changes = [("train_dataloader", key, value) for key, value in loader.items()]
+    refused("train", changes, "4 training images do not fill one batch of 64", own, tmp_path, capsys)

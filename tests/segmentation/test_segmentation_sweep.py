@@ -128,3 +128,32 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, capsys):
     (log,) = (path.read_text() for path in tmp_path.rglob("failure.log"))
     assert "python -m segmentation train" in log
     assert log.rstrip().endswith("no room")
+
+
+@pytest.mark.parametrize(
+    ("setting", "instead"),
+    [
+        ("dataset=voc12aug", "give --dataset of the sweep"),
+        ("network=fcn", "give --model of the sweep"),
+        ("stage=calibrate", "leave it out"),
+        ("layers=5", "give --layers of the sweep"),
+        ("randomness.seed=5", "give --seeds of the sweep"),
+        ("lowrank.method.energy=0.5", "give --methods of the sweep"),
+        ("perplexity.derive=True", "give --methods of the sweep"),
+        ("load_from=some.pth", "give --weights of the sweep"),
+    ],
+)
+@pytest.mark.parametrize("option", [["--cfg-options"], ["--cfg-options", "train_dataloader.batch_size=2"]])
+def test_what_a_sweep_sets_itself_is_not_overridden(capsys, setting, instead, option):
+    with pytest.raises(SystemExit) as ended:
+        sweep_of("--network", "pspnet_small", "--dataset", "digit_scenes", *option, setting)
+    key = setting.partition("=")[0]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2
+    assert f"--cfg-options {key} is set by the sweep for each of its runs; {instead}" in error
+
+
+def test_what_it_does_not_set_goes_to_every_run():
+    extra = ["--cfg-options", "lowrank.fuse=True", "train_dataloader.batch_size=2"]
+    plan = sweep_of("--network", "pspnet_small", "--dataset", "digit_scenes", *extra)
+    assert all(list(job.arguments[-3:]) == extra for job in plan.jobs())

@@ -23,6 +23,8 @@ OPTIONS = {
     "crop": ([], ["crop_size=(0,32)"], r"crop_size is \(0, 32\)"),
     "classes": ([], ["model.decode_head.num_classes=-1"], "num_classes is -1"),
     "hooks": ([], ["custom_hooks.0.type=X"], "custom_hooks is .*allowed is a list"),
+    "no hooks": ([], ["custom_hooks=[]"], "sets custom_hooks, which .* follows from --layers and the method; give"),
+    "depth": ([], ["layers=5"], "sets layers, which in the suite's own configs follows from --layers"),
     "words for numbers": ([], ["train_cfg.max_iters=abc"], "max_iters is 'abc'"),
     "typo": ([], ["trian_cfg.val_interval=2"], "nothing is called 'trian_cfg'"),
 }
