@@ -24,11 +24,16 @@ _STOCK = (Tensor, nn.Parameter, nn.Buffer)
 ORDINARY: set[type[Tensor]] = {*_STOCK}
 _TRACERS = [torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY]
 _TRACERS.append(torch._C._TorchDispatchModeKey.FUNCTIONAL)
-# Of a checkpoint that keeps the results of chosen operators, and counts those of a pass that it runs again.
-_COUNTING = tuple(
-    getattr(torch.utils.checkpoint, name)
-    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
-    if hasattr(torch.utils.checkpoint, name)
+# Modes that go by the operators of PyTorch: of a checkpoint that keeps the results of chosen ones, and counts those of
+# a pass that it runs again; and of a context that copies what is saved ahead of a change in place.
+_BY_OPERATORS = tuple(
+    getattr(owner, name)
+    for owner, name in (
+        (torch.utils.checkpoint, "_CachingTorchDispatchMode"),
+        (torch.utils.checkpoint, "_CachedTorchDispatchMode"),
+        (torch.autograd.graph, "_CloneArgBeforeMutateMode"),
+    )
+    if hasattr(owner, name)
 )
 
 
@@ -36,8 +41,9 @@ def trains_plainly(*tensors: Tensor | None) -> bool:
     """Whether operations on these tensors are recorded by autograd as ever, and by nothing else.
 
     Not so without gradients, while compiling, tracing or exporting, under a transform of `torch.func`, in forward mode,
-    in a checkpoint that keeps the results of chosen operators, with fake tensors, and for tensors that are complex,
-    sparse, nested, quantised, on the meta device or of a class of their own.
+    in a checkpoint that keeps the results of chosen operators, where saved tensors may be changed
+    (`allow_mutation_on_saved_tensors`), with fake tensors, and for tensors that are complex, sparse, nested, quantised,
+    on the meta device or of a class of their own.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
@@ -56,7 +62,7 @@ def _is_traced() -> bool:
     if any(torch._C._get_dispatch_mode(key) for key in _TRACERS):
         return True
     modes = map(torch._C._get_dispatch_stack_at, range(torch._C._len_torch_dispatch_stack()))
-    return any(isinstance(mode, _COUNTING) for mode in modes)
+    return any(isinstance(mode, _BY_OPERATORS) for mode in modes)
 
 
 def remembered(function: Function) -> Function:
