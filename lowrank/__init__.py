@@ -6,6 +6,8 @@ Example:
     lowrank.convert(model, names, lowrank.ASI(ranks=[8, 16, 3, 3]))
 """
 
+from typing import TYPE_CHECKING, Any
+
 from lowrank.conversion.attention import open_attention
 from lowrank.conversion.check import check
 from lowrank.conversion.convert import convert, revert
@@ -37,7 +39,6 @@ from lowrank.methods.fixed_bases import FixedBases
 from lowrank.methods.gradient_filter import GradientFilter
 from lowrank.methods.rounded import Rounded
 from lowrank.methods.wasi import WASI, WSI
-from lowrank.optim import SGD
 from lowrank.ranks.perplexity import MODE_ENERGIES, measure_perplexity
 from lowrank.ranks.select import RankPlan, select_ranks
 from lowrank.ranks.table import Candidates, LayerPerplexity, PerplexityTable
@@ -45,6 +46,9 @@ from lowrank.tensors.costs import LayerCost
 from lowrank.tensors.geometry import ConvGeometry, LinearGeometry
 from lowrank.tensors.storage import STORAGES, Storage
 from lowrank.tensors.tucker import Tucker
+
+if TYPE_CHECKING:
+    from lowrank.optim import SGD
 
 __version__ = "0.1.0"
 
@@ -103,3 +107,16 @@ __all__ = [
     "truncate_weights",
     "weight_memory",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`SGD`, which needs PyTorch's compiler: importing that takes as long as importing PyTorch."""
+    if name != "SGD":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lowrank.optim import SGD
+
+    return SGD
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

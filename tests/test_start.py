@@ -45,6 +45,13 @@ def test_help_imports_nothing_heavy(package: str, command: str) -> None:
     assert not names & HEAVY
 
 
+def test_importing_the_library_imports_no_compiler() -> None:
+    program = (
+        "import sys, lowrank; assert 'torch._dynamo' not in sys.modules; lowrank.SGD; assert 'SGD' in dir(lowrank)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
 def test_every_command_is_told_by_the_overview_and_by_the_page() -> None:
     page = (ROOT / "docs" / "command-line.md").read_text()
     for package, names in COMMANDS.items():

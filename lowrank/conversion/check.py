@@ -129,6 +129,8 @@ def _reason_to_stay_whole(model: nn.Module, layer: nn.Module) -> str | None:
     weight = layer._parameters.get("weight")
     if weight is None:
         return "its weight is no parameter of its own (it is computed, as by pruning or weight normalisation)"
+    if not weight.numel():
+        return "its weight is empty, so there is nothing to find factors of"
     owners = [module for module in model.modules() if any(p is weight for p in module._parameters.values())]
     if len(owners) > 1:
         return "its weight is used by another module as well, so it cannot be held as two factors"

@@ -115,6 +115,8 @@ def _reason_against(layer: nn.Module, others: list[tuple[str, nn.Linear]]) -> st
     weight = layer._parameters.get("weight")
     if weight is None:
         return "has a weight that is computed, as by pruning or weight normalisation; remove that first"
+    if not weight.numel():
+        return "has an empty weight, of which there is nothing to truncate"
     shared = next((name for name, other in others if other.weight is weight), None)
     return None if shared is None else f"has the weight of layer {shared!r}, which is truncated once; name one of them"
 

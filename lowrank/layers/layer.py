@@ -91,7 +91,8 @@ class LowRankLayer(Changed):
         """A compiler decides itself what to keep of a layer that keeps its input; other methods go into its graph."""
         weight, bias = self.kind.weight(self), self.bias
         tracked = torch.is_grad_enabled() and weight.requires_grad and in_compiled_graph()
-        if not tracked or self._lowrank.method.keeps_input or not weight.is_floating_point() or input.is_meta:
+        numbers = weight.numel() and weight.is_floating_point() and not input.is_meta
+        if not tracked or self._lowrank.method.keeps_input or not numbers:
             return self._stock(input)
         for size in input.shape:  # a graph for each: orders of contractions are chosen by sizes, not by symbols of them
             operator.index(size)
@@ -101,7 +102,7 @@ class LowRankLayer(Changed):
         if not self.kind.fits(input):
             return self._stock(input)
         weight, bias = self.kind.weight(self), self.bias
-        if not trains_plainly(input, weight, bias):
+        if not trains_plainly(input, weight, bias) or not weight.numel():
             return self._stock(input)
         return self._watched(self._plain(input, weight, bias))
 

@@ -148,6 +148,18 @@ def loss_of(loss_fn: LossFunction, model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
+def graph_of(loss_fn: LossFunction, model: nn.Module, batch: Any) -> Any:
+    """What a loss function gives, which alone holds the graph that is measured.
+
+    Raises:
+        SettingError: there is no tensor in it, such as where a function ends without `return`.
+    """
+    found = loss_fn(model, batch)
+    if not tensors_in(found):
+        raise SettingError(f"loss_fn gave a {type(found).__name__}, which holds no graph; let it return the loss")
+    return found
+
+
 def tensors_in(batch: object) -> list[Tensor]:
     """Every tensor of a batch of any nesting."""
     return [leaf for leaf in _pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]

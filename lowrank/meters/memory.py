@@ -13,7 +13,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank.layers.lazy import Lazy
-from lowrank.layers.preserve import LossFunction, loss_of, preserved, tensors_in
+from lowrank.layers.preserve import LossFunction, graph_of, loss_of, preserved, tensors_in
 
 
 class _Kept:
@@ -34,6 +34,9 @@ def saved_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any) -> int:
         model: any module, converted or not, in the mode in which it trains.
         loss_fn: `loss_fn(model, batch) -> scalar tensor`.
         batch: whatever `loss_fn` takes.
+
+    Raises:
+        SettingError: `loss_fn` gives no tensor.
     """
     return sum(saved_storages(model, loss_fn, batch).values())
 
@@ -55,7 +58,7 @@ def saved_storages(
     with preserved(model):
         own = {_storage_id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda entry: entry.tensor):
-            loss = loss_fn(model, batch)
+            loss = graph_of(loss_fn, model, batch)
         entries = [entry for some in kept.values() for entry in some]
         sizes = {_storage_id(entry.tensor): entry.tensor.untyped_storage().nbytes() for entry in entries}
         del loss
@@ -81,13 +84,13 @@ def held_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any) -> int:
         if device is not None:
             torch.cuda.synchronize(device)
             before = torch.cuda.memory_allocated(device)
-            loss = loss_fn(model, batch)
+            loss = graph_of(loss_fn, model, batch)
             torch.cuda.synchronize(device)
             held = torch.cuda.memory_allocated(device) - before
         else:
             known = {_storage_id(tensor): tensor.untyped_storage().nbytes() for tensor in present}
             with _Tracker(known) as tracker:
-                loss = loss_fn(model, batch)
+                loss = graph_of(loss_fn, model, batch)
             held = tracker.current - sum(known.values())
         del loss
     return held

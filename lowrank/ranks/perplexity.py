@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.conversion.select import named_layers
+from lowrank.conversion.select import named_layers, weights_of
 from lowrank.errors import ConversionError, NonFiniteError, SettingError
 from lowrank.layers.derived import Derivation
 from lowrank.layers.layer import can_be_converted, computed_input, geometry_of, is_single
@@ -92,7 +92,7 @@ def measure_perplexity(
     derive = measured_with(derive)
     layers = named_layers(model, names)
     for name, layer in layers.items():
-        if not can_be_converted(layer):
+        if not can_be_converted(layer) or not all(weight.numel() for weight in weights_of(layer)):
             raise ConversionError(f"layer {name!r} ({stock_class(layer).__name__}) has no perplexity here")
     rows: dict[str, list[LayerPerplexity]] = {name: [] for name in layers}
     batches = [batch, *further]

@@ -24,11 +24,18 @@ _STOCK = (Tensor, nn.Parameter, nn.Buffer)
 ORDINARY: set[type[Tensor]] = {*_STOCK}
 _TRACERS = [torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY]
 _TRACERS.append(torch._C._TorchDispatchModeKey.FUNCTIONAL)
-# Of a checkpoint that keeps the results of chosen operators, and counts those of a pass that it runs again.
-_COUNTING = tuple(
-    getattr(torch.utils.checkpoint, name)
-    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
-    if hasattr(torch.utils.checkpoint, name)
+# Modes that go by the operators of PyTorch: of a checkpoint that keeps the results of chosen ones, and counts those of
+# a pass that it runs again; and of a context that copies what is saved ahead of a change in place.
+_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", "privateuseone")
+_WITH_AUTOCAST = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
+_BY_OPERATORS = tuple(
+    getattr(owner, name)
+    for owner, name in (
+        (torch.utils.checkpoint, "_CachingTorchDispatchMode"),
+        (torch.utils.checkpoint, "_CachedTorchDispatchMode"),
+        (torch.autograd.graph, "_CloneArgBeforeMutateMode"),
+    )
+    if hasattr(owner, name)
 )
 
 
@@ -36,8 +43,9 @@ def trains_plainly(*tensors: Tensor | None) -> bool:
     """Whether operations on these tensors are recorded by autograd as ever, and by nothing else.
 
     Not so without gradients, while compiling, tracing or exporting, under a transform of `torch.func`, in forward mode,
-    in a checkpoint that keeps the results of chosen operators, with fake tensors, and for tensors that are complex,
-    sparse, nested, quantised, on the meta device or of a class of their own.
+    in a checkpoint that keeps the results of chosen operators, where saved tensors may be changed
+    (`allow_mutation_on_saved_tensors`), with fake tensors, and for tensors that are complex, sparse, nested, quantised,
+    on the meta device or of a class of their own.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
@@ -56,7 +64,7 @@ def _is_traced() -> bool:
     if any(torch._C._get_dispatch_mode(key) for key in _TRACERS):
         return True
     modes = map(torch._C._get_dispatch_stack_at, range(torch._C._len_torch_dispatch_stack()))
-    return any(isinstance(mode, _COUNTING) for mode in modes)
+    return any(isinstance(mode, _BY_OPERATORS) for mode in modes)
 
 
 def remembered(function: Function) -> Function:
@@ -99,14 +107,11 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 def in_autocast(device: str) -> bool:
     """Whether autocast is on for a kind of device."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    if torch.compiler.is_compiling():  # the compiler of PyTorch 2.11 cannot look into `is_autocast_available`
+        return device in _WITH_AUTOCAST and torch.is_autocast_enabled(device)
+    if not torch._C._is_any_autocast_enabled():
         return False
-    return _has_autocast(device) and torch.is_autocast_enabled(device)
-
-
-@torch.compiler.assume_constant_result  # the compiler of PyTorch 2.11 cannot look into it
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def saved(ctx: Any, name: str) -> tuple[Any, ...]:

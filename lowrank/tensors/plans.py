@@ -22,8 +22,10 @@ _FAR = 2**19  # numbers beyond a core's cache
 _ROWS, _ROW = 7, 16  # columns beside that of ones which are projected on in a read of rows of so many numbers
 _WINDOWS = 2**17  # what each place of a kernel meets, of one mode
 _GATHERED = 10  # a number of dY projected on that, which is brought to where it is multiplied
-_DENSE, _DEPTHWISE, _WIDE = 1 / 5, 1.0, 1 / 4  # a multiplication of a convolution; of groups at 3 x 3, and otherwise
-_CONTRACTED = 1 / 8  # a multiplication of a compiled contraction
+# Multiplications that take as long as one number read: of a convolution, of groups at 3 x 3, and otherwise.
+# Whole numbers: PyTorch 2.13 fails on a fraction that a backward pass reads while it is compiled for any size.
+_DENSE, _DEPTHWISE, _WIDE = 5, 1, 4
+_CONTRACTED = 8  # of a compiled contraction
 _IMAGE = 500  # of it, for each image
 _NARROW = 8  # columns of an image that it takes row by row
 
@@ -167,8 +169,8 @@ class _Sketch:
         grad, projecting = self._projected(project, dict(enumerate(self.ranks)))
         grouped = self.geometry if whole else replace(self.geometry, groups=1)
         macs = grouped.macs((grad[0], *core[1:]), self.out_channels)
-        of_one = _DENSE if grouped.groups == 1 else _DEPTHWISE if grouped.kernel == (3, 3) else _WIDE
-        meeting = _CALL + prod(grad) + prod(core) + macs * of_one
+        for_one = _DENSE if grouped.groups == 1 else _DEPTHWISE if grouped.kernel == (3, 3) else _WIDE
+        meeting = _CALL + prod(grad) + prod(core) + macs / for_one
         return self._plan("shifts", project, expand, whole, [expanding, projecting, (macs, meeting)])
 
     def sides(self, spatial: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -268,11 +270,11 @@ class _Sketch:
             cost += numbers * rank / 48 + numbers // samples * (rank + 1)
             projecting -= numbers * rank
         if kind == "spread":
-            return cost + (expanding + meeting) * _CONTRACTED
+            return cost + (expanding + meeting) / _CONTRACTED
         if kind == "rows":
             macs = expanding + projecting + meeting
-            return cost + macs * _CONTRACTED * (8 if width < _NARROW else 4 / 3)
-        cost += projecting * _CONTRACTED + _IMAGE / 2 * rank * outputs
+            return cost + macs / _CONTRACTED * (8 if width < _NARROW else 4 / 3)
+        cost += projecting / _CONTRACTED + _IMAGE / 2 * rank * outputs
         return cost + laid_out if kind == "windows" else cost
 
 

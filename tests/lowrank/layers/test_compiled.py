@@ -121,6 +121,18 @@ def test_batches_of_any_size_whatever_is_asked_of_their_bytes(method, smallest):
             torch.testing.assert_close(one.grad, two.grad, rtol=1e-2, atol=1e-3)
 
 
+def test_compiled_for_any_size_from_the_first_call_on():
+    """`dynamic=True`: a compiler takes sizes, and fractions that it meets, for unknowns."""
+    torch._dynamo.reset()
+    model = lowrank.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), ["0", "2"], ASI(2))
+    twin, x = copy.deepcopy(model), random_tensor(4, 3, 8, 8, dtype=torch.float32)
+    fast = torch.compile(model, dynamic=True, fullgraph=True, backend="eager")
+    for network in (twin, fast):
+        network(x).square().sum().backward()
+    for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-4)
+
+
 def test_a_compiled_loss_of_a_converted_models_output():
     torch._dynamo.reset()
     stock, model = pair(Vanilla(), dtype=torch.float32)

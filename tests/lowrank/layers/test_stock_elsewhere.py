@@ -130,6 +130,24 @@ def test_forward_mode(method):
 
 
 @pytest.mark.parametrize("method", EVERY, ids=lambda method: method.tag)
+def test_where_saved_tensors_may_be_changed(method):
+    """The context copies what an operator is about to change, if something saved it."""
+    gradients = []
+    for network in pair(method):
+        x = images().requires_grad_()
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            given = x * 1
+            y = network(given)
+            loss = F.relu(y, inplace=True).square().sum()
+            with torch.no_grad():
+                for tensor in (given, *network.parameters()):
+                    tensor.zero_()
+            loss.backward()
+        gradients.append([x.grad, *(parameter.grad for parameter in network.parameters())])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("method", EVERY, ids=lambda method: method.tag)
 def test_fake_tensors_give_shapes_and_leave_nothing_behind(method):
     """A memory estimate ahead of training must not spoil the training, of this model nor of another."""
     stock, model = pair(HOSVD(1.0))

@@ -119,6 +119,13 @@ def test_the_state_of_earlier_steps_does_not_count(steps):
     assert lowrank.saved_bytes(model, total, x) == FLOAT * tucker_floats((6, 5), (2, 2))
 
 
+@pytest.mark.parametrize("given", [None, 0.5, [], "loss"], ids=repr)
+@pytest.mark.parametrize("meter", [lowrank.saved_bytes, lowrank.peak_bytes, lowrank.explain], ids=lambda m: m.__name__)
+def test_a_loss_that_is_not_returned_is_told_and_never_measured_as_nothing(meter, given):
+    with pytest.raises(lowrank.SettingError, match=f"loss_fn gave a {type(given).__name__}"):
+        meter(TwoConvolutions(), lambda model, batch: (cross_entropy(model, batch), given)[1], labelled_batch())
+
+
 def test_vanilla_conversion_keeps_what_the_stock_layer_keeps():
     model, batch = TwoConvolutions(), labelled_batch()
     stock = lowrank.saved_bytes(model, cross_entropy, batch)
