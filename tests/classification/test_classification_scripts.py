@@ -109,6 +109,7 @@ def test_a_script_without_a_model_explains_itself(script_environment):
     assert "Usage:" in done.stderr
 
 
+@pytest.mark.slow
 def test_methods_run_to_the_end_then_nothing_is_left_and_the_table_has_them(script_environment, tmp_path):
     runs = tmp_path / "runs"
     methods = ["asi", "asi_cold", "asi_one_energy", "asi_per_layer", "asi_published", "asi_random"]
@@ -135,6 +136,7 @@ def weights(runs: Path):
     return {path.relative_to(runs): torch.load(path, weights_only=True)["state_dict"] for path in runs.rglob("*.ckpt")}
 
 
+@pytest.mark.slow
 def test_a_script_that_is_killed_and_run_again_ends_with_the_same_weights(script_environment, tmp_path):
     settings = {"METHODS": "hosvd_0.8 asi", "LAYERS": "2", "EPOCHS": "3"}
     killed = ["--trainer.callbacks+", "commands.KillInEpoch", "--trainer.callbacks.epoch", "2"]
