@@ -149,12 +149,13 @@ def measure(name: str, weights: str, images: Batch, pairs: int) -> Iterator[dict
             method = ASI(plan, refresh=refresh, derive=derive)
             label = method.tag if len(storages) == 1 else "asi_mixed"  # also where all layers chose the same
             low = subject.gradients(names, method)
+            whole_error = together(low, exact)
             took = subject.step_ratio(names, method, pairs) if pairs else None
             for layer, error in errors(low, exact).items():
                 yield {
                     **{"network": name, "layers": depth, "part": part, "method": label, "layer": layer},
                     **{"ranks": "x".join(map(str, plan.ranks[layer])), "storage": plan.storages[layer]},
-                    **{"error": error, "together": together(low, exact), "plan_bytes": plan.nbytes},
+                    **{"error": error, "together": whole_error, "plan_bytes": plan.nbytes},
                     **{"input_bytes": given, "step": took, "device": device_name(images[1].device)},
                 }
 

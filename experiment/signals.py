@@ -7,6 +7,8 @@ every file is written whole or not at all.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -36,6 +38,7 @@ class _State:
         self.number: int | None = None
         self.holds = 0
         self.handler: Any = None
+        self.ends_loaders = 0  # of which process
 
 
 _state = _State()
@@ -48,6 +51,9 @@ def stoppable() -> Iterator[None]:
         yield
         return
     owner = os.getpid()
+    if _state.ends_loaders != owner:
+        multiprocessing.util.Finalize(None, _end_loaders, exitpriority=0)
+        _state.ends_loaders = owner
 
     def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:  # a process that loads images: the first one ends it
@@ -113,6 +119,15 @@ def in_worker(*_: Any) -> None:
     has started this one, which still needs its data; the second ends it.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+def _end_loaders() -> None:
+    """When Python ends, it sends what loads data one SIGTERM, which `in_worker` lets pass, and would wait for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's takes it for a failure
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def stopped_by(error: BaseException) -> Stopped | None:

@@ -36,6 +36,7 @@ from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read
 from segmentation.compose import class_count, datasets, hook_settings, with_naming_readers
 from segmentation.data.draws import place_draws
 from segmentation.data.registry import data_of, require_data
+from segmentation.formatting import formatted_once
 from segmentation.history import Begun, History
 from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import (
@@ -121,7 +122,7 @@ def train(task: Task, work: Work | None = None) -> Record | None:
         return None
     records: list[Record] = []
     begun = Begun()
-    with first_holds(locked(name, folder, as_yaml(task.config), begun)):
+    with formatted_once(), first_holds(locked(name, folder, as_yaml(task.config), begun)):
         checkpoint = first_does(lambda: _resumed(name, folder))
         runner, history = _trained(task, folder, checkpoint, begun)
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,13 +128,18 @@ def browser(profile: Path) -> Iterator[Browser]:
     # The protocol's pipes are the descriptors 3 and 4.
     words = ["bash", "-c", f'exec "$@" 3<&{orders} 4>&{answers}', "-", CHROMIUM, *FLAGS, f"--user-data-dir={profile}"]
     null = subprocess.DEVNULL
-    process = subprocess.Popen(words, pass_fds=(orders, answers), stdin=null, stdout=null, stderr=null)
-    os.close(orders)
-    os.close(answers)
-    try:
-        yield Browser(own_read, own_write)
-    finally:
-        os.close(own_write)
-        os.close(own_read)
-        process.terminate()
-        process.wait(timeout=120)
+    # A browser that is told to end leaves its socket there; a longer path would be too long for one.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        environment = os.environ | {"TMPDIR": temporary}
+        process = subprocess.Popen(
+            words, pass_fds=(orders, answers), stdin=null, stdout=null, stderr=null, env=environment
+        )
+        os.close(orders)
+        os.close(answers)
+        try:
+            yield Browser(own_read, own_write)
+        finally:
+            os.close(own_write)
+            os.close(own_read)
+            process.terminate()
+            process.wait(timeout=120)

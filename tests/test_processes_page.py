@@ -7,7 +7,9 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +53,9 @@ def test_a_command_trains_in_two_processes_and_leaves_one_record(name: str, tmp_
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     small = SMALL["classification" if name == "classification" else "segmentation"]
     command = [sys.executable, *words, *where, *small]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 600, "check": False}
+    with tempfile.TemporaryDirectory() as temporary:  # the launcher leaves a folder there
+        done = subprocess.run(command, cwd=ROOT, env=environment | {"TMPDIR": temporary}, **options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("training: ") == done.stdout.count("record in ") == 1
     (result,) = (tmp_path / "runs").rglob("result.json")

@@ -220,6 +220,7 @@ def follow(block: str, *options: str) -> None:
             subprocess.run(["bash", "-euc", line], check=True)
 
 
+@pytest.mark.slow
 def test_a_new_data_set_model_and_method_become_rows_of_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

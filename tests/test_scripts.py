@@ -237,6 +237,7 @@ def test_relative_paths_in_variables_are_of_the_callers_folder(
     assert f"Usage: bash {script}" in helped.stdout
 
 
+@pytest.mark.slow
 def test_the_dry_run_of_all_results_lists_every_run(script_environment: dict[str, str]) -> None:
     titles = dry_run("figures.sh", script_environment)
     for wanted in ("digits: pretrain, seed 233", "digits: asi_int8_derived_20000_1of20, last 4, seed 235"):

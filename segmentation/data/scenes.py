@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from segmentation.data.folders import whole_folder
 
@@ -57,6 +56,8 @@ SETS = {
 
 def write_scenes(root: Path, scenes: Scenes) -> None:
     """Write a data set, whole or not at all; the same bytes every time."""
+    from sklearn.datasets import load_digits  # which takes two seconds, and training needs none of it
+
     scans = load_digits()
     ink: Reals = scans.images / 16
     with whole_folder(root) as folder:

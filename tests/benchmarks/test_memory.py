@@ -13,6 +13,7 @@ from benchmarks.plots import draw, ratios
 from lowrank.meters.memory import held_bytes
 
 NOT_FOR_EVERYTHING = {("gradient_filter_r2", "vit_small"), ("gradient_filter_r7", "vit_small")}
+MARKS = {"compile_budget_0.5": pytest.mark.slow}
 FOR_LINEAR_LAYERS = {"svd_llm_0.9", "velora_8", "wasi_0.9"}
 
 
@@ -26,7 +27,7 @@ def gradients(network, peer):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("peer", [pytest.param(peer, marks=MARKS.get(peer, ())) for peer in PEERS])
 def test_every_peer_trains_every_network(peer, network):
     if peer in FOR_LINEAR_LAYERS and network != "vit_small":
         with pytest.raises((lowrank.ConversionError, ValueError)):
@@ -114,8 +115,9 @@ def test_a_peer_that_trains_other_parameters_has_no_gradient_error():
     assert result["gradient_error"] is None
 
 
+@pytest.mark.slow
 def test_a_compiled_graph_is_timed_as_well():
-    result = measure(Row("mcunet", "2", "compile_budget_0.5", 2, 32), ["time"], pairs=1)
+    result = measure(Row("resnet18", "2", "compile_budget_0.5", 2, 32), ["time"], pairs=1)  # the soonest compiled
     assert result["step_over_vanilla"] > 0
     assert "kept_bytes" not in result
 
@@ -176,6 +178,7 @@ def test_of_a_row_without_a_ratio_of_times_only_that_is_measured(tmp_path, fake)
     assert frame.step_over_vanilla.notna().sum() == 1
 
 
+@pytest.mark.slow
 def test_a_row_that_cannot_be_measured_says_why():
     result = memory._in_a_process(Row("vit_small", "2", "gradient_filter_r2", 2, 32), ["memory"], 0)
     assert "a convolution of two dimensions alone has" in result["failed"]

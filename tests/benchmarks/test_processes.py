@@ -22,6 +22,7 @@ def test_a_bound_thread_does_not_bind_the_process_that_it_starts():
         os.sched_setaffinity(0, before)
 
 
+@pytest.mark.slow
 def test_the_cpus_are_those_of_before_torch_bound_the_thread():
     bound = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_PROC_BIND": "true"}
     prints = f"print(run_python(['-c', {SHOWS!r}]).stdout)"

@@ -57,6 +57,7 @@ def run(monkeypatch, *arguments):
     review_sentences.main()
 
 
+@pytest.mark.slow
 def test_every_method_has_its_row_and_no_run_is_made_again(options, tmp_path, monkeypatch, capsys):
     options = [*options, "--layers", "all", "--seeds", 1]
     run(monkeypatch, *options)

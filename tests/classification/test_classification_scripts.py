@@ -33,6 +33,20 @@ def run(script, environment, *words, **variables):
     return done.stdout
 
 
+@pytest.fixture
+def words_of(script_environment):
+    """What a script gives to Python, which is not started; once `scripts/setup.sh` was content."""
+
+    def words_of(script, *words, **variables):
+        python = Path(script_environment["VENV"]) / "bin" / "python"
+        python.write_text("#!/usr/bin/env bash\nprintf '%s\\0' \"$@\"\n")
+        program, *given = run(script, script_environment, *words, **variables).split("\0")[:-1]
+        assert program == "-m"
+        return given
+
+    return words_of
+
+
 def listed(printed):
     """The titles of a dry run."""
     return re.findall(r"^\[\d+/\d+\] (.+)$", printed, re.MULTILINE)
@@ -40,11 +54,13 @@ def listed(printed):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("setup", ["a", "b"])
-def test_a_script_is_of_its_model_and_setup(script_environment, tmp_path, setup, model):
-    printed = run(
-        f"setup_{setup}/{model}.sh", script_environment, "--dry-run", "digits", "--", "--data.batch_size", "7"
+def test_a_script_is_of_its_model_and_setup(words_of, tmp_path, capsys, setup, model):
+    package, command, *words = words_of(
+        f"setup_{setup}/{model}.sh", "--dry-run", "digits", "--", "--data.batch_size", "7"
     )
-    lines = [line for line in printed.splitlines() if line.startswith("  python")]
+    assert (package, command) == ("classification", "sweep")
+    assert sweep.main(words) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  python")]
     # Six methods at two depths and vanilla on all, two perplexity tables, and in setup B pretraining.
     assert len(lines) == 2 * 6 + 1 + 2 + (setup == "b")
     assert all(f"/models/{model}.yaml" in line and line.endswith("--data.batch-size 7") for line in lines)
@@ -93,6 +109,7 @@ def test_a_script_without_a_model_explains_itself(script_environment):
     assert "Usage:" in done.stderr
 
 
+@pytest.mark.slow
 def test_methods_run_to_the_end_then_nothing_is_left_and_the_table_has_them(script_environment, tmp_path):
     runs = tmp_path / "runs"
     methods = ["asi", "asi_cold", "asi_one_energy", "asi_per_layer", "asi_published", "asi_random"]
@@ -119,6 +136,7 @@ def weights(runs: Path):
     return {path.relative_to(runs): torch.load(path, weights_only=True)["state_dict"] for path in runs.rglob("*.ckpt")}
 
 
+@pytest.mark.slow
 def test_a_script_that_is_killed_and_run_again_ends_with_the_same_weights(script_environment, tmp_path):
     settings = {"METHODS": "hosvd_0.8 asi", "LAYERS": "2", "EPOCHS": "3"}
     killed = ["--trainer.callbacks+", "commands.KillInEpoch", "--trainer.callbacks.epoch", "2"]

@@ -187,7 +187,7 @@ def test_runs_with_the_same_front_and_images_compute_it_once(weights, tmp_path, 
 
 def test_other_weights_or_images_are_another_file(weights, tmp_path):
     def files(**options):
-        settings = {"image_size": 32, "batch_size": 8, **options}
+        settings = {"image_size": 32, "batch_size": 8, "limit": 64, **options}
         module = FineTune("mcunet", 10, weights=str(weights), layers=settings.pop("layers", 2), cache_front=True)
         with torch.no_grad():
             module.backbone.stem[0].weight.mul_(settings.pop("scale", 1))

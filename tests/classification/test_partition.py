@@ -170,8 +170,10 @@ def test_a_run_saves_its_split_and_another_run_takes_it(tmp_path, capsys):
     again = arguments("fit", tmp_path / "again", "--model.layers", 2, "--data.split_file", saved)
     second = finish(again, tmp_path / "again", capsys)
     assert second.record["accuracy"] == first.record["accuracy"]
-    for key, value in first.checkpoint("last")["state_dict"].items():
-        assert value.equal(second.checkpoint("last")["state_dict"][key]), key
+    weights, taken = (run.checkpoint("last")["state_dict"] for run in (first, second))
+    assert weights.keys() == taken.keys()
+    for key, value in weights.items():
+        assert value.equal(taken[key]), key
     other = finish(arguments("fit", tmp_path / "other", "--model.layers", 2), tmp_path / "other", capsys)
     assert first.rows[0]["train_loss"] != other.rows[0]["train_loss"]
     # The content of the file is part of what a run is.

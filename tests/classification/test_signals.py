@@ -66,6 +66,7 @@ def moments(method):
         yield source.choice([0, 1]), source.randrange(VALIDATED), True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_goes_on_from_the_very_step(whole, tmp_path, weights, capsys, method):
     words = command(tmp_path, weights, method)

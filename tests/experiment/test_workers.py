@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -102,10 +103,18 @@ def test_two_are_at_work_at_once_and_one_that_is_killed_stops_no_other(tmp_path,
     assert {told[1] for told in times.values()} == {str(threads)}
 
 
+@pytest.fixture
+def temporary():
+    """A folder for what a sweep leaves that is killed, whose name is short enough for a socket's."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield os.environ | {"TMPDIR": folder}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_one_signal_ends_all_with_what_they_have_saved(tmp_path, sent, code):
-    with subprocess.Popen([sys.executable, "-c", SWEEP, str(tmp_path)], stderr=subprocess.PIPE, text=True) as sweep:
+def test_one_signal_ends_all_with_what_they_have_saved(temporary, tmp_path, sent, code):
+    command = [sys.executable, "-c", SWEEP, str(tmp_path)]
+    with subprocess.Popen(command, env=temporary, stderr=subprocess.PIPE, text=True) as sweep:
         folders = [run_of(seed).folder(tmp_path) for seed in (1, 2)]
         wait_for(lambda: all((folder / "waiting").exists() for folder in folders))
         sweep.send_signal(sent)

@@ -151,6 +151,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_to_the_same_weights(finished, data_dir, tmp_path, capsys):
     again = arguments(
         "train", METHOD, data_dir, tmp_path, *budget(folder(finished, "perplexity_derived") / "perplexity.json")

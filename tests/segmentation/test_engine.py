@@ -117,6 +117,7 @@ custom_hooks = [dict(type="Halt")]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_in_one_line_and_the_same_command_goes_on(number, code, data_dir, tmp_path, capsys):
     config = tmp_path / "halting.py"

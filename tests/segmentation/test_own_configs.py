@@ -57,7 +57,10 @@ FAILING = {  # what is changed, the exit code and what is said
 
 
 @pytest.mark.parametrize("name", FAILING)
-def test_what_fails_before_the_first_step_leaves_nothing_and_the_mended_command_works(name, own, tmp_path, capsys):
+def test_what_fails_before_the_first_step_leaves_nothing_and_the_mended_command_works(
+    name, own, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where the traceback goes
     command, change, code, message = FAILING[name]
     content, words = own
     before = copy.deepcopy(content)

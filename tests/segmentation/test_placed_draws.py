@@ -1,8 +1,9 @@
-"""A run of a config of one's own draws by places alone: as one without a break."""
+"""A run of a config of one's own draws by places alone: as one without a break, however many processes load images."""
 
 from __future__ import annotations
 
 import signal
+import tempfile
 
 import pytest
 from mmengine.config import Config
@@ -14,7 +15,7 @@ from segmentation.cli import main
 from segmentation.data.draws import PlacedEpochs, PlacedSampler, place_draws
 from segmentation.history import History
 
-LOADING = {"num_workers": 0}  # processes that were forked from this one waited for ever now and then
+LOADING = {"num_workers": 2, "persistent_workers": True}
 DRAWN = [{"type": "RandomFlip", "prob": 0.5}, {"type": "PhotoMetricDistortion"}]
 KINDS = {
     "iterations": ("InfiniteSampler", {"type": "IterBasedTrainLoop", "max_iters": 8, "val_interval": 4}, 4),
@@ -29,6 +30,14 @@ from mmengine.registry import DATA_SAMPLERS
 class OwnSampler(InfiniteSampler):
     pass
 """
+
+
+@pytest.fixture
+def _short_folder(monkeypatch, tmp_path):  # pytest makes its own folder first
+    """What loads images lives as long as this process, and leaves its socket among the temporary files."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        yield
 
 
 def config_of(path, data, kind, loading, sampler=None):
@@ -59,6 +68,7 @@ def stop_at(step):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_short_folder")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_draws_as_one_without_a_break(kind, tmp_path, capsys):
     data, found = write_data(tmp_path / "own"), []
@@ -81,7 +91,7 @@ def test_a_resumed_run_draws_as_one_without_a_break(kind, tmp_path, capsys):
 def test_with_a_sampler_of_ones_own_a_resumed_run_says_that_it_does_not(tmp_path, capsys, monkeypatch):
     (tmp_path / "own_sampler.py").write_text(OWN_SAMPLER)
     monkeypatch.syspath_prepend(str(tmp_path))
-    words = config_of(tmp_path, write_data(tmp_path / "own"), "iterations", LOADING, sampler="OwnSampler")
+    words = config_of(tmp_path, write_data(tmp_path / "own"), "iterations", {"num_workers": 0}, sampler="OwnSampler")
     stop_at(5)
     assert main(words) == 128 + signal.SIGTERM
     assert "warning" not in capsys.readouterr().out

@@ -130,6 +130,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_to_the_same_weights(finished, data_dir, tmp_path, capsys):
     table = str(folder(finished, "perplexity") / "perplexity.json")
     budget = ("--budget-table", table, "--budget-run", str(folder(finished, "hosvd_0.8")))

@@ -15,6 +15,7 @@ import lowrank
 from lowrank import ASI, HOSVD, WASI, GradientFilter, Vanilla
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "fuse"),
     [
@@ -105,6 +106,7 @@ def test_one_graph_where_the_input_is_kept_whole_after_all_and_with_factored_wei
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smallest", [0, 1, 2**15])
 @pytest.mark.parametrize("method", [ASI(2), ASI(2, storage="int8"), GradientFilter(2)], ids=repr)
 def test_batches_of_any_size_whatever_is_asked_of_their_bytes(method, smallest):
