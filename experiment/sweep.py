@@ -324,9 +324,16 @@ def _numbers(word: str) -> list[str]:
 
 
 def do_sweep(sweep: Sweep, dry_run: bool, program: Program) -> int:
-    """Run or list a sweep; the exit code as of `experiment.jobs.run_jobs`."""
+    """Run or list a sweep; the exit code as of `experiment.jobs.run_jobs`.
+
+    Raises:
+        ExperimentError: there are no such weights to start from, or the folder of the runs cannot be written.
+    """
     jobs = sweep.jobs()
     if dry_run:
         list_jobs(jobs, program)
         return 0
+    lost = sweep.weights is not None and "://" not in sweep.weights and not Path(sweep.weights).is_file()
+    if lost and not all(job.known(sweep.runs_dir) for job in jobs):  # a finished sweep needs none
+        raise ExperimentError(f"--weights {sweep.weights}: there is no such file; every run would start from it")
     return sweep.launcher.run(jobs, program, sweep.runs_dir)

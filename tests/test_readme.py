@@ -17,7 +17,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import transformers
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, MODELS, init_default_scope
 from PIL import Image
 
 import classification.convert_weights
@@ -26,12 +26,15 @@ import classification.prepare
 import classification.sweep
 import lowrank
 import report.__main__
+import segmentation.cli
+import segmentation.sweep
 from classification.backbones import build_model
 from classification.backbones import registry as backbone_registry
 from classification.cli import main
 from classification.data import load_splits
 from classification.data import registry as data_registry
 from lowrank import HOSVD, Vanilla
+from segmentation.compose import load_config
 from segmentation.hook import LowRankHook
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +85,7 @@ def test_every_python_block_is_a_snippet_that_is_run() -> None:
     shown = re.findall(r"<!-- snippet: (.+?) -->\n```python\n", SHOWN)
     assert SHOWN.count("```python") == len(shown)
     assert SHOWN.count("<!-- snippet: three lines -->") == 2  # README and the guide
-    assert len(set(shown)) == len(shown) - 1 == len(SNIPPETS) == 13
+    assert len(set(shown)) == len(shown) - 1 == len(SNIPPETS) == 14
     assert len(set(re.findall(r"<!-- snippet: three lines -->\n(.+?)```\n", SHOWN, re.DOTALL))) == 1
 
 
@@ -214,6 +217,8 @@ def follow(block: str, *options: str) -> None:
         (words,) = commands([line])
         if words[:4] == ["python", "-m", "classification", "sweep"]:
             assert classification.sweep.main([*words[4:], *options]) == 0
+        elif words[:4] == ["python", "-m", "segmentation", "sweep"]:
+            assert segmentation.cli.main([*words[3:], *options]) == 0
         elif words[:3] == ["python", "-m", "report"]:
             assert report.__main__.main(words[3:]) == 0
         else:
@@ -258,6 +263,40 @@ def test_a_folder_of_images_becomes_rows_of_the_table(tmp_path: Path, monkeypatc
     small = ("--trainer.max_epochs", "1", "--data.image_size", "64", "--data.batch_size", "8")
     follow(block, "--model.pretrained", "false", *small)  # no download
     (table,) = (tmp_path / "runs" / "report").rglob("fish/*.md")
+    rows = [line.split("|")[2].strip() for line in table.read_text().splitlines() if line.startswith("|  ")]
+    assert rows[1:] == ["vanilla", "hosvd_0.8", "asi_hosvd_0.8"]
+
+
+@pytest.mark.slow
+def test_a_folder_of_images_and_masks_becomes_rows_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = re.findall(r"<!-- commands: images with masks -->\n```bash\n(.+?)```", SHOWN, re.DOTALL)
+    configs = tmp_path / "configs"
+    shutil.copytree(ROOT / "configs" / "segmentation", configs)
+    (configs / "data" / "fields.py").write_text(SNIPPETS["images with masks"])
+    short = (configs / "stages" / "calibrate_digit_scenes.py").read_text().replace("60", "2")
+    (configs / "stages" / "calibrate_fields.py").write_text(short)
+    monkeypatch.setattr(segmentation.sweep, "CONFIGS", configs)
+    random = np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 2)):
+        folder = tmp_path / "data" / "fields" / part
+        for kind in ("images", "masks"):
+            (folder / kind).mkdir(parents=True)
+        for number in range(count):
+            mask = np.kron(random.integers(0, 3, (4, 6)), np.ones((16, 16))).astype(np.uint8)
+            Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+            Image.fromarray(np.stack([80 * mask] * 3, 2)).save(folder / "images" / f"{number}.jpg")
+    monkeypatch.chdir(tmp_path)
+    init_default_scope("mmseg")
+    network = load_config([configs / "networks" / "pspnet_small.py", configs / "data" / "digit_scenes.py"])
+    torch.save(MODELS.build(network.model).state_dict(), "other.pth")
+    here = [
+        f"{part}_dataloader.{key}" for part in ("train", "val") for key in ("num_workers=0", "persistent_workers=False")
+    ]
+    small = ("--model", "pspnet_small", "--iterations", "2", "--cfg-options", *here)
+    follow(block, "--weights", "other.pth", *small)  # no download
+    (table,) = (tmp_path / "runs" / "report").rglob("finetune/*/fields/*.md")
     rows = [line.split("|")[2].strip() for line in table.read_text().splitlines() if line.startswith("|  ")]
     assert rows[1:] == ["vanilla", "hosvd_0.8", "asi_hosvd_0.8"]
 
