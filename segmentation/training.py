@@ -16,6 +16,7 @@ from mmengine.logging import MMLogger
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.visualization import TensorboardVisBackend
 from mmseg.registry import DATASETS, MODELS
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from experiment import ExperimentError, Record, RunFolder
 from experiment import Run as RunName
@@ -157,9 +158,23 @@ def _trained(task: Task, folder: RunFolder, checkpoint: Path | None, begun: Begu
     runner, history = _runner(_for_runner(task.config, folder, checkpoint)), History(folder.path)
     for hook in (begun, history):
         runner.register_hook(hook)
-    with held(later=True):
-        runner.train()
+    try:
+        with held(later=True):
+            runner.train()
+    finally:
+        _end_loading(runner)
     return runner, history
+
+
+def _end_loading(runner: Runner) -> None:
+    """End the processes that load data, which live as long as the runner: when that is collected as garbage, their
+    queues are gone, and each is waited for, for five seconds."""
+    for loop in (runner._train_loop, runner._val_loop):
+        for holder in (getattr(loop, "dataloader_iterator", None), getattr(loop, "dataloader", None)):
+            iterator = getattr(holder, "_iterator", None)
+            if holder is not None and isinstance(iterator, _MultiProcessingDataLoaderIter):
+                iterator._shutdown_workers()
+                holder._iterator = None
 
 
 def _runner(config: Config) -> Runner:

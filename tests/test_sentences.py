@@ -43,12 +43,10 @@ def channels_last(depth: str) -> list[float]:
 
 
 def test_times_of_steps_are_those_of_the_tables() -> None:
-    said = (
-        f"in such batches {span(steps('4'))} of vanilla's time with the last 4 layers, {span(steps('all'))} with all."
-    )
+    said = f"with ASI {span(steps('all'))} of vanilla's time with all layers, {span(steps('4'))} with the last 4."
     assert said in text_of("README.md")
     whole = span(channels_last("all"))
-    assert f"and {whole} of that." in text_of("README.md")
+    assert f"{whole} of that with all layers" in text_of("README.md")
     assert f"it takes {whole} of that with all layers, not {span(steps('all'))} (" in text_of("docs/limits.md")
 
 

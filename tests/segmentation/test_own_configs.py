@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import multiprocessing
 import re
 from types import SimpleNamespace
 
@@ -95,6 +96,14 @@ def test_a_table_that_was_measured_for_a_config_gives_its_method_ranks(own, tmp_
     assert main(words("train", *budget)) == 2
     (line,) = errors(capsys)
     assert "set crop_size to the height and width" in line
+
+
+def test_no_process_that_loads_data_outlives_its_run(own):
+    content, words = own
+    for part in ("train_dataloader", "val_dataloader"):
+        content[part] |= {"num_workers": 1, "persistent_workers": True}
+    assert main(words()) == 0
+    assert not multiprocessing.active_children()
 
 
 NO_VALIDATION = {
