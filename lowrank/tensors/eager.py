@@ -24,10 +24,10 @@ _STOCK = (Tensor, nn.Parameter, nn.Buffer)
 ORDINARY: set[type[Tensor]] = {*_STOCK}
 _TRACERS = [torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY]
 _TRACERS.append(torch._C._TorchDispatchModeKey.FUNCTIONAL)
-# Modes that go by the operators of PyTorch: of a checkpoint that keeps the results of chosen ones, and counts those of
-# a pass that it runs again; and of a context that copies what is saved ahead of a change in place.
 _KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", "privateuseone")
 _WITH_AUTOCAST = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
+# Modes that go by the operators of PyTorch: of a checkpoint that keeps the results of chosen ones, and counts those of
+# a pass that it runs again; and of a context that copies what is saved ahead of a change in place.
 _BY_OPERATORS = tuple(
     getattr(owner, name)
     for owner, name in (
