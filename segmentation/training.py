@@ -170,10 +170,10 @@ def _end_loading(runner: Runner) -> None:
     """End the processes that load data, which live as long as the runner: when that is collected as garbage, their
     queues are gone, and each is waited for, for five seconds."""
     for loop in (runner._train_loop, runner._val_loop):
-        for holder in (getattr(loop, "dataloader_iterator", None), getattr(loop, "dataloader", None)):
-            iterator = getattr(holder, "_iterator", None)
-            if holder is not None and isinstance(iterator, _MultiProcessingDataLoaderIter):
-                iterator._shutdown_workers()
+        holders = (getattr(loop, name, None) for name in ("dataloader_iterator", "dataloader"))
+        for holder in filter(None, holders):
+            if isinstance(getattr(holder, "_iterator", None), _MultiProcessingDataLoaderIter):
+                holder._iterator._shutdown_workers()
                 holder._iterator = None
 
 
