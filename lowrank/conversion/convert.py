@@ -153,9 +153,11 @@ def _keep_less(model: nn.Module, recompute: bool) -> None:
 
 
 def _set_choices(model: nn.Module, smallest: float, everywhere: bool) -> None:
+    told: list[str] = []
     for layer in model.modules():
         if isinstance(layer, LowRankLayer):
             layer._lowrank.smallest, layer._lowrank.everywhere, layer._lowrank.settled = smallest, everywhere, {}
+            layer._lowrank.told = told
         elif isinstance(layer, LeanModule):
             layer._lowrank_smallest = smallest
 

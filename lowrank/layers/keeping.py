@@ -76,6 +76,7 @@ class LayerState:
         handed_out: the weight that a state dict has, where the layer holds two factors in its place.
         reader: the normalisation that has read the latest lazy output by the batch's statistics.
         unstored: the weight's version at a pass in evaluation mode, since which there was none in training mode.
+        told: names of the layers of this model that have said so, which one is enough to do; the others share it.
         behind, misled: see `lowrank.tensors.ahead`.
     """
 
@@ -99,6 +100,7 @@ class LayerState:
     handed_out: HandedOut | None = field(default=None, repr=False)
     reader: weakref.ref[nn.Module] | None = field(default=None, repr=False)
     unstored: int | None = field(default=None, repr=False)
+    told: list[str] = field(default_factory=list, repr=False)
     behind: weakref.ref[LayerState] | None = field(default=None, repr=False)
     misled: int = field(default=0, repr=False)
 
@@ -118,11 +120,12 @@ class LayerState:
 
     def leave(self, bases: Tensors, weight: Tensor) -> None:
         """Store no bases for the next step, in evaluation mode; and say so where the weight was changed since the last
-        such pass: then this is no evaluation."""
+        such pass: then this is no evaluation. One layer says it for all of the model."""
         if torch.compiler.is_compiling() or not any(basis is not None for basis in bases):
             return
         version = weight._version
-        if self.unstored not in (None, version):
+        if self.unstored not in (None, version) and not self.told:
+            self.told.append(self.name)
             warnings.warn(
                 f"layer {self.name!r} is trained in evaluation mode, in which {self.method.tag} stores no bases: each "
                 f"step begins anew. Call train() on the converted layers; normalisations and dropout may stay as they "

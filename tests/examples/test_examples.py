@@ -102,6 +102,13 @@ def test_a_larger_budget_has_a_lower_perplexity_and_the_picture_is_drawn(tmp_pat
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_steps_to_record_learn(capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
+    losses = example("cuda_graph").main()
+    assert losses[-1] < 0.7 * losses[0]
+    assert len(capsys.readouterr().out.splitlines()) == len(losses)
+    assert not [one for one in recwarn if "stores no bases" in str(one.message)]
+
+
 def test_a_config_of_mmsegmentation_trains_with_the_hook(tmp_path: Path) -> None:
     runner = example("mmsegmentation_hook").main(tmp_path, iterations=2, size=32, batch=2)
     names = [layer._lowrank.name for layer in lowrank.converted_layers(runner.model) if layer._lowrank.chosen]

@@ -228,6 +228,17 @@ def test_training_in_evaluation_mode_says_that_no_bases_are_stored(method, recwa
     assert said() == (METHODS.index(method) < 3)
 
 
+def test_one_layer_says_for_its_whole_model_that_no_bases_are_stored(recwarn):
+    model = lowrank.convert(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5), nn.Linear(5, 4)), ["0"], ASI(2))
+    for one in [lowrank.convert(model, ["1", "2"], ASI(2)), copy.deepcopy(model)]:
+        optimizer = torch.optim.SGD(one.eval().parameters(), 0.1)
+        for _ in range(3):
+            one(random_tensor(4, 7, 8).float()).square().sum().backward()
+            optimizer.step()
+    said = [str(one.message) for one in recwarn.list if "trained in evaluation mode" in str(one.message)]
+    assert [one.partition(" is")[0] for one in said] == ["layer '0'"]
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_nothing_is_stored(mode):
     model, x = conv_model(ASI(2)), random_tensor(5, 4, 7, 6)
