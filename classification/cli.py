@@ -51,6 +51,7 @@ from experiment.processes import alone, first_does, first_holds, say
 from experiment.record import RESULT, TABLE
 from experiment.signals import held
 
+FRONTS = "fronts"  # the folder of runs' fronts, below that of the runs
 SPLIT = "split.npz"
 _TO_TEST = "give the settings of that run, which are in its config.yaml, or another checkpoint as --ckpt_path"
 SEED = 233  # the papers' seed
@@ -180,7 +181,7 @@ class SuiteCLI(LightningCLI):
 
     def fit(self, **options: Any) -> None:
         """Train, test the best epoch, measure, and write the record."""
-        self.model.front_folder = Path(self.settings["runs_dir"]) / "fronts"
+        self.model.front_folder = Path(self.settings["runs_dir"]) / FRONTS
         self.folder.data_fingerprint, self.folder.repeated = self.datamodule.fingerprint, self.datamodule.repeated
         with first_holds(locked(self.identity, self.folder, self._config_text(), self._has_begun)):
             resume = first_does(self._begin)

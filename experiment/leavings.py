@@ -120,7 +120,8 @@ def curves(rows: Sequence[Row], title: str) -> bytes:
     along = next(iter(rows[0]))  # the epoch or the iteration
     losses = [name for name in rows[0] if name.endswith("loss")]
     shares = [name for name in rows[0] if name.endswith("accuracy") or name in ("miou", "macc")]
-    figure = Figure(figsize=(10, 3), dpi=100, layout="constrained")
+    figure = Figure(figsize=(10, 3), dpi=100)  # laid out by hand, which takes a third of the time
+    figure.subplots_adjust(left=0.07, right=0.985, bottom=0.16, top=0.87, wspace=0.34)
     FigureCanvasAgg(figure)
     panels = (
         ("loss", losses, 1.0),
@@ -132,11 +133,12 @@ def curves(rows: Sequence[Row], title: str) -> bytes:
             values = [unit * row[name] for row in rows]
             axes.plot([row[along] for row in rows], values, marker="o", ms=3, label=name.replace("_", " "))
         axes.set_xlabel(along)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=8)
-    figure.axes[-1].set_ylim(bottom=0)
+    figure.axes[-1].set_ylim(0, 1.1 * figure.axes[-1].get_ylim()[1])
     figure.suptitle(title, fontsize=10)
     file = io.BytesIO()
     figure.savefig(file, format="png")

@@ -17,6 +17,13 @@ def _no_weights_of_this_machine(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "torch"))
 
 
+@pytest.fixture(autouse=True)
+def _one_folder_of_fronts(request, monkeypatch, tmp_path_factory):
+    """Runs of all tests find there what a frozen front makes of their images, as runs of one folder do."""
+    if request.module.__name__ != "test_front":
+        monkeypatch.setattr("classification.cli.FRONTS", str(tmp_path_factory.getbasetemp() / "fronts"))
+
+
 @pytest.fixture(scope="session")
 def digits_32():
     """All digits at 32 x 32, in [-1, 1]."""

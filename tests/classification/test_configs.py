@@ -92,8 +92,23 @@ def test_every_combination_describes_a_run_of_its_own(tmp_path, capsys, setup, m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture(scope="module")
+def measured_once(tmp_path_factory):
+    """Gives the perplexity table for a network, options and what is derived, measured where it is not there yet."""
+    folder = tmp_path_factory.mktemp("measured")
+
+    def table(model, options, derived, capsys):
+        runs = folder / f"{model}_{derived}"
+        if not runs.exists():
+            measure = command(files("b", model, "digits", "vanilla"), runs)
+            execute(["measure", *measure[1:], *options, "--model.derive", str(derived).lower()], capsys)
+        return only_file(runs, "perplexity.json")
+
+    return table
+
+
 @pytest.mark.parametrize("method", SHIPPED["methods"])
-def test_every_method_takes_a_training_step(tmp_path, capsys, weights, method):
+def test_every_method_takes_a_training_step(tmp_path, capsys, weights, measured_once, method):
     model = "vit_mini" if method.startswith(LINEAR_ONLY) else "mcunet"
     chosen = files("b", model, "digits", method)
     config = yaml.safe_load((CONFIGS / "methods" / f"{method}.yaml").read_text())["model"]["method"]
@@ -101,9 +116,7 @@ def test_every_method_takes_a_training_step(tmp_path, capsys, weights, method):
     options = ["--model.layers", "4" if derived else "2"]  # a whole bottleneck, where inputs are to follow from one
     options += ["--model.weights", str(weights)] if model == "mcunet" else []
     if ranked:
-        measure = command(files("b", model, "digits", "vanilla"), tmp_path / "measured")
-        execute(["measure", *measure[1:], *options, "--model.derive", str(derived).lower()], capsys)
-        table = only_file(tmp_path / "measured", "perplexity.json")
+        table = measured_once(model, options, derived, capsys)
         options += ["--model.budget.table", str(table), "--model.budget.mib", "1"]
     done = finish([*command(chosen, tmp_path / "runs"), *options], tmp_path / "runs", capsys)
     assert done.record["run"]["method"] == (f"{method}_1mib" if ranked else method)
