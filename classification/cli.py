@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,6 +37,7 @@ from classification.identity import (
 )
 from classification.loggers import log_record, loggers
 from classification.module import Batch, FineTune, classification_loss
+from classification.parser_errors import readable
 from classification.progress import Progress
 from classification.settings import check_settings
 from classification.start import forbid_requeue, join_others, start_of, within_slurm
@@ -102,6 +104,10 @@ class SuiteCLI(LightningCLI):
             "test": {"model", "dataloaders", "datamodule", "weights_only"},
             "measure": {"model", "datamodule"},
         }
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed, which is a number: Lightning's would take true for one at random, which no other run could have."""
+        parser.add_argument("--seed_everything", type=int, default=SEED, help="seed of the run")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, settings in RUN_OPTIONS.items():
@@ -308,7 +314,7 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
         kind: how the command is run.
 
     Raises:
-        ExperimentError, LowRankError, ArgumentError: something that the user can mend.
+        ExperimentError, LowRankError: something that the user can mend.
     """
     for message in (
         ".*in eval mode at the start.*",
@@ -332,7 +338,6 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
                 ImageDataModule,
                 work=work or Work(),
                 save_config_callback=None,
-                seed_everything_default=SEED,
                 trainer_class=Trainer,
                 trainer_defaults=dict(TRAINER_DEFAULTS),
                 auto_configure_optimizers=False,
@@ -344,6 +349,9 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
             say(done)
     except _SeveralProcesses as several:
         run_all("classification", arguments, several.count)
+    except ArgumentError as error:
+        kind._parsers.clear()  # what was asked of them besides may be left in them
+        raise ExperimentError(readable(error, words)) from None
     finally:
         forget_ahead()
 

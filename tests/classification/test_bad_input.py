@@ -11,6 +11,11 @@ from commands import arguments, only_file
 from classification.backbones import build_model
 from classification.cli import main
 
+CONFIGS_OF_NOTHING = {
+    **{"empty": "", "comment": "# nothing\n", "null": "null\n", "list": "- a\n", "text": "hello\n"},
+    **{"two": "a: 1\n---\nb: 1\n", "no_name": "1: 2\n", "key": "model: {? {a: 1} : 2}\n", "model": "model: 5\n"},
+}
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
@@ -29,6 +34,10 @@ def files(tmp_path_factory):
     (folder / "damaged.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
     (folder / "unknown_key.yaml").write_text("model:\n  colour: red\n")
     (folder / "broken.yaml").write_text("model: [1,\n")
+    for name, content in CONFIGS_OF_NOTHING.items():
+        (folder / f"{name}.yaml").write_text(content)
+    (folder / "layers.yaml").write_text("model: {layers: two}\n")
+    (folder / "seed.yaml").write_text("seed_everything: yes\n")
     np.save(folder / "ten.npy", np.arange(10.0).reshape(2, 5))
     (folder / "in_the_way").write_text("a file")
     return folder
@@ -107,6 +116,34 @@ MISTAKES = {
 }
 
 
+HOSVD = ("--model.method", "lowrank.HOSVD")
+SAID = {  # in full, of what the parser refuses
+    ("--seed_everything", "true"): "--seed_everything is True; allowed: a whole number",
+    ("--config", "FILES/seed.yaml"): "seed_everything in --config FILES/seed.yaml is True; allowed: a whole number",
+    ("--model.layers", "two"): "--model.layers is two; allowed: a whole number or all",
+    ("--model.layers="): "--model.layers is empty; allowed: a whole number or all",
+    (
+        "--config",
+        "FILES/layers.yaml",
+    ): "model.layers in --config FILES/layers.yaml is two; allowed: a whole number or all",
+    ("--trainer.max_epochs", "1.5"): "--trainer.max_epochs is 1.5; allowed: a whole number or null",
+    ("--model.optimizer", "lion"): "--model.optimizer is lion; allowed: sgd, adamw",
+    ("--data.mean", "[1, 2]"): "--data.mean is [1, 2]; allowed: a list of 3 elements",
+    ("--model.budget.mib", "x"): "--model.budget.mib is x; allowed: a number or null",
+    (*HOSVD, "--model.method.energy", "x"): "--model.method.energy is x; allowed: a number",
+    HOSVD: "--model.method: lowrank.HOSVD needs energy, as --model.method.energy or in `init_args` of a config",
+    (*HOSVD, "--model.method.energi", "1"): "--model.method: lowrank.HOSVD has no setting 'energi'; allowed: energy, "
+    "storage, derive",
+    (
+        "--model.method",
+        "lowrank.Nothing",
+    ): "--model.method is lowrank.Nothing, which is not to be had: module 'lowrank' has no attribute 'Nothing'",
+    ("--model.method", "lowrank.Tucker"): "--model.method is lowrank.Tucker; allowed: a class that is a Method or null",
+    ("--config", "FILES/unknown_key.yaml"): "model.colour in --config FILES/unknown_key.yaml: fit has no such setting; "
+    "see python -m classification fit --help",
+}
+
+
 def refused(command, capsys, message):
     capsys.readouterr()
     code = main(command)
@@ -130,6 +167,30 @@ def test_a_mistake_is_one_line_and_nothing_is_half_written(files, tmp_path, caps
     refused(arguments("fit", tmp_path, *options), capsys, message)
     assert half_written(tmp_path) == []
     assert half_written(files / "in_the_way") == []
+
+
+@pytest.mark.parametrize("options", SAID)
+def test_what_the_parser_refuses_is_said_in_words(files, tmp_path, capsys, options):
+    words = [word.replace("FILES", str(files)) for word in ([options] if isinstance(options, str) else options)]
+    said = SAID[options].replace("FILES", str(files))
+    refused(arguments("fit", tmp_path, *words), capsys, rf"^error: {re.escape(said)}\n$")
+
+
+@pytest.mark.parametrize("name", CONFIGS_OF_NOTHING)
+def test_a_config_that_holds_no_settings_is_named(files, tmp_path, capsys, name):
+    command = [*arguments("fit", tmp_path), "--config", str(files / f"{name}.yaml")]
+    refused(command, capsys, rf"^error: config {files}/{name}\.yaml .*it has to hold settings by name")
+
+
+def test_a_config_that_is_no_file_is_said(tmp_path, capsys):
+    for path, what in ((tmp_path, "is a folder"), (tmp_path / "x.yaml", "is not there"), ("", "is not there")):
+        command = [*arguments("fit", tmp_path), "--config", str(path)]
+        refused(command, capsys, rf"^error: config {path or repr('')} {what}; give a file of settings")
+
+
+def test_what_a_command_asked_of_the_parser_is_not_asked_by_the_next(tmp_path, capsys):
+    refused([*arguments("fit", tmp_path, "--print_config"), "what"], capsys, "what")
+    refused(arguments("measure", tmp_path, "--batches", 0), capsys, "--batches is 0")
 
 
 @pytest.mark.parametrize("mistake", ["unknown option", "too many layers", "unknown data set", "weights damaged"])
