@@ -35,6 +35,7 @@ from classification.identity import (
     run_of,
     weights_of_done,
 )
+from classification.image_size import require_image_size
 from classification.loggers import log_record, loggers
 from classification.module import Batch, FineTune, classification_loss
 from classification.parser_errors import readable
@@ -52,6 +53,7 @@ from experiment.method import table_tag
 from experiment.processes import alone, first_does, first_holds, say
 from experiment.record import RESULT, TABLE
 from experiment.signals import held
+from lowrank import kernels
 
 SPLIT = "split.npz"
 _TO_TEST = "give the settings of that run, which are in its config.yaml, or another checkpoint as --ckpt_path"
@@ -134,6 +136,7 @@ class SuiteCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         keep_freed_memory()
+        kernels.wanted()
         join_others(self.start, self.probe)
         measuring = self.subcommand == "measure"
         model = self.settings["model"]
@@ -184,6 +187,12 @@ class SuiteCLI(LightningCLI):
         made.strategy.checkpoint_io = WholeCheckpointIO(self.folder.identity_hash)  # whatever plugins there are
         return made
 
+    def after_instantiate_classes(self) -> None:
+        data = self.settings["data"]
+        if data["dataset"] not in TEXTS:
+            require_image_size(self.model.backbone, data["image_size"], self.settings["model"]["backbone"])
+            self.model.train()
+
     def fit(self, **options: Any) -> None:
         """Train, test the best epoch, measure, and write the record."""
         self.model.front_folder = Path(self.settings["runs_dir"]) / "fronts"
@@ -213,6 +222,9 @@ class SuiteCLI(LightningCLI):
         resume = resumable(self.folder.checkpoints, self.folder.identity_hash, self.best.first_epoch)
         word = "training" if resume is None else "resuming" if resume.name == LAST else f"from {resume.name}"
         print(f"{word}: {self.identity}", flush=True)
+        warmup, epochs = self.model.warmup_epochs, self.trainer.max_epochs
+        if warmup > epochs:  # as where a recipe is cut short for a quick look
+            print(f"  note: of {warmup} epochs of warm-up (--model.warmup_epochs) there are {epochs} only", flush=True)
         return resume
 
     def _save_record(self, optimizer: Optimizer, recipe: dict[str, Any]) -> None:

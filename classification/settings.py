@@ -90,6 +90,9 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> pl.Trainer:
 
 
 def _check_training(config: Mapping[str, Any]) -> None:
+    fewest, epochs = _at(config, "trainer.min_epochs"), _at(config, "trainer.max_epochs")
+    if epochs is not None and (fewest or 0) > epochs:
+        raise ExperimentError(f"--trainer.min_epochs is {fewest}, above the {epochs} of --trainer.max_epochs")
     for key, (only, reason) in ONLY.items():
         value = _at(config, key)
         if value != only and value not in _AS_GOOD.get(key, ()):

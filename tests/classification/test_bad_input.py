@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from commands import arguments, only_file
+from commands import CONFIGS, arguments, only_file
 
 from classification.backbones import build_model
 from classification.cli import main
@@ -89,8 +89,13 @@ MISTAKES = {
     "batch too large": (["--data.batch_size", 9999], r"449 training samples .* --data\.batch_size"),
     "batch of nothing": (["--data.batch_size", 0], "batch_size"),
     "image of nothing": (["--data.image_size", 0], "image_size"),
+    "image below a patch": (
+        ["--config", "CONFIGS/models/vit_b_32.yaml", "--data.image_size", 16],
+        r"image_size is 16, which vit_b_32 does not take \(.*; give another one, such as 32",
+    ),
     "negative learning rate": (["--model.learning_rate", -1], "learning_rate"),
     "no epochs": (["--trainer.max_epochs", 0], "max_epochs"),
+    "fewest epochs above all": (["--trainer.min_epochs", 2], "min_epochs is 2, above the 1 of --trainer.max_epochs"),
     "no validation": (["--trainer.limit_val_batches", 0], "limit_val_batches"),
     "table not there": (table("nowhere.json"), r"nowhere\.json cannot be read"),
     "table truncated": (table("truncated.json"), r"truncated\.json is not whole JSON"),
@@ -161,7 +166,7 @@ def half_written(folder):
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_nothing_is_half_written(files, tmp_path, capsys, mistake):
     options, message = MISTAKES[mistake]
-    options = [str(option).replace("FILES", str(files)) for option in options]
+    options = [str(option).replace("FILES", str(files)).replace("CONFIGS", str(CONFIGS)) for option in options]
     if "--model.layers" not in options:
         options = ["--model.layers", 2, *options]
     refused(arguments("fit", tmp_path, *options), capsys, message)
