@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiment import ExperimentError
+from experiment.launching import require_room
 from experiment.method import check_precision
 from segmentation.compose import HOOK
 from segmentation.hook_settings import check_hook, check_perplexity
@@ -28,6 +29,11 @@ PARTS = (  # settings that hold others
     *("model", "train_cfg", "val_cfg", "optim_wrapper", "default_hooks", "randomness", "lowrank", "lowrank.method"),
     *("train_dataloader", "train_dataloader.dataset", "val_dataloader", "val_dataloader.dataset"),
 )
+LISTS = ("param_scheduler", "val_evaluator", "test_evaluator")  # of settings, or settings alone
+SUITES = {  # what the suite sets itself for each run, and what to give in its place
+    "work_dir": "give --runs-dir or --work-dir",
+    "resume": "leave it out: an interrupted run goes on by itself",
+}
 AT_LEAST_0 = ("lr", "momentum", "weight_decay")  # of the optimizer
 MOST_SEED = 2**32 - 1  # of numpy's generators
 
@@ -42,10 +48,22 @@ def check_settings(config: Mapping[str, Any]) -> None:
         value = at(config, key)
         if value is not None and not isinstance(value, Mapping):
             raise ExperimentError(f"{key} is {str(value)[:200]!r}; allowed are settings by their names, as {key}.NAME")
+    for key in LISTS:
+        value = config.get(key)
+        every = value if isinstance(value, list | tuple) else [value]
+        if value is not None and not all(isinstance(one, Mapping) for one in every):
+            raise ExperimentError(
+                f"{key} is {str(value)[:200]!r}; allowed are settings by their names, or a list of them"
+            )
+    for key, instead in SUITES.items():
+        if config.get(key):
+            raise ExperimentError(f"{key} is {config[key]!r}, which the suite sets for each of its runs; {instead}")
     for key, least in WHOLE.items():
         value = at(config, key)
         if value is not None and (type(value) is not int or value < least):
             raise ExperimentError(f"{key} is {value!r}; allowed are whole numbers from {least}")
+        if value is not None and key.endswith("num_workers"):
+            require_room(f"{key}={value}", value)
     seed = at(config, "randomness.seed")
     if seed is not None and seed > MOST_SEED:
         raise ExperimentError(f"randomness.seed is {seed}; allowed are whole numbers from 0 to {MOST_SEED}")

@@ -110,6 +110,8 @@ MISTAKES = {
         r"not done: there is no .*/nowhere/result\.json",
     ),
     "weights not there": (["--model.weights", "nowhere.pt"], r"no weights file nowhere\.pt"),
+    "weights without a name": (["--model.weights", ""], r"--model\.weights is empty; give a file, or leave"),
+    "data without a name": (["--data.root", ""], r"--data\.root is empty; give a folder"),
     "weights of another network": (["--model.weights", "FILES/resnet18.pt"], "another network: .* such as"),
     "weights damaged": (["--model.weights", "FILES/damaged.pt"], r"damaged\.pt cannot be read"),
     "pretrained weights that there are not": (["--model.pretrained", "true"], r"--model\.weights"),

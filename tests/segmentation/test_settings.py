@@ -13,6 +13,19 @@ OPTIONS = {
     "length": (["--iterations", "-3"], [], "--iterations is -3"),
     "batch": ([], ["train_dataloader.batch_size=0"], r"train_dataloader\.batch_size is 0"),
     "workers": ([], ["train_dataloader.num_workers=-1"], "num_workers is -1"),
+    "more workers than a machine bears": (
+        [],
+        ["val_dataloader.num_workers=9999"],
+        "num_workers=9999 asks for 9999 proc",
+    ),
+    "a folder for the run": (
+        [],
+        ["work_dir=x"],
+        "work_dir is 'x', which the suite sets .*; give --runs-dir or --work-dir",
+    ),
+    "another run to resume": ([], ["resume=True"], "resume is True, .* goes on by itself"),
+    "schedule": ([], ["param_scheduler=5"], "param_scheduler is '5'; allowed are settings by their names"),
+    "measures": ([], ["val_evaluator=[a,b]"], "val_evaluator is .*; allowed are settings"),
     "batch to validate": ([], ["val_dataloader.batch_size=1.5"], r"val_dataloader\.batch_size is 1\.5"),
     "validations": ([], ["train_cfg.val_interval=-2"], "val_interval is -2"),
     "no validation": ([], ["train_cfg.val_interval=0"], "val_interval is 0"),
@@ -41,6 +54,13 @@ def test_what_cannot_work_is_refused(name, data_dir, tmp_path, capsys):
     assert len(said) == 1
     assert re.search(f"^error: .*{message}", said[0])
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("option", ["--runs-dir", "--work-dir", "--data-dir"])
+def test_a_folder_without_a_name_is_an_error_of_the_command_line(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "x.py", option, ""])
+    assert f"argument {option}: it is empty; give a folder" in capsys.readouterr().err
 
 
 def test_an_option_that_is_no_pair_is_an_error_of_the_command_line(capsys):
