@@ -23,6 +23,8 @@ WHOLE = {  # settings that are whole numbers, with the least of each
     "val_dataloader.batch_size": 1,
     "val_dataloader.num_workers": 0,
     "model.decode_head.num_classes": 1,
+    "default_hooks.checkpoint.interval": 1,
+    "default_hooks.logger.interval": 1,
     "processes": 1,
 }
 PARTS = (  # settings that hold others
@@ -34,7 +36,10 @@ SUITES = {  # what the suite sets itself for each run, and what to give in its p
     "work_dir": "give --runs-dir or --work-dir",
     "resume": "leave it out: an interrupted run goes on by itself",
 }
-AT_LEAST_0 = ("lr", "momentum", "weight_decay")  # of the optimizer
+AT_LEAST_0 = (
+    *(f"optim_wrapper.optimizer.{name}" for name in ("lr", "momentum", "weight_decay")),
+    *("optim_wrapper.clip_grad.max_norm", "optim_wrapper.clip_grad.clip_value"),
+)
 MOST_SEED = 2**32 - 1  # of numpy's generators
 
 
@@ -67,11 +72,11 @@ def check_settings(config: Mapping[str, Any]) -> None:
     seed = at(config, "randomness.seed")
     if seed is not None and seed > MOST_SEED:
         raise ExperimentError(f"randomness.seed is {seed}; allowed are whole numbers from 0 to {MOST_SEED}")
-    for name in AT_LEAST_0:
-        value = at(config, f"optim_wrapper.optimizer.{name}")
+    for key in AT_LEAST_0:
+        value = at(config, key)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and 0 <= value < math.inf):
-            raise ExperimentError(f"optim_wrapper.optimizer.{name} is {value!r}; allowed are finite numbers from 0")
+            raise ExperimentError(f"{key} is {value!r}; allowed are finite numbers from 0")
     derive = at(config, "perplexity.derive")
     if derive is not None and type(derive) not in (bool, int):
         raise ExperimentError(f"perplexity.derive is {derive!r}; allowed: True, False and a number of products")
