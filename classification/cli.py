@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,8 +35,10 @@ from classification.identity import (
     run_of,
     weights_of_done,
 )
+from classification.image_size import require_image_size
 from classification.loggers import log_record, loggers
 from classification.module import Batch, FineTune, classification_loss
+from classification.parser_errors import readable
 from classification.progress import Progress
 from classification.settings import check_settings
 from classification.start import forbid_requeue, join_others, start_of, within_slurm
@@ -50,6 +53,7 @@ from experiment.method import table_tag
 from experiment.processes import alone, first_does, first_holds, say
 from experiment.record import RESULT, TABLE
 from experiment.signals import held
+from lowrank import kernels
 
 FRONTS = "fronts"  # the folder of runs' fronts, below that of the runs
 SPLIT = "split.npz"
@@ -104,6 +108,10 @@ class SuiteCLI(LightningCLI):
             "measure": {"model", "datamodule"},
         }
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed, which is a number: Lightning's would take true for one at random, which no other run could have."""
+        parser.add_argument("--seed_everything", type=int, default=SEED, help="seed of the run")
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, settings in RUN_OPTIONS.items():
             spellings = dict.fromkeys((name, f"--{name[2:].replace('-', '_')}"))
@@ -129,6 +137,7 @@ class SuiteCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         keep_freed_memory()
+        kernels.wanted()
         join_others(self.start, self.probe)
         measuring = self.subcommand == "measure"
         model = self.settings["model"]
@@ -179,6 +188,12 @@ class SuiteCLI(LightningCLI):
         made.strategy.checkpoint_io = WholeCheckpointIO(self.folder.identity_hash)  # whatever plugins there are
         return made
 
+    def after_instantiate_classes(self) -> None:
+        data = self.settings["data"]
+        if data["dataset"] not in TEXTS:
+            require_image_size(self.model.backbone, data["image_size"], self.settings["model"]["backbone"])
+            self.model.train()
+
     def fit(self, **options: Any) -> None:
         """Train, test the best epoch, measure, and write the record."""
         self.model.front_folder = Path(self.settings["runs_dir"]) / FRONTS
@@ -208,6 +223,9 @@ class SuiteCLI(LightningCLI):
         resume = resumable(self.folder.checkpoints, self.folder.identity_hash, self.best.first_epoch)
         word = "training" if resume is None else "resuming" if resume.name == LAST else f"from {resume.name}"
         print(f"{word}: {self.identity}", flush=True)
+        warmup, epochs = self.model.warmup_epochs, self.trainer.max_epochs
+        if warmup > epochs:  # as where a recipe is cut short for a quick look
+            print(f"  note: of {warmup} epochs of warm-up (--model.warmup_epochs) there are {epochs} only", flush=True)
         return resume
 
     def _save_record(self, optimizer: Optimizer, recipe: dict[str, Any]) -> None:
@@ -309,7 +327,7 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
         kind: how the command is run.
 
     Raises:
-        ExperimentError, LowRankError, ArgumentError: something that the user can mend.
+        ExperimentError, LowRankError: something that the user can mend.
     """
     for message in (
         ".*in eval mode at the start.*",
@@ -333,7 +351,6 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
                 ImageDataModule,
                 work=work or Work(),
                 save_config_callback=None,
-                seed_everything_default=SEED,
                 trainer_class=Trainer,
                 trainer_defaults=dict(TRAINER_DEFAULTS),
                 auto_configure_optimizers=False,
@@ -345,6 +362,9 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
             say(done)
     except _SeveralProcesses as several:
         run_all("classification", arguments, several.count)
+    except ArgumentError as error:
+        kind._parsers.clear()  # what was asked of them besides may be left in them
+        raise ExperimentError(readable(error, words)) from None
     finally:
         forget_ahead()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import yaml
 
 from experiment import ExperimentError
 from experiment.command import dashed
-from experiment.strict_yaml import check_yaml, check_yaml_file, misread_number
+from experiment.strict_yaml import check_settings_file, check_yaml, misread_number
 
+GROUPS = {"model": "layers", "data": "dataset", "trainer": "max_epochs"}  # of settings, and one of each
 _CONFIG = ("--config", "-c")
 _TEXTS = ("--trainer.max_time",)  # options of times, whose values may look like numbers
 
@@ -20,22 +21,39 @@ _TEXTS = ("--trainer.max_time",)  # options of times, whose values may look like
 def check_config_files(arguments: Sequence[str]) -> None:
     """Check every file that arguments name as a config, and every value in them that is YAML.
 
-    What is not there or no YAML is left to the parser.
+    What an option has that is no YAML is left to the parser.
 
     Raises:
         ExperimentError: see `experiment.strict_yaml`.
     """
     for name, value in _options(arguments):
-        path = Path(value)
         if name in _CONFIG:
-            if path.is_file():
-                check_yaml_file(path)
+            _check_config(value)
             continue
         misread = misread_number(value) if ":" in value and name not in _TEXTS else None  # 010 is 10 here
         if misread is not None:
             raise ExperimentError(f"{name} is {value}, which would be read as {misread}; write it in base ten")
         if value.lstrip().startswith(("{", "[")):
             check_yaml(value, name)
+
+
+def _check_config(name: str) -> None:
+    """Check what is given as a config: a file, or settings as a text in its place."""
+    path = Path(name)
+    if path.is_file():
+        check_settings_file(path)
+    elif ":" not in name or path.exists():
+        what = "is a folder" if name and path.is_dir() else "is not there"
+        raise ExperimentError(
+            f"config {name or repr(name)} {what}; give a file of settings, such as those in configs/classification"
+        )
+    settings = _settings(name, is_config=True)
+    for group in GROUPS if isinstance(settings, Mapping) else ():
+        if group in settings and not isinstance(settings[group], Mapping):
+            raise ExperimentError(
+                f"config {name} has {settings[group]!r} as `{group}`; it has to hold settings by name, such as "
+                f"{GROUPS[group]}: ..."
+            )
 
 
 def settings_in(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -74,7 +92,7 @@ def _keys(content: Any, prefix: str) -> Iterator[str]:
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Names and values."""
-    for word, following in pairwise([*arguments, ""]):
+    for word, following in zip_longest(arguments, arguments[1:]):
         name, equals, value = word.partition("=")
-        if name.startswith("-") and (equals or following):
+        if name.startswith("-") and (equals or following is not None):
             yield name, value if equals else following

@@ -6,6 +6,8 @@ import argparse
 import ast
 from pathlib import Path
 
+from experiment.command import folder_word
+
 PUBLISHED = ("mcunet", "mobilenet_v2", "resnet18", "resnet34")  # networks that checkpoints of halves are published of
 _FROM = "archives on this machine in place of downloads, or folders that hold them or the data set itself"
 _PREPARE = """Download a data set, check it, unpack it, and note that it is ready.
@@ -24,7 +26,9 @@ def prepare_parser() -> argparse.ArgumentParser:
     """The command line of `prepare`."""
     parser = argparse.ArgumentParser(prog="python -m classification prepare", description=_PREPARE)
     parser.add_argument("name", metavar="NAME", help=f"one of: {', '.join(prepared_names())}")
-    parser.add_argument("--root", "--data-dir", type=Path, default=Path("data"), help="folder that holds all data sets")
+    parser.add_argument(
+        "--root", "--data-dir", type=folder_word, default=Path("data"), help="folder that holds all data sets"
+    )
     parser.add_argument("--from", dest="given", nargs="+", type=Path, default=[], metavar="PATH", help=_FROM)
     return parser
 

@@ -39,6 +39,11 @@ LEAST = {  # per number that has one
 }
 MOST = {"seed_everything": 2**32 - 1, "model.momentum": 1}  # numpy's generators have no other seeds
 _WHOLE_EPOCHS = "a run is made of whole epochs"
+NAMED = {  # files and folders that have a name, or are not given
+    "runs_dir": "give a folder, such as runs",
+    "data.root": "give a folder, such as data",
+    **dict.fromkeys(("model.weights", "data.split_file", "ckpt_path"), "give a file, or leave the option out"),
+}
 ONLY = {  # settings of a training run that have one value alone
     "trainer.check_val_every_n_epoch": (1, "each epoch has a row in metrics.csv"),
     "trainer.val_check_interval": (None, "each epoch is validated once, at its end"),
@@ -65,8 +70,9 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> pl.Trainer:
     Raises:
         ExperimentError: a setting that cannot work; names it and what is allowed.
     """
-    if not config["runs_dir"]:
-        raise ExperimentError("--runs-dir is empty; give a folder, such as runs")
+    for key, instead in NAMED.items():
+        if _at(config, key) == "":  # as of a variable that is not set
+            raise ExperimentError(f"--{key} is empty; {instead}")
     for key, least in LEAST.items():
         value = _at(config, key)
         most = MOST.get(key, math.inf)
@@ -90,6 +96,9 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> pl.Trainer:
 
 
 def _check_training(config: Mapping[str, Any]) -> None:
+    fewest, epochs = _at(config, "trainer.min_epochs"), _at(config, "trainer.max_epochs")
+    if epochs is not None and (fewest or 0) > epochs:
+        raise ExperimentError(f"--trainer.min_epochs is {fewest}, above the {epochs} of --trainer.max_epochs")
     for key, (only, reason) in ONLY.items():
         value = _at(config, key)
         if value != only and value not in _AS_GOOD.get(key, ()):

@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,13 @@ def importing() -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """The message alone, also where a process that loads images has put its traceback around it."""
     return " ".join(str(error).rpartition(f"{type(error).__name__}: ")[2].split())
+
+
+def folder_word(text: str) -> Path:
+    """A folder, as a command line takes it; one without a name, as of a variable that is not set, would be this one."""
+    if not text:
+        raise ArgumentTypeError("it is empty; give a folder")
+    return Path(text)
 
 
 def dashed(arguments: Sequence[str]) -> list[str]:

@@ -92,12 +92,16 @@ class History:
         self._forget()
         self.start()
         if is_first():
-            text = io.StringIO()
-            writer = csv.DictWriter(text, list(row))
-            writer.writeheader()
-            writer.writerows(self.rows)
-            write_whole(self.path, text.getvalue())
+            self.save()
         return row
+
+    def save(self) -> None:
+        """Write the rows, of which there is one at least."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(self.rows[-1]))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(self.path, text.getvalue())
 
     @staticmethod
     def require_finite(network: nn.Module) -> None:

@@ -157,7 +157,12 @@ def conclude(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome], root: Path, s
     print(f"tables, plots and a page of them: python -m report {root}")
     if astray := [job for job in jobs if outcomes[job] is Outcome.DONE and not job.done(root)]:
         told = (f"  {job.title}: no {job.run.folder(root) / job.result}" for job in astray)
-        print("done under other names, as a method's config has to be called as its tag:", *told, sep="\n")
+        print(
+            f"done under other names ({len(astray)}), by which what needs these runs does not find them, nor this "
+            f"sweep when it is run again; rename the method's config, which has to be called as its tag:",
+            *told,
+            sep="\n",
+        )
     if failed:
         logs = (f"  {job.title}: {job.log(root)}" for job in failed)
         print(f"failed ({len(failed)}), each with its log:", *logs, sep="\n", file=sys.stderr)

@@ -92,6 +92,7 @@ def record_of(
     memory["peak_inference"] = peak_bytes(network.eval(), trained.infer, batch, backward=False)
     for name, content in left.items():
         write_whole(folder.path / name, content)
+    history.save()  # a resumed run has rows of its checkpoint, and may have added none to a file that was lost
     return Record(
         run=run,
         accuracy=dict(accuracy),

@@ -50,6 +50,41 @@ def _what_is_wrong(error: yaml.YAMLError) -> str:
     return f"{problem} in line {mark.line + 1}, column {mark.column + 1}; mend it there or ahead of it"
 
 
+def check_settings_file(path: Path) -> None:
+    """Check a file that has to hold settings by name; what else is YAML, parsers leave out or say nothing clear of.
+
+    Raises:
+        ExperimentError: as of `check_yaml_file`, or it holds something else.
+    """
+    check_yaml_file(path)
+    documents = list(yaml.compose_all(path.read_text(encoding="utf-8"), yaml.SafeLoader))
+    found = documents[0] if documents else None
+    if len(documents) > 1:
+        held = f"several documents, the second from line {documents[1].start_mark.line + 1} on"
+    elif found is None or found.tag.endswith(":null"):
+        held = "nothing"
+    elif isinstance(found, yaml.MappingNode):
+        wrong = _no_name(found, by_text=True)
+        if wrong is None:
+            return
+        held = f"a key that is no name in line {wrong}"
+    else:
+        held = "a list" if isinstance(found, yaml.SequenceNode) else f"the value {found.value[:50]!r} alone"
+    raise ExperimentError(f"config {path} holds {held}; it has to hold settings by name, such as those beside it")
+
+
+def _no_name(node: yaml.Node, by_text: bool = False) -> int | None:
+    """The line of a key that is a list or a mapping, or with `by_text` no text; None if there is none."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or (by_text and not key.tag.endswith(":str")):
+                return int(key.start_mark.line) + 1
+            if (wrong := _no_name(value)) is not None:
+                return wrong
+    inner = node.value if isinstance(node, yaml.SequenceNode) else ()
+    return next((wrong for value in inner if (wrong := _no_name(value)) is not None), None)
+
+
 def check_yaml(text: str, where: str, aliases: bool = False) -> None:
     """Check a text; see `check_yaml_file`. `where` says in an error what it is. What is no YAML may be plain text."""
     try:

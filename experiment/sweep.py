@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from experiment.budget import BUDGET_HELP, Source, budget_source, budget_word
-from experiment.command import dashed
+from experiment.command import dashed, folder_word
 from experiment.errors import ExperimentError
 from experiment.jobs import WAIT, WAIT_HELP, Job, Program, list_jobs
 from experiment.launcher import Launcher, add_options, launcher_of, take_slurm
@@ -211,8 +211,10 @@ def sweep_parser(
     parser.add_argument("--methods", nargs="+", choices=methods, metavar="METHOD", help=listed)
     parser.add_argument("--seeds", nargs="+", type=seed_word, default=[SEED], metavar="SEED", help=f"(default: {SEED})")
     parser.add_argument("--budget", nargs="+", type=budget_word, metavar="BUDGET", default=[], help=BUDGET_HELP)
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
-    parser.add_argument("--data-dir", metavar="DIR", help="folder that holds all data sets (default: data)")
+    parser.add_argument("--runs-dir", type=folder_word, default=Path("runs"), help="folder of all runs (default: runs)")
+    parser.add_argument(
+        "--data-dir", type=folder_word, metavar="DIR", help="folder that holds all data sets (default: data)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the runs, and stop")
     parser.add_argument(WAIT, action="store_true", help=WAIT_HELP)
     add_options(parser)
@@ -242,7 +244,7 @@ def shared_settings(options: argparse.Namespace, extra: Sequence[str]) -> dict[s
         "methods": tuple(dict.fromkeys(options.methods)),
         "seeds": tuple(dict.fromkeys(options.seeds)),
         "runs_dir": options.runs_dir,
-        "data_dir": options.data_dir,
+        "data_dir": None if options.data_dir is None else str(options.data_dir),
         "budgets": tuple(dict.fromkeys(options.budget)),
         "weights": options.weights,
         "extra": tuple(extra),

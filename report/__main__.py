@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiment.command import Work, finish
+from experiment.command import Work, finish, folder_word
 from report.methods import BASELINE
 
 PUBLISHED = Path(__file__).parent.parent / "configs" / "published"
@@ -26,12 +26,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "runs",
         nargs="?",
-        type=Path,
+        type=folder_word,
         default=Path("runs"),
         metavar="RUNS_DIR",
         help="folder of the runs (default: runs)",
     )
-    command.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: RUNS_DIR/report)")
+    command.add_argument("--output", type=folder_word, metavar="DIR", help="where to write (default: RUNS_DIR/report)")
     command.add_argument(
         "--baseline", default=BASELINE, metavar="METHOD", help="method that ratios refer to (default: %(default)s)"
     )
@@ -46,7 +46,10 @@ def parser() -> argparse.ArgumentParser:
         "--watch", action="store_true", help="show how far the planned runs are, and write nothing; 0 if all are done"
     )
     command.add_argument(
-        "--compare", type=Path, metavar="RUNS_DIR", help="another folder of runs, which the page compares with these"
+        "--compare",
+        type=folder_word,
+        metavar="RUNS_DIR",
+        help="another folder of runs, which the page compares with these",
     )
     command.add_argument(
         "--columns",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mmengine.config import Config, DictAction
 
 from experiment import ExperimentError
-from experiment.command import Work, dashed, finish, importing
+from experiment.command import Work, dashed, finish, folder_word, importing
 from experiment.launching import run_all
 from experiment.processes import alone, place
 from segmentation import register, sweep
@@ -55,9 +55,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("configs", nargs="+", metavar="CONFIG", help="configs, merged in their order")
         sub.add_argument("--layers", type=_layers, help="depth: 5, 10 or all, for the suite's own configs")
         sub.add_argument("--seed", type=int, help="seed of the run (default: the config's)")
-        sub.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder that holds all runs")
-        sub.add_argument("--work-dir", type=Path, help="the run's own folder (default: one below --runs-dir)")
-        sub.add_argument("--data-dir", type=Path, help="folder that holds the data sets (default: the config's)")
+        sub.add_argument("--runs-dir", type=folder_word, default=Path("runs"), help="folder that holds all runs")
+        sub.add_argument("--work-dir", type=folder_word, help="the run's own folder (default: one below --runs-dir)")
+        sub.add_argument("--data-dir", type=folder_word, help="folder that holds the data sets (default: the config's)")
         sub.add_argument("--load-from", metavar="FILE", help="weights to start from: a file or an address")
         sub.add_argument("--iterations", type=int, help="length of the run; schedule and validations in proportion")
         sub.add_argument("--resume", action="store_true", help="as without it: an interrupted run goes on by itself")
@@ -88,8 +88,10 @@ def parser() -> argparse.ArgumentParser:
         "prepare", help="write a data set in the layout that is read", description=PREPARE, allow_abbrev=False
     )
     prepared.add_argument("dataset", choices=DATASETS)
-    prepared.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds the data sets")
-    prepared.add_argument("--archives", type=Path, help="folder with the archives as published (default: --data-dir)")
+    prepared.add_argument("--data-dir", type=folder_word, default=Path("data"), help="folder that holds the data sets")
+    prepared.add_argument(
+        "--archives", type=folder_word, help="folder with the archives as published (default: --data-dir)"
+    )
     commands.add_parser("sweep", add_help=False, help="many runs by one command; see sweep --help")
     return command
 

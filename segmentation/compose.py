@@ -87,8 +87,16 @@ def choose_depth(config: Config, layers: int | str | None) -> None:
     if "depths" not in config:
         if layers is not None:
             raise ExperimentError("--layers is for configs with `depths`; this one names its layers in custom_hooks")
+        if config.get("lowrank"):
+            raise ExperimentError(
+                f"lowrank, as of a config of a method, is for configs with `depths`; this one names its method in the "
+                f"{HOOK} of its custom_hooks"
+            )
         return
-    settings = {"method": {"type": "Vanilla"}, **config.get("lowrank", {})}
+    given = config.get("lowrank", {})
+    if own := [f"lowrank.{key}" for key in ("layers", "freeze") if key in given]:
+        raise ExperimentError(f"{' and '.join(own)} would have no effect, as --layers says both; leave it out")
+    settings = {"method": {"type": "Vanilla"}, **given}
     stage = config.get("stage")
     depth = config.depths.get(stage)
     if depth is None:

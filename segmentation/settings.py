@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiment import ExperimentError
+from experiment.launching import require_room
 from experiment.method import check_precision
 from segmentation.compose import HOOK
 from segmentation.hook_settings import check_hook, check_perplexity
@@ -22,13 +23,23 @@ WHOLE = {  # settings that are whole numbers, with the least of each
     "val_dataloader.batch_size": 1,
     "val_dataloader.num_workers": 0,
     "model.decode_head.num_classes": 1,
+    "default_hooks.checkpoint.interval": 1,
+    "default_hooks.logger.interval": 1,
     "processes": 1,
 }
 PARTS = (  # settings that hold others
     *("model", "train_cfg", "val_cfg", "optim_wrapper", "default_hooks", "randomness", "lowrank", "lowrank.method"),
     *("train_dataloader", "train_dataloader.dataset", "val_dataloader", "val_dataloader.dataset"),
 )
-AT_LEAST_0 = ("lr", "momentum", "weight_decay")  # of the optimizer
+LISTS = ("param_scheduler", "val_evaluator", "test_evaluator")  # of settings, or settings alone
+SUITES = {  # what the suite sets itself for each run, and what to give in its place
+    "work_dir": "give --runs-dir or --work-dir",
+    "resume": "leave it out: an interrupted run goes on by itself",
+}
+AT_LEAST_0 = (
+    *(f"optim_wrapper.optimizer.{name}" for name in ("lr", "momentum", "weight_decay")),
+    *("optim_wrapper.clip_grad.max_norm", "optim_wrapper.clip_grad.clip_value"),
+)
 MOST_SEED = 2**32 - 1  # of numpy's generators
 
 
@@ -42,18 +53,30 @@ def check_settings(config: Mapping[str, Any]) -> None:
         value = at(config, key)
         if value is not None and not isinstance(value, Mapping):
             raise ExperimentError(f"{key} is {str(value)[:200]!r}; allowed are settings by their names, as {key}.NAME")
+    for key in LISTS:
+        value = config.get(key)
+        every = value if isinstance(value, list | tuple) else [value]
+        if value is not None and not all(isinstance(one, Mapping) for one in every):
+            raise ExperimentError(
+                f"{key} is {str(value)[:200]!r}; allowed are settings by their names, or a list of them"
+            )
+    for key, instead in SUITES.items():
+        if config.get(key):
+            raise ExperimentError(f"{key} is {config[key]!r}, which the suite sets for each of its runs; {instead}")
     for key, least in WHOLE.items():
         value = at(config, key)
         if value is not None and (type(value) is not int or value < least):
             raise ExperimentError(f"{key} is {value!r}; allowed are whole numbers from {least}")
+        if value is not None and key.endswith("num_workers"):
+            require_room(f"{key}={value}", value)
     seed = at(config, "randomness.seed")
     if seed is not None and seed > MOST_SEED:
         raise ExperimentError(f"randomness.seed is {seed}; allowed are whole numbers from 0 to {MOST_SEED}")
-    for name in AT_LEAST_0:
-        value = at(config, f"optim_wrapper.optimizer.{name}")
+    for key in AT_LEAST_0:
+        value = at(config, key)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and 0 <= value < math.inf):
-            raise ExperimentError(f"optim_wrapper.optimizer.{name} is {value!r}; allowed are finite numbers from 0")
+            raise ExperimentError(f"{key} is {value!r}; allowed are finite numbers from 0")
     derive = at(config, "perplexity.derive")
     if derive is not None and type(derive) not in (bool, int):
         raise ExperimentError(f"perplexity.derive is {derive!r}; allowed: True, False and a number of products")

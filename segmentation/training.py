@@ -31,7 +31,7 @@ from experiment.method import table_tag
 from experiment.processes import first_does, first_holds, place, say
 from experiment.record import RESULT, TABLE
 from experiment.signals import held
-from lowrank import converted_layers
+from lowrank import converted_layers, kernels
 from segmentation.batches import first_batch, first_batches, logits, segmentation_loss, training_mode
 from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
 from segmentation.compose import class_count, datasets, hook_settings, with_naming_readers
@@ -79,6 +79,7 @@ class Task:
             ExperimentError: the folder holds another run, there are no data, or the weights are of another network.
         """
         keep_freed_memory()
+        kernels.wanted()
         identity = identity_of(self.config, MEASURED if result == TABLE else TRAINED)
         path = self.work_dir or name.folder(self.runs_dir)
         data = data_of(self.config)

@@ -4,6 +4,6 @@ without them.
 `status()` says whether they are in use and why; `LOWRANK_KERNELS=off` switches them off.
 """
 
-from lowrank.kernels.library import Status, status
+from lowrank.kernels.library import Status, status, wanted
 
-__all__ = ["Status", "status"]
+__all__ = ["Status", "status", "wanted"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lowrank.errors import SettingError
 from lowrank.kernels.build import Unavailable, built
 
 SWITCH = "LOWRANK_KERNELS"
@@ -71,10 +72,27 @@ class Status:
         return f"compiled kernels, {'with all threads' if self.threads else 'with one thread'}: {self.reason}{gpu}"
 
 
+def wanted() -> bool:
+    """Whether the environment variable `LOWRANK_KERNELS` leaves kernels switched on.
+
+    Raises:
+        SettingError: it is another word than those that are allowed, which would have no effect.
+    """
+    word = os.environ.get(SWITCH, "")
+    if word not in _ALLOWED:
+        raise SettingError(
+            f"the environment variable {SWITCH} is {word!r}; allowed: {', '.join(_ALLOWED[1:])}, or leave it out"
+        )
+    return word != "off"
+
+
 def status() -> Status:
     """Whether compiled kernels are in use, which and why; builds them, where that is still to be done.
 
     `LOWRANK_KERNELS=off` in the environment switches them off. Without them, training is the same and slower.
+
+    Raises:
+        SettingError: that environment variable is something else.
     """
     off = "switched off in this process"
     found = Status(False, off) if _OFF else _loaded()[1]
@@ -121,10 +139,7 @@ class _Library:
 
 @lru_cache(maxsize=1)
 def _loaded() -> tuple[Any | None, Status]:
-    wanted = os.environ.get(SWITCH, "")
-    if wanted not in _ALLOWED:
-        return None, Status(False, f"{SWITCH} is {wanted!r}; allowed: auto, off")
-    if wanted == "off":
+    if not wanted():
         return None, Status(False, f"{SWITCH} is off")
     try:
         path = built()
@@ -137,7 +152,7 @@ def _loaded() -> tuple[Any | None, Status]:
 @lru_cache(maxsize=1)
 def _loaded_gpu() -> tuple[Any | None, str]:
     """The GPU's kernels, tried once, and what there is to say of them."""
-    if os.environ.get(SWITCH, "") not in ("", "auto"):
+    if not wanted():
         return None, _loaded()[1].reason
     try:
         from lowrank.kernels import gpu as found

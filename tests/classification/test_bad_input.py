@@ -6,10 +6,15 @@ import re
 import numpy as np
 import pytest
 import torch
-from commands import arguments, only_file
+from commands import CONFIGS, arguments, only_file
 
 from classification.backbones import build_model
 from classification.cli import main
+
+CONFIGS_OF_NOTHING = {
+    **{"empty": "", "comment": "# nothing\n", "null": "null\n", "list": "- a\n", "text": "hello\n"},
+    **{"two": "a: 1\n---\nb: 1\n", "no_name": "1: 2\n", "key": "model: {? {a: 1} : 2}\n", "model": "model: 5\n"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +34,10 @@ def files(tmp_path_factory):
     (folder / "damaged.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
     (folder / "unknown_key.yaml").write_text("model:\n  colour: red\n")
     (folder / "broken.yaml").write_text("model: [1,\n")
+    for name, content in CONFIGS_OF_NOTHING.items():
+        (folder / f"{name}.yaml").write_text(content)
+    (folder / "layers.yaml").write_text("model: {layers: two}\n")
+    (folder / "seed.yaml").write_text("seed_everything: yes\n")
     np.save(folder / "ten.npy", np.arange(10.0).reshape(2, 5))
     (folder / "in_the_way").write_text("a file")
     return folder
@@ -80,8 +89,13 @@ MISTAKES = {
     "batch too large": (["--data.batch_size", 9999], r"449 training samples .* --data\.batch_size"),
     "batch of nothing": (["--data.batch_size", 0], "batch_size"),
     "image of nothing": (["--data.image_size", 0], "image_size"),
+    "image below a patch": (
+        ["--config", "CONFIGS/models/vit_b_32.yaml", "--data.image_size", 16],
+        r"image_size is 16, which vit_b_32 does not take \(.*; give another one, such as 32",
+    ),
     "negative learning rate": (["--model.learning_rate", -1], "learning_rate"),
     "no epochs": (["--trainer.max_epochs", 0], "max_epochs"),
+    "fewest epochs above all": (["--trainer.min_epochs", 2], "min_epochs is 2, above the 1 of --trainer.max_epochs"),
     "no validation": (["--trainer.limit_val_batches", 0], "limit_val_batches"),
     "table not there": (table("nowhere.json"), r"nowhere\.json cannot be read"),
     "table truncated": (table("truncated.json"), r"truncated\.json is not whole JSON"),
@@ -96,6 +110,8 @@ MISTAKES = {
         r"not done: there is no .*/nowhere/result\.json",
     ),
     "weights not there": (["--model.weights", "nowhere.pt"], r"no weights file nowhere\.pt"),
+    "weights without a name": (["--model.weights", ""], r"--model\.weights is empty; give a file, or leave"),
+    "data without a name": (["--data.root", ""], r"--data\.root is empty; give a folder"),
     "weights of another network": (["--model.weights", "FILES/resnet18.pt"], "another network: .* such as"),
     "weights damaged": (["--model.weights", "FILES/damaged.pt"], r"damaged\.pt cannot be read"),
     "pretrained weights that there are not": (["--model.pretrained", "true"], r"--model\.weights"),
@@ -104,6 +120,34 @@ MISTAKES = {
     "seed": (["--seed_everything", "x"], "seed"),
     "runs below a file": (["--runs_dir", "FILES/in_the_way"], r"in_the_way.* cannot be written .*--runs-dir"),
     "runs in a system folder": (["--runs_dir", "/proc/nowhere"], "cannot be written"),
+}
+
+
+HOSVD = ("--model.method", "lowrank.HOSVD")
+SAID = {  # in full, of what the parser refuses
+    ("--seed_everything", "true"): "--seed_everything is True; allowed: a whole number",
+    ("--config", "FILES/seed.yaml"): "seed_everything in --config FILES/seed.yaml is True; allowed: a whole number",
+    ("--model.layers", "two"): "--model.layers is two; allowed: a whole number or all",
+    ("--model.layers="): "--model.layers is empty; allowed: a whole number or all",
+    (
+        "--config",
+        "FILES/layers.yaml",
+    ): "model.layers in --config FILES/layers.yaml is two; allowed: a whole number or all",
+    ("--trainer.max_epochs", "1.5"): "--trainer.max_epochs is 1.5; allowed: a whole number or null",
+    ("--model.optimizer", "lion"): "--model.optimizer is lion; allowed: sgd, adamw",
+    ("--data.mean", "[1, 2]"): "--data.mean is [1, 2]; allowed: a list of 3 elements",
+    ("--model.budget.mib", "x"): "--model.budget.mib is x; allowed: a number or null",
+    (*HOSVD, "--model.method.energy", "x"): "--model.method.energy is x; allowed: a number",
+    HOSVD: "--model.method: lowrank.HOSVD needs energy, as --model.method.energy or in `init_args` of a config",
+    (*HOSVD, "--model.method.energi", "1"): "--model.method: lowrank.HOSVD has no setting 'energi'; allowed: energy, "
+    "storage, derive",
+    (
+        "--model.method",
+        "lowrank.Nothing",
+    ): "--model.method is lowrank.Nothing, which is not to be had: module 'lowrank' has no attribute 'Nothing'",
+    ("--model.method", "lowrank.Tucker"): "--model.method is lowrank.Tucker; allowed: a class that is a Method or null",
+    ("--config", "FILES/unknown_key.yaml"): "model.colour in --config FILES/unknown_key.yaml: fit has no such setting; "
+    "see python -m classification fit --help",
 }
 
 
@@ -124,12 +168,36 @@ def half_written(folder):
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_nothing_is_half_written(files, tmp_path, capsys, mistake):
     options, message = MISTAKES[mistake]
-    options = [str(option).replace("FILES", str(files)) for option in options]
+    options = [str(option).replace("FILES", str(files)).replace("CONFIGS", str(CONFIGS)) for option in options]
     if "--model.layers" not in options:
         options = ["--model.layers", 2, *options]
     refused(arguments("fit", tmp_path, *options), capsys, message)
     assert half_written(tmp_path) == []
     assert half_written(files / "in_the_way") == []
+
+
+@pytest.mark.parametrize("options", SAID)
+def test_what_the_parser_refuses_is_said_in_words(files, tmp_path, capsys, options):
+    words = [word.replace("FILES", str(files)) for word in ([options] if isinstance(options, str) else options)]
+    said = SAID[options].replace("FILES", str(files))
+    refused(arguments("fit", tmp_path, *words), capsys, rf"^error: {re.escape(said)}\n$")
+
+
+@pytest.mark.parametrize("name", CONFIGS_OF_NOTHING)
+def test_a_config_that_holds_no_settings_is_named(files, tmp_path, capsys, name):
+    command = [*arguments("fit", tmp_path), "--config", str(files / f"{name}.yaml")]
+    refused(command, capsys, rf"^error: config {files}/{name}\.yaml .*it has to hold settings by name")
+
+
+def test_a_config_that_is_no_file_is_said(tmp_path, capsys):
+    for path, what in ((tmp_path, "is a folder"), (tmp_path / "x.yaml", "is not there"), ("", "is not there")):
+        command = [*arguments("fit", tmp_path), "--config", str(path)]
+        refused(command, capsys, rf"^error: config {path or repr('')} {what}; give a file of settings")
+
+
+def test_what_a_command_asked_of_the_parser_is_not_asked_by_the_next(tmp_path, capsys):
+    refused([*arguments("fit", tmp_path, "--print_config"), "what"], capsys, "what")
+    refused(arguments("measure", tmp_path, "--batches", 0), capsys, "--batches is 0")
 
 
 @pytest.mark.parametrize("mistake", ["unknown option", "too many layers", "unknown data set", "weights damaged"])

@@ -47,6 +47,11 @@ def test_a_run_leaves_config_history_checkpoints_and_record(best_first):
     assert [row["epoch"] for row in best_first.rows] == [0, 1, 2]
 
 
+def test_a_warm_up_beyond_the_end_is_said(tmp_path, weights, capsys):
+    command = arguments("fit", tmp_path, "--model.layers", 2, "--model.weights", weights, "--model.warmup_epochs", 2)
+    assert "note: of 2 epochs of warm-up (--model.warmup_epochs) there are 1 only\n" in execute(command, capsys)
+
+
 def test_the_record_has_every_key_of_the_design(best_first):
     record = best_first.record
     assert (record["schema"], record["status"]) == (1, "done")

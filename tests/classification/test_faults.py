@@ -135,6 +135,15 @@ def test_a_run_whose_record_is_not_whole_is_made_again(whole, tmp_path, capsys, 
     assert_same(folder, whole[1])
 
 
+def test_rows_that_were_lost_are_those_of_the_checkpoint(whole, tmp_path):
+    folder = tmp_path / whole[1].relative_to(whole[1].parents[6])
+    shutil.copytree(whole[1], folder)
+    for name in ("result.json", "metrics.csv"):
+        (folder / name).unlink()
+    assert main(arguments("fit", tmp_path, *whole[0])) == 0
+    assert (folder / "metrics.csv").read_text() == (whole[1] / "metrics.csv").read_text()
+
+
 def test_checkpoints_of_another_recipe_are_refused_though_the_identity_is_lost(whole, tmp_path, capsys):
     folder = tmp_path / whole[1].relative_to(whole[1].parents[6])
     shutil.copytree(whole[1], folder)

@@ -94,7 +94,10 @@ def test_a_run_that_leaves_its_record_under_another_name_is_told(tmp_path, capsy
 
     assert run_jobs([right, wrong], Program("python -m x", command), tmp_path) == 0
     missing = wrong.run.folder(tmp_path) / "result.json"
-    assert capsys.readouterr().out.endswith(f"called as its tag:\n  layers 2: no {missing}\n")
+    said = capsys.readouterr().out
+    assert said.endswith(f"called as its tag:\n  layers 2: no {missing}\n")
+    assert "done under other names (1), " in said
+    assert "rename the method's config" in said
 
 
 def test_a_job_is_done_only_with_a_whole_record_of_its_run(tmp_path):

@@ -170,6 +170,11 @@ REFUSED = {
         ["--cfg-options", "custom_hooks.0.method={'type':'ASI'}"],
         "the method of LowRankHook is ",
     ),
+    "a method of the suite's": (
+        [("lowrank", {"method": {"type": "SVD"}})],
+        [],
+        "lowrank, as of a config of a method, is ",
+    ),
     "unnamed data": ([], ["--data-dir", "data"], "names its data set, a folder in there, as dataset = 'NAME'"),
     "data in two folders": (
         [("dataset", "own"), ("val_dataloader", "dataset", "data_root", "elsewhere")],

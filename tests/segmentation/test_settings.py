@@ -13,6 +13,19 @@ OPTIONS = {
     "length": (["--iterations", "-3"], [], "--iterations is -3"),
     "batch": ([], ["train_dataloader.batch_size=0"], r"train_dataloader\.batch_size is 0"),
     "workers": ([], ["train_dataloader.num_workers=-1"], "num_workers is -1"),
+    "more workers than a machine bears": (
+        [],
+        ["val_dataloader.num_workers=9999"],
+        "num_workers=9999 asks for 9999 proc",
+    ),
+    "a folder for the run": (
+        [],
+        ["work_dir=x"],
+        "work_dir is 'x', which the suite sets .*; give --runs-dir or --work-dir",
+    ),
+    "another run to resume": ([], ["resume=True"], "resume is True, .* goes on by itself"),
+    "schedule": ([], ["param_scheduler=5"], "param_scheduler is '5'; allowed are settings by their names"),
+    "measures": ([], ["val_evaluator=[a,b]"], "val_evaluator is .*; allowed are settings"),
     "batch to validate": ([], ["val_dataloader.batch_size=1.5"], r"val_dataloader\.batch_size is 1\.5"),
     "validations": ([], ["train_cfg.val_interval=-2"], "val_interval is -2"),
     "no validation": ([], ["train_cfg.val_interval=0"], "val_interval is 0"),
@@ -20,6 +33,10 @@ OPTIONS = {
     "learning rate in words": ([], ["optim_wrapper.optimizer.lr=abc"], "lr is 'abc'"),
     "infinite": ([], ["optim_wrapper.optimizer.lr=1e999"], "lr is"),
     "weight decay": ([], ["optim_wrapper.optimizer.weight_decay=-1"], "weight_decay is -1"),
+    "clipping": ([], ["optim_wrapper.clip_grad.max_norm=-1"], r"clip_grad\.max_norm is -1; allowed are finite"),
+    "no checkpoints": ([], ["default_hooks.checkpoint.interval=0"], r"checkpoint\.interval is 0; allowed are whole"),
+    "no log": ([], ["default_hooks.logger.interval=0"], r"logger\.interval is 0; allowed are whole"),
+    "layers of the method": ([], ["lowrank.layers=[a]"], r"lowrank\.layers would have no effect, as --layers says"),
     "crop": ([], ["crop_size=(0,32)"], r"crop_size is \(0, 32\)"),
     "classes": ([], ["model.decode_head.num_classes=-1"], "num_classes is -1"),
     "hooks": ([], ["custom_hooks.0.type=X"], "custom_hooks is .*allowed is a list"),
@@ -41,6 +58,13 @@ def test_what_cannot_work_is_refused(name, data_dir, tmp_path, capsys):
     assert len(said) == 1
     assert re.search(f"^error: .*{message}", said[0])
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("option", ["--runs-dir", "--work-dir", "--data-dir"])
+def test_a_folder_without_a_name_is_an_error_of_the_command_line(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "x.py", option, ""])
+    assert f"argument {option}: it is empty; give a folder" in capsys.readouterr().err
 
 
 def test_an_option_that_is_no_pair_is_an_error_of_the_command_line(capsys):

@@ -99,6 +99,15 @@ def test_a_finished_run_is_skipped_and_starts_again_from_its_own_config(finished
     )
 
 
+def test_rows_that_were_lost_are_those_of_the_checkpoint(finished, data_dir, tmp_path):
+    before, after = (folder(runs, "hosvd_0.8") for runs in (finished, tmp_path))
+    shutil.copytree(before, after)
+    for name in ("result.json", "metrics.csv"):
+        (after / name).unlink()
+    assert main(arguments("train", "hosvd_0.8", data_dir, tmp_path)) == 0
+    assert (after / "metrics.csv").read_text() == (before / "metrics.csv").read_text()
+
+
 def test_stock_mmsegmentation_loads_every_checkpoint(finished):
     run = folder(finished, ASI)
     model = MODELS.build(Config.fromfile(str(run / "config.yaml")).model)

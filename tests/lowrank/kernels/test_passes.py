@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import lowrank
 from lowrank import kernels
 from lowrank.exact import bits
 from lowrank.exact.activations import dropout, hardsigmoid, hardtanh, leaky_relu, relu, relu6
@@ -179,6 +180,7 @@ TRAINED = """
 import torch
 torch.set_default_dtype(torch.float64)
 torch.set_default_device("meta")
+import lowrank
 from lowrank import kernels
 from lowrank.exact.activations import hardsigmoid, relu
 torch.set_default_device("cpu")
@@ -204,6 +206,13 @@ def test_without_a_library_training_is_silent_and_the_status_says_why(tmp_path, 
     assert said in done.stdout
     assert not done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_another_word_for_the_switch_is_refused(monkeypatch):
+    monkeypatch.setenv("LOWRANK_KERNELS", "of")
+    for ask in (kernels.wanted, library._loaded.__wrapped__, library._loaded_gpu.__wrapped__):
+        with pytest.raises(lowrank.SettingError, match="LOWRANK_KERNELS is 'of'; allowed: auto, off, or leave it out"):
+            ask()
 
 
 def test_a_missing_compiler_and_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
