@@ -32,6 +32,7 @@ from lowrank.exact.recompute import note_layer
 from lowrank.exact.slots import has_slot, in_checkpoint
 from lowrank.exact.sources import Origin
 from lowrank.exact.watched import Watched, watch
+from lowrank.layers.arguments import require_model
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
 from lowrank.layers.derived import near_ahead, within_reach
 from lowrank.layers.direct import DIRECT, nothing
@@ -382,4 +383,5 @@ def as_computed(input: Tensor, weight: Tensor) -> tuple[Tensor, torch.dtype, Abs
 
 def converted_layers(model: nn.Module) -> Iterator[LowRankLayer]:
     """Every layer that was converted by name, in the model's order."""
+    require_model(model)
     return (module for module in model.modules() if isinstance(module, LowRankLayer) and module._lowrank.chosen)
