@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from experiment.finite import finite
 from experiment.history import Row
 from lowrank import Account, Explanation, Method, RankPlan, converted_layers
+from lowrank.layers.arguments import input_among
 from lowrank.layers.factored import FactoredLinear
 from lowrank.layers.layer import LowRankLayer, geometry_of, is_single
 from lowrank.layers.preserve import LossFunction, preserved
@@ -43,13 +44,13 @@ def ranks_of(
     """
     found: dict[str, dict[str, Any]] = {}
 
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def note(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         assert isinstance(layer, LowRankLayer)
-        found.setdefault(layer._lowrank.name, _kept_form(layer, inputs[0]))
+        found.setdefault(layer._lowrank.name, _kept_form(layer, input_among(given, named)))
 
     with preserved(network), torch.enable_grad():
         layers = [layer for layer in converted_layers(network) if layer._lowrank.chosen]
-        handles = [layer.register_forward_pre_hook(note) for layer in layers]
+        handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
         try:
             loss_fn(network, batch)
         finally:

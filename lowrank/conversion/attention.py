@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from lowrank.layers.arguments import require_model
 from lowrank.layers.attention import IN_PROJECTION, OpenAttention, OpenMultiheadAttention, window_class
 from lowrank.layers.swap import become, has_own_forward, restore
 
@@ -52,7 +53,11 @@ def open_attention(model: nn.Module, lean: bool = False) -> list[str]:
 
     Returns:
         Names of the opened modules; left out are those with inputs of several sizes, and cross-attention.
+
+    Raises:
+        ConversionError: `model` is no module.
     """
+    require_model(model)
     opened = []
     for name, module in model.named_modules():
         if isinstance(module, OpenAttention):

@@ -13,6 +13,7 @@ from lowrank.conversion.code import FunctionCalls
 from lowrank.conversion.select import is_frozen
 from lowrank.errors import ConversionError
 from lowrank.layers import factored
+from lowrank.layers.arguments import require_model, require_switches
 from lowrank.layers.attention import OpenAttention
 from lowrank.layers.factored import FactoredLinear
 from lowrank.layers.keeping import LayerState
@@ -81,13 +82,14 @@ def convert(
     Raises:
         ConversionError: lists every layer that cannot be converted, with the reason; with `fuse` off also those whose
             method has `derive`.
-        SettingError: `smallest` is below zero, or no number.
+        SettingError: `smallest` is below zero or no number, or a switch is neither True nor False.
 
     Example:
         lowrank.convert(model, lowrank.trailing_layers(model, 4), lowrank.ASI(ranks=[8, 16, 3, 3]))
         lowrank.convert(model, {"conv1": lowrank.Vanilla(), "conv2": lowrank.HOSVD(0.8)})
     """
     check_smallest(smallest)
+    require_switches(fuse=fuse, recompute=recompute, everywhere=everywhere)
     problems, steps = plan_conversion(model, names, method)
     if not fuse:
         problems += [f"layer {one.name!r}: derive needs fuse, which is off" for one in steps if one.method.derive]
@@ -204,7 +206,12 @@ def _may_be_read_behind(modules: dict[str, nn.Module]) -> set[str]:
 
 
 def revert(model: Model) -> Model:
-    """Give every layer that `convert` changed its original class back, in place. Parameters keep their values."""
+    """Give every layer that `convert` changed its original class back, in place. Parameters keep their values.
+
+    Raises:
+        ConversionError: `model` is no module.
+    """
+    require_model(model)
     for layer in list(model.modules()):
         if isinstance(layer, LowRankLayer):
             _release(layer)

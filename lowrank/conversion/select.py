@@ -11,6 +11,7 @@ from torch import nn
 from lowrank.conversion.attention import closed_projections
 from lowrank.conversion.parts import PARTS, Part, is_of_attention, is_of_mlp, layers_of_mlps
 from lowrank.errors import ConversionError, SettingError
+from lowrank.layers.arguments import reason_against_model, require_model
 from lowrank.layers.kinds import kind_of
 from lowrank.layers.swap import plain_class
 
@@ -34,10 +35,12 @@ def trailing_layers(
             or "all".
 
     Raises:
+        ConversionError: `model` is no module.
         SettingError: unknown kind or part, or a count that the model does not have.
     """
+    require_model(model)
     for setting, value, known in (("kind", kind, KINDS), ("part", part, PARTS)):
-        if value not in known:
+        if value not in list(known):
             raise SettingError(f"{setting} is {value!r}; allowed: {', '.join(known)}")
     closed = {name for _, name in closed_projections(model)}
     of_kind = [name for name in _of_dimensions(model, KINDS[kind]) if name not in closed]
@@ -121,8 +124,9 @@ def named_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
 
 def find_layers(model: nn.Module, names: Iterable[str]) -> tuple[list[str], dict[str, nn.Module]]:
     """What is wrong with the names, and the modules of those that the model has."""
-    if not isinstance(model, nn.Module):
-        return [f"the model is a {type(model).__name__}; give a torch.nn.Module"], {}
+    reason = reason_against_model(model)
+    if reason is not None:
+        return [reason], {}
     if isinstance(names, str) or not isinstance(names, Iterable):
         return [f"layers are given as {names!r}; give a list of names"], {}
     names = list(names)

@@ -24,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError, NonFiniteError
-from lowrank.layers.preserve import LossFunction, loss_of, preserved
+from lowrank.layers.arguments import input_among
+from lowrank.layers.preserve import LossFunction, loss_of, preserved, result_of
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.tensors.decompose import check_energy
@@ -147,7 +148,7 @@ def layer_grams(
     reached: list[tuple[str, GradientEdge]] = []
 
     def hook(name: str, layer: nn.Module, given: tuple[Tensor, ...], named: Any, output: Tensor) -> Tensor | None:
-        _add(inputs, name, without_padding((*given, *named.values())[0].detach(), LinearGeometry()))
+        _add(inputs, name, without_padding(input_among(given, named).detach(), LinearGeometry()))
         if not weigh_outputs or not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return None
         # Of an output that is a view, a change in place would leave its node out of the graph; one behind frozen layers
@@ -162,7 +163,7 @@ def layer_grams(
         with preserved(model), torch.set_grad_enabled(weigh_outputs):
             for batch in batches:
                 reached.clear()
-                loss = loss_of(loss_fn, model, batch) if weigh_outputs else loss_fn(model, batch)
+                loss = loss_of(loss_fn, model, batch) if weigh_outputs else result_of(loss_fn, model, batch)
                 outputs = list(reached)  # checkpoints in the model call layers again in the backward pass
                 if outputs and loss.requires_grad:
                     found = torch.autograd.grad(loss, [edge for _, edge in outputs], allow_unused=True)

@@ -32,6 +32,7 @@ from lowrank.exact.recompute import note_layer
 from lowrank.exact.slots import has_slot, in_checkpoint
 from lowrank.exact.sources import Origin
 from lowrank.exact.watched import Watched, watch
+from lowrank.layers.arguments import require_model
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
 from lowrank.layers.derived import near_ahead, within_reach
 from lowrank.layers.direct import DIRECT, nothing
@@ -88,7 +89,15 @@ class LowRankLayer(Changed):
             return self._run(input)
 
     def _compiled(self, input: Tensor) -> Tensor:
-        """A compiler decides itself what to keep of a layer that keeps its input; other methods go into its graph."""
+        """A compiler decides itself what to keep of a layer that keeps its input; other methods go into its graph, but
+        for those that choose by the data: they would break it at each choice. Asked first, by nothing that is of one
+        layer, so that this is compiled once for all; where PyTorch's limit is reached after all, it runs by itself."""
+        if self._lowrank.method.chooses_by_data and torch.is_grad_enabled() and in_compiled_graph():
+            from lowrank.layers.graph_break import out_of_graph
+
+            return out_of_graph(self._read, input)
+        if not torch.compiler.is_compiling():
+            return self._read(input)
         weight, bias = self.kind.weight(self), self.bias
         tracked = torch.is_grad_enabled() and weight.requires_grad and in_compiled_graph()
         numbers = weight.numel() and weight.is_floating_point() and not input.is_meta
@@ -97,6 +106,11 @@ class LowRankLayer(Changed):
         for size in input.shape:  # a graph for each: orders of contractions are chosen by sizes, not by symbols of them
             operator.index(size)
         return _tracked(self, input_of(self, input), weight, bias)
+
+    def _read(self, input: Tensor) -> Tensor:
+        """In eager training, for a compiled graph behind it."""
+        found = real(self._run(input))
+        return found.as_subclass(Tensor) if type(found) is Watched else found
 
     def _run(self, input: Tensor) -> Tensor:
         if not self.kind.fits(input):
@@ -382,4 +396,5 @@ def as_computed(input: Tensor, weight: Tensor) -> tuple[Tensor, torch.dtype, Abs
 
 def converted_layers(model: nn.Module) -> Iterator[LowRankLayer]:
     """Every layer that was converted by name, in the model's order."""
+    require_model(model)
     return (module for module in model.modules() if isinstance(module, LowRankLayer) and module._lowrank.chosen)

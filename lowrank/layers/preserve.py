@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from lowrank.errors import SettingError
+from lowrank.layers.arguments import require_model
 from lowrank.layers.layer import LowRankLayer
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -28,7 +30,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
     hooks are there: so hooks that are registered inside, by anybody but PyTorch, are removed.
 
     Inside, every gradient is None, as after `optimizer.zero_grad()`.
+
+    Raises:
+        ConversionError: `model` is no module.
     """
+    require_model(model)
     attributes = [_attributes_of(module) for module in model.modules() if not _is_of_torch(module)]
     attributes += [_hooks_of(module) for module in model.modules()]
     buffers = {module: dict(module._buffers) for module in model.modules()}
@@ -139,12 +145,13 @@ def loss_of(loss_fn: LossFunction, model: nn.Module, batch: Any) -> Tensor:
     """The loss of a batch.
 
     Raises:
-        SettingError: it is no tensor of one number.
+        SettingError: it is no tensor of one number, or one without a graph.
     """
-    loss = loss_fn(model, batch)
+    loss = result_of(loss_fn, model, batch)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise SettingError(f"loss_fn gave {found}; allowed is a tensor of one number, such as .mean() gives")
+    _require_graph([loss], model)
     return loss
 
 
@@ -152,12 +159,40 @@ def graph_of(loss_fn: LossFunction, model: nn.Module, batch: Any) -> Any:
     """What a loss function gives, which alone holds the graph that is measured.
 
     Raises:
-        SettingError: there is no tensor in it, such as where a function ends without `return`.
+        SettingError: there is no tensor in it, such as where a function ends without `return`, or none with a graph.
     """
-    found = loss_fn(model, batch)
+    found = result_of(loss_fn, model, batch)
     if not tensors_in(found):
         raise SettingError(f"loss_fn gave a {type(found).__name__}, which holds no graph; let it return the loss")
+    _require_graph(tensors_in(found), model)
     return found
+
+
+def result_of(loss_fn: LossFunction, model: nn.Module, batch: Any) -> Any:
+    """What a loss function gives, whatever that is.
+
+    Raises:
+        SettingError: it is no function, or one of other arguments.
+    """
+    if not callable(loss_fn):
+        raise SettingError(f"loss_fn is {loss_fn!r}; allowed is a function loss_fn(model, batch) that returns the loss")
+    try:
+        signature(loss_fn).bind(model, batch)
+    except TypeError as error:
+        raise SettingError(f"loss_fn is called with (model, batch), which it does not take: {error}") from None
+    except ValueError:  # of what is written in C nobody knows
+        pass
+    return loss_fn(model, batch)
+
+
+def _require_graph(found: list[Tensor], model: nn.Module) -> None:
+    """Raise `SettingError` where a model is trained and its loss has no graph, so that nothing would be measured."""
+    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
+    if trained and not any(tensor.requires_grad for tensor in found):
+        raise SettingError(
+            "loss_fn gave a tensor without a graph, though parameters want gradients; let it return the loss as it is, "
+            "neither detached nor computed under torch.no_grad()"
+        )
 
 
 def tensors_in(batch: object) -> list[Tensor]:

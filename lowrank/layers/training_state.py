@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import StateError
+from lowrank.layers.arguments import require_model
 from lowrank.layers.layer import LowRankLayer
 from lowrank.methods.base import Tensors
 
@@ -22,6 +23,9 @@ def training_state(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         Contiguous copies, by names such as `layer4.0.conv1.bases.1`; to be saved beside the optimizer's state.
+
+    Raises:
+        ConversionError: `model` is no module.
 
     Example:
         torch.save({"model": model.state_dict(), "lowrank": lowrank.training_state(model)}, path)
@@ -63,9 +67,9 @@ def load_training_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     layers, factors = dict(_layers(model)), []
     bases: dict[str, dict[int, Tensor]] = {}
     for key, tensor in state.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise StateError(f"training state {key!r} is a {type(tensor).__name__}; allowed is a tensor by a name")
         name, found, index = key.rpartition(BASES)
-        if not isinstance(tensor, Tensor):
-            raise StateError(f"training state {key!r} is a {type(tensor).__name__}; a tensor is allowed")
         if found and name in layers and index.isdecimal() and int(index) < 64:
             bases.setdefault(name, {})[int(index)] = tensor
             continue
@@ -96,4 +100,5 @@ def _in_order(bases: Mapping[int, Tensor]) -> Tensors:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LowRankLayer]]:
+    require_model(model)
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LowRankLayer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError
+from lowrank.layers.arguments import input_among
 from lowrank.layers.factored import FactoredLinear
 from lowrank.layers.layer import LowRankLayer, can_be_converted, computed_input, geometry_of, is_single, weight_of
 from lowrank.layers.lazy import real
@@ -101,30 +103,29 @@ def account(
             if ahead[name][-1] is not None:
                 calls[name][-1] = replace(in_full[name], activation_bytes=0)
 
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            close(name)
-            inputs = (
-                real(inputs[0]),
-                *inputs[1:],
-            )  # of an unread one it is known how it comes about when it is read first
-            x = computed_input(layer, inputs[0].detach())
-            with without_autocast(x.device.type):
-                cost, as_it_is = _layer_cost(layer, inputs[0], x)
-                if isinstance(layer, LowRankLayer) and layer._lowrank.method.derive:
-                    layer._lowrank.derived = None  # as a call may leave it that keeps nothing anyway
-                    in_full[name] = _layer_cost(layer, inputs[0], x, Vanilla())[0]
-            calls[name].append(cost)
-            if as_it_is:
-                whole.add(name)
-            return inputs
-
-        return hook
+    def hook(name: str, layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+        close(name)
+        # Of an unread input it is known how it comes about when it is read first.
+        given, named = tuple(map(real, given)), {key: real(one) for key, one in named.items()}
+        input = input_among(given, named)
+        if not isinstance(input, Tensor):  # of which the layer itself says what is wrong
+            return given, named
+        x = computed_input(layer, input.detach())
+        with without_autocast(x.device.type):
+            cost, as_it_is = _layer_cost(layer, input, x)
+            if isinstance(layer, LowRankLayer) and layer._lowrank.method.derive:
+                layer._lowrank.derived = None  # as a call may leave it that keeps nothing anyway
+                in_full[name] = _layer_cost(layer, input, x, Vanilla())[0]
+        calls[name].append(cost)
+        if as_it_is:
+            whole.add(name)
+        return given, named
 
     # Forward in grad mode tells which inputs need a gradient; what autograd would keep for a backward pass is dropped.
     dropped = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.new_empty(0), lambda empty: empty)
     with preserved(model), torch.enable_grad(), dropped, forms_held():
-        handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
+        register = {name: layer.register_forward_pre_hook for name, layer in layers.items()}
+        handles = [each(partial(hook, name), with_kwargs=True) for name, each in register.items()]
         try:
             forward(model, batch)
             for name in layers:

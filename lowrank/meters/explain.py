@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowrank.layers.arguments import require_model
 from lowrank.layers.attention import OpenAttention
 from lowrank.layers.layer import LowRankLayer
 from lowrank.layers.lean import CURVES, RECOMPUTED, LeanModule
-from lowrank.layers.preserve import LossFunction
+from lowrank.layers.preserve import LossFunction, result_of
 from lowrank.layers.swap import stock_class
 from lowrank.meters.memory import saved_storages
 from lowrank.methods.base import Method
@@ -79,6 +80,7 @@ def explain(model: nn.Module, loss_fn: LossFunction, batch: Any) -> Explanation:
     Example:
         print(lowrank.explain(model, loss_fn, batch))
     """
+    require_model(model)
     names = {module: name for name, module in model.named_modules()}
     chosen = [module for module in names if isinstance(module, LowRankLayer) and module._lowrank.chosen]
     called: set[nn.Module] = set()
@@ -95,7 +97,7 @@ def explain(model: nn.Module, loss_fn: LossFunction, batch: Any) -> Explanation:
             whole.add(owner)
 
     def watched(model: nn.Module, batch: Any) -> Tensor:
-        loss = loss_fn(model, batch)
+        loss: Tensor = result_of(loss_fn, model, batch)
         exact.update(layer for layer in chosen if layer in called and layer._lowrank.exact)
         derived.update({one: one._lowrank.derived for one in chosen if one in called and one._lowrank.derived})
         return loss

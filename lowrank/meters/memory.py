@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowrank.layers.arguments import require_model
 from lowrank.layers.lazy import Lazy
-from lowrank.layers.preserve import LossFunction, graph_of, loss_of, preserved, tensors_in
+from lowrank.layers.preserve import LossFunction, graph_of, loss_of, preserved, result_of, tensors_in
 
 
 class _Kept:
@@ -36,7 +37,8 @@ def saved_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any) -> int:
         batch: whatever `loss_fn` takes.
 
     Raises:
-        SettingError: `loss_fn` gives no tensor.
+        ConversionError: `model` is no module.
+        SettingError: `loss_fn` is no function of a model and a batch, or gives no tensor with a graph.
     """
     return sum(saved_storages(model, loss_fn, batch).values())
 
@@ -76,6 +78,7 @@ def held_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any) -> int:
         loss_fn: `loss_fn(model, batch) -> scalar tensor`.
         batch: whatever `loss_fn` takes.
     """
+    require_model(model)
     present = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
     device = _gpu_of(present)
     if device is not None:
@@ -110,6 +113,7 @@ def peak_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any, backward: bo
         batch: whatever `loss_fn` takes.
         backward: False measures inference: the forward pass alone, without gradients.
     """
+    require_model(model)
     present = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
     device = _gpu_of(present)
     if device is not None:
@@ -147,7 +151,7 @@ def _step(model: nn.Module, loss_fn: LossFunction, batch: Any, backward: bool) -
         if backward:
             loss_of(loss_fn, model, batch).backward()
         else:
-            loss_fn(model, batch)
+            result_of(loss_fn, model, batch)
 
 
 def _storage_id(tensor: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,6 +25,7 @@ class SVD(TuckerMethod):
         storage: see `TuckerMethod`.
     """
 
+    chooses_by_data: ClassVar[bool] = True
     energy: float
 
     def __post_init__(self) -> None:
@@ -62,6 +64,7 @@ class HOSVD(TuckerMethod):
         storage: see `TuckerMethod`.
     """
 
+    chooses_by_data: ClassVar[bool] = True
     energy: float
 
     def __post_init__(self) -> None:

@@ -33,6 +33,8 @@ class Method(ABC):
         factors_weight: whether the layer's weight is held as two factors as well; linear layers alone.
         keeps_input: whether what is kept is the input as it is, which may then be kept in another form.
         restores: whether `restored` gives the input again, as near as what was kept is.
+        chooses_by_data: whether the sizes of what is kept depend on the input's numbers, so that a compiler leaves it
+            to eager training.
         derive: whether an input that can be computed again from what a layer ahead keeps of its own, in whatever form,
             is not kept; see `TuckerMethod`.
     """
@@ -40,6 +42,7 @@ class Method(ABC):
     factors_weight: ClassVar[bool] = False
     keeps_input: ClassVar[bool] = False
     restores: ClassVar[bool] = False
+    chooses_by_data: ClassVar[bool] = False
     derive: Derive = False
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowrank.conversion.select import named_layers, weights_of
 from lowrank.errors import ConversionError, NonFiniteError, SettingError
+from lowrank.layers.arguments import input_among
 from lowrank.layers.derived import Derivation
 from lowrank.layers.layer import can_be_converted, computed_input, geometry_of, is_single
 from lowrank.layers.lazy import real
@@ -117,7 +118,7 @@ def _backward(
     model: nn.Module, layers: dict[str, nn.Module], probes: dict[str, _Probe], loss_fn: LossFunction, batch: Any
 ) -> None:
     """One forward and one backward pass, in which every layer has its probe."""
-    handles = [layer.register_forward_hook(probes[name]) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(probes[name], with_kwargs=True) for name, layer in layers.items()]
     try:
         with torch.enable_grad():
             loss = loss_of(loss_fn, model, batch)
@@ -176,7 +177,7 @@ class _Probe:
         """A layer behind this one has its gradient, as it has ahead of this one."""
         self.behind[name] = _Behind(how, tuple(x.shape), grad, geometry, geometry.weight_gradient(x, grad))
 
-    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def __call__(self, layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         if self.called:
             again = torch._C._current_graph_task_id() != -1
             raise ConversionError(
@@ -188,7 +189,8 @@ class _Probe:
         self.called = True
         if not output.requires_grad:
             raise ConversionError(f"layer {self.name!r} is called without gradients, so it has no perplexity")
-        x, geometry, single = computed_input(layer, inputs[0].detach()), geometry_of(layer), is_single(layer, inputs[0])
+        input, geometry = input_among(given, named), geometry_of(layer)
+        x, single = computed_input(layer, input.detach()), is_single(layer, input)
         x = without_padding(x.unsqueeze(0) if single else x, geometry)
         output.register_hook(lambda grad: self.measure(x, real(grad.unsqueeze(0) if single else grad), geometry))
 

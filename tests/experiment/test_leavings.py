@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -79,3 +80,18 @@ def test_a_layer_whose_input_follows_from_anothers_has_no_ranks_but_that_ones_na
     for layer in behind:
         assert (layer["derived"], layer["activation_bytes"]) == ("1", 0)
         assert {layer[key] for key in ("ranks", "energy", "captured", "storage")} == {None}
+
+
+def test_inputs_given_by_keyword_are_told_as_those_given_by_place():
+    class Named(nn.Sequential):
+        def forward(self, x):
+            for layer in self:
+                x = layer(input=x)
+            return x
+
+    network, x = _network()
+    told = []
+    for one in (network, Named(*copy.deepcopy(network))):
+        lowrank.convert(one, ["2"], lowrank.HOSVD(0.8))
+        told.append(ranks_of(one, _loss, x, lowrank.account(one, ["2"], x)))
+    assert told[0] == told[1]

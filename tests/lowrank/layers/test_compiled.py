@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from elsewhere_cases import images, pair
 from layer_cases import converted, step
+from networks import frozen_statistics
 from references import random_tensor
 from torch import nn
 
 import lowrank
-from lowrank import ASI, HOSVD, WASI, GradientFilter, Vanilla
+from lowrank import ASI, HOSVD, SVD, WASI, GradientFilter, Vanilla
 
 
 @pytest.mark.slow
@@ -63,6 +64,27 @@ def test_methods_that_choose_ranks_by_the_data_compile_with_breaks_in_the_graph(
     y.backward(random_tensor(*y.shape, dtype=y.dtype))
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [SVD(0.5), HOSVD(0.5)])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_methods_that_choose_ranks_by_the_data_keep_as_little_of_any_number_of_layers_and_shapes(method, fuse):
+    """Each was compiled for itself, up to PyTorch's limit of recompilations; from there on inputs were kept whole."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    widths = range(3, 15)
+    convs = [nn.Conv2d(c, c + 1, 3, padding=1) for c in widths]
+    model = nn.Sequential(*(nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU()) for conv in convs))
+    lowrank.convert(frozen_statistics(model), [f"{at}.0" for at in range(len(convs))], method, fuse=fuse)
+    x, kept, found = random_tensor(4, 3, 8, 8, dtype=torch.float32), [], []
+    for network in (copy.deepcopy(model), torch.compile(model, backend="aot_eager")):
+        kept.append(lowrank.saved_bytes(network, lambda network, x: network(x).square().mean(), x))
+        network(x).square().mean().backward()
+        found.append([parameter.grad for parameter in network.parameters()])
+        kept[-1] = [layer._lowrank.kept_bytes for layer in lowrank.converted_layers(network)]
+    assert kept[0] == kept[1]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])

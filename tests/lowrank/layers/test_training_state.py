@@ -169,8 +169,9 @@ def test_of_nested_models_it_names_layers_as_the_state_dict_does():
         (lambda state: {**state, "0.bases.x": torch.ones(2, 2)}, r"'0\.bases\.x'"),
         (lambda state: {**state, "0.weight": torch.ones(2, 2)}, r"'0\.weight'"),
         (lambda state: {**state, "0.bases.1": [1.0]}, r"'0\.bases\.1' is a list"),
+        (lambda state: {**state, 3: torch.ones(2, 2)}, "state 3 is a Tensor; allowed is a tensor by a name"),
     ],
-    ids=["another prefix", "another layer", "no number", "a weight", "no tensor"],
+    ids=["another prefix", "another layer", "no number", "a weight", "no tensor", "no name"],
 )
 def test_a_state_of_another_model_is_refused_and_changes_nothing(change, message):
     model = conv_model(ASI(2))
