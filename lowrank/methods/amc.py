@@ -26,6 +26,7 @@ class SVD(TuckerMethod):
     """
 
     chooses_by_data: ClassVar[bool] = True
+    carries: ClassVar[bool] = False
     energy: float
 
     def __post_init__(self) -> None:
@@ -65,6 +66,7 @@ class HOSVD(TuckerMethod):
     """
 
     chooses_by_data: ClassVar[bool] = True
+    carries: ClassVar[bool] = False
     energy: float
 
     def __post_init__(self) -> None:

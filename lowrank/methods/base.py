@@ -35,6 +35,7 @@ class Method(ABC):
         restores: whether `restored` gives the input again, as near as what was kept is.
         chooses_by_data: whether the sizes of what is kept depend on the input's numbers, so that a compiler leaves it
             to eager training.
+        carries: whether anything may be carried from step to step, as `compress` returns it.
         derive: whether an input that can be computed again from what a layer ahead keeps of its own, in whatever form,
             is not kept; see `TuckerMethod`.
     """
@@ -43,6 +44,7 @@ class Method(ABC):
     keeps_input: ClassVar[bool] = False
     restores: ClassVar[bool] = False
     chooses_by_data: ClassVar[bool] = False
+    carries: ClassVar[bool] = True
     derive: Derive = False
 
     @property
@@ -60,6 +62,8 @@ class Method(ABC):
 
     def reason_against_state(self, state: Tensors) -> str | None:
         """Why what a run carried from step to step cannot be this method's, or None if it may be."""
+        if not self.carries and any(tensor is not None for tensor in state):
+            return f"{self.tag} carries nothing from step to step"
         return None
 
     @abstractmethod
@@ -138,6 +142,7 @@ class Vanilla(Method):
     """Keep the input as it is: ordinary training."""
 
     keeps_input: ClassVar[bool] = True
+    carries: ClassVar[bool] = False
 
     @property
     def tag(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class GradientFilter(Method):
             name. Larger: less memory, a coarser gradient.
     """
 
+    carries: ClassVar[bool] = False
     patch: int | Mapping[str, int]
 
     def __post_init__(self) -> None:

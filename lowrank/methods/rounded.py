@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -30,6 +31,7 @@ class Rounded(TuckerMethod):
         lowrank.convert(model, {**dict.fromkeys(names, lowrank.ASI(plan)), "classifier": lowrank.Rounded()})
     """
 
+    carries: ClassVar[bool] = False
     storage: Storage = field(default="int8", kw_only=True)
 
     @property

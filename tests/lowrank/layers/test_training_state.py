@@ -233,3 +233,17 @@ def test_a_state_of_higher_ranks_is_refused_and_one_of_the_same_ranks_and_a_smal
         with pytest.raises(StateError, match=r"layer '0' is of another method: .*rank 3, and the rank is 2"):
             lowrank.load_training_state(other, state)
         assert not lowrank.training_state(other)
+
+
+@pytest.mark.parametrize(
+    "method", [lowrank.Vanilla(), HOSVD(0.8), lowrank.SVD(0.8), lowrank.GradientFilter(2), lowrank.Rounded()]
+)
+def test_a_method_that_carries_nothing_refuses_what_another_carried(method):
+    model, x = conv_model(ASI(2)), random_tensor(8, 4, 7, 6)
+    step(model, x)
+    state, other = lowrank.training_state(model), conv_model(method)
+    with pytest.raises(StateError, match=rf"layer '0' is of another method: {method.tag} carries nothing"):
+        lowrank.load_training_state(other, state)
+    step(other, x)
+    assert lowrank.training_state(other) == {}
+    lowrank.load_training_state(other, {})
