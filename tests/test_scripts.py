@@ -72,6 +72,16 @@ def test_a_segmentation_script_takes_its_settings_from_the_environment(script_en
     ]
 
 
+@pytest.mark.parametrize(
+    ("script", "layers"), [("classification/setup_b/mcunet.sh", "2 4"), ("segmentation/fcn.sh", "5 10")]
+)
+def test_a_list_may_have_a_word_a_line(script_environment: dict[str, str], script: str, layers: str) -> None:
+    chosen = {"METHODS": "vanilla asi", "LAYERS": layers, "SEEDS": "1 2", "BUDGET": "1/20 0.5mib"}
+    lines = {name: value.replace(" ", "\n") for name, value in chosen.items()}
+    titles = [dry_run(script, script_environment | lists) for lists in (chosen, lines)]
+    assert titles[0] == titles[1]
+
+
 @pytest.mark.parametrize("model", ["swin_t", "vit_b_32"])
 def test_scripts_of_vision_transformers_list_their_runs(script_environment: dict[str, str], model: str) -> None:
     titles = dry_run(f"classification/transformers/{model}.sh", script_environment | {"SEEDS": "5"}, "digits")
