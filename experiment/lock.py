@@ -166,7 +166,8 @@ def _beat(own: Path, ended: threading.Event) -> None:
             os.utime(own)
         except FileNotFoundError:
             if not ended.is_set():
-                print(f"error: {own.parent} was taken over by another process; this one ends", file=sys.stderr)
+                how = "was taken over by another process" if own.parent.is_dir() else "is gone, moved or deleted"
+                print(f"error: {own.parent} {how}; this process ends", file=sys.stderr)
                 os.kill(os.getpid(), signal.SIGTERM)
             return
         except OSError:  # the file system may come back
