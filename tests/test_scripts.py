@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -286,6 +289,21 @@ def test_who_ends_a_script_ends_its_run_and_what_that_saves_is_waited_for(
     command, *rest = said.read_text().splitlines()
     assert "--report" in command.split()
     assert rest == ["saved"]
+
+
+def test_ctrl_c_ends_the_run_of_a_script_also_in_its_first_moment(script_environment: dict[str, str]) -> None:
+    Path(script_environment["VENV"], "bin", "python").write_text('#!/bin/sh\necho > "$HOME/said"\nexec sleep 600\n')
+    command = ["bash", str(ROOT / "scripts" / "segmentation" / "quickstart.sh")]
+    with subprocess.Popen(command, env=script_environment, start_new_session=True) as process:
+        try:
+            while not Path(script_environment["HOME"], "said").exists():
+                assert process.poll() is None
+                time.sleep(0.02)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            assert process.wait(30) == 130
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_the_script_of_the_encoder_lists_its_runs(script_environment: dict[str, str]) -> None:

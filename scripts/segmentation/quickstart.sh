@@ -36,8 +36,8 @@ export BUDGET="${BUDGET:-1/20}"
 export METHODS="${METHODS:-vanilla gradient_filter hosvd_0.8 asi}" LAYERS="${LAYERS:-10}" SEEDS="${SEEDS:-233}"
 # Whoever ends the script ends the run, from its first moment on, and waits for what it saves.
 trap 'kill "${!-}" 2> /dev/null || exit 143' TERM
-trap : INT # a terminal's Ctrl-C reaches the run as well
-bash scripts/segmentation/sweep.sh "$network" "$@" digit_scenes &
+trap : INT # a terminal's Ctrl-C reaches the run as well, where that does not ignore it, as what is begun by & does
+(trap - INT && exec bash scripts/segmentation/sweep.sh "$network" "$@" digit_scenes) &
 sweep=$!
 code=0
 wait "$sweep" || code=$?
