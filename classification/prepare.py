@@ -7,7 +7,6 @@ classes and images, and only then moved into place. An interrupted download goes
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,8 @@ from experiment import ExperimentError
 from experiment.archives import unpack
 from experiment.command import Work, finish
 from experiment.download import download, verify
+from experiment.errors import InUseError
+from experiment.files import locked
 
 
 @dataclass(frozen=True)
@@ -186,16 +187,16 @@ class Preparation:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = (self.root / f".{self.name}.lock").open("w")
-        except OSError as error:
-            raise ExperimentError(f"{self.root} cannot be written ({error.strerror}); give another --root") from None
-        with lock:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ExperimentError(f"another process is preparing {self.name} in {self.root}; wait for it") from None
+                self.root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.root / self.name, wait=False))
+            except BlockingIOError:
+                raise InUseError(f"another process is preparing {self.name} in {self.root}; wait for it") from None
+            except OSError as error:
+                raise ExperimentError(
+                    f"{self.root} cannot be written ({error.strerror}); give another --root"
+                ) from None
             yield
 
 

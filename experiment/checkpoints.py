@@ -39,7 +39,7 @@ def save_checkpoint(content: dict[str, Any], path: Path, identity: str) -> None:
 
     try:
         with held():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(exist_ok=True)  # a run's folder that was moved away is not made anew
             with whole(path) as file:
                 torch.save(content | {IDENTITY: identity}, file)
                 file.flush()

@@ -135,7 +135,7 @@ def _said(error: Exception, work: Work) -> int:
             f"before is whole, so the same command goes on once it can be"
         )
     else:
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        text = f"{type(error).__name__}: {one_line(error)[:300]}"
     if report(error, code, text, mendable=code != OTHER_CODE):
         return code
     if code == OTHER_CODE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -106,10 +107,20 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, which is made if it is not there; waits until no other process holds it."""
-    with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file of a file or folder, `.NAME.lock` beside it, and remove what a killed process left of that.
+
+    Args:
+        path: the file or folder, which need not exist; is written in this block alone.
+        wait: until no other process holds it.
+
+    Raises:
+        BlockingIOError: another process holds it, and this one is not to wait.
+        OSError: the lock file cannot be written, or the file system has no locks.
+    """
+    with path.with_name(f".{path.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        remove_all(path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}{PART}"))
         yield
 
 

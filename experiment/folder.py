@@ -16,7 +16,7 @@ from experiment.checkpoints import BEST, PREVIOUS
 from experiment.errors import ExperimentError
 from experiment.files import remove_all, remove_empty, remove_parts, write_whole
 from experiment.jobs import FAILURE
-from experiment.lock import hold
+from experiment.lock import LOCK, hold
 from experiment.record import Record, Run, is_result
 from experiment.sources import Sources, method_sources, require_same, save_sources
 
@@ -195,20 +195,20 @@ class RunFolder:
                     raise IsADirectoryError(0, f"{self.result.name} is a folder")
                 self._last.parent.mkdir(parents=True, exist_ok=True)
                 unmade = stack.enter_context(contextlib.ExitStack())  # what is left to do once the lock is gone
-                lock = stack.enter_context(hold(self.path))
+                stack.enter_context(hold(self.path))
             except OSError as error:
                 raise ExperimentError(
                     f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs-dir"
                 ) from None
             remove_parts(self.path)
-            others = {lock, self.path / FAILURE}  # why an earlier try came to nothing
-            fresh = not any(path.is_file() for path in self.path.rglob("*") if path not in others)
+            fresh = not any(path.is_file() for path in self.path.rglob("*") if not _is_beside(path))
             try:
                 self._say_which(config)
                 yield
+                (self.path / FAILURE).unlink(missing_ok=True)  # of an earlier try
             except BaseException:
                 if fresh and not begun():
-                    remove_all(path for path in self.path.iterdir() if path != lock)
+                    remove_all(path for path in self.path.iterdir() if not path.name.startswith(LOCK))
                     unmade.callback(remove_empty, made)
                 raise
 
@@ -218,6 +218,11 @@ class RunFolder:
         identity |= {DATASET: self._run.dataset} if self._run is not None else {}
         save_sources(self.path, self.sources)
         write_whole(self.path / IDENTITY, json.dumps(identity, indent=1, sort_keys=True) + "\n")
+
+
+def _is_beside(path: Path) -> bool:
+    """Whether a file is nothing of a run: of a process that asks for the folder, or why an earlier try failed."""
+    return path.name.startswith(LOCK) or path.name == FAILURE
 
 
 def _without_beside(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,11 +106,7 @@ def _take(folder: Path) -> Path:
     note = json.dumps(asdict(Holder.own())).encode()
     for attempt in range(_TRIES):
         own = folder / f"{LOCK}{secrets.token_hex(6)}"
-        handle = os.open(own, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        try:
-            os.write(handle, note)
-        finally:
-            os.close(handle)
+        _write(own, note)
         others = _others(folder, own)
         if not others:
             return own
@@ -118,6 +114,18 @@ def _take(folder: Path) -> Path:
         if attempt < _TRIES - 1:
             time.sleep(random.uniform(0.0, 0.05 * 2**attempt))
     raise InUseError(f"another process is at work in {folder}: {next(iter(others.values()))}; wait for it or stop it")
+
+
+def _write(own: Path, note: bytes) -> None:
+    """Write a file that is not there, whole or not at all: without a name in it, it would hold the folder a while."""
+    handle = os.open(own, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    try:
+        os.write(handle, note)
+    except BaseException:
+        own.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(handle)
 
 
 def _others(folder: Path, own: Path | None) -> dict[Path, str]:
@@ -130,11 +138,14 @@ def _others(folder: Path, own: Path | None) -> dict[Path, str]:
         try:
             age = now - path.stat().st_mtime
             found = _read(path)
-        except OSError:  # it has gone
+        except FileNotFoundError:  # it has gone
             continue
         gone = None if found is None else found.is_gone
         if gone is False or (gone is None and age < LEASE):
-            living[path] = "a process that has not said its name" if found is None else str(found)
+            named = "a process that has not said its name" if found is None else str(found)
+            living[path] = (
+                named if gone is False else f"{named}, by {path.name} there, which is to be deleted if it is gone"
+            )
         elif own is not None:
             path.unlink(missing_ok=True)
     return living
@@ -143,7 +154,9 @@ def _others(folder: Path, own: Path | None) -> dict[Path, str]:
 def _read(path: Path) -> Holder | None:
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):  # it is being written, or its writer was killed
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError):  # not for this user to read, being written, or its writer was killed
         return None
 
 
@@ -153,7 +166,8 @@ def _beat(own: Path, ended: threading.Event) -> None:
             os.utime(own)
         except FileNotFoundError:
             if not ended.is_set():
-                print(f"error: {own.parent} was taken over by another process; this one ends", file=sys.stderr)
+                how = "was taken over by another process" if own.parent.is_dir() else "is gone, moved or deleted"
+                print(f"error: {own.parent} {how}; this process ends", file=sys.stderr)
                 os.kill(os.getpid(), signal.SIGTERM)
             return
         except OSError:  # the file system may come back

@@ -30,7 +30,7 @@ def add_planned(root: Path, runs: Iterable[Run]) -> None:
             continue
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with locked(path.with_name(f".{PLANNED}.lock")):
+            with locked(path):
                 _add(path, asked)
         except OSError as error:
             raise ExperimentError(f"{path} cannot be written ({error.strerror}); give another --runs-dir") from None

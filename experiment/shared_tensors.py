@@ -31,7 +31,7 @@ def shared_tensors(path: Path, make: Callable[[], Content]) -> Content:
             return _read(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(path.with_name(f".{path.name}.lock")))
+            stack.enter_context(locked(path))
         except OSError as error:
             return _kept(make(), path, error)
         if not _is_whole(path):

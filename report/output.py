@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiment import ExperimentError, fingerprint
@@ -53,28 +53,36 @@ def write_report(output: Path, files: Mapping[Path, bytes]) -> None:
     Raises:
         ExperimentError: see `write_all`.
     """
-    now = {path.relative_to(output).as_posix(): fingerprint([content]) for path, content in files.items()}
+    now = {path.relative_to(output).as_posix(): [fingerprint([content])] for path, content in files.items()}
     before = _listed(output / LIST)
-    write_all({**files, output / LIST: (json.dumps(now, indent=0, sort_keys=True) + "\n").encode()})
+    # Until all of it is done, so that a report that is killed leaves nothing that the next one does not know.
+    both = {name: [*before.get(name, ()), *now.get(name, ())] for name in before.keys() | now.keys()}
+    write_all({output / LIST: _as_list(both), **files})
     for name in before.keys() - now.keys():
         _remove(output, name, before[name])
+    write_all({output / LIST: _as_list(now)})
 
 
-def _listed(path: Path) -> dict[str, str]:
-    """What the report before has written, by name below its folder; nothing where that is not known."""
+def _as_list(hashes: Mapping[str, Sequence[object]]) -> bytes:
+    return (json.dumps(hashes, indent=0, sort_keys=True) + "\n").encode()
+
+
+def _listed(path: Path) -> dict[str, list[object]]:
+    """What the report before has written, or was writing, by name below its folder; nothing where that is not known."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    listed = content if isinstance(content, dict) else {}
+    return {name: hashes if isinstance(hashes, list) else [hashes] for name, hashes in listed.items()}
 
 
-def _remove(output: Path, name: str, written: object) -> None:
+def _remove(output: Path, name: str, written: Sequence[object]) -> None:
     """Remove a file that holds what was written, and folders that are empty then."""
     path = output / name
     with contextlib.suppress(OSError, ValueError):
         inside = ".." not in path.parts and path.resolve().is_relative_to(output.resolve())
-        if inside and fingerprint([path.read_bytes()]) == written:
+        if inside and fingerprint([path.read_bytes()]) in written:
             path.unlink()
             for folder in itertools.takewhile(lambda folder: folder != output, path.parents):
                 folder.rmdir()  # ends at the first that is not empty

@@ -30,8 +30,7 @@ class WholeFiles(LocalBackend):
     """Local files that are whole or not there."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write bytes."""
-        Path(filepath).parent.mkdir(parents=True, exist_ok=True)
+        """Write bytes into a folder that is there: one that was moved away is not made anew."""
         write_whole(Path(filepath), obj)
 
 

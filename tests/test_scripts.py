@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -70,6 +73,16 @@ def test_a_segmentation_script_takes_its_settings_from_the_environment(script_en
         "cityscapes: calibrate, seed 233",
         *(f"cityscapes: {method}, last {depth}, seed {seed}" for seed in (1, 2) for method, depth in trained),
     ]
+
+
+@pytest.mark.parametrize(
+    ("script", "layers"), [("classification/setup_b/mcunet.sh", "2 4"), ("segmentation/fcn.sh", "5 10")]
+)
+def test_a_list_may_have_a_word_a_line(script_environment: dict[str, str], script: str, layers: str) -> None:
+    chosen = {"METHODS": "vanilla asi", "LAYERS": layers, "SEEDS": "1 2", "BUDGET": "1/20 0.5mib"}
+    lines = {name: value.replace(" ", "\n") for name, value in chosen.items()}
+    titles = [dry_run(script, script_environment | lists) for lists in (chosen, lines)]
+    assert titles[0] == titles[1]
 
 
 @pytest.mark.parametrize("model", ["swin_t", "vit_b_32"])
@@ -276,6 +289,21 @@ def test_who_ends_a_script_ends_its_run_and_what_that_saves_is_waited_for(
     command, *rest = said.read_text().splitlines()
     assert "--report" in command.split()
     assert rest == ["saved"]
+
+
+def test_ctrl_c_ends_the_run_of_a_script_also_in_its_first_moment(script_environment: dict[str, str]) -> None:
+    Path(script_environment["VENV"], "bin", "python").write_text('#!/bin/sh\necho > "$HOME/said"\nexec sleep 600\n')
+    command = ["bash", str(ROOT / "scripts" / "segmentation" / "quickstart.sh")]
+    with subprocess.Popen(command, env=script_environment, start_new_session=True) as process:
+        try:
+            while not Path(script_environment["HOME"], "said").exists():
+                assert process.poll() is None
+                time.sleep(0.02)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            assert process.wait(30) == 130
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_the_script_of_the_encoder_lists_its_runs(script_environment: dict[str, str]) -> None:

@@ -67,13 +67,13 @@ done
 if [[ ${#datasets[@]} -eq 0 ]]; then
     usual="pets flowers102 cub200 cifar10 cifar100"
     [[ "$setup" != b ]] || usual=imagenet
-    read -ra datasets <<< "${DATASETS:-$usual}"
+    read -rd '' -a datasets <<< "${DATASETS:-$usual}" || true
 fi
 options+=(--dataset "${datasets[@]}")
 for name in METHODS LAYERS SEEDS EPOCHS BUDGET WEIGHTS DATA_DIR WORKERS LAUNCHER; do
-    # Lists are words with blanks between them; a path may hold blanks.
+    # Lists are words with blanks or ends of lines between them, as `seq` writes them; a path may hold blanks.
     case "$name" in
-        METHODS | LAYERS | SEEDS | BUDGET) read -ra words <<< "${!name:-}" ;;
+        METHODS | LAYERS | SEEDS | BUDGET) read -rd '' -a words <<< "${!name:-}" || true ;;
         *) words=(${!name:+"${!name}"}) ;;
     esac
     option="${name,,}"

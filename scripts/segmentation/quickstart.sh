@@ -36,8 +36,8 @@ export BUDGET="${BUDGET:-1/20}"
 export METHODS="${METHODS:-vanilla gradient_filter hosvd_0.8 asi}" LAYERS="${LAYERS:-10}" SEEDS="${SEEDS:-233}"
 # Whoever ends the script ends the run, from its first moment on, and waits for what it saves.
 trap 'kill "${!-}" 2> /dev/null || exit 143' TERM
-trap : INT # a terminal's Ctrl-C reaches the run as well
-bash scripts/segmentation/sweep.sh "$network" "$@" digit_scenes &
+trap : INT # a terminal's Ctrl-C reaches the run as well, where that does not ignore it, as what is begun by & does
+(trap - INT && exec bash scripts/segmentation/sweep.sh "$network" "$@" digit_scenes) &
 sweep=$!
 code=0
 wait "$sweep" || code=$?
@@ -49,14 +49,14 @@ trap - INT TERM
 [[ "$code" -eq 0 ]] || exit "$code"
 [[ "${1:-}" != --dry-run && "${LAUNCHER:-local}" != slurm ]] || exit 0
 runs="${RUNS_DIR:-runs}"
-read -ra methods <<< "$METHODS"
+read -rd '' -a methods <<< "$METHODS" || true
 finished=()
 # A method that takes ranks has its budget in its name, such as asi_1of20 or asi_hosvd_0.8.
-budget="${BUDGET%% *}"
+budget="${BUDGET%%[[:space:]]*}"
 budget="${budget/\//of}"
 for method in "${methods[@]}"; do
     for name in "$method" "${method}_${budget/#hosvd/hosvd_0.8}"; do
-        folder="$runs/segmentation/finetune/$network/digit_scenes/$name/layers${LAYERS%% *}/seed${SEEDS%% *}"
+        folder="$runs/segmentation/finetune/$network/digit_scenes/$name/layers${LAYERS%%[[:space:]]*}/seed${SEEDS%%[[:space:]]*}"
         [[ ! -e "$folder/result.json" ]] || finished+=("$folder")
     done
 done

@@ -49,10 +49,11 @@ done
 bash scripts/setup.sh
 python="${VENV:-.venv}/bin/python"
 runs="${RUNS_DIR:-runs}"
-read -ra methods <<< "${METHODS:-}"
-read -ra layers <<< "${LAYERS:-5 10}"
-read -ra seeds <<< "${SEEDS:-233}"
-read -ra budgets <<< "${BUDGET:-}"
+# Lists may be of several lines, as `seq` writes them.
+read -rd '' -a methods <<< "${METHODS:-}" || true
+read -rd '' -a layers <<< "${LAYERS:-5 10}" || true
+read -rd '' -a seeds <<< "${SEEDS:-233}" || true
+read -rd '' -a budgets <<< "${BUDGET:-}" || true
 dataset=voc12aug
 if [[ $# -gt 0 && "$1" != -- ]]; then
     dataset="$1"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -11,6 +14,7 @@ from pathlib import Path
 
 from experiment import ExperimentError, archives
 from experiment.contents import content_hashes, require_uncut
+from experiment.files import PART
 
 MOST_BYTES = 64 * 2**30  # of an archive when unpacked; the largest, Cityscapes' images, has 11 GB
 
@@ -26,15 +30,40 @@ def whole_folder(target: Path) -> Iterator[Path]:
         raise ExperimentError(f"{target} is there already; delete it to make it again")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
+        _remove_left(target)
+        part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=PART))
     except OSError as error:
         raise ExperimentError(f"{target} cannot be written ({error.strerror}); give another --data-dir") from None
+    with _in_work(part):
+        try:
+            yield part
+            part.chmod(0o755)
+            part.replace(target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _remove_left(target: Path) -> None:
+    """Remove what killed processes left of a folder that they were making."""
+    for part in target.parent.glob(f".{glob.escape(target.name)}.*{PART}"):
+        with _in_work(part) as own:
+            if own:
+                shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _in_work(folder: Path) -> Iterator[bool]:
+    """Tell other processes of this machine that a folder is being made; gives whether it is known that none has."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        yield part
-        part.chmod(0o755)
-        part.replace(target)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except OSError:  # or the file system has no locks
+            alone = False
+        yield alone
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        os.close(handle)
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -138,6 +138,17 @@ def test_a_save_that_fails_is_one_line_and_leaves_everything_as_it_was(tmp_path,
     assert load_checkpoint(path)["epoch"] == 1
 
 
+def test_the_folder_of_a_run_that_was_moved_away_is_not_made_anew(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    saved(run / "checkpoints", 0)
+    run.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="No such file or directory"):
+        saved(run / "checkpoints", 1)
+    assert not run.exists()
+    assert load_checkpoint(tmp_path / "elsewhere" / "checkpoints" / LAST)["epoch"] == 0
+
+
 def test_a_disk_that_fills_up_is_noticed_though_torch_disguises_it(tmp_path, monkeypatch):
     path = saved(tmp_path, 0)
     before = path.read_bytes()

@@ -96,6 +96,15 @@ def test_an_error_of_no_known_kind_is_one_line_and_a_log(tmp_path, capsys):
     assert "Traceback" in log.read_text()
 
 
+def test_of_an_error_in_a_process_that_loads_images_the_line_has_the_cause(capsys):
+    def command(work):
+        frames = 'File "worker.py", line 374, in _worker_loop\n' * 20
+        raise RuntimeError(f"Caught RuntimeError in worker.\nTraceback:\n{frames}RuntimeError: /dev/shm: No space left")
+
+    assert finish(command) == 1
+    assert capsys.readouterr().err.startswith("error: RuntimeError: /dev/shm: No space left (traceback in ")
+
+
 def test_without_a_folder_the_log_is_among_the_temporary_files(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert finish(raising(ValueError("x"), folder=tmp_path / "nowhere")) == 1

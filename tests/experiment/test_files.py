@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.files import below, write_whole
+from experiment.files import below, locked, part_of, write_whole
 
 
 def test_text_is_written_and_replaced(tmp_path):
@@ -51,6 +51,18 @@ def test_a_reader_never_meets_half_of_the_text(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", watched)
     write_whole(path, "new" * 1000)
     assert seen == [("old", "new" * 1000)]
+
+
+def test_the_holder_of_a_file_removes_what_killed_writers_left_of_it(tmp_path):
+    path, others = tmp_path / "a[1].pt", [tmp_path / "a1.pt", tmp_path / "a[1].pt.pt"]
+    left, kept = part_of(path), [part_of(other) for other in others]
+    for part in (left, *kept):
+        part.touch()
+    with locked(path):
+        assert not left.exists()
+        with pytest.raises(BlockingIOError), locked(path, wait=False):
+            pass
+    assert all(part.exists() for part in kept)
 
 
 def test_files_are_found_through_links_each_once_and_nothing_above_the_folder(tmp_path, capsys):

@@ -244,6 +244,30 @@ def test_a_folder_whose_name_is_no_text_is_refused(tmp_path):
         folder(tmp_path / "l\udcfcufe")
 
 
+def test_a_process_that_asks_for_the_folder_of_a_run_that_fails_keeps_its_file(tmp_path):
+    run = folder(tmp_path)
+    asking = run.path / ".lock-another"
+
+    def fail():
+        asking.touch()
+        raise KeyError
+
+    with pytest.raises(KeyError), run.locked("", begun=lambda: False):
+        fail()
+    assert list(run.path.iterdir()) == [asking]
+
+
+def test_why_an_earlier_try_failed_goes_once_a_later_one_has_not(tmp_path):
+    run = started(tmp_path)
+    (run.path / "failure.log").touch()
+    with pytest.raises(KeyError), run.locked(""):
+        raise KeyError
+    assert (run.path / "failure.log").exists()
+    with run.locked(""):
+        pass
+    assert not (run.path / "failure.log").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"null", b"[]", b'{"schema": 1}', b"\xff", b"[" * 100_000, "cut", "foreign"])
 def test_a_result_that_is_not_whole_or_of_another_run_is_none(tmp_path, content):
     run = started(tmp_path)

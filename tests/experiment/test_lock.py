@@ -1,5 +1,6 @@
 """One holder of a folder at a time, whoever asks and however the last one ended."""
 
+import contextlib
 import json
 import os
 import signal
@@ -128,6 +129,32 @@ def test_a_job_that_slurm_starts_again_takes_over_from_its_earlier_try_on_anothe
 def test_a_file_that_is_still_being_written_is_of_a_holder(tmp_path):
     (tmp_path / f"{LOCK}new").touch()
     with pytest.raises(InUseError, match="has not said its name"), hold(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(("age", "held"), [(0, True), (LEASE + 60, False)])
+def test_a_file_that_this_user_may_not_read_is_of_a_holder_as_long_as_it_is_touched(tmp_path, monkeypatch, age, held):
+    left, read = leave(tmp_path, age), Path.read_text
+
+    def refused(path, *arguments, **options):
+        if path == left:
+            raise PermissionError(13, "Permission denied")
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", refused)  # as no file is refused to root
+    with pytest.raises(InUseError, match=left.name) if held else contextlib.nullcontext(), hold(tmp_path):
+        assert not left.exists()
+
+
+def test_a_full_disk_leaves_no_file_that_holds_the_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space"), hold(tmp_path):
+            pass
+    with hold(tmp_path):
         pass
 
 

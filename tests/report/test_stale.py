@@ -1,6 +1,10 @@
 """What a report no longer has is not left beside what it has."""
 
+import contextlib
 import shutil
+from pathlib import Path
+
+import pytest
 
 from report.__main__ import main
 
@@ -20,6 +24,39 @@ def test_tables_of_runs_that_are_gone_go_as_well(write, runs):
         shutil.rmtree(runs / "classification" / gone)
     assert made(runs) == alone
     assert not (runs / "report" / "classification" / "B").exists()
+
+
+@pytest.mark.parametrize("moment", [1, 4, 13])  # files put in place ahead of it
+def test_tables_of_runs_that_are_gone_go_also_where_a_report_was_killed_before(write, runs, monkeypatch, moment):
+    write("vanilla", 2)
+    alone = made(runs)
+    for method in ("vanilla", "asi"):
+        write(method, 2, dataset="flowers102")
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(Path, "replace", dying(Path.replace, moment))
+            patch.setattr(Path, "unlink", dying(Path.unlink, moment))
+            made(runs)
+    shutil.rmtree(runs / "classification" / "A" / "mcunet" / "flowers102")
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(Path, "replace", dying(Path.replace, moment))
+        made(runs)
+    assert {name for name in made(runs) if not name.endswith(".part")} == alone
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def dying(act, count):
+    """A function that does so often what it has to."""
+    left = iter(range(count))
+
+    def some(*arguments, **options):
+        if next(left, None) is None:
+            raise Killed
+        return act(*arguments, **options)
+
+    return some
 
 
 def test_what_a_user_has_changed_or_put_there_stays(write, runs):

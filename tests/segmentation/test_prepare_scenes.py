@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -18,7 +19,7 @@ from experiment import ExperimentError
 from segmentation.compose import load_config, move_data
 from segmentation.data import scenes
 from segmentation.data.cityscapes import prepare_cityscapes
-from segmentation.data.folders import unpack
+from segmentation.data.folders import unpack, whole_folder
 from segmentation.data.registry import data_of, require_data
 from segmentation.data.scenes import SETS, Scenes, write_scenes
 from segmentation.data.voc import prepare_voc12aug
@@ -106,6 +107,18 @@ def test_archives_that_are_not_whole_are_refused_and_nothing_stays(voc_archives,
     with pytest.raises(ExperimentError, match=r"there is no archive .*benchmark.tgz"):
         prepare_voc12aug(target, voc_archives, COUNTS)
     assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_what_a_killed_command_left_is_removed_and_not_what_another_one_makes(tmp_path):
+    left = tmp_path / ".set.abc.part"
+    (left / "images").mkdir(parents=True)
+    with whole_folder(tmp_path / "set") as first, whole_folder(tmp_path / "set2"):
+        assert not left.exists()
+        with whole_folder(tmp_path / "set") as second:
+            (second / "made").touch()
+            assert first.exists()
+        shutil.rmtree(tmp_path / "set")
+    assert (tmp_path / "set").is_dir()
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
