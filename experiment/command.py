@@ -41,8 +41,8 @@ def finish(command: Callable[[Work], int | None]) -> int:
         command: may return its exit code; 0 if it returns none.
 
     Returns:
-        the command's own; 2 after one line about what a user can mend; 130 or 143 after SIGINT or SIGTERM; 1 after one
-        line about any other error, whose traceback is in a log.
+        the command's own; 2 after one line about what a user can mend; 130, 143 or 129 after SIGINT, SIGTERM or SIGHUP;
+        1 after one line about any other error, whose traceback is in a log.
     """
     work = Work()
     for name in ("stdout", "stderr"):

@@ -1,4 +1,5 @@
-"""SIGTERM and SIGINT end a command wherever it is, and its exit code says so; what is being saved is finished first.
+"""SIGTERM, SIGINT and a closed terminal end a command wherever it is, and its exit code says so; what is being saved is
+finished first.
 
 What trains waits for the end of its step, and saves that; everything else ends at once, and nothing is lost by that, as
 every file is written whole or not at all.
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(SystemExit):
@@ -39,6 +40,7 @@ class _State:
         self.holds = 0
         self.handler: Any = None
         self.ends_loaders = 0  # of which process
+        self.terminals: list[int] = []  # what it prints to, where that is one
 
 
 _state = _State()
@@ -60,13 +62,16 @@ def stoppable() -> Iterator[None]:
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
+        if number == signal.SIGHUP:
+            _leave_terminals()
         again = _state.number is not None
         _state.number = number
         if again or not _state.holds:
             raise Stopped(number)
 
     outer, _state.handler = _state.handler, stop
-    before: dict[int, Any] = {number: signal.signal(number, stop) for number in SIGNALS}
+    _state.terminals = [stream for stream in (1, 2) if os.isatty(stream)]
+    before: dict[int, Any] = {number: signal.signal(number, stop) for number in _heard()}
     try:
         yield
     finally:
@@ -99,8 +104,21 @@ def hold() -> None:
     """
     _state.holds = max(_state.holds, 1)
     if _state.handler is not None:
-        for number in SIGNALS:
+        for number in _heard():
             signal.signal(number, _state.handler)
+
+
+def _heard() -> list[int]:
+    """Those that end this process; `nohup` leaves a closed terminal out."""
+    return [one for one in SIGNALS if one != signal.SIGHUP or signal.getsignal(one) is not signal.SIG_IGN]
+
+
+def _leave_terminals() -> None:
+    """Print to nowhere in place of a terminal that is closed, where each word would be an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in _state.terminals:
+        os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 def pending() -> int:

@@ -14,7 +14,7 @@ root="$(dirname "${BASH_SOURCE[0]}")/.."
 for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
     [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
 done
-cd "$root"
+CDPATH="" cd "$root"
 dry_run=()
 case "${1:-}" in
     --help)

@@ -22,8 +22,10 @@ SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "scripts").rglo
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_prints_the_head_of_the_script(script: str) -> None:
-    done = subprocess.run(["bash", ROOT / script, "--help"], capture_output=True, text=True, check=True)
+def test_help_prints_the_head_of_the_script(script: str, tmp_path: Path) -> None:
+    (tmp_path / script).parent.mkdir(parents=True)  # where `cd` looks first
+    looks = os.environ | {"CDPATH": str(tmp_path)}
+    done = subprocess.run(["bash", script, "--help"], capture_output=True, text=True, check=True, cwd=ROOT, env=looks)
     assert f"Usage: bash {script}" in done.stdout
     assert "set -euo" not in done.stdout
     assert "set -euo pipefail" in (ROOT / script).read_text()

@@ -15,7 +15,7 @@ root="$(dirname "${BASH_SOURCE[0]}")/../.."
 for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
     [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
 done
-cd "$root"
+CDPATH="" cd "$root"
 if [[ " $* " == *" --help "* || $# -lt 2 ]]; then
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/classification/curve.sh
     [[ " $* " == *" --help "* ]] && exit 0 || exit 2

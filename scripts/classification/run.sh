@@ -33,7 +33,7 @@ root="$(dirname "${BASH_SOURCE[0]}")/../.."
 for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
     [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
 done
-cd "$root"
+CDPATH="" cd "$root"
 usage() {
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/classification/run.sh
 }

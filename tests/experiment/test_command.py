@@ -1,12 +1,15 @@
 """How commands end: exit codes, one line, a log, signals."""
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from experiment.signals import Stopped, check, held
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_a_command_in_one_line(capsys, number, code):
     before = signal.getsignal(number)
 
@@ -53,6 +56,49 @@ def test_a_swallowed_signal_is_found_by_the_next_check():
         pytest.fail("it went on")
 
     assert finish(command) == 130
+
+
+IN_A_TERMINAL = """
+import sys, time
+from pathlib import Path
+from experiment.command import finish
+from experiment.signals import held, pending
+
+def command(work):
+    with held():
+        print("ready", flush=True)
+        while not pending():
+            time.sleep(0.01)
+        print("is saved", flush=True)
+        Path(sys.argv[1]).write_text("whole")
+
+sys.exit(finish(command))
+"""
+
+
+def test_a_closed_terminal_ends_a_command_which_saves_first(tmp_path):
+    own, others = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, str(tmp_path / "file")],
+        **{"stdin": others, "stdout": others, "stderr": others},
+        cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(others, termios.TIOCSCTTY, 0),
+    )
+    os.close(others)
+    assert b"ready" in os.read(own, 100)
+    os.close(own)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert (tmp_path / "file").read_text() == "whole"
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert finish(lambda work: signal.raise_signal(signal.SIGHUP)) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_file_being_saved_is_finished_first(tmp_path, monkeypatch):
