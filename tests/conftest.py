@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -80,6 +81,16 @@ def script_environment(tmp_path: Path) -> dict[str, str]:
         **{"PATH": "/usr/bin:/bin", "VENV": str(venv), "RUNS_DIR": str(runs), "HOME": str(tmp_path)},
         **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LOWRANK_CACHE": str(cache_folder())},
     }
+
+
+@pytest.fixture
+def heard_signals():
+    """SIGINT and SIGHUP act as on what a terminal starts, also where `&` or `nohup` has started the tests."""
+    acting = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in acting.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE")

@@ -293,6 +293,7 @@ def test_who_ends_a_script_ends_its_run_and_what_that_saves_is_waited_for(
     assert rest == ["saved"]
 
 
+@pytest.mark.usefixtures("heard_signals")
 def test_ctrl_c_ends_the_run_of_a_script_also_in_its_first_moment(script_environment: dict[str, str]) -> None:
     Path(script_environment["VENV"], "bin", "python").write_text('#!/bin/sh\necho > "$HOME/said"\nexec sleep 600\n')
     command = ["bash", str(ROOT / "scripts" / "segmentation" / "quickstart.sh")]

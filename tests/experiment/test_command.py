@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_signal_ends_a_command_in_one_line(capsys, number, code):
+def test_a_signal_ends_a_command_in_one_line(heard_signals, capsys, number, code):
     before = signal.getsignal(number)
 
     def command(work):
@@ -76,7 +76,7 @@ sys.exit(finish(command))
 """
 
 
-def test_a_closed_terminal_ends_a_command_which_saves_first(tmp_path):
+def test_a_closed_terminal_ends_a_command_which_saves_first(heard_signals, tmp_path):
     own, others = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", IN_A_TERMINAL, str(tmp_path / "file")],
