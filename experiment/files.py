@@ -120,7 +120,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """
     with path.with_name(f".{path.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        # As `whole` and tempfile name what is being written; those of `NAME.other` are not of this one.
+        # As `part_of` and tempfile name what is being written; those of `NAME.other` are not of this one.
         remove_all(path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}{PART}"))
         yield
 
