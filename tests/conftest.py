@@ -31,7 +31,7 @@ providers._get_local_constants = providers.Constants
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "slow: takes more than about a third of a second; leave out with -m 'not slow'")
 
 
 @pytest.hookimpl(hookwrapper=True)

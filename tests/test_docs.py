@@ -34,6 +34,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_page_is_built_and_fetches_nothing(site: Path) -> None:
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} | {"index", "RESULTS", "CONTRIBUTING", "CHANGELOG"}
     built = {path.stem: path.read_text() for path in site.glob("*.html")}
@@ -46,6 +47,7 @@ def test_every_page_is_built_and_fetches_nothing(site: Path) -> None:
     ).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here; apt-get install chromium")
 def test_the_search_works_from_the_disk(site: Path, tmp_path: Path) -> None:
     with browser(tmp_path) as tab:

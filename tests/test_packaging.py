@@ -48,6 +48,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_wheel_of_the_library_declares_no_entry_point_and_is_that_of_the_source_distribution(built: Path) -> None:
     (wheel,), (again,) = built.glob("*.whl"), (built / "again").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -61,6 +62,7 @@ def test_a_wheel_of_the_library_declares_no_entry_point_and_is_that_of_the_sourc
         assert f"lowrank-{version}/lowrank/lightning.py" in archive.getnames()
 
 
+@pytest.mark.slow
 def test_in_a_fresh_environment_the_wheel_is_the_library(built: Path, tmp_path: Path) -> None:
     fresh = tmp_path / "fresh"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", fresh], check=True)
@@ -103,12 +105,14 @@ def in_a_process(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["torch", "torchvision"])
 def test_torchvision_is_importable_whatever_is_imported_first(first: str) -> None:
     names = in_a_process(f"import {first}, torch, torchvision; print(torchvision.models.__name__)").split()
     assert names == ["torchvision.models"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(torch.version.cuda or torch.version.hip), reason="this torch loads torchvision's operators")
 def test_without_cuda_operators_are_declared_once_and_still_raise() -> None:
     names = [point.name for point in importlib.metadata.entry_points(group="torch.backends")]

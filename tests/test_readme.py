@@ -136,6 +136,7 @@ def test_own_model_in_three_lines_and_ranks_by_perplexity(capsys: pytest.Capture
     assert 0 < formula <= plan.nbytes  # a rank above what the other modes allow is cut
 
 
+@pytest.mark.slow
 def test_inputs_that_follow_from_others_take_nothing() -> None:
     model = build_model("mobilenet_v2", num_classes=4).eval()
     names = lowrank.trailing_layers(model, 4)
@@ -246,6 +247,7 @@ def test_a_new_data_set_model_and_method_become_rows_of_the_table(
     assert rows[1:] == ["vanilla", "half_precision"]
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_becomes_rows_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = re.findall(r"<!-- commands: new data set -->\n```bash\n(.+?)```", SHOWN, re.DOTALL)
     assert len(block.splitlines()) < 10

@@ -59,6 +59,7 @@ def test_segmentation_quickstart_dry_run_lists_every_run(script_environment: dic
     assert dry_run("segmentation/quickstart.sh", script_environment) == expected
 
 
+@pytest.mark.slow
 def test_several_budgets_are_runs_of_their_own(script_environment: dict[str, str]) -> None:
     chosen = {**script_environment, "METHODS": "vanilla hosvd_0.8 asi", "BUDGET": "1/20 hosvd 0.5mib", "LAYERS": "5"}
     for script, words in (("segmentation/fcn.sh", ["voc12aug"]), ("classification/setup_a/mcunet.sh", ["digits"])):
@@ -77,6 +78,7 @@ def test_a_segmentation_script_takes_its_settings_from_the_environment(script_en
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "layers"), [("classification/setup_b/mcunet.sh", "2 4"), ("segmentation/fcn.sh", "5 10")]
 )
@@ -101,6 +103,7 @@ def test_the_script_of_the_language_model_lists_its_runs(script_environment: dic
     assert titles == [f"boolq: {method}, last {layers}, seed 233" for layers in range(1, 6) for method in methods]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "words"),
     [
@@ -268,6 +271,7 @@ for ((;;)); do sleep 0.05; done
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "words"),
     [
@@ -328,6 +332,7 @@ def completed(*words: str) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.slow
 def test_commands_options_and_what_they_may_be_are_completed() -> None:
     assert completed("seg") == {"segmentation"}
     assert completed("classification", "") == COMMANDS.keys()

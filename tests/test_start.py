@@ -45,11 +45,13 @@ def test_help_imports_nothing_heavy(package: str, command: str) -> None:
     assert not names & HEAVY
 
 
+@pytest.mark.slow
 def test_importing_the_library_imports_no_compiler() -> None:
     program = "import sys, lowrank; assert 'torch._dynamo' not in sys.modules; dir(lowrank).index('SGD'); lowrank.SGD"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 def test_every_command_is_told_by_the_overview_and_by_the_page() -> None:
     page = (ROOT / "docs" / "command-line.md").read_text()
     for package, names in COMMANDS.items():
@@ -60,6 +62,7 @@ def test_every_command_is_told_by_the_overview_and_by_the_page() -> None:
     assert "`python -m report`" in page
 
 
+@pytest.mark.slow
 def test_nothing_is_coloured_without_a_terminal() -> None:
     program = "from mmengine.logging import MMLogger; MMLogger.get_instance('a', log_level='INFO').info('said')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -48,6 +48,7 @@ def shrink(monkeypatch):
     monkeypatch.setattr(fashion, "MODE_ENERGIES", (0.3, 0.7, 0.95))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["2", "8", "all"])
 def test_the_tail_gives_what_the_network_gives_wherever_training_begins(small, monkeypatch, layers):
     shrink(monkeypatch)

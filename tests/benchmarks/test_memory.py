@@ -26,6 +26,7 @@ def gradients(network, peer):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("peer", [pytest.param(peer, marks=MARKS.get(peer, ())) for peer in PEERS])
 def test_every_peer_trains_every_network(peer, network):
@@ -46,6 +47,7 @@ def test_every_peer_trains_every_network(peer, network):
             torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_gradients_of_a_network_compare(network):
     assert 0 < measure(Row(network, "2", "asi", 2, 32), ["memory"], 0)["gradient_error"] < 1
@@ -87,6 +89,7 @@ def test_a_quantised_tensor_comes_back_within_a_step(bits, error):
     assert (restored - kept[0]).abs().max() > error / 100
 
 
+@pytest.mark.slow
 def test_a_row_of_numbers():
     result = measure(Row("mcunet", "2", "asi", 8, 64), ["memory", "time"], pairs=1)
     stock = measure(Row("mcunet", "2", "vanilla", 8, 64), ["memory"], pairs=1)
@@ -99,6 +102,7 @@ def test_a_row_of_numbers():
     assert "step_over_vanilla" not in stock
 
 
+@pytest.mark.slow
 def test_micro_batches_are_exact_at_the_memory_of_one():
     rows = {
         peer: measure(Row("mcunet", "2", peer, 8, 64), ["memory"], 0) for peer in ("vanilla", "micro_batch_2", "asi")
@@ -110,6 +114,7 @@ def test_micro_batches_are_exact_at_the_memory_of_one():
     assert rows["vanilla"]["gradient_error"] == 0
 
 
+@pytest.mark.slow
 def test_a_peer_that_trains_other_parameters_has_no_gradient_error():
     result = measure(Row("resnet18", "2", "lora_8", 2, 32), ["memory"], 0)
     assert result["gradient_error"] is None
@@ -145,6 +150,7 @@ def fake(monkeypatch):
     return processes
 
 
+@pytest.mark.slow
 def test_the_table_grows_and_nothing_is_measured_twice(tmp_path, fake):
     rows = [Row("mcunet", layers, peer, 8, 64) for layers in ("2", "all") for peer in ("vanilla", "asi", "lora_8")]
     memory.run(rows[:2], 1, tmp_path / "memory.csv")
@@ -159,6 +165,7 @@ def test_the_table_grows_and_nothing_is_measured_twice(tmp_path, fake):
     assert "| mcunet    | all    | asi     | 0.00         | 5.0" in paths[0].read_text()
 
 
+@pytest.mark.slow
 def test_several_batches_are_told_apart_in_one_table(tmp_path, fake):
     rows = [Row("mcunet", "2", peer, batch, 64) for batch in (16, 8) for peer in ("asi", "vanilla")]
     frame = memory.run(rows, 0, tmp_path / "memory.csv")

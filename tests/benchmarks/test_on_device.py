@@ -12,6 +12,7 @@ from benchmarks.networks import batch_of
 from lowrank.tensors.factors import factorise
 
 
+@pytest.mark.slow
 def test_rows_of_every_method(tmp_path, capsys):
     table = tmp_path / "on_device.csv"
     methods = ["vanilla", "vanilla_fused", "hosvd", "asi", "wsi", "wasi", "wasi_unfused"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pandas as pd
+import pytest
 
 from benchmarks import segmentation
 
 
+@pytest.mark.slow
 def test_a_row_is_measured_once_and_written_in_both_forms(tmp_path, capsys):
     arguments = ["--networks", "deeplabv3_mbv2", "--layers", "5", "--size", "64", "--output", str(tmp_path)]
     assert segmentation.main(arguments) == 0

@@ -81,6 +81,7 @@ def test_every_method_has_its_row_and_no_run_is_made_again(options, tmp_path, mo
     assert f"| {gap:+.2f} |" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(review_sentences.MLP_ALONE))
 def test_with_the_mlps_alone_no_other_weight_is_truncated_and_asi_keeps_the_other_inputs(method, options):
     weights = str(options[1])

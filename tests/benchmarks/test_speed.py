@@ -68,6 +68,7 @@ def test_a_ratio_is_the_median_of_pairs():
     assert (found.median, found.low, found.high) == (3.0, 1.0, 4.0)
 
 
+@pytest.mark.slow
 def test_every_comparison_can_be_made(monkeypatch):
     """Both ways of each section's first comparisons and of its last run."""
     monkeypatch.setattr("benchmarks.comparisons._Probe.__call__", lambda probe: 1.0)

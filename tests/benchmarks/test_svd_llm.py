@@ -1,5 +1,6 @@
 """SVD-LLM's start: what its layers compute, and that it is nearer to the network than a plain one."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -18,6 +19,7 @@ def test_layers_of_full_rank_keep_what_they_compute():
     torch.testing.assert_close(model(x), expected)
 
 
+@pytest.mark.slow
 def test_the_baseline_starts_nearer_to_the_network_than_plainly_truncated_weights():
     batch = batch_of(8, 32)
 

@@ -40,6 +40,7 @@ def test_each_epoch_draws_anew_and_always_the_same():
     assert not torch.equal(first, plain)
 
 
+@pytest.mark.slow
 def test_workers_draw_what_one_process_draws():
     data, with_workers = module(), module(workers=2)
     loader = with_workers.train_dataloader()  # its processes live from epoch to epoch
@@ -99,6 +100,7 @@ def test_it_is_off_unless_asked_for():
     assert next(iter(ImageDataModule("digits", shuffle_seed=1).train_dataloader().sampler)) in range(898)
 
 
+@pytest.mark.slow
 def test_it_cannot_go_with_images_that_are_kept(tmp_path, capsys):
     with pytest.raises(ExperimentError, match=r"--data\.augment .* --data\.cache"):
         module(cache=True)
@@ -116,6 +118,7 @@ def test_it_cannot_go_with_images_that_are_kept(tmp_path, capsys):
     assert not list(tmp_path.rglob("*.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("augment", ["true", "false"])
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, whole, augment, workers):

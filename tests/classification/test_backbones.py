@@ -148,6 +148,7 @@ def test_a_classifier_of_another_size_is_new_and_the_rest_is_loaded(tmp_path, ne
     assert all(torch.equal(value, network.state_dict()[key]) for key, value in state.items() if key not in head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*names()} - LARGE))
 def test_every_network_takes_weights_of_another_number_of_classes(tmp_path, name):
     before = build_model(name, num_classes=3).state_dict()
@@ -287,6 +288,7 @@ def test_mcunet_says_that_its_weights_are_given_as_a_file():
         build_model("mcunet", pretrained=True)
 
 
+@pytest.mark.slow
 def test_given_weights_are_taken_and_nothing_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.hub.urlopen", cannot(AssertionError("a download")))
     state = build_model("resnet18", num_classes=3).state_dict()

@@ -195,6 +195,7 @@ def test_a_config_that_is_no_file_is_said(tmp_path, capsys):
         refused(command, capsys, rf"^error: config {path or repr('')} {what}; give a file of settings")
 
 
+@pytest.mark.slow
 def test_what_a_command_asked_of_the_parser_is_not_asked_by_the_next(tmp_path, capsys):
     refused([*arguments("fit", tmp_path, "--print_config"), "what"], capsys, "what")
     refused(arguments("measure", tmp_path, "--batches", 0), capsys, "--batches is 0")
@@ -242,6 +243,7 @@ def test_validate_and_test_want_a_checkpoint(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "of an earlier version"])
 def test_a_damaged_checkpoint_to_resume_from_is_one_line(tmp_path, capsys, weights, damage):
     command = arguments("fit", tmp_path, "--model.layers", 2, "--model.weights", weights)

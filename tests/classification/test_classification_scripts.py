@@ -68,6 +68,7 @@ def test_a_script_is_of_its_model_and_setup(words_of, tmp_path, capsys, setup, m
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_the_papers_data_sets_and_budgets_are_the_default(script_environment):
     printed = run("setup_a/mcunet.sh", script_environment, "--dry-run")
     datasets = [title.partition(":")[0] for title in listed(printed)]

@@ -47,6 +47,7 @@ def test_a_run_leaves_config_history_checkpoints_and_record(best_first):
     assert [row["epoch"] for row in best_first.rows] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_warm_up_beyond_the_end_is_said(tmp_path, weights, capsys):
     command = arguments("fit", tmp_path, "--model.layers", 2, "--model.weights", weights, "--model.warmup_epochs", 2)
     assert "note: of 2 epochs of warm-up (--model.warmup_epochs) there are 1 only\n" in execute(command, capsys)
@@ -99,6 +100,7 @@ def test_the_record_says_every_setting_that_the_recipe_does_not(best_first):
         assert further_settings(identity | {part: identity[part] | {key: value}}) == further, key
 
 
+@pytest.mark.slow
 def test_a_callback_that_may_do_more_than_watch_makes_another_run(best_first, capsys):
     callback = "--trainer.callbacks+"
     averaging = "pytorch_lightning.callbacks.StochasticWeightAveraging"
@@ -114,6 +116,7 @@ def test_a_callback_that_may_do_more_than_watch_makes_another_run(best_first, ca
     assert execute(own, capsys).startswith("done already: mcunet on digits"), "it says of itself that it only watches"
 
 
+@pytest.mark.slow
 def test_a_run_reads_its_data_set_once_and_every_run_anew(tmp_path, capsys, monkeypatch):
     read = []
     digits = registry.dataset.find("digits")
@@ -145,6 +148,7 @@ def test_a_checkpoint_is_of_the_epoch_that_its_name_says(best_first, name, epoch
     assert best_first.checkpoint(name)["epoch"] == epoch
 
 
+@pytest.mark.slow
 def test_the_formula_memory_of_a_tucker_form_counts_core_and_factors(tmp_path, capsys):
     # AMC, sec. 3: the product of the ranks and, for each mode, dimension times rank; a mode left whole has no factor.
     # Such is the batch mode here: the core's unfolding has no more columns than 3, by the others' ranks.
@@ -167,6 +171,7 @@ def accuracy_of(checkpoint, part):
     return float((predicted == torch.from_numpy(part.labels)).double().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "name", "part"), [("test", "best", "test"), ("val_best", "best", "val"), ("val_last", "last", "val")]
 )
@@ -175,6 +180,7 @@ def test_an_accuracy_in_the_record_is_that_of_its_checkpoint(best_first, key, na
     assert best_first.record["accuracy"][key] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "key", "printed"), [("validate", "val_best", "val"), ("test", "test", "test")])
 @pytest.mark.parametrize("stored", [False, True])
 def test_validate_and_test_give_what_the_record_holds(best_first, capsys, command, key, printed, stored):
@@ -185,6 +191,7 @@ def test_validate_and_test_give_what_the_record_holds(best_first, capsys, comman
     assert (best_first.folder / "result.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_can_be_chosen(best_first, capsys):
     chosen = str(best_first.folder / "checkpoints" / "last.ckpt")
     printed = execute(["validate", *best_first.arguments[1:], "--ckpt_path", chosen], capsys)
@@ -256,6 +263,7 @@ def test_a_weights_file_counts_by_its_content(best_first, tmp_path, capsys, weig
     assert "model.weights is" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_run_does_not_depend_on_the_random_state_before_it(tmp_path, capsys):
     states = []
     for number in (1, 2):
@@ -270,6 +278,7 @@ def test_the_run_does_not_depend_on_the_random_state_before_it(tmp_path, capsys)
 # Measure and ASI.
 
 
+@pytest.mark.slow
 def test_measure_writes_the_table_of_the_trained_layers_once(measured, capsys):
     runs, options = measured
     path = only_file(runs, "perplexity.json")
@@ -283,6 +292,7 @@ def test_measure_writes_the_table_of_the_trained_layers_once(measured, capsys):
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_perplexity_is_the_mean_over_batches(measured, tmp_path, capsys):
     runs, options = measured
     one = PerplexityTable.load(only_file(runs, "perplexity.json"))
@@ -306,6 +316,7 @@ def test_settings_of_methods_that_came_later_leave_identities_as_they_were(measu
     }
 
 
+@pytest.mark.slow
 def test_asi_keeps_at_most_the_memory_of_the_run_that_is_its_budget(measured, capsys):
     runs, options = measured
     (hosvd,) = runs.rglob("hosvd_0.8/**/result.json")
@@ -329,6 +340,7 @@ def test_a_budget_holds_for_the_batch_that_is_trained_or_is_refused(measured, tm
         assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "tag"),
     [("own_methods.Halved", "halved_1"), ("own_methods.FirstChannels", "first_channels_hosvd_0.8")],
@@ -356,6 +368,7 @@ def program(*words):
     return subprocess.run([sys.executable, "-m", "classification", *words], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_program_prints_a_config_that_it_takes_back(tmp_path, capsys):
     given = [*config("setups", "a"), *config("models", "resnet18"), *config("data", "digits")]
     printed = program("fit", *given, "--model.layers", "3", "--print_config")
@@ -369,6 +382,7 @@ def test_the_program_prints_a_config_that_it_takes_back(tmp_path, capsys):
     assert once == again
 
 
+@pytest.mark.slow
 def test_the_program_ends_with_code_2_and_one_line_on_bad_input():
     failed = program("fit", *config("data", "digits"), "--model.backbone", "lenet")
     assert failed.returncode == 2

@@ -80,6 +80,7 @@ def test_every_config_file_is_in_a_combination():
     assert there - measuring == {path for combination in COMBINATIONS for path in files(*combination)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setup", "model"), list(product(SETUPS, SHIPPED["models"])))
 def test_every_combination_describes_a_run_of_its_own(tmp_path, capsys, setup, model):
     folders = set()
@@ -107,6 +108,7 @@ def measured_once(tmp_path_factory):
     return table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SHIPPED["methods"])
 def test_every_method_takes_a_training_step(tmp_path, capsys, weights, measured_once, method):
     model = "vit_mini" if method.startswith(LINEAR_ONLY) else "mcunet"
@@ -134,6 +136,7 @@ TRAINED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setup", "model"), TRAINED)
 def test_every_network_takes_a_training_step_in_every_setup(tmp_path, capsys, setup, model):
     layers = [] if setup == PRETRAINING else ["--model.layers", "2"]

@@ -177,6 +177,7 @@ def test_the_order_can_come_from_every_seed_that_torch_has(seed):
     assert len(labels) == 4
 
 
+@pytest.mark.slow
 def test_the_training_loader_gives_another_order_in_another_epoch():
     module = ImageDataModule("digits", image_size=8, batch_size=64, shuffle_seed=1)
     loader = module.train_dataloader()

@@ -289,6 +289,7 @@ def test_images_that_are_trained_and_tested_on_are_counted_and_told(tmp_path, ca
     )
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_only_with_the_images_it_began_with(tmp_path, capsys):
     """One byte of one image changes, and neither its size nor its time."""
     write_image_folder(tmp_path / "data" / "fish", ("train", "test"))

@@ -18,6 +18,7 @@ def derived(measured, tmp_path_factory):
     return only_file(runs, "perplexity.json"), options
 
 
+@pytest.mark.slow
 def test_a_method_with_derive_has_a_table_of_its_own_that_serves_it_and_leaves_others_as_they_were(
     measured, derived, tmp_path, capsys
 ):
@@ -71,6 +72,7 @@ def test_what_a_method_with_derive_cannot_do_without_is_one_line(measured, optio
     assert list(tmp_path.rglob("config.yaml")) == []
 
 
+@pytest.mark.slow
 def test_a_step_that_keeps_what_the_budget_takes_for_derived_is_refused(derived, tmp_path, capsys, monkeypatch):
     path, options = derived
     budget = ("--model.budget.table", path, "--model.budget.mib", 0.01)

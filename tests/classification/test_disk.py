@@ -46,6 +46,7 @@ def full(runs, capsys, request):
     return before, content(), code, capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_takes_nothing_away_and_the_run_goes_on_to_the_same_end(full, runs):
     before, after, code, said = full
     assert code == 2

@@ -69,6 +69,7 @@ def test_without_the_package_the_weights_are_asked_for(monkeypatch):
         build_model("efficientnet_lite0", pretrained=True)
 
 
+@pytest.mark.slow
 def test_its_trained_layers_are_converted_and_its_front_is_split_off():
     from classification.front import split
 

@@ -50,6 +50,7 @@ def assert_same(folder, other):
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_an_unforeseen_error_is_one_line_and_a_log(whole, tmp_path, capsys):
     crash(arguments("fit", tmp_path, *whole[0]), 1)
     log = only_file(tmp_path, "failure.log")
@@ -64,6 +65,7 @@ FAILING = {  # before the first step, with the settings that are right
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", FAILING)
 def test_what_fails_before_the_first_step_leaves_nothing_and_the_mended_command_works(command, tmp_path, capsys):
     wrong, right = FAILING[command]
@@ -74,6 +76,7 @@ def test_what_fails_before_the_first_step_leaves_nothing_and_the_mended_command_
     assert main([*words, *wrong, *right]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "foreign", "gone"])
 def test_a_damaged_checkpoint_is_gone_round_and_the_run_ends_as_it_would_have(whole, tmp_path, capsys, damage):
     words = arguments("fit", tmp_path, *whole[0])
@@ -99,6 +102,7 @@ def test_a_damaged_checkpoint_is_gone_round_and_the_run_ends_as_it_would_have(wh
     assert_same(only_file(tmp_path, "result.json").parent, whole[1])
 
 
+@pytest.mark.slow
 def test_a_runs_folder_that_was_moved_goes_on_with_its_best_epoch(whole, tmp_path):
     crash(arguments("fit", tmp_path / "old", *whole[0]), 2)
     shutil.move(tmp_path / "old", tmp_path / "new")
@@ -121,6 +125,7 @@ def test_the_best_score_and_its_path_are_those_of_the_folder(tmp_path):
     assert str(tmp_path) not in str(before.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "{", "null", "schema 2", "foreign"])
 def test_a_run_whose_record_is_not_whole_is_made_again(whole, tmp_path, capsys, content):
     folder = tmp_path / whole[1].relative_to(whole[1].parents[6])
@@ -135,6 +140,7 @@ def test_a_run_whose_record_is_not_whole_is_made_again(whole, tmp_path, capsys, 
     assert_same(folder, whole[1])
 
 
+@pytest.mark.slow
 def test_rows_that_were_lost_are_those_of_the_checkpoint(whole, tmp_path):
     folder = tmp_path / whole[1].relative_to(whole[1].parents[6])
     shutil.copytree(whole[1], folder)
@@ -220,6 +226,7 @@ def test_a_signal_while_loading_is_one_line():
 STOPPING = [f"--trainer.callbacks.{word}" for word in ("monitor=val_loss", "mode=max", "stopping_threshold=0")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

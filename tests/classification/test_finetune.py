@@ -101,6 +101,7 @@ def test_statistics_are_frozen_or_updated_in_training_as_asked(weights, digits_3
     assert different >= {key for key in before if key not in statistics and "bias" in key}
 
 
+@pytest.mark.slow
 def test_statistics_are_frozen_again_after_validation(weights, digits_32):
     model = module(weights)
     trainer(epochs=2).fit(model, loader(digits_32), loader(digits_32))
@@ -111,6 +112,7 @@ def test_statistics_are_frozen_again_after_validation(weights, digits_32):
     assert all(layer.weight.requires_grad for layer in normalisations[-2:])
 
 
+@pytest.mark.slow
 def test_two_epochs_are_those_of_a_loop_written_out(weights, digits_32):
     settings = {
         "learning_rate": 0.4,
@@ -213,6 +215,7 @@ def test_vanilla_is_ordinary_training_and_everything_else_is_fused(weights, meth
     assert any(type(layer) is not nn.ReLU6 for layer in model.modules() if isinstance(layer, nn.ReLU6)) == lean
 
 
+@pytest.mark.slow
 def test_fused_training_is_the_same_training(weights, digits_32):
     states = []
     for fuse in (False, True):

@@ -35,6 +35,7 @@ def command(root, runs, name, *options, setups=("a",), subcommand="fit"):
     return [subcommand, *words, "--runs_dir", str(runs), *map(str, options)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*WRITERS, "my_fish"])
 def test_a_run_trains_on_it_and_is_recorded(tmp_path, capsys, name):
     if name in WRITERS:
@@ -52,6 +53,7 @@ def test_a_run_trains_on_it_and_is_recorded(tmp_path, capsys, name):
     assert "done already" in execute(done.arguments, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["b_pretrain", "b"])
 def test_setup_b_on_imagenet_takes_a_published_split_and_random_crops(tmp_path, capsys, stage):
     write_prepared("imagenet", tmp_path / "data")
@@ -113,6 +115,7 @@ def change(folder):
     path.rename(path.with_name("another.jpg"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_skipped(tmp_path, capsys):
     write_image_folder(tmp_path / "data" / "fish")
     words = command(tmp_path / "data", tmp_path / "runs", "fish")
@@ -136,6 +139,7 @@ def test_an_interrupted_run_is_not_resumed(tmp_path, capsys):
     refused(words, capsys, "holds a run on other data")
 
 
+@pytest.mark.slow
 def test_a_finished_run_whose_data_is_gone_is_skipped(tmp_path, capsys):
     folder = write_prepared("pets", tmp_path / "data")
     words = command(tmp_path / "data", tmp_path / "runs", "pets")
@@ -144,6 +148,7 @@ def test_a_finished_run_whose_data_is_gone_is_skipped(tmp_path, capsys):
     assert "done already" in execute(words, capsys)
 
 
+@pytest.mark.slow
 def test_a_table_of_perplexity_is_measured_on_its_data(tmp_path, capsys):
     write_image_folder(tmp_path / "data" / "fish")
     words = command(tmp_path / "data", tmp_path / "runs", "fish", subcommand="measure")

@@ -29,6 +29,7 @@ def fine_tuned(backbone, layers):
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 2, 4, "all"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_front_and_tail_are_the_network(backbone, layers):
@@ -143,6 +144,7 @@ def train(weights, cache_front, epochs=2, folder=None, method=None, **options):
     return module.backbone.state_dict(), metrics, seen, data
 
 
+@pytest.mark.slow
 def test_training_with_a_cached_front_is_the_same_training(weights):
     # One step an epoch: after more on these tiny images, weights that differ by 1e-7 at the start are 0.2 apart.
     state, metrics, seen, _ = train(weights, cache_front=False, limit_train_batches=1)
@@ -154,6 +156,7 @@ def test_training_with_a_cached_front_is_the_same_training(weights):
         torch.testing.assert_close(cached_state[key], value, rtol=1e-3, atol=1e-4, msg=key)
 
 
+@pytest.mark.slow
 def test_a_cached_front_sees_every_image_once_however_many_epochs(weights):
     counts = []
     for epochs in (1, 3):
@@ -169,6 +172,7 @@ def test_a_cached_front_sees_every_image_once_however_many_epochs(weights):
 CHECKED = 2 * 64  # images of the batch that goes through the whole network and through the front
 
 
+@pytest.mark.slow
 def test_runs_with_the_same_front_and_images_compute_it_once(weights, tmp_path, capsys):
     alone = train(weights, cache_front=True)
     assert capsys.readouterr().out.startswith(
@@ -185,6 +189,7 @@ def test_runs_with_the_same_front_and_images_compute_it_once(weights, tmp_path, 
     assert len(list(tmp_path.glob("*.pt"))) == 1
 
 
+@pytest.mark.slow
 def test_other_weights_or_images_are_another_file(weights, tmp_path):
     def files(**options):
         settings = {"image_size": 32, "batch_size": 8, "limit": 64, **options}

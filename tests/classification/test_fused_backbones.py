@@ -38,6 +38,7 @@ def results(model, images):
     return {"logits": logits.detach(), "images": images.grad, **gradients}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", CONVOLUTIONS)
 def test_every_gradient_at_full_rank_is_the_stock_networks(backbone):
     model, images = network(backbone), torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -70,6 +71,7 @@ def test_every_convolution_does_the_work_of_its_normalisation(backbone):
     assert kept_by_normalisations() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "least"), [(2, 10), (4, 12), ("all", 20)])
 @pytest.mark.parametrize("backbone", CONVOLUTIONS)
 def test_far_less_is_kept(backbone, layers, least):
@@ -88,6 +90,7 @@ def test_far_less_is_kept(backbone, layers, least):
     assert lowrank.explain(model, loss, batch).nbytes == lowrank.saved_bytes(model, loss, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [2, 4])
 @pytest.mark.parametrize("backbone", CONVOLUTIONS)
 def test_the_peak_of_a_training_step_is_that_of_inference(backbone, layers):

@@ -28,6 +28,7 @@ def png(tmp_path_factory):
     return path.read_bytes()
 
 
+@pytest.mark.slow
 @SECONDS
 @given(
     tree=st.lists(

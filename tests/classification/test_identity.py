@@ -13,6 +13,7 @@ from experiment.provenance import untold
 from experiment.sources import source_of
 
 
+@pytest.mark.slow
 def test_the_record_says_all_settings_of_the_run(measured):
     """Here or there: whatever is another, a report can see it."""
     folder = only_file(measured[0], "result.json").parent
@@ -51,6 +52,7 @@ class Mine(lowrank.Vanilla):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", ["method", "model"])
 def test_a_run_by_code_that_has_changed_since_is_not_done_already(tmp_path, monkeypatch, capsys, own):
     name = f"own_{own}_code"
@@ -91,6 +93,7 @@ def test_only_the_run_itself_is_validated_and_tested(measured, monkeypatch, caps
     assert "give the settings of that run, which are in its config.yaml, or another checkpoint as --ckpt_path" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("without", [0, 2])  # options of the weights that it was trained from
 def test_a_run_is_tested_by_its_own_settings_also_where_what_it_was_trained_from_is_gone(measured, capsys, without):
     runs, (layers, number, _, path, *rest) = measured

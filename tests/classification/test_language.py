@@ -50,6 +50,7 @@ def test_at_full_rank_the_gradients_are_autograds(method):
     torch.testing.assert_close(gradients(model), gradients(stock), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_padding_takes_nothing_of_the_rank():
     """At the rank of the real tokens the gradient is exact, and below it closer than with padding in the way."""
     stock, (tokens, labels) = network(), batch()
@@ -94,6 +95,7 @@ def test_a_mask_leaves_other_inputs_alone():
     torch.testing.assert_close(layer[0].weight.grad, x.sum((0, 1)).expand(2, 3))
 
 
+@pytest.mark.slow
 def test_perplexity_and_ranks():
     model = network()
     names = lowrank.trailing_layers(model, 3, "linear", "mlp")
@@ -227,6 +229,7 @@ def test_a_tokenizer_from_a_folder_and_one_that_is_not_there(tmp_path):
         ImageDataModule("boolq", tokenizer=str(tmp_path / "nowhere"), **options)
 
 
+@pytest.mark.slow
 def test_a_run_on_sentences_with_ranks_by_perplexity(tmp_path, capsys):
     c = CONFIGS
     configs = [c / "setups" / "b.yaml", c / "data" / "sentences.yaml", c / "models" / "llama_mini.yaml"]

@@ -53,6 +53,7 @@ def test_what_is_no_part_is_refused(limit):
         digits(limit=limit)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_part_says_so_and_is_another_run(tmp_path, capsys):
     words = arguments("fit", tmp_path, "--model.layers", 1, "--data.limit", 16)
     execute(words, capsys)

@@ -34,6 +34,7 @@ def logged(tmp_path_factory, weights):
     return folder, {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_history_of_the_run(logged):
     folder, scalars = logged
     rows = metrics(folder)
@@ -75,6 +76,7 @@ def test_what_a_run_leaves_agrees_with_its_record(logged):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_tensorboard_can_be_turned_off(tmp_path, capsys, weights):
     words = ("--model.layers", 2, "--model.weights", weights, "--tensorboard", "false")
     done = finish(arguments("fit", tmp_path, *words), tmp_path, capsys)
@@ -105,6 +107,7 @@ def until_closed(terminal):
     return b"".join(parts).decode()
 
 
+@pytest.mark.slow
 def test_progress_is_a_bar_on_a_terminal(tmp_path, weights, monkeypatch):
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
@@ -119,6 +122,7 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path, weights, monkeypatch):
     assert not re.search(r"^  epoch", text, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_progress_is_lines_elsewhere(capsys, tmp_path, weights):
     printed = finish(command(tmp_path, weights), tmp_path, capsys).printed
     lines = re.findall(r"^  epoch (\d)/2  val accuracy (\d+\.\d) %  (\d+) s left$", printed, re.MULTILINE)

@@ -38,6 +38,7 @@ def test_the_release_in_small_is_the_release():
     assert "blocks.0.mobile_inverted_conv.inverted_bottleneck.conv.weight" not in keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-3])
 def test_mcunet_computes_what_the_release_computes(tmp_path, monkeypatch, epsilon):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -57,6 +58,7 @@ def test_mcunet_computes_what_the_release_computes(tmp_path, monkeypatch, epsilo
     assert torch.equal(other.stem[0].weight, network.first_conv.conv.weight)
 
 
+@pytest.mark.slow
 def test_the_release_is_downloaded_unless_it_is_given(tmp_path, monkeypatch, released, config):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     torch.save({"state_dict": released.state_dict()}, tmp_path / "mcunet.pth")

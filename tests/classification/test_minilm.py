@@ -151,6 +151,7 @@ def test_weights_of_another_encoder_are_refused(small, tmp_path):
         build_model("minilm", 2, weights=str(published(tmp_path / "other", wide)))
 
 
+@pytest.mark.slow
 def test_a_run_by_the_shipped_config_with_the_packages_weights_and_tokenizer(small, tmp_path, monkeypatch, capsys):
     site, state = small
     monkeypatch.syspath_prepend(str(site))

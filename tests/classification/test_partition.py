@@ -163,6 +163,7 @@ def test_the_fingerprint_of_a_split_file_is_that_of_its_content(tmp_path, splits
     assert first == again != other
 
 
+@pytest.mark.slow
 def test_a_run_saves_its_split_and_another_run_takes_it(tmp_path, capsys):
     small = ["--model.layers", 2, "--data.partition_seed", 7]
     first = finish(arguments("fit", tmp_path / "first", *small), tmp_path / "first", capsys)
@@ -183,6 +184,7 @@ def test_a_run_saves_its_split_and_another_run_takes_it(tmp_path, capsys):
     assert re.search(r"other settings \(data\.split_file is", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_a_run_on_all_data_saves_no_split(tmp_path, capsys):
     options = ["--model.layers", 2, "--data.partition", "all"]
     execute(arguments("fit", tmp_path, *options), capsys)

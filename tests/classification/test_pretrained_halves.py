@@ -38,6 +38,7 @@ def older_checkpoint(state):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_network_pretrained_on_a_half_is_taken_over_whole(tmp_path, name):
     torch.manual_seed(1)
@@ -50,6 +51,7 @@ def test_a_network_pretrained_on_a_half_is_taken_over_whole(tmp_path, name):
         torch.testing.assert_close(ours(images), network(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18"])
 def test_a_checkpoint_of_another_network_is_refused(tmp_path, capsys, name):
     torch.save(older_checkpoint(half_of("resnet34", build_model("resnet34", num_classes=10))), tmp_path / "a.ckpt")
@@ -103,6 +105,7 @@ def archive(tmp_path):
 LINK = "https://drive.google.com/file/d/abc/view"
 
 
+@pytest.mark.slow
 def test_an_archive_from_google_drive_is_unpacked_and_one_checkpoint_chosen(tmp_path, capsys, monkeypatch, archive):
     asked = []
 

@@ -74,6 +74,7 @@ def test_the_table_states_one_memory_for_all_data_sets():
         assert row["source"] != "AMC" or row["memory_mib"] == CELLS.get(key, row["memory_mib"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "count", "method"), CELLS)
 def test_memory_of_the_shipped_table_is_that_of_the_formulas(network, count, method):
     mebibytes = Decimal(total(count, METHODS[method], network).activation_bytes) / 2**20
@@ -105,6 +106,7 @@ def test_budgets_are_of_every_model_data_set_and_depth_once():
     assert {model for _, model, _, _ in keys} == {"mcunet", "mobilenet_v2", "resnet18", "resnet34"}
 
 
+@pytest.mark.slow
 def test_budgets_are_a_small_part_of_the_exact_inputs():
     """Between the least that rank one in every mode takes, and a tenth of what ordinary training keeps."""
     for row in (row for row in BUDGETS if row["setup"] == "A"):

@@ -97,6 +97,7 @@ def resumed(request, tmp_path_factory, weights):
     return method, rows, last, folder
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_the_last_whole_epoch_to_the_end(resumed):
     _, rows, last, folder = resumed
     assert last == rows - 1  # epochs count from 0
@@ -120,6 +121,7 @@ def differences(first, second, where=""):
     return [] if first == second else [where]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["last", "best"])
 @pytest.mark.parametrize("part", ["state_dict", "lowrank", "optimizer_states", "lr_schedulers", "epoch", "global_step"])
 def test_its_checkpoints_are_those_of_an_uninterrupted_run(uninterrupted, resumed, name, part):
@@ -162,6 +164,7 @@ def test_its_record_is_that_of_an_uninterrupted_run(uninterrupted, resumed):
     assert list(folder.rglob("*.part")) == []
 
 
+@pytest.mark.slow
 def test_the_command_says_that_it_resumes(tmp_path, capsys, weights):
     words = command(tmp_path, weights, "vanilla")
     crash(words, "CrashInEpoch", "--trainer.callbacks.epoch", "1")

@@ -89,6 +89,7 @@ def test_a_run_goes_on_from_the_very_step(whole, tmp_path, weights, capsys, meth
     assert torch.equal(ours, theirs), "the same numbers would be drawn from here on"
 
 
+@pytest.mark.slow
 def test_a_limit_of_time_ends_a_run_at_its_step_and_a_damaged_step_is_gone_round(whole, tmp_path, weights, capsys):
     words = command(tmp_path, weights, "vanilla")
     assert main(with_callback(with_callback(words), "StopIn", epoch=1, batch=2)) == 2
@@ -106,6 +107,7 @@ def test_a_limit_of_time_ends_a_run_at_its_step_and_a_damaged_step_is_gone_round
 ACCUMULATED = ("--trainer.accumulate_grad_batches", 2, "--data.drop_last", "false", "--trainer.max_epochs", 2)
 
 
+@pytest.mark.slow
 def test_a_step_of_several_batches_is_ended_first(whole, tmp_path, weights):
     words = command(tmp_path, weights, "vanilla", *ACCUMULATED)
     assert main(with_callback(words, epoch=1, batch=2)) == 143

@@ -296,6 +296,7 @@ def done(runs):
     return {path.parent.parent.parent.name for path in runs.rglob("layers*/*/result.json")}
 
 
+@pytest.mark.slow
 def test_a_sweep_does_what_it_can_then_what_is_missing_and_then_nothing(swept, capsys):
     runs, arguments, code, said = swept
     assert code == 1

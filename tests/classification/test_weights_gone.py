@@ -23,6 +23,7 @@ def cleared(tmp_path_factory):
     return runs, arguments
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_is_finished_without_its_checkpoints(cleared, capsys):
     runs, arguments = cleared
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file() and path.name != ".done_by"}

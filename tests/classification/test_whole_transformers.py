@@ -16,6 +16,7 @@ def gradients(model, images, labels):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "size"), [("vit_b_32", 64), ("swin_t", 64)])
 def test_at_full_rank_a_whole_network_has_autograds_gradients(network, size):
     torch.manual_seed(0)

@@ -52,6 +52,7 @@ def test_a_plain_loop_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert equal_models(whole, resumed)
 
 
+@pytest.mark.slow
 def test_lightning_resumes_to_the_same_weights(tmp_path: Path) -> None:
     main, small = example("lightning_callback").main, {"size": 32, "batch": 8, "images": 24}
     whole = main(tmp_path / "whole", epochs=2, **small)
@@ -61,6 +62,7 @@ def test_lightning_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert len({id(layer) for layer in lowrank.converted_layers(whole)}) >= 4
 
 
+@pytest.mark.slow
 def test_the_trainer_resumes_to_the_same_weights_from_safetensors(tmp_path: Path) -> None:
     main, small = example("huggingface_trainer").main, {"steps": 6, "save_every": 3}
     whole = main(tmp_path / "whole", **small)
@@ -76,6 +78,7 @@ def test_the_trainer_resumes_to_the_same_weights_from_safetensors(tmp_path: Path
         main(tmp_path / "half", steps=8, save_every=3)
 
 
+@pytest.mark.slow
 def test_wasi_keeps_less_than_lora_and_than_ordinary_training() -> None:
     found = example("wasi_beside_lora").main(steps=2)
     assert found["wasi"]["kept"] < found["lora"]["kept"]
@@ -83,6 +86,7 @@ def test_wasi_keeps_less_than_lora_and_than_ordinary_training() -> None:
     assert found["wasi"]["trained"] < found["ordinary"]["trained"]
 
 
+@pytest.mark.slow
 def test_a_model_of_timm_keeps_less_and_learns(capsys: pytest.CaptureFixture[str]) -> None:
     before, after = example("timm_model").main(steps=12, size=64, batch=16)
     assert after < before / 3
@@ -90,18 +94,21 @@ def test_a_model_of_timm_keeps_less_and_learns(capsys: pytest.CaptureFixture[str
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_exact_training_keeps_less_for_the_same_gradients() -> None:
     found = example("exact_memory").main(batch=2, size=64)
     assert found["kept"] > 2
     assert found["error"] < 1e-12
 
 
+@pytest.mark.slow
 def test_a_larger_budget_has_a_lower_perplexity_and_the_picture_is_drawn(tmp_path: Path) -> None:
     perplexity = example("choose_budget").main(tmp_path / "budget.png", layers=4, batch=16, size=96)
     assert list(perplexity.values()) == sorted(perplexity.values())
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_steps_to_record_learn(capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
     losses = example("cuda_graph").main()
     assert losses[-1] < 0.7 * losses[0]
@@ -109,6 +116,7 @@ def test_steps_to_record_learn(capsys: pytest.CaptureFixture[str], recwarn: pyte
     assert not [one for one in recwarn if "stores no bases" in str(one.message)]
 
 
+@pytest.mark.slow
 def test_a_config_of_mmsegmentation_trains_with_the_hook(tmp_path: Path) -> None:
     runner = example("mmsegmentation_hook").main(tmp_path, iterations=2, size=32, batch=2)
     names = [layer._lowrank.name for layer in lowrank.converted_layers(runner.model) if layer._lowrank.chosen]

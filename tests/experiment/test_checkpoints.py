@@ -149,6 +149,7 @@ def test_the_folder_of_a_run_that_was_moved_away_is_not_made_anew(tmp_path):
     assert load_checkpoint(tmp_path / "elsewhere" / "checkpoints" / LAST)["epoch"] == 0
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_noticed_though_torch_disguises_it(tmp_path, monkeypatch):
     path = saved(tmp_path, 0)
     before = path.read_bytes()

@@ -40,6 +40,7 @@ def test_a_damaged_checkpoint_holds_what_was_saved_or_is_refused(tmp_path, conte
     assert_same(found)
 
 
+@pytest.mark.slow
 @SECONDS
 @given(last=damaged(saved()))
 def test_a_run_goes_on_from_what_was_saved_whatever_became_of_the_last(tmp_path_factory, last):
@@ -69,6 +70,7 @@ def packed(kind):
     return content.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
 @SECONDS
 @given(seed=damaged(bytes(400)), place=damaged(bytes(3)))

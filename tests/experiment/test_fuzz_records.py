@@ -56,6 +56,7 @@ def assert_record(path):
     assert ".." not in record.run.folder(Path("runs")).parts
 
 
+@pytest.mark.slow
 @SECONDS
 @given(content=edited(GOOD))
 def test_an_edited_record_is_a_record_or_refused(tmp_path, content):
@@ -68,6 +69,7 @@ def test_a_damaged_record_is_a_record_or_refused(tmp_path, content):
     assert_record(written(tmp_path, "result.json", content))
 
 
+@pytest.mark.slow
 @SECONDS
 @given(content=edited(GOOD))
 def test_a_budget_of_an_edited_record_is_a_number_or_refused(tmp_path, content):
@@ -79,6 +81,7 @@ def test_a_budget_of_an_edited_record_is_a_number_or_refused(tmp_path, content):
     assert math.isfinite(found)
 
 
+@pytest.mark.slow
 @SECONDS
 @given(content=edited(PLAN))
 def test_an_edited_plan_is_a_plan_or_refused(tmp_path, content):
@@ -106,6 +109,7 @@ def test_a_damaged_plan_is_never_written_over(tmp_path, content):
     assert RUN in find_planned(tmp_path)
 
 
+@pytest.mark.slow
 @SECONDS
 @given(content=edited({"model": {"layers": 2}, "seed": 1}))
 def test_a_run_folder_with_an_edited_identity_is_one_or_refused(tmp_path, content):
@@ -129,6 +133,7 @@ def test_a_run_folder_with_a_damaged_identity_is_one_or_refused(tmp_path, conten
     assert json.loads(content) == {"model": {"layers": 2}, "seed": 1}
 
 
+@pytest.mark.slow
 @SECONDS
 @given(names=ANYTHING, layers=ANYTHING, seed=ANYTHING)
 def test_a_run_of_any_names_is_below_the_folder_of_all_runs_or_refused(names, layers, seed):

@@ -192,6 +192,7 @@ def test_what_a_command_takes_from_another_run_counts(tmp_path):
     assert asked == [1, 2, 2]
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_of_500_runs_asks_for_none(tmp_path):
     how, asked = recording(tmp_path)
     jobs = [job(number, str(number)) for number in range(1, 501)]

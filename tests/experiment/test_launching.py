@@ -50,6 +50,7 @@ def test_all_are_done_and_the_first_alone_speaks(capfd):
     assert capfd.readouterr() == ("first\n", "")
 
 
+@pytest.mark.slow
 def test_one_that_fails_ends_the_others_and_its_words_are_said(tmp_path):
     paths = [tmp_path / name for name in ("first", "third")]
     with pytest.raises(ExperimentError, match=r"^process 1 of 3: no such weights$"):
@@ -126,6 +127,7 @@ def signal_when_there(path, number):
     os.kill(os.getpid(), number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_command_ends_all_even_those_that_do_not_listen(tmp_path, monkeypatch, number, capfd):
     monkeypatch.setattr(launching, "GRACE", 0.5)
@@ -148,6 +150,7 @@ def test_they_end_when_the_command_is_killed(tmp_path):
     assert all(map(is_gone, paths))
 
 
+@pytest.mark.slow
 def test_a_second_process_that_lingers_does_not_hold_up_what_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "GRACE", 0.5)
     act("print=done", f"stubborn={tmp_path / 'second'}")

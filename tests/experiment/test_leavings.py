@@ -25,6 +25,7 @@ def _network():
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)), torch.randn(4, 3, 8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [lowrank.HOSVD(0.8), lowrank.ASI(ranks=(2, 3, 4, 4), algorithm="published")])
 def test_ranks_and_energy_are_those_of_the_reference(method):
     network, x = _network()

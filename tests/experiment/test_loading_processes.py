@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import multiprocessing, os, signal, time
@@ -30,6 +32,7 @@ print(*(process.pid for process in loads))
 """
 
 
+@pytest.mark.slow
 def test_python_ends_though_what_loads_data_lets_a_signal_pass() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False

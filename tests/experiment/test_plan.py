@@ -63,6 +63,7 @@ def test_a_plan_with_an_impossible_run_is_refused(tmp_path):
         find_planned(tmp_path)
 
 
+@pytest.mark.slow
 def test_simultaneous_writers_lose_nothing(tmp_path):
     script = "import sys; from pathlib import Path; from experiment import Run, add_planned\n"
     script += "for seed in range(30): add_planned(Path(sys.argv[1]), [Run('c', 'A', 'm', 'd', sys.argv[2], 2, seed)])"

@@ -30,6 +30,7 @@ def _environment(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_the_first_decides_writes_and_speaks(tmp_path, capfd):
     run_all("meeting", ["together", str(tmp_path)], 2)
@@ -44,6 +45,7 @@ def test_the_first_decides_writes_and_speaks(tmp_path, capfd):
     assert second["state"] == {"shared": 7, "own": 1, "more": 1}
 
 
+@pytest.mark.slow
 @needs_gloo
 @pytest.mark.parametrize("late", ["0", "0.3"])  # s; the first may be gone before the second hears of it
 def test_what_the_first_refuses_ends_all_with_its_code_and_one_line(tmp_path, monkeypatch, late):
@@ -54,6 +56,7 @@ def test_what_the_first_refuses_ends_all_with_its_code_and_one_line(tmp_path, mo
     assert [(tmp_path / name).read_text() for name in "01"] == ["ExperimentError 2", "FirstFailed 2"]
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_processes_of_another_launcher_say_who_they_are(tmp_path):
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(*free_ports(1))}
@@ -67,6 +70,7 @@ def test_processes_of_another_launcher_say_who_they_are(tmp_path):
     assert said == [["error: there is no more room"], []]
 
 
+@pytest.mark.slow
 def test_one_that_waits_for_the_others_in_vain_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "MEETING", timedelta(seconds=0.5))
     monkeypatch.setenv(GROUP, str(tmp_path))

@@ -71,6 +71,7 @@ def make_and_note(path):
     assert_same(shared_tensors(path, make))
 
 
+@pytest.mark.slow
 def test_of_processes_that_come_at_once_one_makes_it(tmp_path):
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=make_and_note, args=(tmp_path / "x.pt",)) for _ in range(4)]

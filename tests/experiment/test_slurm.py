@@ -90,6 +90,7 @@ def started(folder, **environment):
     return found.returncode, (folder / "asked").read_text().splitlines() if (folder / "asked").exists() else []
 
 
+@pytest.mark.slow
 def test_what_slurm_sends_before_a_job_listens_has_it_queued_again_once(scripted, tmp_path):
     assert submit([job(tmp_path / "runs", seed) for seed in (1, 2)], PROGRAM, tmp_path / "runs", {}) == 0
     (scripted / "sitecustomize.py").write_text(AT_ITS_LOG)
@@ -99,6 +100,7 @@ def test_what_slurm_sends_before_a_job_listens_has_it_queued_again_once(scripted
     assert records(tmp_path / "runs")
 
 
+@pytest.mark.slow
 def test_a_job_is_queued_again_by_a_controller_that_does_not_answer_at_once(scripted):
     again = "requeue 7_0"
     told_and_asked = [(137, 0, 2, 3), (137, 10, 0, 0), (140, 99, 1, 2), (1, 0, 0, 0), (143, 9, 9, 4)]

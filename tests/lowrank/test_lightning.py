@@ -109,6 +109,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_it_trains_as_a_loop_by_hand_does_and_a_resumed_run_as_one_without_a_break(tmp_path: Path) -> None:
     for name in ("whole", "half", "rest"):
         (tmp_path / name).mkdir()
@@ -159,6 +160,7 @@ def test_what_cannot_go_together_is_refused_before_anything_is_changed(tmp_path:
         fit(tmp_path, LowRankCallback(lowrank.ASI(), layers=2, budget=BUDGET), module=manual)
 
 
+@pytest.mark.slow
 def test_without_the_frameworks_their_modules_say_what_they_need_and_the_library_works() -> None:
     code = """
 import importlib, sys
@@ -219,6 +221,7 @@ class Bottlenecks(Module):
         return self
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("follow", [True, False])
 def test_inputs_that_follow_from_others_are_not_kept_where_that_is_chosen_and_resuming_is_exact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follow: bool
@@ -260,6 +263,7 @@ AGAIN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", ["a budget", "ranks"])
 def test_a_module_that_a_callback_like_it_has_converted_goes_on(settings: str, tmp_path: Path) -> None:
     """As when a notebook's cell is run again; its checkpoints are as good as the first one's."""

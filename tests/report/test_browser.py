@@ -72,6 +72,7 @@ def expected(tables, key, down):
     return sorted(values, reverse=down)
 
 
+@pytest.mark.slow
 def test_a_click_on_a_heading_sorts_and_another_turns_it(shown, tables):
     for down in (True, False):
         shown.point("document.querySelector('#setup th[data-key=saved_measured_bytes] button')")
@@ -82,6 +83,7 @@ def test_a_click_on_a_heading_sorts_and_another_turns_it(shown, tables):
         assert shown.run(head) == ("descending" if down else "ascending")
 
 
+@pytest.mark.slow
 def test_filters_leave_the_rows_that_are_asked_for(shown, tables):
     pick = (
         "const s = [...document.querySelectorAll('#setup select')].find(s => s.previousSibling.textContent === '%s');"
@@ -104,6 +106,7 @@ def test_filters_leave_the_rows_that_are_asked_for(shown, tables):
     }
 
 
+@pytest.mark.slow
 def test_the_switch_compares_at_equal_accuracy_and_columns_can_be_chosen(shown):
     assert "saved_measured_times_less" in shown.run(HEADS)
     shown.point("document.querySelector('#results .mode button[data-key=accuracy]')")
@@ -117,6 +120,7 @@ def test_the_switch_compares_at_equal_accuracy_and_columns_can_be_chosen(shown):
     assert "flops_paper" in shown.run(HEADS)
 
 
+@pytest.mark.slow
 def test_a_point_has_a_tooltip_and_a_click_on_it_opens_its_runs(shown):
     shown.run("document.getElementById('pareto').scrollIntoView()")
     shown.until("document.getElementById('pareto').dataset.drawn")
@@ -130,6 +134,7 @@ def test_a_point_has_a_tooltip_and_a_click_on_it_opens_its_runs(shown):
     assert shown.run("document.querySelectorAll('#run .switch button').length") == 2  # seeds
 
 
+@pytest.mark.slow
 def test_points_of_a_plot_are_reached_by_keyboard(shown):
     shown.run("document.getElementById('pareto').focus()")
     shown.until("document.getElementById('pareto').dataset.drawn")
@@ -149,6 +154,7 @@ def test_points_of_a_plot_are_reached_by_keyboard(shown):
     assert shown.run("document.querySelector('#run h2').innerText") == "vanilla, layers 1"
 
 
+@pytest.mark.slow
 def test_a_run_is_reached_by_keyboard_and_shows_what_it_left(shown):
     shown.run("document.querySelector('#setup tbody button').focus()")
     shown.key("ArrowDown", 40)
@@ -169,6 +175,7 @@ def test_a_run_is_reached_by_keyboard_and_shows_what_it_left(shown):
     shown.until("!document.querySelector('#run[open]')")
 
 
+@pytest.mark.slow
 def test_a_failed_run_has_its_log_which_is_text(shown):
     shown.point("[...document.querySelectorAll('#states tbody button')].find(b => b.innerText === 'lance')")
     shown.until("document.querySelector('#run[open] pre')")
@@ -176,6 +183,7 @@ def test_a_failed_run_has_its_log_which_is_text(shown):
     assert shown.run("document.title") == "Results"
 
 
+@pytest.mark.slow
 def test_dark_by_the_system_or_by_choice(shown):
     ground = "getComputedStyle(document.body).backgroundColor"
     light = shown.run(ground)
@@ -189,6 +197,7 @@ def test_dark_by_the_system_or_by_choice(shown):
     assert shown.run(ground) == dark
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1400, 390])
 def test_nothing_is_cut_off(shown, tables, width):
     shown.size(width)

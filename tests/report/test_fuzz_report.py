@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from fuzzing import SECONDS, damaged, edited
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ def write(root):
     return texts
 
 
+@pytest.mark.slow
 @SECONDS
 @given(data=st.data(), which=st.integers(0, len(RUNS) - 1))
 def test_one_bad_record_hides_no_other(tmp_path_factory, data, which):
@@ -44,6 +46,7 @@ def test_one_bad_record_hides_no_other(tmp_path_factory, data, which):
         assert int(table["n"].sum()) == len(group)
 
 
+@pytest.mark.slow
 @SECONDS
 @given(content=damaged(b'{"run": {"task": "classification"}, "method/layers/seed": [["asi", 2, 1]]}'))
 def test_a_bad_plan_hides_no_record(tmp_path_factory, content):

@@ -55,6 +55,7 @@ def test_curves_run_in_the_order_of_cost(trade_off):
     assert curves == [[[4, 8], [1, 2]], [[4000, 8000], [1000, 2000]]]
 
 
+@pytest.mark.slow
 def test_axes_and_title(trade_off):
     figure = _draw(summarise(trade_off), GROUP)
     assert [axes.get_xscale() for axes in figure.axes] == ["log", "log"]
@@ -76,6 +77,7 @@ def many(write, count):
         yield write(method, layers, test=0.5 + 0.01 * layers + 0.02 * source.random(), memory=cost, flops=cost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 20])
 def test_labels_cover_neither_each_other_nor_marks(write, count):
     figure = _draw(summarise(list(many(write, count))), GROUP)
@@ -95,6 +97,7 @@ def test_every_point_is_labelled_where_there_is_room(trade_off):
         assert sorted(label.get_text() for label in annotations(axes)) == ["2", "2", "4", "4"]
 
 
+@pytest.mark.slow
 def test_legend_lies_below_the_axes_and_inside_the_figure(write):
     names = ["vanilla", *(f"gradient_filter_with_a_long_name_{patch}" for patch in range(2, 12)), "asi"]
     figure = _draw(summarise([write(name, 2, memory=place + 1) for place, name in enumerate(names)]), GROUP)
@@ -126,6 +129,7 @@ def test_nothing_to_draw(write):
     assert files["png"].startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_same_summary_same_bytes(trade_off):
     table = summarise(trade_off)
     first, second = pareto_figure(table, GROUP), pareto_figure(table, GROUP)
@@ -133,6 +137,7 @@ def test_same_summary_same_bytes(trade_off):
     assert b"<dc:date>" not in first["svg"]
 
 
+@pytest.mark.slow
 def test_own_settings_are_neither_used_nor_changed(trade_off):
     table = summarise(trade_off)
     plain = pareto_figure(table, GROUP)
@@ -169,6 +174,7 @@ def test_published_points_are_drawn_beside_the_measured(trade_off, points):
     assert set(marks(right)) == {(2000, 71), (4000, 81), (1000, 71), (500, 70)}  # the papers' count, half the corrected
 
 
+@pytest.mark.slow
 def test_the_figure_of_published_points_is_a_picture(trade_off, points):
     files = published_figure(summarise(trade_off), GROUP, points)
     assert files["png"].startswith(b"\x89PNG")

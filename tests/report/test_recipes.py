@@ -23,6 +23,7 @@ def rows(table):
     return {(row["method"], row["recipe"]): row for row in table.to_dict("records")}
 
 
+@pytest.mark.slow
 def test_runs_of_one_recipe_have_no_word_of_it(write, runs, capsys):
     table = summarise([write(method, 2, recipe=RECIPE) for method in ("vanilla", "asi")])
     assert set(table["recipe"]) == {""}
@@ -62,6 +63,7 @@ def test_a_record_of_before_recipes_were_noted_is_not_taken_for_one_that_is_know
     assert math.isnan(table["activation_formula_times_less"][1])
 
 
+@pytest.mark.slow
 def test_every_output_says_that_recipes_differ(write, runs, capsys):
     write("vanilla", 2, recipe=RECIPE)
     write("asi", 2, recipe=RECIPE | {"epochs": 3})

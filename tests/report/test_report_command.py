@@ -47,6 +47,7 @@ def refused(capsys, *arguments):
     return said.err
 
 
+@pytest.mark.slow
 def test_every_file_is_written_and_named(write, runs, capsys):
     write("vanilla", 2)
     write("asi", 2, dataset="cub")
@@ -63,6 +64,7 @@ def test_every_file_is_written_and_named(write, runs, capsys):
     assert '"mcunet","cub",2' in (runs / "report" / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_what_is_planned_is_shown_as_missing(write, runs):
     finished = write("vanilla", 2, seed=1).run
     add_planned(runs, [finished, replace(finished, seed=2), replace(finished, method="asi")])
@@ -83,6 +85,7 @@ def test_what_is_planned_is_shown_as_missing(write, runs):
     assert (runs / "report" / "index.html").read_text().count('"planned",null,') == 3  # runs that are not there
 
 
+@pytest.mark.slow
 def test_published_points_have_a_figure(write, runs, tmp_path):
     write("asi", 2)
     entry = "- {setup: A, model: mcunet, dataset: pets, method: asi, layers: 2, accuracy: 38.75, memory_mib: 2}\n"
@@ -92,6 +95,7 @@ def test_published_points_have_a_figure(write, runs, tmp_path):
     assert {path.name for path in folder.iterdir()} == FILES | PUBLISHED
 
 
+@pytest.mark.slow
 def test_as_a_subprocess_twice_with_identical_files(write, runs, tmp_path):
     """In the default folders, seen from where the runs are; a second process must write the same bytes."""
     for seed in (1, 2):
@@ -107,6 +111,7 @@ def test_as_a_subprocess_twice_with_identical_files(write, runs, tmp_path):
     assert contents(runs / "report") == before
 
 
+@pytest.mark.slow
 def test_output_and_baseline(write, runs, tmp_path, capsys):
     write("hosvd_0.8", 2, memory=4 * 2**20)
     write("asi", 2, memory=2**20)
@@ -116,6 +121,7 @@ def test_output_and_baseline(write, runs, tmp_path, capsys):
     assert len(contents(tmp_path / "new" / "out")) == len(FILES | PUBLISHED) + len(TABLES) + 1
 
 
+@pytest.mark.slow
 def test_published_accuracies_are_shown(write, runs, tmp_path, capsys):
     write("asi", 2)
     entry = "- {setup: A, model: mcunet, dataset: pets, method: asi, layers: 2, accuracy: 38.75}\n"
@@ -165,6 +171,7 @@ DAMAGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_a_damaged_record_is_left_out_with_one_line_and_hides_no_other(write, runs, capsys, damage):
     write("vanilla", 2)
@@ -186,6 +193,7 @@ def test_damaged_records_alone_are_an_error_that_names_one(write, runs, capsys):
     assert not (runs / "report").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "[[[[", "null", "[" * 100_000])
 def test_a_damaged_plan_is_left_out_with_one_line(write, runs, capsys, text):
     finished = write("vanilla", 2).run
@@ -218,6 +226,7 @@ def test_damaged_published_accuracies(write, runs, tmp_path, capsys):
     assert "classification.yaml, entry 1" in refused(capsys, runs, "--published", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", ["nothing", "damaged", "output"])
 def test_errors_of_the_subprocess(write, runs, tmp_path, mistake):
     arguments = [runs]
@@ -251,6 +260,7 @@ def test_files_are_written_all_or_none(tmp_path):
     assert contents(tmp_path) == {Path("a"): b"new", Path("c/d"): b"\x00\xff"}
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_replaces_nothing(write, runs, capsys):
     """A folder stands where one of the files belongs."""
     write("vanilla", 2)

@@ -55,6 +55,7 @@ def test_every_kind_of_table_names_miou_and_macc(records):
     assert "- mIoU, mAcc: means over classes" in to_markdown(table, GROUP)
 
 
+@pytest.mark.slow
 def test_the_command_shows_published_numbers_beside_measured_ones(records, runs, capsys):
     assert main([str(runs)]) == 0
     folder = runs / "report" / GROUP.folder

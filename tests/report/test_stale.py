@@ -14,6 +14,7 @@ def made(runs):
     return {path.relative_to(runs / "report").as_posix() for path in (runs / "report").rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_tables_of_runs_that_are_gone_go_as_well(write, runs):
     write("vanilla", 2)
     alone = made(runs)
@@ -26,6 +27,7 @@ def test_tables_of_runs_that_are_gone_go_as_well(write, runs):
     assert not (runs / "report" / "classification" / "B").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [1, 4, 13])  # files put in place ahead of it
 def test_tables_of_runs_that_are_gone_go_also_where_a_report_was_killed_before(write, runs, monkeypatch, moment):
     write("vanilla", 2)
@@ -59,6 +61,7 @@ def dying(act, count):
     return some
 
 
+@pytest.mark.slow
 def test_what_a_user_has_changed_or_put_there_stays(write, runs):
     write("vanilla", 2)
     write("vanilla", 2, dataset="flowers102")
@@ -71,6 +74,7 @@ def test_what_a_user_has_changed_or_put_there_stays(write, runs):
     assert {path.name for path in folder.iterdir()} == {"table.md", "predictions.png"}
 
 
+@pytest.mark.slow
 def test_a_list_of_anything_removes_nothing_outside(write, runs, tmp_path):
     write("vanilla", 2)
     made(runs)

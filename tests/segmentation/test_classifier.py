@@ -52,6 +52,7 @@ def test_what_is_not_a_number_stays_so():
     assert gradients(layer, x, torch.ones(2, 1, 8, 8))[1].isnan().all()
 
 
+@pytest.mark.slow
 def test_the_classifier_keeps_half_unless_a_method_was_chosen_for_it(build, batch):
     config = narrow_config("upernet")
     settings = {**hook_settings(config), "method": {"type": "ASI", "ranks": 2}}

@@ -52,6 +52,7 @@ def test_images_that_are_trained_and_validated_on_are_counted_told_and_noted(tas
     )
 
 
+@pytest.mark.slow
 def test_a_cut_image_is_named_before_training_and_a_damaged_one_when_it_is_read(task, images):
     task, (train, _) = task[0], images
     config = with_naming_readers(task.config)
@@ -80,6 +81,7 @@ LABELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["train", "val"])
 @pytest.mark.parametrize("name", LABELS)
 def test_a_label_map_that_is_none_of_its_image_is_named(task, part, name):

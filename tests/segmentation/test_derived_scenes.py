@@ -70,6 +70,7 @@ def test_a_number_that_no_table_is_measured_with_is_one_line_ahead_of_all_else(d
     assert not list(tmp_path.rglob("*"))
 
 
+@pytest.mark.slow
 def test_its_table_says_what_follows_from_what_and_lies_beside_the_other(finished, data_dir, capsys):
     before, derived = (
         PerplexityTable.load(folder(finished, name) / "perplexity.json")
@@ -84,6 +85,7 @@ def test_its_table_says_what_follows_from_what_and_lies_beside_the_other(finishe
     assert "done already" in capsys.readouterr().out, "the option and the setting are the same"
 
 
+@pytest.mark.slow
 def test_measuring_leaves_the_network_as_it_was(batch):
     config: Config = narrow_config("deeplabv3_mbv2")
     config.pop("load_from", None)
@@ -126,6 +128,7 @@ def test_its_run_keeps_nothing_of_what_follows_and_stays_within_the_budget(finis
     assert [layers[name]["activation_bytes"] for name in WIDE] == [0, 0]
 
 
+@pytest.mark.slow
 def test_what_it_cannot_do_without_is_one_line(finished, data_dir, tmp_path, capsys):
     table = folder(finished, "perplexity") / "perplexity.json"
     whole = folder(finished, "perplexity_derived") / "perplexity.json"
@@ -173,6 +176,7 @@ def test_a_killed_run_is_resumed_to_the_same_weights(finished, data_dir, tmp_pat
         assert all(torch.equal(one[name], two[name]) for name in one), part
 
 
+@pytest.mark.slow
 def test_a_measurement_behind_a_run_in_one_process(finished, data_dir, tmp_path):
     """The run's log file is closed by then; a measurement behind it ended in an error of MMEngine's."""
     for handler in MMLogger.get_current_instance().handlers:

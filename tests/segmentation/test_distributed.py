@@ -58,6 +58,7 @@ def runner(folder, launcher, steps, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 def test_a_distributed_run_trains_what_a_plain_one_trains_and_is_resumed(tmp_path):
     plain = runner(tmp_path / "plain", "none", steps=4)
@@ -82,6 +83,7 @@ def test_a_distributed_run_trains_what_a_plain_one_trains_and_is_resumed(tmp_pat
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 def test_the_first_wrapper_is_gone_and_the_second_waits_for_what_is_trained(tmp_path):
     own = runner(tmp_path, "pytorch", steps=1)

@@ -53,6 +53,7 @@ def budget_of(table: Path) -> tuple[tuple[str, ...], str]:
     return ("--budget-table", str(table), "--budget-mib", str(mib)), f"{mib:g}mib"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "tag"),
     [('{"type":"ASI","refresh":10}', "asi_every10"), ('{"type":"own_methods.FirstChannels"}', "first_channels")],
@@ -142,6 +143,7 @@ def test_a_signal_ends_a_run_in_one_line_and_the_same_command_goes_on(number, co
         assert [float(row["iteration"]) for row in csv.DictReader(file)] == [2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_an_unknown_error_is_one_line_with_the_run_and_its_log(data_dir, tmp_path, capsys, monkeypatch):
     def fails(*words):
         raise RuntimeError("out of\nluck")
@@ -154,6 +156,7 @@ def test_an_unknown_error_is_one_line_with_the_run_and_its_log(data_dir, tmp_pat
     assert "Traceback" in log.read_text()
 
 
+@pytest.mark.slow
 def test_other_data_and_another_runs_record_are_noticed(data_dir, tmp_path, capsys):
     words = arguments("train", "vanilla", data_dir, tmp_path)
     assert main(words) == 0
@@ -192,6 +195,7 @@ def test_a_typo_never_starts_a_sweep(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_part_of_a_data_set_is_drawn_by_its_seed_and_is_another_run(data_dir, tmp_path, capsys):
     def images(limit, seed=1):
         dataset = {"type": "PlacedDataset", "limit": limit, "limit_seed": seed}
@@ -213,6 +217,7 @@ def test_a_part_of_a_data_set_is_drawn_by_its_seed_and_is_another_run(data_dir, 
     assert "limit is 6" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_perplexity_is_the_mean_over_batches_and_the_papers_way_is_asked_for(table, data_dir, tmp_path, capsys):
     one = PerplexityTable.load(table)
     words = [*arguments("measure", "vanilla", data_dir, tmp_path), "perplexity.energies=[0.5,0.8,0.9]"]

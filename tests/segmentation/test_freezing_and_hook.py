@@ -99,6 +99,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         hook.after_train_iter(Runner, 7, outputs={"loss": torch.tensor(float("nan"))})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_the_stock_names_and_the_state_beside_them(build, batch):
     from segmentation.batches import segmentation_loss, training_mode
 

@@ -2,6 +2,7 @@
 
 import io
 
+import pytest
 import torch
 from fuzzing import SECONDS, assert_told, damaged
 from hypothesis import given
@@ -41,6 +42,7 @@ def test_damaged_weights_of_either_format_are_read_or_refused(tmp_path, content)
         assert_told(error, path)
 
 
+@pytest.mark.slow
 @SECONDS
 @given(content=damaged(saved(RUN)))
 def test_a_run_goes_on_from_a_whole_checkpoint_whatever_became_of_the_last(tmp_path, content):

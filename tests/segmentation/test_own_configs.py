@@ -57,6 +57,7 @@ FAILING = {  # what is changed, the exit code and what is said
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAILING)
 def test_what_fails_before_the_first_step_leaves_nothing_and_the_mended_command_works(
     name, own, tmp_path, capsys, monkeypatch
@@ -77,6 +78,7 @@ def test_what_fails_before_the_first_step_leaves_nothing_and_the_mended_command_
         assert Record.load(next(tmp_path.rglob("result.json"))).run.model == "net"
 
 
+@pytest.mark.slow
 def test_a_table_that_was_measured_for_a_config_gives_its_method_ranks(own, tmp_path, capsys):
     content, words = own
     set_at(content, "custom_hooks", 0, "method", {"type": "ASI"})
@@ -98,6 +100,7 @@ def test_a_table_that_was_measured_for_a_config_gives_its_method_ranks(own, tmp_
     assert "set crop_size to the height and width" in line
 
 
+@pytest.mark.slow
 def test_no_process_that_loads_data_outlives_its_run(own):
     content, words = own
     for part in ("train_dataloader", "val_dataloader"):
@@ -219,6 +222,7 @@ def test_a_schedule_gets_shorter_with_the_run_whatever_is_left_to_mmengine(own):
     assert (linear.end, cosine.begin, cosine.T_max, steps.milestones) == (10, 10, 30, [20, 30])
 
 
+@pytest.mark.slow
 def test_data_in_two_folders_and_by_full_paths_are_trained_on(own, tmp_path):
     content, words = own
     set_at(content, "val_dataloader", "dataset", dataset(write_data(tmp_path / "other"), "val", rooted=False))
@@ -258,6 +262,7 @@ def own_code(own, tmp_path, monkeypatch):
     return path, names
 
 
+@pytest.mark.slow
 def test_a_run_of_other_code_of_ones_own_is_not_taken_for_this_one(own, own_code, tmp_path, capsys):
     _, words = own
     path, names = own_code
@@ -317,6 +322,7 @@ def test_settings_of_the_suites_own_parts_are_checked_by_name_and_kind(name, own
     refused(*OF_THE_SUITE[name], own, tmp_path, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", [{}, EPOCHS])
 def test_a_batch_that_the_images_do_not_fill_is_refused_where_it_would_be_dropped(loop, own, tmp_path, capsys):
     content, _ = own

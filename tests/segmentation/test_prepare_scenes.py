@@ -71,6 +71,7 @@ def voc_archives(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_voc12aug_is_written_and_mmsegmentation_reads_it(voc_archives, tmp_path):
     target = tmp_path / "data" / "voc12aug"
     prepare_voc12aug(target, voc_archives, COUNTS)
@@ -148,6 +149,7 @@ def cityscapes_archives(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_cityscapes_is_written_and_mmsegmentation_reads_it(cityscapes_archives, tmp_path):
     target = tmp_path / "data" / "cityscapes"
     prepare_cityscapes(target, cityscapes_archives, {"train": 1, "val": 1})

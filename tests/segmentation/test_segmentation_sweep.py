@@ -49,6 +49,7 @@ def test_each_run_starts_from_what_the_ones_before_leave():
         assert TABLES.get(job.run.method) == (option(job, "--derive") if "--derive" in job.arguments else None)
 
 
+@pytest.mark.slow
 def test_every_job_is_a_command_that_the_command_line_takes():
     pairs = (("upernet", "voc12aug"), ("deeplabv3_mbv2_small", "digit_scenes"), ("pspnet_small", "digit_scenes_96"))
     for network, dataset in pairs:
@@ -65,6 +66,7 @@ def test_every_job_is_a_command_that_the_command_line_takes():
                 assert task.config.train_cfg.max_iters == 20
 
 
+@pytest.mark.slow
 def test_networks_have_their_own_recipe_where_the_papers_give_them_one():
     def settings(network: str, stage: str):
         plan = sweep_of("--network", network, "--dataset", "voc12aug", "--methods", "vanilla")

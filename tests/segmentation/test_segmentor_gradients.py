@@ -40,6 +40,7 @@ def prepared(config: Config, model, **settings):
     return training_mode(model), names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_method_at_full_rank_has_the_stock_gradients(network, build, batch):
     config = narrow_config(network)
@@ -57,6 +58,7 @@ def test_every_method_at_full_rank_has_the_stock_gradients(network, build, batch
         assert len(list(lowrank.converted_layers(model))) == len(names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_gradient_filter_has_the_networks_patches_and_every_normalisation_is_fused(network, build, batch):
     config = narrow_config(network, "gradient_filter")
@@ -93,6 +95,7 @@ def test_kept_bytes_fall(network, build, batch):
     assert kept[0] > 10 * kept[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_with_channels_last_all_that_is_computed_is_so_and_as_much_is_kept(network, build, batch):
     config, orders, kept = narrow_config(network), {}, []
@@ -113,6 +116,7 @@ def test_with_channels_last_all_that_is_computed_is_so_and_as_much_is_kept(netwo
     assert all(orders.values())
 
 
+@pytest.mark.slow
 def test_a_converted_segmentor_is_copied_and_predicts_as_before(build, batch):
     config = narrow_config("pspnet_mbv2", "hosvd_0.8")
     stock = build(config).eval()

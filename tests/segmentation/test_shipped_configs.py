@@ -26,6 +26,7 @@ COUNTS = {  # compressed convolutions at 5 and 10 nominal layers (ASI's segmenta
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ALL_NETWORKS)
 def test_every_network_builds_for_every_data_set_and_every_depth_converts(network):
     for data in DATA:

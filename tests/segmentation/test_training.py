@@ -59,6 +59,7 @@ def finished(data_dir, tmp_path_factory):
     return runs
 
 
+@pytest.mark.slow
 def test_the_record_has_accuracies_memory_flops_and_where_they_come_from(finished):
     records = {method: Record.load(folder(finished, method) / "result.json") for method in ("hosvd_0.8", ASI)}
     for method, record in records.items():
@@ -99,6 +100,7 @@ def test_a_finished_run_is_skipped_and_starts_again_from_its_own_config(finished
     )
 
 
+@pytest.mark.slow
 def test_rows_that_were_lost_are_those_of_the_checkpoint(finished, data_dir, tmp_path):
     before, after = (folder(runs, "hosvd_0.8") for runs in (finished, tmp_path))
     shutil.copytree(before, after)
@@ -119,6 +121,7 @@ def test_stock_mmsegmentation_loads_every_checkpoint(finished):
     assert {name.partition(".bases.")[0] for name in states} >= {"decode_head.bottleneck.conv"}
 
 
+@pytest.mark.slow
 def test_the_picture_has_a_column_for_each_run(finished, tmp_path, capsys):
     output = tmp_path / "picture.png"
     runs = [str(folder(finished, method)) for method in ("hosvd_0.8", ASI)]

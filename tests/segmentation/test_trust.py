@@ -225,6 +225,7 @@ def test_a_picture_of_foreign_weights_is_refused(finished, tmp_path, trap, capsy
     refused(capsys, ["picture", str(run), "--output", str(tmp_path / "p.png")], "are of another network: 0 of ")
 
 
+@pytest.mark.slow
 def test_a_record_holds_the_recipe(finished):
     recipe = Record.load(finished / "result.json").recipe
     assert recipe == {

@@ -26,6 +26,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_exact_at_full_rank_over_two_steps_both_kinds_of_statistics_and_a_frozen_middle(name: str) -> None:
     assert largest_error(STRANGERS[name]) < 1e-8
@@ -37,6 +38,7 @@ def test_state_dict_both_ways_deepcopy_pickle_and_revert(name: str) -> None:
     assert problems_as_a_model(STRANGERS[name]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_keeps_no_more_than_stock_nor_than_the_table_says_and_with_asi_hardly_more_than_exactly(name: str) -> None:
     found = list(savings(STRANGERS[name]))

@@ -131,6 +131,7 @@ def test_a_price_that_is_none_changes_nothing():
     assert type(model[0]) is nn.Conv2d
 
 
+@pytest.mark.slow
 def test_what_a_layer_remembers_does_not_grow_with_every_size():
     layer = lowrank.convert(nn.Sequential(nn.Conv2d(3, 4, 3)), ["0"], ASI(2), smallest=2**18)
     sizes = []

@@ -47,6 +47,7 @@ def gradients(model):
     return [y.detach(), *[parameter.grad for parameter in model.parameters()]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -194,6 +195,7 @@ class Inner(nn.Module):
         return checkpoint(self.module, x, use_reentrant=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_a_checkpoint_around_any_layer_within_one_around_all_changes_no_gradient(kind, training):

@@ -13,6 +13,7 @@ from lowrank.exact import pooling
 SIDES = st.tuples(st.integers(1, 4), st.integers(1, 4))
 
 
+@pytest.mark.slow
 @given(
     size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     kernel=SIDES,

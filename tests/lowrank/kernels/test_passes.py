@@ -195,6 +195,7 @@ print(kernels.status())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "said"),
     [({"LOWRANK_KERNELS": "off"}, "LOWRANK_KERNELS is off"), ({"CC": "/bin/false"}, "/bin/false failed")],
@@ -229,6 +230,7 @@ def test_a_missing_compiler_and_a_folder_that_cannot_be_written(tmp_path, monkey
         build.built()
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_what_builds_at_once_leaves_one_library_and_a_damaged_one_is_built_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -86,6 +86,7 @@ def test_methods_that_choose_ranks_by_the_data_keep_as_little_of_any_number_of_l
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_compiled_with_methods_that_keep_the_input(fullgraph):
     torch._dynamo.reset()
@@ -112,6 +113,7 @@ def test_one_compiled_part_among_others(part):
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "method", "smallest"),
     [(nn.Conv2d(3, 4, 3), ASI(99), 0), (nn.Conv2d(3, 4, 3), ASI(2), 2**15), (nn.Linear(6, 5), WASI(2, energy=0.9), 1)],
@@ -144,6 +146,7 @@ def test_batches_of_any_size_whatever_is_asked_of_their_bytes(method, smallest):
             torch.testing.assert_close(one.grad, two.grad, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_compiled_for_any_size_from_the_first_call_on():
     """`dynamic=True`: a compiler takes sizes, and fractions that it meets, for unknowns."""
     torch._dynamo.reset()
@@ -156,6 +159,7 @@ def test_compiled_for_any_size_from_the_first_call_on():
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_compiled_loss_of_a_converted_models_output():
     torch._dynamo.reset()
     stock, model = pair(Vanilla(), dtype=torch.float32)
@@ -165,6 +169,7 @@ def test_a_compiled_loss_of_a_converted_models_output():
     torch.testing.assert_close(model.conv.weight.grad, stock.conv.weight.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_conversion_after_a_compiled_run_takes_effect():
     torch._dynamo.reset()
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
@@ -177,6 +182,7 @@ def test_a_conversion_after_a_compiled_run_takes_effect():
     assert not torch.allclose(truncated, exact, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_a_layer_behind_others_compiles_into_one_graph_for_each_size_of_a_batch():
     torch._dynamo.reset()
     stock = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2))

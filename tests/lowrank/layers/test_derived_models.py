@@ -23,6 +23,7 @@ def kept(name, training, derive, everywhere):
     return lowrank.saved_bytes(model, loss_of, random_tensor(2, 3, 48, 48).float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("everywhere", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small", "shufflenet_v2_x0_5", "resnet18"])

@@ -40,6 +40,7 @@ def test_activations_and_pooling(name):
     assert torch.autograd.gradgradcheck(FUNCTIONS[name], x)
 
 
+@pytest.mark.slow
 def test_dropout():
     x = random_tensor(*SMALL).requires_grad_()
 

@@ -36,6 +36,7 @@ from lowrank import ASI, HOSVD, SVD, ChangedError, GradientFilter, Vanilla
 # Gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", EXACT)
 @settings(max_examples=100)
 @given(setting=LAYERS)
@@ -91,6 +92,7 @@ def svd_ranks(x, energy):
 TRUNCATED = {SVD: (svd_input, svd_ranks), HOSVD: (hosvd_input, hosvd_ranks)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TRUNCATED)
 @settings(max_examples=100)
 @given(setting=LAYERS, energy=ENERGIES)
@@ -101,6 +103,7 @@ def test_truncated_only_the_weight_gradient_changes(family, setting, energy):
     assert_exact_but_for_the_weight(layer, model, x, setting.grad(), expected)
 
 
+@pytest.mark.slow
 @BOTH
 @settings(max_examples=100)
 @given(setting=LAYERS, data=st.data())

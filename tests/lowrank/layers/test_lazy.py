@@ -251,6 +251,7 @@ def test_read_within_autocast_it_is_what_was_computed_ahead_of_it(reader):
     assert_the_same(use, random_tensor(*SHAPE).float(), tolerance=1e-5)
 
 
+@pytest.mark.slow
 @given(setting=convolutions())
 def test_shape_strides_and_values_of_any_convolution(setting):
     stock = nn.Sequential(setting.layer(), nn.BatchNorm2d(dict(setting.options)["out_channels"])).double().eval()

@@ -195,6 +195,7 @@ def test_a_chain_of_changes_and_calls():
     torch.testing.assert_close(model(x.clone()), stock(x.clone()))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_switches")
 @pytest.mark.parametrize("trained", [False, True])
 def test_threads_that_share_an_input(trained):

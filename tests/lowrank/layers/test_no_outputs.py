@@ -34,6 +34,7 @@ def network(size):
     return Sum(*size).double()
 
 
+@pytest.mark.slow
 @SIZES
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.tag)

@@ -28,6 +28,7 @@ def pair(*layers, method=HOSVD(1.0), names=("0",), freeze=()):  # noqa: B008
 TRAINED = st.lists(st.sampled_from(["0.weight", "0.bias", "1.weight", "1.bias"]), unique=True)
 
 
+@pytest.mark.slow
 @given(setting=convolution_settings(), affine=st.booleans(), frozen=TRAINED, wants_x=st.booleans())
 def test_any_convolution_and_any_set_of_trained_parameters(setting, affine, frozen, wants_x):
     conv = setting.layer()

@@ -95,6 +95,7 @@ def _layouts(x):
 SHAPES = [(1, 3, 2, 4), (1, 3, 1, 4), (2, 1, 2, 4), (1, 3, 2, 1), (1, 3, 2, 2, 3), (2, 3, 1, 2, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_normalisation_has_the_same_gradients_in_every_order_in_memory(shape):
     x, grad = random_tensor(*shape), random_tensor(*shape, seed=1)

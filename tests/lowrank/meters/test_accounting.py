@@ -29,11 +29,13 @@ def mobilenet(method=None, count="all"):
     return lowrank.account(model, names, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "published"), [(2, 30.63), (4, 57.42), ("all", 3303.67)])
 def test_vanilla_memory_of_mobilenet_is_the_published_one(count, published):
     assert mebibytes(mobilenet(count=count).total.activation_bytes) == published
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("patch", "count", "published"), [(2, 2, 10.00), (2, 4, 18.75), (7, 2, 0.63), (7, 4, 1.17)])
 def test_gradient_filter_memory_of_mobilenet_is_the_published_one(patch, count, published):
     assert mebibytes(mobilenet(GradientFilter(patch), count).total.activation_bytes) == published

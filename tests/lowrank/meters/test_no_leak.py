@@ -85,6 +85,7 @@ def test_no_entry_outlives_its_measurement(monkeypatch, name, measure):
     assert not any(entry() for entry in entries)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_collector")
 def test_a_failed_measurement_leaves_nothing_either():
     model, batch = MODELS["convolutions"](), torch.randn(2, 3, 17, 16)

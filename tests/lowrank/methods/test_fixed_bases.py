@@ -46,6 +46,7 @@ def test_the_bases_stay_the_same_tensors_and_are_what_is_kept():
         assert {basis.data_ptr() for basis in after} < pointers
 
 
+@pytest.mark.slow
 @given(LAYERS, st.integers(1, 8), st.sampled_from(["input", "bfloat16", "int8"]))
 def test_bytes_by_formula_are_those_that_autograd_keeps(setting, ranks, storage):
     model, x = converted(setting.layer(), FixedBases(ranks, storage=storage)), setting.x()
@@ -56,6 +57,7 @@ def test_bytes_by_formula_are_those_that_autograd_keeps(setting, ranks, storage)
     assert lowrank.account(model, ["0"], x)["0"].activation_bytes == found
 
 
+@pytest.mark.slow
 @given(LAYERS, st.sampled_from(["float32", "int8"]))
 def test_the_gradient_is_autograds_on_what_was_kept(setting, storage):
     method = FixedBases(3, storage=storage)

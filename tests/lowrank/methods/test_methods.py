@@ -95,6 +95,7 @@ def filtered(conv, x, grad, patch):
     return autograd(model, x, grad)
 
 
+@pytest.mark.slow
 @given(convolutions(padding_modes=st.just("zeros")), st.integers(1, 4))
 def test_gradient_filter_equals_a_naive_loop_over_patches(setting, patch):
     conv, x, grad = setting.layer(), setting.x(), setting.grad()

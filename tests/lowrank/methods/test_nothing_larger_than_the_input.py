@@ -28,6 +28,7 @@ def loss(model, x):
     return (model(x * 1) * 2).sum()
 
 
+@pytest.mark.slow
 @given(setting=LAYERS, method=METHODS)
 def test_of_any_layer_and_method(setting, method):
     stock = nn.Sequential(setting.layer())

@@ -36,6 +36,7 @@ def kept_by(model, x):
     return [tensor for tensor in saved if tensor.data_ptr() != weight.data_ptr()]
 
 
+@pytest.mark.slow
 @given(LAYERS, st.sampled_from(METHODS), FORMS)
 def test_the_gradient_is_autograds_on_what_was_kept(setting, make, storage):
     method = make(storage)
@@ -44,6 +45,7 @@ def test_the_gradient_is_autograds_on_what_was_kept(setting, make, storage):
     assert_exact_but_for_the_weight(layer, converted(layer, method), x, grad, restore(kept, torch.float64).dense())
 
 
+@pytest.mark.slow
 @given(LAYERS, st.sampled_from(METHODS), FORMS)
 def test_bytes_by_formula_are_those_that_autograd_keeps(setting, make, storage):
     model, x = converted(setting.layer(), make(storage)), setting.x()

@@ -181,6 +181,7 @@ def test_the_released_memories_follow_from_ranks_and_shapes(tmp_path):
     assert PerplexityTable.load(tmp_path / "released.json") == table
 
 
+@pytest.mark.slow
 def test_on_the_released_table_the_plan_is_the_best_for_a_hundred_budgets():
     table = released_table()
     nbytes = np.array([layer.nbytes for layer in table.layers])

@@ -47,6 +47,7 @@ def assert_plans(table, budget):
         assert all(1 <= rank <= size for rank, size in zip(ranks, layer.input_shape, strict=True))
 
 
+@pytest.mark.slow
 @SECONDS
 @given(content=edited(GOOD))
 def test_an_edited_table_gives_ranks_within_the_budget_or_is_refused(tmp_path, content):

@@ -208,6 +208,7 @@ def rounded(x, ranks, storage):
     return restore(store(x, Tucker(core.contiguous(), tuple(bases)), storage), x.dtype).dense()
 
 
+@pytest.mark.slow
 def test_each_storage_is_measured_as_it_comes_back_with_the_bytes_that_it_takes(stored):
     model, batch, table = stored
     found = inputs_and_output_gradients(model, NAMES, batch)

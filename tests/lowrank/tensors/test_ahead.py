@@ -122,6 +122,7 @@ def counted(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_training_is_the_same(network, method, monkeypatch):
@@ -152,6 +153,7 @@ def test_a_resumed_run_is_the_unbroken_one():
     assert same(outcome(unbroken), outcome(resumed))
 
 
+@pytest.mark.slow
 def test_models_in_turn_and_copies_do_not_mislead_each_other(monkeypatch):
     model, alone = converted("in a row", "float32"), converted("in a row", "float32")
     train(alone, 6)

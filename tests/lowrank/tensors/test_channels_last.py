@@ -150,6 +150,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", WAYS, ids=["ranks", "all channels", "energy", "patches"])
 def test_nor_does_the_peak_of_a_network_whose_weights_are_most_of_it(method):
     """Its largest gradient is 9 MiB, of which there is no second."""

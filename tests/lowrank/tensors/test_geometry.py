@@ -25,6 +25,7 @@ def test_forward_and_every_gradient_equal_autograd(setting):
         torch.testing.assert_close(geometry.bias_gradient(grad), gradients["bias"], **TOLERANCE)
 
 
+@pytest.mark.slow
 @given(convolutions())
 def test_single_precision_has_ways_of_its_own_to_the_same(setting):
     layer, x, grad = setting.layer(), setting.x(), setting.grad()

@@ -79,6 +79,7 @@ def test_the_gradient_equals_autograd_on_the_dense_input(setting, data):
     torch.testing.assert_close(weight_gradient(tucker, grad, geometry_of(layer)), expected, **TOLERANCE)
 
 
+@pytest.mark.slow
 @given(LAYERS, st.data())
 def test_every_order_of_contraction_gives_the_same_gradient(setting, data):
     layer, grad = setting.layer(), setting.grad()

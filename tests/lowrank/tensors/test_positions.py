@@ -18,6 +18,7 @@ def by_pairs(layer, x, grad):
     return weight_gradient(x, grad, pairs, layer.kernel_size, layer.groups)
 
 
+@pytest.mark.slow
 @given(convolutions())
 def test_of_any_layer_without_groups_or_with_one_for_each_channel_equal_autograds(setting):
     layer, x, grad = setting.layer(), setting.x(), setting.grad()
