@@ -83,8 +83,6 @@ def expand(x: Tensor, matrix: Tensor) -> Tensor | None:
     Returns:
         (left, m, right); None: not for these.
     """
-    if torch.compiler.is_compiling():  # ahead of sizes, of which it would make guards
-        return None
     (left, n, right), m = x.shape, matrix.shape[0]
     few = n <= _MOST_EXPANDED and right in _BEHIND
     if not few or m < _LEAST_ROWS or left < _PART * n or left * m * right < _LEAST_PRODUCT:

@@ -204,11 +204,9 @@ def project(x: Tensor, columns: Tensor) -> Tensor | None:
 def swapped(x: Tensor, out: Tensor | None = None) -> Tensor:
     """A copy (n, left, right) of a tensor (left, n, right), contiguous; `out`, where that is given to be written to."""
     left, n, right = x.shape
-    kernel = None
-    if not torch.compiler.is_compiling():
-        row = right * x.itemsize
-        fits = row in _SWAPPED and n * row >= _SWAPPED[-1] and left > 0
-        kernel = kernel_for("swap", *((x,) if out is None else (x, out))) if fits else None
+    row = right * x.itemsize
+    fits = row in _SWAPPED and n * row >= _SWAPPED[-1] and left > 0
+    kernel = kernel_for("swap", *((x,) if out is None else (x, out))) if fits else None
     if kernel is None:
         turned = x.transpose(0, 1)
         return turned.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(turned)

@@ -21,6 +21,7 @@ from lowrank.errors import ChangedError
 from lowrank.exact.slots import here
 from lowrank.exact.sources import Origin
 from lowrank.kernels import passes
+from lowrank.layers import in_graph
 from lowrank.layers.lazy import Lazy, lazy_gradient, real, unread
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.eager import Node, refuse_double_backward, saved
@@ -56,6 +57,10 @@ class Settings:
         """Of weight and bias, those that are wanted, from what was kept; only an empty batch keeps nothing."""
         form = grad, self.geometry, shape
         some = any(tensor is not None for tensor in kept)
+        if weight and some and torch.compiler.is_compiling():
+            part = in_graph.part(self.method, self.geometry, self.name)
+            found = in_graph.gradients(part, kept, grad, shape, weight_shape, bias)
+            return found[0], found[1] if bias else None
         if weight and bias and some:
             return self.method.gradients(kept, *form)
         of_weight = of_bias = None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.tensors.eager import Node, refuse_double_backward, saved
+from lowrank.tensors.eager import Node, refuse_double_backward, saved, without_autocast
 from lowrank.tensors.geometry import LinearGeometry
 from lowrank.tensors.gradients import factor_gradients
 from lowrank.tensors.memory_layout import order_of
@@ -107,11 +107,31 @@ def _factor_gradients(
 ) -> tuple[Tensor, Tensor]:
     if not any(tensor is not None for tensor in kept):  # an empty batch
         return torch.zeros_like(left), torch.zeros_like(right)
-    with torch.no_grad():
-        x = settings.kept_input(kept, grad.dtype)
     if grad.ndim == 1:
         grad, through = grad.unsqueeze(0), None if through is None else through.unsqueeze(0)
+    if torch.compiler.is_compiling():
+        of_left, of_right = _in_graph(list(kept), grad, left, right, through, settings.keeps_input)
+        return of_left, of_right
+    with torch.no_grad():
+        x = settings.kept_input(kept, grad.dtype)
     return factor_gradients(x, grad, left, right, through)
+
+
+@torch.library.custom_op("lowrank::factor_gradients", mutates_args=())
+def _in_graph(
+    kept: Sequence[Tensor | None], grad: Tensor, left: Tensor, right: Tensor, through: Tensor | None, keeps_input: bool
+) -> list[Tensor]:
+    """As one operator of a compiled graph, see `in_graph`."""
+    with torch.no_grad(), without_autocast(grad.device.type):
+        x = FactoredSettings("", grad.dtype, keeps_input).kept_input(tuple(kept), grad.dtype)
+        return [one.contiguous() for one in factor_gradients(x, grad, left, right, through)]
+
+
+@_in_graph.register_fake
+def _(
+    kept: Sequence[Tensor | None], grad: Tensor, left: Tensor, right: Tensor, through: Tensor | None, keeps_input: bool
+) -> list[Tensor]:
+    return [left.new_empty(left.shape), right.new_empty(right.shape)]
 
 
 def forward_factored(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:

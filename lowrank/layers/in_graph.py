@@ -1,4 +1,4 @@
-"""A method's own work as two operators of a compiled graph.
+"""A method's own work as operators of a compiled graph: `compress` and `gradients`.
 
 A compiler asks them for sizes alone, so that it has little to do, and nothing to look into; what they do when the graph
 runs is what eager training does, by the same kernels. They have no side effects: what is carried from step to step is
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from lowrank.tensors.eager import without_autocast
 from lowrank.tensors.geometry import Geometry, Shape
 
 Layout = list[tuple[Shape, torch.dtype, torch.device]]
+Sizes = tuple[tuple[Shape, torch.dtype] | None, ...]
 
 
 @dataclass
@@ -26,26 +28,33 @@ class Part:
     """What a compiled graph asks of a method for one layer.
 
     Attributes:
-        layouts: of inputs of a shape and a state of some shapes, what `compress` gives, see `_flat`.
+        layouts: of an input and a state of some sizes and dtypes, what `compress` gives, see `_flat`.
     """
 
     method: Method
     geometry: Geometry
     name: str
-    layouts: dict[tuple[Shape, ...], Layout] = field(default_factory=dict)
+    layouts: dict[Sizes, Layout] = field(default_factory=dict)
 
 
 _PARTS: dict[str, Part] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _key(method: Method, kind: type[Geometry], settings: tuple[object, ...], name: str) -> str:
+@torch.compiler.assume_constant_result
+def _key(method: Method, kind: type[Geometry], settings: tuple[Any, ...], name: str) -> str:
     """The part's name in a graph: of all that matters, as graphs that were compiled are kept on disk for others."""
     key = f"{name}: {kind.__name__}{settings} {method!r}"
-    while key in _PARTS and _PARTS[key].method is not method:
+    while key in _PARTS and not _are_equal(_PARTS[key].method, method):
         key += "'"
     _PARTS.setdefault(key, Part(method, kind(*settings), name))
     return key
+
+
+def _are_equal(one: Method, other: Method) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except RuntimeError:  # somebody's that holds tensors
+        return False
 
 
 def part(method: Method, geometry: Geometry, name: str) -> str:
@@ -57,13 +66,13 @@ def part(method: Method, geometry: Geometry, name: str) -> str:
 def compress(key: str, x: Tensor, state: Tensors) -> tuple[Tensors, Tensors]:
     """As `Method.compress`, of a part's method."""
     # A graph that takes a number from the CPU is not recorded on a GPU; there is one at most, a count of passes.
-    here = [None if one is None or _is_elsewhere(one, x) else one for one in state]
+    here = [None if one is None or _is_elsewhere(one, x.device) else one for one in state]
     count, *found = _compressed(x, here, key)
-    given = (None, x, *here)
-    tensors: list[Tensor | None] = []
+    tensors: list[Tensor | None] = [None, x]
     for one in found:
-        tensors.append(one if one.numel() else (*given, *tensors)[one.shape[1]])
-    return tuple(tensors[: count.shape[1]]), tuple(tensors[count.shape[1] :])
+        tensors.append(one if one.numel() else tensors[one.shape[1]])
+    behind = 2 + count.shape[1]
+    return tuple(tensors[2:behind]), tuple(tensors[behind:])
 
 
 def gradients(key: str, kept: Tensors, grad: Tensor, shape: Shape, weight: Shape, bias: bool) -> list[Tensor]:
@@ -72,45 +81,69 @@ def gradients(key: str, kept: Tensors, grad: Tensor, shape: Shape, weight: Shape
     return found
 
 
-def _is_elsewhere(tensor: Tensor, x: Tensor) -> bool:
-    return not tensor.ndim and tensor.device != x.device
+def _is_elsewhere(tensor: Tensor, device: torch.device) -> bool:
+    return not tensor.ndim and not tensor.is_meta and tensor.device != device
 
 
-def _flat(kept: Tensors, state: Tensors, x: Tensor, given: Sequence[Tensor | None]) -> list[Tensor]:
-    """Tensors alone, none of them twice or one that was given, which is what an operator can return: how many are kept,
-    and then all, told by the width of an empty tensor. In the place of one that is there already, or of none, is its
-    place in (None, x, *given, *those ahead)."""
-    known: list[Tensor | None] = [None, x, *given]
-    flat = [x.new_empty(0, len(kept))]
+def _flat(
+    kept: Tensors, state: Tensors, x: Tensor, given: Sequence[Tensor | None], device: torch.device
+) -> list[Tensor]:
+    """Tensors alone and new, which is what an operator can return: an empty one as wide as there are kept ones,
+    and then all. For none, for `x` itself and for one that is there twice stands an empty one, as wide as its place in
+    (None, x, *those ahead)."""
+    flat, known = [x.new_empty(0, len(kept))], [None, x]
     own = {one.untyped_storage()._cdata for one in (x, *given) if one is not None}
     for tensor in (*kept, *state):
-        tensor = None if tensor is None or _is_elsewhere(tensor, x) else tensor
+        tensor = None if tensor is None or _is_elsewhere(tensor, device) else tensor
         place = next((at for at, one in enumerate(known) if one is tensor), None)
         known.append(tensor)
         if place is not None or tensor is None:
             flat.append(x.new_empty(0, place or 0))
+        elif not tensor.ndim or tensor.untyped_storage()._cdata in own:  # a number may be one that others have as well
+            flat.append(tensor.clone(memory_format=torch.contiguous_format))
         else:
-            copied = tensor.untyped_storage()._cdata in own
-            flat.append(tensor.clone(memory_format=torch.contiguous_format) if copied else tensor.contiguous())
+            flat.append(tensor.contiguous())
     return flat
 
 
-def _layout(flat: list[Tensor]) -> Layout:
-    return [(tuple(one.shape), one.dtype, one.device) for one in flat]
+def _layout(flat: list[Tensor], x: Tensor) -> Layout:
+    return [(tuple(one.shape), one.dtype, x.device if one.is_meta else one.device) for one in flat]
 
 
-def _shapes(x: Tensor, state: Sequence[Tensor | None]) -> tuple[Shape, ...]:
-    return tuple(() if one is None else tuple(one.shape) for one in (x, *state))
+def _sizes(x: Tensor, state: Sequence[Tensor | None]) -> Sizes:
+    return tuple(None if one is None else (tuple(map(int, one.shape)), one.dtype) for one in (x, *state))
+
+
+def _told_ahead(x: Tensor, state: Sequence[Tensor | None], part: str) -> Layout:
+    """What comes of tensors of these sizes, by the method itself on tensors that have nothing else."""
+    sizes, own = _sizes(x, state), _PARTS[part]
+    if sizes not in own.layouts:
+        without = [None if one is None else _without_numbers(one) for one in state]
+        try:
+            own.layouts[sizes] = _layout(_run(_without_numbers(x), without, part, x.device), x)
+        except LowRankError:
+            raise
+        except Exception as error:
+            raise LowRankError(
+                f"layer {own.name!r}: a compiler cannot tell from sizes alone what {own.method.tag} keeps "
+                f"({' '.join(str(error).split())[:200]}); set chooses_by_data on the method's class, or do without "
+                f"numbers where x.is_meta"
+            ) from error
+    return own.layouts[sizes]
+
+
+def _without_numbers(x: Tensor) -> Tensor:
+    """A tensor on the meta device, of the same dtype and of sizes that are known, where a compiler has symbols."""
+    return torch.empty(tuple(map(int, x.shape)), dtype=x.dtype, device="meta")
 
 
 @torch.library.custom_op("lowrank::compress", mutates_args=())
 def _compressed(x: Tensor, state: Sequence[Tensor | None], part: str) -> list[Tensor]:
     """What a part's method keeps of `x`, and its state, see `_flat`."""
-    flat = _run(x, state, part)
-    if _layout(flat) != _PARTS[part].layouts.get(_shapes(x, state)):
-        one = _PARTS[part]
+    flat, own = _run(x, state, part, x.device), _PARTS[part]
+    if _layout(flat, x) != own.layouts.get(_sizes(x, state), _layout(flat, x)):
         raise LowRankError(
-            f"layer {one.name!r}: what {one.method.tag} keeps has other sizes than when it was compiled; where they "
+            f"layer {own.name!r}: what {own.method.tag} keeps has other sizes than when it was compiled; where they "
             f"depend on the numbers of an input, set chooses_by_data on the method's class"
         )
     return flat
@@ -118,17 +151,14 @@ def _compressed(x: Tensor, state: Sequence[Tensor | None], part: str) -> list[Te
 
 @_compressed.register_fake
 def _(x: Tensor, state: Sequence[Tensor | None], part: str) -> list[Tensor]:
-    shapes, known = _shapes(x, state), _PARTS[part].layouts
-    if shapes not in known:
-        known[shapes] = _layout(_run(x, state, part))
-    return [x.new_empty(shape, dtype=dtype, device=device) for shape, dtype, device in known[shapes]]
+    return [x.new_empty(shape, dtype=dtype, device=device) for shape, dtype, device in _told_ahead(x, state, part)]
 
 
-def _run(x: Tensor, state: Sequence[Tensor | None], part: str) -> list[Tensor]:
+def _run(x: Tensor, state: Sequence[Tensor | None], part: str, device: torch.device) -> list[Tensor]:
     own = _PARTS[part]
     with torch.no_grad(), without_autocast(x.device.type):
         try:
-            return _flat(*own.method.compress(x, own.geometry, tuple(state), own.name), x, state)
+            return _flat(*own.method.compress(x, own.geometry, tuple(state), own.name), x, state, device)
         except LowRankError as error:
             raise type(error)(f"layer {own.name!r}: {error}") from None
 
@@ -149,4 +179,5 @@ def _gradients(
 def _(
     kept: Sequence[Tensor | None], grad: Tensor, shape: Sequence[int], weight: Sequence[int], part: str, bias: bool
 ) -> list[Tensor]:
-    return [grad.new_empty(weight), grad.new_empty(weight[0])] if bias else [grad.new_empty(weight)]
+    outputs = grad.shape[_PARTS[part].geometry.channel_axis]
+    return [grad.new_empty(weight), *([grad.new_empty(outputs)] if bias else [])]

@@ -18,6 +18,7 @@ from lowrank.exact.slots import Way, has_slot, is_computed, place_of_saving, wai
 from lowrank.exact.sources import Origin
 from lowrank.exact.steps import Rebuild
 from lowrank.kernels.iterations import Step
+from lowrank.layers import in_graph
 from lowrank.layers.derived import derived
 from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.token_mask import without_padding
@@ -284,7 +285,10 @@ def _compress(state: LayerState, method: Method, x: Tensor, geometry: Geometry, 
         return ()
     try:
         with nullcontext() if method.keeps_input else torch.no_grad():
-            kept, bases = method.compress(x, geometry, state.bases, state.name)
+            if torch.compiler.is_compiling() and not method.keeps_input:
+                kept, bases = in_graph.compress(in_graph.part(method, geometry, state.name), x, state.bases)
+            else:
+                kept, bases = method.compress(x, geometry, state.bases, state.name)
     except LowRankError as error:
         raise type(error)(f"layer {state.name!r}: {error}") from None
     if method is not _WHOLE:

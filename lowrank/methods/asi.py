@@ -92,8 +92,8 @@ class ASI(RankedMethod):
         held = [restored_basis(*pair) for pair in zip(stored, scales, strict=True)]
         starts = [self._start(x, mode, rank, held[mode], name) for mode, rank in enumerate(ranks)]
         left, passes = None, _passes(counted)
-        if self.algorithm == "sequential" and is_large(shape) and not torch.compiler.is_compiling():
-            counted = _count(passes + 1)
+        if self.algorithm == "sequential" and is_large(shape):
+            counted = torch.tensor(0) if x.is_meta else _count(passes + 1)
         if self.refresh == 1:
             tucker, bases = self._iterated(x, starts, passes)
         else:
@@ -137,7 +137,6 @@ class ASI(RankedMethod):
             The Tucker form, the bases, and the same scalar for the next step; after values that are not finite it is
             one that makes the bases due.
         """
-        factored = [start is not None for start in starts]
 
         def fresh() -> Found:
             return self._iterated(x, starts, passes)
@@ -154,15 +153,15 @@ class ASI(RankedMethod):
         if before is None:
             found = fresh()
             # One iteration from a random start captures little: more than all there is makes the next step's due.
-            left = torch.tensor(2.0 if self.refresh == "energy" else 1, device=x.device)
+            left = torch.full((), 2.0 if self.refresh == "energy" else 1, device=x.device)
         elif self.refresh == "energy":
             projected = held()
             due = ~(share(projected) >= _KEPT_SHARE * before)  # also where one of them is not a number
-            found = _either(due, fresh, lambda: projected, factored)
+            found = _either(due, fresh, lambda: projected)
             left = torch.where(due, share(found), before)
         else:
             due = before >= self.refresh
-            found = _either(due, fresh, held, factored)
+            found = _either(due, fresh, held)
             left = torch.where(due, 1, before + 1)
         if self.refresh != "energy":
             left = torch.where(found[0].core.isfinite().all(), left, self.refresh)
@@ -239,10 +238,10 @@ def in_places(state: Tensors, dimensions: Sequence[int]) -> Tensors:
 def _passes(counted: Tensor | None) -> int:
     """How many passes over large inputs a layer has made, by which the part that is in turn is told.
 
-    Counted on the CPU, which no device waits for, but where it has just been loaded. A compiled graph, or one that is
-    recorded right then, has the part of the first pass in all of them.
+    Counted on the CPU, which no device waits for, but where it has just been loaded. A graph that is recorded right
+    then has the part of the first pass in all of them.
     """
-    if counted is None or torch.compiler.is_compiling():
+    if counted is None or counted.is_meta:
         return 0
     return 0 if counted.is_cuda and torch.cuda.is_current_stream_capturing() else int(counted)
 
@@ -261,26 +260,9 @@ def restored_basis(stored: Tensor | None, scale: Tensor | None) -> Tensor | None
     return columns(stored, scale, torch.float32)
 
 
-def _either(due: Tensor, fresh: Callable[[], Found], held: Callable[[], Found], factored: list[bool]) -> Found:
-    """What one of two ways finds, by a scalar that a compiled graph does not know before it runs.
-
-    `factored` says which modes have a basis.
-    """
-    if not torch.compiler.is_compiling():
-        return fresh() if bool(due) else held()
-
-    def tensors(way: Callable[[], Found]) -> Callable[[], list[Tensor]]:
-        def run() -> list[Tensor]:
-            tucker, bases = way()
-            found = [tucker.core, *[basis for basis in bases if basis is not None]]
-            return [tensor.clone() for tensor in found]  # a branch may not return one of its inputs
-
-        return run
-
-    found = iter(torch.cond(due, tensors(fresh), tensors(held), ()))
-    core = next(found)
-    bases: Bases = [next(found) if one else None for one in factored]
-    return Tucker(core, tuple(bases)), bases
+def _either(due: Tensor, fresh: Callable[[], Found], held: Callable[[], Found]) -> Found:
+    """What one of two ways finds. Both are of the same sizes, which is all that can be told without numbers."""
+    return fresh() if due.is_meta or bool(due) else held()
 
 
 def _resampled(basis: Tensor, size: int) -> Tensor:
@@ -289,17 +271,8 @@ def _resampled(basis: Tensor, size: int) -> Tensor:
     return F.interpolate(basis.mT.unsqueeze(0), size, mode="linear", align_corners=False)[0].mT.contiguous()
 
 
-@torch.library.custom_op("lowrank::random_basis", mutates_args=())  # a compiled graph can hold no generator itself
 def _random_basis(size: int, rank: int, seed: str, wide: bool) -> Tensor:
     """Normal numbers (size, rank), in float64 if `wide`, else float32, that depend on `seed` alone."""
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-    return torch.randn(size, rank, generator=generator, dtype=_basis_dtype(wide), device="cpu")
-
-
-@_random_basis.register_fake
-def _(size: int, rank: int, seed: str, wide: bool) -> Tensor:
-    return torch.empty(size, rank, dtype=_basis_dtype(wide))
-
-
-def _basis_dtype(wide: bool) -> torch.dtype:
-    return torch.float64 if wide else torch.float32
+    dtype = torch.float64 if wide else torch.float32
+    return torch.randn(size, rank, generator=generator, dtype=dtype, device="cpu")

@@ -128,7 +128,7 @@ def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _require_finite(total: Tensor) -> None:
-    if not math.isfinite(total.item()):
+    if not total.is_meta and not math.isfinite(total.item()):
         raise NonFiniteError("the tensor has NaN or infinite values (or too large ones), so it cannot be decomposed")
 
 
@@ -322,7 +322,7 @@ def _iterate(x: Tensor, mode: int, start: Tensor, part: bool) -> Tensor:
 
 def _basis(image_of: Callable[[Tensor], Tensor], x: Tensor, start: Tensor, part: bool) -> Tensor:
     """See `_iterate`; image_of: the product of X X^T and a matrix."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    if x.device.type != "cpu":
         return _laid_out(torch.linalg.qr(_image(image_of, x, start, part))[0])
     basis, triangle = torch.linalg.qr(image_of(start))
     if not all(0 < abs(number) < math.inf for number in triangle.diagonal().tolist()):
@@ -351,7 +351,7 @@ def _others(start: Tensor) -> Tensor:
     """Numbers in which no direction is favoured, of the start's shape; always the same."""
     n, r = start.shape
     recorded = start.is_cuda and torch.cuda.is_current_stream_capturing()  # into memory that is the graph's
-    if torch.compiler.is_compiling() or recorded:
+    if start.is_meta or recorded:
         return _spread(n * r, start.dtype, start.device).view(n, r)
     count = max(1024, 1 << (n * r - 1).bit_length())  # few sizes that are remembered
     return _remembered_spread(count, start.dtype, start.device)[: n * r].view(n, r)

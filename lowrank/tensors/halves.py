@@ -32,7 +32,7 @@ def _processor_multiplies() -> bool:
 
 def are_worth(x: Tensor, mode: int, columns: int) -> bool:
     """Whether the product of the unfolding of `x` in a mode and so many columns is better made in bfloat16."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     numbers, least = x.numel(), min(columns, x.shape[mode])
     if least <= _FEW or numbers > _MOST or numbers * columns <= _WORTH or numbers <= _FEW * x.shape[mode]:

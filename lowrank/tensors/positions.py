@@ -56,7 +56,7 @@ def joined_pairs(inputs: Sizes, outputs: Sizes, kernel: Sizes, stride: Sizes, pa
 
 def pays(x: Tensor, kernel: Sizes, groups: int, out_channels: int) -> bool:
     """Whether pairs take less time than a backward convolution; `x` is the input (B, C, ...)."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
     size, positions = prod(kernel), prod(x.shape[2:])
     if groups == 1:
@@ -93,7 +93,7 @@ def sum_of_products(x: Tensor, grad: Tensor) -> Tensor:
     halves = x.element_size() < 4  # in which a sum over many samples, made one by one, is far off
     if not halves and channels * outputs < _MANY_WEIGHTS * (channels + outputs) * x.shape[2]:
         return torch.addbmm(grad.new_empty(outputs, channels), grad, x.mT, beta=0)
-    if halves or x.shape[0] <= _TOGETHER or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if halves or x.shape[0] <= _TOGETHER or x.device.type != "cpu":
         return _side_by_side(grad) @ _side_by_side(x).mT
     total = grad.new_zeros(outputs, channels)
     for some_x, some_grad in zip(x.split(_TOGETHER), grad.split(_TOGETHER), strict=True):

@@ -73,8 +73,7 @@ def products(x: Tensor, matrix: Tensor, bias: Tensor | None = None, out: Tensor 
         each = matrix.expand(left, -1, -1)
         return torch.bmm(each, x, out=out) if bias is None else torch.baddbmm(bias[:, None], each, x, out=out)
     out = x.new_empty(left, m, right) if out is None else out
-    parallel = not torch.compiler.is_compiling() and torch.get_num_threads() > 1
-    copy = _COPY_TOGETHER if parallel else _COPY
+    copy = _COPY_TOGETHER if torch.get_num_threads() > 1 else _COPY
     some = max(_BESIDE, copy // (right * max(m, n)))  # so few that their copies do not count
     for at in range(0, left, some):
         _beside(x[at : at + some], matrix, bias, out[at : at + some])

@@ -143,7 +143,7 @@ def test_batches_of_any_size_whatever_is_asked_of_their_bytes(method, smallest):
             network.zero_grad()
             network(random_tensor(size, 3, 12, 12, dtype=torch.float32)).square().sum().backward()
         for one, two in zip(model.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(one.grad, two.grad, rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(one.grad, two.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
