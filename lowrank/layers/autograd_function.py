@@ -58,9 +58,7 @@ class Settings:
         form = grad, self.geometry, shape
         some = any(tensor is not None for tensor in kept)
         if weight and some and torch.compiler.is_compiling():
-            part = in_graph.part(self.method, self.geometry, self.name)
-            found = in_graph.gradients(part, kept, grad, shape, weight_shape, bias)
-            return found[0], found[1] if bias else None
+            return in_graph.gradients(self.method, self.geometry, self.name, kept, grad, shape, weight_shape, bias)
         if weight and bias and some:
             return self.method.gradients(kept, *form)
         of_weight = of_bias = None

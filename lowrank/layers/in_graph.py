@@ -63,11 +63,11 @@ def part(method: Method, geometry: Geometry, name: str) -> str:
     return _key(method, type(geometry), settings, name)
 
 
-def compress(key: str, x: Tensor, state: Tensors) -> tuple[Tensors, Tensors]:
-    """As `Method.compress`, of a part's method."""
+def compress(method: Method, geometry: Geometry, name: str, x: Tensor, state: Tensors) -> tuple[Tensors, Tensors]:
+    """As `Method.compress`."""
     # A graph that takes a number from the CPU is not recorded on a GPU; there is one at most, a count of passes.
     here = [None if one is None or _is_elsewhere(one, x.device) else one for one in state]
-    count, *found = _compressed(x, here, key)
+    count, *found = _compressed(x, here, part(method, geometry, name))
     tensors: list[Tensor | None] = [None, x]
     for one in found:
         tensors.append(one if one.numel() else tensors[one.shape[1]])
@@ -75,10 +75,19 @@ def compress(key: str, x: Tensor, state: Tensors) -> tuple[Tensors, Tensors]:
     return tuple(tensors[2:behind]), tuple(tensors[behind:])
 
 
-def gradients(key: str, kept: Tensors, grad: Tensor, shape: Shape, weight: Shape, bias: bool) -> list[Tensor]:
-    """Weight gradient and, if asked for, bias gradient, as `Method.gradients`, of a part's method."""
-    found: list[Tensor] = _gradients(list(kept), grad, list(shape), list(weight), key, bias)
-    return found
+def gradients(
+    method: Method,
+    geometry: Geometry,
+    name: str,
+    kept: Tensors,
+    grad: Tensor,
+    shape: Shape,
+    weight_shape: Shape,
+    bias: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Weight gradient and, if asked for, bias gradient, as `Method.gradients`."""
+    of_weight, *rest = _gradients(list(kept), grad, shape, weight_shape, part(method, geometry, name), bias)
+    return of_weight, rest[0] if bias else None
 
 
 def _is_elsewhere(tensor: Tensor, device: torch.device) -> bool:

@@ -286,7 +286,7 @@ def _compress(state: LayerState, method: Method, x: Tensor, geometry: Geometry, 
     try:
         with nullcontext() if method.keeps_input else torch.no_grad():
             if torch.compiler.is_compiling() and not method.keeps_input:
-                kept, bases = in_graph.compress(in_graph.part(method, geometry, state.name), x, state.bases)
+                kept, bases = in_graph.compress(method, geometry, state.name, x, state.bases)
             else:
                 kept, bases = method.compress(x, geometry, state.bases, state.name)
     except LowRankError as error:

@@ -103,7 +103,7 @@ class LowRankLayer(Changed):
         numbers = weight.numel() and weight.is_floating_point() and not input.is_meta
         if not tracked or self._lowrank.method.keeps_input or not numbers:
             return self._stock(input)
-        for size in input.shape:  # a graph for each: orders of contractions are chosen by sizes, not by symbols of them
+        for size in input.shape:  # a graph for each: what is kept is of sizes, not of symbols
             operator.index(size)
         return _tracked(self, input_of(self, input), weight, bias)
 

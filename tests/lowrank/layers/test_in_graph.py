@@ -41,8 +41,8 @@ def test_they_are_operators_as_pytorch_wants_them(method):
     for _ in range(3):
         checked = torch.library.opcheck(in_graph._compressed, (x, list(state), part))
         assert set(checked.values()) == {"SUCCESS"}
-        kept, state = in_graph.compress(part, x, state)
-    assert all(kept is not x for kept in state)
+        kept, state = in_graph.compress(method, CONV, "conv", x, state)
+    assert all(one is not x for one in state)
     for bias in (True, False):
         given = (list(kept), random_tensor(4, 4, 6, 6, dtype=torch.float32), [4, 3, 6, 6], [4, 3, 3, 3], part, bias)
         assert set(torch.library.opcheck(in_graph._gradients, given).values()) == {"SUCCESS"}
@@ -50,22 +50,22 @@ def test_they_are_operators_as_pytorch_wants_them(method):
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_they_give_what_the_method_gives(method):
-    part, x = in_graph.part(method, CONV, "conv"), random_tensor(4, 3, 6, 6, dtype=torch.float32)
+    x = random_tensor(4, 3, 6, 6, dtype=torch.float32)
     grad, own, found = random_tensor(4, 4, 6, 6, dtype=torch.float32), (), ()
     for _ in range(3):
         kept, own = method.compress(x, CONV, own, "conv")
-        same, found = in_graph.compress(part, x, found)
+        same, found = in_graph.compress(method, CONV, "conv", x, found)
         torch.testing.assert_close([*same, *found], [*kept, *own], rtol=0, atol=0)
         assert [one is x for one in same] == [one is x for one in kept]
     expected = method.gradients(kept, grad, CONV, (4, 3, 6, 6))
     torch.testing.assert_close(
-        in_graph.gradients(part, same, grad, (4, 3, 6, 6), (4, 3, 3, 3), True), [*expected], rtol=0, atol=0
+        in_graph.gradients(method, CONV, "conv", same, grad, (4, 3, 6, 6), (4, 3, 3, 3), True), expected, rtol=0, atol=0
     )
 
 
 def test_gradients_of_two_factors_are_one_too():
-    part, x = in_graph.part(ASI(2), LinearGeometry(), "linear"), random_tensor(4, 5, 6, dtype=torch.float32)
-    kept, _ = in_graph.compress(part, x, ())
+    x = random_tensor(4, 5, 6, dtype=torch.float32)
+    kept, _ = in_graph.compress(ASI(2), LinearGeometry(), "linear", x, ())
     grad, left, right = random_tensor(4, 5, 7).float(), random_tensor(7, 3).float(), random_tensor(3, 6).float()
     for through in (None, grad @ left):
         given = (list(kept), grad, left, right, through, False)
