@@ -109,7 +109,11 @@ def _reason_against(layer: nn.Module) -> str | None:
         )
     if has_own_forward(layer):
         return "it has a forward of its own, set on this one module, which a conversion would not reach"
-    for weight in weights_of(layer):
+    try:
+        weights = weights_of(layer)
+    except AttributeError as error:
+        return f"it has no weight as register_layer was told ({error})"
+    for weight in weights:
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.layout != torch.strided:
             return f"its weight is {getattr(weight, 'dtype', type(weight).__name__)}; supported are real, dense weights"
     return None

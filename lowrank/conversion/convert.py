@@ -15,9 +15,10 @@ from lowrank.errors import ConversionError
 from lowrank.layers import factored
 from lowrank.layers.arguments import require_model, require_switches
 from lowrank.layers.attention import OpenAttention
+from lowrank.layers.classes import layer_class
 from lowrank.layers.factored import FactoredLinear
 from lowrank.layers.keeping import LayerState
-from lowrank.layers.layer import LowRankLayer, can_be_converted, layer_class
+from lowrank.layers.layer import LowRankLayer, can_be_converted
 from lowrank.layers.lean import LEAN_MODULES, RECOMPUTED, LeanModule
 from lowrank.layers.swap import become, has_own_forward, restore, stock_class
 from lowrank.methods.base import Method, Vanilla

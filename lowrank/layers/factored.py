@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from lowrank.errors import ChangedError, LowRankError, NonFiniteError
 from lowrank.exact.origins import origin_of
 from lowrank.exact.recompute import note_layer
+from lowrank.layers.classes import LowRankLinear
 from lowrank.layers.factor_pair import link
 from lowrank.layers.factored_function import FactoredFunction, FactoredSettings, forward_factored
 from lowrank.layers.keeping import HandedOut, Rebuilt, kept_of
-from lowrank.layers.layer import LowRankLinear, as_computed, is_single
+from lowrank.layers.layer import as_computed, is_single
 from lowrank.layers.lazy import real
 from lowrank.layers.swap import become
 from lowrank.methods.base import Method, Tensors

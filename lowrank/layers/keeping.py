@@ -77,6 +77,7 @@ class LayerState:
         handed_out: the weight that a state dict has, where the layer holds two factors in its place.
         reader: the normalisation that has read the latest lazy output by the batch's statistics.
         unstored: the weight's version at a pass in evaluation mode, since which there was none in training mode.
+        proven: of a class that was registered, whether it computes what was told of it.
         told: names of the layers of this model that have said so, which one is enough to do; the others share it.
         behind, misled: see `lowrank.tensors.ahead`.
     """
@@ -101,6 +102,7 @@ class LayerState:
     handed_out: HandedOut | None = field(default=None, repr=False)
     reader: weakref.ref[nn.Module] | None = field(default=None, repr=False)
     unstored: int | None = field(default=None, repr=False)
+    proven: bool = False
     told: list[str] = field(default_factory=list, repr=False)
     behind: weakref.ref[LayerState] | None = field(default=None, repr=False)
     misled: int = field(default=0, repr=False)

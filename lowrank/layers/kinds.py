@@ -26,6 +26,7 @@ class Kind:
             parameters by operations that autograd follows, it passes its gradient on to them.
         dimensions: of an input with its batch dimension; 0: any number from 2.
         prepare: of a layer and its input, what the geometry takes, such as a padded input.
+        registered: whether `register_layer` was told all this, and nobody here knows the class.
     """
 
     stock: type[nn.Module]
@@ -33,6 +34,7 @@ class Kind:
     weight: Callable[[Any], Tensor]
     dimensions: int
     prepare: Callable[[Any, Tensor], Tensor] | None = None
+    registered: bool = False
 
     def fits(self, x: Any) -> bool:
         """Whether this is an input of such a layer at all, which says what is wrong with any other."""
@@ -129,7 +131,8 @@ def register_layer(
     """Make a class of layers one that `convert` takes.
 
     Such a layer computes what a convolution or a linear layer does, of one input, with a weight and a `bias` that may
-    be None. Register it before a converted model is unpickled.
+    be None. Register it before a converted model is unpickled. At a layer's first training step its output is compared
+    with that of its own forward pass: another one is a `SettingError`.
 
     Args:
         stock: the class itself; its subclasses are not meant.
@@ -149,4 +152,4 @@ def register_layer(
     dimensions = 0
     if geometry is not None:
         dimensions = next((kind.dimensions for base, kind in KINDS.items() if issubclass(stock, base)), 4)
-    KINDS[stock] = Kind(stock, geometry or _linear, weight or _own, dimensions)
+    KINDS[stock] = Kind(stock, geometry or _linear, weight or _own, dimensions, registered=True)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-from lowrank.errors import ConversionError
 from lowrank.exact.near import beyond
 from lowrank.exact.origins import (
     is_kept,
@@ -35,12 +34,12 @@ from lowrank.exact.watched import Watched, watch
 from lowrank.layers.arguments import require_model
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
 from lowrank.layers.derived import near_ahead, within_reach
-from lowrank.layers.direct import DIRECT, nothing
+from lowrank.layers.direct import nothing
 from lowrank.layers.held import Held, can_be_held, hold
 from lowrank.layers.keeping import Kept, LayerState, kept_of
-from lowrank.layers.kinds import KINDS, Kind, kind_of
+from lowrank.layers.kinds import Kind, kind_of
 from lowrank.layers.lazy import Lazy, real
-from lowrank.layers.swap import Changed, is_parametrized_class, own_of, plain_class
+from lowrank.layers.swap import Changed, plain_class
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.again import BUDGET, LAYER, ROOM, SHRINKING
 from lowrank.tensors.eager import in_autocast, in_compiled_graph, trains_plainly, without_autocast
@@ -173,42 +172,6 @@ class LowRankLayer(Changed):
     def extra_repr(self) -> str:
         """The stock description and the method."""
         return f"{super().extra_repr()}, method={self._lowrank.method}"
-
-
-class LowRankConv2d(LowRankLayer, nn.Conv2d):  # type: ignore[misc]
-    """A converted `nn.Conv2d`."""
-
-    stock_class, kind = nn.Conv2d, KINDS[nn.Conv2d]
-    _direct = DIRECT[nn.Conv2d]
-
-
-class LowRankLinear(LowRankLayer, nn.Linear):  # type: ignore[misc]
-    """A converted `nn.Linear`."""
-
-    stock_class, kind = nn.Linear, KINDS[nn.Linear]
-    _direct = DIRECT[nn.Linear]
-
-
-_LAYERS: dict[type[nn.Module], type[LowRankLayer]] = {nn.Conv2d: LowRankConv2d, nn.Linear: LowRankLinear}
-
-
-def layer_class(stock: type[nn.Module]) -> type[LowRankLayer]:
-    """The class that stands in for a stock one.
-
-    Raises:
-        ConversionError: for one that is not registered.
-    """
-    if is_parametrized_class(stock):  # of one module, and so is what stands in for it
-        (base,) = stock.__bases__
-        made: type[LowRankLayer] = type(stock.__name__, (layer_class(base),), {**own_of(stock), "stock_class": stock})
-        return made
-    kind = kind_of(stock)
-    if kind is None:
-        raise ConversionError(f"{stock.__name__} is no layer that can be converted; see lowrank.register_layer")
-    if stock not in _LAYERS:
-        own = {"stock_class": stock, "_place": (__name__, "layer_class"), "__module__": stock.__module__}
-        _LAYERS[stock] = type(f"LowRank{stock.__name__}", (LowRankLayer, stock), {**own, "kind": kind})
-    return _LAYERS[stock]
 
 
 def can_be_converted(layer: nn.Module) -> bool:

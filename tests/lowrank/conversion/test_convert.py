@@ -14,7 +14,8 @@ from torch import nn
 
 import lowrank
 from lowrank import ASI, HOSVD, SVD, WSI, ConversionError, GradientFilter, Vanilla
-from lowrank.layers.layer import LowRankConv2d, LowRankLayer, LowRankLinear
+from lowrank.layers.classes import LowRankConv2d, LowRankLinear
+from lowrank.layers.layer import LowRankLayer
 
 NAMES = ["first", "second", "head"]
 

@@ -122,6 +122,44 @@ def test_a_layer_of_ones_own_joins_by_registration(method):
         assert type(lowrank.revert(model)[0]) is kind
 
 
+class Doubled(nn.Linear):
+    """As no linear layer computes it, with a weight (I, O) besides."""
+
+    def __init__(self):
+        super().__init__(7, 5)
+        self.bias = nn.Parameter(torch.randn(7))
+
+    def forward(self, x):
+        return 2 * (x @ self.weight + self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_what_does_not_compute_what_it_is_registered_as_is_told_at_the_first_step_and_can_be_registered_anew(dtype):
+    """It trained another function, without a word."""
+    torch.manual_seed(0)
+    stock, x = Doubled().to(dtype), random_tensor(3, 5).to(dtype)
+    for weight in (None, lambda layer: layer.weight.mT, lambda layer: 2 * layer.weight.mT):
+        lowrank.register_layer(Doubled, weight=weight)
+        model = lowrank.convert(nn.Sequential(copy.deepcopy(stock)), ["0"], Vanilla())
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), stock(x))
+        for given in (x, x[0]):
+            with pytest.raises(SettingError, match=r"layer '0': Doubled does not compute what register_layer was told"):
+                model(given)
+    stock.bias.data.zero_()
+    model = lowrank.convert(nn.Sequential(copy.deepcopy(stock)), ["0"], Vanilla())
+    model(x * torch.inf)  # proves nothing
+    assert not model[0]._lowrank.proven
+    torch.testing.assert_close(results(model, x), results(stock, x))
+    assert model[0]._lowrank.proven
+
+
+def test_what_has_no_weight_cannot_be_converted_though_it_is_registered():
+    lowrank.register_layer(nn.Softsign)
+    with pytest.raises(ConversionError, match=r"layer '0' \(Softsign\): it has no weight as register_layer was told"):
+        lowrank.convert(nn.Sequential(nn.Softsign()), ["0"], Vanilla())
+
+
 class Simple(nn.Conv3d):
     """As in torchvision's networks for video: a constructor of its own, and nothing else."""
 

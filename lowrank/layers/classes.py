@@ -1,0 +1,82 @@
+"""The classes that stand in for stock ones, each made once; those of others are proven at their first step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.errors import ConversionError, SettingError
+from lowrank.layers.direct import DIRECT
+from lowrank.layers.kinds import KINDS, kind_of
+from lowrank.layers.layer import LowRankLayer, as_computed, geometry_of, input_of, is_single
+from lowrank.layers.lazy import real
+from lowrank.layers.swap import is_parametrized_class, own_of
+
+
+class LowRankConv2d(LowRankLayer, nn.Conv2d):  # type: ignore[misc]
+    """A converted `nn.Conv2d`."""
+
+    stock_class, kind = nn.Conv2d, KINDS[nn.Conv2d]
+    _direct = DIRECT[nn.Conv2d]
+
+
+class LowRankLinear(LowRankLayer, nn.Linear):  # type: ignore[misc]
+    """A converted `nn.Linear`."""
+
+    stock_class, kind = nn.Linear, KINDS[nn.Linear]
+    _direct = DIRECT[nn.Linear]
+
+
+class RegisteredLayer(LowRankLayer):
+    """A layer of a class that `register_layer` was told of: what it was told is compared with the class's own forward
+    pass, once for each layer, at the first training step that has only finite outputs."""
+
+    def _plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self._lowrank.proven:
+            self._prove(real(input), weight, bias)
+        return super()._plain(input, weight, bias)
+
+    @torch.no_grad()
+    def _prove(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        with torch.random.fork_rng():
+            own = self._stock(input)
+        if not own.isfinite().all():
+            return
+        x, dtype, outside = as_computed(input_of(self, input), weight)
+        try:
+            with outside:
+                x = x.unsqueeze(0) if is_single(self, x) else x
+                told = geometry_of(self).forward(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+            told = told.squeeze(0) if is_single(self, input) else told
+            same = told.shape == own.shape and (told - own).norm() <= torch.finfo(dtype).eps ** 0.5 * own.norm()
+        except RuntimeError:  # a weight of other sizes, say
+            same = False
+        if not same:
+            raise SettingError(
+                f"layer {self._lowrank.name!r}: {self.stock_class.__name__} does not compute what register_layer was "
+                f"told of it; register it again with the geometry and the weight that its forward has, or do not name it"
+            )
+        self._lowrank.proven = True
+
+
+_LAYERS: dict[type[nn.Module], type[LowRankLayer]] = {nn.Conv2d: LowRankConv2d, nn.Linear: LowRankLinear}
+
+
+def layer_class(stock: type[nn.Module]) -> type[LowRankLayer]:
+    """The class that stands in for a stock one.
+
+    Raises:
+        ConversionError: for one that is not registered.
+    """
+    if is_parametrized_class(stock):  # of one module, and so is what stands in for it
+        (base,) = stock.__bases__
+        made: type[LowRankLayer] = type(stock.__name__, (layer_class(base),), {**own_of(stock), "stock_class": stock})
+        return made
+    kind = kind_of(stock)
+    if kind is None:
+        raise ConversionError(f"{stock.__name__} is no layer that can be converted; see lowrank.register_layer")
+    if stock not in _LAYERS or (kind.registered and _LAYERS[stock].kind is not kind):
+        own = {"stock_class": stock, "_place": (__name__, "layer_class"), "__module__": stock.__module__}
+        base = RegisteredLayer if kind.registered else LowRankLayer
+        _LAYERS[stock] = type(f"LowRank{stock.__name__}", (base, stock), {**own, "kind": kind})
+    return _LAYERS[stock]
