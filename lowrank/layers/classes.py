@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,16 +35,18 @@ class RegisteredLayer(LowRankLayer):
 
     def _plain(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self._lowrank.proven:
-            self._prove(real(input), weight, bias)
+            self._prove(real(input))
         return super()._plain(input, weight, bias)
 
     @torch.no_grad()
-    def _prove(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    def _prove(self, input: Tensor) -> None:
+        moved = self._with_other_numbers()
         with torch.random.fork_rng():
-            own = self._stock(input)
+            own = moved.forward(input)
         if not own.isfinite().all():
             return
-        x, dtype, outside = as_computed(input_of(self, input), weight)
+        weight, bias = self.kind.weight(moved), moved.bias
+        x, dtype, outside = as_computed(input_of(moved, input), weight)
         try:
             with outside:
                 x = x.unsqueeze(0) if is_single(self, x) else x
@@ -54,9 +58,25 @@ class RegisteredLayer(LowRankLayer):
         if not same:
             raise SettingError(
                 f"layer {self._lowrank.name!r}: {self.stock_class.__name__} does not compute what register_layer was "
-                f"told of it; register it again with the geometry and the weight that its forward has, or do not name it"
+                f"told of it; register it again, with the geometry and the weight of its forward, or do not name it"
             )
         self._lowrank.proven = True
+
+    def _with_other_numbers(self) -> Any:
+        """A stock layer whose parameters are not zero, as a bias may be that has no part in the output yet; nothing of
+        the layer itself is changed by its forward pass."""
+
+        def other(numbers: Tensor | None) -> Tensor | None:
+            if numbers is None:
+                return None
+            some = torch.arange(numbers.numel(), device=numbers.device).cos().view(numbers.shape)
+            return numbers.detach() + some.to(numbers.dtype)
+
+        stock = self.stock_class.__new__(self.stock_class)
+        parameters = {name: other(one) for name, one in self._parameters.items()}
+        buffers = {name: None if one is None else one.clone() for name, one in self._buffers.items()}
+        stock.__dict__ = {**self.__dict__, "_parameters": parameters, "_buffers": buffers}
+        return stock
 
 
 _LAYERS: dict[type[nn.Module], type[LowRankLayer]] = {nn.Conv2d: LowRankConv2d, nn.Linear: LowRankLinear}

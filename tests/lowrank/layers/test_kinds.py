@@ -146,12 +146,18 @@ def test_what_does_not_compute_what_it_is_registered_as_is_told_at_the_first_ste
         for given in (x, x[0]):
             with pytest.raises(SettingError, match=r"layer '0': Doubled does not compute what register_layer was told"):
                 model(given)
-    stock.bias.data.zero_()
-    model = lowrank.convert(nn.Sequential(copy.deepcopy(stock)), ["0"], Vanilla())
-    model(x * torch.inf)  # proves nothing
-    assert not model[0]._lowrank.proven
-    torch.testing.assert_close(results(model, x), results(stock, x))
-    assert model[0]._lowrank.proven
+    stock.bias.data.zero_()  # of which the outputs are those of a linear layer, though not the gradients
+    model = lowrank.convert(nn.Sequential(stock), ["0"], Vanilla())
+    with pytest.raises(SettingError, match="register_layer"):
+        model(x)
+
+
+def test_outputs_that_are_not_finite_prove_nothing():
+    lowrank.register_layer(Transposed, weight=lambda layer: layer.weight.mT)
+    model = lowrank.convert(nn.Sequential(Transposed()), ["0"], Vanilla())
+    for x, proven in ((torch.full((2, 5), torch.inf), False), (torch.ones(2, 5), True)):
+        model(x)
+        assert model[0]._lowrank.proven == proven
 
 
 def test_what_has_no_weight_cannot_be_converted_though_it_is_registered():
