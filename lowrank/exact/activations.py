@@ -198,12 +198,13 @@ class _Dropout(Node):
         # The draws of PyTorch's own dropout on each kind of device, so that a seed gives the same network.
         if x.is_cuda and not inplace:
             y, mask = torch.native_dropout(x, p, True)
+            ctx.scale = 1 / (1 - p) if p < 1 else 0.0
         else:
             mask = torch.empty_like(x).bernoulli_(1 - p)
             y = x * (mask / (1 - p)) if p < 1 else x * mask
+            ctx.scale = _scale(p, x.dtype)
         bits, ctx.place = pack(mask, Gate("not zero"))
         ctx.save_for_backward(bits)
-        ctx.scale = 1 / (1 - p) if p < 1 else 0.0
         if not inplace:
             return y
         ctx.mark_dirty(x)
@@ -214,6 +215,12 @@ class _Dropout(Node):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (bits,) = ctx.saved_tensors
         return _gradient(grad, bits, ctx.place, Slopes(ctx.scale, 0.0)), None, None
+
+
+@lru_cache(maxsize=256)
+def _scale(p: float, dtype: torch.dtype) -> float:
+    """What dropout multiplies by where it is not done in one operator: rounded to the dtype, in both directions."""
+    return float(torch.ones((), dtype=dtype, device="cpu").div_(1 - p)) if p < 1 else 0.0
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

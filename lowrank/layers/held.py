@@ -98,7 +98,9 @@ def hold(x: Tensor, lazy: Lazy) -> None:
     with _LOCK:  # several threads may be given the same tensor
         stock = Watched if type(x) is Watched else Tensor
         _, references = vars(x).setdefault("_lowrank_held", (stock, []))
-        references.append(weakref.ref(lazy, partial(_ended, weakref.ref(x))))
+        ended = partial(_ended, weakref.ref(x))
+        references.append(weakref.ref(lazy, ended))
+        lazy.when_read = partial(ended, references[-1])
         x.__class__ = Held
 
 

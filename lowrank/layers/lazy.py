@@ -33,10 +33,12 @@ class Lazy(Tensor):
     Attributes:
         origin: what it is computed from, for who can do more with that than read the value; None once it is read.
         written: whether a function that keeps less has changed it in place, of which something may be noted.
+        when_read: called once it is computed, by whoever holds something for that.
     """
 
     origin: Any
     written: bool
+    when_read: Callable[[], None] | None
     _make: Callable[[], Tensor] | None
     _value: Tensor | None
     _watched: bool
@@ -56,7 +58,7 @@ class Lazy(Tensor):
         self: Lazy = Tensor._make_wrapper_subclass(cls, shape, **options)
         torch._C._set_throw_on_mutable_data_ptr(self)  # an error, no crash, where code in C++ goes by no operator
         self._make, self._value, self.origin, self._watched = make, None, origin, watched
-        self.written = False
+        self.written, self.when_read = False, None
         return self
 
     def value(self) -> Tensor:
@@ -66,6 +68,9 @@ class Lazy(Tensor):
             with torch.no_grad(), without_autocast(self.device.type):
                 self._value = laid_out(self._make(), self.stride())
             self._make = self.origin = None
+            if self.when_read is not None:
+                self.when_read()
+                self.when_read = None
         return self._value
 
     def replace(self, data: Tensor) -> None:

@@ -57,6 +57,19 @@ def test_dropout_draws_what_pytorch_draws(p, inplace, memory_format):
         assert kept(lambda v: activations.dropout(v, p), x) == -(-x.numel() // 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_gradient_of_dropout_in_half_precision_is_that_of_its_output(inplace, dtype):
+    results = []
+    for function in (F.dropout, activations.dropout):
+        torch.manual_seed(0)
+        leaf = random_tensor(16, 16).to(dtype).requires_grad_(True)
+        y = function(leaf.clone(), 0.1, True, inplace)
+        y.backward(y.detach())
+        results.append((y.detach(), leaf.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
 def test_dropout_does_nothing_in_evaluation():
     x = random_tensor(4, 4).requires_grad_(True)
     assert torch.equal(activations.dropout(x, 0.5, training=False), x)

@@ -86,6 +86,30 @@ def test_methods_that_choose_ranks_by_the_data_keep_as_little_of_any_number_of_l
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
 
 
+class Shortcut(nn.Module):
+    """Its input is read again behind its first layer, and so behind the break that this makes in a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.shortcut = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x))) + self.shortcut(x)
+
+
+@pytest.mark.slow
+def test_methods_that_choose_ranks_by_the_data_compile_once_for_all_steps():
+    torch._dynamo.reset()
+    model = lowrank.convert(Shortcut(), ["conv", "shortcut"], HOSVD(0.8))
+    twin, fast = copy.deepcopy(model), torch.compile(model, backend="eager")
+    for number in range(3):
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            for network in (twin, fast):
+                network(random_tensor(4, 3, 6, 6, dtype=torch.float32)).square().sum().backward()
+    for one, two in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_compiled_with_methods_that_keep_the_input(fullgraph):

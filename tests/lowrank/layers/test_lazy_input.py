@@ -162,6 +162,18 @@ def test_nothing_is_held_longer_than_the_output(read):
         gc.enable()
 
 
+def test_an_input_is_held_until_its_last_output_is_read():
+    _, model = pair(freeze=FROZEN)
+    x = random_tensor(*SHAPE)
+    first, second = model[0](x), model[0](x)
+    assert type(x) is not torch.Tensor
+    first.sum().item()
+    assert type(x) is not torch.Tensor
+    second.sum().item()
+    assert type(x) is torch.Tensor
+    assert not vars(x)
+
+
 def test_several_outputs_wait_for_one_input():
     stock, model = pair(freeze=FROZEN)
     outputs = []
