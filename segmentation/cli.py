@@ -12,9 +12,11 @@ from mmengine.config import Config, DictAction
 from experiment import ExperimentError
 from experiment.command import Work, dashed, finish, folder_word, importing
 from experiment.launching import run_all
+from experiment.limit import check_limit
+from experiment.method import require_own_ranks
 from experiment.processes import alone, place
 from segmentation import register, sweep
-from segmentation.compose import choose_depth, load_config, move_data, rescale
+from segmentation.compose import HOOK, choose_depth, load_config, move_data, rescale
 from segmentation.config_names import check_options
 from segmentation.data.prepare import DATASETS, prepare
 from segmentation.parts import check_parts
@@ -147,6 +149,10 @@ def task_of(options: argparse.Namespace) -> Task:
         {key: value for key, value in (options.cfg_options or {}).items() if key.split(".")[0] in config}
     )
     check_settings(config.to_dict())
+    if options.command == "train":  # what is measured is the network as it is
+        for hook in config.get("custom_hooks", []):
+            if hook["type"] == HOOK and not hook.get("budget"):
+                require_own_ranks(hook["method"])
     config.launcher = options.launcher
     started = options.launcher != "none"
     config.processes = place().count if started else options.processes or config.get("processes", 1)
@@ -174,6 +180,7 @@ def _require_one_length(options: argparse.Namespace) -> None:
 
 def _limit(config: Config, limit: float) -> None:
     """Train on a part of the data set, which the validation images do not belong to."""
+    check_limit(limit, "--limit")
     from segmentation.data.draws import PlacedDataset
 
     if config.train_dataloader.dataset.type != PlacedDataset.__name__:
@@ -195,7 +202,7 @@ def _set_budget(config: Config, options: argparse.Namespace) -> None:
 
     Budget(**given)
     for hook in config.get("custom_hooks", []):
-        if hook["type"] == "LowRankHook":
+        if hook["type"] == HOOK:
             hook["budget"] = given
 
 

@@ -221,19 +221,6 @@ class ImageDataModule(pl.LightningDataModule):
         max_length: int = 128,
     ) -> None:
         super().__init__()
-        if augment and cache:
-            raise ExperimentError(
-                "--data.augment draws every image anew, so it cannot go with --data.cache; set one off"
-            )
-        if split_file is not None and partition == "all":
-            raise ExperimentError(
-                "--data.split_file divides the data set: set --data.partition to pretrain or finetune"
-            )
-        sizes = {"image_size": image_size, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
-        sizes["max_length"] = max_length
-        for name, size in sizes.items():
-            if size < 1:
-                raise ExperimentError(f"--data.{name} is {size}; allowed are whole numbers from 1")
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.workers, self.shuffle_seed, self.augment = workers, shuffle_seed, augment
         splits = load_splits(dataset, Path(root))

@@ -49,7 +49,7 @@ def test_samples_are_the_same_for_a_seed_and_in_proportion():
 
 @pytest.mark.parametrize("limit", [9, 0, -1, 0.001, 20.5, 10**6, float("nan")])
 def test_what_is_no_part_is_refused(limit):
-    with pytest.raises(ExperimentError, match=r"--data\.limit is .* allowed are whole numbers from the 10 classes to "):
+    with pytest.raises(ExperimentError, match=r"--data\.limit is .* allowed are whole numbers from (the 10 classes|1)"):
         digits(limit=limit)
 
 

@@ -203,8 +203,11 @@ def test_a_part_of_a_data_set_is_drawn_by_its_seed_and_is_another_run(data_dir, 
     assert (len(images(None)), len(images(5)), len(images(0.25)), len(images(1.0))) == (12, 5, 3, 12)
     assert images(3) == images(0.25) < images(5) < images(None)
     assert images(5) != images(5, seed=2)
-    for wrong in (0, 13, 2.5, -1):
-        with pytest.raises(ExperimentError, match="of 12 training samples; allowed are whole numbers up to 12"):
+    for wrong in (13, 0.01):
+        with pytest.raises(ExperimentError, match="of 12 training samples; allowed are whole numbers from 1 to 12"):
+            images(wrong)
+    for wrong in (0, 2.5, -1, "3", True):
+        with pytest.raises(ExperimentError, match=r"the limit is .*; allowed are whole numbers from 1, or a share"):
             images(wrong)
     words = arguments("train", "vanilla", data_dir, tmp_path, "--limit", "6")
     assert main(words) == 0
