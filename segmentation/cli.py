@@ -115,9 +115,18 @@ def _layers(text: str) -> int | str:
 
 
 def task_of(options: argparse.Namespace) -> Task:
-    """The run that the arguments describe."""
-    from segmentation.training import Task
+    """The run that the arguments describe; errors as of `config_of`."""
+    from segmentation.training import Task  # which takes seconds to import
 
+    return Task(config_of(options), options.runs_dir, options.work_dir, options.dry_run)
+
+
+def config_of(options: argparse.Namespace) -> Config:
+    """The config that the arguments describe, of `train` or `measure`, once its settings are checked.
+
+    Raises:
+        ExperimentError: an option, a config or a setting that cannot work.
+    """
     config = load_config(options.configs)
     check_options(options.cfg_options, config)
     config.merge_from_dict(dict(options.cfg_options or {}))
@@ -125,6 +134,24 @@ def task_of(options: argparse.Namespace) -> Task:
     check_parts(config.to_dict(), options.command)
     if "depths" in config:
         _refuse_of_depth(options.cfg_options or {})
+    _set(config, options)
+    # Once more, over what the other arguments set.
+    config.merge_from_dict(
+        {key: value for key, value in (options.cfg_options or {}).items() if key.split(".")[0] in config}
+    )
+    check_settings(config.to_dict())
+    if options.command == "train":  # what is measured is the network as it is
+        for hook in config.get("custom_hooks", []):
+            if hook["type"] == HOOK and not hook.get("budget"):
+                require_own_ranks(hook["method"])
+    config.launcher = options.launcher
+    started = options.launcher != "none"
+    config.processes = place().count if started else options.processes or config.get("processes", 1)
+    return config
+
+
+def _set(config: Config, options: argparse.Namespace) -> None:
+    """Set what options of the command line say, in place."""
     choose_depth(config, options.layers)
     if options.iterations is not None:
         _require_one_length(options)
@@ -144,19 +171,6 @@ def task_of(options: argparse.Namespace) -> Task:
     if options.amp:
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     _set_budget(config, options)
-    # Once more, over what the other arguments set.
-    config.merge_from_dict(
-        {key: value for key, value in (options.cfg_options or {}).items() if key.split(".")[0] in config}
-    )
-    check_settings(config.to_dict())
-    if options.command == "train":  # what is measured is the network as it is
-        for hook in config.get("custom_hooks", []):
-            if hook["type"] == HOOK and not hook.get("budget"):
-                require_own_ranks(hook["method"])
-    config.launcher = options.launcher
-    started = options.launcher != "none"
-    config.processes = place().count if started else options.processes or config.get("processes", 1)
-    return Task(config, options.runs_dir, options.work_dir, options.dry_run)
 
 
 def _refuse_of_depth(given: Mapping[str, Any]) -> None:

@@ -151,18 +151,14 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
             **shared_settings(options, extra),
         )
 
-    return parsed(parser, arguments, sweep_of, _problem)
+    return parsed(parser, arguments, sweep_of, _check)
 
 
-def _problem(arguments: Sequence[str]) -> str | None:
-    """What is wrong with the options of a run."""
-    from segmentation.cli import parser
+def _check(arguments: Sequence[str]) -> None:
+    """Raise what is wrong with the options and settings of a run."""
+    from segmentation.cli import config_of, parser
 
-    try:
-        parser().parse_args(arguments)
-    except argparse.ArgumentError as error:
-        return str(error)
-    return None
+    config_of(parser().parse_args(arguments))
 
 
 def main(arguments: Sequence[str], command: Command) -> int:

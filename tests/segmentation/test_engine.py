@@ -181,14 +181,23 @@ def test_options_are_spelled_either_way(option, data_dir, tmp_path, capsys):
     assert f"folder: {tmp_path}" in capsys.readouterr().out
 
 
-def test_a_typo_never_starts_a_sweep(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (["--iteration", "3"], "--iteration"),
+        (["--dry-runn"], "--dry-runn"),
+        (["--budgets", "1/2"], "--budgets"),
+        (["--dry-run", "--limit", "-1"], "--limit is -1.0; allowed"),
+        (["--dry-run", "--cfg-options", "train_cfg.val_interval=0"], "train_cfg.val_interval is 0; allowed"),
+    ],
+    ids=lambda words: words[-1] if isinstance(words, list) else None,
+)
+def test_a_mistake_never_starts_a_sweep(mistake, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["sweep", "--model", "pspnet_small", "--dataset", "digit_scenes", "--runs-dir", str(tmp_path)]
-    for typo in (["--iteration", "3"], ["--dry-runn"], ["--budgets", "1/2"]):
-        with pytest.raises(SystemExit) as ended:
-            main([*words, *typo])
-        assert ended.value.code == 2
-        assert typo[0] in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", "--model", "pspnet_small", "--dataset", "digit_scenes", "--runs-dir", str(tmp_path), *mistake])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
