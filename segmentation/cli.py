@@ -242,10 +242,11 @@ def run(arguments: Sequence[str], work: Work | None = None) -> None:
         picture(options.runs, options.output, options.count)
         return
     with importing():
+        from segmentation.building import mendable_parts
         from segmentation.start import join_others
         from segmentation.training import is_due, measure, train
 
-    with alone():
+    with alone(), mendable_parts():
         join_others(options)
         task = task_of(options)
         if options.command == "measure":

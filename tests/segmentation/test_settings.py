@@ -63,6 +63,28 @@ def test_what_cannot_work_is_refused(name, dry, data_dir, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+PARTS = {  # that MMEngine cannot build, and what it says of them
+    "model.decode_head.type=Nope": "Nope is not in the mmseg::model registry",
+    "model.backbone.nope=3": r"\w+.__init__\(\) got an unexpected keyword argument 'nope'",
+    "model.backbone.depth=17": "invalid depth 17 for resnet",
+    "default_hooks.logger.type=Nope": "Nope is not in the mmseg::hook registry",
+    "train_cfg.nope=3": r"IterBasedTrainLoop.__init__\(\) got an unexpected keyword argument 'nope'",
+    "train_dataloader.nope=3": r"DataLoader.__init__\(\) got an unexpected keyword argument 'nope'",
+    "optim_wrapper.optimizer.nope=3": r"\w+.__init__\(\) got an unexpected keyword argument 'nope'",
+}
+
+
+@pytest.mark.parametrize("setting", PARTS)
+def test_a_part_that_cannot_be_built_is_one_line_and_leaves_nothing(setting, data_dir, tmp_path, capsys):
+    composed = map(str, files("pspnet_small", "digit_scenes", "finetune", "vanilla"))
+    where = ["--layers", "10", "--data-dir", str(data_dir), "--runs-dir", str(tmp_path / "runs")]
+    assert main(["train", *composed, *where, "--iterations", "2", *TINY, setting]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "OneDL" not in line]
+    assert len(said) == 1
+    assert re.search(f"^error: a part of the config cannot be built: {PARTS[setting]}; mend its type", said[0])
+    assert not list(tmp_path.rglob("*.json"))
+
+
 @pytest.mark.parametrize("option", ["--runs-dir", "--work-dir", "--data-dir"])
 def test_a_folder_without_a_name_is_an_error_of_the_command_line(option, capsys):
     with pytest.raises(SystemExit, match="2"):
