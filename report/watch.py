@@ -75,13 +75,12 @@ class Watch:
         Raises:
             ExperimentError: none is planned.
         """
-        runs = sorted(set(read_planned(self._root)), key=_order)
-        if not runs:
+        folders = read_planned(self._root)
+        if not folders:
             raise ExperimentError(f"no run is planned below {self._root}; a sweep plans them, also before it begins")
-        return [self._state(run) for run in runs]
+        return [self._state(run, folders[run]) for run in sorted(folders, key=_order)]
 
-    def _state(self, run: Run) -> State:
-        folder = run.folder(self._root)
+    def _state(self, run: Run, folder: Path) -> State:
         if run in self._done or is_result(folder / RESULT, run=run):
             self._done.add(run)
             return State(run, DONE)
