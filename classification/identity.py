@@ -40,14 +40,8 @@ NO_INFLUENCE_MARK = "no_influence"  # true of the class of a callback of your ow
 # Callbacks of Lightning that show, time and save; a run that one of them ends early is not done.
 _WATCHING = {
     *("DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "Timer"),
-    *(
-        "OnExceptionCheckpoint",
-        "ProgressBar",
-        "RichModelSummary",
-        "RichProgressBar",
-        "ThroughputMonitor",
-        "TQDMProgressBar",
-    ),
+    *("OnExceptionCheckpoint", "ProgressBar", "RichModelSummary", "RichProgressBar", "ThroughputMonitor"),
+    "TQDMProgressBar",
 }
 # What of an identity is said otherwise (in names, by the method or the recipe), or changes results by rounding alone.
 _SAID = {

@@ -148,6 +148,15 @@ def _tokens(texts: Sequence[str], name: str, length: int) -> Tensor:
     return encoded["input_ids"]
 
 
+def _transforms(size: int, mean: Sequence[float], std: Sequence[float]) -> tuple[v2.Transform, v2.Transform]:
+    """What is done to an image, and what to one that is drawn anew in each epoch; both give float32 (3, size, size)."""
+    opened, normalised = [v2.ToImage(), v2.RGB()], v2.Normalize(list(mean), list(std))
+    scaled, square = v2.ToDtype(torch.float32, scale=True), (size, size)
+    crop = [v2.RandomResizedCrop(square, antialias=True), v2.RandomHorizontalFlip()]
+    whole = v2.Compose([*opened, scaled, v2.Resize(square, antialias=True), normalised])
+    return whole, v2.Compose([*opened, *crop, scaled, normalised])
+
+
 def _repeated(name: str, splits: Splits) -> int:
     """How many test samples are to be trained or validated on as well, which is said."""
     parts = (splits.train, splits.val, splits.test)
@@ -235,24 +244,11 @@ class ImageDataModule(pl.LightningDataModule):
         self.num_classes, self.fingerprint = len(splits.classes), splits.fingerprint
         dealt = [users.tobytes() for _, users in sorted((self.users or {}).items())]
         told = (
-            splits.fingerprint,
-            partition,
-            limit,
-            limit_seed,
-            image_size,
-            mean,
-            std,
-            eval_batch_size,
-            tokenizer,
-            max_length,
+            *(splits.fingerprint, partition, limit, limit_seed, image_size, mean, std),
+            *(eval_batch_size, tokenizer, max_length),
         )
         self._images = fingerprint([repr(told).encode(), *dealt])
-        opened, normalised = [v2.ToImage(), v2.RGB()], v2.Normalize(mean, std)
-        scaled = v2.ToDtype(torch.float32, scale=True)
-        square = (image_size, image_size)
-        transform = v2.Compose([*opened, scaled, v2.Resize(square, antialias=True), normalised])
-        crop = [v2.RandomResizedCrop(square, antialias=True), v2.RandomHorizontalFlip()]
-        drawn = v2.Compose([*opened, *crop, scaled, normalised])
+        transform, drawn = _transforms(image_size, mean, std)
 
         def prepared(part: ImageSet | TextSet) -> TransformedSet | TokenSet:
             if isinstance(part, TextSet):
