@@ -15,6 +15,7 @@ from experiment.launching import run_all
 from experiment.limit import check_limit
 from experiment.method import require_own_ranks
 from experiment.processes import alone, place
+from experiment.sweep import SEED
 from segmentation import register, sweep
 from segmentation.compose import HOOK, choose_depth, load_config, move_data, rescale
 from segmentation.config_names import check_options
@@ -166,7 +167,7 @@ def _set(config: Config, options: argparse.Namespace) -> None:
         config.perplexity = {**config.get("perplexity", {}), "derive": options.derive}
     if options.load_from is not None:
         config.load_from = options.load_from
-    seed = options.seed if options.seed is not None else config.get("randomness", {}).get("seed", 233)
+    seed = options.seed if options.seed is not None else config.get("randomness", {}).get("seed", SEED)
     config.randomness = {**config.get("randomness", {}), "seed": seed}
     if options.amp:
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")

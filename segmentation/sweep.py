@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -129,9 +129,13 @@ def published_budget(network: str, dataset: str, layers: str) -> float | None:
     return depths.get(int(layers)) if depths else None
 
 
+def names(kind: str) -> list[str]:
+    """Names of the configs of a kind: "data", "methods", "networks"."""
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.py"))
+
+
 def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     """The sweep that the arguments describe, and whether only to list it."""
-    names: Callable[[str], list[str]] = lambda kind: sorted(path.stem for path in (CONFIGS / kind).glob("*.py"))  # noqa: E731
     methods = names("methods")
     parser = sweep_parser(PROGRAM, __doc__, methods, "all of them")
     parser.add_argument("--model", "--network", choices=names("networks"), required=True, help="name of a network")

@@ -62,3 +62,5 @@ def test_a_run_on_a_part_says_so_and_is_another_run(tmp_path, capsys):
     for other in (words[:-2], [*words[:-1], "24"], [*words, "--data.limit_seed", "1"]):
         assert main(other) == 2
         assert "limit" in capsys.readouterr().err
+    assert main([*words[:-1], "-1"]) == 2
+    assert "--data.limit is -1.0; allowed" in capsys.readouterr().err, "not that the run there has another one"
