@@ -305,6 +305,8 @@ OF_THE_SUITE = {  # what is changed, and what is said
     "processes": ("train", [("processes", "2")], "processes is '2'; allowed are whole numbers from 1"),
     "measured typo": ("measure", [("perplexity", {"enrgies": [0.5]})], "perplexity has the setting 'enrgies'; allowed"),
     "energies": ("measure", [("perplexity", {"energies": "0.5"})], "energies of perplexity is '0.5'; allowed: a list"),
+    "energies above 1": ("measure", [("perplexity", {"energies": [1.5]})], "energies of perplexity is '[1.5]'"),
+    "no batches": ("measure", [("perplexity", {"batches": 0})], "batches of perplexity is '0'; allowed: whole numbers"),
     "no settings": ("measure", [("perplexity", [0.5])], "perplexity is '[0.5]'; allowed are settings by their names"),
 }
 
