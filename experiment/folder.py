@@ -7,6 +7,7 @@ import enum
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -140,7 +141,7 @@ class RunFolder:
         results = (self.result, self.path / RESULT, self.path / TABLE)
         if self.last_checkpoint is not None or any(path.exists() for path in results):
             return True
-        return any(path.suffix in _WEIGHTS for path in self.path.rglob("*"))
+        return any(name.endswith(_WEIGHTS) for _, _, names in os.walk(self.path) for name in names)
 
     def at(self, path: Path) -> RunFolder:
         """The same run in another folder."""
