@@ -53,12 +53,12 @@ from experiment.method import table_tag
 from experiment.processes import alone, first_does, first_holds, say
 from experiment.record import RESULT, TABLE
 from experiment.signals import held
+from experiment.sweep import SEED
 from lowrank import kernels
 
 FRONTS = "fronts"  # the folder of runs' fronts, below that of the runs
 SPLIT = "split.npz"
 _TO_TEST = "give the settings of that run, which are in its config.yaml, or another checkpoint as --ckpt_path"
-SEED = 233  # the papers' seed
 
 
 class _NothingToDo(Exception):

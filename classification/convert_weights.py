@@ -17,13 +17,14 @@ import torch
 
 from classification.backbones.mcunet import released_weights
 from classification.backbones.published import convert
-from classification.backbones.weights import read_checkpoint, tensors_of
+from classification.backbones.weights import tensors_of
 from classification.options import weights_parser
 from experiment import ExperimentError
 from experiment.archives import unpack
 from experiment.command import Work, finish
 from experiment.download import download
 from experiment.files import write_whole
+from experiment.weights import read_weights
 
 RELEASE = "https://hanlab18.mit.edu/projects/tinyml/mcunet/release/mcunet-5fps_imagenet"
 MOST_BYTES = 16 * 2**30  # of an archive of checkpoints, unpacked
@@ -83,7 +84,7 @@ def convert_file(name: str, source: str, config: str | None, member: str | None,
         folder = Path(temporary)
         path = checkpoint_in(local(source, folder / "download"), folder / "unpacked", member)
         description = None if config is None else local(config, folder)
-        state = convert(name, tensors_of(read_checkpoint(str(path)), str(path)), description)
+        state = convert(name, tensors_of(read_weights(path), str(path)), description)
     content = io.BytesIO()
     torch.save(state, content)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from classification.backbones.weights import weights_fingerprint
-from classification.data.module import FRONT_OF_AUGMENTED
 from classification.data.partition import split_fingerprint
 from classification.data.prepared import load_ahead
 from classification.data.registry import MissingDataError
 from classification.data.text import TEXTS, is_there
-from experiment import ExperimentError, Run
+from experiment import Run
 from experiment.folder import IDENTITY
 from experiment.method import build_method, leaves_ranks
 from experiment.method import method_tag as tag_of
@@ -41,14 +40,8 @@ NO_INFLUENCE_MARK = "no_influence"  # true of the class of a callback of your ow
 # Callbacks of Lightning that show, time and save; a run that one of them ends early is not done.
 _WATCHING = {
     *("DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "Timer"),
-    *(
-        "OnExceptionCheckpoint",
-        "ProgressBar",
-        "RichModelSummary",
-        "RichProgressBar",
-        "ThroughputMonitor",
-        "TQDMProgressBar",
-    ),
+    *("OnExceptionCheckpoint", "ProgressBar", "RichModelSummary", "RichProgressBar", "ThroughputMonitor"),
+    "TQDMProgressBar",
 }
 # What of an identity is said otherwise (in names, by the method or the recipe), or changes results by rounding alone.
 _SAID = {
@@ -216,14 +209,6 @@ def run_of(config: Mapping[str, Any], method: str) -> Run:
     Raises:
         ExperimentError: a setting that no run can have.
     """
-    trainer = config["trainer"]
-    if trainer["fast_dev_run"]:
-        raise ExperimentError("--trainer.fast_dev_run leaves no record; use --trainer.max_epochs 1")
-    if config["data"]["augment"] and config["model"]["cache_front"]:
-        raise ExperimentError(FRONT_OF_AUGMENTED)
-    for key in ("max_epochs", "limit_train_batches", "limit_val_batches", "limit_test_batches"):
-        if trainer[key] is not None and not trainer[key] > 0:
-            raise ExperimentError(f"--trainer.{key} is {trainer[key]}; a run needs more than 0")
     return Run(
         task="classification",
         setup=config["setup"],

@@ -121,13 +121,6 @@ class FineTune(pl.LightningModule):
         select_from: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 0 <= select_from < 1:
-            raise ExperimentError(f"--model.select_from is {select_from}; allowed are numbers from 0 to below 1")
-        for name, value, least in (("learning_rate", learning_rate, 0), ("momentum", momentum, 0)):
-            if not value >= least:
-                raise ExperimentError(f"--model.{name} is {value}; allowed are numbers from {least}")
-        if optimizer == "adamw" and momentum:
-            raise ExperimentError(f"--model.momentum is {momentum}, and AdamW has its own; set it to 0")
         self.backbone = build_model(backbone, num_classes, pretrained, weights)
         if kind == "linear" and part != "mlp":
             lowrank.open_attention(self.backbone)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from experiment.archives import unpack
 from experiment.command import Work, finish
 from experiment.download import download, verify
 from experiment.errors import InUseError
-from experiment.files import locked
+from experiment.files import beside, locked
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,11 @@ class Preparation:
     def folder(self) -> Path:
         """Where the data set belongs."""
         return self.root / self.source.folder
+
+    @property
+    def _at_work(self) -> Path:
+        """What the lock is named by, and what is being made: the folder may belong below one that is not there yet."""
+        return self.root / self.name
 
     def run(self) -> Splits:
         """Make the data set ready, unless it is.
@@ -91,7 +95,7 @@ class Preparation:
                 return self._checked(self.root)
             except ExperimentError as error:
                 raise ExperimentError(f"{existing} is there already, but: {error}") from None
-        with self._beside() as temporary:
+        with beside(self._at_work) as temporary:
             link = temporary / self.source.folder
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(existing.resolve())
@@ -103,7 +107,7 @@ class Preparation:
         """From archives to the data set in its place."""
         alone = [archive for archive in self.source.instead if self._given_file(archive) is not None]
         archives = [(archive, self._fetched(archive)) for archive in alone[:1] or self.source.archives]
-        with self._beside() as temporary:
+        with beside(self._at_work) as temporary:
             for archive, path in archives:
                 target = temporary / archive.into
                 if archive.unpack:
@@ -175,22 +179,11 @@ class Preparation:
         return splits
 
     @contextlib.contextmanager
-    def _beside(self) -> Iterator[Path]:
-        """A folder on the same disk that is gone afterwards, and with it what a killed command left."""
-        for left in self.root.glob(f".{self.name}.*/"):
-            shutil.rmtree(left, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{self.name}."))
-        try:
-            yield temporary
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(self.root / self.name, wait=False))
+                stack.enter_context(locked(self._at_work, wait=False))
             except BlockingIOError:
                 raise InUseError(f"another process is preparing {self.name} in {self.root}; wait for it") from None
             except OSError as error:

@@ -9,11 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Timer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from classification.data.module import FRONT_OF_AUGMENTED
 from classification.start import strategy_of
 from experiment import ExperimentError
 from experiment.launching import require_room
-from experiment.method import check_precision
+from experiment.limit import check_limit
+from experiment.method import check_precision, require_own_ranks
 
 PRECISIONS = {"32", "32-true", "16-mixed", "bf16-mixed", "16", "bf16"}  # what is measured is in single precision
 LEAST = {  # per number that has one
@@ -36,8 +40,10 @@ LEAST = {  # per number that has one
     "data.workers": 0,
     "data.partition_seed": 0,
     "data.limit_seed": 0,
+    **dict.fromkeys(("data.image_size", "data.batch_size", "data.eval_batch_size", "data.max_length"), 1),
 }
 MOST = {"seed_everything": 2**32 - 1, "model.momentum": 1}  # numpy's generators have no other seeds
+ABOVE_0 = tuple(f"trainer.limit_{part}_batches" for part in ("train", "val", "test"))
 _WHOLE_EPOCHS = "a run is made of whole epochs"
 NAMED = {  # files and folders that have a name, or are not given
     "runs_dir": "give a folder, such as runs",
@@ -48,7 +54,6 @@ ONLY = {  # settings of a training run that have one value alone
     "trainer.check_val_every_n_epoch": (1, "each epoch has a row in metrics.csv"),
     "trainer.val_check_interval": (None, "each epoch is validated once, at its end"),
     "trainer.max_steps": (-1, f"{_WHOLE_EPOCHS}; give --trainer.max_epochs"),
-    "trainer.fast_dev_run": (False, "it leaves no record; give --trainer.max_epochs 1"),
     "trainer.enable_checkpointing": (None, "without checkpoints a run cannot be resumed, nor its best epoch be tested"),
     "trainer.barebones": (False, "it does without all that a record is made of"),
     "trainer.overfit_batches": (0.0, "it validates on training images"),
@@ -73,26 +78,58 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> pl.Trainer:
     for key, instead in NAMED.items():
         if _at(config, key) == "":  # as of a variable that is not set
             raise ExperimentError(f"--{key} is empty; {instead}")
-    for key, least in LEAST.items():
-        value = _at(config, key)
-        most = MOST.get(key, math.inf)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            continue
-        if not least <= value <= most or value == math.inf:
-            to = f" to {most}" if key in MOST else ""
-            raise ExperimentError(f"--{key} is {value}; allowed are finite numbers from {least}{to}")
-    for key, least in (("data.mean", -math.inf), ("data.std", 0)):
-        if not all(least < value < math.inf for value in _at(config, key) or ()):
-            above = " above 0" if least == 0 else ""
-            raise ExperimentError(f"--{key} is {_at(config, key)}; allowed are finite numbers{above}")
+    _check_numbers(config)
     workers = _at(config, "data.workers") or 0
     require_room(f"--data.workers {workers}", workers)
     precision = _at(config, "trainer.precision")
     if precision is not None and str(precision) not in PRECISIONS:
         raise ExperimentError(f"--trainer.precision is {precision}; allowed: {', '.join(sorted(PRECISIONS))}")
+    if _at(config, "trainer.fast_dev_run"):
+        raise ExperimentError("--trainer.fast_dev_run leaves no record; give --trainer.max_epochs 1")
+    _check_together(config)
     if trains:
         _check_training(config)
     return _check_device(config["trainer"])
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    for key in (*LEAST, *ABOVE_0):
+        value = _at(config, key)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        least, most = LEAST.get(key, 0), MOST.get(key, math.inf)
+        if not least <= value <= most or value == math.inf or (value == 0 and key in ABOVE_0):
+            span = f"above {least}" if key in ABOVE_0 else f"from {least}{f' to {most}' if key in MOST else ''}"
+            raise ExperimentError(f"--{key} is {value}; allowed are finite numbers {span}")
+    for key, least in (("data.mean", -math.inf), ("data.std", 0)):
+        if not all(least < value < math.inf for value in _at(config, key) or ()):
+            above = " above 0" if least == 0 else ""
+            raise ExperimentError(f"--{key} is {_at(config, key)}; allowed are finite numbers{above}")
+    check_limit(_at(config, "data.limit"), "--data.limit")
+    if not 0 <= (select_from := _at(config, "model.select_from")) < 1:
+        raise ExperimentError(f"--model.select_from is {select_from}; allowed are numbers from 0 to below 1")
+
+
+def _check_together(config: Mapping[str, Any]) -> None:
+    """Refuse settings that cannot work with one another."""
+    model, data = config["model"], config["data"]
+    if data["augment"]:
+        if data["cache"]:
+            raise ExperimentError(
+                "--data.augment draws every image anew, so it cannot go with --data.cache; set one off"
+            )
+        if model["cache_front"]:
+            raise ExperimentError(FRONT_OF_AUGMENTED)
+        if data["image_size"] < 2:  # torchvision's crops of so little end in an assertion of PyTorch's, now and then
+            raise ExperimentError(
+                f"--data.image_size is {data['image_size']}; allowed with --data.augment are whole numbers from 2"
+            )
+    if data["split_file"] is not None and data["partition"] == "all":
+        raise ExperimentError("--data.split_file divides the data set: set --data.partition to pretrain or finetune")
+    if model["optimizer"] == "adamw" and model["momentum"]:
+        raise ExperimentError(f"--model.momentum is {model['momentum']}, and AdamW has its own; set it to 0")
+    if model["method"] is not None and model["budget"] is None:
+        require_own_ranks(model["method"])
 
 
 def _check_training(config: Mapping[str, Any]) -> None:
@@ -106,10 +143,22 @@ def _check_training(config: Mapping[str, Any]) -> None:
     precision = str(_at(config, "trainer.precision"))
     if "16" in precision:
         check_precision(_at(config, "model.method"), f"--trainer.precision is {precision}")
+    _check_time(_at(config, "trainer.max_time"))
     if config.get("ckpt_path") is not None:
         raise ExperimentError(
             "--ckpt_path is not for fit: an interrupted run goes on by itself, and --model.weights gives what to "
             "start from"
+        )
+
+
+def _check_time(given: Any) -> None:
+    try:
+        seconds = Timer(given)._duration
+    except (MisconfigurationException, TypeError):
+        seconds = -1.0
+    if seconds is not None and seconds < 0:
+        raise ExperimentError(
+            f"--trainer.max_time is {given}; allowed are times from 0 as DD:HH:MM:SS, such as 00:12:00:00"
         )
 
 

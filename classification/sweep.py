@@ -12,8 +12,7 @@ import gc
 from collections.abc import Sequence
 
 from classification.plans import METHODS, TRANSFORMER_METHODS, Sweep, is_transformer, names
-from experiment.command import finish, importing, one_line
-from experiment.errors import is_mendable
+from experiment.command import finish, importing
 from experiment.jobs import Command, Program
 from experiment.sweep import do_sweep, length_word, numbers, parsed, shared_settings, sweep_parser
 
@@ -43,21 +42,15 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
             **shared_settings(options, extra),
         )
 
-    return parsed(parser, arguments, sweep_of, _problem)
+    return parsed(parser, arguments, sweep_of, _check)
 
 
-def _problem(arguments: Sequence[str]) -> str | None:
-    """What is wrong with the options and settings of a run."""
+def _check(arguments: Sequence[str]) -> None:
+    """Raise what is wrong with the options and settings of a run."""
     with importing():
         from classification.cli import check  # takes seconds
 
-    try:
-        check(arguments)
-    except Exception as error:
-        if is_mendable(error):
-            return one_line(error)
-        raise
-    return None
+    check(arguments)
 
 
 def _run(arguments: Sequence[str]) -> None:

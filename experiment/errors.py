@@ -8,7 +8,7 @@ MENDABLE_CODE, OTHER_CODE = 2, 1
 # Errors of others whose message says all that a user needs; looked for where they are imported already.
 _OTHERS = {"lowrank": "LowRankError", "pytorch_lightning.utilities.exceptions": "MisconfigurationException"}
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG}
-DISK |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+DISK |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 class ExperimentError(Exception):

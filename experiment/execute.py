@@ -38,10 +38,15 @@ def nothing_to_do(run: Run, folder: RunFolder, dry_run: bool) -> str | None:
 def locked(run: Run, folder: RunFolder, config: str, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Hold the folder of a run that is to be done; see `experiment.RunFolder.locked`.
 
+    One with other settings that was killed before it saved anything gives way, which is said.
+
     Raises:
         InUseError: another process is at work in it, or has done the run since it was looked at.
     """
+    other = folder.difference if folder.known else None
     with folder.locked(config, begun):
+        if other is not None:
+            print(f"note: the run with other settings in {folder.path} had saved nothing, and is gone ({other})")
         if nothing_to_do(run, folder, dry_run=False) is not None:
             raise InUseError(f"another process has just done {run}; its result is {folder.result}")
         yield

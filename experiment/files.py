@@ -110,19 +110,49 @@ def remove_empty(folders: Iterable[Path]) -> None:
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock file of a file or folder, `.NAME.lock` beside it, and remove what a killed process left of that.
 
+    On a file system without locks nothing is held, and nothing removed, as it may be of a process at work.
+
     Args:
         path: the file or folder, which need not exist; is written in this block alone.
         wait: until no other process holds it.
 
     Raises:
         BlockingIOError: another process holds it, and this one is not to wait.
-        OSError: the lock file cannot be written, or the file system has no locks.
+        OSError: the lock file cannot be written.
     """
     with path.with_name(f".{path.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        # As `part_of` and tempfile name what is being written; those of `NAME.other` are not of this one.
-        remove_all(path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}{PART}"))
+        if _flock(lock, wait):
+            # As `part_of` names what is being written; those of `NAME.other` are not of this one.
+            remove_all(path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}{PART}"))
         yield
+
+
+def _flock(lock: IO[str], wait: bool) -> bool:
+    """Lock a file until it is closed; False where the file system cannot."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A new, empty folder beside a file or folder of which the lock is held; gone at the end, however that comes.
+
+    What is made in it is renamed to where it belongs once it is whole. That of a killed process, `locked` removes.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    part = part_of(path)
+    part.mkdir()
+    try:
+        yield part
+    finally:
+        remove_all([part])
 
 
 def _flush_names(folder: Path) -> None:

@@ -7,21 +7,23 @@ import enum
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiment.checkpoints import BEST, PREVIOUS
+from experiment.checkpoints import BEST, PREVIOUS, UNUSABLE
 from experiment.errors import ExperimentError
 from experiment.files import remove_all, remove_empty, remove_parts, write_whole
 from experiment.jobs import FAILURE
 from experiment.lock import LOCK, hold
-from experiment.record import Record, Run, is_result
+from experiment.record import RESULT, TABLE, Record, Run, is_result
 from experiment.sources import Sources, method_sources, require_same, save_sources
 
 _ANOTHER = "delete that folder or give another --runs-dir"
 CONFIG, IDENTITY, DATA, DATASET = "config.yaml", "identity.json", "data_fingerprint", "dataset"
+_WEIGHTS = (".ckpt", ".pth", ".pt", ".safetensors", UNUSABLE)  # how files of weights end, also those of one's own hooks
 _BESIDE = (DATA, DATASET)  # what the file of the identity holds besides, of which no hash is taken
 
 
@@ -108,7 +110,7 @@ class RunFolder:
         return Status.INTERRUPTED if self.last_checkpoint is not None else Status.NEW
 
     def require_this_run(self, advice: str = _ANOTHER, aside: Collection[str] = ()) -> None:
-        """Refuse what the folder holds, unless it is of this very run or nothing.
+        """Refuse what the folder holds, unless it is of this very run, or nothing that could be lost.
 
         Args:
             advice: what else to do than to restore what has changed.
@@ -118,6 +120,8 @@ class RunFolder:
             ExperimentError: as of `status`.
         """
         stored = self._stored_identity()
+        if not self._has_saved:  # as where a run was killed in its first epoch, and is to begin with a smaller batch
+            return
         data = (stored or {}).get(DATA)
         stored = None if stored is None else _without_beside(stored)
         if data is not None and self.data_fingerprint not in (None, data):
@@ -129,9 +133,15 @@ class RunFolder:
             difference = _difference(stored, self.identity, aside)
             if difference or not aside:
                 raise ExperimentError(f"{self.path} holds a run with other settings ({difference}); {advice}")
-        # One that came to nothing may be begun anew.
-        if self.last_checkpoint is not None or is_result(self.result, self.identity_hash, self._run):
-            require_same(self.path, self.sources, advice)
+        require_same(self.path, self.sources, advice)
+
+    @property
+    def _has_saved(self) -> bool:
+        """Whether the folder holds anything that training or measuring led to: a result, or weights of any name."""
+        results = (self.result, self.path / RESULT, self.path / TABLE)
+        if self.last_checkpoint is not None or any(path.exists() for path in results):
+            return True
+        return any(name.endswith(_WEIGHTS) for _, _, names in os.walk(self.path) for name in names)
 
     def at(self, path: Path) -> RunFolder:
         """The same run in another folder."""
@@ -185,7 +195,7 @@ class RunFolder:
                 not there, or empty but for a log, leaves nothing behind.
 
         Raises:
-            ExperimentError: the folder cannot be written.
+            ExperimentError: the folder cannot be written, or holds another run, see `status`.
             InUseError: another process is at work in it; says which.
         """
         made = [one for one in (self.path, *self.path.parents) if not one.exists()]
@@ -200,6 +210,7 @@ class RunFolder:
                 raise ExperimentError(
                     f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs-dir"
                 ) from None
+            self.require_this_run()  # another process may have been at work in it until now
             remove_parts(self.path)
             fresh = not any(path.is_file() for path in self.path.rglob("*") if not _is_beside(path))
             try:

@@ -100,7 +100,7 @@ def take_slurm(arguments: Sequence[str]) -> tuple[list[str], tuple[tuple[str, st
             continue
         name, equals, value = word.removeprefix(SLURM).partition("=")
         if not equals and words and not words[0].startswith("--"):
-            value = equals = words.pop(0)
+            value, equals = words.pop(0), "="
         taken[name] = value if equals else True
     return rest, tuple(taken.items())
 

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import ExperimentError, InUseError
+from experiment.files import write_whole
 from experiment.signals import Stopped
 
 GROUP = "LOWRANK_GROUP"  # environment variable: the folder by which the processes of a run meet and say how they ended
@@ -81,6 +83,7 @@ def follow() -> None:
 def _end_with_parent() -> None:
     while os.read(0, 1):
         pass
+    shutil.rmtree(os.environ[GROUP], ignore_errors=True)  # who would do so was killed
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -103,10 +106,7 @@ def report(error: BaseException, code: int, text: str, mendable: bool) -> bool:
         "text": text,
         "traceback": "".join(traceback.format_exception(error)),
     }
-    path = _report_of(Path(os.environ[GROUP]), rank())
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content), encoding="utf-8", errors="replace")
-    part.replace(path)
+    write_whole(_report_of(Path(os.environ[GROUP]), rank()), json.dumps(content))
     return True
 
 

@@ -100,6 +100,23 @@ def leaves_ranks(config: Mapping[str, Any]) -> bool:
     return known and settings.get("ranks") is None
 
 
+def require_own_ranks(config: Mapping[str, Any]) -> None:
+    """Refuse the method of a config that has no budget and leaves its ranks to one.
+
+    Raises:
+        ExperimentError: see above.
+    """
+    if leaves_ranks(config):
+        raise _no_ranks(str(_parts(config)[0]).rpartition(".")[2])
+
+
+def _no_ranks(name: str) -> ExperimentError:
+    return ExperimentError(
+        f"{name} needs ranks: give its own, or a budget, which is a perplexity table and a memory: budget.table, and "
+        f"budget.mib or budget.run"
+    )
+
+
 def derives(config: Mapping[str, Any]) -> bool | int:
     """With which `derive` the table for the method of a config is measured; imports it only if it is not of
     `lowrank`."""
@@ -152,10 +169,7 @@ def with_ranks(
     if not needs_ranks(method):
         return method
     if budget is None:
-        raise ExperimentError(
-            f"{type(method).__name__} needs ranks: give its own, or a budget, which is a perplexity table and a "
-            f"memory: budget.table, and budget.mib or budget.run"
-        )
+        raise _no_ranks(type(method).__name__)
     from lowrank.methods.deriving import measured_with
 
     plan = budget.plan(names, choice, seed, getattr(method, "storage", "input"), measured_with(method.derive))

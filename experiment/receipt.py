@@ -1,8 +1,8 @@
 """A note beside a run's result of the very command that led to it: a sweep that is run again need not load anything.
 
 It holds hashes of the command, of the files that this names, of those that hold the code of the run's method and model,
-and of the result. What a command does not name, such as
-images, is not looked at; the command of the single run does that.
+and of the result. What a command does not name, such as images, is not looked at; the command of the single run does
+that.
 """
 
 from __future__ import annotations

@@ -18,10 +18,7 @@ NUMBERS = ("accuracy", "memory_bytes", "flops", "time_s", "loss")  # parts of a 
 FURTHER = "further_settings"  # in a record's provenance: settings that its recipe does not say
 CODE = "code"  # in it as well: hashes of the files of its method and its model, see `experiment.sources`
 SETTINGS = "settings"  # in it as well: all others of the run's identity, which its names and its recipe stand for
-PER_SEED = (
-    "model.weights",
-    "load_from",
-)  # of these: may be one for each seed, as networks that were pretrained with it
+PER_SEED = ("model.weights", "load_from")  # of these: one for each seed, as networks pretrained with it
 RANKS, MEMORY, CURVES = "ranks.json", "memory.json", "curves.png"  # beside a result, for people; see `leavings`
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from experiment.budget import BUDGET_HELP, Source, budget_source, budget_word
-from experiment.command import dashed, folder_word
-from experiment.errors import ExperimentError
+from experiment.command import dashed, folder_word, one_line
+from experiment.errors import ExperimentError, is_mendable
 from experiment.jobs import WAIT, WAIT_HELP, Job, Program, list_jobs
 from experiment.launcher import Launcher, add_options, launcher_of, take_slurm
 from experiment.method import derives, leaves_ranks, table_tag
@@ -256,7 +256,7 @@ def parsed(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str],
     sweep_of: Callable[[argparse.Namespace, list[str]], Kind],
-    check: Callable[[Sequence[str]], str | None],
+    check: Callable[[Sequence[str]], None],
 ) -> tuple[Kind, bool]:
     """The sweep that arguments describe, and whether only to list it; exits where they cannot work.
 
@@ -264,7 +264,8 @@ def parsed(
         parser: see `sweep_parser`.
         arguments: of the command.
         sweep_of: makes the sweep of the parsed options and of the arguments that are not of a sweep.
-        check: what is wrong with a run's arguments, so that a typo in what goes to every run is an error of the sweep.
+        check: raises what is wrong with a run's arguments, so that a typo in what goes to every run is an error of the
+            sweep.
     """
     words, slurm = take_slurm([word for word in dashed(arguments) if word != "--"])
     options, extra = parser.parse_known_args(words, argparse.Namespace(slurm=slurm))
@@ -277,8 +278,12 @@ def parsed(
         parser.error(str(error))
     if extra and not all(job.known(sweep.runs_dir) for job in jobs):
         for job in {job.arguments[0]: job for job in reversed(jobs)}.values():
-            if (problem := check(job.arguments)) is not None:
-                parser.error(problem)
+            try:
+                check(job.arguments)
+            except Exception as error:
+                if is_mendable(error):
+                    parser.error(one_line(error))
+                raise
     return sweep, options.dry_run
 
 

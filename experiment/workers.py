@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import shutil
 import signal
 import socket
 import sys
@@ -234,7 +235,8 @@ def work(number: int, address: str, program: Program, root: Path) -> None:
     connection = Client(address, "AF_UNIX")
     connection.send((number, os.getpid()))
     jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, jobs), daemon=True, name="jobs").start()
+    alone = threading.Event()
+    threading.Thread(target=_receive, args=(connection, jobs, alone), daemon=True, name="jobs").start()
 
     def loop(_: Work) -> int:
         while True:
@@ -245,14 +247,19 @@ def work(number: int, address: str, program: Program, root: Path) -> None:
             output, errors = texts
             connection.send(Told(outcome, output, errors, time.perf_counter() - start))
 
-    raise SystemExit(finish(loop))
+    code = finish(loop)
+    if alone.is_set():
+        shutil.rmtree(Path(address).parent, ignore_errors=True)  # who would do so may be killed
+    raise SystemExit(code)
 
 
-def _receive(connection: Connection, jobs: queue.SimpleQueue[Job]) -> None:
+def _receive(connection: Connection, jobs: queue.SimpleQueue[Job], alone: threading.Event) -> None:
+    """Take jobs as long as there is somebody who hands them out, and then end this process."""
     try:
         while True:
             jobs.put(connection.recv())
     except (EOFError, OSError):
+        alone.set()
         os.kill(os.getpid(), signal.SIGTERM)
 
 

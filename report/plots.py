@@ -95,8 +95,7 @@ class View:
     panels: tuple[Panel, ...]
 
 
-# As published: validation accuracy, and FLOPs in the papers' convention.
-COMPARED_PANELS = (  # as published
+COMPARED_PANELS = (  # as published, where FLOPs are in the papers' convention
     PANELS[0],
     replace(PANELS[1], column="flops_paper", title="FLOPs of a training step, papers' convention"),
 )

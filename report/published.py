@@ -48,7 +48,6 @@ def load_published(folder: Path, task: str) -> Published:
 
     Empty if there is no file for the task.
 
-
     Raises:
         ExperimentError: the file cannot be read or an entry does not fit the schema; names file, entry and key.
     """

@@ -66,8 +66,7 @@ def recipes(records: Sequence[Record]) -> Callable[[Record], Recipe]:
     everywhere = sorted({name for names in further.values() for name in names})
     models = _odd(records, _code("model"), lambda *_: None)[None]
     depths = _odd(records, _of_depth, lambda _, record: record.run.layers)
-    row_of = lambda _, record: (record.run.layers, record.run.method)  # noqa: E731
-    rows, methods = _odd(records, _of_method, row_of), _odd(records, _code("method"), row_of)
+    rows, methods = _odd(records, _of_method, _row_of), _odd(records, _code("method"), _row_of)
 
     def recipe_of(record: Record) -> Recipe:
         beside = _words(_further(record), everywhere) + _words(_code("model")(record), models)
@@ -76,11 +75,16 @@ def recipes(records: Sequence[Record]) -> Callable[[Record], Recipe]:
             told = [*_words(record.recipe, odd), *beside] or ([] if noted else ["recorded"])
         else:
             told = [*([] if noted else ["not recorded"]), *beside]
-        row = row_of("", record)
+        row = _row_of("", record)
         own = _words(_of_method(record), rows[row]) + _words(_code("method")(record), methods[row])
         return Recipe(", ".join(told), ", ".join(own))
 
     return recipe_of
+
+
+def _row_of(_: str, record: Record) -> tuple[int | str, str]:
+    """Layers and method, within which settings of a method are compared, whichever they are."""
+    return record.run.layers, record.run.method
 
 
 def _further(record: Record) -> dict[str, Any]:

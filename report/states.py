@@ -9,11 +9,14 @@ from experiment.jobs import FAILURE
 from experiment.lock import holder
 
 DONE, RUNNING, FAILED, INTERRUPTED, PLANNED = "done", "running", "failed", "interrupted", "planned"
-STATES = (DONE, RUNNING, FAILED, INTERRUPTED, PLANNED)
 
 
 def state_of(folder: Path) -> str:
-    """One of `STATES` but "done" for a run's folder, which need not exist; nothing in it is touched."""
+    """What a run without a record is: running, failed, interrupted or planned. Nothing in its folder is touched.
+
+    Args:
+        folder: of the run; need not exist.
+    """
     if holder(folder) is not None:
         return RUNNING
     if (folder / FAILURE).exists():

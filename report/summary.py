@@ -90,11 +90,6 @@ class Group:
         return f"{self.model} on {self.dataset}, setup {self.setup}"
 
 
-def read_records(root: Path) -> list[Record]:
-    """Every whole record below a folder; see `find_runs`."""
-    return [record for _, record in find_runs(root)]
-
-
 def find_runs(root: Path) -> list[tuple[Path, Record]]:
     """Every whole record below a folder with its file, one a run; a line of warning for each file that is left out.
 

@@ -6,6 +6,7 @@ A run is done with its record, running while a process holds its folder, failed 
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 import time
 from collections import Counter, defaultdict
@@ -22,16 +23,18 @@ from rich.table import Table
 
 from experiment import ExperimentError, Run
 from experiment.folder import CONFIG
+from experiment.history import METRICS, read_rows
 from experiment.jobs import FAILURE, duration
-from experiment.lock import LOCK, holder
+from experiment.lock import holder
 from experiment.record import RESULT, is_result
 from report.methods import method_order
+from report.states import DONE, FAILED, RUNNING, state_of
 from report.summary import group_of, read_planned
 
 LOOK = 5.0  # seconds between two looks
 SHOWN = 12  # runs at work, and failed ones, that are listed
-DONE, RUNNING, WAITING, FAILED = STATES = ("done", "running", "waiting", "failed")
-_ROWS = "metrics.csv"
+WAITING = "waiting"  # what is planned, and what was interrupted
+STATES = (DONE, RUNNING, WAITING, FAILED)
 
 
 @dataclass(frozen=True)
@@ -72,24 +75,27 @@ class Watch:
         Raises:
             ExperimentError: none is planned.
         """
-        runs = sorted(set(read_planned(self._root)), key=_order)
-        if not runs:
+        folders = read_planned(self._root)
+        if not folders:
             raise ExperimentError(f"no run is planned below {self._root}; a sweep plans them, also before it begins")
-        return [self._state(run) for run in runs]
+        return [self._state(run, folders[run]) for run in sorted(folders, key=_order)]
 
-    def _state(self, run: Run) -> State:
-        folder = run.folder(self._root)
+    def _state(self, run: Run, folder: Path) -> State:
         if run in self._done or is_result(folder / RESULT, run=run):
             self._done.add(run)
             return State(run, DONE)
-        by = holder(folder) if any(folder.glob(f"{LOCK}*")) else None
-        if by is not None:
-            return State(run, RUNNING, *_progress(folder, by))
-        try:
-            lines = (folder / FAILURE).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        except OSError:
-            return State(run, WAITING)
-        return State(run, FAILED, lines[-1] if lines else "")
+        state = state_of(folder)
+        if state == RUNNING:
+            return State(run, RUNNING, *_progress(folder))
+        return State(run, FAILED, _last_line(folder / FAILURE)) if state == FAILED else State(run, WAITING)
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1] if lines else ""
 
 
 def _order(run: Run) -> tuple[Any, ...]:
@@ -97,27 +103,16 @@ def _order(run: Run) -> tuple[Any, ...]:
     return (group_of(run), depth, method_order(run.method), run.seed)
 
 
-def _progress(folder: Path, by: str) -> tuple[str, float]:
-    """How far a run at work is, and the seconds left."""
-    rows = _rows(folder / _ROWS)
+def _progress(folder: Path) -> tuple[str, float]:
+    """How far a run at work is and who does it, and the seconds left."""
+    by = holder(folder) or "just ended"
+    seconds = [row["seconds"] for row in read_rows(folder / METRICS) if "seconds" in row]
     unit, total, step = _length(folder / CONFIG)
     if not total:
         return by, math.nan
-    done = len(rows) * step
-    if not rows:
-        return f"{unit} 0/{total:g}, {by}", math.nan
-    took = sorted(rows)[len(rows) // 2]
-    return f"{unit} {min(done, total):g}/{total:g}, {by}", max(0.0, (total - done) / step) * took
-
-
-def _rows(path: Path) -> list[float]:
-    """The seconds of each row that a run has written."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        place = lines[0].split(",").index("seconds")
-        return [float(line.split(",")[place]) for line in lines[1:]]
-    except (OSError, ValueError, IndexError):
-        return []
+    done = len(seconds) * step
+    left = max(0.0, (total - done) / step) * statistics.median(seconds) if seconds else math.nan
+    return f"{unit} {min(done, total):g}/{total:g}, {by}", left
 
 
 def _length(path: Path) -> tuple[str, float, float]:

@@ -14,11 +14,8 @@
 #   VENV, PYTHON   see scripts/setup.sh
 #   OMP_PROC_BIND  default true: each thread stays on its core; two that share one wait for each other, 16 ms at a time
 set -euo pipefail
-root="$(dirname "${BASH_SOURCE[0]}")/.."
-for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
-    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
-done
-CDPATH="" cd "$root"
+# shellcheck source=scripts/root.bash
+source "$(dirname "${BASH_SOURCE[0]}")/root.bash"
 parts=(memory speed)
 dry_run=""
 if [[ "${1:-}" == --dry-run ]]; then
@@ -27,7 +24,7 @@ if [[ "${1:-}" == --dry-run ]]; then
 fi
 case "${1:-}" in
     --help)
-        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/benchmark.sh
+        usage scripts/benchmark.sh
         exit 0
         ;;
     memory | speed | gradient_error | fashion | review_sentences)

@@ -10,15 +10,12 @@
 #   WORKERS, LAUNCHER   see scripts/classification/run.sh
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
-root="$(dirname "${BASH_SOURCE[0]}")/.."
-for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
-    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
-done
-CDPATH="" cd "$root"
+# shellcheck source=scripts/root.bash
+source "$(dirname "${BASH_SOURCE[0]}")/root.bash"
 dry_run=()
 case "${1:-}" in
     --help)
-        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/quickstart.sh
+        usage scripts/quickstart.sh
         exit 0
         ;;
     --dry-run)

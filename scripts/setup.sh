@@ -6,15 +6,12 @@
 #   VENV     folder of the virtual environment (default: .venv)
 #   PYTHON   Python 3.11 or newer to make it with (default: python3)
 set -euo pipefail
-root="$(dirname "${BASH_SOURCE[0]}")/.."
-for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
-    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
-done
-CDPATH="" cd "$root"
+# shellcheck source=scripts/root.bash
+source "$(dirname "${BASH_SOURCE[0]}")/root.bash"
 case "$*" in
     "" | --dry-run) ;;
     --help)
-        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/setup.sh
+        usage scripts/setup.sh
         exit 0
         ;;
     *)

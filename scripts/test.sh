@@ -5,15 +5,12 @@
 # Environment:
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
-root="$(dirname "${BASH_SOURCE[0]}")/.."
-for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
-    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
-done
-CDPATH="" cd "$root"
+# shellcheck source=scripts/root.bash
+source "$(dirname "${BASH_SOURCE[0]}")/root.bash"
 dry_run=""
 case "${1:-}" in
     --help)
-        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/test.sh
+        usage scripts/test.sh
         exit 0
         ;;
     --dry-run)
@@ -37,5 +34,5 @@ run "$bin/ruff" check .
 run "$bin/ruff" format --check .
 run "$bin/mypy"
 shopt -s globstar
-run "$bin/shellcheck" .ci/run scripts/**/*.sh
+run "$bin/shellcheck" .ci/run scripts/**/*.{bash,sh}
 run "$bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

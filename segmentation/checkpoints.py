@@ -7,23 +7,21 @@ puts the one here in its place, through MMEngine's own registry of loaders.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_checkpoint
-from numpy._core.multiarray import _reconstruct, scalar
 from torch import Tensor, nn
 
 from experiment import ExperimentError
 from experiment.checkpoints import IDENTITY, CheckpointError, load_checkpoint, refuse_earlier
 from experiment.download import download
+from experiment.weights import PLAIN, read_weights
 
 LAST = "last_checkpoint"  # MMEngine's file that names the newest checkpoint
 CLASSIFIER = "conv_seg"  # layer of every head whose size is the number of classes
@@ -39,48 +37,21 @@ def _statistic_of(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
-# What published checkpoints hold beside tensors and plain values: numbers and arrays of numpy, buffers of losses.
-_KINDS = ("bool", "uint8", "int8", "int16", "int32", "int64", "uint32", "uint64", "float16", "float32", "float64")
-_ALLOWED: list[Any] = [
-    *((scalar, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")),
-    *((_reconstruct, f"{module}.multiarray._reconstruct") for module in ("numpy.core", "numpy._core")),
-    *(np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in _KINDS)),
-    *(HistoryBuffer, (_statistic_of, "builtins.getattr")),
-]
+_BUFFERS = (HistoryBuffer, (_statistic_of, "builtins.getattr"))  # of losses, which published checkpoints hold
 
 
 def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """What a checkpoint or a file of weights holds; nothing in it is run.
+    """What a checkpoint or a file of weights holds by name; nothing in it is run.
 
     Raises:
-        ExperimentError: the file is missing or damaged, or holds other things than tensors and plain values.
+        ExperimentError: see `experiment.weights.read_weights`, or it holds no weights by name.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ExperimentError(f"there is no weights file {path}")
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
-            warnings.simplefilter("ignore")  # of old formats
-            content = torch.load(path, map_location=map_location, weights_only=True)
-    except OSError as error:
-        raise ExperimentError(f"weights file {path} cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ExperimentError(f"weights file {path} cannot be read: {_reason(error)}") from None
+    content = read_weights(path, _BUFFERS, map_location)
     if not isinstance(content, dict):
         raise ExperimentError(f"weights file {path} holds no weights by name, but {type(content).__name__}")
     if isinstance(content.get("meta"), dict):
         content["meta"].pop("config", None)  # a program, which MMEngine would run when it resumes
     return content
-
-
-def _reason(error: Exception) -> str:
-    """Why a file cannot be read, without PyTorch's advice to run it nevertheless."""
-    text = str(error)
-    found = re.search(r"GLOBAL ([\w.]*\w)", text)
-    if found:
-        return f"it holds {found[1]}, which is code and is not run; allowed are tensors and plain values"
-    said = "" if "weights_only" in text or not text else f": {text.splitlines()[0][:160]}"
-    return f"it is damaged, or holds other things than tensors and plain values ({type(error).__name__}{said})"
 
 
 def read_safely_everywhere() -> None:
@@ -234,7 +205,7 @@ def _named(folder: Path) -> str:
 def _problem(path: Path, identity: str) -> str | None:
     """Why a run cannot go on from a checkpoint; None if it can."""
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
+        with torch.serialization.safe_globals([*PLAIN, *_BUFFERS]):
             content = load_checkpoint(path)
     except CheckpointError as error:
         return str(error)

@@ -12,9 +12,12 @@ from mmengine.config import Config, DictAction
 from experiment import ExperimentError
 from experiment.command import Work, dashed, finish, folder_word, importing
 from experiment.launching import run_all
+from experiment.limit import check_limit
+from experiment.method import require_own_ranks
 from experiment.processes import alone, place
+from experiment.sweep import SEED
 from segmentation import register, sweep
-from segmentation.compose import choose_depth, load_config, move_data, rescale
+from segmentation.compose import HOOK, choose_depth, load_config, move_data, rescale
 from segmentation.config_names import check_options
 from segmentation.data.prepare import DATASETS, prepare
 from segmentation.parts import check_parts
@@ -113,9 +116,18 @@ def _layers(text: str) -> int | str:
 
 
 def task_of(options: argparse.Namespace) -> Task:
-    """The run that the arguments describe."""
-    from segmentation.training import Task
+    """The run that the arguments describe; errors as of `config_of`."""
+    from segmentation.training import Task  # which takes seconds to import
 
+    return Task(config_of(options), options.runs_dir, options.work_dir, options.dry_run)
+
+
+def config_of(options: argparse.Namespace) -> Config:
+    """The config that the arguments describe, of `train` or `measure`, once its settings are checked.
+
+    Raises:
+        ExperimentError: an option, a config or a setting that cannot work.
+    """
     config = load_config(options.configs)
     check_options(options.cfg_options, config)
     config.merge_from_dict(dict(options.cfg_options or {}))
@@ -123,6 +135,24 @@ def task_of(options: argparse.Namespace) -> Task:
     check_parts(config.to_dict(), options.command)
     if "depths" in config:
         _refuse_of_depth(options.cfg_options or {})
+    _set(config, options)
+    # Once more, over what the other arguments set.
+    config.merge_from_dict(
+        {key: value for key, value in (options.cfg_options or {}).items() if key.split(".")[0] in config}
+    )
+    check_settings(config.to_dict())
+    if options.command == "train":  # what is measured is the network as it is
+        for hook in config.get("custom_hooks", []):
+            if hook["type"] == HOOK and not hook.get("budget"):
+                require_own_ranks(hook["method"])
+    config.launcher = options.launcher
+    started = options.launcher != "none"
+    config.processes = place().count if started else options.processes or config.get("processes", 1)
+    return config
+
+
+def _set(config: Config, options: argparse.Namespace) -> None:
+    """Set what options of the command line say, in place."""
     choose_depth(config, options.layers)
     if options.iterations is not None:
         _require_one_length(options)
@@ -137,20 +167,11 @@ def task_of(options: argparse.Namespace) -> Task:
         config.perplexity = {**config.get("perplexity", {}), "derive": options.derive}
     if options.load_from is not None:
         config.load_from = options.load_from
-    seed = options.seed if options.seed is not None else config.get("randomness", {}).get("seed", 233)
+    seed = options.seed if options.seed is not None else config.get("randomness", {}).get("seed", SEED)
     config.randomness = {**config.get("randomness", {}), "seed": seed}
     if options.amp:
         config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
     _set_budget(config, options)
-    # Once more, over what the other arguments set.
-    config.merge_from_dict(
-        {key: value for key, value in (options.cfg_options or {}).items() if key.split(".")[0] in config}
-    )
-    check_settings(config.to_dict())
-    config.launcher = options.launcher
-    started = options.launcher != "none"
-    config.processes = place().count if started else options.processes or config.get("processes", 1)
-    return Task(config, options.runs_dir, options.work_dir, options.dry_run)
 
 
 def _refuse_of_depth(given: Mapping[str, Any]) -> None:
@@ -174,6 +195,7 @@ def _require_one_length(options: argparse.Namespace) -> None:
 
 def _limit(config: Config, limit: float) -> None:
     """Train on a part of the data set, which the validation images do not belong to."""
+    check_limit(limit, "--limit")
     from segmentation.data.draws import PlacedDataset
 
     if config.train_dataloader.dataset.type != PlacedDataset.__name__:
@@ -195,7 +217,7 @@ def _set_budget(config: Config, options: argparse.Namespace) -> None:
 
     Budget(**given)
     for hook in config.get("custom_hooks", []):
-        if hook["type"] == "LowRankHook":
+        if hook["type"] == HOOK:
             hook["budget"] = given
 
 
@@ -221,10 +243,11 @@ def run(arguments: Sequence[str], work: Work | None = None) -> None:
         picture(options.runs, options.output, options.count)
         return
     with importing():
+        from segmentation.building import mendable_parts
         from segmentation.start import join_others
         from segmentation.training import is_due, measure, train
 
-    with alone():
+    with alone(), mendable_parts():
         join_others(options)
         task = task_of(options)
         if options.command == "measure":

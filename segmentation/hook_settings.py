@@ -6,7 +6,7 @@ place of a list would be taken letter by letter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiment import ExperimentError
@@ -19,8 +19,9 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_energies(value: Any) -> bool:
-    numbers = isinstance(value, list | tuple)
-    return numbers and all(isinstance(one, int | float) and not isinstance(one, bool) for one in value)
+    if not isinstance(value, list | tuple):
+        return False
+    return all(isinstance(one, int | float) and not isinstance(one, bool) and 0 < one <= 1 for one in value)
 
 
 _TRUTH: Kind = ("True and False", lambda value: isinstance(value, bool))
@@ -37,8 +38,11 @@ HOOK_KINDS: dict[str, Kind] = {
 BUDGET_KINDS: dict[str, Kind] = dict.fromkeys(("table", "mib", "run", "divisor", "name"), _ANY)
 _ENERGIES: Kind = ("a list of numbers above 0 and at most 1", _is_energies)
 PERPLEXITY_KINDS: dict[str, Kind] = {
-    **{"energies": _ENERGIES, "mode_energies": _ENERGIES, "storages": ("a list of their names", _is_names)},
-    **{"derive": _ANY, "batches": ("whole numbers from 1", lambda value: type(value) is int)},
+    "energies": _ENERGIES,
+    "mode_energies": _ENERGIES,
+    "storages": ("a list of their names", _is_names),
+    "derive": ("True, False and a number of products", lambda value: type(value) in (bool, int)),
+    "batches": ("whole numbers from 1", lambda value: type(value) is int and value >= 1),
 }
 
 
@@ -70,13 +74,9 @@ def check_perplexity(settings: Any) -> None:
 
 
 def _check(settings: Mapping[str, Any], where: str, kinds: Mapping[str, Kind]) -> None:
-    for message in _wrong(settings, where, kinds):
-        raise ExperimentError(message)
-
-
-def _wrong(settings: Mapping[str, Any], where: str, kinds: Mapping[str, Kind]) -> Iterator[str]:
     for name, value in settings.items():
         if name not in kinds:
-            yield f"{where} has the setting {name!r}; allowed: {', '.join(kinds)}"
-        elif not kinds[name][1](value):
-            yield f"{name} of {where} is {str(value)[:200]!r}; allowed: {kinds[name][0]}"
+            raise ExperimentError(f"{where} has the setting {name!r}; allowed: {', '.join(kinds)}")
+        allowed, fits = kinds[name]
+        if not fits(value):
+            raise ExperimentError(f"{name} of {where} is {str(value)[:200]!r}; allowed: {allowed}")

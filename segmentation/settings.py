@@ -77,9 +77,6 @@ def check_settings(config: Mapping[str, Any]) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and 0 <= value < math.inf):
             raise ExperimentError(f"{key} is {value!r}; allowed are finite numbers from 0")
-    derive = at(config, "perplexity.derive")
-    if derive is not None and type(derive) not in (bool, int):
-        raise ExperimentError(f"perplexity.derive is {derive!r}; allowed: True, False and a number of products")
     check_perplexity(config.get("perplexity") or {})
     hooks = _hooks(config)
     size = config.get("crop_size")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -129,9 +129,13 @@ def published_budget(network: str, dataset: str, layers: str) -> float | None:
     return depths.get(int(layers)) if depths else None
 
 
+def names(kind: str) -> list[str]:
+    """Names of the configs of a kind: "data", "methods", "networks"."""
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.py"))
+
+
 def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
     """The sweep that the arguments describe, and whether only to list it."""
-    names: Callable[[str], list[str]] = lambda kind: sorted(path.stem for path in (CONFIGS / kind).glob("*.py"))  # noqa: E731
     methods = names("methods")
     parser = sweep_parser(PROGRAM, __doc__, methods, "all of them")
     parser.add_argument("--model", "--network", choices=names("networks"), required=True, help="name of a network")
@@ -151,18 +155,14 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
             **shared_settings(options, extra),
         )
 
-    return parsed(parser, arguments, sweep_of, _problem)
+    return parsed(parser, arguments, sweep_of, _check)
 
 
-def _problem(arguments: Sequence[str]) -> str | None:
-    """What is wrong with the options of a run."""
-    from segmentation.cli import parser
+def _check(arguments: Sequence[str]) -> None:
+    """Raise what is wrong with the options and settings of a run."""
+    from segmentation.cli import config_of, parser
 
-    try:
-        parser().parse_args(arguments)
-    except argparse.ArgumentError as error:
-        return str(error)
-    return None
+    config_of(parser().parse_args(arguments))
 
 
 def main(arguments: Sequence[str], command: Command) -> int:

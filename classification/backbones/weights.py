@@ -5,40 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy._core.multiarray import scalar
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from experiment import ExperimentError, fingerprint
 from experiment.checkpoints import refuse_earlier
+from experiment.weights import read_weights
 
 MODULE_PREFIX = "backbone."  # where the Lightning module of this suite holds the network
-
-
-# Numbers of numpy, which checkpoints of older trainers hold beside the weights.
-_NUMPY_SCALARS = [
-    *((scalar, f"{module}.multiarray.scalar") for module in ("numpy.core", "numpy._core")),
-    *(np.dtype, *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "bool"))),
-]
-
-
-def read_checkpoint(path: str) -> Any:
-    """What a weights file holds; nothing in it is executed.
-
-    Raises:
-        ExperimentError: the file is missing, damaged, or holds other things than tensors and plain values.
-    """
-    if not Path(path).is_file():
-        raise ExperimentError(f"there is no weights file {path}")
-    try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = (str(error).splitlines() or [""])[0]
-        raise ExperimentError(f"weights file {path} cannot be read ({type(error).__name__}: {reason})") from None
 
 
 def tensors_of(content: Any, path: str) -> dict[str, Tensor]:
@@ -65,7 +41,7 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
     """
     if any(Path(path).glob("*.safetensors")):
         return _read_folder(Path(path))
-    content = read_checkpoint(path)
+    content = read_weights(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
     if isinstance(state, dict):
         own = {key: value for key, value in state.items() if str(key).startswith(MODULE_PREFIX)}

@@ -25,7 +25,11 @@ _OTHER_NAMES = {
     "val": r"(val|valid|validation|validate|dev|eval)",
     "test": r"(te|tst|test|testing|holdout)",
 }
-_OF_SYSTEMS = ("thumbs.db", "desktop.ini")  # what they leave in folders of images, beside hidden files
+# What systems leave in and beside folders of images, beside hidden files and folders: __MACOSX holds a hidden file for
+# each image of an archive, by the same name.
+_OF_SYSTEMS = {
+    *("thumbs.db", "desktop.ini", "__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information"),
+}
 _AFTER = r"([ _.-]?(set|data|dataset|images|imgs|split|part))?"
 
 
@@ -141,7 +145,7 @@ def _refuse_unnamed_parts(folder: Path, classes: list[Path]) -> None:
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_of_system(path.name))
     except OSError as error:
         raise ExperimentError(f"{folder} cannot be read ({error.strerror}), so there is no data set in it") from None
 
@@ -172,7 +176,7 @@ def _read(folder: Path, root: Path, left: _Left) -> tuple[ImageSet, list[str]]:
         every = _files(folder / name)
         images = [path for path in every if _is_image(path)]
         read = set(images)
-        left.files += [path for path in every if path not in read and not _is_of_system(path)]
+        left.files += [path for path in every if path not in read and not _is_of_system(path.name)]
         if not images:
             raise ExperimentError(f"{folder} is to hold one folder of images per class, and {name}/ holds no image")
         paths += images
@@ -185,21 +189,23 @@ def _read(folder: Path, root: Path, left: _Left) -> tuple[ImageSet, list[str]]:
 
 
 def _is_image(path: Path | os.DirEntry[str]) -> bool:
-    return path.name.lower().endswith(ENDINGS)
+    return path.name.lower().endswith(ENDINGS) and not _is_of_system(path.name)
 
 
-def _is_of_system(path: Path) -> bool:
-    return path.name.startswith(".") or path.name.lower() in _OF_SYSTEMS
+def _is_of_system(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _OF_SYSTEMS
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files in a folder and in those inside of it, one of these folders after the other.
+    """All files in a folder and in those inside of it but systems' own, one of these folders after the other.
 
     Raises:
         ExperimentError: one of the folders is a link.
     """
     found = []
     for place, inner, names in sorted(os.walk(folder)):
+        if any(map(_is_of_system, Path(place).relative_to(folder).parts)):
+            continue
         found += [Path(place, name) for name in sorted(names)]
         for name in ("", *inner):
             _refuse_link(Path(place, name))

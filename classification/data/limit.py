@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from classification.data.registry import Splits
-from experiment import ExperimentError
+from experiment.limit import count_within
 
 
 def limited(splits: Splits, limit: float, seed: int) -> Splits:
@@ -22,17 +22,11 @@ def limited(splits: Splits, limit: float, seed: int) -> Splits:
         ExperimentError: fewer samples than classes, more than there are, or no whole number.
     """
     labels = splits.train.labels
-    classes, there = len(np.unique(labels)), len(labels)
-    count = round(limit * there) if 0 < limit <= 1 else limit
-    if not (classes <= count <= there and float(count).is_integer()):
-        raise ExperimentError(
-            f"--data.limit is {limit:g}, {count:g} of {there} training samples; allowed are whole numbers from the "
-            f"{classes} classes to {there}, or such a share of them, up to 1"
-        )
-    kept = max(1, round(count / there * len(splits.val.labels)))
+    count = count_within(limit, len(labels), "--data.limit", len(np.unique(labels)))
+    kept = max(1, round(count / len(labels) * len(splits.val.labels)))
     return replace(
         splits,
-        train=splits.train.pick(stratified(labels, int(count), seed)),
+        train=splits.train.pick(stratified(labels, count, seed)),
         val=splits.val.pick(stratified(splits.val.labels, kept, seed)),
     )
 

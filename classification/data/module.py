@@ -148,6 +148,15 @@ def _tokens(texts: Sequence[str], name: str, length: int) -> Tensor:
     return encoded["input_ids"]
 
 
+def _transforms(size: int, mean: Sequence[float], std: Sequence[float]) -> tuple[v2.Transform, v2.Transform]:
+    """What is done to an image, and what to one that is drawn anew in each epoch; both give float32 (3, size, size)."""
+    opened, normalised = [v2.ToImage(), v2.RGB()], v2.Normalize(list(mean), list(std))
+    scaled, square = v2.ToDtype(torch.float32, scale=True), (size, size)
+    crop = [v2.RandomResizedCrop(square, antialias=True), v2.RandomHorizontalFlip()]
+    whole = v2.Compose([*opened, scaled, v2.Resize(square, antialias=True), normalised])
+    return whole, v2.Compose([*opened, *crop, scaled, normalised])
+
+
 def _repeated(name: str, splits: Splits) -> int:
     """How many test samples are to be trained or validated on as well, which is said."""
     parts = (splits.train, splits.val, splits.test)
@@ -221,19 +230,6 @@ class ImageDataModule(pl.LightningDataModule):
         max_length: int = 128,
     ) -> None:
         super().__init__()
-        if augment and cache:
-            raise ExperimentError(
-                "--data.augment draws every image anew, so it cannot go with --data.cache; set one off"
-            )
-        if split_file is not None and partition == "all":
-            raise ExperimentError(
-                "--data.split_file divides the data set: set --data.partition to pretrain or finetune"
-            )
-        sizes = {"image_size": image_size, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
-        sizes["max_length"] = max_length
-        for name, size in sizes.items():
-            if size < 1:
-                raise ExperimentError(f"--data.{name} is {size}; allowed are whole numbers from 1")
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.workers, self.shuffle_seed, self.augment = workers, shuffle_seed, augment
         splits = load_splits(dataset, Path(root))
@@ -248,24 +244,11 @@ class ImageDataModule(pl.LightningDataModule):
         self.num_classes, self.fingerprint = len(splits.classes), splits.fingerprint
         dealt = [users.tobytes() for _, users in sorted((self.users or {}).items())]
         told = (
-            splits.fingerprint,
-            partition,
-            limit,
-            limit_seed,
-            image_size,
-            mean,
-            std,
-            eval_batch_size,
-            tokenizer,
-            max_length,
+            *(splits.fingerprint, partition, limit, limit_seed, image_size, mean, std),
+            *(eval_batch_size, tokenizer, max_length),
         )
         self._images = fingerprint([repr(told).encode(), *dealt])
-        opened, normalised = [v2.ToImage(), v2.RGB()], v2.Normalize(mean, std)
-        scaled = v2.ToDtype(torch.float32, scale=True)
-        square = (image_size, image_size)
-        transform = v2.Compose([*opened, scaled, v2.Resize(square, antialias=True), normalised])
-        crop = [v2.RandomResizedCrop(square, antialias=True), v2.RandomHorizontalFlip()]
-        drawn = v2.Compose([*opened, *crop, scaled, normalised])
+        transform, drawn = _transforms(image_size, mean, std)
 
         def prepared(part: ImageSet | TextSet) -> TransformedSet | TokenSet:
             if isinstance(part, TextSet):

@@ -11,13 +11,10 @@
 #   SEEDS, EPOCHS, WEIGHTS, DATA_DIR, RUNS_DIR   see scripts/classification/run.sh
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
-root="$(dirname "${BASH_SOURCE[0]}")/../.."
-for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
-    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
-done
-CDPATH="" cd "$root"
+# shellcheck source=scripts/root.bash
+source "$(dirname "${BASH_SOURCE[0]}")/../root.bash"
 if [[ " $* " == *" --help "* || $# -lt 2 ]]; then
-    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/classification/curve.sh
+    usage scripts/classification/curve.sh
     [[ " $* " == *" --help "* ]] && exit 0 || exit 2
 fi
 

@@ -7,17 +7,14 @@
 #   RUNS_DIR   folder that holds all runs (default: runs)
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
-root="$(dirname "${BASH_SOURCE[0]}")/../.."
-for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
-    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
-done
-CDPATH="" cd "$root"
+# shellcheck source=scripts/root.bash
+source "$(dirname "${BASH_SOURCE[0]}")/../root.bash"
 runs="${RUNS_DIR:-runs}"
 report="$runs/report/classification/B"
 case "$*" in
     "") ;;
     --help)
-        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/classification/results_page.sh
+        usage scripts/classification/results_page.sh
         exit 0
         ;;
     --dry-run)

@@ -29,23 +29,17 @@
 #   LAUNCHER   local or slurm (default: local); what sbatch needs goes behind --, such as -- --slurm.partition gpu
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
-root="$(dirname "${BASH_SOURCE[0]}")/../.."
-for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
-    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
-done
-CDPATH="" cd "$root"
-usage() {
-    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' scripts/classification/run.sh
-}
+# shellcheck source=scripts/root.bash
+source "$(dirname "${BASH_SOURCE[0]}")/../root.bash"
 for word in "$@"; do
     [[ "$word" != -- ]] || break
     if [[ "$word" == --help ]]; then
-        usage
+        usage scripts/classification/run.sh
         exit 0
     fi
 done
 if [[ $# -lt 2 ]]; then
-    usage >&2
+    usage scripts/classification/run.sh >&2
     exit 2
 fi
 

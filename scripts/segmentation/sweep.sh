@@ -21,11 +21,8 @@
 #   LAUNCHER     local or slurm (default: local); what sbatch needs goes behind --, such as -- --slurm.partition gpu
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
-root="$(dirname "${BASH_SOURCE[0]}")/../.."
-for name in RUNS_DIR DATA_DIR WEIGHTS VENV; do # a relative path is one of the caller's folder
-    [[ -z "${!name:-}" || "${!name}" == /* || "${!name}" == *://* || . -ef "$root" ]] || export "$name=$PWD/${!name}"
-done
-CDPATH="" cd "$root"
+# shellcheck source=scripts/root.bash
+source "$(dirname "${BASH_SOURCE[0]}")/../root.bash"
 network="${1:---help}"
 shift || true
 dry_run=()

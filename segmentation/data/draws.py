@@ -20,7 +20,7 @@ from mmengine.dataset import DefaultSampler, InfiniteSampler, worker_init_fn
 from mmengine.dist import get_rank
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 
-from experiment import ExperimentError
+from experiment.limit import count_within
 from experiment.signals import in_worker
 
 
@@ -123,13 +123,8 @@ class PlacedDataset:
         if limit is None:
             return
         there = len(self.dataset)
-        count = round(limit * there) if 0 < limit <= 1 else limit
-        if not (1 <= count <= there and float(count).is_integer()):
-            raise ExperimentError(
-                f"the limit of {limit:g} is {count:g} of {there} training samples; allowed are whole numbers up to "
-                f"{there}, or a share of them, up to 1"
-            )
-        chosen = np.random.default_rng(limit_seed).permutation(there)[: int(count)]
+        count = count_within(limit, there, "the limit")
+        chosen = np.random.default_rng(limit_seed).permutation(there)[:count]
         self.dataset.get_subset_(sorted(map(int, chosen)))
 
     @property

@@ -3,67 +3,62 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import glob
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from experiment import ExperimentError, archives
 from experiment.contents import content_hashes, require_uncut
-from experiment.files import PART
+from experiment.files import beside, locked
 
 MOST_BYTES = 64 * 2**30  # of an archive when unpacked; the largest, Cityscapes' images, has 11 GB
+
+
+class ThereError(ExperimentError):
+    """What was to be made is there already; another process may just have made it."""
+
+    def __init__(self, target: Path) -> None:
+        super().__init__(f"{target} is there already; delete it to make it again")
 
 
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A new, empty folder that takes the place of `target` at the end, or is gone if anything fails.
 
+    Another process that is making the same is waited for.
+
     Raises:
-        ExperimentError: `target` is there already, or cannot be written.
+        ThereError: `target` is there, perhaps since that process has made it.
+        ExperimentError: it cannot be written.
     """
-    if target.exists():
-        raise ExperimentError(f"{target} is there already; delete it to make it again")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left(target)
-        part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=PART))
-    except OSError as error:
-        raise ExperimentError(f"{target} cannot be written ({error.strerror}); give another --data-dir") from None
-    with _in_work(part):
+    _refuse_made(target)
+    with contextlib.ExitStack() as stack:
         try:
-            yield part
-            part.chmod(0o755)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(locked(target, wait=False))
+            except BlockingIOError:
+                print(f"another process is writing {target}; waiting for it", flush=True)
+                stack.enter_context(locked(target))
+            _refuse_made(target)
+            part = stack.enter_context(beside(target))
+        except OSError as error:
+            raise _unwritable(target, error) from None
+        yield part
+        try:
             part.replace(target)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        except OSError as error:
+            _refuse_made(target)  # by another process, where no lock can keep it out
+            raise _unwritable(target, error) from None
 
 
-def _remove_left(target: Path) -> None:
-    """Remove what killed processes left of a folder that they were making."""
-    for part in target.parent.glob(f".{glob.escape(target.name)}.*{PART}"):
-        with _in_work(part) as own:
-            if own:
-                shutil.rmtree(part, ignore_errors=True)
+def _refuse_made(target: Path) -> None:
+    if target.exists():
+        raise ThereError(target)
 
 
-@contextlib.contextmanager
-def _in_work(folder: Path) -> Iterator[bool]:
-    """Tell other processes of this machine that a folder is being made; gives whether it is known that none has."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = True
-        except OSError:  # or the file system has no locks
-            alone = False
-        yield alone
-    finally:
-        os.close(handle)
+def _unwritable(target: Path, error: OSError) -> ExperimentError:
+    return ExperimentError(f"{target} cannot be written ({error.strerror}); give another --data-dir")
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from mmengine.config import Config
 
 from experiment import ExperimentError
 from segmentation.compose import datasets
-from segmentation.data.folders import file_hashes, fingerprint_of
+from segmentation.data.folders import ThereError, file_hashes, fingerprint_of
 from segmentation.data.listing import listing_of, root_of
 from segmentation.data.scenes import SETS, write_scenes
 
@@ -28,7 +29,8 @@ def require_data(config: Config) -> None:
             command = f"; python -m segmentation prepare {name} --data-dir {root.parent}" if name else ""
             raise ExperimentError(f"there is no data set in {root}{command}")
         print(f"writing {name} to {root}", flush=True)
-        write_scenes(root, SETS[name])
+        with contextlib.suppress(ThereError):  # of another run that began at the same time
+            write_scenes(root, SETS[name])
 
 
 @dataclass(frozen=True)

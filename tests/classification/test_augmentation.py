@@ -102,8 +102,6 @@ def test_it_is_off_unless_asked_for():
 
 @pytest.mark.slow
 def test_it_cannot_go_with_images_that_are_kept(tmp_path, capsys):
-    with pytest.raises(ExperimentError, match=r"--data\.augment .* --data\.cache"):
-        module(cache=True)
     with pytest.raises(ExperimentError, match=r"--model\.cache_front"):
         module().precompute(lambda images: (images,))
     for options, message in (

@@ -93,6 +93,17 @@ MISTAKES = {
         ["--config", "CONFIGS/models/vit_b_32.yaml", "--data.image_size", 16],
         r"image_size is 16, which vit_b_32 does not take \(.*; give another one, such as 32",
     ),
+    "a pixel of a crop": (
+        ["--data.augment", "true", "--data.cache", "false", "--data.image_size", 1],
+        r"image_size is 1; allowed with --data\.augment are whole numbers from 2",
+    ),
+    "less than no images": (["--data.limit", -1], r"--data\.limit is -1\.0; allowed are whole numbers from 1, or"),
+    "half an image": (["--data.limit", 20.5], r"--data\.limit is 20\.5; allowed are whole numbers from 1, or"),
+    "limit of time in words": (["--trainer.max_time", "soon"], r"max_time is soon; allowed are .* DD:HH:MM:SS"),
+    "limit of time in the past": (["--trainer.max_time.hours", -1], r"max_time is \{'hours': -1\}; allowed are times"),
+    "selected from behind the end": (["--model.select_from", 1], r"select_from is 1\.0; allowed are numbers from 0"),
+    "momentum of AdamW": (["--model.optimizer", "adamw", "--model.momentum", 0.9], r"momentum is 0\.9, and AdamW has"),
+    "a quick run": (["--trainer.fast_dev_run", "true"], r"leaves no record; give --trainer\.max_epochs 1"),
     "negative learning rate": (["--model.learning_rate", -1], "learning_rate"),
     "no epochs": (["--trainer.max_epochs", 0], "max_epochs"),
     "fewest epochs above all": (["--trainer.min_epochs", 2], "min_epochs is 2, above the 1 of --trainer.max_epochs"),
@@ -174,6 +185,21 @@ def test_a_mistake_is_one_line_and_nothing_is_half_written(files, tmp_path, caps
     refused(arguments("fit", tmp_path, *options), capsys, message)
     assert half_written(tmp_path) == []
     assert half_written(files / "in_the_way") == []
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        *("split file for all data", "crops that are kept", "batch of nothing", "image of nothing"),
+        *("a pixel of a crop", "less than no images", "half an image", "limit of time in words"),
+        *("limit of time in the past", "no ranks", "selected from behind the end", "momentum of AdamW"),
+        *("no validation", "a quick run"),
+    ],
+)
+def test_a_dry_run_refuses_settings_that_the_run_would(files, tmp_path, capsys, mistake):
+    options, message = MISTAKES[mistake]
+    options = [str(option).replace("FILES", str(files)) for option in options]
+    refused(arguments("fit", tmp_path, "--model.layers", 2, "--dry_run", *options), capsys, message)
 
 
 @pytest.mark.parametrize("options", SAID)

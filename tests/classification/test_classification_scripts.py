@@ -13,7 +13,7 @@ from commands import ROOT
 
 from classification import sweep
 from experiment import find_planned
-from report.summary import read_records
+from report.summary import find_runs
 
 SCRIPTS = ROOT / "scripts" / "classification"
 MODELS = ("mcunet", "mobilenet_v2", "resnet18", "resnet34")
@@ -117,7 +117,7 @@ def test_methods_run_to_the_end_then_nothing_is_left_and_the_table_has_them(scri
     others = ["gradient_filter_r2", "hosvd_0.8", "vanilla"]
     settings = {"METHODS": " ".join(methods + others), "LAYERS": "2", "EPOCHS": "1", "SEEDS": "233"}
     run("setup_b/mcunet.sh", script_environment, "digits", "--", *SMALL, **settings)
-    records = read_records(runs)
+    records = [record for _, record in find_runs(runs)]
     assert {record.run for record in records} == set(find_planned(runs))
     methods = [f"{method}_hosvd_0.8" for method in methods] + others
     assert sorted(record.run.method for record in records if record.run.setup == "B") == sorted(methods)
@@ -146,7 +146,7 @@ def test_a_script_that_is_killed_and_run_again_ends_with_the_same_weights(script
     command = ["bash", str(SCRIPTS / "setup_a/mcunet.sh"), "digits", "--", *SMALL, *killed]
     ended = subprocess.run(command, env=script_environment | settings | {"PYTHONPATH": paths}, check=False)
     assert ended.returncode == -9  # the script's own process is the one that trains
-    assert len(read_records(tmp_path / "runs")) == 1
+    assert len(find_runs(tmp_path / "runs")) == 1
 
     # The curve of a single depth is these runs, and a figure of them.
     printed = run("curve.sh", script_environment, "mcunet", "digits", "--", *SMALL, **settings)

@@ -64,6 +64,23 @@ def test_what_is_not_read_is_said_once(fish, capsys, name, told):
     assert re.fullmatch(rf"warning: not read of \S+fish: {told.replace('CLASS', folder.name)}\n", printed), printed
 
 
+@pytest.mark.parametrize("parts", [("train", "val", "test"), ()], ids=["parts", "classes alone"])
+def test_what_systems_leave_is_neither_a_class_nor_an_image(tmp_path, capsys, parts):
+    write_image_folder(tmp_path / "fish", parts)
+    before = load_splits("fish", tmp_path)
+    for image in [path for path in (tmp_path / "fish").rglob("*") if path.is_file()]:
+        place = image.relative_to(tmp_path / "fish")
+        (image.parent / f"._{image.name}").write_bytes(b"what a Mac notes of a file")
+        for folder in (tmp_path / "fish" / "__MACOSX" / place.parent, image.parent / "@eaDir" / image.name):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"._{image.name}").write_bytes(b"the same")
+            (folder / image.name).write_bytes(b"a small picture of it")
+    capsys.readouterr()
+    again = load_splits("fish", tmp_path)
+    assert (again.classes, again.fingerprint) == (before.classes, before.fingerprint)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", ["train/CLASS/.DS_Store", "train/CLASS/Thumbs.db", "labels.csv", ".cache/a"])
 def test_what_is_no_part_of_the_data_is_not_spoken_of(fish, capsys, name):
     folder, _ = one_class(fish)

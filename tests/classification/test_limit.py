@@ -49,7 +49,7 @@ def test_samples_are_the_same_for_a_seed_and_in_proportion():
 
 @pytest.mark.parametrize("limit", [9, 0, -1, 0.001, 20.5, 10**6, float("nan")])
 def test_what_is_no_part_is_refused(limit):
-    with pytest.raises(ExperimentError, match=r"--data\.limit is .* allowed are whole numbers from the 10 classes to "):
+    with pytest.raises(ExperimentError, match=r"--data\.limit is .* allowed are whole numbers from (the 10 classes|1)"):
         digits(limit=limit)
 
 
@@ -63,3 +63,5 @@ def test_a_run_on_a_part_says_so_and_is_another_run(tmp_path, capsys):
     for other in (words[:-2], [*words[:-1], "24"], [*words, "--data.limit_seed", "1"]):
         assert main(other) == 2
         assert "limit" in capsys.readouterr().err
+    assert main([*words[:-1], "-1"]) == 2
+    assert "--data.limit is -1.0; allowed" in capsys.readouterr().err, "not that the run there has another one"

@@ -169,7 +169,7 @@ def test_a_run_by_the_shipped_config_with_the_packages_weights_and_tokenizer(sma
     assert "other settings (model.optimizer" in capsys.readouterr().err
 
 
-def test_adamw_takes_torchs_steps_and_has_no_momentum():
+def test_adamw_takes_torchs_steps():
     settings = {"kind": "linear", "optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.1}
     torch.manual_seed(0)
     module = FineTune("llama_mini", 3, **settings)
@@ -183,5 +183,3 @@ def test_adamw_takes_torchs_steps_and_has_no_momentum():
         optimizer.step()
     for key, tensor in reference.state_dict().items():
         torch.testing.assert_close(module.backbone.state_dict()[key], tensor)
-    with pytest.raises(ExperimentError, match=r"--model\.momentum is 0\.9, and AdamW has its own; set it to 0"):
-        FineTune("llama_mini", 3, **settings, momentum=0.9)

@@ -10,7 +10,7 @@ from commands import arguments, execute, finish, only_file
 from miniatures import write_prepared
 
 from classification.cli import main
-from classification.data import ImageDataModule, load_splits
+from classification.data import load_splits
 from classification.data.partition import deal, half, halved, read_users, save_users, split_fingerprint
 from experiment import ExperimentError
 
@@ -147,11 +147,6 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, splits):
         assert "\n" not in str(raised.value)
     with pytest.raises(ExperimentError, match="cannot be read"):
         read_users(tmp_path / "nowhere.npy", splits)
-
-
-def test_a_split_file_wants_a_half(tmp_path):
-    with pytest.raises(ExperimentError, match=r"--data\.partition"):
-        ImageDataModule("digits", split_file=str(tmp_path / "split.npz"))
 
 
 def test_the_fingerprint_of_a_split_file_is_that_of_its_content(tmp_path, splits):

@@ -13,6 +13,7 @@ from publishing import TOTALS, Published, prepare, refused, totals
 
 from classification.data import load_splits
 from classification.prepare import Preparation
+from experiment.files import part_of
 
 DOWNLOADED = [name for name in WRITERS if name != "imagenet"]
 
@@ -131,8 +132,8 @@ def test_a_download_that_broke_off_is_resumed_by_the_next_command(tmp_path, publ
 
 def test_what_a_killed_command_left_is_removed(tmp_path, publish):
     publish("pets")
-    left = tmp_path / "data" / ".pets.abc" / "oxford-iiit-pet"
-    other = tmp_path / "data" / ".pets2.abc"
+    left = part_of(tmp_path / "data" / "pets") / "oxford-iiit-pet"
+    other = part_of(tmp_path / "data" / "pets2")
     left.mkdir(parents=True)
     other.mkdir()
     assert prepare("pets", tmp_path / "data") == 0

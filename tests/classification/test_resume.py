@@ -171,3 +171,17 @@ def test_the_command_says_that_it_resumes(tmp_path, capsys, weights):
     main([*words, "--dry_run"])
     assert "would resume" in capsys.readouterr().out
     assert "resuming: mcunet on digits" in finish(words, tmp_path, capsys).printed
+
+
+@pytest.mark.slow
+def test_one_that_was_killed_before_it_saved_anything_may_begin_with_other_settings(tmp_path, capsys):
+    words = arguments("fit", tmp_path, "--model.layers", 2, "--trainer.max_epochs", 1)
+    kill(words, 0)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert main([*words, "--data.batch_size", "4"]) == 0
+    folder = only_file(tmp_path, "result.json").parent
+    assert f"the run with other settings in {folder} had saved nothing" in capsys.readouterr().out
+    assert json.loads((folder / "identity.json").read_text())["data"]["batch_size"] == 4
+    assert Record.load(folder / "result.json").recipe["batch_size"] == 4
+    assert main(words) == 2
+    assert "holds a run with other settings (data.batch_size is 4 there and 8 here)" in capsys.readouterr().err

@@ -1,9 +1,12 @@
+import errno
+import fcntl
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from experiment.files import below, locked, part_of, write_whole
+from experiment.files import below, beside, locked, part_of, write_whole
 
 
 def test_text_is_written_and_replaced(tmp_path):
@@ -63,6 +66,42 @@ def test_the_holder_of_a_file_removes_what_killed_writers_left_of_it(tmp_path):
         with pytest.raises(BlockingIOError), locked(path, wait=False):
             pass
     assert all(part.exists() for part in kept)
+
+
+def test_what_is_made_beside_a_folder_is_gone_at_the_end_whatever_happens(tmp_path):
+    path = tmp_path / "set"
+
+    def fail():
+        with beside(path) as part:
+            (part / "inner").mkdir()
+            raise KeyError
+
+    with locked(path):
+        with pytest.raises(KeyError):
+            fail()
+        assert [one.name for one in tmp_path.iterdir()] == [".set.lock"]
+    child = os.fork()
+    if not child:
+        with locked(path), beside(path) as part:
+            (part / "inner").mkdir()
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert len(list(tmp_path.glob(".set.*.part/inner"))) == 1
+    with locked(path), beside(path) as part:
+        assert list(tmp_path.glob(".set.*.part")) == [part]
+        part.rename(path)
+    assert {one.name for one in tmp_path.iterdir()} == {"set", ".set.lock"}
+
+
+def test_without_locks_in_the_file_system_nothing_is_refused_and_nothing_of_others_removed(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = tmp_path / "set"
+    with locked(path), beside(path) as first, locked(path, wait=False), beside(path) as second:
+        assert first.is_dir()
+        assert second.is_dir()
 
 
 def test_files_are_found_through_links_each_once_and_nothing_above_the_folder(tmp_path, capsys):

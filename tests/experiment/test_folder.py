@@ -9,7 +9,7 @@ import pytest
 
 from experiment import ExperimentError, Record, Run, RunFolder, Status
 from experiment.errors import InUseError
-from experiment.execute import nothing_to_do
+from experiment.execute import locked, nothing_to_do
 
 IDENTITY = {"model": {"name": "mcunet", "layers": 2}, "seed": 1, "mean": (0.5, 0.5)}
 HOLDER = """
@@ -119,19 +119,46 @@ def test_a_folder_with_its_result_is_done(tmp_path, result):
         ({"a": 1, "b": 1, "c": 1, "d": 1, "e": 1}, "and 2 more"),
     ],
 )
-@pytest.mark.parametrize("done", [False, True])
-def test_a_run_of_another_identity_is_refused_with_the_difference(tmp_path, changes, difference, done):
+@pytest.mark.parametrize("saved", ["result.json", "perplexity.json", "checkpoints/last.ckpt", "own/weights.pth"])
+def test_a_run_of_another_identity_is_refused_with_the_difference(tmp_path, changes, difference, saved):
     run = started(tmp_path)
-    if done:
-        write_result(run)
+    (run.path / saved).parent.mkdir(exist_ok=True)
+    (run.path / saved).touch()
     with pytest.raises(ExperimentError, match=difference) as raised:
         folder(tmp_path, **changes).status()
     assert str(run.path) in str(raised.value)
 
 
+def test_a_run_with_other_settings_that_saved_nothing_gives_way_once_nobody_is_at_work_in_it(tmp_path, capsys):
+    killed, now = (named(tmp_path, RUN.method, data_fingerprint=data, seed=data) for data in ("first", "second"))
+    with killed.locked("a: 1\n"):
+        (killed.checkpoints / ".last.ckpt.0a1b2c3d.part").touch()
+        assert nothing_to_do(RUN, now, dry_run=True).startswith("would run")
+        with pytest.raises(InUseError), locked(RUN, now, "a: 2\n"):
+            pass
+    assert capsys.readouterr().out == ""
+    with locked(RUN, now, "a: 2\n"):
+        assert (now.path / "config.yaml").read_text() == "a: 2\n"
+    said = capsys.readouterr().out
+    assert said.startswith(f"note: the run with other settings in {now.path} had saved nothing")
+    assert "seed is 'first' there and 'second' here" in said
+    with locked(RUN, named(tmp_path, RUN.method, data_fingerprint="second", seed="second"), ""):
+        assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_was_done_while_it_was_asked_for_stays(tmp_path):
+    asked, run = folder(tmp_path, seed=2), started(tmp_path)
+    assert asked.status() is Status.NEW
+    write_result(run)
+    with pytest.raises(ExperimentError, match="seed is 1 there and 2 here"), asked.locked("a: 2\n"):
+        pass
+    assert run.status() is Status.DONE
+
+
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"[]", b"3", b"{}"])
 def test_a_damaged_identity_is_refused(tmp_path, content):
     run = started(tmp_path)
+    write_result(run)
     (run.path / "identity.json").write_bytes(content)
     with pytest.raises(ExperimentError, match="delete") as raised:
         run.status()
@@ -300,10 +327,10 @@ def test_a_folder_in_place_of_the_result_is_refused(tmp_path):
 RUN = Run("classification", "A", "mcunet", "pets", "asi_hosvd_0.8", 2, 1)
 
 
-def named(root, method, **changes):
+def named(root, method, data_fingerprint=None, **changes):
     """A run's folder below a root by the name of its method."""
     run = replace(RUN, method=method)
-    return RunFolder(run.folder(root), IDENTITY | changes, "result.json", run=run)
+    return RunFolder(run.folder(root), IDENTITY | changes, "result.json", data_fingerprint, run=run)
 
 
 @pytest.fixture

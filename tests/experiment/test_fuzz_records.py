@@ -114,9 +114,10 @@ def test_a_damaged_plan_is_never_written_over(tmp_path, content):
 @given(content=edited({"model": {"layers": 2}, "seed": 1}))
 def test_a_run_folder_with_an_edited_identity_is_one_or_refused(tmp_path, content):
     path = written(tmp_path, "identity.json", content)
-    folder = RunFolder(tmp_path, {"model": {"layers": 2}, "seed": 1}, "result.json")
+    (tmp_path / "last.ckpt").touch()  # else there is nothing to be lost
+    folder = RunFolder(tmp_path, {"model": {"layers": 2}, "seed": 1}, "result.json", last="last.ckpt")
     try:
-        assert folder.status() is Status.NEW
+        assert folder.status() is Status.INTERRUPTED
     except ExperimentError as error:
         assert_told(error, path.parent)
 
@@ -125,9 +126,10 @@ def test_a_run_folder_with_an_edited_identity_is_one_or_refused(tmp_path, conten
 @given(content=damaged(b'{"model": {"layers": 2}, "seed": 1}'))
 def test_a_run_folder_with_a_damaged_identity_is_one_or_refused(tmp_path, content):
     (tmp_path / "identity.json").write_bytes(content)
-    folder = RunFolder(tmp_path, {"model": {"layers": 2}, "seed": 1}, "result.json")
+    (tmp_path / "last.ckpt").touch()
+    folder = RunFolder(tmp_path, {"model": {"layers": 2}, "seed": 1}, "result.json", last="last.ckpt")
     try:
-        assert folder.status() is Status.NEW
+        assert folder.status() is Status.INTERRUPTED
     except ExperimentError:
         return
     assert json.loads(content) == {"model": {"layers": 2}, "seed": 1}

@@ -142,12 +142,16 @@ def test_they_end_when_the_command_is_killed(tmp_path):
     paths = [tmp_path / name for name in ("first", "second")]
     words = [f"wait={path}" for path in paths]
     code = f"from experiment.launching import run_all; run_all('acting', {words!r}, 2)"
-    with subprocess.Popen([sys.executable, "-c", code]) as process:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(temporary)}) as process:
         while not all(path.exists() for path in paths):
             assert process.poll() is None
             time.sleep(0.02)
+        assert list(temporary.glob("lowrank-*"))
         process.kill()
     assert all(map(is_gone, paths))
+    assert not list(temporary.glob("lowrank-*"))
 
 
 @pytest.mark.slow

@@ -123,6 +123,7 @@ def test_one_signal_ends_all_with_what_they_have_saved(temporary, tmp_path, sent
     wait_for(lambda: not any(holder(folder) for folder in folders))  # they see that it is gone
     assert [(folder / "checkpoints" / "last.ckpt").read_text() for folder in folders] == ["saved", "saved"]
     assert records(tmp_path) == {}
+    wait_for(lambda: not list(Path(temporary["TMPDIR"]).glob("lowrank-*")))
     if sent == signal.SIGINT:
         one, other = "interrupted during seed 1, seed 2; ", "interrupted during seed 2, seed 1; "
         assert said in (f"{one}the same command goes on\n", f"{other}the same command goes on\n")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiment import ExperimentError, Record, Run
-from report.summary import group_records, read_planned, read_records, summarise
+from report.summary import find_runs, group_records, read_planned, summarise
 
 RUNS = [
     Run("classification", "A", "mcunet", "pets", method, 2, seed) for method in ("vanilla", "asi") for seed in (0, 1)
@@ -38,7 +38,7 @@ def test_one_bad_record_hides_no_other(tmp_path_factory, data, which):
     else:
         content = data.draw(edited(json.loads(good)))
         path.write_text(json.dumps(content), encoding="utf-8", errors="surrogatepass")
-    records = read_records(root)
+    records = [record for _, record in find_runs(root)]
     others = {run for index, run in enumerate(RUNS) if index != which}
     assert others <= {record.run for record in records}
     for group in group_records(records).values():
@@ -53,7 +53,7 @@ def test_a_bad_plan_hides_no_record(tmp_path_factory, content):
     root = tmp_path_factory.mktemp("runs")
     write(root)
     (RUNS[0].folder(root).parents[2] / "planned.json").write_bytes(content)
-    assert {record.run for record in read_records(root)} == set(RUNS)
+    assert {record.run for _, record in find_runs(root)} == set(RUNS)
     assert all(isinstance(run, Run) for run in read_planned(root))
 
 
@@ -63,7 +63,7 @@ def test_a_folder_of_nothing_but_one_bad_record_is_one_line(tmp_path_factory, co
     root = tmp_path_factory.mktemp("runs")
     (root / "result.json").write_bytes(content)
     try:
-        records = read_records(root)
+        records = [record for _, record in find_runs(root)]
     except ExperimentError as error:
         told = str(error)
     assert str(root) in told

@@ -10,7 +10,7 @@ import pytest
 
 from experiment import ExperimentError
 from report.methods import family, method_order
-from report.summary import Group, Reported, group_records, read_records, summarise
+from report.summary import Group, Reported, find_runs, group_records, summarise
 from report.tables import columns, to_markdown
 
 
@@ -266,7 +266,7 @@ def test_groups(write, runs):
     write("asi", 2, dataset="cub")
     write("asi", 4, dataset="cub", seed=3)
     write("asi", 2, dataset="cub", setup="B")
-    groups = group_records(read_records(runs))
+    groups = group_records(record for _, record in find_runs(runs))
     assert {group: len(records) for group, records in groups.items()} == {
         Group("classification", "A", "mcunet", "cub"): 2,
         Group("classification", "A", "mcunet", "pets"): 1,
@@ -282,7 +282,7 @@ def test_of_two_records_of_one_run_one_is_shown_and_the_other_named(write, runs,
     copy = runs / "copy" / "result.json"
     copy.parent.mkdir()
     copy.write_text(path.read_text().replace("0.5", "0.25") if edited else path.read_text())
-    assert read_records(runs) == [one, other]
+    assert [record for _, record in find_runs(runs)] == [one, other]
     what = "another record of the run in" if edited else "a copy of"
     assert capsys.readouterr().err == (
         f"report: warning: left out: {copy} is {what} {path}, which is shown; keep one of them\n"
@@ -296,7 +296,7 @@ def test_unknown_layers_are_refused(write, runs, layers):
     content["run"]["layers"] = layers
     path.write_text(json.dumps(content))
     with pytest.raises(ExperimentError, match="layers is"):
-        read_records(runs)
+        find_runs(runs)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_a_run_that_cannot_be_sorted_or_placed_is_refused(write, runs, key, valu
     content["run"][key] = value
     path.write_text(json.dumps(content))
     with pytest.raises(ExperimentError, match=f"{key} is"):
-        read_records(runs)
+        find_runs(runs)
 
 
 def test_two_budgets_are_two_rows_beside_a_record_of_before_they_were_named(write):

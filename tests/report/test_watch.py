@@ -68,6 +68,15 @@ def test_when_all_is_done_the_code_is_0(tmp_path):
     assert main([str(tmp_path), "--watch"]) == 1
 
 
+def test_runs_are_where_their_plan_is_at_any_depth_below_the_folder(tmp_path):
+    root = tmp_path / "of one experiment"
+    add_planned(root, RUNS)
+    for run in RUNS:
+        finish(root, run)
+    for folder in (tmp_path, root, root / "classification" / "B"):
+        assert main(["--watch", str(folder)]) == 0
+
+
 def test_on_a_terminal_it_looks_until_nothing_is_left_to_wait_for(tmp_path, monkeypatch):
     add_planned(tmp_path, RUNS)
     left, seen = list(RUNS), io.StringIO()

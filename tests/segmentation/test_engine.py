@@ -184,14 +184,23 @@ def test_options_are_spelled_either_way(option, data_dir, tmp_path, capsys):
     assert f"folder: {tmp_path}" in capsys.readouterr().out
 
 
-def test_a_typo_never_starts_a_sweep(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (["--iteration", "3"], "--iteration"),
+        (["--dry-runn"], "--dry-runn"),
+        (["--budgets", "1/2"], "--budgets"),
+        (["--dry-run", "--limit", "-1"], "--limit is -1.0; allowed"),
+        (["--dry-run", "--cfg-options", "train_cfg.val_interval=0"], "train_cfg.val_interval is 0; allowed"),
+    ],
+    ids=lambda words: words[-1] if isinstance(words, list) else None,
+)
+def test_a_mistake_never_starts_a_sweep(mistake, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["sweep", "--model", "pspnet_small", "--dataset", "digit_scenes", "--runs-dir", str(tmp_path)]
-    for typo in (["--iteration", "3"], ["--dry-runn"], ["--budgets", "1/2"]):
-        with pytest.raises(SystemExit) as ended:
-            main([*words, *typo])
-        assert ended.value.code == 2
-        assert typo[0] in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", "--model", "pspnet_small", "--dataset", "digit_scenes", "--runs-dir", str(tmp_path), *mistake])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -207,8 +216,11 @@ def test_a_part_of_a_data_set_is_drawn_by_its_seed_and_is_another_run(data_dir, 
     assert (len(images(None)), len(images(5)), len(images(0.25)), len(images(1.0))) == (12, 5, 3, 12)
     assert images(3) == images(0.25) < images(5) < images(None)
     assert images(5) != images(5, seed=2)
-    for wrong in (0, 13, 2.5, -1):
-        with pytest.raises(ExperimentError, match="of 12 training samples; allowed are whole numbers up to 12"):
+    for wrong in (13, 0.01):
+        with pytest.raises(ExperimentError, match="of 12 training samples; allowed are whole numbers from 1 to 12"):
+            images(wrong)
+    for wrong in (0, 2.5, -1, "3", True):
+        with pytest.raises(ExperimentError, match=r"the limit is .*; allowed are whole numbers from 1, or a share"):
             images(wrong)
     words = arguments("train", "vanilla", data_dir, tmp_path, "--limit", "6")
     assert main(words) == 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
-import shutil
+import os
+import signal
 import tarfile
 import zipfile
 from pathlib import Path
@@ -16,10 +19,11 @@ from scipy.io import savemat
 from segmentors import files
 
 from experiment import ExperimentError
+from experiment.files import part_of
 from segmentation.compose import load_config, move_data
 from segmentation.data import scenes
 from segmentation.data.cityscapes import prepare_cityscapes
-from segmentation.data.folders import unpack, whole_folder
+from segmentation.data.folders import ThereError, unpack, whole_folder
 from segmentation.data.registry import data_of, require_data
 from segmentation.data.scenes import SETS, Scenes, write_scenes
 from segmentation.data.voc import prepare_voc12aug
@@ -107,19 +111,60 @@ def test_archives_that_are_not_whole_are_refused_and_nothing_stays(voc_archives,
     archive.unlink()
     with pytest.raises(ExperimentError, match=r"there is no archive .*benchmark.tgz"):
         prepare_voc12aug(target, voc_archives, COUNTS)
-    assert list((tmp_path / "data").iterdir()) == []
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".voc12aug.lock"]
 
 
 def test_what_a_killed_command_left_is_removed_and_not_what_another_one_makes(tmp_path):
-    left = tmp_path / ".set.abc.part"
-    (left / "images").mkdir(parents=True)
-    with whole_folder(tmp_path / "set") as first, whole_folder(tmp_path / "set2"):
+    left, other = part_of(tmp_path / "set"), part_of(tmp_path / "set2")
+    for folder in (left, other):
+        (folder / "images").mkdir(parents=True)
+    with whole_folder(tmp_path / "set"):
         assert not left.exists()
-        with whole_folder(tmp_path / "set") as second:
-            (second / "made").touch()
-            assert first.exists()
-        shutil.rmtree(tmp_path / "set")
     assert (tmp_path / "set").is_dir()
+    assert other.is_dir()
+
+
+def test_a_set_that_two_processes_need_at_once_is_made_by_one_and_awaited_by_the_other(tmp_path, monkeypatch, capsys):
+    begun, awaited = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        signal.alarm(120)  # whatever else it does, it ends
+        with whole_folder(tmp_path / "data" / "digit_scenes") as folder:
+            (folder / "of the first").touch()
+            os.write(begun[1], b".")
+            os.read(awaited[0], 1)
+        os._exit(0)
+    os.read(begun[0], 1)
+
+    def told(*words, **options):
+        print(*words, **options)
+        if "waiting for it" in words[0]:
+            os.write(awaited[1], b".")
+
+    monkeypatch.setattr("segmentation.data.folders.print", told, raising=False)
+    config = load_config(files("pspnet", "digit_scenes", "finetune", "vanilla"))
+    move_data(config, tmp_path / "data")
+    require_data(config)
+    assert os.waitpid(child, 0)[1] == 0
+    assert "another process is writing" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"digit_scenes", ".digit_scenes.lock"}
+    assert [path.name for path in (tmp_path / "data" / "digit_scenes").iterdir()] == ["of the first"]
+
+
+def test_without_locks_the_first_of_two_that_are_made_at_once_stays(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+    def make_while_another_makes_it():
+        with whole_folder(tmp_path / "set"), whole_folder(tmp_path / "set") as first:
+            (first / "of the first").touch()
+
+    with pytest.raises(ThereError, match="is there already"):
+        make_while_another_makes_it()
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["of the first"]
+    assert {path.name for path in tmp_path.iterdir()} == {"set", ".set.lock"}
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])

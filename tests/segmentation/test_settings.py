@@ -43,21 +43,46 @@ OPTIONS = {
     "no hooks": ([], ["custom_hooks=[]"], "sets custom_hooks, which .* follows from --layers and the method; give"),
     "depth": ([], ["layers=5"], "sets layers, which in the suite's own configs follows from --layers"),
     "words for numbers": ([], ["train_cfg.max_iters=abc"], "max_iters is 'abc'"),
+    "less than no images": (["--limit", "-1"], [], r"--limit is -1\.0; allowed are whole numbers from 1, or a share"),
+    "ranks": ([], ["lowrank.method.type=ASI"], r"ASI needs ranks: give its own, or a budget"),
     "typo": ([], ["trian_cfg.val_interval=2"], "nothing is called 'trian_cfg'"),
 }
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_what_cannot_work_is_refused(name, data_dir, tmp_path, capsys):
+def test_what_cannot_work_is_refused(name, dry, data_dir, tmp_path, capsys):
     options, settings, message = OPTIONS[name]
     composed = map(str, files("pspnet_small", "digit_scenes", "finetune", "vanilla"))
     where = ["--layers", "10", "--data-dir", str(data_dir), "--runs-dir", str(tmp_path / "runs")]
     length = [] if "--iterations" in options else ["--iterations", "2"]
-    assert main(["train", *composed, *where, *length, *options, *TINY, *settings]) == 2
+    assert main(["train", *composed, *where, *length, *dry, *options, *TINY, *settings]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if "OneDL" not in line]
     assert len(said) == 1
     assert re.search(f"^error: .*{message}", said[0])
     assert not (tmp_path / "runs").exists()
+
+
+PARTS = {  # that MMEngine cannot build, and what it says of them
+    "model.decode_head.type=Nope": "Nope is not in the mmseg::model registry",
+    "model.backbone.nope=3": r"\w+.__init__\(\) got an unexpected keyword argument 'nope'",
+    "model.backbone.depth=17": "invalid depth 17 for resnet",
+    "default_hooks.logger.type=Nope": "Nope is not in the mmseg::hook registry",
+    "train_cfg.nope=3": r"IterBasedTrainLoop.__init__\(\) got an unexpected keyword argument 'nope'",
+    "train_dataloader.nope=3": r"DataLoader.__init__\(\) got an unexpected keyword argument 'nope'",
+    "optim_wrapper.optimizer.nope=3": r"\w+.__init__\(\) got an unexpected keyword argument 'nope'",
+}
+
+
+@pytest.mark.parametrize("setting", PARTS)
+def test_a_part_that_cannot_be_built_is_one_line_and_leaves_nothing(setting, data_dir, tmp_path, capsys):
+    composed = map(str, files("pspnet_small", "digit_scenes", "finetune", "vanilla"))
+    where = ["--layers", "10", "--data-dir", str(data_dir), "--runs-dir", str(tmp_path / "runs")]
+    assert main(["train", *composed, *where, "--iterations", "2", *TINY, setting]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "OneDL" not in line]
+    assert len(said) == 1
+    assert re.search(f"^error: a part of the config cannot be built: {PARTS[setting]}; mend its type", said[0])
+    assert not list(tmp_path.rglob("*.json"))
 
 
 @pytest.mark.parametrize("option", ["--runs-dir", "--work-dir", "--data-dir"])
