@@ -293,6 +293,7 @@ def test_a_damaged_checkpoint_to_resume_from_is_one_line(tmp_path, capsys, weigh
     refused([*arguments("test", tmp_path, "--model.layers", 2), "--ckpt_path", str(last)], capsys, message)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_one_line(tmp_path, capsys, weights):
     state = torch.load(weights)
     state["stem.0.weight"][0, 0, 0, 0] = float("nan")

@@ -146,6 +146,7 @@ def without_seconds(folder):
     return [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in metrics(folder)]
 
 
+@pytest.mark.slow
 def test_its_history_is_that_of_an_uninterrupted_run(uninterrupted, resumed):
     method, _, _, folder = resumed
     assert [row["epoch"] for row in metrics(folder)] == [0, 1, 2, 3]

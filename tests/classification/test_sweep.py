@@ -326,6 +326,7 @@ def test_a_sweep_does_what_it_can_then_what_is_missing_and_then_nothing(swept, c
     assert 0 < kept <= allowed
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_sweep_start_from_the_pretrained_weights(swept):
     runs, arguments, *_ = swept
     jobs = list(sweep.parse(arguments)[0].jobs())

@@ -35,6 +35,7 @@ def test_a_finished_sweep_is_finished_without_its_checkpoints(cleared, capsys):
     assert after == before
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_and_new_runs_fail_in_one_line(cleared, capsys):
     _, arguments = cleared
     job = next(job for job in sweep.parse(arguments)[0].jobs() if job.run.method == "vanilla" and job.run.setup == "B")

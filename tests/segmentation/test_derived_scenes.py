@@ -120,6 +120,7 @@ def test_no_identity_of_before_knows_of_it():
     assert "derive" not in str(identity_of(load_config(names, {"perplexity.derive": True})))
 
 
+@pytest.mark.slow
 def test_its_run_keeps_nothing_of_what_follows_and_stays_within_the_budget(finished):
     run = folder(finished, f"{METHOD}_{MIB}mib")
     assert 0 < Record.load(run / "result.json").memory_bytes["activation_formula"] <= MIB * 2**20

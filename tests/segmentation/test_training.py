@@ -82,6 +82,7 @@ def test_the_record_has_accuracies_memory_flops_and_where_they_come_from(finishe
         assert [float(row["iteration"]) for row in csv.DictReader(file)] == [2, 4]
 
 
+@pytest.mark.slow
 def test_the_table_is_of_the_trained_layers(finished):
     table = PerplexityTable.load(folder(finished, "perplexity") / "perplexity.json")
     assert (table.model, table.batch_shape, len(table.layers)) == ("pspnet_small", (2, 3, 32, 32), 5)

@@ -235,6 +235,7 @@ def test_a_record_holds_the_recipe(finished):
     assert 0 < recipe["learning_rate"] < 1
 
 
+@pytest.mark.slow
 def test_a_record_says_every_setting_that_the_recipe_does_not(finished):
     identity = json.loads((finished / "identity.json").read_text())
     del identity["data_fingerprint"], identity["dataset"]  # which the record has by itself
