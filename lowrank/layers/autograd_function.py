@@ -21,7 +21,6 @@ from lowrank.errors import ChangedError
 from lowrank.exact.slots import here
 from lowrank.exact.sources import Origin
 from lowrank.kernels import passes
-from lowrank.layers import in_graph
 from lowrank.layers.lazy import Lazy, lazy_gradient, real, unread
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.eager import Node, refuse_double_backward, saved
@@ -58,15 +57,15 @@ class Settings:
         form = grad, self.geometry, shape
         some = any(tensor is not None for tensor in kept)
         if weight and some and torch.compiler.is_compiling():
+            from lowrank.layers import in_graph
+
             return in_graph.gradients(self.method, self.geometry, self.name, kept, grad, shape, weight_shape, bias)
         if weight and bias and some:
             return self.method.gradients(kept, *form)
-        of_weight = of_bias = None
+        of_weight = None
         if weight:
             of_weight = self.method.weight_gradient(kept, *form) if some else grad.new_zeros(weight_shape)
-        if bias:
-            of_bias = self.geometry.bias_gradient(grad)
-        return of_weight, of_bias
+        return of_weight, self.geometry.bias_gradient(grad) if bias else None
 
 
 class Call:

@@ -3,6 +3,8 @@
 A compiler asks them for sizes alone, so that it has little to do, and nothing to look into; what they do when the graph
 runs is what eager training does, by the same kernels. They have no side effects: what is carried from step to step is
 given to them and returned.
+
+Imported when something is compiled, as it imports PyTorch's compiler, which takes as long as all else.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from lowrank.exact.slots import Way, has_slot, is_computed, place_of_saving, wai
 from lowrank.exact.sources import Origin
 from lowrank.exact.steps import Rebuild
 from lowrank.kernels.iterations import Step
-from lowrank.layers import in_graph
 from lowrank.layers.derived import derived
 from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.token_mask import without_padding
@@ -288,6 +287,8 @@ def _compress(state: LayerState, method: Method, x: Tensor, geometry: Geometry, 
     try:
         with nullcontext() if method.keeps_input else torch.no_grad():
             if torch.compiler.is_compiling() and not method.keeps_input:
+                from lowrank.layers import in_graph
+
                 kept, bases = in_graph.compress(method, geometry, state.name, x, state.bases)
             else:
                 kept, bases = method.compress(x, geometry, state.bases, state.name)
