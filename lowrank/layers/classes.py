@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from math import prod
 from typing import Any
 
@@ -44,7 +45,7 @@ class RegisteredLayer(LowRankLayer):
     def _compiled(self, input: Tensor) -> Tensor:
         asked = torch.is_grad_enabled() and in_compiled_graph() and not input.is_meta
         asked = asked and not self._lowrank.method.keeps_input and not self._lowrank.method.chooses_by_data
-        if asked and not _prove_ahead(self, tuple(input.shape), input.dtype, input.device):
+        if asked and not _prove_ahead(self, tuple(map(operator.index, input.shape)), input.dtype, input.device):
             from lowrank.layers.graph_break import out_of_graph
 
             return out_of_graph(self._read, input)  # which raises what there is to say
