@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from math import prod
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from lowrank.layers.kinds import KINDS, kind_of
 from lowrank.layers.layer import LowRankLayer, as_computed, geometry_of, input_of, is_single
 from lowrank.layers.lazy import real
 from lowrank.layers.swap import is_parametrized_class, own_of
+from lowrank.tensors.eager import in_compiled_graph
+from lowrank.tensors.geometry import Shape
 
 
 class LowRankConv2d(LowRankLayer, nn.Conv2d):  # type: ignore[misc]
@@ -38,12 +42,21 @@ class RegisteredLayer(LowRankLayer):
             self._prove(real(input))
         return super()._plain(input, weight, bias)
 
+    def _compiled(self, input: Tensor) -> Tensor:
+        asked = torch.is_grad_enabled() and in_compiled_graph() and not input.is_meta
+        asked = asked and not self._lowrank.method.keeps_input and not self._lowrank.method.chooses_by_data
+        if asked and not _prove_ahead(self, tuple(map(operator.index, input.shape)), input.dtype, input.device):
+            from lowrank.layers.graph_break import out_of_graph
+
+            return out_of_graph(self._read, input)  # which raises what there is to say
+        return super()._compiled(input)
+
     @torch.no_grad()
     def _prove(self, input: Tensor) -> None:
         moved = self._with_other_numbers()
         with torch.random.fork_rng():
             own = moved.forward(input)
-        if not own.isfinite().all():
+        if not own.numel() or not own.isfinite().all():
             return
         weight, bias = self.kind.weight(moved), moved.bias
         x, dtype, outside = as_computed(input_of(moved, input), weight)
@@ -77,6 +90,17 @@ class RegisteredLayer(LowRankLayer):
         buffers = {name: None if one is None else one.clone() for name, one in self._buffers.items()}
         stock.__dict__ = {**self.__dict__, "_parameters": parameters, "_buffers": buffers}
         return stock
+
+
+@torch.compiler.assume_constant_result
+def _prove_ahead(layer: RegisteredLayer, shape: Shape, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a layer that is compiled is proven, by numbers of its own: those of the input are not known yet."""
+    if not layer._lowrank.proven:
+        try:
+            layer._prove(torch.arange(prod(shape), device=device).sin().view(shape).to(dtype))
+        except (SettingError, RuntimeError):
+            return False
+    return layer._lowrank.proven or not prod(shape)
 
 
 _LAYERS: dict[type[nn.Module], type[LowRankLayer]] = {nn.Conv2d: LowRankConv2d, nn.Linear: LowRankLinear}

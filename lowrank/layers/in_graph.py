@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lowrank.errors import LowRankError
 from lowrank.methods.base import Method, Tensors
@@ -40,12 +42,15 @@ class Part:
 
 
 _PARTS: dict[str, Part] = {}
+_PROCESS = uuid4().hex
 
 
 @torch.compiler.assume_constant_result
 def _key(method: Method, kind: type[Geometry], settings: tuple[Any, ...], name: str) -> str:
     """The part's name in a graph: of all that matters, as graphs that were compiled are kept on disk for others."""
     key = f"{name}: {kind.__name__}{settings} {method!r}"
+    if type(method).__module__.partition(".")[0] != __package__.partition(".")[0]:
+        key += f" {_PROCESS}"  # what somebody's method keeps may have been rewritten since
     while key in _PARTS and not _are_equal(_PARTS[key].method, method):
         key += "'"
     _PARTS.setdefault(key, Part(method, kind(*settings), name))
@@ -54,8 +59,8 @@ def _key(method: Method, kind: type[Geometry], settings: tuple[Any, ...], name: 
 
 def _are_equal(one: Method, other: Method) -> bool:
     try:
-        return one is other or bool(one == other)
-    except RuntimeError:  # somebody's that holds tensors
+        return one is other or bool(one == other and vars(one) == vars(other))
+    except (RuntimeError, ValueError, TypeError):  # somebody's that holds tensors or arrays, or has slots
         return False
 
 
@@ -72,7 +77,10 @@ def compress(method: Method, geometry: Geometry, name: str, x: Tensor, state: Te
     count, *found = _compressed(x, here, part(method, geometry, name))
     tensors: list[Tensor | None] = [None, x]
     for one in found:
-        tensors.append(one if one.numel() else tensors[one.shape[1]])
+        if one.numel():
+            tensors.append(one)
+        else:
+            tensors.append(one[0] if one.shape[0] else tensors[one.shape[1]])
     behind = 2 + count.shape[1]
     return tuple(tensors[2:behind]), tuple(tensors[behind:])
 
@@ -100,8 +108,8 @@ def _flat(
     kept: Tensors, state: Tensors, x: Tensor, given: Sequence[Tensor | None], device: torch.device
 ) -> list[Tensor]:
     """Tensors alone and new, which is what an operator can return: an empty one as wide as there are kept ones,
-    and then all. For none, for `x` itself and for one that is there twice stands an empty one, as wide as its place in
-    (None, x, *those ahead)."""
+    and then all. For none, for `x` itself and for one that is there twice stands one of no rows, as wide as its place
+    in (None, x, *those ahead); one that is itself empty has a dimension of size 1 more."""
     flat, known = [x.new_empty(0, len(kept))], [None, x]
     own = {one.untyped_storage()._cdata for one in (x, *given) if one is not None}
     for tensor in (*kept, *state):
@@ -110,10 +118,14 @@ def _flat(
         known.append(tensor)
         if place is not None or tensor is None:
             flat.append(x.new_empty(0, place or 0))
-        elif not tensor.ndim or tensor.untyped_storage()._cdata in own:  # a number may be one that others have as well
+            continue
+        if not tensor.numel():
+            tensor = tensor.new_empty(1, *tensor.shape)
+        if not tensor.ndim or tensor.untyped_storage()._cdata in own:  # a number may be one that others have as well
             flat.append(tensor.clone(memory_format=torch.contiguous_format))
         else:
             flat.append(tensor.contiguous())
+        own.add(flat[-1].untyped_storage()._cdata)
     return flat
 
 
@@ -129,9 +141,10 @@ def _told_ahead(x: Tensor, state: Sequence[Tensor | None], part: str) -> Layout:
     """What comes of tensors of these sizes, by the method itself on tensors that have nothing else."""
     sizes, own = _sizes(x, state), _PARTS[part]
     if sizes not in own.layouts:
-        without = [None if one is None else _without_numbers(one) for one in state]
         try:
-            own.layouts[sizes] = _layout(_run(_without_numbers(x), without, part, x.device), x)
+            with unset_fake_temporarily():  # a method may have tensors of its own, which are not a compiler's
+                without = [None if one is None else _without_numbers(one) for one in state]
+                own.layouts[sizes] = _layout(_run(_without_numbers(x), without, part, x.device), x)
         except LowRankError:
             raise
         except Exception as error:

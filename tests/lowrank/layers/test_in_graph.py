@@ -1,8 +1,12 @@
 """A method's work as operators of a compiled graph: PyTorch's own checks of operators, and methods of others."""
 
 import copy
-from dataclasses import dataclass
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from layer_cases import step
@@ -116,6 +120,53 @@ class LargeOnes(FirstImages):
     def compress(self, x, geometry, state, name):
         count = 1 if x.is_meta else max(2, int((x.flatten(1).norm(dim=1) > 1).sum()))
         return (x[:count],), ()
+
+
+@dataclass(frozen=True)
+class Scaled(FirstImages):
+    """Keeps the input and a part of that, of other numbers than its fields tell; carries a part of what it carries."""
+
+    scale: Any = field(default=1.0, repr=False, compare=False)
+
+    def compress(self, x, geometry, state, name):
+        scaled = x * torch.as_tensor(self.scale, dtype=x.dtype).to(x.device).sum()
+        mean = scaled.mean(0)
+        return (scaled, None, scaled[:1], x[:0]), (x.new_empty(2, 0), mean, mean[:1], x.new_empty(0, 3))
+
+    def weight_gradient(self, kept, grad, geometry, shape):
+        return geometry.weight_gradient(kept[0], grad) + kept[2].sum()
+
+
+def test_parts_of_others_that_look_alike_are_their_own():
+    arrays = [Held(2, np.ones(2)) for _ in range(2)]
+    names = [in_graph.part(method, CONV, "a") for method in (Scaled(scale=2), Scaled(scale=3), *arrays)]
+    assert len({*names}) == 4
+    assert [in_graph.part(method, CONV, "a") for method in (Scaled(scale=2), Scaled(scale=3))] == names[:2]
+
+
+@pytest.mark.slow
+def test_parts_of_others_are_no_other_processs():
+    """A graph that was compiled is kept on disk, with the sizes of what the method kept as it was written then."""
+    code = "print(in_graph.part(FirstImages(), CONV, 'a'), in_graph.part(ASI(2), CONV, 'a'), sep='\\n')"
+    code = f"import sys; sys.path[:0] = {sys.path!r}; from test_in_graph import *; {code}"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    same = [one == in_graph.part(method, CONV, "a") for one, method in zip(found, (FirstImages(), ASI(2)), strict=True)]
+    assert same == [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_methods_that_look_alike_hold_tensors_and_give_views_and_empty_ones(backend):
+    """The one of the first model was asked for the second one's gradients."""
+    torch._dynamo.reset()
+    for scale in (1.0, 3.0, torch.tensor(2.0), torch.tensor([1.0, 4.0])):
+        model = lowrank.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), ["0"], Scaled(scale=scale))
+        twin, fast = copy.deepcopy(model), torch.compile(model, fullgraph=True, backend=backend)
+        for seed in range(2):
+            x = random_tensor(4, 3, 6, 6, seed=seed, dtype=torch.float32)
+            found = {name.removeprefix("_orig_mod."): value for name, value in step(fast, x).items()}
+            torch.testing.assert_close(found, step(twin, x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(lowrank.training_state(model), lowrank.training_state(twin))
 
 
 @pytest.mark.slow

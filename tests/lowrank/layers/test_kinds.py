@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -152,10 +153,25 @@ def test_what_does_not_compute_what_it_is_registered_as_is_told_at_the_first_ste
         model(x)
 
 
-def test_outputs_that_are_not_finite_prove_nothing():
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [ASI(2), HOSVD(0.9)], ids=str)
+def test_what_does_not_compute_what_it_is_registered_as_is_told_where_it_is_compiled_too(method):
+    """Its output was another one than before it was converted."""
+    torch._dynamo.reset()
+    for kind, weight in ((Doubled, lambda layer: layer.weight.mT), (Transposed, lambda layer: layer.weight.mT)):
+        lowrank.register_layer(kind, weight=weight)
+        model = lowrank.convert(nn.Sequential(kind(), nn.Tanh()), ["0"], method)
+        fast = torch.compile(model, backend="aot_eager", fullgraph=kind is Transposed and not method.chooses_by_data)
+        with pytest.raises(SettingError, match="Doubled does not") if kind is Doubled else nullcontext():
+            for size in (3, 4, 2):
+                fast(random_tensor(size, 5).float()).sum().backward()
+        assert model[0]._lowrank.proven == (kind is Transposed)
+
+
+def test_outputs_that_are_none_or_not_finite_prove_nothing():
     lowrank.register_layer(Transposed, weight=lambda layer: layer.weight.mT)
     model = lowrank.convert(nn.Sequential(Transposed()), ["0"], Vanilla())
-    for x, proven in ((torch.full((2, 5), torch.inf), False), (torch.ones(2, 5), True)):
+    for x, proven in ((torch.full((2, 5), torch.inf), False), (torch.ones(0, 5), False), (torch.ones(2, 5), True)):
         model(x)
         assert model[0]._lowrank.proven == proven
 
