@@ -44,12 +44,21 @@ class RegisteredLayer(LowRankLayer):
 
     def _compiled(self, input: Tensor) -> Tensor:
         asked = torch.is_grad_enabled() and in_compiled_graph() and not input.is_meta
-        asked = asked and not self._lowrank.method.keeps_input and not self._lowrank.method.chooses_by_data
-        if asked and not _prove_ahead(self, tuple(map(operator.index, input.shape)), input.dtype, input.device):
-            from lowrank.layers.graph_break import out_of_graph
+        if asked and not self._lowrank.method.keeps_input and not self._lowrank.method.chooses_by_data:
+            from lowrank.layers.graph_break import can_be_proven, out_of_graph
 
-            return out_of_graph(self._read, input)  # which raises what there is to say
+            if not can_be_proven(self, tuple(map(operator.index, input.shape)), input.dtype, input.device):
+                return out_of_graph(self._read, input)  # which raises what there is to say
         return super()._compiled(input)
+
+    def prove_ahead(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether it is proven, by numbers of its own: those of a compiler's input are not known yet."""
+        if not self._lowrank.proven:
+            try:
+                self._prove(torch.arange(prod(shape), device=device).sin().view(shape).to(dtype))
+            except (SettingError, RuntimeError):
+                return False
+        return self._lowrank.proven or not prod(shape)
 
     @torch.no_grad()
     def _prove(self, input: Tensor) -> None:
@@ -90,17 +99,6 @@ class RegisteredLayer(LowRankLayer):
         buffers = {name: None if one is None else one.clone() for name, one in self._buffers.items()}
         stock.__dict__ = {**self.__dict__, "_parameters": parameters, "_buffers": buffers}
         return stock
-
-
-@torch.compiler.assume_constant_result
-def _prove_ahead(layer: RegisteredLayer, shape: Shape, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a layer that is compiled is proven, by numbers of its own: those of the input are not known yet."""
-    if not layer._lowrank.proven:
-        try:
-            layer._prove(torch.arange(prod(shape), device=device).sin().view(shape).to(dtype))
-        except (SettingError, RuntimeError):
-            return False
-    return layer._lowrank.proven or not prod(shape)
 
 
 _LAYERS: dict[type[nn.Module], type[LowRankLayer]] = {nn.Conv2d: LowRankConv2d, nn.Linear: LowRankLinear}
