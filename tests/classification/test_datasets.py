@@ -165,6 +165,8 @@ def test_a_data_set_that_is_not_prepared_says_what_to_run(tmp_path, name):
     message = rf"data set {name} is not prepared in .*; run: python -m classification prepare {name} --root"
     with pytest.raises(MissingDataError, match=message):
         ImageDataModule(name, root=str(tmp_path))
+    with pytest.raises(MissingDataError, match=r"--root '.*/my data'$"):
+        ImageDataModule(name, root=str(tmp_path / "my data"))
     folder = write(name, tmp_path)  # there, but nobody has checked it
     with pytest.raises(MissingDataError, match=message):
         load_splits(name, tmp_path)
