@@ -76,9 +76,12 @@ def tell_repeated(name: str, seen: Iterable[bytes], tested: Sequence[bytes]) -> 
 
 
 def require_uncut(path: Path | str, content: bytes) -> None:
-    """Raise `ExperimentError` where a JPEG or PNG file has no end, which some readers fill up with grey."""
+    """Raise `ExperimentError` where a JPEG or PNG file has no end, which some readers fill up with grey.
+
+    A JPEG file without any scan, which is not found either, was cut in its head.
+    """
     jpeg, png = content.startswith(b"\xff\xd8"), content.startswith(b"\x89PNG")
-    if (jpeg and content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda")) or (png and b"IEND" not in content[-4096:]):
+    if (jpeg and content.rfind(b"\xff\xd9") <= content.rfind(b"\xff\xda")) or (png and b"IEND" not in content[-4096:]):
         raise unreadable(path, "it was cut: its end is missing")
 
 

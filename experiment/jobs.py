@@ -154,7 +154,7 @@ def conclude(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome], root: Path, s
     failed, elsewhere = ([job for job in jobs if outcomes[job] is how] for how in (Outcome.FAILED, Outcome.ELSEWHERE))
     done = len(jobs) - len(failed) - len(elsewhere)
     print(f"{done} of {len(jobs)} runs done, {duration(seconds)}")
-    print(f"tables, plots and a page of them: python -m report {root}")
+    print(f"tables, plots and a page of them: python -m report {shlex.quote(str(root))}")
     if astray := [job for job in jobs if outcomes[job] is Outcome.DONE and not job.done(root)]:
         told = (f"  {job.title}: no {job.run.folder(root) / job.result}" for job in astray)
         print(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -100,7 +101,8 @@ def submit(
     queue.add("report", [(report, root)], last)
     ids = " ".join(queue.ids)
     print(f"{len(left)} of {len(jobs)} runs submitted, {len(jobs) - len(left)} done before; the report comes last")
-    print(f"how far they are: python -m report --watch {root}\nto cancel them: scancel {ids}", flush=True)
+    watch = shlex.join(["python", "-m", "report", "--watch", str(root)])
+    print(f"how far they are: {watch}\nto cancel them: scancel {ids}", flush=True)
     if not wait:
         return 0
     queue.wait()

@@ -22,6 +22,7 @@ from experiment.folder import CONFIG
 from experiment.record import RESULT
 from segmentation.checkpoints import load_weights, read_safely_everywhere
 from segmentation.compose import read_run_config
+from segmentation.data.registry import require_data
 from segmentation.quiet import register_modules
 
 Classes = NDArray[np.int64]
@@ -32,8 +33,8 @@ def picture(runs: Sequence[Path], output: Path, count: int = 4) -> None:
     """Write a PNG with a row per validation image, the first `count` of them, and a column per run.
 
     Raises:
-        ExperimentError: no images are asked for, a folder without a finished run, runs of different data sets, or an
-            output that cannot be written.
+        ExperimentError: no images are asked for, a folder without a finished run, runs of different data sets, a data
+            set that is not there, or an output that cannot be written.
     """
     if count < 1:
         raise ExperimentError(f"--count is {count}; allowed are whole numbers from 1")
@@ -43,6 +44,7 @@ def picture(runs: Sequence[Path], output: Path, count: int = 4) -> None:
     register_modules()
     read_safely_everywhere()
     config = read_run_config(runs[0] / CONFIG)
+    require_data(config)
     dataset = DATASETS.build(config.val_dataloader.dataset)
     samples = [dataset[index] for index in range(min(count, len(dataset)))]
     columns: dict[str, list[Any]] = {
@@ -60,12 +62,12 @@ def picture(runs: Sequence[Path], output: Path, count: int = 4) -> None:
 
 @torch.no_grad()
 def _predictions(run: Path, samples: Sequence[Any]) -> list[Classes]:
-    """Classes (H, W) of every sample, by a stock segmentor with the run's last weights."""
+    """Classes (H, W) of every sample, by a stock segmentor with the run's last weights; sizes may differ."""
     config = read_run_config(run / CONFIG)
     model = MODELS.build(config.model).eval()
     load_weights(model, str(run / FINAL), whole=True)
-    results = model.test_step(pseudo_collate(list(samples)))
-    return [result.pred_sem_seg.data[0].numpy() for result in results]
+    results = (model.test_step(pseudo_collate([sample])) for sample in samples)
+    return [result.pred_sem_seg.data[0].numpy() for (result,) in results]
 
 
 def _coloured(classes: Classes, dataset: Any) -> NDArray[np.uint8]:

@@ -160,9 +160,7 @@ def _check_head(path: Path, content: bytes) -> None:
                 as_rgb(image)
     except pillow.UnidentifiedImageError:
         raise unreadable(path, "it is no image, or its beginning is damaged") from None
-    except (OSError, SyntaxError):
-        return
-    except (ValueError, pillow.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise unreadable(path, error) from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shlex
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,12 +149,14 @@ def _load(name: str, root: Path) -> Splits:
         return dataset.find(name)(root)
     mark = Mark.of(name, root)
     if not (mark.path.exists() and (root / source.find(name).folder).exists()):
-        raise MissingDataError(
-            f"data set {name} is not prepared in {root}; run: python -m classification prepare {name} --root {root}"
-        )
+        raise MissingDataError(f"data set {name} is not prepared in {root}; run: {_command(name, root)}")
     splits = read(name, root)
     mark.require(splits)
     return splits
+
+
+def _command(name: str, root: Path) -> str:
+    return shlex.join(["python", "-m", "classification", "prepare", name, "--root", str(root)])
 
 
 def read(name: str, root: Path) -> Splits:
@@ -163,5 +166,5 @@ def read(name: str, root: Path) -> Splits:
     except DAMAGED as error:
         raise ExperimentError(
             f"data set {name} in {root / source.find(name).folder} is damaged ({type(error).__name__}: {error}); "
-            f"delete it and run: python -m classification prepare {name} --root {root}"
+            f"delete it and run: {_command(name, root)}"
         ) from None

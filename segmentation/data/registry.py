@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from experiment import ExperimentError
 from segmentation.compose import datasets
 from segmentation.data.folders import ThereError, file_hashes, fingerprint_of
 from segmentation.data.listing import listing_of, root_of
+from segmentation.data.prepare import DATASETS
 from segmentation.data.scenes import SETS, write_scenes
 
 
@@ -26,7 +28,8 @@ def require_data(config: Config) -> None:
             continue
         name = config.get("dataset", "")
         if name not in SETS:
-            command = f"; python -m segmentation prepare {name} --data-dir {root.parent}" if name else ""
+            words = ["python", "-m", "segmentation", "prepare", name, "--data-dir", str(root.parent)]
+            command = f"; {shlex.join(words)}" if name in DATASETS else ""
             raise ExperimentError(f"there is no data set in {root}{command}")
         print(f"writing {name} to {root}", flush=True)
         with contextlib.suppress(ThereError):  # of another run that began at the same time

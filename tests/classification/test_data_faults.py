@@ -249,6 +249,15 @@ def test_a_file_that_is_no_image_is_refused_before_training(tmp_path, content):
     refused("fish", tmp_path, f"image {path} cannot be read .it is no image")
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "WEBP", "PPM"])
+def test_an_image_whose_head_is_not_whole_is_refused_before_training(tmp_path, kind):
+    write_image_folder(tmp_path / "fish", ("train", "test"))
+    path = sorted((tmp_path / "fish" / "test").rglob("*.jpg"))[-1]
+    Image.new("RGB", (16, 16)).save(path, kind)
+    path.write_bytes(path.read_bytes()[:8])
+    refused("fish", tmp_path, f"image {path} cannot be read .")
+
+
 def test_names_may_be_of_any_bytes(tmp_path):
     write_image_folder(tmp_path / "fish", ())
     plain = load_splits("fish", tmp_path)

@@ -111,6 +111,14 @@ def test_a_cut_image_is_told_wherever_it_was_cut(kind, options):
             require_uncut("x", whole[:end])
 
 
+def test_a_jpeg_that_was_cut_ahead_of_its_pixels_is_told():
+    file = io.BytesIO()
+    Image.new("RGB", (24, 24)).save(file, "JPEG")
+    for end in range(2, file.getvalue().rindex(b"\xff\xda"), 7):
+        with pytest.raises(ExperimentError, match=r"image x cannot be read \(it was cut"):
+            require_uncut("x", file.getvalue()[:end])
+
+
 def test_images_that_are_tested_and_trained_on_are_counted(capsys):
     assert tell_repeated("fish", [b"a", b"b"], [b"c", b"d"]) == 0
     assert capsys.readouterr().err == ""

@@ -55,6 +55,12 @@ def test_what_is_in_work_elsewhere_and_what_needs_it_is_come_back_to(tmp_path, c
     assert list(tmp_path.rglob("failure.log")) == []
 
 
+def test_the_command_of_the_report_is_one_to_copy(tmp_path, capsys):
+    root = tmp_path / "my runs"
+    run_jobs([job(1, "first")], program()[0], root)
+    assert f"python -m report '{root}'\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("root", [".", "runs", "/a/b"])
 def test_what_a_job_needs_is_found_below_any_folder_of_runs(root):
     first = job(1, "--out", root)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from own_configs import dataset, settings, write_config, write_data
+from PIL import Image
 
 from experiment import ExperimentError, Record
 from lowrank import PerplexityTable
@@ -200,6 +201,23 @@ def test_what_cannot_work_is_one_line(name, own, tmp_path, capsys):
 def test_a_picture_has_images(tmp_path, capsys):
     assert main(["picture", str(tmp_path), "--output", str(tmp_path / "p.png"), "--count", "0"]) == 2
     assert capsys.readouterr().err == "error: --count is 0; allowed are whole numbers from 1\n"
+
+
+@pytest.mark.slow
+def test_a_picture_is_of_images_of_any_sizes_and_says_where_there_are_none(own, tmp_path, capsys):
+    _, words = own
+    for folder in ("img", "ann"):
+        path = tmp_path / "own" / folder / "val" / "val_b.png"
+        Image.open(path).resize((24, 20)).save(path)
+    assert main(words("train")) == 0
+    (record,) = (tmp_path / "runs").rglob("result.json")
+    draw = ["picture", str(record.parent), "--output", str(tmp_path / "p.png"), "--count", "3"]
+    assert main(draw) == 0
+    assert Image.open(tmp_path / "p.png").size[0] > 100
+    capsys.readouterr()
+    (tmp_path / "own").rename(tmp_path / "elsewhere")
+    assert main(draw) == 2
+    assert capsys.readouterr().err == f"error: there is no data set in {tmp_path / 'own'}\n"
 
 
 def test_a_schedule_gets_shorter_with_the_run_whatever_is_left_to_mmengine(own):
