@@ -191,6 +191,8 @@ class Workers:
         self._server.close()  # for those that are not there yet
         for worker in self._workers.values():
             if worker.connection is not None:
+                with contextlib.suppress(OSError):  # it has ended by itself
+                    worker.connection.send(None)
                 worker.connection.close()
         end = time.monotonic() + GRACE
         for worker in self._workers.values():
@@ -254,13 +256,14 @@ def work(number: int, address: str, program: Program, root: Path) -> None:
 
 
 def _receive(connection: Connection, jobs: queue.SimpleQueue[Job], alone: threading.Event) -> None:
-    """Take jobs as long as there is somebody who hands them out, and then end this process."""
+    """Take jobs as long as there is somebody who hands them out, and then end this process: at a word of theirs, or
+    alone, where they are gone without one."""
     try:
-        while True:
-            jobs.put(connection.recv())
+        while (job := connection.recv()) is not None:
+            jobs.put(job)
     except (EOFError, OSError):
         alone.set()
-        os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager

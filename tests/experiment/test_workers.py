@@ -1,11 +1,14 @@
 """Jobs in several processes at once: what is said, done and left is what one process after the other leaves."""
 
 import itertools
+import multiprocessing
 import os
+import queue
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from experiment.execute import locked
 from experiment.folder import RunFolder
 from experiment.jobs import run_jobs
 from experiment.lock import holder
-from experiment.workers import Workers, accelerators, share
+from experiment.workers import Workers, _receive, accelerators, share
 
 PATHS = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
 SWEEP = """
@@ -101,6 +104,21 @@ def test_two_are_at_work_at_once_and_one_that_is_killed_stops_no_other(tmp_path,
     assert times["seed1"][0] != times["seed2"][0]
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert {told[1] for told in times.values()} == {str(threads)}
+
+
+@pytest.mark.parametrize("word", [True, False])
+def test_a_worker_that_is_told_to_end_is_not_left_alone(word, monkeypatch):
+    """One that is alone removes the folder, of which those who tell it to end still learn whether others have ended."""
+    ended, alone, jobs = [], threading.Event(), queue.SimpleQueue()
+    monkeypatch.setattr(os, "kill", lambda *which: ended.append(which))
+    ours, theirs = multiprocessing.Pipe()
+    ours.send("a job")
+    if word:
+        ours.send(None)
+    ours.close()
+    _receive(theirs, jobs, alone)
+    assert (jobs.get_nowait(), ended) == ("a job", [(os.getpid(), signal.SIGTERM)])
+    assert alone.is_set() != word
 
 
 @pytest.fixture

@@ -155,7 +155,7 @@ def test_parts_of_others_are_no_other_processs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
 def test_methods_that_look_alike_hold_tensors_and_give_views_and_empty_ones(backend):
     """The one of the first model was asked for the second one's gradients."""
     torch._dynamo.reset()
