@@ -4,14 +4,11 @@ import json
 import math
 import re
 import statistics
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
-from commands import CONFIGS, ROOT, Finished, arguments, config, execute, finish, metrics, only_file
+from commands import CONFIGS, ROOT, Finished, arguments, execute, finish, metrics, only_file
 
 from classification.backbones import build_model
 from classification.cli import main
@@ -359,35 +356,6 @@ def test_a_method_of_ones_own_is_trained_by_its_path_and_may_have_a_budget(
     command[place] = str(path)
     execute(command, capsys)
     assert Record.load(only_file(tmp_path, "result.json")).run.method == tag
-
-
-# The program itself.
-
-
-def program(*words):
-    return subprocess.run([sys.executable, "-m", "classification", *words], cwd=ROOT, capture_output=True, text=True)
-
-
-@pytest.mark.slow
-def test_the_program_prints_a_config_that_it_takes_back(tmp_path, capsys):
-    given = [*config("setups", "a"), *config("models", "resnet18"), *config("data", "digits")]
-    printed = program("fit", *given, "--model.layers", "3", "--print_config")
-    assert printed.returncode == 0, printed.stderr
-    resolved = yaml.safe_load(printed.stdout)
-    assert (resolved["model"]["layers"], resolved["model"]["backbone"], resolved["setup"]) == (3, "resnet18", "A")
-    path = tmp_path / "config.yaml"
-    path.write_text(printed.stdout)
-    once = execute(["fit", *given, "--model.layers", "3", "--runs_dir", str(tmp_path), "--dry_run"], capsys)
-    again = execute(["fit", "--config", str(path), "--runs_dir", str(tmp_path), "--dry_run"], capsys)
-    assert once == again
-
-
-@pytest.mark.slow
-def test_the_program_ends_with_code_2_and_one_line_on_bad_input():
-    failed = program("fit", *config("data", "digits"), "--model.backbone", "lenet")
-    assert failed.returncode == 2
-    assert failed.stdout == ""
-    assert re.fullmatch(r"error: there is no backbone 'lenet'; .*\n", failed.stderr)
 
 
 def test_the_history_is_a_table_with_a_row_for_each_epoch(best_first):
