@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lowrank.exact.bits import Gate, Slopes, masked, pack, pack_clamped
 from lowrank.exact.slots import Slot, note_slot
 from lowrank.tensors import ahead
-from lowrank.tensors.eager import Node, is_batched, wants_gradient
+from lowrank.tensors.eager import Node, in_compiled_graph, is_batched, wants_gradient
 
 # PyTorch's slope of Hardsigmoid, a single-precision number in every dtype.
 SIXTH = torch.tensor(1 / 6, dtype=torch.float32, device="cpu").item()
@@ -116,6 +116,16 @@ class _TwoSlopes(Node):
         return found, None, None, None
 
 
+def _curved(x: Tensor, curve: Curve, inplace: bool) -> Tensor:
+    if wants_gradient(x):
+        return _two_slopes(x, curve, inplace)
+    if torch.is_grad_enabled() and x.requires_grad and in_compiled_graph():
+        from lowrank.exact import bits_in_graph
+
+        return bits_in_graph.two_slopes(x, curve, inplace)
+    return curve.function(x, inplace)
+
+
 def _two_slopes(x: Tensor, curve: Curve, inplace: bool) -> Tensor:
     notes: list[Any] = []
     y: Tensor = _TwoSlopes.apply(x, curve, inplace, notes)
@@ -152,7 +162,7 @@ _RELU = Curve(F.relu, Gate("above"), by_output=(_aten.threshold_backward, 0), hi
 def _clamp(function: Callable[[Tensor, bool], Tensor], low: float, high: float) -> Curve:
     by_output = (_aten.hardtanh_backward, low, high)
     joined = high if low < high else None
-    return Curve(function, Gate("between", low, high), by_output=by_output, high=joined, limits=(low, high))
+    return Curve(function, Gate("between", low, high), _PLAIN, by_output=by_output, high=joined, limits=(low, high))
 
 
 _RELU6 = _clamp(F.relu6, 0.0, 6.0)
@@ -161,35 +171,31 @@ _HARDSIGMOID = Curve(F.hardsigmoid, Gate("within", -3.0, 3.0), Slopes(SIXTH))
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.relu`; keeps one bit per element."""
-    return _two_slopes(input, _RELU, inplace) if wants_gradient(input) else F.relu(input, inplace)
+    return _curved(input, _RELU, inplace)
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.relu6`; keeps one bit per element."""
-    return _two_slopes(input, _RELU6, inplace) if wants_gradient(input) else F.relu6(input, inplace)
+    return _curved(input, _RELU6, inplace)
 
 
 def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.hardtanh`; keeps one bit per element."""
-    if not wants_gradient(input):
-        return F.hardtanh(input, min_val, max_val, inplace)
-    return _two_slopes(input, _clamp(lambda x, i: F.hardtanh(x, min_val, max_val, i), min_val, max_val), inplace)
+    return _curved(input, _clamp(lambda x, i: F.hardtanh(x, min_val, max_val, i), min_val, max_val), inplace)
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.hardsigmoid`; keeps one bit per element."""
-    return _two_slopes(input, _HARDSIGMOID, inplace) if wants_gradient(input) else F.hardsigmoid(input, inplace)
+    return _curved(input, _HARDSIGMOID, inplace)
 
 
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.leaky_relu`; keeps one bit per element."""
-    if not wants_gradient(input):
-        return F.leaky_relu(input, negative_slope, inplace)
     by_output = (_aten.leaky_relu_backward, negative_slope, False)
     slopes = Slopes(outer=negative_slope)
     function = lambda x, i: F.leaky_relu(x, negative_slope, i)  # noqa: E731
     curve = Curve(function, Gate("strictly above"), slopes, by_output if negative_slope > 0 else None)
-    return _two_slopes(input, curve, inplace)
+    return _curved(input, curve, inplace)
 
 
 class _Dropout(Node):

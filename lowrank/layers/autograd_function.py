@@ -56,7 +56,7 @@ class Settings:
         """Of weight and bias, those that are wanted, from what was kept; only an empty batch keeps nothing."""
         form = grad, self.geometry, shape
         some = any(tensor is not None for tensor in kept)
-        if weight and some and torch.compiler.is_compiling():
+        if weight and some and torch.compiler.is_compiling() and not self.method.keeps_input:
             from lowrank.layers import in_graph
 
             return in_graph.gradients(self.method, self.geometry, self.name, kept, grad, shape, weight_shape, bias)

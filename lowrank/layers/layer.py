@@ -100,11 +100,24 @@ class LowRankLayer(Changed):
         weight, bias = self.kind.weight(self), self.bias
         tracked = torch.is_grad_enabled() and weight.requires_grad and in_compiled_graph()
         numbers = weight.numel() and weight.is_floating_point() and not input.is_meta
-        if not tracked or self._lowrank.method.keeps_input or not numbers:
+        if not tracked or not numbers:
             return self._stock(input)
+        if self._lowrank.method.keeps_input:
+            return self._stock_in_graph(input, weight, bias)
         for size in input.shape:  # a graph for each: what is kept is of sizes, not of symbols
             operator.index(size)
         return _tracked(self, input_of(self, input), weight, bias)
+
+    def _stock_in_graph(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = self._stock(input)
+        if self._lowrank.lazy and input.ndim == 4:
+            from lowrank.layers.merged_in_graph import offer
+
+            x, dtype, outside = as_computed(input, weight)
+            settings = Settings(self._lowrank.name, geometry_of(self), self._lowrank.method, dtype)
+            with outside:
+                offer(y, x, weight, bias, settings, (x.detach(),))
+        return y
 
     def _read(self, input: Tensor) -> Tensor:
         """In eager training, for a compiled graph behind it."""
@@ -231,6 +244,10 @@ def _tracked(layer: LowRankLayer, input: Tensor, weight: Tensor, bias: Tensor | 
             call = Call(settings, Tensor.detach(x), weight, bias, keep)
             call.note_reader = state.note_reader
         y = LowRankFunction.apply(x, weight, bias, settings, call, state.watched, *kept)
+        if state.lazy and kept and x.ndim == 4 and torch.compiler.is_compiling():
+            from lowrank.layers.merged_in_graph import offer
+
+            offer(y, x, weight, bias, settings, kept)
     if x is input and not single and state.recompute and not torch.compiler.is_compiling():
         products = weight.shape[-1] if isinstance(geometry, LinearGeometry) else weight.numel() // y.shape[1]
         if not state.smallest or again_is_worth(y.numel(), products, y.itemsize, state.smallest):

@@ -35,7 +35,8 @@ class LeanModule(Changed):
             y = self._direct(input)
             return super().forward(input) if y is None else y
         if kind is not Lazy and (kind not in _OWN or not trains_plainly(input)):
-            return super().forward(input)
+            y = self._compiled(input) if torch.compiler.is_compiling() else None
+            return super().forward(input) if y is None else y
         if kind is Held and getattr(self, "inplace", False):
             let_go(input)
         if kind is Lazy and self.training and isinstance(self, nn.BatchNorm2d):
@@ -54,6 +55,16 @@ class LeanModule(Changed):
             with torch._C.DisableTorchFunctionSubclass():
                 y = LEAN_FUNCTIONS[called[0]](input, *called[1:])
         return watch(y) if self._lowrank_watched or kind is Watched else y
+
+    def _compiled(self, input: Tensor) -> Tensor | None:
+        if isinstance(self, nn.BatchNorm2d):
+            from lowrank.layers.merged_in_graph import normalised
+
+            return normalised(self, input)
+        if self.stock_class in _TWO_SLOPES:
+            function, *options = CALLS[self.stock_class](self)
+            return LEAN_FUNCTIONS[function](input, *options)
+        return None
 
     def _wants_nothing(self, input: Tensor) -> bool:
         """Whether no gradient passes here, so that stock keeps nothing, and who reads the output knows it."""
@@ -131,6 +142,7 @@ CALLS: dict[type[nn.Module], Callable[[Any], tuple[Any, ...] | None]] = {
     nn.GELU: lambda m: (F.gelu, m.approximate),
     nn.SiLU: lambda m: (F.silu, m.inplace),
 }
+_TWO_SLOPES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid, nn.LeakyReLU)
 _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),

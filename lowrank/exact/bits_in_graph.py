@@ -1,0 +1,69 @@
+"""One bit per element of an activation, in a graph that is compiled: by operators that a compiler fuses with others.
+
+It would keep a byte for each, or the input, see `activations`.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowrank.exact.bits import Gate, Slopes
+
+
+class _TwoSlopes(torch.autograd.Function):
+    """As that of `activations`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, curve: Any) -> Tensor:
+        y: Tensor = curve.function(x, False)
+        # Of an output that is kept anyway the compiler may make the bits again.
+        told = curve.by_output is not None and y.dtype.itemsize >= 4  # half precision may round the limits
+        ctx.save_for_backward(packed(passed(y if told else x, curve.gate)))
+        ctx.slopes = curve.slopes
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        slopes: Slopes = ctx.slopes
+        (bits,) = ctx.saved_tensors
+        inner = grad if slopes.inner == 1 else grad * slopes.inner
+        outer = torch.zeros_like(grad) if slopes.outer is None else grad * slopes.outer
+        return torch.where(unpacked(bits, grad.shape), inner, outer), None
+
+
+def two_slopes(x: Tensor, curve: Any, inplace: bool) -> Tensor:
+    """A `Curve` of a tensor; where it is in place, what a compiler leaves out again is copied to it."""
+    y: Tensor = _TwoSlopes.apply(x, curve)
+    return x.copy_(y) if inplace else y
+
+
+def passed(x: Tensor, gate: Gate) -> Tensor:
+    """Which elements a gate lets through, bool: as PyTorch's backward operators do, whatever becomes of NaN there."""
+    if gate.rule == "above":
+        return ~(x <= gate.low)
+    if gate.rule == "between":
+        return ~((x <= gate.low) | (x >= gate.high))
+    return (x > gate.low) & (x < gate.high) if gate.rule == "within" else x > gate.low
+
+
+def packed(mask: Tensor) -> Tensor:
+    """A bool tensor of n elements as bytes (ceil(n / 8),), uint8, each of elements that lie an eighth of them apart: in
+    such an order, and in words of 32 bits, compilers make vector code of it."""
+    flat = mask.flatten()
+    eighths = F.pad(flat, (0, -flat.numel() % 8)).view(8, -1)
+    return (eighths.to(torch.int32) << _places(mask)).sum(0, dtype=torch.int32).to(torch.uint8)
+
+
+def unpacked(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What was packed, of this shape."""
+    eighths = (bits.to(torch.int32) >> _places(bits)) & 1
+    return eighths.flatten()[: prod(shape)].view(shape) > 0
+
+
+def _places(tensor: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.int32, device=tensor.device)[:, None]

@@ -1,0 +1,127 @@
+"""A convolution and the normalisation by running statistics behind it, in a graph that is compiled.
+
+What eager training finds out by outputs that are computed when they are read, a compiler sees while it records: an
+output carries what a normalisation needs to keep nothing of it, and in the graph so far is written whether anything
+else was done with it. What nobody reads the compiler leaves out. See `autograd_function` for the mathematics.
+
+Imported when something is compiled, as it imports PyTorch's compiler, which takes as long as all else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.comptime import ComptimeContext, comptime
+
+from lowrank.layers.autograd_function import LowRankFunction, Settings, per_output
+from lowrank.methods.base import Tensors
+
+_MARK = "lowrank: output of a convolution"
+
+
+def offer(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, kept: Tensors) -> None:
+    """Offer an output to the normalisation that may read it.
+
+    Args:
+        y: (B, O, H', W').
+        x: input of the layer; what is done to it in place between the two changes nothing.
+        weight, bias: of the layer.
+        settings: of the call.
+        kept: what the method has kept of `x`.
+    """
+    frozen = None if bias is None else bias.detach()
+    of_input = LowRankFunction.apply(x, weight.detach(), frozen, settings, None, False)
+    y._lowrank_offer = (of_input, weight, bias, settings, tuple(x.shape), kept)  # type: ignore[attr-defined]
+    comptime(_mark)
+
+
+def normalised(module: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
+    """What a normalisation makes of a convolution's output, keeping nothing of it; None: it has to keep it, or keeps
+    nothing as it is."""
+    found = getattr(x, "_lowrank_offer", None)
+    gamma, mean, variance = module.weight, module.running_mean, module.running_var
+    if found is None or module.training or gamma is None or not gamma.requires_grad or mean is None:
+        return None
+    comptime(_look)
+    if not _is_untouched():
+        return None
+    y, weight, bias, settings, shape, kept = found
+    own = gamma, module.bias, mean, variance, module.eps
+    z: Tensor = _NormFunction.apply(y, weight, bias, *own, settings, shape, *kept)
+    return z
+
+
+_seen = {"untouched": False}
+
+
+def _mark(ctx: ComptimeContext) -> None:
+    ctx.get_local("y").as_proxy().node.meta[_MARK] = True
+
+
+def _look(ctx: ComptimeContext) -> None:
+    """Whether in the graph so far the tensor is what the convolution gave, and nothing was made of it, a view, a change
+    in place or a hook. Not where it comes from another graph, as in a checkpoint, which records what is done there."""
+    node: Any = ctx.get_local("x").as_proxy().node
+    asked = all(user.target is getattr and not user.users for user in node.users)  # of its dtype and the like
+    _seen["untouched"] = _MARK in node.meta and node.graph is ctx.graph() and asked
+
+
+@torch.compiler.assume_constant_result
+def _is_untouched() -> bool:
+    return _seen["untouched"]
+
+
+class _NormFunction(torch.autograd.Function):
+    """The stock normalisation; its scale's gradient from that of the convolution's weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor,
+        beta: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        eps: float,
+        settings: Settings,
+        shape: tuple[int, ...],
+        *kept: Tensor | None,
+    ) -> Tensor:
+        """The normalised output (B, O, H', W').
+
+        Args:
+            y: the convolution's output (B, O, H', W'), of which a gradient goes to the convolution's input alone.
+            weight, bias: of the convolution.
+            gamma, beta, mean, variance, eps: of the normalisation, (O,).
+            settings: of the convolution's call.
+            shape: of the convolution's input.
+            kept: what the method has kept of that.
+        """
+        ctx.eps, ctx.settings, ctx.shape = eps, settings, shape
+        ctx.save_for_backward(weight, bias, gamma, mean, variance, *kept)
+        return F.batch_norm(y, mean, variance, gamma, beta, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        weight, bias, gamma, mean, variance, *kept = ctx.saved_tensors
+        deviation = torch.rsqrt(variance + ctx.eps)
+        scale = gamma * deviation
+        of_weight, of_beta = ctx.settings.gradients(
+            tuple(kept), grad, ctx.shape, tuple(weight.shape), weight=True, bias=True
+        )
+        products = (weight * of_weight.to(weight.dtype)).flatten(1).sum(1)
+        of_gamma = deviation * (products - (mean if bias is None else mean - bias) * of_beta)
+        wants = ctx.needs_input_grad
+        return (
+            grad * per_output(scale.to(grad.dtype), 4) if wants[0] else None,
+            of_weight * per_output(scale, 4, 0),
+            of_beta * scale if wants[2] else None,
+            of_gamma,
+            of_beta if wants[4] else None,
+            *[None] * (5 + len(kept)),
+        )

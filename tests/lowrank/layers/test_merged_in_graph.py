@@ -1,0 +1,234 @@
+"""A convolution and the normalisation behind it in one compiled graph: what is kept, and what stands between them."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from references import random_tensor
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lowrank
+from lowrank import ASI, GradientFilter, Vanilla
+
+pytestmark = pytest.mark.slow
+
+
+class Block(nn.Module):
+    """A convolution and a normalisation by running statistics, and something in between."""
+
+    def __init__(self, between=None, behind=None):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.between, self.behind = between, behind
+        for seed, tensor in enumerate((self.norm.weight, self.norm.bias, self.norm.running_mean)):
+            tensor.data.copy_(random_tensor(4, seed=seed))
+        self.norm.weight.data[0] = 0  # a scale of zero, of which no gradient may be divided
+        self.norm.running_var.copy_(random_tensor(4, seed=4).abs() + 0.5)
+
+    def forward(self, x):
+        x = x * 1
+        y = self.conv(x)
+        if self.between is not None:
+            y = self.between(self, x, y)
+        z = self.norm(y)
+        return z if self.behind is None else z + self.behind(self, x, y)
+
+
+def _no_grad_change(block, x, y):
+    with torch.no_grad():
+        y.mul_(2)
+    return y
+
+
+def _hook(block, x, y):
+    y.register_hook(lambda grad: grad * 3)
+    return y
+
+
+def _ahead_of_hook(block, x, y):
+    y.requires_grad_()
+    y.register_hook(lambda grad: grad * 3)
+    return y
+
+
+def _first(block, x, y):
+    y[:, 0] = 1
+    return y
+
+
+def _of_a_list(block, x, y):
+    for one in [y]:
+        one.mul_(2)
+    return y
+
+
+def _foreach(block, x, y):
+    torch._foreach_mul_([y], 2)
+    return y
+
+
+def _attribute(block, x, y):
+    y.mT.mul_(2)
+    return y
+
+
+def _beside(block, x, y):
+    x.mul_(2)
+    return y
+
+
+def _weight(block, x, y):
+    return y * block.conv.weight.sum()
+
+
+BETWEEN = {
+    "nothing": None,
+    "mul_": lambda block, x, y: y.mul_(2),
+    "a view": lambda block, x, y: y.view(-1).mul_(2).view(y.shape),
+    "a view by attribute": _attribute,
+    "detach": lambda block, x, y: y.detach().mul_(2) + y,
+    "part": _first,
+    "relu_": lambda block, x, y: torch.relu_(y),
+    "functional": lambda block, x, y: F.relu(y, inplace=True),
+    "no_grad": _no_grad_change,
+    "hook": _hook,
+    "requires_grad_": _ahead_of_hook,
+    "list": _of_a_list,
+    "foreach": _foreach,
+    "copy_": lambda block, x, y: y.copy_(y * 2),
+    "another tensor": lambda block, x, y: y + 1,
+    "operator": lambda block, x, y: torch.ops.aten.mul_.Scalar(y, 2),
+    "its input": _beside,
+    "its weight": _weight,
+    "asked": lambda block, x, y: y if y.requires_grad and y.dtype == torch.float64 and y.shape[1] == 4 else y + 1,
+}
+BEHIND = {
+    "the output as well": lambda block, x, y: y.sin(),
+    "its change": lambda block, x, y: y.mul_(2),
+    "the input": lambda block, x, y: x.mul_(3).mean(1, keepdim=True),
+    "once more": lambda block, x, y: block.norm(y).exp(),
+    "a checkpoint": lambda block, x, y: checkpoint(block.norm, y, use_reentrant=False),
+    "a checkpoint that changes it": lambda block, x, y: checkpoint(
+        lambda y: block.norm(y.mul(2)), y, use_reentrant=False
+    ),
+}
+
+
+def _gradients(model, forward, x):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = forward(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())]
+
+
+def _assert_trains_as_stock(block, method, x, **options):
+    """Two steps: what stands in the way of a compiler breaks its graph, and changes nothing."""
+    torch._dynamo.reset()
+    block = block.double().eval()
+    model = lowrank.convert(copy.deepcopy(block), ["conv"], method)
+    fast = torch.compile(model, backend="aot_eager", **options)
+    for _ in range(2):
+        torch.testing.assert_close(_gradients(model, fast, x), _gradients(block, block, x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
+def test_whatever_is_done_between_the_two_gradients_are_stocks(between):
+    _assert_trains_as_stock(Block(between), Vanilla(), random_tensor(2, 3, 6, 6))
+
+
+@pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND)
+def test_whatever_else_reads_the_output_gradients_are_stocks(behind):
+    _assert_trains_as_stock(Block(behind=behind), Vanilla(), random_tensor(2, 3, 6, 6))
+
+
+def test_a_break_of_the_graph_between_the_two():
+    def cut(block, x, y):
+        torch._dynamo.graph_break()
+        return y.mul_(2)
+
+    _assert_trains_as_stock(Block(cut), Vanilla(), random_tensor(2, 3, 6, 6))
+
+
+@pytest.mark.parametrize("ranks", [None, 99])
+def test_with_whole_ranks_a_low_rank_method_is_exact_too(ranks):
+    _assert_trains_as_stock(Block(), Vanilla() if ranks is None else ASI(ranks), random_tensor(2, 3, 6, 6))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [(), ("norm.weight",), ("norm.bias",), ("conv.weight",), ("conv.bias",)])
+def test_any_parameter_may_be_frozen(bias, frozen):
+    block = Block()
+    if not bias:
+        block.conv.bias = None
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    _assert_trains_as_stock(block, Vanilla(), random_tensor(2, 3, 6, 6), fullgraph=True)
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}])
+def test_a_normalisation_without_scale_or_statistics(options):
+    block = Block()
+    block.norm = nn.BatchNorm2d(4, **options)
+    _assert_trains_as_stock(block, Vanilla(), random_tensor(2, 3, 6, 6), fullgraph=True)
+
+
+@pytest.mark.parametrize("method", [ASI([2, 2, 3, 3]), GradientFilter(2), ASI([2, 2, 3, 3], storage="int8")], ids=str)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_lossy_methods_give_eager_trainings_gradients(method, dtype):
+    torch._dynamo.reset()
+    model = lowrank.convert(Block().eval(), ["conv"], method, recompute=False)
+    twin, x = copy.deepcopy(model), random_tensor(4, 3, 8, 8, dtype=torch.float32)
+    fast = torch.compile(model, backend="aot_eager", fullgraph=True)
+    near = {"rtol": 1e-4, "atol": 1e-4} if dtype is None else {"rtol": 0.05, "atol": 0.5}
+    for _ in range(3):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            torch.testing.assert_close(_gradients(model, fast, x), _gradients(twin, twin, x), **near)
+
+
+def _network(*blocks):
+    layers = []
+    for inputs, outputs, groups in blocks:
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(outputs)]
+        layers += [nn.ReLU6(inplace=True)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(blocks[-1][1], 3)).eval()
+
+
+def _loss(model, batch):
+    return F.cross_entropy(model(batch), torch.arange(4) % 3)
+
+
+def _compiled_bytes(method, network):
+    torch._dynamo.reset()
+    model = lowrank.convert(copy.deepcopy(network), ["0", "3", "6"], method) if method else copy.deepcopy(network)
+    batch = random_tensor(4, 4, 32, 32, dtype=torch.float32)
+    fast = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
+    _loss(fast, batch).backward()
+    return lowrank.saved_bytes(fast, _loss, batch), lowrank.saved_bytes(model, _loss, batch)
+
+
+def test_a_compiled_model_keeps_as_little_as_eager_training():
+    """No output of a convolution, and of an activation bits."""
+    network = _network((4, 16, 1), (16, 16, 16), (16, 32, 1))
+    stock, _ = _compiled_bytes(None, network)
+    compiled, eager = _compiled_bytes(ASI([2, 2, 2, 2]), network)
+    outputs = 4 * 32 * 32 * (16 + 16 + 32)
+    assert stock > 2 * 4 * outputs  # inputs, and outputs
+    assert compiled < 1.1 * eager
+    assert compiled < 2 * outputs / 8
+    exact, _ = _compiled_bytes(Vanilla(), network)
+    inputs = 4 * 32 * 32 * (4 + 16 + 16) * 4
+    assert inputs < exact < inputs + 2 * outputs / 8 < stock / 2
+
+
+def test_an_output_that_is_handed_out_is_what_stock_hands_out():
+    """With what a normalisation would need; nothing of it is of a class of its own."""
+    torch._dynamo.reset()
+    block = Block(behind=None).double().eval()
+    model = lowrank.convert(copy.deepcopy(block), ["conv"], Vanilla())
+    y = torch.compile(model.conv, backend="aot_eager")(random_tensor(2, 3, 6, 6))
+    torch.testing.assert_close(y, block.conv(random_tensor(2, 3, 6, 6)), rtol=1e-9, atol=1e-9)
+    assert type(y) is torch.Tensor
+    copy.copy(y), y.detach().numpy()
