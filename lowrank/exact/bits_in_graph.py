@@ -43,7 +43,7 @@ def two_slopes(x: Tensor, curve: Any, inplace: bool) -> Tensor:
 
 
 def passed(x: Tensor, gate: Gate) -> Tensor:
-    """Which elements a gate lets through, bool: as PyTorch's backward operators do, whatever becomes of NaN there."""
+    """Which elements a gate lets through, bool; NaN as where PyTorch's own backward operators are compiled."""
     if gate.rule == "above":
         return ~(x <= gate.low)
     if gate.rule == "between":

@@ -18,7 +18,7 @@ from lowrank.layers.direct import DIRECT, nothing
 from lowrank.layers.held import Held, let_go
 from lowrank.layers.lazy import Lazy, read, unread
 from lowrank.layers.swap import Changed
-from lowrank.tensors.eager import trains_plainly
+from lowrank.tensors.eager import in_compiled_graph, trains_plainly
 from lowrank.tensors.worth import bits_are_worth
 
 
@@ -35,7 +35,7 @@ class LeanModule(Changed):
             y = self._direct(input)
             return super().forward(input) if y is None else y
         if kind is not Lazy and (kind not in _OWN or not trains_plainly(input)):
-            y = self._compiled(input) if torch.compiler.is_compiling() else None
+            y = self._compiled(input) if in_compiled_graph() else None
             return super().forward(input) if y is None else y
         if kind is Held and getattr(self, "inplace", False):
             let_go(input)
@@ -57,14 +57,15 @@ class LeanModule(Changed):
         return watch(y) if self._lowrank_watched or kind is Watched else y
 
     def _compiled(self, input: Tensor) -> Tensor | None:
+        """In a graph that is compiled; None: as the stock module."""
         if isinstance(self, nn.BatchNorm2d):
             from lowrank.layers.merged_in_graph import normalised
 
             return normalised(self, input)
-        if self.stock_class in _TWO_SLOPES:
-            function, *options = CALLS[self.stock_class](self)
-            return LEAN_FUNCTIONS[function](input, *options)
-        return None
+        if self.stock_class not in _TWO_SLOPES:
+            return None
+        function, *options = CALLS[self.stock_class](self)
+        return LEAN_FUNCTIONS[function](input, *options)
 
     def _wants_nothing(self, input: Tensor) -> bool:
         """Whether no gradient passes here, so that stock keeps nothing, and who reads the output knows it."""
