@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowrank.conversion.check import check
 from lowrank.conversion.convert import convert
-from lowrank.conversion.select import Kind, freeze_before, trailing_layers
+from lowrank.conversion.select import LayerKind, freeze_before, trailing_layers
 from lowrank.errors import ConversionError, SettingError, StateError
 from lowrank.layers.layer import converted_layers
 from lowrank.layers.preserve import LossFunction
@@ -75,7 +75,7 @@ class LowRankCallback(Callback):
         layers: int | Literal["all"] | Sequence[str] = 4,
         budget: float | None = None,
         *,
-        kind: Kind = "conv",
+        kind: LayerKind = "conv",
         loss_fn: LossFunction | None = None,
         fuse: bool = True,
     ) -> None:

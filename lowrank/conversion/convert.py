@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from lowrank.conversion.attention import close_attention, open_attention
-from lowrank.conversion.check import Choice, Step, plan_conversion
+from lowrank.conversion.check import Choice, Conversion, plan_conversion
 from lowrank.conversion.code import FunctionCalls
 from lowrank.conversion.select import is_frozen
 from lowrank.errors import ConversionError
@@ -91,13 +91,13 @@ def convert(
     """
     check_smallest(smallest)
     require_switches(fuse=fuse, recompute=recompute, everywhere=everywhere)
-    problems, steps = plan_conversion(model, names, method)
+    problems, conversions = plan_conversion(model, names, method)
     if not fuse:
-        problems += [f"layer {one.name!r}: derive needs fuse, which is off" for one in steps if one.method.derive]
+        problems += [f"layer {one.name!r}: derive needs fuse, which is off" for one in conversions if one.method.derive]
     if problems:
         raise ConversionError("; ".join(problems))
-    for step in steps:
-        _take(step)
+    for conversion in conversions:
+        _take(conversion)
     if fuse:
         _keep_less(model, recompute)
     _set_choices(model, smallest, everywhere)
@@ -111,16 +111,16 @@ def adopt(layer: nn.Module, method: Method, name: str) -> None:
     layer._lowrank = LayerState(method, name, chosen=False)
 
 
-def _take(step: Step) -> None:
-    layer = step.layer
+def _take(conversion: Conversion) -> None:
+    layer = conversion.layer
     if isinstance(layer, LowRankLayer):
         _release(layer)
     kind = layer_class(type(layer))
-    layer._lowrank = LayerState(step.method, step.name)  # type: ignore[assignment]
-    if step.factors is None:
+    layer._lowrank = LayerState(conversion.method, conversion.name)  # type: ignore[assignment]
+    if conversion.factors is None:
         become(layer, kind)
     else:
-        factored.attach(layer, *step.factors)
+        factored.attach(layer, *conversion.factors)
 
 
 def _release(layer: LowRankLayer) -> None:

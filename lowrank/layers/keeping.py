@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import LowRankError
-from lowrank.exact.origins import find, is_kept, is_known_as_kept, origin_of, reading, takes_nothing
-from lowrank.exact.slots import Way, has_slot, is_computed, place_of_saving, waits
+from lowrank.exact.origins import find, is_known_as_kept, mark_kept, origin_of, reading, takes_nothing
+from lowrank.exact.slots import Way, has_slot, mark_computed, place_of_saving, waits
 from lowrank.exact.sources import Origin
 from lowrank.exact.steps import Rebuild
-from lowrank.kernels.iterations import Step
+from lowrank.kernels.iterations import Iteration
 from lowrank.layers.derived import derived
 from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.token_mask import without_padding
@@ -136,7 +136,7 @@ class LayerState:
             )
         self.unstored = version
 
-    def first_step(self, shape: Shape) -> Step | None:
+    def first_step(self, shape: Shape) -> Iteration | None:
         """What the method will begin with on an input of this shape, as far as it can tell."""
         return self.method.first_step(shape, self.bases)
 
@@ -200,7 +200,7 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
         if kept and (kept[0] is not batched or method.derive):
             note_kept(state.name, input, batched, method, kept)
         if kept and kept[0] is batched and x is input:
-            is_kept(input)
+            mark_kept(input)
     if not torch.compiler.is_compiling():
         state.whole = method is _WHOLE
         state.kept_bytes = 0 if shared else sum(tensor.nbytes for tensor in kept if tensor is not None)
@@ -222,7 +222,7 @@ def _from_others(state: LayerState, method: Method, geometry: Geometry, x: Tenso
         state.kept_bytes = state.formula_bytes = 0
         reader, sources = reading(near[0])
         if method.derive == "slopes" and has_slot(x):
-            is_computed(x, lambda: _read_again(near[0]))
+            mark_computed(x, lambda: _read_again(near[0]))
         return Near(reader.one), sources
     if lighter is None:
         return None
@@ -230,7 +230,7 @@ def _from_others(state: LayerState, method: Method, geometry: Geometry, x: Tenso
     state.kept_bytes = origin.nbytes
     reader, sources = reading(origin)
     if has_slot(x):
-        is_computed(x, lambda: _read_again(origin))
+        mark_computed(x, lambda: _read_again(origin))
     return Rebuilt(reader.one), sources
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.errors import SettingError
-from lowrank.kernels.iterations import Step
+from lowrank.kernels.iterations import Iteration
 from lowrank.methods.base import Method, Tensors, exact_flops
 from lowrank.methods.ranked import RankedMethod
 from lowrank.tensors import costs
@@ -111,7 +111,7 @@ class ASI(RankedMethod):
         further = (left, *scale, counted)
         return kept, (*bases, *(further if any(tensor is not None for tensor in further) else ()))
 
-    def first_step(self, shape: Shape, state: Tensors) -> Step | None:
+    def first_step(self, shape: Shape, state: Tensors) -> Iteration | None:
         if self.algorithm != "sequential" or self.refresh != 1 or not self.warm_start or not state:
             return None
         ranks = self.kept_ranks(shape, self.ranks_for(shape))

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowrank.kernels.iterations import Step
+from lowrank.kernels.iterations import Iteration
 from lowrank.methods.deriving import Derive, check_derive, reach
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
@@ -85,7 +85,7 @@ class Method(ABC):
         operator calls (see `lowrank.tensors.worth`); by the shape alone. None: the shape does not say."""
         return None
 
-    def first_step(self, shape: Shape, state: Tensors) -> Step | None:
+    def first_step(self, shape: Shape, state: Tensors) -> Iteration | None:
         """The subspace iteration that `compress` begins with on a contiguous tensor of this shape, as far as the state
         tells: it may then have been made ahead, see `lowrank.tensors.ahead`. None: none, or not known."""
         return None
