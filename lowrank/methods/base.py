@@ -37,7 +37,7 @@ class Method(ABC):
             to eager training.
         carries: whether anything may be carried from step to step, as `compress` returns it.
         derive: whether an input that can be computed again from what a layer ahead keeps of its own, in whatever form,
-            is not kept; see `TuckerMethod`.
+            is not kept; see `lowrank.ASI`.
     """
 
     factors_weight: ClassVar[bool] = False
@@ -171,20 +171,8 @@ class TuckerMethod(Method):
     """Shared by the methods that keep a Tucker form.
 
     Args:
-        storage: the form in which its numbers are kept, see `lowrank.tensors.storage`: "input", in the input's own
-            dtype; "float32" or "bfloat16", where that is less; "int8", with scales: a quarter of the bytes of float32,
-            for half a percent of error. With these two, processors that can make large products in eight bits as well,
-            see `lowrank.tensors.halves`.
-        derive: True keeps nothing of an input that can be computed again from what one other layer keeps of its own, in
-            whatever form, by convolutions of few products, and what stands between them: in an inverted bottleneck the
-            two wide inputs follow from the narrow one. The weight's gradient is then as near as that form. A step
-            computes these convolutions once more. "slopes" takes which slope ReLU and its like have from such an input
-            as well, in the place of one bit for each of its numbers, so that the gradients of inputs are near ones too:
-            for far less memory, where most of what is left are bits. A number allows so many products for each number
-            of an input, where True allows 256. Then inputs follow by a 3 x 3 convolution of 512 channels, of 4,608, or
-            by several blocks of such ones, which run once more in a step: at most a third of what they take anyway. In
-            models that `torch.compile` has compiled, in checkpoints, and where autograd's saved tensors are taken
-            elsewhere, such an input is kept as the method keeps it.
+        storage: the form in which its numbers are kept, see `lowrank.ASI` and `lowrank.tensors.storage`.
+        derive: whether inputs that follow from another layer's are not kept, see `lowrank.ASI`.
     """
 
     restores: ClassVar[bool] = True

@@ -29,11 +29,9 @@ class RankedMethod(TuckerMethod):
     """A Tucker form at fixed ranks.
 
     Args:
-        ranks: one rank per mode in the order of the input's shape, such as [8, 16, 3, 3] for (B, C, H, W); one number
-            for every mode; or, per layer name, one of these: a mapping, or the result of `select_ranks`. A rank above
-            its dimension is cut to it. None: not chosen yet; converting with it is refused.
-        storage: see `TuckerMethod`. A plan of `select_ranks` that chose a storage for each layer brings its own.
-        derive: see `TuckerMethod`. A plan of `select_ranks` says for itself which layers do.
+        ranks: see `lowrank.ASI`.
+        storage: see `lowrank.ASI`.
+        derive: see `lowrank.ASI`.
     """
 
     ranks: Any = None
