@@ -176,7 +176,7 @@ class LowRankCallback(Callback):
             )
         if self.budget is not None:
             self.ranks = {name: tuple(method.ranks) for name, method in methods.items()}  # type: ignore[attr-defined]
-            follows = {name: method.follows for name, method in methods.items()}  # type: ignore[attr-defined]
+            follows = {name: method.follows for name, method in methods.items()}
             self.derived = {name: ahead for name, ahead in follows.items() if ahead is not None}
 
     def _has_made(self, name: str, method: Method) -> bool:

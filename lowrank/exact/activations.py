@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowrank.exact.bits import Gate, Slopes, masked, pack, pack_clamped
 from lowrank.exact.slots import Slot, note_slot
-from lowrank.tensors import ahead
+from lowrank.tensors import head_start
 from lowrank.tensors.eager import Node, is_batched, wants_gradient
 
 # PyTorch's slope of Hardsigmoid, a single-precision number in every dtype.
@@ -123,7 +123,7 @@ def _two_slopes(x: Tensor, curve: TwoSlopes, inplace: bool) -> Tensor:
     if curve.is_told_by_output(y.dtype):
         note_slot(y, slot)
     if begun is not None:
-        ahead.note(y, begun)
+        head_start.note(y, begun)
     return y
 
 

@@ -36,6 +36,8 @@ class Method(ABC):
         chooses_by_data: whether the sizes of what is kept depend on the input's numbers, so that a compiler leaves it
             to eager training.
         carries: whether anything may be carried from step to step, as `compress` returns it.
+        follows: name of the layer from which the input is to be derived, as a plan has it; None: there is no such plan.
+        leads: whether a plan derives other layers' inputs from what is kept here, so that it is kept in any case.
         derive: whether an input that can be computed again from what a layer ahead keeps of its own, in whatever form,
             is not kept; see `lowrank.ASI`.
     """
@@ -46,6 +48,8 @@ class Method(ABC):
     chooses_by_data: ClassVar[bool] = False
     carries: ClassVar[bool] = True
     derive: Derive = False
+    follows: str | None = None
+    leads: bool = False
 
     @property
     @abstractmethod
@@ -87,7 +91,7 @@ class Method(ABC):
 
     def first_step(self, shape: Shape, state: Tensors) -> Iteration | None:
         """The subspace iteration that `compress` begins with on a contiguous tensor of this shape, as far as the state
-        tells: it may then have been made ahead, see `lowrank.tensors.ahead`. None: none, or not known."""
+        tells: it may then have been made ahead, see `lowrank.tensors.head_start`. None: none, or not known."""
         return None
 
     def can_use(self, other: Method, shape: Shape) -> bool:

@@ -35,10 +35,7 @@ class RankedMethod(TuckerMethod):
     """
 
     ranks: Any = None
-    # Of a plan's layer: name of the one from which its input is to be derived, so that these ranks are its whole shape.
-    follows: str | None = field(default=None, init=False, repr=False, compare=False)
-
-    # Of a plan's layer: whether others are to be derived from what it keeps, so that it keeps that in any case.
+    follows: str | None = field(default=None, init=False, repr=False, compare=False)  # whose ranks are the whole shape
     leads: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowrank.errors import NonFiniteError, SettingError
 from lowrank.kernels import iterations, passes
-from lowrank.tensors import ahead, halves
+from lowrank.tensors import halves, head_start
 from lowrank.tensors.eager import remembered
 from lowrank.tensors.sample import sampled, share_of, turn_of
 from lowrank.tensors.tucker import Tucker, in_memory_order, iteration_order, mode_correlation, mode_order, mode_product
@@ -260,11 +260,11 @@ def _one_by_one(
     core: Tensor = x
     bases: list[Tensor] = []
     for at, step in enumerate(steps):
-        begun = None if at or published else ahead.begun_of(x, step)
+        begun = None if at or published else head_start.begun_of(x, step)
         rest = None if published else iterations.subspace(core, steps[at:], None if begun is None else begun.found)
         if rest is not None:
             if begun is not None:
-                ahead.take(begun)
+                head_start.take(begun)
             return rest[0], bases + rest[1]
         if published and step.share != iterations.HELD:
             basis = _iterated(x, step)[0]
