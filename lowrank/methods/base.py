@@ -1,6 +1,6 @@
 """A method is a frozen dataclass. It says what is kept of a layer's input and how gradients come from that.
 
-To add a method, subclass `Method` here: `compress` and `weight_gradient` are all it needs, `cost` to be accounted for.
+To add a method, subclass `Method`: `tag`, `compress`, `weight_gradient` and `cost` are all it needs.
 """
 
 from __future__ import annotations
