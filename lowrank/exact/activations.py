@@ -40,7 +40,7 @@ _PLAIN = Slopes()
 
 
 @dataclass(frozen=True)
-class TwoSlopes:
+class Curve:
     """A function with two slopes, such as ReLU: which of them an element has is one bit.
 
     Attributes:
@@ -92,7 +92,7 @@ class _TwoSlopes(Node):
     """A curve; keeps one bit per element, or the output, where another node keeps that."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, curve: TwoSlopes, inplace: bool, notes: list[Any]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, curve: Curve, inplace: bool, notes: list[Any]) -> Tensor:
         joined = None if curve.high is None else pack_clamped(x, curve.gate, curve.high, inplace)
         bits, ctx.place = pack(x, curve.gate) if joined is None else joined[:2]
         ctx.slot, ctx.curve = Slot(bits), curve
@@ -116,7 +116,7 @@ class _TwoSlopes(Node):
         return found, None, None, None
 
 
-def _two_slopes(x: Tensor, curve: TwoSlopes, inplace: bool) -> Tensor:
+def _two_slopes(x: Tensor, curve: Curve, inplace: bool) -> Tensor:
     notes: list[Any] = []
     y: Tensor = _TwoSlopes.apply(x, curve, inplace, notes)
     slot, begun = notes
@@ -146,17 +146,17 @@ def _gradient(grad: Tensor, bits: Tensor, place: list[int], slopes: Slopes) -> T
     return (_Masked.apply if torch.is_grad_enabled() else masked)(grad, bits, place, slopes)
 
 
-_RELU = TwoSlopes(F.relu, Gate("above"), by_output=(_aten.threshold_backward, 0), high=inf)
+_RELU = Curve(F.relu, Gate("above"), by_output=(_aten.threshold_backward, 0), high=inf)
 
 
-def _clamp(function: Callable[[Tensor, bool], Tensor], low: float, high: float) -> TwoSlopes:
+def _clamp(function: Callable[[Tensor, bool], Tensor], low: float, high: float) -> Curve:
     by_output = (_aten.hardtanh_backward, low, high)
     joined = high if low < high else None
-    return TwoSlopes(function, Gate("between", low, high), by_output=by_output, high=joined, limits=(low, high))
+    return Curve(function, Gate("between", low, high), by_output=by_output, high=joined, limits=(low, high))
 
 
 _RELU6 = _clamp(F.relu6, 0.0, 6.0)
-_HARDSIGMOID = TwoSlopes(F.hardsigmoid, Gate("within", -3.0, 3.0), Slopes(SIXTH))
+_HARDSIGMOID = Curve(F.hardsigmoid, Gate("within", -3.0, 3.0), Slopes(SIXTH))
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -188,7 +188,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     by_output = (_aten.leaky_relu_backward, negative_slope, False)
     slopes = Slopes(outer=negative_slope)
     function = lambda x, i: F.leaky_relu(x, negative_slope, i)  # noqa: E731
-    curve = TwoSlopes(function, Gate("strictly above"), slopes, by_output if negative_slope > 0 else None)
+    curve = Curve(function, Gate("strictly above"), slopes, by_output if negative_slope > 0 else None)
     return _two_slopes(input, curve, inplace)
 
 
