@@ -46,7 +46,7 @@ from experiment import ExperimentError, Record, RunFolder
 from experiment.allocator import keep_freed_memory
 from experiment.checkpoints import BEST, LAST, resumable
 from experiment.command import Work, finish, underscored
-from experiment.execute import locked, nothing_to_do
+from experiment.execute import at_work_on, nothing_to_do
 from experiment.launching import run_all
 from experiment.measure import Trained, recipe_of, record_of, write_table
 from experiment.method import table_tag
@@ -198,7 +198,7 @@ class SuiteCLI(LightningCLI):
         """Train, test the best epoch, measure, and write the record."""
         self.model.front_folder = Path(self.settings["runs_dir"]) / FRONTS
         self.folder.data_fingerprint, self.folder.repeated = self.datamodule.fingerprint, self.datamodule.repeated
-        with first_holds(locked(self.identity, self.folder, self._config_text(), self._has_begun)):
+        with first_holds(at_work_on(self.identity, self.folder, self._config_text(), self._has_begun)):
             resume = first_does(self._begin)
             with held(later=True):
                 self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=resume)
@@ -272,7 +272,7 @@ class SuiteCLI(LightningCLI):
         first_does(self._measure)
 
     def _measure(self) -> None:
-        with locked(self.identity, self.folder, self._config_text(), begun=lambda: False):
+        with at_work_on(self.identity, self.folder, self._config_text(), begun=lambda: False):
             model = self.model.train()
             settings = {
                 "energies": model.energies,

@@ -22,7 +22,7 @@ from experiment.archives import unpack
 from experiment.command import Work, finish
 from experiment.download import download, verify
 from experiment.errors import InUseError
-from experiment.files import beside, locked
+from experiment.files import beside, file_lock
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Preparation:
         with contextlib.ExitStack() as stack:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(self._at_work, wait=False))
+                stack.enter_context(file_lock(self._at_work, wait=False))
             except BlockingIOError:
                 raise InUseError(f"another process is preparing {self.name} in {self.root}; wait for it") from None
             except OSError as error:

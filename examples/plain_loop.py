@@ -28,7 +28,6 @@ def main(checkpoint: Path, steps: int = 60, batch: int = 32, accumulate: int = 2
     images, labels = digits(size)
     model = torchvision.models.resnet18(num_classes=10).to(DEVICE)  # weights="IMAGENET1K_V1" to start from ImageNet
 
-    # The three lines. Frozen statistics let a normalisation be computed with its convolution, and keep nothing.
     names = lowrank.trailing_layers(model, 4)
     lowrank.freeze_before(model, names)
     lowrank.convert(model, names, lowrank.ASI(ranks=[8, 16, 2, 2]))
@@ -48,7 +47,7 @@ def main(checkpoint: Path, steps: int = 60, batch: int = 32, accumulate: int = 2
     model.train()
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.eval()
+            layer.eval()  # by frozen statistics it is computed with its convolution, and keeps nothing
     for step in range(first, steps):
         for part in range(accumulate):
             at = ((step * accumulate + part) * batch) % (len(images) - batch)

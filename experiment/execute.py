@@ -35,7 +35,7 @@ def nothing_to_do(run: Run, folder: RunFolder, dry_run: bool) -> str | None:
 
 
 @contextlib.contextmanager
-def locked(run: Run, folder: RunFolder, config: str, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
+def at_work_on(run: Run, folder: RunFolder, config: str, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Hold the folder of a run that is to be done; see `experiment.RunFolder.locked`.
 
     One with other settings that was killed before it saved anything gives way, which is said.

@@ -107,7 +107,7 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
+def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold the lock file of a file or folder, `.NAME.lock` beside it, and remove what a killed process left of that.
 
     On a file system without locks nothing is held, and nothing removed, as it may be of a process at work.
@@ -142,7 +142,7 @@ def _flock(lock: IO[str], wait: bool) -> bool:
 def beside(path: Path) -> Iterator[Path]:
     """A new, empty folder beside a file or folder of which the lock is held; gone at the end, however that comes.
 
-    What is made in it is renamed to where it belongs once it is whole. That of a killed process, `locked` removes.
+    What is made in it is renamed to where it belongs once it is whole. That of a killed process, `file_lock` removes.
 
     Raises:
         OSError: it cannot be made.

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from experiment.errors import ExperimentError
-from experiment.files import below, locked, write_whole
+from experiment.files import below, file_lock, write_whole
 from experiment.record import Run
 
 PLANNED = "planned.json"
@@ -30,7 +30,7 @@ def add_planned(root: Path, runs: Iterable[Run]) -> None:
             continue
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with locked(path):
+            with file_lock(path):
                 _add(path, asked)
         except OSError as error:
             raise ExperimentError(f"{path} cannot be written ({error.strerror}); give another --runs-dir") from None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from experiment.checkpoints import damage_of, disk_error
-from experiment.files import locked, whole
+from experiment.files import file_lock, whole
 from experiment.signals import held
 
 Content = dict[str, list[Tensor]]
@@ -31,7 +31,7 @@ def shared_tensors(path: Path, make: Callable[[], Content]) -> Content:
             return _read(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(path))
+            stack.enter_context(file_lock(path))
         except OSError as error:
             return _kept(make(), path, error)
         if not _is_whole(path):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowrank.conversion.check import check
 from lowrank.conversion.convert import convert
-from lowrank.conversion.select import Kind, freeze_before, trailing_layers
+from lowrank.conversion.select import LayerKind, freeze_before, trailing_layers
 from lowrank.errors import ConversionError, SettingError, StateError
 from lowrank.layers.layer import converted_layers
 from lowrank.layers.preserve import LossFunction
@@ -75,7 +75,7 @@ class LowRankCallback(Callback):
         layers: int | Literal["all"] | Sequence[str] = 4,
         budget: float | None = None,
         *,
-        kind: Kind = "conv",
+        kind: LayerKind = "conv",
         loss_fn: LossFunction | None = None,
         fuse: bool = True,
     ) -> None:
@@ -176,7 +176,7 @@ class LowRankCallback(Callback):
             )
         if self.budget is not None:
             self.ranks = {name: tuple(method.ranks) for name, method in methods.items()}  # type: ignore[attr-defined]
-            follows = {name: method.follows for name, method in methods.items()}  # type: ignore[attr-defined]
+            follows = {name: method.follows for name, method in methods.items()}
             self.derived = {name: ahead for name, ahead in follows.items() if ahead is not None}
 
     def _has_made(self, name: str, method: Method) -> bool:

@@ -24,7 +24,7 @@ from experiment.allocator import keep_freed_memory
 from experiment.checkpoints import FINAL
 from experiment.command import Work
 from experiment.contents import tell_repeated
-from experiment.execute import locked, nothing_to_do
+from experiment.execute import at_work_on, nothing_to_do
 from experiment.files import write_whole
 from experiment.measure import Trained, recipe_of, record_of, write_table
 from experiment.method import table_tag
@@ -124,7 +124,7 @@ def train(task: Task, work: Work | None = None) -> Record | None:
         return None
     records: list[Record] = []
     begun = Begun()
-    with formatted_once(), first_holds(locked(name, folder, as_yaml(task.config), begun)):
+    with formatted_once(), first_holds(at_work_on(name, folder, as_yaml(task.config), begun)):
         checkpoint = first_does(lambda: _resumed(name, folder))
         runner, history = _trained(task, folder, checkpoint, begun)
 
@@ -313,7 +313,7 @@ def measure(task: Task, work: Work | None = None) -> Path | None:
 
 
 def _measure(task: Task, name: RunName, folder: RunFolder) -> None:
-    with locked(name, folder, as_yaml(task.config), begun=lambda: False):
+    with at_work_on(name, folder, as_yaml(task.config), begun=lambda: False):
         torch.manual_seed(name.seed)  # what has no weights to start from gets the same ones every time
         model, layers = prepared_model(task.config)
         dataset = DATASETS.build(with_naming_readers(task.config).train_dataloader.dataset)

@@ -26,7 +26,7 @@ _CLOSED = (
 
 
 @dataclass(frozen=True)
-class Step:
+class Conversion:
     """One layer's conversion, with all that it takes.
 
     Attributes:
@@ -57,28 +57,28 @@ def check(model: nn.Module, names: Choice, method: Method | None = None) -> list
     return plan_conversion(model, names, method)[0]
 
 
-def plan_conversion(model: nn.Module, names: Choice, method: Method | None) -> tuple[list[str], list[Step]]:
-    """The problems, and the steps for the layers that have none."""
+def plan_conversion(model: nn.Module, names: Choice, method: Method | None) -> tuple[list[str], list[Conversion]]:
+    """The problems, and the conversions of the layers that have none."""
     if isinstance(names, Mapping) and method is not None:
         return ["a method is given beside one for each layer; give either"], []
     problems, layers = find_layers(model, names)
     if not layers:
         return problems, []
     closed = {id(layer) for layer, _ in closed_projections(model)}
-    steps: dict[int, Step] = {}
+    found: dict[int, Conversion] = {}
     for name, layer in layers.items():
         chosen = names[name] if isinstance(names, Mapping) else method
-        reason, step = _plan_layer(model, name, layer, chosen, closed)
-        if step is not None:
-            steps[id(layer)] = step
+        reason, conversion = _plan_layer(model, name, layer, chosen, closed)
+        if conversion is not None:
+            found[id(layer)] = conversion
         else:
             problems.append(f"layer {name!r} ({stock_class(layer).__name__}): {reason}")
-    return problems, list(steps.values())
+    return problems, list(found.values())
 
 
 def _plan_layer(
     model: nn.Module, name: str, layer: nn.Module, method: object, closed: set[int]
-) -> tuple[str, Step | None]:
+) -> tuple[str, Conversion | None]:
     if not isinstance(method, Method):
         return f"method is {method!r}; give an instance of a method, such as lowrank.HOSVD(energy=0.8)", None
     reason = _CLOSED if id(layer) in closed else _reason_against(layer) or _reason_around(model, name)
@@ -93,7 +93,7 @@ def _plan_layer(
             factors = factorise_layer(layer, method)
     except LowRankError as error:
         reason = str(error)
-    return (reason, None) if reason is not None else ("", Step(name, layer, method, factors))
+    return (reason, None) if reason is not None else ("", Conversion(name, layer, method, factors))
 
 
 def _reason_against(layer: nn.Module) -> str | None:

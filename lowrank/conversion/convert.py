@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from lowrank.conversion.attention import close_attention, open_attention
-from lowrank.conversion.check import Choice, Step, plan_conversion
+from lowrank.conversion.check import Choice, Conversion, plan_conversion
 from lowrank.conversion.code import FunctionCalls
 from lowrank.conversion.select import is_frozen
 from lowrank.errors import ConversionError
@@ -39,7 +39,7 @@ def convert(
     """Make layers keep their inputs as `method` does, in place.
 
     Everything is checked first, and nothing is changed if any layer cannot be converted; the model's own code is not
-    run, and no random number drawn. Parameters stay the same objects, and the state dict stays the stock one. Only
+    run, and no random number is drawn. Parameters stay the same objects, and the state dict stays the stock one. Only
     `WSI` and `WASI` put two parameters, `left` and `right`, in the place of a weight: make the optimizer after the
     conversion. A layer that is converted already changes to the new method and loses the state of the old one.
 
@@ -55,8 +55,8 @@ def convert(
       self-attention are computed again in the backward pass, from what is kept in any case; see `recompute`. That runs
       the linear layer in front of an activation or of attention once more. So are the outputs of convolutions of few
       products, such as depthwise ones, with the normalisation and the activation behind them.
-    - A layer whose input can be computed again from what is kept in any case, such as one behind a normalisation,
-      keeps nothing, and the gradient of its weight is exact, where the method would keep more than a 32nd of the input;
+    - Where the input of a layer can be computed again from what is kept in any case, such as behind a normalisation,
+      and the method would keep more than a 32nd of it, the layer keeps nothing and the gradient of its weight is exact;
       see `everywhere`. Not so with methods whose bytes depend on the data.
 
     What is fused is decided while the model runs, by what reaches a layer: hooks, other readers of a tensor, and
@@ -69,13 +69,13 @@ def convert(
         fuse: False changes the named layers and nothing else.
         recompute: False keeps the outputs of layers and attention, and computes none of these again: a step takes
             hardly longer than stock's then, and more is kept.
-        smallest: bytes that keeping less of a tensor has to save for each operator call that it takes more; where it
-            saves less, the layer is the stock layer, and takes hardly longer than that. It is decided by shapes alone,
-            see `lowrank.tensors.worth`; a step says so in `lowrank.account` and `lowrank.explain`. 0: whatever saves
-            anything, as published numbers and tables have it. 2**18: at no batch does a step take much longer than
-            stock's, and small batches keep more, at one image all. 2**15: some longer, and less is kept.
-        everywhere: True uses the method also where the exact input takes no more than what it keeps, as the papers do;
-            of inputs that are derived from others (`derive`) the exact one, where that takes nothing either.
+        smallest: against slow steps on small inputs: less of a tensor is kept only where that saves at least so many
+            bytes for each additional operator call; elsewhere the layer is the stock layer, and takes hardly longer.
+            Decided by shapes alone, see `lowrank.tensors.worth`; `lowrank.account` and `lowrank.explain` say where. 0:
+            wherever anything is saved, as in published numbers and tables. 2**18: at no batch does a step take much
+            longer than stock's, and small batches keep more, at one image all. 2**15: some longer, and less is kept.
+        everywhere: True uses the method also where the exact input takes no more than what it keeps, as the papers do.
+            An input that is derived from others (`derive`) is then the exact one, where that takes nothing either.
 
     Returns:
         `model`.
@@ -91,13 +91,13 @@ def convert(
     """
     check_smallest(smallest)
     require_switches(fuse=fuse, recompute=recompute, everywhere=everywhere)
-    problems, steps = plan_conversion(model, names, method)
+    problems, conversions = plan_conversion(model, names, method)
     if not fuse:
-        problems += [f"layer {one.name!r}: derive needs fuse, which is off" for one in steps if one.method.derive]
+        problems += [f"layer {one.name!r}: derive needs fuse, which is off" for one in conversions if one.method.derive]
     if problems:
         raise ConversionError("; ".join(problems))
-    for step in steps:
-        _take(step)
+    for conversion in conversions:
+        _take(conversion)
     if fuse:
         _keep_less(model, recompute)
     _set_choices(model, smallest, everywhere)
@@ -111,16 +111,16 @@ def adopt(layer: nn.Module, method: Method, name: str) -> None:
     layer._lowrank = LayerState(method, name, chosen=False)
 
 
-def _take(step: Step) -> None:
-    layer = step.layer
+def _take(conversion: Conversion) -> None:
+    layer = conversion.layer
     if isinstance(layer, LowRankLayer):
         _release(layer)
     kind = layer_class(type(layer))
-    layer._lowrank = LayerState(step.method, step.name)  # type: ignore[assignment]
-    if step.factors is None:
+    layer._lowrank = LayerState(conversion.method, conversion.name)  # type: ignore[assignment]
+    if conversion.factors is None:
         become(layer, kind)
     else:
-        factored.attach(layer, *step.factors)
+        factored.attach(layer, *conversion.factors)
 
 
 def _release(layer: LowRankLayer) -> None:

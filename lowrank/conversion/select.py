@@ -15,12 +15,12 @@ from lowrank.layers.arguments import reason_against_model, require_model
 from lowrank.layers.kinds import kind_of
 from lowrank.layers.swap import plain_class
 
-Kind = Literal["conv", "linear"]
-KINDS: dict[str, int] = {"conv": 4, "linear": 0}  # dimensions of an input, see `lowrank.layers.kinds.Kind`
+LayerKind = Literal["conv", "linear"]
+INPUT_DIMENSIONS: dict[str, int] = {"conv": 4, "linear": 0}  # see `lowrank.layers.kinds.Kind`
 
 
 def trailing_layers(
-    model: nn.Module, count: int | Literal["all"], kind: Kind = "conv", part: Part = "all"
+    model: nn.Module, count: int | Literal["all"], kind: LayerKind = "conv", part: Part = "all"
 ) -> list[str]:
     """Names of the model's last layers of a kind, in the order in which the model registers them.
 
@@ -39,11 +39,11 @@ def trailing_layers(
         SettingError: unknown kind or part, or a count that the model does not have.
     """
     require_model(model)
-    for setting, value, known in (("kind", kind, KINDS), ("part", part, PARTS)):
+    for setting, value, known in (("kind", kind, INPUT_DIMENSIONS), ("part", part, PARTS)):
         if value not in list(known):
             raise SettingError(f"{setting} is {value!r}; allowed: {', '.join(known)}")
     closed = {name for _, name in closed_projections(model)}
-    of_kind = [name for name in _of_dimensions(model, KINDS[kind]) if name not in closed]
+    of_kind = [name for name in _of_dimensions(model, INPUT_DIMENSIONS[kind]) if name not in closed]
     names = of_kind
     if part == "attention":
         names = [name for name in names if is_of_attention(name)]
@@ -72,7 +72,7 @@ def _others(model: nn.Module, of_kind: list[str]) -> str:
     """What a model has in the place of layers that were asked for: of their kind, or of others."""
     if of_kind:
         return f"of its {len(of_kind)} none is named so; give names of layers, such as {of_kind[-1]!r}"
-    for kind, dimensions in KINDS.items():
+    for kind, dimensions in INPUT_DIMENSIONS.items():
         if count := len(_of_dimensions(model, dimensions)):
             return f"it has {count} of kind {kind!r}"
     names = [name for dimensions in (3, 5) for name in _of_dimensions(model, dimensions)]

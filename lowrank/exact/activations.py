@@ -8,8 +8,8 @@ after. What they keep for the backward pass:
 | ReLU, ReLU6, Hardtanh, Hardsigmoid, LeakyReLU | one bit per element |
 | Dropout | one bit per element |
 
-The derivatives of smooth activations take many values. GELU and SiLU compute their input again, see `recompute`;
-Hardswish and the like keep it as they do in PyTorch.
+Smooth activations, whose derivatives take many values, are in `curves`, as is what ReLU and its like do where their
+input can be computed again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowrank.exact.bits import Gate, Slopes, masked, pack, pack_clamped
 from lowrank.exact.slots import Slot, note_slot
-from lowrank.tensors import ahead
+from lowrank.tensors import head_start
 from lowrank.tensors.eager import Node, in_compiled_graph, is_batched, wants_gradient
 
 # PyTorch's slope of Hardsigmoid, a single-precision number in every dtype.
@@ -133,7 +133,7 @@ def _two_slopes(x: Tensor, curve: Curve, inplace: bool) -> Tensor:
     if curve.is_told_by_output(y.dtype):
         note_slot(y, slot)
     if begun is not None:
-        ahead.note(y, begun)
+        head_start.note(y, begun)
     return y
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowrank.kernels import passes
-from lowrank.tensors import ahead
+from lowrank.tensors import head_start
 from lowrank.tensors.tucker import in_memory_order
 
 Rule = Callable[[Tensor, Tensor, Tensor], object]
@@ -102,7 +102,7 @@ def pack(x: Tensor, gate: Rule) -> tuple[Tensor, list[int]]:
 
 def pack_clamped(
     x: Tensor, gate: Gate, high: float, inplace: bool
-) -> tuple[Tensor, list[int], Tensor, ahead.Begun | None] | None:
+) -> tuple[Tensor, list[int], Tensor, head_start.Begun | None] | None:
     """`pack`, and the tensor clamped between the gate's lower limit and `high`, in one pass.
 
     Args:
@@ -124,7 +124,7 @@ def pack_clamped(
     bits = flat.new_empty(_bytes(flat.numel()), dtype=torch.uint8)
     begun = None
     if inplace and x.is_contiguous():
-        begun = ahead.clamp(flat.view(x.shape), gate.rule, gate.low, high, bits)
+        begun = head_start.clamp(flat.view(x.shape), gate.rule, gate.low, high, bits)
     if begun is not None:
         return bits, place, x, begun
     order = [place.index(position) for position in range(x.ndim)]

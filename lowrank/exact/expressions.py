@@ -22,11 +22,11 @@ from lowrank.exact.near import is_near
 from lowrank.exact.origins import (
     Reader,
     find,
-    is_kept,
     itself,
     known,
     lean_mode,
     least_of,
+    mark_kept,
     note,
     origin_of,
     reading,
@@ -167,7 +167,7 @@ def product(input: Any, other: Any, **options: Any) -> Any:
     if plain:
         for factor, want in ((other, own[0]), (input, own[1])):
             if want:
-                is_kept(factor)
+                mark_kept(factor)
         y = torch.mul(input, other)
     else:
         reader, sources = reading(*(origin for origin in needed if origin is not None))
@@ -188,7 +188,7 @@ def keeps_its_input(
 ) -> Tensor:
     """Note that `y` is `stock(input, *parameters)`, of which autograd keeps the input anyway; `link`: see `Step`."""
     if lean_mode(y):
-        is_kept(input)
+        mark_kept(input)
         note_of(y, stock, with_near(input, itself(input, kept=True)), parameters, fresh=True, link=link)
     return y
 

@@ -47,9 +47,9 @@ def is_parameter(x: Tensor) -> bool:
         return isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter)
 
 
-def is_kept(x: Tensor) -> None:
+def mark_kept(x: Tensor) -> None:
     """A node keeps this tensor in full: whatever else is computed from it takes nothing. A compiler sees for itself."""
-    slots.is_kept(x)
+    slots.mark_kept(x)
     _KEPT.note(x, (place_of_saving(), _until(x)))
 
 
@@ -232,7 +232,7 @@ def reading(*origins: Origin) -> tuple[Reader, tuple[Tensor, ...]]:
             if source.step not in sources:
                 sources[source.step] = source.tensor
                 if not source.kept:
-                    is_kept(sources[source.step])
+                    mark_kept(sources[source.step])
     return Reader(origins), tuple(sources.values())
 
 

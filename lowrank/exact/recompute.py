@@ -31,9 +31,9 @@ from lowrank.exact.origins import (
     Origin,
     Reader,
     find,
-    is_kept,
     is_parameter,
     lean_mode,
+    mark_kept,
     note,
     origin_of,
     reading,
@@ -333,7 +333,7 @@ def scaled_sum(input: Tensor, tensor1: Tensor, tensor2: Tensor, **options: Any) 
     y = again(*arguments)
     if lean_mode(y):
         for factor in factors:
-            is_kept(factor)
+            mark_kept(factor)
         note(y, again, map(origin_of, arguments))
     return y
 

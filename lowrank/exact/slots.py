@@ -166,7 +166,7 @@ def has_slot(tensor: Tensor) -> bool:
     return _SLOTS.may_know(tensor)
 
 
-def is_kept(tensor: Tensor) -> None:
+def mark_kept(tensor: Tensor) -> None:
     """A node keeps this tensor in full: so the one that gave it may let go of what it kept of its own. Not where one
     of the two is in a checkpoint alone, which keeps nothing after all, and counts what is saved within."""
     slot = _waiting(tensor)
@@ -174,7 +174,7 @@ def is_kept(tensor: Tensor) -> None:
         slot.replace(tensor)
 
 
-def is_computed(tensor: Tensor, way: Callable[[], Way]) -> None:
+def mark_computed(tensor: Tensor, way: Callable[[], Way]) -> None:
     """A node computes this tensor again in the backward pass, ahead of the one that gave it, which may read that;
     `way` is called where somebody waits."""
     slot = _waiting(tensor)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lowrank.kernels.choice import kernel_and_room
-from lowrank.kernels.iterations import Step, plan_of
+from lowrank.kernels.iterations import Iteration, plan_of
 from lowrank.kernels.passes import GATES, Gate
 
 
 def clamp_and_begin(
-    x: Tensor, gate: Gate, low: float, high: float, bits: Tensor, step: Step
+    x: Tensor, gate: Gate, low: float, high: float, bits: Tensor, step: Iteration
 ) -> tuple[Tensor, Tensor] | None:
     """`passes.clamp` of a tensor in its place, and the first step of `iterations.subspace` on what it becomes.
 

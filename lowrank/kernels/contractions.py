@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lowrank.kernels.choice import kernel_and_room, kernel_for
 
-Kind = Literal["spread", "samples", "images", "rows", "windows"]
-_KINDS: dict[Kind, int] = {"spread": 0, "samples": 1, "images": 2, "rows": 3, "windows": 4}
+Contraction = Literal["spread", "samples", "images", "rows", "windows"]
+_KINDS: dict[Contraction, int] = {"spread": 0, "samples": 1, "images": 2, "rows": 3, "windows": 4}
 Sizes = tuple[int, ...]
 _MOST_SAMPLES, _MOST = 11, 64  # ranks of the batch; columns of any side: of more, BLAS makes larger products faster
 # Of `expand`: columns and rows of the matrix, numbers behind the mode, and of the product; of others BLAS is faster;
@@ -21,7 +21,7 @@ _MOST_EXPANDED, _LEAST_ROWS, _BEHIND, _LEAST_PRODUCT, _PART = 16, 32, range(2, 1
 
 
 def contract(
-    kind: Kind,
+    kind: Contraction,
     grad: Tensor,
     core: Tensor,
     factors: tuple[Tensor | None, Tensor | None, Tensor, Tensor],

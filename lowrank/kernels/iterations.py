@@ -15,7 +15,7 @@ from lowrank.kernels.choice import kernel_and_room, on_gpu
 HELD = 0  # of a step: its start is a basis already
 
 
-class Step(NamedTuple):
+class Iteration(NamedTuple):
     """Of `subspace`: a mode, and the part of its fibres that its basis is iterated on.
 
     Attributes:
@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 
 def subspace(
-    x: Tensor, steps: Sequence[Step], begun: tuple[Tensor, Tensor] | None = None
+    x: Tensor, steps: Sequence[Iteration], begun: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, list[Tensor]] | None:
     """Subspace iterations of one mode after the other, see `lowrank.tensors.decompose.subspace_iteration`.
 
@@ -71,7 +71,7 @@ def subspace(
     return core, bases
 
 
-def iterate(x: Tensor, step: Step) -> Tensor | None:
+def iterate(x: Tensor, step: Iteration) -> Tensor | None:
     """A basis of a mode by one subspace iteration, on a GPU.
 
     Args:

@@ -178,7 +178,7 @@ def project_mode(x: Tensor, columns: Tensor, mode: int) -> Tensor | None:
     if mode == 0:
         projected = project(x.flatten(1), columns)
         return None if projected is None else projected.view(-1, *x.shape[1:])
-    found = iterations.subspace(x, [iterations.Step(mode, columns, iterations.HELD)])
+    found = iterations.subspace(x, [iterations.Iteration(mode, columns, iterations.HELD)])
     return None if found is None else found[0]
 
 

@@ -90,7 +90,7 @@ def near_ahead(x: Tensor, near: NearOrigin | None, derives: bool) -> NearOrigin 
     form = form_of(x)
     if form is None or not (derives or form.method.derive) or not form.is_kept() or in_checkpoint():
         return near
-    return start(x, form) if near is None or getattr(form.method, "leads", False) else near
+    return start(x, form) if near is None or form.method.leads else near
 
 
 def within_reach(near: NearOrigin, x: Tensor, y: Tensor, cost: int, dear: bool) -> NearOrigin | None:

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.errors import LowRankError
-from lowrank.exact.origins import find, is_kept, is_known_as_kept, origin_of, reading, takes_nothing
-from lowrank.exact.slots import Way, has_slot, is_computed, place_of_saving, waits
+from lowrank.exact.origins import find, is_known_as_kept, mark_kept, origin_of, reading, takes_nothing
+from lowrank.exact.slots import Way, has_slot, mark_computed, place_of_saving, waits
 from lowrank.exact.sources import Origin
 from lowrank.exact.steps import Rebuild
-from lowrank.kernels.iterations import Step
+from lowrank.kernels.iterations import Iteration
 from lowrank.layers.derived import derived
 from lowrank.layers.shared_inputs import find_kept, note_kept
 from lowrank.layers.token_mask import without_padding
 from lowrank.methods.base import Method, Tensors, Vanilla
 from lowrank.methods.deriving import Derive
-from lowrank.tensors import ahead
+from lowrank.tensors import head_start
 from lowrank.tensors.geometry import Geometry, Shape
 from lowrank.tensors.notes import Changes
 from lowrank.tensors.worth import is_worth
@@ -78,7 +78,7 @@ class LayerState:
         unstored: the weight's version at a pass in evaluation mode, since which there was none in training mode.
         proven: of a class that was registered, whether it computes what was told of it.
         told: names of the layers of this model that have said so, which one is enough to do; the others share it.
-        behind, misled: see `lowrank.tensors.ahead`.
+        behind, misled: see `lowrank.tensors.head_start`.
     """
 
     method: Method
@@ -136,7 +136,7 @@ class LayerState:
             )
         self.unstored = version
 
-    def first_step(self, shape: Shape) -> Step | None:
+    def first_step(self, shape: Shape) -> Iteration | None:
         """What the method will begin with on an input of this shape, as far as it can tell."""
         return self.method.first_step(shape, self.bases)
 
@@ -195,12 +195,12 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
     shared = kept is not None
     if kept is None:
         if own:
-            ahead.hand_on(input, batched)
+            head_start.hand_on(input, batched)
         kept = _form(layer, method, geometry, weight, batched)
         if kept and (kept[0] is not batched or method.derive):
             note_kept(state.name, input, batched, method, kept)
         if kept and kept[0] is batched and x is input:
-            is_kept(input)
+            mark_kept(input)
     if not torch.compiler.is_compiling():
         state.whole = method is _WHOLE
         state.kept_bytes = 0 if shared else sum(tensor.nbytes for tensor in kept if tensor is not None)
@@ -210,7 +210,7 @@ def kept_of(layer: Any, geometry: Geometry, weight: Tensor, input: Tensor, x: Te
 
 def _from_others(state: LayerState, method: Method, geometry: Geometry, x: Tensor) -> Kept | None:
     """How an input is computed again: from another layer's form, or where that takes less than the method's own."""
-    if getattr(method, "leads", False):  # without its form those behind would keep their inputs, and whole
+    if method.leads:  # without its form those behind would keep their inputs, and whole
         return None
     lighter = _lighter_origin(state, method, geometry, x)
     near = derived(x, state.name) if method.derive and (not lighter or lighter[0].nbytes) else None
@@ -222,7 +222,7 @@ def _from_others(state: LayerState, method: Method, geometry: Geometry, x: Tenso
         state.kept_bytes = state.formula_bytes = 0
         reader, sources = reading(near[0])
         if method.derive == "slopes" and has_slot(x):
-            is_computed(x, lambda: _read_again(near[0]))
+            mark_computed(x, lambda: _read_again(near[0]))
         return Near(reader.one), sources
     if lighter is None:
         return None
@@ -230,7 +230,7 @@ def _from_others(state: LayerState, method: Method, geometry: Geometry, x: Tenso
     state.kept_bytes = origin.nbytes
     reader, sources = reading(origin)
     if has_slot(x):
-        is_computed(x, lambda: _read_again(origin))
+        mark_computed(x, lambda: _read_again(origin))
     return Rebuilt(reader.one), sources
 
 
@@ -246,12 +246,11 @@ def _form(layer: Any, method: Method, geometry: Geometry, weight: Tensor, x: Ten
 
 def _say_if_planned(state: LayerState, method: Method, x: Tensor) -> None:
     """Ranks that were chosen for an input that is derived are its whole shape: far more than the plan's bytes."""
-    ahead = getattr(method, "follows", None)
-    if ahead is not None and x.numel():
+    if method.follows is not None and x.numel():
         warnings.warn(
             f"layer {state.name!r} keeps its whole input: its ranks were chosen so that this follows from what layer "
-            f"{ahead!r} keeps, and here it does not. Convert both as the table was measured, with fuse and recompute; "
-            f"or choose ranks without derive",
+            f"{method.follows!r} keeps, and here it does not. Convert both as the table was measured, with fuse and "
+            f"recompute; or choose ranks without derive",
             stacklevel=2,
         )
 
@@ -297,7 +296,7 @@ def _compress(state: LayerState, method: Method, x: Tensor, geometry: Geometry, 
     if method is not _WHOLE:
         state.carry(bases) if evaluated is None else state.leave(bases, evaluated)
         if not torch.compiler.is_compiling():
-            ahead.compressed(state)
+            head_start.compressed(state)
     return kept
 
 

@@ -21,10 +21,10 @@ from torch.nn.utils import parametrize
 
 from lowrank.exact.near import beyond
 from lowrank.exact.origins import (
-    is_kept,
     is_noted,
     itself,
     known,
+    mark_kept,
     origin_of,
 )
 from lowrank.exact.recompute import note_layer
@@ -173,7 +173,7 @@ class LowRankLayer(Changed):
         state.kept_bytes = state.formula_bytes = nbytes
         state.whole, state.exact, state.derived = not state.method.keeps_input, False, None
         if has_slot(input):
-            is_kept(input)
+            mark_kept(input)
 
     def _settle(self, input: Tensor, y: Tensor, kept: int) -> None:
         """Remember that calls like this one are the stock layer's, if the rule of `smallest` says so."""

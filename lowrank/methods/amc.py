@@ -22,7 +22,8 @@ class SVD(TuckerMethod):
     Args:
         energy: share of the squared singular values that is kept, above 0 and at most 1. More: a closer weight
             gradient and more memory.
-        storage: see `TuckerMethod`.
+        storage: see `ASI`.
+        derive: see `ASI`.
     """
 
     chooses_by_data: ClassVar[bool] = True
@@ -62,7 +63,8 @@ class HOSVD(TuckerMethod):
     Args:
         energy: share of the squared singular values that each mode keeps, above 0 and at most 1. More: a closer
             weight gradient and more memory. The papers use 0.8.
-        storage: see `TuckerMethod`.
+        storage: see `ASI`.
+        derive: see `ASI`.
     """
 
     chooses_by_data: ClassVar[bool] = True

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.errors import SettingError
-from lowrank.kernels.iterations import Step
+from lowrank.kernels.iterations import Iteration
 from lowrank.methods.base import Method, Tensors, exact_flops
 from lowrank.methods.ranked import RankedMethod
 from lowrank.tensors import costs
@@ -38,7 +38,10 @@ class ASI(RankedMethod):
     """Activation Subspace Iteration: fixed ranks, one warm-started subspace iteration per mode and step (ICML 2025).
 
     Args:
-        ranks: see `RankedMethod`. Higher: a closer weight gradient, more memory and time.
+        ranks: one rank per mode in the order of the input's shape, such as [8, 16, 3, 3] for (B, C, H, W) or
+            [8, 16, 32] for (B, N, I); one number for every mode; one of these per layer name, as a mapping; or the plan
+            that `select_ranks` returns. A rank above its dimension is cut to it. None: not chosen yet, and refused by
+            `convert`. Higher: a closer weight gradient, more memory and time.
         algorithm: "sequential" iterates each mode on the tensor already truncated in the modes before it (faster), and
             reads the input once where that starts with a mode of positions (height, width, tokens) whose basis of the
             step before is there, see `subspace_iteration`; "published" iterates each mode on the full tensor.
@@ -51,7 +54,20 @@ class ASI(RankedMethod):
             latest iteration, which takes one more read of the input to know. In between, the input is only projected on
             them, but for the batch mode, whose samples change with every step: it is iterated on what the other
             modes left. Less often: faster, and a coarser gradient where the activations drift.
-        storage: see `TuckerMethod`; the bases that are carried from step to step are kept in it as well.
+        storage: how core, factors and the bases that are carried from step to step are kept. "input": in the input's
+            own dtype; "float32" or "bfloat16", where that is less; "int8", with scales: a quarter of the bytes of
+            float32, for half a percent of error. With the last two, processors that have instructions for it make large
+            products in bfloat16, see `lowrank.tensors.halves`. A plan of `select_ranks` brings one for each layer.
+        derive: True keeps nothing of an input that can be computed again from what another layer keeps of its own, by
+            convolutions of few products and what stands between them: in an inverted bottleneck the two wide inputs
+            follow from the narrow one. The weight gradient is then as near as what that layer keeps, and a step runs
+            these convolutions once more. A number, such as 20000, allows that many products for each number of an
+            input, where True allows 256: inputs then follow by a 3 x 3 convolution of 512 channels (4,608), or by
+            several blocks of them, which take at most a third of what they take anyway. "slopes": also which slope ReLU
+            and its like have is taken from such an input, and not kept as a bit for each number. So the gradients of
+            inputs are near ones too, for far less memory, where most of what is left are bits. In models that
+            `torch.compile` has compiled, in checkpoints, and under hooks for saved tensors, such an input is kept as
+            the method keeps it. A plan of `select_ranks` says which layers derive.
     """
 
     algorithm: Algorithm = "sequential"
@@ -111,7 +127,7 @@ class ASI(RankedMethod):
         further = (left, *scale, counted)
         return kept, (*bases, *(further if any(tensor is not None for tensor in further) else ()))
 
-    def first_step(self, shape: Shape, state: Tensors) -> Step | None:
+    def first_step(self, shape: Shape, state: Tensors) -> Iteration | None:
         if self.algorithm != "sequential" or self.refresh != 1 or not self.warm_start or not state:
             return None
         ranks = self.kept_ranks(shape, self.ranks_for(shape))

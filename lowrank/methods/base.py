@@ -1,6 +1,6 @@
 """A method is a frozen dataclass. It says what is kept of a layer's input and how gradients come from that.
 
-To add a method, subclass `Method` here: `compress` and `weight_gradient` are all it needs, `cost` to be accounted for.
+To add a method, subclass `Method`: `tag`, `compress`, `weight_gradient` and `cost` are all it needs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lowrank.kernels.iterations import Step
+from lowrank.kernels.iterations import Iteration
 from lowrank.methods.deriving import Derive, check_derive, reach
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
@@ -36,8 +36,10 @@ class Method(ABC):
         chooses_by_data: whether the sizes of what is kept depend on the input's numbers, so that a compiler leaves it
             to eager training.
         carries: whether anything may be carried from step to step, as `compress` returns it.
+        follows: name of the layer from which the input is to be derived, as a plan has it; None: there is no such plan.
+        leads: whether a plan derives other layers' inputs from what is kept here, so that it is kept in any case.
         derive: whether an input that can be computed again from what a layer ahead keeps of its own, in whatever form,
-            is not kept; see `TuckerMethod`.
+            is not kept; see `lowrank.ASI`.
     """
 
     factors_weight: ClassVar[bool] = False
@@ -46,6 +48,8 @@ class Method(ABC):
     chooses_by_data: ClassVar[bool] = False
     carries: ClassVar[bool] = True
     derive: Derive = False
+    follows: str | None = None
+    leads: bool = False
 
     @property
     @abstractmethod
@@ -85,9 +89,9 @@ class Method(ABC):
         operator calls (see `lowrank.tensors.worth`); by the shape alone. None: the shape does not say."""
         return None
 
-    def first_step(self, shape: Shape, state: Tensors) -> Step | None:
+    def first_step(self, shape: Shape, state: Tensors) -> Iteration | None:
         """The subspace iteration that `compress` begins with on a contiguous tensor of this shape, as far as the state
-        tells: it may then have been made ahead, see `lowrank.tensors.ahead`. None: none, or not known."""
+        tells: it may then have been made ahead, see `lowrank.tensors.head_start`. None: none, or not known."""
         return None
 
     def can_use(self, other: Method, shape: Shape) -> bool:
@@ -171,20 +175,8 @@ class TuckerMethod(Method):
     """Shared by the methods that keep a Tucker form.
 
     Args:
-        storage: the form in which its numbers are kept, see `lowrank.tensors.storage`: "input", in the input's own
-            dtype; "float32" or "bfloat16", where that is less; "int8", with scales: a quarter of the bytes of float32,
-            for half a percent of error. With these two, processors that can make large products in eight bits as well,
-            see `lowrank.tensors.halves`.
-        derive: True keeps nothing of an input that can be computed again from what one other layer keeps of its own, in
-            whatever form, by convolutions of few products, and what stands between them: in an inverted bottleneck the
-            two wide inputs follow from the narrow one. The weight's gradient is then as near as that form. A step
-            computes these convolutions once more. "slopes" takes which slope ReLU and its like have from such an input
-            as well, in the place of one bit for each of its numbers, so that the gradients of inputs are near ones too:
-            for far less memory, where most of what is left are bits. A number allows so many products for each number
-            of an input, where True allows 256. Then inputs follow by a 3 x 3 convolution of 512 channels, of 4,608, or
-            by several blocks of such ones, which run once more in a step: at most a third of what they take anyway. In
-            models that `torch.compile` has compiled, in checkpoints, and where autograd's saved tensors are taken
-            elsewhere, such an input is kept as the method keeps it.
+        storage: the form in which its numbers are kept, see `lowrank.ASI` and `lowrank.tensors.storage`.
+        derive: whether inputs that follow from another layer's are not kept, see `lowrank.ASI`.
     """
 
     restores: ClassVar[bool] = True

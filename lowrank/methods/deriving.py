@@ -1,4 +1,4 @@
-"""What `derive` of a method says, see `lowrank.methods.base.TuckerMethod`."""
+"""What `derive` of a method says, see `lowrank.ASI`."""
 
 from __future__ import annotations
 

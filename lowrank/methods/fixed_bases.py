@@ -29,8 +29,9 @@ class FixedBases(RankedMethod):
     and a coarser gradient the further the activations drift from those of the first batch.
 
     Args:
-        ranks: see `RankedMethod`; that of the batch mode is not read.
-        storage: see `TuckerMethod`; the bases are kept in it as well.
+        ranks: see `ASI`; that of the batch mode is not read.
+        storage: see `ASI`.
+        derive: see `ASI`.
     """
 
     @property

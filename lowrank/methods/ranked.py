@@ -29,18 +29,13 @@ class RankedMethod(TuckerMethod):
     """A Tucker form at fixed ranks.
 
     Args:
-        ranks: one rank per mode in the order of the input's shape, such as [8, 16, 3, 3] for (B, C, H, W); one number
-            for every mode; or, per layer name, one of these: a mapping, or the result of `select_ranks`. A rank above
-            its dimension is cut to it. None: not chosen yet; converting with it is refused.
-        storage: see `TuckerMethod`. A plan of `select_ranks` that chose a storage for each layer brings its own.
-        derive: see `TuckerMethod`. A plan of `select_ranks` says for itself which layers do.
+        ranks: see `lowrank.ASI`.
+        storage: see `lowrank.ASI`.
+        derive: see `lowrank.ASI`.
     """
 
     ranks: Any = None
-    # Of a plan's layer: name of the one from which its input is to be derived, so that these ranks are its whole shape.
-    follows: str | None = field(default=None, init=False, repr=False, compare=False)
-
-    # Of a plan's layer: whether others are to be derived from what it keeps, so that it keeps that in any case.
+    follows: str | None = field(default=None, init=False, repr=False, compare=False)  # whose ranks are the whole shape
     leads: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

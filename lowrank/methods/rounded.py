@@ -25,7 +25,8 @@ class Rounded(TuckerMethod):
     Where a few convolutions are trained at a fiftieth of their memory, the classifier's exact input is what takes most.
 
     Args:
-        storage: see `TuckerMethod`.
+        storage: see `ASI`.
+        derive: see `ASI`.
 
     Example:
         lowrank.convert(model, {**dict.fromkeys(names, lowrank.ASI(plan)), "classifier": lowrank.Rounded()})

@@ -72,7 +72,7 @@ class WASI(ASI):
     """Weight-Activation Subspace Iteration: the weight as two factors, the activation as in `ASI` (ICLR 2026).
 
     Args:
-        ranks: of the activation, see `ASI`; so are algorithm, warm_start, seed, refresh and storage.
+        ranks: of the activation, see `ASI`; so are algorithm, warm_start, seed, refresh, storage and derive.
         energy: share of the squared singular values of the weight that its factors keep at the start, above 0 and at
             most 1; the rank stays as it is then. The paper uses 0.4 to 0.9.
         update: "subspace", one subspace iteration a step; "svd", a truncated SVD of the moved weight a step. Both are

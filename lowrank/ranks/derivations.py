@@ -1,4 +1,4 @@
-"""Which layers' inputs follow from what one layer ahead keeps of its own, and how; see `derive` of `TuckerMethod`."""
+"""Which layers' inputs follow from what one layer ahead keeps of its own, and how; see `derive` of `ASI`."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def measure_perplexity(
             perplexity at these ranks, and the norm of the exact gradient, is the mean over all batches.
         storages: of the Tucker form, see `lowrank.tensors.storage`.
         derive: True measures as well, of each candidate of a layer from whose input those of others follow (`derive` of
-            `TuckerMethod`), the perplexity of all these layers together, for `select_ranks` with `derive`. One more
+            `ASI`), the perplexity of all these layers together, for `select_ranks` with `derive`. One more
             forward pass a batch, and for each candidate the steps that give the others' inputs. A number: of methods
             that allow so many products.
 

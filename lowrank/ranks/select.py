@@ -82,7 +82,7 @@ def select_ranks(
         names: the layers to choose for; all of the table by default.
         storages: to choose from.
         derive: True chooses as well whether inputs that follow from another layer's are kept or derived from what that
-            one keeps, whose bytes then serve them all; see `derive` of `TuckerMethod` and of `measure_perplexity`. Of a
+            one keeps, whose bytes then serve them all; see `derive` of `ASI` and of `measure_perplexity`. Of a
             layer and those behind it either all derive or none. Never worse than without. By as many products as the
             table was measured with; a number has to be the same.
 

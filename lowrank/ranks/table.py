@@ -61,7 +61,7 @@ def joined(parts: Sequence[Candidates]) -> Candidates:
 
 @dataclass(frozen=True)
 class Derived:
-    """The layers whose inputs follow from what one layer keeps of its own, see `derive` of `TuckerMethod`.
+    """The layers whose inputs follow from what one layer keeps of its own, see `derive` of `ASI`.
 
     Attributes:
         shapes: of their inputs, per layer name.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowrank.errors import NonFiniteError, SettingError
 from lowrank.kernels import iterations, passes
-from lowrank.tensors import ahead, halves
+from lowrank.tensors import halves, head_start
 from lowrank.tensors.eager import remembered
 from lowrank.tensors.sample import sampled, share_of, turn_of
 from lowrank.tensors.tucker import Tucker, in_memory_order, iteration_order, mode_correlation, mode_order, mode_product
@@ -236,33 +236,35 @@ def subspace_iteration(
 
 def steps_of(
     shape: Sequence[int], asked: Sequence[tuple[int, Tensor, bool]], published: bool, passes_before: int
-) -> list[iterations.Step]:
+) -> list[iterations.Iteration]:
     """The modes in turn, each with its start, and the share of its fibres; asked: of each, whether it is held."""
     current, steps = list(shape), []
     for mode, start, held in asked:
         rank = start.shape[1]
         share = iterations.HELD if held else 1 if published else share_of(current, mode, rank)
         if share == 1 or held:
-            steps.append(iterations.Step(mode, start, share))
+            steps.append(iterations.Iteration(mode, start, share))
         else:
-            steps.append(iterations.Step(mode, start, share, *turn_of(passes_before, prod(current[mode + 1 :]), share)))
+            steps.append(
+                iterations.Iteration(mode, start, share, *turn_of(passes_before, prod(current[mode + 1 :]), share))
+            )
         current[mode] = rank
     return steps
 
 
 def _one_by_one(
-    x: Tensor, steps: Sequence[iterations.Step], published: bool, to_eight_bits: bool
+    x: Tensor, steps: Sequence[iterations.Iteration], published: bool, to_eight_bits: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """As `iterations.subspace`, which makes the last steps where it can; published: each mode is iterated on all that
     those held leave."""
     core: Tensor = x
     bases: list[Tensor] = []
     for at, step in enumerate(steps):
-        begun = None if at or published else ahead.begun_of(x, step)
+        begun = None if at or published else head_start.begun_of(x, step)
         rest = None if published else iterations.subspace(core, steps[at:], None if begun is None else begun.found)
         if rest is not None:
             if begun is not None:
-                ahead.take(begun)
+                head_start.take(begun)
             return rest[0], bases + rest[1]
         if published and step.share != iterations.HELD:
             basis = _iterated(x, step)[0]
@@ -276,7 +278,7 @@ def _one_by_one(
     return core, bases
 
 
-def _one(x: Tensor, step: iterations.Step) -> tuple[Tensor, Tensor]:
+def _one(x: Tensor, step: iterations.Iteration) -> tuple[Tensor, Tensor]:
     """One step: what is left of a tensor, and the basis."""
     if step.share == iterations.HELD:
         return mode_product(x, step.start.to(x.dtype).mT, step.mode), step.start
@@ -284,7 +286,7 @@ def _one(x: Tensor, step: iterations.Step) -> tuple[Tensor, Tensor]:
     return mode_product(source, basis.mT, place).movedim(place, step.mode).contiguous(), basis
 
 
-def _iterated(x: Tensor, step: iterations.Step) -> tuple[Tensor, Tensor, int]:
+def _iterated(x: Tensor, step: iterations.Iteration) -> tuple[Tensor, Tensor, int]:
     """A basis; and the tensor, or what was made of it on the way, with the place of the mode there."""
     mode, start, share, *turn = step
     basis = iterations.iterate(x, step)
@@ -295,7 +297,7 @@ def _iterated(x: Tensor, step: iterations.Step) -> tuple[Tensor, Tensor, int]:
     return _iterate(*part, start, share != 1), source, place
 
 
-def _in_halves(x: Tensor, step: iterations.Step) -> tuple[Tensor, Tensor]:
+def _in_halves(x: Tensor, step: iterations.Iteration) -> tuple[Tensor, Tensor]:
     """One step in bfloat16: what is left of a tensor, and the basis."""
     mode, start, share, *turn = step
     unfolding, basis = halves.unfolded(x, mode), start

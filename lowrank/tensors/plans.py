@@ -11,7 +11,7 @@ from itertools import combinations
 from math import prod
 from typing import Literal
 
-from lowrank.kernels.contractions import Kind, are_few
+from lowrank.kernels.contractions import Contraction, are_few
 from lowrank.tensors.eager import remembered
 from lowrank.tensors.geometry import ConvGeometry, Geometry, Shape
 from lowrank.tensors.tucker import ascending
@@ -55,7 +55,7 @@ class Plan:
     expand: tuple[int, ...]
     macs: int
     cost: float
-    kind: Kind | None
+    kind: Contraction | None
 
 
 @remembered
@@ -242,7 +242,7 @@ class _Sketch:
             macs, cost = macs + applied, cost + _CALL + applied / 12
         return Plan(meet, project, expand, macs, cost, kind)
 
-    def _kind(self, meet: Meet, project: tuple[int, ...], expand: tuple[int, ...]) -> Kind | None:
+    def _kind(self, meet: Meet, project: tuple[int, ...], expand: tuple[int, ...]) -> Contraction | None:
         geometry, factored = self.geometry, self.factored
         if type(geometry) is not ConvGeometry or len(geometry.kernel) != 2 or geometry.padding_mode != "zeros":
             return None
@@ -250,7 +250,7 @@ class _Sketch:
         if not all(factored[2:]) or not are_few(self.ranks, (1, 1) if positions else geometry.kernel):
             return None
         if positions and 1 not in expand:
-            kinds: dict[tuple[int, ...], Kind] = {(0,): "spread", (0, 2, 3): "samples", (2, 3, 0): "images"}
+            kinds: dict[tuple[int, ...], Contraction] = {(0,): "spread", (0, 2, 3): "samples", (2, 3, 0): "images"}
             if not factored[0]:
                 kinds = {(): "spread", (2, 3): "samples", (3, 2): "samples"}
             return kinds.get(project)
@@ -258,7 +258,7 @@ class _Sketch:
             return "rows"
         return "windows" if meet == "windows" and project == ((0, 2, 3) if factored[0] else (2, 3)) else None
 
-    def _compiled(self, kind: Kind, parts: list[Work]) -> float:
+    def _compiled(self, kind: Contraction, parts: list[Work]) -> float:
         """Cost of a compiled contraction beyond the read that the bias gradient takes in any case."""
         (expanding, _), (projecting, _), (meeting, laid_out) = parts
         samples, outputs, *_, width = self.grad_shape

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experiment import ExperimentError, archives
 from experiment.contents import content_hashes, require_uncut
-from experiment.files import beside, locked
+from experiment.files import beside, file_lock
 
 MOST_BYTES = 64 * 2**30  # of an archive when unpacked; the largest, Cityscapes' images, has 11 GB
 
@@ -36,10 +36,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                stack.enter_context(locked(target, wait=False))
+                stack.enter_context(file_lock(target, wait=False))
             except BlockingIOError:
                 print(f"another process is writing {target}; waiting for it", flush=True)
-                stack.enter_context(locked(target))
+                stack.enter_context(file_lock(target))
             _refuse_made(target)
             part = stack.enter_context(beside(target))
         except OSError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.files import below, beside, locked, part_of, write_whole
+from experiment.files import below, beside, file_lock, part_of, write_whole
 
 
 def test_text_is_written_and_replaced(tmp_path):
@@ -61,9 +61,9 @@ def test_the_holder_of_a_file_removes_what_killed_writers_left_of_it(tmp_path):
     left, kept = part_of(path), [part_of(other) for other in others]
     for part in (left, *kept):
         part.touch()
-    with locked(path):
+    with file_lock(path):
         assert not left.exists()
-        with pytest.raises(BlockingIOError), locked(path, wait=False):
+        with pytest.raises(BlockingIOError), file_lock(path, wait=False):
             pass
     assert all(part.exists() for part in kept)
 
@@ -76,18 +76,18 @@ def test_what_is_made_beside_a_folder_is_gone_at_the_end_whatever_happens(tmp_pa
             (part / "inner").mkdir()
             raise KeyError
 
-    with locked(path):
+    with file_lock(path):
         with pytest.raises(KeyError):
             fail()
         assert [one.name for one in tmp_path.iterdir()] == [".set.lock"]
     child = os.fork()
     if not child:
-        with locked(path), beside(path) as part:
+        with file_lock(path), beside(path) as part:
             (part / "inner").mkdir()
             os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert len(list(tmp_path.glob(".set.*.part/inner"))) == 1
-    with locked(path), beside(path) as part:
+    with file_lock(path), beside(path) as part:
         assert list(tmp_path.glob(".set.*.part")) == [part]
         part.rename(path)
     assert {one.name for one in tmp_path.iterdir()} == {"set", ".set.lock"}
@@ -99,7 +99,7 @@ def test_without_locks_in_the_file_system_nothing_is_refused_and_nothing_of_othe
 
     monkeypatch.setattr(fcntl, "flock", flock)
     path = tmp_path / "set"
-    with locked(path), beside(path) as first, locked(path, wait=False), beside(path) as second:
+    with file_lock(path), beside(path) as first, file_lock(path, wait=False), beside(path) as second:
         assert first.is_dir()
         assert second.is_dir()
 

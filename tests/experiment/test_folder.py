@@ -9,7 +9,7 @@ import pytest
 
 from experiment import ExperimentError, Record, Run, RunFolder, Status
 from experiment.errors import InUseError
-from experiment.execute import locked, nothing_to_do
+from experiment.execute import at_work_on, nothing_to_do
 
 IDENTITY = {"model": {"name": "mcunet", "layers": 2}, "seed": 1, "mean": (0.5, 0.5)}
 HOLDER = """
@@ -134,15 +134,15 @@ def test_a_run_with_other_settings_that_saved_nothing_gives_way_once_nobody_is_a
     with killed.locked("a: 1\n"):
         (killed.checkpoints / ".last.ckpt.0a1b2c3d.part").touch()
         assert nothing_to_do(RUN, now, dry_run=True).startswith("would run")
-        with pytest.raises(InUseError), locked(RUN, now, "a: 2\n"):
+        with pytest.raises(InUseError), at_work_on(RUN, now, "a: 2\n"):
             pass
     assert capsys.readouterr().out == ""
-    with locked(RUN, now, "a: 2\n"):
+    with at_work_on(RUN, now, "a: 2\n"):
         assert (now.path / "config.yaml").read_text() == "a: 2\n"
     said = capsys.readouterr().out
     assert said.startswith(f"note: the run with other settings in {now.path} had saved nothing")
     assert "seed is 'first' there and 'second' here" in said
-    with locked(RUN, named(tmp_path, RUN.method, data_fingerprint="second", seed="second"), ""):
+    with at_work_on(RUN, named(tmp_path, RUN.method, data_fingerprint="second", seed="second"), ""):
         assert capsys.readouterr().out == ""
 
 

@@ -58,7 +58,7 @@ def test_where_it_cannot_be_written_it_is_kept_with_a_word(tmp_path, capsys, mon
     assert "x.pt cannot be written (No space left on device), so it is kept in memory" in capsys.readouterr().out
     assert not path.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "locked", full)
+        patch.setattr(module, "file_lock", full)
         assert_same(shared_tensors(path, content))
 
 

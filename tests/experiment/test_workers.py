@@ -16,7 +16,7 @@ import pytest
 from working import PROGRAM, job, run_of
 
 from experiment import Record
-from experiment.execute import locked
+from experiment.execute import at_work_on
 from experiment.folder import RunFolder
 from experiment.jobs import run_jobs
 from experiment.lock import holder
@@ -171,7 +171,7 @@ def test_a_run_that_another_process_has_done_meanwhile_is_not_done_again(tmp_pat
 
     def command(arguments):  # it was not done when this one looked at it
         Record(run, {}, {}, {}, {}, {"config_hash": folder.identity_hash}).save(folder.path)
-        with locked(run, folder, ""):
+        with at_work_on(run, folder, ""):
             raise AssertionError
 
     from experiment.jobs import Program

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiment import ExperimentError, Record, Run
-from experiment.execute import locked
+from experiment.execute import at_work_on
 from experiment.files import write_whole
 from experiment.folder import RunFolder
 from experiment.jobs import Job, Program
@@ -38,7 +38,7 @@ def do(arguments: Sequence[str]) -> None:
     if what == "break":
         raise RuntimeError("out of memory")
     folder = RunFolder(run.folder(Path(root)), {}, "result.json", run=run)
-    with locked(run, folder, ""):
+    with at_work_on(run, folder, ""):
         with (folder.path / "times").open("a") as file:
             file.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')} {time.time()}\n")
         print(f"working on {seed}")

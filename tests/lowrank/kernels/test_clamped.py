@@ -10,7 +10,7 @@ from references import random_tensor
 from lowrank import kernels
 from lowrank.kernels import clamped, iterations, library, passes
 from lowrank.kernels.clamped import clamp_and_begin
-from lowrank.kernels.iterations import Step
+from lowrank.kernels.iterations import Iteration
 
 pytestmark = [
     pytest.mark.cpu_only("compiled kernels work in its memory"),
@@ -47,7 +47,7 @@ def threads(request):
 def given(shape, mode, rank, share, turn=0):
     x = random_tensor(*shape, seed=4).float()
     x.view(-1)[::97] = -0.0
-    return x, Step(mode, random_tensor(shape[mode], rank, seed=5).float(), share, turn)
+    return x, Iteration(mode, random_tensor(shape[mode], rank, seed=5).float(), share, turn)
 
 
 def bits_of(x, filled=0):

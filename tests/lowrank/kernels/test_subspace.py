@@ -182,7 +182,7 @@ def test_several_threads_do_what_one_does(width):
 def test_what_it_is_not_made_for_is_left_to_the_operators():
     def takes(x, *ranks):
         starts = starts_for(x.shape, ranks)
-        steps = [iterations.Step(mode, start, 1) for mode, start in enumerate(starts) if start is not None]
+        steps = [iterations.Iteration(mode, start, 1) for mode, start in enumerate(starts) if start is not None]
         return iterations.subspace(x, steps) is not None
 
     ones = torch.ones(4, 5, 6)
@@ -205,8 +205,8 @@ def test_bases_that_lie_out_of_order_are_read_in_theirs():
         apart = random_tensor(2 * x.shape[mode], rank, seed=mode).float()[::2]
         for start in (columns, apart):
             for share in (iterations.HELD, 1):
-                core, (basis,) = iterations.subspace(x, [iterations.Step(mode, start, share)])
-                wanted, (other,) = iterations.subspace(x, [iterations.Step(mode, start.contiguous(), share)])
+                core, (basis,) = iterations.subspace(x, [iterations.Iteration(mode, start, share)])
+                wanted, (other,) = iterations.subspace(x, [iterations.Iteration(mode, start.contiguous(), share)])
                 assert torch.equal(core, wanted)
                 assert torch.equal(basis, other)
                 assert (basis is start) is (share == iterations.HELD)

@@ -13,7 +13,7 @@ from torch import nn
 
 import lowrank
 from lowrank import kernels
-from lowrank.tensors import ahead
+from lowrank.tensors import head_start
 
 pytestmark = [
     pytest.mark.cpu_only("compiled kernels work in its memory"),
@@ -89,7 +89,7 @@ METHODS = {
 
 @pytest.fixture(autouse=True)
 def few_numbers_are_many(monkeypatch):
-    monkeypatch.setattr(ahead, "_LEAST", 2**18)
+    monkeypatch.setattr(head_start, "_LEAST", 2**18)
 
 
 def converted(network, method):
@@ -117,8 +117,8 @@ def same(one, other):
 
 
 def counted(monkeypatch):
-    made, own = [], ahead.clamp_and_begin
-    monkeypatch.setattr(ahead, "clamp_and_begin", lambda *given: made.append(own(*given)) or made[-1])
+    made, own = [], head_start.clamp_and_begin
+    monkeypatch.setattr(head_start, "clamp_and_begin", lambda *given: made.append(own(*given)) or made[-1])
     return made
 
 
@@ -136,7 +136,7 @@ def test_training_is_the_same(network, method, monkeypatch):
     else:
         assert not made
     assert None not in made
-    monkeypatch.setattr(ahead, "_LEAST", 2**60)
+    monkeypatch.setattr(head_start, "_LEAST", 2**60)
     train(plain, 6)
     assert same(outcome(model), outcome(plain))
 
@@ -172,20 +172,20 @@ def test_models_in_turn_and_copies_do_not_mislead_each_other(monkeypatch):
 def test_after_some_wrong_guesses_there_is_no_other(network, monkeypatch):
     made = counted(monkeypatch)
     train(converted(network, "float32"), 9)
-    assert 1 <= len(made) <= 3 * ahead._GUESSES
+    assert 1 <= len(made) <= 3 * head_start._GUESSES
 
 
 @pytest.mark.parametrize("network", ["dropout between", "twice", "in a row"])
 def test_nothing_of_it_stays(network, monkeypatch):
     """Neither what was taken, nor, from the next compression on, what was not."""
-    left, own = [], ahead.clamp_and_begin
+    left, own = [], head_start.clamp_and_begin
 
     def noted(*given):
         found = own(*given)
         left.append(weakref.ref(found[0]))
         return found
 
-    monkeypatch.setattr(ahead, "clamp_and_begin", noted)
+    monkeypatch.setattr(head_start, "clamp_and_begin", noted)
     model = converted(network, "float32")
     train(model, 1)
     graph = model(random_tensor(*SHAPE, seed=1).float())  # with all that the backward pass needs

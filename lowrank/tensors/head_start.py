@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank.kernels.clamped import clamp_and_begin
-from lowrank.kernels.iterations import Step
+from lowrank.kernels.iterations import Iteration
 from lowrank.kernels.passes import Gate
 from lowrank.tensors.geometry import Shape
 from lowrank.tensors.notes import Notes
@@ -37,7 +37,7 @@ class Compressing(Protocol):
     behind: weakref.ref[Any] | None
     misled: int
 
-    def first_step(self, shape: Shape) -> Step | None:
+    def first_step(self, shape: Shape) -> Iteration | None:
         """What it will begin with on a tensor of this shape, as far as it can tell."""
 
 
@@ -45,7 +45,7 @@ class Compressing(Protocol):
 class Begun:
     """A step that was made, and what it left of the tensor, and its basis; None: that was taken, or given up."""
 
-    step: Step
+    step: Iteration
     found: tuple[Tensor, Tensor] | None
 
 
@@ -88,7 +88,7 @@ def hand_on(x: Tensor, same: Tensor) -> None:
         _BEGUN.note(same, begun)
 
 
-def begun_of(x: Tensor, step: Step) -> Begun | None:
+def begun_of(x: Tensor, step: Iteration) -> Begun | None:
     """What is noted of a tensor, if it is this step's."""
     begun = _BEGUN.find(x) if _BEGUN.may_know(x) else None
     if begun is None or begun.found is None or begun.step._replace(start=step.start) != step:
