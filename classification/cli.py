@@ -21,7 +21,8 @@ from classification.callbacks import BestCheckpoint, History, LastCheckpoint, Ra
 from classification.checkpoint_io import WholeCheckpointIO
 from classification.config_files import check_config_files
 from classification.data import ImageDataModule
-from classification.data.prepared import forget_ahead
+from classification.data.module import check_size
+from classification.data.prepared import forget_ahead, load_splits
 from classification.data.text import TEXTS
 from classification.help import RUN_OPTIONS, TRAINER_DEFAULTS
 from classification.identity import (
@@ -161,7 +162,14 @@ class SuiteCLI(LightningCLI):
             raise _SeveralProcesses(self.settings["processes"])
 
     def _nothing_to_do(self) -> str | None:
-        return nothing_to_do(self.identity, self.folder, self.settings["dry_run"])
+        return nothing_to_do(self.identity, self.folder, self.settings["dry_run"], self._check_data)
+
+    def _check_data(self) -> None:
+        """Refuse a data set, as far as it is there, of which this command would have too little."""
+        if self.folder.data_fingerprint is not None:
+            data = self.settings["data"]
+            splits = load_splits(data["dataset"], Path(data["root"]))
+            check_size(splits, data, self.settings["processes"], self.settings.get("batches", 1))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = self.settings["trainer"]

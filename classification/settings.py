@@ -124,6 +124,11 @@ def _check_together(config: Mapping[str, Any]) -> None:
             raise ExperimentError(
                 f"--data.image_size is {data['image_size']}; allowed with --data.augment are whole numbers from 2"
             )
+    if data["limit"] is not None and data["drop_last"] and 1 < data["limit"] < data["batch_size"]:
+        raise ExperimentError(
+            f"--data.limit is {data['limit']:g}, which does not fill one batch of {data['batch_size']}; raise it, or lower "
+            f"--data.batch_size"
+        )
     if data["split_file"] is not None and data["partition"] == "all":
         raise ExperimentError("--data.split_file divides the data set: set --data.partition to pretrain or finetune")
     if model["optimizer"] == "adamw" and model["momentum"]:

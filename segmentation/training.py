@@ -86,7 +86,7 @@ class Task:
         folder = RunFolder(path, identity, result, data.fingerprint, LAST, name, own_sources(identity))
         if work is not None:
             work.title, work.folder = str(name), path
-        said = nothing_to_do(name, folder, self.dry_run)
+        said = nothing_to_do(name, folder, self.dry_run, lambda: self._check(folder))
         if said is not None:
             print(said)
             return None
@@ -100,6 +100,18 @@ class Task:
         if not folder.last_checkpoint:
             require_weights(self.config)
         return folder
+
+    def _check(self, folder: RunFolder) -> None:
+        """Refuse what the run would, as far as what it needs is there; nothing is downloaded."""
+        if folder.data_fingerprint is None:
+            return
+        require_classes(self.config)
+        if not folder.last_checkpoint and "://" not in (self.config.get("load_from") or ""):
+            read_safely_everywhere()
+            require_weights(self.config)
+        dataset = self.config.train_dataloader.dataset
+        if dataset.get("limit") is not None:
+            DATASETS.build(with_naming_readers(self.config).train_dataloader.dataset)
 
 
 def is_due(task: Task, work: Work | None = None) -> bool:
