@@ -126,8 +126,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
             )
     if data["limit"] is not None and data["drop_last"] and 1 < data["limit"] < data["batch_size"]:
         raise ExperimentError(
-            f"--data.limit is {data['limit']:g}, which does not fill one batch of {data['batch_size']}; raise it, or lower "
-            f"--data.batch_size"
+            f"--data.limit is {data['limit']:g}, which does not fill one batch of {data['batch_size']}; raise it, or "
+            f"lower --data.batch_size"
         )
     if data["split_file"] is not None and data["partition"] == "all":
         raise ExperimentError("--data.split_file divides the data set: set --data.partition to pretrain or finetune")

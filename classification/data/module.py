@@ -211,7 +211,8 @@ def _check_batches(there: int, size: int, count: int) -> None:
     """Refuse several batches that so many training samples do not fill."""
     if count > 1 and count * size > there:
         raise ExperimentError(
-            f"{there} training samples do not fill {count} batches of {size}; lower --batches to {max(1, there // size)}"
+            f"{there} training samples do not fill {count} batches of {size}; lower --batches to "
+            f"{max(1, there // size)}"
         )
 
 
