@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from experiment.errors import InUseError
 from experiment.folder import RunFolder, Status
+from experiment.jobs import FAILURE
 from experiment.record import TABLE, Run
 
 _WOULD = {Status.NEW: "would run", Status.INTERRUPTED: "would resume", Status.DONE: "is done, would skip"}
@@ -41,7 +42,11 @@ def nothing_to_do(run: Run, folder: RunFolder, dry_run: bool, check: Callable[[]
             folder.require_place()
             check()
         return f"{_WOULD[status]}: {run}\n  folder: {folder.path}"
-    return f"done already: {run}\n  result: {folder.result}" if status is Status.DONE else None
+    if status is not Status.DONE:
+        return None
+    with contextlib.suppress(OSError):
+        (folder.path / FAILURE).unlink(missing_ok=True)  # of a try with other settings, which was refused
+    return f"done already: {run}\n  result: {folder.result}"
 
 
 @contextlib.contextmanager

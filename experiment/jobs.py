@@ -250,6 +250,7 @@ def do_job(job: Job, program: Program, root: Path) -> Outcome:
         Stopped: a signal came.
     """
     if job.known(root):
+        forget_failure(job, root)
         print("  done already, by this same command", flush=True)
         return Outcome.DONE
     if (by := holder(job.run.folder(root))) is not None:
@@ -275,11 +276,16 @@ def do_job(job: Job, program: Program, root: Path) -> Outcome:
         print(f"  failed: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         write_log(job, root, f"{job.title}\n{program.line(job)}\n{cause}\n")
         return Outcome.FAILED
-    with contextlib.suppress(OSError):
-        job.log(root).unlink(missing_ok=True)
+    forget_failure(job, root)
     if job.done(root):
         write_receipt(job.run.folder(root) / job.result, job.arguments)
     return Outcome.DONE
+
+
+def forget_failure(job: Job, root: Path) -> None:
+    """Remove what an earlier try of a job has left, which is done, as where it was asked for with other settings."""
+    with contextlib.suppress(OSError):
+        job.log(root).unlink(missing_ok=True)
 
 
 def write_log(job: Job, root: Path, text: str) -> None:
