@@ -219,6 +219,17 @@ def test_a_dry_run_starts_nothing(script_environment: dict[str, str], tree: Path
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_link_to_a_script_does_what_the_script_does(tmp_path: Path, script: str) -> None:
+    link = tmp_path / "links" / "mine.sh"
+    link.parent.mkdir()
+    link.symlink_to(Path("..", "again.sh"))
+    (tmp_path / "again.sh").symlink_to(ROOT / script)
+    done = subprocess.run(["bash", "mine.sh", "--help"], cwd=link.parent, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Usage: bash {script}" in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("words", [["--nonsense"], ["--dry-run", "--nonsense"]], ids=" ".join)
 def test_an_unknown_argument_starts_nothing(
     script_environment: dict[str, str], tree: Path, script: str, words: list[str]
