@@ -253,7 +253,7 @@ def do_job(job: Job, program: Program, root: Path) -> Outcome:
         forget_failure(job, root)
         print("  done already, by this same command", flush=True)
         return Outcome.DONE
-    if (by := holder(job.run.folder(root))) is not None:
+    if (by := holder(job.run.folder(root), asks=True)) is not None:
         print(f"  in work elsewhere: {by}", flush=True)
         return Outcome.ELSEWHERE
     try:

@@ -217,7 +217,7 @@ def do(job: Job, needs: Sequence[Job], program: Program, root: Path) -> None:
 
 
 def _is_elsewhere(job: Job, root: Path) -> bool:
-    return holder(job.run.folder(root)) is not None and not job.done(root)
+    return holder(job.run.folder(root), asks=True) is not None and not job.done(root)
 
 
 def _hear(told: list[int]) -> None:
