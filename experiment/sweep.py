@@ -31,6 +31,8 @@ OWN_OPTIONS = {
     # As configs have them, see `Sweep.settings_in`.
     **{"--dataset": "--dataset", "--network": "--model", "--layers": "--layers", "--randomness.seed": "--seeds"},
     **{"--lowrank.method": "--methods", "--lowrank.budget": "--budget", "--perplexity.derive": "--methods"},
+    # What is in the name of a method, by which a run is looked for.
+    **{"--model.fuse": "--methods", "--model.rank-choice": "--methods", "--lowrank.fuse": "--methods"},
     **{"--stage": "", "--depths": "", "--custom-hooks": ""},
 }
 # Those that it sets only where it is asked to, or not for every run.

@@ -98,9 +98,11 @@ def test_a_run_that_leaves_its_record_under_another_name_is_told(tmp_path, capsy
         run.folder(tmp_path).mkdir(parents=True)
         Record(run, {}, {}, {}, {}).save(run.folder(tmp_path))
 
-    assert run_jobs([right, wrong], Program("python -m x", command), tmp_path) == 0
+    assert run_jobs([right, wrong], Program("python -m x", command), tmp_path) == 1
     missing = wrong.run.folder(tmp_path) / "result.json"
-    said = capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "1 of 2 runs done" in printed.out
+    said = printed.err
     assert said.endswith(f"called as its tag:\n  layers 2: no {missing}\n")
     assert "done under other names (1), " in said
     assert "rename the method's config" in said
