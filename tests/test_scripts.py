@@ -68,8 +68,12 @@ def test_several_budgets_are_runs_of_their_own(script_environment: dict[str, str
         assert methods[-5:] == ["vanilla", "hosvd_0.8", "asi_1of20", "asi_hosvd_0.8", "asi_0.5mib"]
 
 
-def test_a_segmentation_script_takes_its_settings_from_the_environment(script_environment: dict[str, str]) -> None:
-    chosen = {"METHODS": "vanilla hosvd_0.8", "LAYERS": "5 all", "SEEDS": "1 2", "ITERATIONS": "7", "WEIGHTS": "w.pth"}
+def test_a_segmentation_script_takes_its_settings_from_the_environment(
+    script_environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "w.pth").touch()
+    chosen = {"METHODS": "vanilla hosvd_0.8", "LAYERS": "5 all", "SEEDS": "1 2", "ITERATIONS": "7"}
+    chosen["WEIGHTS"] = str(tmp_path / "w.pth")
     titles = dry_run("segmentation/fcn.sh", {**script_environment, **chosen}, "cityscapes")
     trained = [("vanilla", 5), ("hosvd_0.8", 5), ("vanilla", "all")]
     assert titles == [
