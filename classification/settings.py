@@ -18,6 +18,7 @@ from experiment import ExperimentError
 from experiment.launching import require_room
 from experiment.limit import check_limit
 from experiment.method import check_precision, require_own_ranks
+from experiment.warned import tell_crowded
 
 PRECISIONS = {"32", "32-true", "16-mixed", "bf16-mixed", "16", "bf16"}  # what is measured is in single precision
 LEAST = {  # per number that has one
@@ -81,6 +82,7 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> pl.Trainer:
     _check_numbers(config)
     workers = _at(config, "data.workers") or 0
     require_room(f"--data.workers {workers}", workers)
+    tell_crowded(f"--data.workers {workers}", workers)
     precision = _at(config, "trainer.precision")
     if precision is not None and str(precision) not in PRECISIONS:
         raise ExperimentError(f"--trainer.precision is {precision}; allowed: {', '.join(sorted(PRECISIONS))}")

@@ -37,6 +37,7 @@ from experiment.jobs import (
     write_report,
 )
 from experiment.lock import holder
+from experiment.warned import say_warnings
 
 LOG = "slurm.log"  # in a run's folder
 SUBMITTED = ".slurm"  # folder of batch files and what submitit writes beside them, below that of all runs
@@ -193,6 +194,7 @@ def do(job: Job, needs: Sequence[Job], program: Program, root: Path) -> None:
     told: list[int] = []
     folder = job.run.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
+    say_warnings()
     with _logged(folder / LOG):
         before = _state(folder)
 
