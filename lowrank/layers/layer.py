@@ -98,7 +98,8 @@ class LowRankLayer(Changed):
         if not torch.compiler.is_compiling():
             return self._read(input)
         weight, bias = self.kind.weight(self), self.bias
-        tracked = torch.is_grad_enabled() and weight.requires_grad and in_compiled_graph()
+        wanted = weight.requires_grad or (input.requires_grad and self._lowrank.method.own_input_gradient)
+        tracked = torch.is_grad_enabled() and wanted and in_compiled_graph()
         numbers = weight.numel() and weight.is_floating_point() and not input.is_meta
         if not tracked or self._lowrank.method.keeps_input or not numbers:
             return self._stock(input)

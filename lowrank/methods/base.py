@@ -35,6 +35,7 @@ class Method(ABC):
         restores: whether `restored` gives the input again, as near as what was kept is.
         chooses_by_data: whether the sizes of what is kept depend on the input's numbers, so that a compiler leaves it
             to eager training.
+        own_input_gradient: whether `input_gradient` gives another than the layer's own; found by itself.
         carries: whether anything may be carried from step to step, as `compress` returns it.
         derive: whether an input that can be computed again from what a layer ahead keeps of its own, in whatever form,
             is not kept; see `TuckerMethod`.
@@ -45,7 +46,12 @@ class Method(ABC):
     restores: ClassVar[bool] = False
     chooses_by_data: ClassVar[bool] = False
     carries: ClassVar[bool] = True
+    own_input_gradient: ClassVar[bool] = False
     derive: Derive = False
+
+    def __init_subclass__(cls, **settings: object) -> None:
+        super().__init_subclass__(**settings)
+        cls.own_input_gradient = cls.input_gradient is not Method.input_gradient
 
     @property
     @abstractmethod
