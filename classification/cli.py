@@ -23,7 +23,7 @@ from classification.checkpoint_io import WholeCheckpointIO
 from classification.config_files import check_config_files
 from classification.data import ImageDataModule
 from classification.data.module import check_size
-from classification.data.prepared import forget_ahead, load_splits
+from classification.data.prepared import forget_ahead
 from classification.data.text import TEXTS
 from classification.help import RUN_OPTIONS, TRAINER_DEFAULTS
 from classification.identity import (
@@ -181,9 +181,7 @@ class SuiteCLI(LightningCLI):
     def _check_data(self) -> None:
         """Refuse a data set, as far as it is there, of which this command would have too little."""
         if self.folder.data_fingerprint is not None:
-            data = self.settings["data"]
-            splits = load_splits(data["dataset"], Path(data["root"]))
-            check_size(splits, data, self.settings["processes"], self.settings.get("batches", 1))
+            check_size(self.settings["data"], self.settings["processes"], self.settings.get("batches", 1))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = self.settings["trainer"]

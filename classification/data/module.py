@@ -175,11 +175,10 @@ def _chosen(
     return splits if limit is None else limited(splits, limit, limit_seed), users
 
 
-def check_size(splits: Splits, settings: Mapping[str, Any], processes: int, batches: int = 1) -> None:
-    """Refuse a data set of which a run would have too little; nothing of it is looked at but the labels.
+def check_size(settings: Mapping[str, Any], processes: int, batches: int = 1) -> None:
+    """Refuse a data set, which is there, of which a run would have too little.
 
     Args:
-        splits: the data set.
         settings: of the run, as `ImageDataModule` takes them.
         processes: in which it trains.
         batches: that it measures on.
@@ -188,7 +187,7 @@ def check_size(splits: Splits, settings: Mapping[str, Any], processes: int, batc
         ExperimentError: see above; or there is no such part of the data set.
     """
     told = (settings[name] for name in ("partition", "partition_seed", "split_file", "limit", "limit_seed"))
-    part, _ = _chosen(splits, *told)
+    part, _ = _chosen(load_splits(settings["dataset"], Path(settings["root"])), *told)
     _check_counts(part, settings["batch_size"] if settings["drop_last"] else 1, processes)
     _check_batches(len(part.train.labels), settings["batch_size"], batches)
 
