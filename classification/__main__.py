@@ -8,6 +8,7 @@ from classification import help
 from experiment.command import Work, dashed, finish, importing
 from experiment.errors import ExperimentError
 from experiment.processes import leave
+from experiment.warned import say_warnings
 
 
 def main(arguments: list[str]) -> int:
@@ -43,4 +44,5 @@ def _command(arguments: list[str], work: Work) -> int:
 
 
 if __name__ == "__main__":
+    say_warnings()
     sys.exit(leave(main(sys.argv[1:])))

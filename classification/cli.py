@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from classification.callbacks import BestCheckpoint, History, LastCheckpoint, Ra
 from classification.checkpoint_io import WholeCheckpointIO
 from classification.config_files import check_config_files
 from classification.data import ImageDataModule
+from classification.data.module import check_size
 from classification.data.prepared import forget_ahead
 from classification.data.text import TEXTS
 from classification.help import RUN_OPTIONS, TRAINER_DEFAULTS
@@ -50,6 +52,7 @@ from experiment.execute import at_work_on, nothing_to_do
 from experiment.launching import run_all
 from experiment.measure import Trained, recipe_of, record_of, write_table
 from experiment.method import table_tag
+from experiment.moved import place_now
 from experiment.processes import alone, first_does, first_holds, say
 from experiment.record import RESULT, TABLE
 from experiment.signals import held
@@ -58,6 +61,7 @@ from lowrank import kernels
 
 FRONTS = "fronts"  # the folder of runs' fronts, below that of the runs
 SPLIT = "split.npz"
+OF_OTHER_RUNS = ("model.weights", "model.budget.table", "model.budget.run", "data.split_file")
 _TO_TEST = "give the settings of that run, which are in its config.yaml, or another checkpoint as --ckpt_path"
 
 
@@ -139,6 +143,7 @@ class SuiteCLI(LightningCLI):
         keep_freed_memory()
         kernels.wanted()
         join_others(self.start, self.probe)
+        self._find_moved()
         measuring = self.subcommand == "measure"
         model = self.settings["model"]
         method = table_tag(model["derive"]) if measuring else method_tag(model)
@@ -160,8 +165,23 @@ class SuiteCLI(LightningCLI):
         if self.settings["processes"] > 1 and not self.start.started:
             raise _SeveralProcesses(self.settings["processes"])
 
+    def _find_moved(self) -> None:
+        """Set what names other runs to where these are now; see `experiment.moved`."""
+        config = self.config[self.subcommand]
+        for key in OF_OTHER_RUNS:
+            given = config.get(key)
+            if isinstance(given, str):
+                config[key] = place_now(given, Path(self.settings["runs_dir"]))
+                *parts, name = key.split(".")
+                functools.reduce(lambda settings, part: settings[part], parts, self.settings)[name] = config[key]
+
     def _nothing_to_do(self) -> str | None:
-        return nothing_to_do(self.identity, self.folder, self.settings["dry_run"])
+        return nothing_to_do(self.identity, self.folder, self.settings["dry_run"], self._check_data)
+
+    def _check_data(self) -> None:
+        """Refuse a data set, as far as it is there, of which this command would have too little."""
+        if self.folder.data_fingerprint is not None:
+            check_size(self.settings["data"], self.settings["processes"], self.settings.get("batches", 1))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = self.settings["trainer"]

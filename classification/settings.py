@@ -18,6 +18,7 @@ from experiment import ExperimentError
 from experiment.launching import require_room
 from experiment.limit import check_limit
 from experiment.method import check_precision, require_own_ranks
+from experiment.warned import tell_crowded
 
 PRECISIONS = {"32", "32-true", "16-mixed", "bf16-mixed", "16", "bf16"}  # what is measured is in single precision
 LEAST = {  # per number that has one
@@ -81,6 +82,7 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> pl.Trainer:
     _check_numbers(config)
     workers = _at(config, "data.workers") or 0
     require_room(f"--data.workers {workers}", workers)
+    tell_crowded(f"--data.workers {workers}", workers)
     precision = _at(config, "trainer.precision")
     if precision is not None and str(precision) not in PRECISIONS:
         raise ExperimentError(f"--trainer.precision is {precision}; allowed: {', '.join(sorted(PRECISIONS))}")
@@ -124,6 +126,11 @@ def _check_together(config: Mapping[str, Any]) -> None:
             raise ExperimentError(
                 f"--data.image_size is {data['image_size']}; allowed with --data.augment are whole numbers from 2"
             )
+    if data["limit"] is not None and data["drop_last"] and 1 < data["limit"] < data["batch_size"]:
+        raise ExperimentError(
+            f"--data.limit is {data['limit']:g}, which does not fill one batch of {data['batch_size']}; raise it, or "
+            f"lower --data.batch_size"
+        )
     if data["split_file"] is not None and data["partition"] == "all":
         raise ExperimentError("--data.split_file divides the data set: set --data.partition to pretrain or finetune")
     if model["optimizer"] == "adamw" and model["momentum"]:

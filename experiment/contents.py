@@ -75,21 +75,20 @@ def tell_repeated(name: str, seen: Iterable[bytes], tested: Sequence[bytes]) -> 
     return len(repeated)
 
 
-def require_uncut(path: Path | str, content: bytes) -> None:
+def require_uncut(path: Path | str, content: bytes, prepared: bool = False) -> None:
     """Raise `ExperimentError` where a JPEG or PNG file has no end, which some readers fill up with grey.
 
-    A JPEG file without any scan, which is not found either, was cut in its head.
+    A JPEG file without any scan, which is not found either, was cut in its head. `prepared` as of `unreadable`.
     """
     jpeg, png = content.startswith(b"\xff\xd8"), content.startswith(b"\x89PNG")
     if (jpeg and content.rfind(b"\xff\xd9") <= content.rfind(b"\xff\xda")) or (png and b"IEND" not in content[-4096:]):
-        raise unreadable(path, "it was cut: its end is missing")
+        raise unreadable(path, "it was cut: its end is missing", prepared)
 
 
-def unreadable(path: Path | str, reason: object) -> ExperimentError:
-    """The error of an image that cannot be read."""
-    return ExperimentError(
-        f"image {path} cannot be read ({reason}); replace it, or delete the data set and prepare it again"
-    )
+def unreadable(path: Path | str, reason: object, prepared: bool = False) -> ExperimentError:
+    """The error of an image that cannot be read; `prepared`: of a data set that can be prepared again."""
+    further = ", or delete the data set and prepare it again" if prepared else " by one that can, or remove it"
+    return ExperimentError(f"image {path} cannot be read ({reason}); replace it{further}")
 
 
 def _key(path: Path) -> bytes:

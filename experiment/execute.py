@@ -7,16 +7,24 @@ from collections.abc import Callable, Iterator
 
 from experiment.errors import InUseError
 from experiment.folder import RunFolder, Status
+from experiment.jobs import FAILURE
 from experiment.record import TABLE, Run
 
 _WOULD = {Status.NEW: "would run", Status.INTERRUPTED: "would resume", Status.DONE: "is done, would skip"}
 
 
-def nothing_to_do(run: Run, folder: RunFolder, dry_run: bool) -> str | None:
+def nothing_to_do(run: Run, folder: RunFolder, dry_run: bool, check: Callable[[], object] = lambda: None) -> str | None:
     """What to say of a run that is not to be begun, as it is done or only asked after; None if it is.
 
+    Args:
+        run: which run.
+        folder: of the run.
+        dry_run: whether it is only asked after.
+        check: raises what the run would refuse later; called where it would be done, but is only asked after.
+
     Raises:
-        ExperimentError: its folder holds a run with other settings, or on other data.
+        ExperimentError: its folder holds a run with other settings, or on other data; or it is only asked after, and
+            cannot be written.
     """
     for earlier in _earlier(run, folder):
         if (difference := earlier.difference) is not None:
@@ -30,8 +38,15 @@ def nothing_to_do(run: Run, folder: RunFolder, dry_run: bool) -> str | None:
     if folder.result.name == TABLE and status is Status.DONE and not _is_table(folder):
         status = Status.NEW
     if dry_run:
+        if status is not Status.DONE:
+            folder.require_place()
+            check()
         return f"{_WOULD[status]}: {run}\n  folder: {folder.path}"
-    return f"done already: {run}\n  result: {folder.result}" if status is Status.DONE else None
+    if status is not Status.DONE:
+        return None
+    with contextlib.suppress(OSError):
+        (folder.path / FAILURE).unlink(missing_ok=True)  # of a try with other settings, which was refused
+    return f"done already: {run}\n  result: {folder.result}"
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -153,6 +154,20 @@ def beside(path: Path) -> Iterator[Path]:
         yield part
     finally:
         remove_all([part])
+
+
+def try_place(folder: Path) -> None:
+    """Write a file without a name where a folder is, or would be made, which leaves nothing.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    for place in (folder, *folder.parents):
+        with contextlib.suppress(FileNotFoundError):
+            place.lstat()
+            break
+    with tempfile.TemporaryFile(dir=place):
+        pass
 
 
 def _flush_names(folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from experiment.checkpoints import BEST, PREVIOUS, UNUSABLE
 from experiment.errors import ExperimentError
-from experiment.files import remove_all, remove_empty, remove_parts, write_whole
+from experiment.files import remove_all, remove_empty, remove_parts, try_place, write_whole
 from experiment.jobs import FAILURE
 from experiment.lock import LOCK, hold
 from experiment.record import RESULT, TABLE, Record, Run, is_result
@@ -200,16 +200,10 @@ class RunFolder:
         """
         made = [one for one in (self.path, *self.path.parents) if not one.exists()]
         with contextlib.ExitStack() as stack:
-            try:
-                if self.result.is_dir():
-                    raise IsADirectoryError(0, f"{self.result.name} is a folder")
+            with self._writing():
                 self._last.parent.mkdir(parents=True, exist_ok=True)
                 unmade = stack.enter_context(contextlib.ExitStack())  # what is left to do once the lock is gone
                 stack.enter_context(hold(self.path))
-            except OSError as error:
-                raise ExperimentError(
-                    f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs-dir"
-                ) from None
             self.require_this_run()  # another process may have been at work in it until now
             remove_parts(self.path)
             fresh = not any(path.is_file() for path in self.path.rglob("*") if not _is_beside(path))
@@ -222,6 +216,27 @@ class RunFolder:
                     remove_all(path for path in self.path.iterdir() if not path.name.startswith(LOCK))
                     unmade.callback(remove_empty, made)
                 raise
+
+    def require_place(self) -> None:
+        """Refuse a folder that cannot be made or written, as `locked` does, and leave it as it is.
+
+        Raises:
+            ExperimentError: see above.
+        """
+        with self._writing():
+            try_place(self.path)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What is written in this block is written where the run is to be."""
+        try:
+            if self.result.is_dir():
+                raise IsADirectoryError(0, f"{self.result.name} is a folder")
+            yield
+        except OSError as error:
+            raise ExperimentError(
+                f"the run folder {self.path} cannot be written ({error.strerror}); give another --runs-dir"
+            ) from None
 
     def _say_which(self, config: str) -> None:
         write_whole(self.path / CONFIG, config)

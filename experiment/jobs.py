@@ -123,7 +123,7 @@ def run_jobs(jobs: Sequence[Job], program: Program, root: Path, wait: bool = Fal
         doing: does jobs, by default one after the other in this process.
 
     Returns:
-        0; 1 after a list of what is not done.
+        0; 1 after a list of what is not done, or not under its name.
 
     Raises:
         ExperimentError: the folder cannot be written.
@@ -150,18 +150,23 @@ def note_plan(jobs: Sequence[Job], root: Path) -> None:
 
 
 def conclude(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome], root: Path, seconds: float) -> int:
-    """Say how many jobs are done, and list those that are not; 0, or 1 where there are such."""
+    """Say how many jobs are done, and list those that are not; 0, or 1 where there are such.
+
+    What is done under another name than the sweep's, by which nothing finds it, is not done.
+    """
     failed, elsewhere = ([job for job in jobs if outcomes[job] is how] for how in (Outcome.FAILED, Outcome.ELSEWHERE))
-    done = len(jobs) - len(failed) - len(elsewhere)
+    astray = [job for job in jobs if outcomes[job] is Outcome.DONE and not job.done(root)]
+    done = len(jobs) - len(failed) - len(elsewhere) - len(astray)
     print(f"{done} of {len(jobs)} runs done, {duration(seconds)}")
     print(f"tables, plots and a page of them: python -m report {shlex.quote(str(root))}")
-    if astray := [job for job in jobs if outcomes[job] is Outcome.DONE and not job.done(root)]:
+    if astray:
         told = (f"  {job.title}: no {job.run.folder(root) / job.result}" for job in astray)
         print(
             f"done under other names ({len(astray)}), by which what needs these runs does not find them, nor this "
             f"sweep when it is run again; rename the method's config, which has to be called as its tag:",
             *told,
             sep="\n",
+            file=sys.stderr,
         )
     if failed:
         logs = (f"  {job.title}: {job.log(root)}" for job in failed)
@@ -169,7 +174,7 @@ def conclude(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome], root: Path, s
     if elsewhere:
         told = (f"  {job.title}" for job in elsewhere)
         print(f"in work elsewhere ({len(elsewhere)}); come back later for them:", *told, sep="\n", file=sys.stderr)
-    return 1 if failed or elsewhere else 0
+    return 1 if failed or elsewhere or astray else 0
 
 
 class Tally:
@@ -250,9 +255,10 @@ def do_job(job: Job, program: Program, root: Path) -> Outcome:
         Stopped: a signal came.
     """
     if job.known(root):
+        forget_failure(job, root)
         print("  done already, by this same command", flush=True)
         return Outcome.DONE
-    if (by := holder(job.run.folder(root))) is not None:
+    if (by := holder(job.run.folder(root), asks=True)) is not None:
         print(f"  in work elsewhere: {by}", flush=True)
         return Outcome.ELSEWHERE
     try:
@@ -275,11 +281,16 @@ def do_job(job: Job, program: Program, root: Path) -> Outcome:
         print(f"  failed: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         write_log(job, root, f"{job.title}\n{program.line(job)}\n{cause}\n")
         return Outcome.FAILED
-    with contextlib.suppress(OSError):
-        job.log(root).unlink(missing_ok=True)
+    forget_failure(job, root)
     if job.done(root):
         write_receipt(job.run.folder(root) / job.result, job.arguments)
     return Outcome.DONE
+
+
+def forget_failure(job: Job, root: Path) -> None:
+    """Remove what an earlier try of a job has left, which is done, as where it was asked for with other settings."""
+    with contextlib.suppress(OSError):
+        job.log(root).unlink(missing_ok=True)
 
 
 def write_log(job: Job, root: Path, text: str) -> None:

@@ -51,6 +51,11 @@ def require_room(option: str, count: int) -> None:
         raise ExperimentError(f"{option} asks for {count} processes; allowed are up to {most} on this machine")
 
 
+def cores() -> int:
+    """Of the processor, those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class KilledError(ExperimentError):
     """A process of a run was killed from outside."""
 

@@ -4,7 +4,9 @@ The kernel's locks are of no use for this: some cluster file systems keep them w
 each process that wants the folder writes a file of its own into it, and then looks at those of the others: of two, the
 later one sees the earlier one, whatever their machines. The holder touches its file now and then. A file is of nobody
 any more once its process is gone, which another process of the same machine sees at once, and one of another machine by
-the file's age, as the file system's own clock has it. A job that Slurm starts again takes over from its earlier try.
+the file's age, as the file system's own clock has it. A time that lies ahead, as a clock that is fast leaves it, would
+keep a file young for as long: who asks for the folder sets it to now, from which it ages unless its holder touches it
+again. A job that Slurm starts again takes over from its earlier try.
 """
 
 from __future__ import annotations
@@ -97,9 +99,12 @@ def hold(folder: Path) -> Iterator[Path]:
         own.unlink(missing_ok=True)
 
 
-def holder(folder: Path) -> str | None:
-    """Who holds a folder, in words; None if nobody does, as far as can be seen from here."""
-    return next(iter(_others(folder, None).values()), None)
+def holder(folder: Path, asks: bool = False) -> str | None:
+    """Who holds a folder, in words; None if nobody does, as far as can be seen from here.
+
+    Nothing in the folder is touched, but for times that lie ahead where who wants to know `asks` for the folder.
+    """
+    return next(iter(_others(folder, None, asks).values()), None)
 
 
 def _take(folder: Path) -> Path:
@@ -107,7 +112,7 @@ def _take(folder: Path) -> Path:
     for attempt in range(_TRIES):
         own = folder / f"{LOCK}{secrets.token_hex(6)}"
         _write(own, note)
-        others = _others(folder, own)
+        others = _others(folder, own, asks=True)
         if not others:
             return own
         own.unlink(missing_ok=True)
@@ -128,7 +133,7 @@ def _write(own: Path, note: bytes) -> None:
         os.close(handle)
 
 
-def _others(folder: Path, own: Path | None) -> dict[Path, str]:
+def _others(folder: Path, own: Path | None, asks: bool) -> dict[Path, str]:
     """The files of living holders but this one's own, and who they are; those of others are removed by who asks."""
     now = time.time() if own is None else own.stat().st_mtime  # by the clock of the file system, where that is known
     living = {}
@@ -140,6 +145,9 @@ def _others(folder: Path, own: Path | None) -> dict[Path, str]:
             found = _read(path)
         except FileNotFoundError:  # it has gone
             continue
+        if asks and age < -BEAT:
+            with contextlib.suppress(OSError):  # of another user, or it has gone
+                os.utime(path)
         gone = None if found is None else found.is_gone
         if gone is False or (gone is None and age < LEASE):
             named = "a process that has not said its name" if found is None else str(found)

@@ -30,12 +30,14 @@ from experiment.jobs import (
     Program,
     conclude,
     do_job,
+    forget_failure,
     needed,
     note_plan,
     write_log,
     write_report,
 )
 from experiment.lock import holder
+from experiment.warned import say_warnings
 
 LOG = "slurm.log"  # in a run's folder
 SUBMITTED = ".slurm"  # folder of batch files and what submitit writes beside them, below that of all runs
@@ -71,7 +73,7 @@ def submit(
     workers: int | None = None,
     wait: bool = False,
 ) -> int:
-    """Give Slurm all jobs that are not done, and the report after them.
+    """Give Slurm all jobs but those that this same command has done, and the report after them.
 
     Args:
         jobs: of a sweep, in an order in which each comes after what it needs.
@@ -89,7 +91,10 @@ def submit(
     """
     start = time.perf_counter()
     note_plan(jobs, root)
-    left = [job for job in jobs if not job.done(root)]
+    left = [job for job in jobs if not job.known(root)]  # what is done by another command may be refused by this one
+    for job in jobs:
+        if job not in left:
+            forget_failure(job, root)
     if not left:
         return conclude(jobs, dict.fromkeys(jobs, Outcome.DONE), root, 0.0)
     queue = _Queue(root / SUBMITTED / time.strftime("%Y%m%d-%H%M%S"), options, workers)
@@ -172,9 +177,9 @@ class _Queue:
 
 
 def _found(job: Job, root: Path) -> Outcome:
-    if job.done(root):
-        return Outcome.DONE
-    return Outcome.FAILED if job.log(root).exists() else Outcome.ELSEWHERE
+    if job.log(root).exists():  # beside a result too, of other settings
+        return Outcome.FAILED
+    return Outcome.DONE if job.done(root) else Outcome.ELSEWHERE
 
 
 def do(job: Job, needs: Sequence[Job], program: Program, root: Path) -> None:
@@ -189,6 +194,7 @@ def do(job: Job, needs: Sequence[Job], program: Program, root: Path) -> None:
     told: list[int] = []
     folder = job.run.folder(root)
     folder.mkdir(parents=True, exist_ok=True)
+    say_warnings()
     with _logged(folder / LOG):
         before = _state(folder)
 
@@ -213,7 +219,7 @@ def do(job: Job, needs: Sequence[Job], program: Program, root: Path) -> None:
 
 
 def _is_elsewhere(job: Job, root: Path) -> bool:
-    return holder(job.run.folder(root)) is not None and not job.done(root)
+    return holder(job.run.folder(root), asks=True) is not None and not job.done(root)
 
 
 def _hear(told: list[int]) -> None:

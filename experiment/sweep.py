@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 from experiment.budget import BUDGET_HELP, Source, budget_source, budget_word
 from experiment.command import dashed, folder_word, one_line
 from experiment.errors import ExperimentError, is_mendable
+from experiment.files import try_place
 from experiment.jobs import WAIT, WAIT_HELP, Job, Program, list_jobs
 from experiment.launcher import Launcher, add_options, launcher_of, take_slurm
 from experiment.method import derives, leaves_ranks, table_tag
@@ -30,6 +31,8 @@ OWN_OPTIONS = {
     # As configs have them, see `Sweep.settings_in`.
     **{"--dataset": "--dataset", "--network": "--model", "--layers": "--layers", "--randomness.seed": "--seeds"},
     **{"--lowrank.method": "--methods", "--lowrank.budget": "--budget", "--perplexity.derive": "--methods"},
+    # What is in the name of a method, by which a run is looked for.
+    **{"--model.fuse": "--methods", "--model.rank-choice": "--methods", "--lowrank.fuse": "--methods"},
     **{"--stage": "", "--depths": "", "--custom-hooks": ""},
 }
 # Those that it sets only where it is asked to, or not for every run.
@@ -337,10 +340,19 @@ def do_sweep(sweep: Sweep, dry_run: bool, program: Program) -> int:
         ExperimentError: there are no such weights to start from, or the folder of the runs cannot be written.
     """
     jobs = sweep.jobs()
-    if dry_run:
-        list_jobs(jobs, program)
-        return 0
     lost = sweep.weights is not None and "://" not in sweep.weights and not Path(sweep.weights).is_file()
     if lost and not all(job.known(sweep.runs_dir) for job in jobs):  # a finished sweep needs none
         raise ExperimentError(f"--weights {sweep.weights}: there is no such file; every run would start from it")
+    if dry_run:
+        if not all(job.done(sweep.runs_dir) for job in jobs):
+            _require_place(sweep.runs_dir)
+        list_jobs(jobs, program)
+        return 0
     return sweep.launcher.run(jobs, program, sweep.runs_dir)
+
+
+def _require_place(root: Path) -> None:
+    try:
+        try_place(root)
+    except OSError as error:
+        raise ExperimentError(f"{root} cannot be written ({error.strerror}); give another --runs-dir") from None

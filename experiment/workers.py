@@ -25,7 +25,9 @@ from typing import Any
 
 from experiment.command import Work, finish
 from experiment.jobs import NEEDS_ELSEWHERE, Job, Outcome, Program, Tally, do_job, write_log
+from experiment.launching import cores
 from experiment.signals import Stopped
+from experiment.warned import say_warnings
 
 LOOK = 2.0  # seconds between two looks whether one has died before it said a word
 GRACE = 120.0  # seconds that a worker has to save and end when it is asked to
@@ -217,8 +219,7 @@ def accelerators() -> list[str]:
 
 def share(environment: Mapping[str, str], count: int) -> dict[str, str]:
     """The variables by which each of so many processes takes its share of the processor's threads."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS") or str(max(1, cores // count))}
+    return {"OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS") or str(max(1, cores() // count))}
 
 
 def work(number: int, address: str, program: Program, root: Path) -> None:
@@ -230,6 +231,7 @@ def work(number: int, address: str, program: Program, root: Path) -> None:
         program: how a job is done.
         root: folder of all runs.
     """
+    say_warnings()
     with contextlib.suppress(PermissionError):
         os.setsid()  # a terminal's Ctrl-C goes to the one who hands out jobs
     if devices := accelerators():  # counted here, where PyTorch is loaded in any case

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiment.command import Work, finish, folder_word
+from experiment.warned import say_warnings
 from report.methods import BASELINE
 
 PUBLISHED = Path(__file__).parent.parent / "configs" / "published"
@@ -81,4 +82,5 @@ def _report(arguments: Sequence[str] | None, work: Work) -> int:
 
 
 if __name__ == "__main__":
+    say_warnings()
     sys.exit(main())

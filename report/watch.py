@@ -1,6 +1,7 @@
 """`python -m report --watch`: how far the runs of a folder are, seen from that folder alone, wherever they are done.
 
 A run is done with its record, running while a process holds its folder, failed where its log says why, else waiting.
+One that has a record and a log was asked for with other settings since, which was refused.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class Watch:
     def _state(self, run: Run, folder: Path) -> State:
         if run in self._done or is_result(folder / RESULT, run=run):
             self._done.add(run)
-            return State(run, DONE)
+            refused = (folder / FAILURE).exists() and holder(folder) is None  # at its end a run takes its log away
+            return State(run, FAILED, _last_line(folder / FAILURE)) if refused else State(run, DONE)
         state = state_of(folder)
         if state == RUNNING:
             return State(run, RUNNING, *_progress(folder))

@@ -15,7 +15,7 @@
 #   OMP_PROC_BIND  default true: each thread stays on its core; two that share one wait for each other, 16 ms at a time
 set -euo pipefail
 # shellcheck source=scripts/root.bash
-source "$(dirname "${BASH_SOURCE[0]}")/root.bash"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/root.bash"
 parts=(memory speed)
 dry_run=""
 if [[ "${1:-}" == --dry-run ]]; then

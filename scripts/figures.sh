@@ -9,7 +9,7 @@
 # Environment: see scripts/classification/run.sh and scripts/segmentation/quickstart.sh
 set -euo pipefail
 # shellcheck source=scripts/root.bash
-source "$(dirname "${BASH_SOURCE[0]}")/root.bash"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/root.bash"
 dry_run=()
 case "${1:-}" in
     --help)

@@ -7,7 +7,7 @@
 #   PYTHON   Python 3.11 or newer to make it with (default: python3)
 set -euo pipefail
 # shellcheck source=scripts/root.bash
-source "$(dirname "${BASH_SOURCE[0]}")/root.bash"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/root.bash"
 case "$*" in
     "" | --dry-run) ;;
     --help)

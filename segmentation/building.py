@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from mmengine.registry import build_from_cfg
+from mmengine.config import Config
+from mmengine.registry import OPTIMIZERS, build_from_cfg
 from mmengine.runner import Runner
 
 from experiment import ExperimentError
 
 _BUILDERS = {build_from_cfg.__code__, Runner.build_dataloader.__code__}
-_THEIRS = ("mmengine", "mmcv", "mmseg")  # packages whose errors tell of the config, and not of code of one's own
+_THEIRS = (
+    "mmengine",
+    "mmcv",
+    "mmseg",
+    "torch.optim",
+)  # packages whose errors tell of the config, and not of code of one's own
+
+
+def require_optimizer(config: Config) -> None:
+    """Refuse an optimizer of no type that there is, which MMEngine would take for a function to call.
+
+    Raises:
+        ExperimentError: see above; names the type.
+    """
+    wrapper = config.optim_wrapper
+    optimizer = wrapper.get("optimizer")
+    if "constructor" in wrapper and not isinstance(optimizer, Mapping):  # which makes them as it likes
+        return
+    kind = optimizer.get("type") if isinstance(optimizer, Mapping) else None
+    if not callable(kind) and (not isinstance(kind, str) or OPTIMIZERS.get(kind) is None):
+        there = "missing" if kind is None else repr(kind)
+        raise ExperimentError(
+            f"optim_wrapper.optimizer.type is {there}; allowed is the name of an optimizer, such as SGD or AdamW, or "
+            f"of one of your own, whose module is named in custom_imports"
+        )
 
 
 @contextlib.contextmanager
@@ -26,8 +51,8 @@ def mendable_parts() -> Iterator[None]:
     except (KeyError, TypeError, ValueError, AssertionError) as error:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         while_building = any(frame.f_code in _BUILDERS for frame in frames)
-        package = str(frames[-1].f_globals.get("__name__")).partition(".")[0]
-        if not while_building or package not in _THEIRS:
+        module = f"{frames[-1].f_globals.get('__name__')}."
+        if not while_building or not module.startswith(tuple(f"{package}." for package in _THEIRS)):
             raise
         said = str(error.args[0]) if error.args else type(error).__name__  # of a KeyError, without the quotes
         reason = " ".join(said.partition(" Please check")[0].split()).rstrip(".")

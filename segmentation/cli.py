@@ -14,6 +14,7 @@ from experiment.command import Work, dashed, finish, folder_word, importing
 from experiment.launching import run_all
 from experiment.limit import check_limit
 from experiment.method import require_own_ranks
+from experiment.moved import place_now
 from experiment.processes import alone, place
 from experiment.sweep import SEED
 from segmentation import register, sweep
@@ -119,7 +120,17 @@ def task_of(options: argparse.Namespace) -> Task:
     """The run that the arguments describe; errors as of `config_of`."""
     from segmentation.training import Task  # which takes seconds to import
 
-    return Task(config_of(options), options.runs_dir, options.work_dir, options.dry_run)
+    config = config_of(options)
+    _find_moved(config, options.runs_dir)
+    return Task(config, options.runs_dir, options.work_dir, options.dry_run)
+
+
+def _find_moved(config: Config, runs_dir: Path) -> None:
+    """Set what names other runs to where these are now, in place; see `experiment.moved`."""
+    budgets = [hook.budget for hook in config.get("custom_hooks", []) if hook["type"] == HOOK and hook.get("budget")]
+    for settings, name in ((config, "load_from"), *((one, name) for one in budgets for name in ("table", "run"))):
+        if isinstance(given := settings.get(name), str):
+            settings[name] = place_now(given, runs_dir)
 
 
 def config_of(options: argparse.Namespace) -> Config:

@@ -13,6 +13,7 @@ from mmengine.config import Config, ConfigDict
 from experiment import ExperimentError
 from experiment.strict_yaml import check_yaml_file
 from segmentation.config_names import check_names
+from segmentation.data.prepare import is_prepared
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "segmentation"
 HOOK = "LowRankHook"
@@ -171,10 +172,11 @@ def _rescale_schedule(scheduler: Any, share: float, scaled: Callable[[int], int]
 def with_naming_readers(config: Config) -> Config:
     """A copy whose readers of images and label maps name the file that they cannot read; see `segmentation.data`."""
     copy, classes = Config(config.to_dict()), class_count(config)
+    prepared = is_prepared(config)
     for part in _dictionaries(copy._cfg_dict):
         name = _NAMING.get(part["type"]) if isinstance(part.get("type"), str) else None
         if name is not None:
-            part.update(type=name, **({"classes": classes} if name == "NamedLabels" else {}))
+            part.update(type=name, prepared=prepared, **({"classes": classes} if name == "NamedLabels" else {}))
     return copy
 
 

@@ -74,8 +74,11 @@ def run_of(config: Config, method: str) -> Run:
 
 def dataset_of(config: Config) -> str:
     """The name of a config's data set in records and folders: its `dataset`, or the type of what it trains on."""
-    name: str = config.get("dataset", config.train_dataloader.dataset.type)
-    return name
+    name: str | None = config.get("dataset")
+    if name is not None:
+        return name
+    kind = config.train_dataloader.dataset.type
+    return str(kind).replace(":", ".") if isinstance(kind, str) else str(kind.__name__)
 
 
 def network_of(config: Config) -> str:

@@ -26,8 +26,11 @@ def check_parts(config: Mapping[str, Any], command: str) -> None:
     """
     missing = [key for key in NEEDED[command] if at(config, key) in (None, {}, [])]
     if missing:
+        what = "it" if len(missing) == 1 else "them"
         why = "; a run is judged by its validations" if any(key.startswith("val_") for key in missing) else ""
-        raise ExperimentError(f"the config has no {', '.join(missing)}, and {command} needs them{why}")
+        if any(key.endswith("dataset.type") for key in missing):
+            why += "; a data set is given by its type and its folders, as in the files of configs/segmentation/data"
+        raise ExperimentError(f"the config has no {', '.join(missing)}, and {command} needs {what}{why}")
     for loader in ("train_dataloader", "val_dataloader") if command == "train" else ("train_dataloader",):
         if not datasets(config[loader]):
             raise ExperimentError(f"{loader}.dataset does not say where it is: it has no data_root and no data_prefix")

@@ -9,6 +9,7 @@ from typing import Any
 from experiment import ExperimentError
 from experiment.launching import require_room
 from experiment.method import check_precision
+from experiment.warned import tell_crowded
 from segmentation.compose import HOOK
 from segmentation.hook_settings import check_hook, check_perplexity
 from segmentation.parts import at
@@ -69,6 +70,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
             raise ExperimentError(f"{key} is {value!r}; allowed are whole numbers from {least}")
         if value is not None and key.endswith("num_workers"):
             require_room(f"{key}={value}", value)
+            tell_crowded(f"{key}={value}", value)
     seed = at(config, "randomness.seed")
     if seed is not None and seed > MOST_SEED:
         raise ExperimentError(f"randomness.seed is {seed}; allowed are whole numbers from 0 to {MOST_SEED}")

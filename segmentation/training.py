@@ -33,6 +33,7 @@ from experiment.record import RESULT, TABLE
 from experiment.signals import held
 from lowrank import converted_layers, kernels
 from segmentation.batches import first_batch, first_batches, logits, segmentation_loss, training_mode
+from segmentation.building import require_optimizer
 from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
 from segmentation.compose import class_count, datasets, hook_settings, with_naming_readers
 from segmentation.data.draws import place_draws
@@ -86,20 +87,36 @@ class Task:
         folder = RunFolder(path, identity, result, data.fingerprint, LAST, name, own_sources(identity))
         if work is not None:
             work.title, work.folder = str(name), path
-        said = nothing_to_do(name, folder, self.dry_run)
+        said = nothing_to_do(name, folder, self.dry_run, lambda: self._check(folder))
         if said is not None:
             print(said)
             return None
         require_data(self.config)
         require_classes(self.config)
+        if result == RESULT:
+            require_optimizer(self.config)
         data = data if data.fingerprint else data_of(self.config)
         folder.data_fingerprint = data.fingerprint
         if self.config.get("processes", 1) == place().count:  # else those that are to be started tell it
-            folder.repeated = tell_repeated(self.config.get("dataset", "the data set"), data.trained, data.tested)
+            folder.repeated = tell_repeated(self.config.get("dataset") or "the data set", data.trained, data.tested)
         read_safely_everywhere()
         if not folder.last_checkpoint:
             require_weights(self.config)
         return folder
+
+    def _check(self, folder: RunFolder) -> None:
+        """Refuse what the run would, as far as what it needs is there; nothing is downloaded."""
+        if folder.data_fingerprint is None:
+            return
+        require_classes(self.config)
+        if folder.result.name == RESULT:
+            require_optimizer(self.config)
+        if not folder.last_checkpoint and "://" not in (self.config.get("load_from") or ""):
+            read_safely_everywhere()
+            require_weights(self.config)
+        dataset = self.config.train_dataloader.dataset
+        if dataset.get("limit") is not None:
+            DATASETS.build(with_naming_readers(self.config).train_dataloader.dataset)
 
 
 def is_due(task: Task, work: Work | None = None) -> bool:

@@ -68,8 +68,12 @@ def test_several_budgets_are_runs_of_their_own(script_environment: dict[str, str
         assert methods[-5:] == ["vanilla", "hosvd_0.8", "asi_1of20", "asi_hosvd_0.8", "asi_0.5mib"]
 
 
-def test_a_segmentation_script_takes_its_settings_from_the_environment(script_environment: dict[str, str]) -> None:
-    chosen = {"METHODS": "vanilla hosvd_0.8", "LAYERS": "5 all", "SEEDS": "1 2", "ITERATIONS": "7", "WEIGHTS": "w.pth"}
+def test_a_segmentation_script_takes_its_settings_from_the_environment(
+    script_environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "w.pth").touch()
+    chosen = {"METHODS": "vanilla hosvd_0.8", "LAYERS": "5 all", "SEEDS": "1 2", "ITERATIONS": "7"}
+    chosen["WEIGHTS"] = str(tmp_path / "w.pth")
     titles = dry_run("segmentation/fcn.sh", {**script_environment, **chosen}, "cityscapes")
     trained = [("vanilla", 5), ("hosvd_0.8", 5), ("vanilla", "all")]
     assert titles == [
@@ -216,6 +220,17 @@ def test_a_dry_run_starts_nothing(script_environment: dict[str, str], tree: Path
     assert code == (2 if script == "scripts/completion.sh" else 0), printed  # it prints itself, and takes no such word
     assert all("--dry-run" in command.split() for command in commands)
     assert commands or printed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_link_to_a_script_does_what_the_script_does(tmp_path: Path, script: str) -> None:
+    link = tmp_path / "links" / "mine.sh"
+    link.parent.mkdir()
+    link.symlink_to(Path("..", "again.sh"))
+    (tmp_path / "again.sh").symlink_to(ROOT / script)
+    done = subprocess.run(["bash", "mine.sh", "--help"], cwd=link.parent, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Usage: bash {script}" in done.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import math
 import os
@@ -53,8 +54,8 @@ def check_pixels(image: np.ndarray, where: str) -> None:
         )
 
 
-def open_rgb(path: str) -> Image:
-    """The image in a file.
+def open_rgb(path: str, prepared: bool = False) -> Image:
+    """The image in a file; `prepared` as of `image_set`.
 
     Raises:
         ExperimentError: it is missing or damaged, no file, too large, or of values that cannot be scaled.
@@ -65,25 +66,25 @@ def open_rgb(path: str) -> Image:
         with pillow.open(path) as image:
             return as_rgb(image)
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:  # what PIL raises
-        raise unreadable(path, error) from None
+        raise unreadable(path, error, prepared) from None
 
 
 class ImageFiles(Sequence[Image]):
-    """Image files as RGB images, each read when asked for.
+    """Image files as RGB images, each read when asked for; arguments as of `image_set`.
 
     Attributes:
         hashes: of their bytes, once they are known.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = paths
+    def __init__(self, paths: Sequence[str], prepared: bool) -> None:
+        self.paths, self.prepared = paths, prepared
         self.hashes: list[bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Image:  # type: ignore[override]
-        return open_rgb(self.paths[index])
+        return open_rgb(self.paths[index], self.prepared)
 
 
 def hold_out(part: Samples, stratified: bool = False) -> tuple[Samples, Samples]:
@@ -105,11 +106,11 @@ def hold_out(part: Samples, stratified: bool = False) -> tuple[Samples, Samples]
     return whole.pick(np.sort(rest)), whole.pick(np.sort(held))
 
 
-def image_set(paths: Iterable[Path | str], labels: Sequence[int] | np.ndarray) -> ImageSet:
-    """Image files with their class numbers, which are whole."""
+def image_set(paths: Iterable[Path | str], labels: Sequence[int] | np.ndarray, prepared: bool = True) -> ImageSet:
+    """Image files with their class numbers, which are whole; `prepared`: whether they can be prepared again."""
     numbers = np.asarray(labels)
     whole = np.issubdtype(numbers.dtype, np.integer) or not len(numbers)
-    return ImageSet(ImageFiles([str(path) for path in paths]), numbers.astype(np.int64) if whole else numbers)
+    return ImageSet(ImageFiles([str(path) for path in paths], prepared), numbers.astype(np.int64) if whole else numbers)
 
 
 def files_fingerprint(folder: Path, parts: Iterable[ImageSet], lists: Iterable[str] = ()) -> str:
@@ -134,7 +135,8 @@ def files_fingerprint(folder: Path, parts: Iterable[ImageSet], lists: Iterable[s
     assert len(every) == len(parts)
     for path in (path for images in every for path in images.paths):
         _require_file(path)
-    hashes = iter(content_hashes([path for images in every for path in images.paths], store, _check_head))
+    check = functools.partial(_check_head, prepared=all(images.prepared for images in every))
+    hashes = iter(content_hashes([path for images in every for path in images.paths], store, check))
     for part, images in zip(parts, every, strict=True):
         images.hashes = [next(hashes) for _ in images.paths]
         stated.append(part.labels.tobytes())
@@ -148,20 +150,20 @@ def _require_file(path: str) -> None:
         raise OSError(errno.EINVAL, "No file", path)
 
 
-def _check_head(path: Path, content: bytes) -> None:
+def _check_head(path: Path, content: bytes, prepared: bool) -> None:
     """Raise `ExperimentError` where the head of a file tells that it is no image, too large, or without a range.
 
     One that was cut is told too; one that is damaged otherwise, when it is read.
     """
-    require_uncut(path, content)
+    require_uncut(path, content, prepared)
     try:
         with pillow.open(io.BytesIO(content)) as image:
             if image.mode == "F" or (image.mode == "I" and image.format not in WIDE):
                 as_rgb(image)
     except pillow.UnidentifiedImageError:
-        raise unreadable(path, "it is no image, or its beginning is damaged") from None
+        raise unreadable(path, "it is no image, or its beginning is damaged", prepared) from None
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
-        raise unreadable(path, error) from None
+        raise unreadable(path, error, prepared) from None
 
 
 def contents(part: ImageSet) -> list[bytes]:

@@ -33,7 +33,7 @@ _OF_SYSTEMS = {
 _AFTER = r"([ _.-]?(set|data|dataset|images|imgs|split|part))?"
 
 
-def image_folder(folder: Path, stratified: bool = True) -> Splits:
+def image_folder(folder: Path, stratified: bool = True, prepared: bool = False) -> Splits:
     """A folder `train/CLASS/*.jpg` with `val/` and `test/` beside it, or `CLASS/*.jpg` alone.
 
     Without `test/`, the images in `val/` are the test images, as for ImageNet; without either, 20 % of each class are.
@@ -42,6 +42,7 @@ def image_folder(folder: Path, stratified: bool = True) -> Splits:
     Args:
         folder: holds the images.
         stratified: validate on 20 % of each class, and not of all images as the papers do.
+        prepared: whether the folder can be prepared again, as it is not one's own.
 
     Raises:
         ExperimentError: no such folders, parts by other names, not the same classes in all of them, or links to images
@@ -51,7 +52,7 @@ def image_folder(folder: Path, stratified: bool = True) -> Splits:
     left = _Left(folder)
     if parts:
         left.folders = [path.name for path in _folders(folder) if path.name not in parts]
-    found = {name: _read(folder / name, folder, left) for name in parts or [""]}
+    found = {name: _read(folder / name, folder, left, prepared) for name in parts or [""]}
     (train, classes), *others = found.values()
     for name, (_, other) in zip(list(found)[1:], others, strict=True):
         if other != classes:
@@ -165,7 +166,7 @@ def _divide(
     return *hold_out(rest, stratified), test
 
 
-def _read(folder: Path, root: Path, left: _Left) -> tuple[ImageSet, list[str]]:
+def _read(folder: Path, root: Path, left: _Left, prepared: bool) -> tuple[ImageSet, list[str]]:
     """Images and names of the classes in a folder of a data set, both in alphabetical order."""
     if folder != root:
         _refuse_link(folder)
@@ -185,7 +186,7 @@ def _read(folder: Path, root: Path, left: _Left) -> tuple[ImageSet, list[str]]:
         raise ExperimentError(f"{folder} is to hold one folder of images per class; there is none")
     left.loose += [Path(entry.path) for entry in os.scandir(folder) if entry.is_file() and _is_image(entry)]
     _refuse_links(paths, root)
-    return image_set(paths, labels), classes
+    return image_set(paths, labels, prepared), classes
 
 
 def _is_image(path: Path | os.DirEntry[str]) -> bool:

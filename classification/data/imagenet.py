@@ -53,4 +53,4 @@ source("imagenet")(
 @dataset("imagenet")
 def imagenet(root: Path) -> Splits:
     """Validates on 20 % of the official training images."""
-    return image_folder(root / FOLDER, stratified=False)
+    return image_folder(root / FOLDER, stratified=False, prepared=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,19 +164,55 @@ def _repeated(name: str, splits: Splits) -> int:
     return tell_repeated(name, [*train, *val], test)
 
 
-def _check_counts(splits: Splits, least: int) -> None:
-    """Refuse a data set that is too small: each process trains on at least so many, and tests on one."""
-    count = place().count
+def _chosen(
+    splits: Splits, partition: Partition, seed: int, split_file: str | None, limit: float | None, limit_seed: int
+) -> tuple[Splits, Users | None]:
+    """What a run has of a data set, and who has which of its images; arguments as of `ImageDataModule`."""
+    users = None
+    if partition != "all":
+        users = read_users(Path(split_file), splits) if split_file else deal(splits, seed)
+        splits = halved(splits, users, 0 if partition == "pretrain" else 1)
+    return splits if limit is None else limited(splits, limit, limit_seed), users
+
+
+def check_size(settings: Mapping[str, Any], processes: int, batches: int = 1) -> None:
+    """Refuse a data set, which is there, of which a run would have too little.
+
+    Args:
+        settings: of the run, as `ImageDataModule` takes them.
+        processes: in which it trains.
+        batches: that it measures on.
+
+    Raises:
+        ExperimentError: see above; or there is no such part of the data set.
+    """
+    told = (settings[name] for name in ("partition", "partition_seed", "split_file", "limit", "limit_seed"))
+    part, _ = _chosen(load_splits(settings["dataset"], Path(settings["root"])), *told)
+    _check_counts(part, settings["batch_size"] if settings["drop_last"] else 1, processes)
+    _check_batches(len(part.train.labels), settings["batch_size"], batches)
+
+
+def _check_counts(splits: Splits, least: int, count: int) -> None:
+    """Refuse a data set that is too small: each of `count` processes trains on at least so many, and tests on one."""
     each = "" if count == 1 else f" in each of {count} processes"
     if len(splits.train.labels) < least * count:
         raise ExperimentError(
             f"{len(splits.train.labels)} training samples do not fill one batch of {least}{each}; lower "
-            f"--data.batch_size"
+            f"--data.batch_size, or raise --data.limit where it is given"
         )
     for part in ("val", "test"):
         found = len(getattr(splits, part).labels)
         if found < count:
             raise ExperimentError(f"{found} samples in part {part} are too few for {count} processes; start fewer")
+
+
+def _check_batches(there: int, size: int, count: int) -> None:
+    """Refuse several batches that so many training samples do not fill."""
+    if count > 1 and count * size > there:
+        raise ExperimentError(
+            f"{there} training samples do not fill {count} batches of {size}; lower --batches to "
+            f"{max(1, there // size)}"
+        )
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -234,13 +270,8 @@ class ImageDataModule(pl.LightningDataModule):
         self.workers, self.shuffle_seed, self.augment = workers, shuffle_seed, augment
         splits = load_splits(dataset, Path(root))
         self.repeated = _repeated(dataset, splits)
-        self.users: Users | None = None
-        if partition != "all":
-            self.users = read_users(Path(split_file), splits) if split_file else deal(splits, partition_seed)
-            splits = halved(splits, self.users, 0 if partition == "pretrain" else 1)
-        if limit is not None:
-            splits = limited(splits, limit, limit_seed)
-        _check_counts(splits, batch_size if drop_last else 1)
+        splits, self.users = _chosen(splits, partition, partition_seed, split_file, limit, limit_seed)
+        _check_counts(splits, batch_size if drop_last else 1, place().count)
         self.num_classes, self.fingerprint = len(splits.classes), splits.fingerprint
         dealt = [users.tobytes() for _, users in sorted((self.users or {}).items())]
         told = (
@@ -321,11 +352,7 @@ class ImageDataModule(pl.LightningDataModule):
             ExperimentError: the samples do not fill so many batches.
         """
         order, size = list(EpochShuffle(len(self.train), seed)), self.batch_size
-        if count > 1 and count * size > len(order):
-            raise ExperimentError(
-                f"{len(order)} training samples do not fill {count} batches of {size}; lower --batches to "
-                f"{max(1, len(order) // size)}"
-            )
+        _check_batches(len(order), size, count)
         chosen = (order[place * size : (place + 1) * size] for place in range(count))
         return [tuple(default_collate([self.train[index] for index in indices])) for indices in chosen]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -101,6 +103,26 @@ class RegisteredLayer(LowRankLayer):
         return stock
 
 
+def _name_of_input(stock: type[nn.Module]) -> str:
+    """What the forward pass of a class calls its input, which a caller may give by that name."""
+    try:
+        _, *names = inspect.signature(stock.forward).parameters
+    except (TypeError, ValueError):  # it does not say
+        names = []
+    return names[0] if names else "input"
+
+
+def _taking(name: str) -> Callable[..., Tensor]:
+    """The forward pass of a converted layer whose input is called otherwise."""
+
+    def forward(self: LowRankLayer, *given: Any, **options: Any) -> Tensor:
+        if not given and name in options:
+            given = (options.pop(name),)
+        return LowRankLayer.forward(self, *given, **options)
+
+    return forward
+
+
 _LAYERS: dict[type[nn.Module], type[LowRankLayer]] = {nn.Conv2d: LowRankConv2d, nn.Linear: LowRankLinear}
 
 
@@ -120,5 +142,7 @@ def layer_class(stock: type[nn.Module]) -> type[LowRankLayer]:
     if stock not in _LAYERS or (kind.registered and _LAYERS[stock].kind is not kind):
         own = {"stock_class": stock, "_place": (__name__, "layer_class"), "__module__": stock.__module__}
         base = RegisteredLayer if kind.registered else LowRankLayer
+        if (name := _name_of_input(stock)) != "input":
+            own["forward"] = _taking(name)
         _LAYERS[stock] = type(f"LowRank{stock.__name__}", (base, stock), {**own, "kind": kind})
     return _LAYERS[stock]

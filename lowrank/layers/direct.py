@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_BATCH_NORM, _RELU = F.batch_norm, F.relu
 _ABSENT = object()  # of a parameter that is computed, which is an attribute or a property then
 
 
@@ -22,7 +23,7 @@ def _convolution(m: Any, input: Tensor) -> Tensor | None:
     weight, bias = own.get("weight"), own.get("bias", _ABSENT)
     if weight is None or bias is _ABSENT or m.padding_mode != "zeros" or _is_seen():
         return None
-    if "_conv_forward" in m.__dict__:  # somebody's own, set on this one module
+    if "_conv_forward" in m.__dict__ or F.conv2d is not torch.conv2d:  # somebody's own
         return None
     return torch.conv2d(input, weight, bias, m.stride, m.padding, m.dilation, m.groups)
 
@@ -34,7 +35,7 @@ def _linear(m: Any, input: Tensor) -> Tensor | None:
 
 
 def _normalisation(m: Any, input: Tensor) -> Tensor | None:
-    if m.training or input.ndim != 4 or _is_seen():
+    if m.training or input.ndim != 4 or F.batch_norm is not _BATCH_NORM or _is_seen():
         return None
     own, buffers = m._parameters, m._buffers
     weight, bias = own.get("weight"), own.get("bias")
@@ -54,7 +55,7 @@ def _hardtanh(m: Any, input: Tensor) -> Tensor | None:
 
 
 def _relu(m: Any, input: Tensor) -> Tensor | None:
-    if _is_seen():
+    if F.relu is not _RELU or _is_seen():
         return None
     return torch.relu_(input) if m.inplace else torch.relu(input)
 

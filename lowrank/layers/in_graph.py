@@ -9,6 +9,8 @@ Imported when something is compiled, as it imports PyTorch's compiler, which tak
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -31,30 +33,60 @@ Sizes = tuple[tuple[Shape, torch.dtype] | None, ...]
 class Part:
     """What a compiled graph asks of a method for one layer.
 
+    A graph is entered with the very method that it was compiled for, so that a part is of use as long as one of these
+    is there. A backward pass may still be to come when its model is gone: see `_let_go`.
+
     Attributes:
+        methods: equal ones, each of layers that were compiled.
         layouts: of an input and a state of some sizes and dtypes, what `compress` gives, see `_flat`.
     """
 
-    method: Method
     geometry: Geometry
     name: str
+    methods: list[weakref.ref[Method]] = field(default_factory=list)
     layouts: dict[Sizes, Layout] = field(default_factory=dict)
+
+    @property
+    def method(self) -> Method:
+        """One of them: they give the same."""
+        return next(found for one in self.methods if (found := one()) is not None)
+
+    def hold(self, method: Method) -> None:
+        """Note one more."""
+        if not any(one() is method for one in self.methods):
+            self.methods.append(weakref.ref(method))
+        _HELD.append(method)
 
 
 _PARTS: dict[str, Part] = {}
-_PROCESS = uuid4().hex
+_HELD: list[Method] = []  # all of them, until the next part is asked for
+_PROCESS, _NUMBERS = uuid4().hex, itertools.count()
 
 
 @torch.compiler.assume_constant_result
 def _key(method: Method, kind: type[Geometry], settings: tuple[Any, ...], name: str) -> str:
     """The part's name in a graph: of all that matters, as graphs that were compiled are kept on disk for others."""
+    _let_go()
     key = f"{name}: {kind.__name__}{settings} {method!r}"
     if type(method).__module__.partition(".")[0] != __package__.partition(".")[0]:
-        key += f" {_PROCESS}"  # what somebody's method keeps may have been rewritten since
+        # What somebody's method keeps may have been rewritten since; and one that is gone may be asked for still.
+        key += f" {_PROCESS}"
+        same = (other for other, own in _PARTS.items() if other.startswith(key) and _are_equal(own.method, method))
+        key = next(same, f"{key} {next(_NUMBERS)}")
     while key in _PARTS and not _are_equal(_PARTS[key].method, method):
         key += "'"
-    _PARTS.setdefault(key, Part(method, kind(*settings), name))
+    _PARTS.setdefault(key, Part(kind(*settings), name)).hold(method)
     return key
+
+
+def _let_go() -> None:
+    """Drop the methods that nobody else has any more, and the parts that are of such alone."""
+    _HELD.clear()
+    for key, own in list(_PARTS.items()):
+        own.methods = [one for one in own.methods if one() is not None]
+        _HELD.extend(found for one in own.methods if (found := one()) is not None)
+        if not own.methods:
+            del _PARTS[key]
 
 
 def _are_equal(one: Method, other: Method) -> bool:

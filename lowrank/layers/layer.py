@@ -39,6 +39,7 @@ from lowrank.layers.held import Held, can_be_held, hold
 from lowrank.layers.keeping import Kept, LayerState, kept_of
 from lowrank.layers.kinds import Kind, kind_of
 from lowrank.layers.lazy import Lazy, real
+from lowrank.layers.replaced import is_replaced, tell_replaced
 from lowrank.layers.swap import Changed, plain_class
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.again import BUDGET, LAYER, ROOM, SHRINKING
@@ -70,8 +71,7 @@ class LowRankLayer(Changed):
                 direct = None if sizes or options else self._direct(input)
                 return super().forward(input, *sizes, **options) if direct is None else direct
         if sizes or options:
-            y: Tensor = super().forward(real(input), *sizes, **options)
-            return y
+            return self._as_stock(input, *sizes, **options)
         if "parametrizations" not in self._modules:
             return self._forward(input)
         with parametrize.cached():  # a weight is computed once per call: spectral norm takes a step each time
@@ -79,7 +79,11 @@ class LowRankLayer(Changed):
 
     def _forward(self, input: Tensor) -> Tensor:
         if "_conv_forward" in self.__dict__:  # somebody's own, set on this one module, such as for a circular padding
-            return self._stock(real(input))
+            return self._as_stock(input)
+        if is_replaced():
+            if not torch.compiler.is_compiling():
+                tell_replaced(self._lowrank.name)
+            return self._as_stock(input)
         if torch.compiler.is_compiling():
             return self._compiled(input)
         if type(input) not in _OWN:
@@ -98,7 +102,8 @@ class LowRankLayer(Changed):
         if not torch.compiler.is_compiling():
             return self._read(input)
         weight, bias = self.kind.weight(self), self.bias
-        tracked = torch.is_grad_enabled() and weight.requires_grad and in_compiled_graph()
+        wanted = weight.requires_grad or (input.requires_grad and self._lowrank.method.own_input_gradient)
+        tracked = torch.is_grad_enabled() and wanted and in_compiled_graph()
         numbers = weight.numel() and weight.is_floating_point() and not input.is_meta
         if not tracked or not numbers:
             return self._stock(input)
@@ -159,6 +164,16 @@ class LowRankLayer(Changed):
 
     def _stock(self, input: Tensor) -> Tensor:
         return super().forward(input)
+
+    def _as_stock(self, input: Tensor, *sizes: Any, **options: Any) -> Tensor:
+        """The stock layer, where its own forward pass computes what nobody here knows."""
+        x, state = real(input), self._lowrank
+        if torch.is_grad_enabled() and type(x) is Tensor and not torch.compiler.is_compiling():
+            trained = any(one.requires_grad and one.ndim > 1 for one in self.parameters())
+            state.kept_bytes = state.formula_bytes = x.nbytes if trained else 0
+            state.whole, state.exact, state.derived = trained and not state.method.keeps_input, False, None
+        y: Tensor = super().forward(x, *sizes, **options)
+        return y
 
     def _kept_whole(self, input: Tensor) -> Tensor:
         """The stock layer, which keeps its input."""

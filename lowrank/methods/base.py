@@ -35,6 +35,7 @@ class Method(ABC):
         restores: whether `restored` gives the input again, as near as what was kept is.
         chooses_by_data: whether the sizes of what is kept depend on the input's numbers, so that a compiler leaves it
             to eager training.
+        own_input_gradient: whether `input_gradient` gives another than the layer's own; found by itself.
         carries: whether anything may be carried from step to step, as `compress` returns it.
         follows: name of the layer from which the input is to be derived, as a plan has it; None: there is no such plan.
         leads: whether a plan derives other layers' inputs from what is kept here, so that it is kept in any case.
@@ -47,9 +48,14 @@ class Method(ABC):
     restores: ClassVar[bool] = False
     chooses_by_data: ClassVar[bool] = False
     carries: ClassVar[bool] = True
+    own_input_gradient: ClassVar[bool] = False
     derive: Derive = False
     follows: str | None = None
     leads: bool = False
+
+    def __init_subclass__(cls, **settings: object) -> None:
+        super().__init_subclass__(**settings)
+        cls.own_input_gradient = cls.input_gradient is not Method.input_gradient
 
     @property
     @abstractmethod

@@ -24,7 +24,8 @@ class RankPlan:
     Attributes:
         ranks: per layer name, one rank per mode.
         energies: per layer name, the energy that was chosen: a number for all modes, or one for each.
-        nbytes: bytes that the plan keeps, at most the budget.
+        nbytes: bytes that the plan keeps, at most the budget. An input that several layers are given counts for each of
+            them, as in `Account`: their ranks may differ; what is kept of it once is less.
         perplexity: sum over the layers.
         storages: per layer name, the storage that was chosen.
         derived: per name of a layer that keeps nothing, since its input follows from what another one keeps, that one's

@@ -12,7 +12,7 @@
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
 # shellcheck source=scripts/root.bash
-source "$(dirname "${BASH_SOURCE[0]}")/../root.bash"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../root.bash"
 if [[ " $* " == *" --help "* || $# -lt 2 ]]; then
     usage scripts/classification/curve.sh
     [[ " $* " == *" --help "* ]] && exit 0 || exit 2

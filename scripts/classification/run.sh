@@ -30,7 +30,7 @@
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
 # shellcheck source=scripts/root.bash
-source "$(dirname "${BASH_SOURCE[0]}")/../root.bash"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../root.bash"
 for word in "$@"; do
     [[ "$word" != -- ]] || break
     if [[ "$word" == --help ]]; then

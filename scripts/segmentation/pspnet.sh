@@ -3,4 +3,4 @@
 #
 # Usage: bash scripts/segmentation/pspnet.sh [--help] [--dry-run] [DATASET]
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/sweep.sh" pspnet "$@"
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/sweep.sh" pspnet "$@"

@@ -3,4 +3,4 @@
 #
 # Usage: bash scripts/segmentation/upernet.sh [--help] [--dry-run] [DATASET]
 set -euo pipefail
-exec bash "$(dirname "${BASH_SOURCE[0]}")/sweep.sh" upernet "$@"
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/sweep.sh" upernet "$@"

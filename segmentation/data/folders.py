@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -91,8 +92,8 @@ def read_list(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def file_hashes(root: Path, files: Iterable[Path]) -> dict[Path, bytes]:
-    """A hash of the bytes of each file of a data set in `root`.
+def file_hashes(root: Path, files: Iterable[Path], prepared: bool) -> dict[Path, bytes]:
+    """A hash of the bytes of each file of a data set in `root`, which can be `prepared` again or not.
 
     Every file is read once, and then known by its size and times; see `experiment.contents`.
 
@@ -100,7 +101,8 @@ def file_hashes(root: Path, files: Iterable[Path]) -> dict[Path, bytes]:
         ExperimentError: an image was cut.
     """
     paths, store = sorted(files), root.parent / f".{root.name}.contents.npz"
-    return dict(zip(paths, content_hashes(paths, store, require_uncut), strict=True))
+    check = functools.partial(require_uncut, prepared=prepared)
+    return dict(zip(paths, content_hashes(paths, store, check), strict=True))
 
 
 def fingerprint_of(hashes: Iterable[tuple[str, bytes]]) -> str:

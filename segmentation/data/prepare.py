@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 SCENES = tuple(f"digit_scenes{size}{use}" for size in ("", "_96") for use in ("", "_pretrain"))
 DATASETS = (*SCENES, "voc12aug", "cityscapes")
+
+
+def is_prepared(config: Mapping[str, Any]) -> bool:
+    """Whether a config's data set is one of these, which can be written again."""
+    return config.get("dataset") in DATASETS
 
 
 def prepare(dataset: str, data_dir: Path, archives: Path) -> None:

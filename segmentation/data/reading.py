@@ -16,9 +16,18 @@ _EIGHT_BITS = ("1", "L", "P")  # as Pillow names the kinds of pixels
 
 
 class _Naming:
-    """Turns any error of a reader into one that names the file under a key of what is read."""
+    """Turns any error of a reader into one that names the file under a key of what is read.
+
+    Args:
+        prepared: whether the data set can be prepared again, which is then the advice.
+        settings: of the stock reader.
+    """
 
     key: str
+
+    def __init__(self, prepared: bool = False, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.prepared = prepared
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
         """As the stock reader.
@@ -30,7 +39,7 @@ class _Naming:
             read: dict[str, Any] | None = super().transform(results)  # type: ignore[misc]
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise unreadable(str(results.get(self.key)), reason) from None
+            raise unreadable(str(results.get(self.key)), reason, self.prepared) from None
         return read
 
 

@@ -13,7 +13,7 @@ from experiment import ExperimentError
 from segmentation.compose import datasets
 from segmentation.data.folders import ThereError, file_hashes, fingerprint_of
 from segmentation.data.listing import listing_of, root_of
-from segmentation.data.prepare import DATASETS
+from segmentation.data.prepare import DATASETS, is_prepared
 from segmentation.data.scenes import SETS, write_scenes
 
 
@@ -67,7 +67,8 @@ def data_of(config: Config) -> Data:
     }
     for number, root in enumerate(roots):
         try:
-            hashes |= file_hashes(root, {path for place, _, path in names if place == number})
+            chosen = {path for place, _, path in names if place == number}
+            hashes |= file_hashes(root, chosen, is_prepared(config))
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}"
             raise ExperimentError(f"the data set in {root} cannot be read ({reason})") from None

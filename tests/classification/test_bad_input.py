@@ -98,6 +98,8 @@ MISTAKES = {
         r"image_size is 1; allowed with --data\.augment are whole numbers from 2",
     ),
     "less than no images": (["--data.limit", -1], r"--data\.limit is -1\.0; allowed are whole numbers from 1, or"),
+    "less than a batch": (["--data.limit", 3], r"--data\.limit is 3, which does not fill one batch of 8; raise it"),
+    "a share below a batch": (["--data.limit", 0.016], r"7 training samples do not fill one batch of 8; lower"),
     "half an image": (["--data.limit", 20.5], r"--data\.limit is 20\.5; allowed are whole numbers from 1, or"),
     "limit of time in words": (["--trainer.max_time", "soon"], r"max_time is soon; allowed are .* DD:HH:MM:SS"),
     "limit of time in the past": (["--trainer.max_time.hours", -1], r"max_time is \{'hours': -1\}; allowed are times"),
@@ -193,13 +195,20 @@ def test_a_mistake_is_one_line_and_nothing_is_half_written(files, tmp_path, caps
         *("split file for all data", "crops that are kept", "batch of nothing", "image of nothing"),
         *("a pixel of a crop", "less than no images", "half an image", "limit of time in words"),
         *("limit of time in the past", "no ranks", "selected from behind the end", "momentum of AdamW"),
-        *("no validation", "a quick run"),
+        *("no validation", "a quick run", "less than a batch", "a share below a batch", "batch too large"),
+        *("runs below a file", "runs in a system folder"),
     ],
 )
 def test_a_dry_run_refuses_settings_that_the_run_would(files, tmp_path, capsys, mistake):
     options, message = MISTAKES[mistake]
     options = [str(option).replace("FILES", str(files)) for option in options]
     refused(arguments("fit", tmp_path, "--model.layers", 2, "--dry_run", *options), capsys, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_refuses_more_batches_to_measure_on_than_there_are(tmp_path, capsys):
+    options = ["--batches", "60", "--model.layers", 2, "--dry_run"]
+    refused(arguments("measure", tmp_path, *options), capsys, "449 training samples do not fill 60 batches of 8; lower")
 
 
 @pytest.mark.parametrize("options", SAID)

@@ -79,9 +79,11 @@ def test_the_papers_data_sets_and_budgets_are_the_default(script_environment):
     assert re.findall(r"--model\.budget\.mib (0\.2965|1\.1127)\d+", printed) == ["0.2965", "1.1127"]
 
 
-def test_variables_reach_the_runs(script_environment):
+def test_variables_reach_the_runs(script_environment, tmp_path):
+    weights = tmp_path / "some file.pt"
+    weights.touch()
     settings = {"METHODS": "vanilla asi hosvd_0.8", "LAYERS": "1-2 all", "SEEDS": "4 5", "BUDGET": "hosvd"}
-    settings |= {"EPOCHS": "3", "DATA_DIR": "a folder", "WEIGHTS": "some file.pt"}
+    settings |= {"EPOCHS": "3", "DATA_DIR": "a folder", "WEIGHTS": str(weights)}
     printed = run("setup_b/mcunet.sh", script_environment, "digits", "--dry-run", **settings)
     rows = [(name, depth) for depth in ("1", "2", "all") for name in ("vanilla", "hosvd_0.8", "asi_hosvd_0.8")]
     rows = [("perplexity", depth) for depth in ("1", "2", "all")] + rows
@@ -92,7 +94,7 @@ def test_variables_reach_the_runs(script_environment):
         f"digits: asi_hosvd_0.8, last {depth}, seed 233" for depth in ("1", "2", "all")
     ]
     lines = [line for line in printed.splitlines() if line.startswith("  python")]
-    assert all("--data.root 'a folder'" in line and "--model.weights 'some file.pt'" in line for line in lines)
+    assert all("--data.root 'a folder'" in line and f"--model.weights '{weights}'" in line for line in lines)
     assert sum("--trainer.max_epochs 3" in line for line in lines) == 2 * 9
 
 

@@ -95,7 +95,7 @@ def test_a_damaged_image_is_one_line(tmp_path, capsys, workers):
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2] + b"x" * (len(content) - len(content) // 2))
     words = command(tmp_path / "data", tmp_path / "runs", "fish", "--data.workers", workers)
-    refused(words, capsys, r"^error: image \S+\.jpg cannot be read .*")
+    refused(words, capsys, r"^error: image \S+\.jpg cannot be read .*; replace it by one that can, or remove it$")
     assert not list(tmp_path.rglob("result.json"))
 
 

@@ -19,6 +19,8 @@ from experiment.command import dashed
         (["--data.dataset", "fish"], "--dataset"),
         (["--model.method", "lowrank.Vanilla"], "--methods"),
         (["--model.method.init_args.energy", "0.5"], "--methods"),
+        (["--model.fuse", "false"], "--methods"),
+        (["--model.rank_choice", "random"], "--methods"),
         (["--model.budget.mib", "1"], "--budget"),
         (["--epochs", "1", "--trainer.max_epochs", "2"], "--epochs"),
         (["--data-dir", "d", "--data.root", "e"], "--data-dir"),

@@ -12,10 +12,21 @@ from experiment import ExperimentError, Record, Run
 from experiment import jobs as jobs_module
 from experiment.errors import InUseError
 from experiment.jobs import Job, Program, duration, list_jobs, needed, run_jobs
+from experiment.record import RESULT
 
 
 def job(layers, *arguments):
     return Job(f"layers {layers}", Run("classification", "A", "mcunet", "pets", "asi", layers, 1), arguments)
+
+
+def leave(root, *jobs):
+    """What jobs that are done leave; see `run_jobs`."""
+    for one in jobs:
+        one.run.folder(root).mkdir(parents=True, exist_ok=True)
+        if one.result == RESULT:
+            Record(one.run, {}, {}, {}, {}).save(one.run.folder(root))
+        else:
+            (one.run.folder(root) / one.result).write_text("{}")
 
 
 def program(**raised):
@@ -48,6 +59,7 @@ def test_what_is_in_work_elsewhere_and_what_needs_it_is_come_back_to(tmp_path, c
     first = job(1, "first")
     jobs = [first, job(2, "second", str(first.run.folder(tmp_path))), job(3, "third")]
     how, tried = program(first=InUseError("another process"))
+    leave(tmp_path, jobs[2])
     assert run_jobs(jobs, how, tmp_path) == 1
     assert tried == ["first", "third", "first"]
     said = capsys.readouterr().err
@@ -77,15 +89,16 @@ def test_a_listed_command_is_one_to_type(capsys):
 
 def test_what_was_in_work_elsewhere_may_be_done_at_the_end(tmp_path, capsys):
     errors = [InUseError("another process")]
-    tried = []
+    tried, jobs = [], [job(1, "first"), job(2, "second")]
 
     def command(arguments):
         tried.append(arguments[0])
         if arguments[0] == "first" and errors:
             raise errors.pop()
+        leave(tmp_path, *(one for one in jobs if one.arguments == arguments))
 
     how = Program("python -m x", command)
-    assert run_jobs([job(1, "first"), job(2, "second")], how, tmp_path) == 0
+    assert run_jobs(jobs, how, tmp_path) == 0
     assert tried == ["first", "second", "first"]
     assert capsys.readouterr().err == ""
 
@@ -98,9 +111,11 @@ def test_a_run_that_leaves_its_record_under_another_name_is_told(tmp_path, capsy
         run.folder(tmp_path).mkdir(parents=True)
         Record(run, {}, {}, {}, {}).save(run.folder(tmp_path))
 
-    assert run_jobs([right, wrong], Program("python -m x", command), tmp_path) == 0
+    assert run_jobs([right, wrong], Program("python -m x", command), tmp_path) == 1
     missing = wrong.run.folder(tmp_path) / "result.json"
-    said = capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "1 of 2 runs done" in printed.out
+    said = printed.err
     assert said.endswith(f"called as its tag:\n  layers 2: no {missing}\n")
     assert "done under other names (1), " in said
     assert "rename the method's config" in said
@@ -122,6 +137,7 @@ def test_the_time_left_is_of_the_median_run_of_each_kind(tmp_path, capsys, monke
 
     def command(arguments):
         now[0] += took[arguments[0]]
+        leave(tmp_path, next(one for one in order if one.arguments == arguments and not one.done(tmp_path)))
 
     run = Run("classification", "A", "mcunet", "pets", "perplexity", 2, 1)
     table = [Job("table", replace(run, layers=layers), ("table",), "perplexity.json") for layers in (1, 2)]
@@ -136,16 +152,17 @@ def test_the_time_left_is_of_the_median_run_of_each_kind(tmp_path, capsys, monke
 
 def test_a_sweep_that_waits_comes_back_until_nothing_is_in_work_elsewhere(tmp_path, monkeypatch):
     errors = [InUseError("another process") for _ in range(4)]
-    tried, slept = [], []
+    tried, slept, jobs = [], [], [job(1, "first"), job(2, "second")]
 
     def command(arguments):
         tried.append(arguments[0])
         if arguments[0] == "first" and errors:
             raise errors.pop()
+        leave(tmp_path, *(one for one in jobs if one.arguments == arguments))
 
     monkeypatch.setattr(time, "sleep", slept.append)
     how = Program("python -m x", command)
-    assert run_jobs([job(1, "first"), job(2, "second")], how, tmp_path, wait=True) == 0
+    assert run_jobs(jobs, how, tmp_path, wait=True) == 0
     assert tried == ["first", "second", *["first"] * 4]
     assert len(slept) == 3
 

@@ -126,6 +126,21 @@ def test_a_job_that_slurm_starts_again_takes_over_from_its_earlier_try_on_anothe
         pass
 
 
+@pytest.mark.parametrize("ask", [hold, lambda folder: contextlib.nullcontext(holder(folder, asks=True))])
+def test_a_time_ahead_ages_from_the_moment_in_which_someone_asks(tmp_path, monkeypatch, ask):
+    path = leave(tmp_path, -(10**9), space="a machine whose clock is fast")
+    before = path.stat().st_mtime
+    assert holder(tmp_path) is not None
+    assert path.stat().st_mtime == before  # who only looks touches nothing
+    with contextlib.suppress(InUseError), ask(tmp_path):
+        pass
+    assert path.stat().st_mtime <= time.time()
+    assert holder(tmp_path) is not None  # it may be at work, and then touches its file
+    monkeypatch.setattr(lock, "LEASE", -1.0)  # as if that time were over
+    with hold(tmp_path):
+        assert not path.exists()
+
+
 def test_a_file_that_is_still_being_written_is_of_a_holder(tmp_path):
     (tmp_path / f"{LOCK}new").touch()
     with pytest.raises(InUseError, match="has not said its name"), hold(tmp_path):

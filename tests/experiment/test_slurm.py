@@ -11,8 +11,9 @@ from working import PROGRAM, job, run_of
 
 from benchmarks.cluster import Cluster, missing
 from benchmarks.disturbances import WAYS, disturb
-from experiment import ExperimentError
-from experiment.jobs import needed, run_jobs
+from experiment import ExperimentError, Record
+from experiment.jobs import needed, run_jobs, write_log
+from experiment.receipt import write_receipt
 from experiment.slurm import LOG, TEARDOWN, stages, submit
 
 PATHS = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
@@ -88,6 +89,21 @@ def started(folder, **environment):
     (folder / "asked").unlink(missing_ok=True)
     found = subprocess.run(["bash", folder / "batch1"], env=os.environ | told | environment, timeout=100)
     return found.returncode, (folder / "asked").read_text().splitlines() if (folder / "asked").exists() else []
+
+
+@pytest.mark.slow
+def test_a_run_that_is_done_with_other_settings_is_no_run_of_this_sweep(scripted, tmp_path, capsys):
+    own, root = job(tmp_path, 1), tmp_path
+    own.run.folder(root).mkdir(parents=True)
+    Record(own.run, {}, {}, {}, {}).save(own.run.folder(root))
+    assert submit([own], PROGRAM, root, {}) == 0
+    assert "1 of 1 runs submitted, 0 done before" in capsys.readouterr().out
+    write_log(own, root, "it holds a run with other settings\n")  # as the job does
+    assert submit([own], PROGRAM, root, {}, wait=True) == 1
+    write_receipt(own.run.folder(root) / own.result, own.arguments)
+    assert submit([own], PROGRAM, root, {}) == 0
+    assert "1 of 1 runs done" in capsys.readouterr().out
+    assert not own.log(root).exists()
 
 
 @pytest.mark.slow

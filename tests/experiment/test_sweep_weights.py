@@ -1,4 +1,4 @@
-"""A sweep whose weights are not there begins nothing, in both tasks."""
+"""A sweep without its weights, or a place for its runs, begins nothing, in both tasks, nor does its dry run list it."""
 
 from __future__ import annotations
 
@@ -22,4 +22,14 @@ def test_weights_that_are_not_there_are_one_line(task, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "lost.pth: there is no such file" in line
     assert not (tmp_path / "runs").exists()
-    assert SWEEPS[task]([*words, "--dry-run"]) == 0
+    assert SWEEPS[task]([*words, "--dry-run"]) == 2
+
+
+@pytest.mark.parametrize("task", SWEEPS)
+def test_a_dry_run_refuses_a_folder_that_cannot_be_written_and_makes_none(task, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert SWEEPS[task](["--runs-dir", str(tmp_path / "file" / "runs"), "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("file/runs cannot be written (Not a directory); give another --runs-dir")
+    assert SWEEPS[task](["--runs-dir", str(tmp_path / "new" / "runs"), "--dry-run"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from experiment import Record, Run, add_planned
+from experiment import ExperimentError, Record, Run, add_planned
+from experiment.jobs import Job, Outcome, Program, do_job
 from experiment.lock import hold
 from report import watch as watch_module
 from report.__main__ import main
@@ -66,6 +67,24 @@ def test_when_all_is_done_the_code_is_0(tmp_path):
     assert main([str(tmp_path), "--watch"]) == 0
     (RUNS[0].folder(tmp_path) / "result.json").write_text("{}")  # no record
     assert main([str(tmp_path), "--watch"]) == 1
+
+
+def test_a_finished_run_of_which_other_settings_were_refused_since_has_failed(tmp_path, capsys):
+    def refuse(arguments):
+        raise ExperimentError("it holds a run with other settings")
+
+    add_planned(tmp_path, [RUN])
+    finish(tmp_path, RUN)
+    job, done = Job("one", RUN, ("fit",)), Program("x", lambda arguments: None)
+    assert do_job(job, done, tmp_path) is Outcome.DONE
+    other = replace(job, arguments=("fit", "--other"))
+    assert do_job(other, Program("x", refuse), tmp_path) is Outcome.FAILED
+    assert main(["--watch", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "failed   mcunet on digits, vanilla, last 2, seed 1: it holds a run with other settings\n" in said
+    assert said.endswith("0 done, 0 running, 0 waiting, 1 failed of 1 runs\n")
+    assert do_job(job, Program("x", refuse), tmp_path) is Outcome.DONE  # known, and so not asked again
+    assert main(["--watch", str(tmp_path)]) == 0
 
 
 def test_runs_are_where_their_plan_is_at_any_depth_below_the_folder(tmp_path):

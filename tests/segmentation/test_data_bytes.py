@@ -69,7 +69,11 @@ def test_a_cut_image_is_named_before_training_and_a_damaged_one_when_it_is_read(
     labels = train[0].parents[1] / "SegmentationClass" / train[0].name
     train[0].write_bytes(whole)
     labels.unlink()
-    with pytest.raises(ExperimentError, match=rf"^image {labels} cannot be read \(.*No such file"):
+    with pytest.raises(ExperimentError, match=rf"^image {labels} cannot be read \(.*No such file.*prepare it again"):
+        dataset[0]
+    task.config.dataset = "my own"
+    dataset = DATASETS.build(with_naming_readers(task.config).train_dataloader.dataset)
+    with pytest.raises(ExperimentError, match=r"No such file.*; replace it by one that can, or remove it$"):
         dataset[0]
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
 from own_configs import dataset, settings, write_config, write_data
 from PIL import Image
 
@@ -18,6 +19,7 @@ from experiment import ExperimentError, Record
 from lowrank import PerplexityTable
 from segmentation.cli import main, parser, task_of
 from segmentation.history import History
+from segmentation.identity import dataset_of
 from segmentation.sources import own_sources
 
 EPOCHS = {"type": "EpochBasedTrainLoop", "max_epochs": 2}
@@ -183,7 +185,29 @@ REFUSED = {
         "whose data are below one data_root; this one has ",
     ),
     "no training data": ([("train_dataloader", None)], [], "the config has no train_dataloader.batch_size, train_data"),
-    "no optimizer": ([("optim_wrapper", None)], [], "the config has no optim_wrapper, and train needs"),
+    "no optimizer": ([("optim_wrapper", None)], [], "the config has no optim_wrapper, and train needs it"),
+    "no data set": (
+        [("train_dataloader", "dataset", None)],
+        [],
+        "the config has no train_dataloader.dataset.type, and train needs it; a data set is given by its type and",
+    ),
+    **{
+        f"an optimizer of {what}": (
+            [("optim_wrapper", "optimizer", *change)],
+            [],
+            f"optimizer.type is {said}; allowed is",
+        )
+        for what, change, said in (
+            ("an unknown type", ("type", "Nope"), "'Nope'"),
+            ("no type", ("type", None), "missing"),
+            ("nothing", (None,), "missing"),
+        )
+    },
+    "an optimizer with a setting that cannot be": (
+        [("optim_wrapper", "optimizer", {"type": "Adam", "betas": (2.0, 3.0)})],
+        [],
+        "a part of the config cannot be built: Invalid beta parameter at index 0: 2.0; mend",
+    ),
     "data nowhere": (
         [("train_dataloader", "dataset", {"type": "BaseSegDataset"})],
         [],
@@ -196,6 +220,26 @@ REFUSED = {
 def test_what_cannot_work_is_one_line(name, own, tmp_path, capsys):
     changes, options, message = REFUSED[name]
     refused("train", changes, message, own, tmp_path, capsys, options)
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if name.startswith("an optimizer of")])
+def test_a_dry_run_refuses_an_optimizer_that_there_is_not(name, own, tmp_path, capsys):
+    changes, _, message = REFUSED[name]
+    refused("train", changes, message, own, tmp_path, capsys, ["--dry-run"])
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "name"),
+    [
+        (None, "BaseSegDataset", "BaseSegDataset"),
+        (None, "mmseg.datasets:BaseSegDataset", "mmseg.datasets.BaseSegDataset"),
+        (None, dict, "dict"),
+        ("mine", "BaseSegDataset", "mine"),
+    ],
+)
+def test_a_data_set_without_a_name_has_that_of_its_type(given, kind, name):
+    config = Config({"dataset": given, "train_dataloader": {"dataset": {"type": kind}}})
+    assert dataset_of(config) == name
 
 
 def test_a_picture_has_images(tmp_path, capsys):

@@ -143,6 +143,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, capsys):
         ("lowrank.method.energy=0.5", "give --methods of the sweep"),
         ("perplexity.derive=True", "give --methods of the sweep"),
         ("load_from=some.pth", "give --weights of the sweep"),
+        ("lowrank.fuse=True", "give --methods of the sweep"),
     ],
 )
 @pytest.mark.parametrize("option", [["--cfg-options"], ["--cfg-options", "train_dataloader.batch_size=2"]])
@@ -156,6 +157,6 @@ def test_what_a_sweep_sets_itself_is_not_overridden(capsys, setting, instead, op
 
 
 def test_what_it_does_not_set_goes_to_every_run():
-    extra = ["--cfg-options", "lowrank.fuse=True", "train_dataloader.batch_size=2"]
+    extra = ["--cfg-options", "optim_wrapper.optimizer.lr=0.1", "train_dataloader.batch_size=2"]
     plan = sweep_of("--network", "pspnet_small", "--dataset", "digit_scenes", *extra)
     assert all(list(job.arguments[-3:]) == extra for job in plan.jobs())

@@ -44,6 +44,7 @@ OPTIONS = {
     "depth": ([], ["layers=5"], "sets layers, which in the suite's own configs follows from --layers"),
     "words for numbers": ([], ["train_cfg.max_iters=abc"], "max_iters is 'abc'"),
     "less than no images": (["--limit", "-1"], [], r"--limit is -1\.0; allowed are whole numbers from 1, or a share"),
+    "more images than there are": (["--limit", "999"], [], r"the limit is 999, 999 of 12 training samples; allowed"),
     "ranks": ([], ["lowrank.method.type=ASI"], r"ASI needs ranks: give its own, or a budget"),
     "typo": ([], ["trian_cfg.val_interval=2"], "nothing is called 'trian_cfg'"),
 }

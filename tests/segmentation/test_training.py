@@ -134,6 +134,20 @@ def test_the_picture_has_a_column_for_each_run(finished, tmp_path, capsys):
 
 
 # Killed when the checkpoint is written and the validation done, but its row is not.
+@pytest.mark.slow
+def test_a_run_that_was_moved_finds_the_run_of_its_budget(finished, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    finished.rename(moved)
+    try:
+        config = folder(moved, ASI) / "config.yaml"
+        assert main(["train", str(config), "--runs-dir", str(moved)]) == 0
+    finally:
+        moved.rename(finished)
+    printed = capsys.readouterr().out
+    assert printed.count("is not there; taken from") == 2
+    assert f"done already: pspnet_small on digit_scenes, setup finetune, {ASI}" in printed
+
+
 KILL = """
 import os, signal, sys
 from segmentation.cli import main

@@ -5,4 +5,4 @@
 # Environment: METHODS, LAYERS, SEEDS, EPOCHS, BUDGET, WEIGHTS, DATA_DIR, RUNS_DIR; see scripts/classification/run.sh
 set -euo pipefail
 [[ " $* " != *" --help "* ]] || sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" a resnet34 "$@"
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" a resnet34 "$@"

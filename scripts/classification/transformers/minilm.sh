@@ -11,4 +11,4 @@ set -euo pipefail
 [[ " $* " != *" --help "* ]] || sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
 export DATASETS="${DATASETS:-review_sentences}" LAYERS="${LAYERS:-7 13 all}" BUDGET="${BUDGET:-1/20}"
 export METHODS="${METHODS:-vanilla vanilla_fused asi asi_int8 wsi_0.8 wsi_0.9 wasi_0.8 wasi_0.9}"
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" a minilm "$@"
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" a minilm "$@"

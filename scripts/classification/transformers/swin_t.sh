@@ -7,4 +7,4 @@
 set -euo pipefail
 [[ " $* " != *" --help "* ]] || sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
 export LAYERS="${LAYERS:-2 4}"
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" a swin_t "$@"
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" a swin_t "$@"

@@ -9,4 +9,4 @@
 set -euo pipefail
 [[ " $* " != *" --help "* ]] || sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
 export DATASETS="${DATASETS:-boolq}" LAYERS="${LAYERS:-1-5}" METHODS="${METHODS:-vanilla asi_rank20 wasi_0.1_rank20}"
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../run.sh" a tinyllama "$@"
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../run.sh" a tinyllama "$@"

@@ -1,8 +1,10 @@
 """A method's work as operators of a compiled graph: PyTorch's own checks of operators, and methods of others."""
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +87,62 @@ def test_parts_that_differ_in_anything_have_names_of_their_own():
     assert in_graph.part(ASI(2), CONV, "a") == names[0]
 
 
+def test_parts_are_let_go_with_the_last_method_that_is_equal():
+    one, other, own = ASI(2, seed=5), ASI(2, seed=5), Held(3, torch.zeros(2))
+    shared, alone = in_graph.part(one, CONV, "let go"), in_graph.part(own, CONV, "let go")
+    assert in_graph.part(other, CONV, "let go") == shared
+    gone = weakref.ref(own)
+    del one, own
+    in_graph.part(other, CONV, "another")
+    assert (gone(), alone in in_graph._PARTS) == (None, False)
+    alike = Held(3, torch.zeros(2))
+    assert in_graph.part(alike, CONV, "let go") != alone  # a backward pass may still ask for it
+    assert in_graph._PARTS[shared].method is other
+    del other
+    in_graph.part(ASI(3), CONV, "another")
+    assert shared not in in_graph._PARTS
+
+
+def trained(method, names="02", frozen=""):
+    """A small network that is compiled, and its input."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+    lowrank.convert(model, list(names), method)
+    for name in frozen:
+        model[int(name)].weight.requires_grad_(False)
+    return model, random_tensor(2, 3, 8, 8, dtype=torch.float32).requires_grad_()
+
+
+@pytest.mark.slow
+def test_a_graph_is_trained_whatever_model_is_gone():
+    first, x = trained(ASI(2, seed=6))
+    loss = torch.compile(first, backend="aot_eager")(x).square().sum()
+    expected = torch.autograd.grad(loss, x, retain_graph=True)
+    second, _ = trained(ASI(2, seed=6))  # equal, and of a graph of its own
+    compiled = torch.compile(second, backend="aot_eager")
+    compiled(x).square().sum().backward()
+    del first
+    gc.collect()
+    torch.testing.assert_close(torch.autograd.grad(loss, x), expected, rtol=0, atol=0)  # its model is gone
+    third, _ = trained(ASI(3, seed=6))
+    torch.compile(third, backend="aot_eager")(x).square().sum().backward()
+    compiled(x).square().sum().backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", ["2", "02"])
+def test_a_method_with_an_input_gradient_of_its_own_has_it_where_the_weight_is_frozen(frozen):
+    found = []
+    for compiled in (False, True):
+        model, x = trained(GradientFilter(2), frozen=frozen)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        run(x).square().sum().backward()
+        found.append([x.grad, *(one.grad for one in model.parameters())])
+    for own, expected in zip(*found, strict=True):
+        assert (own is None) == (expected is None)
+        torch.testing.assert_close(own, expected, rtol=0, atol=1e-6)
+
+
 @dataclass(frozen=True)
 class FirstImages(Method):
     """Somebody's: keeps a view of the input, and counts in Python's numbers."""
@@ -138,8 +196,8 @@ class Scaled(FirstImages):
 
 
 def test_parts_of_others_that_look_alike_are_their_own():
-    arrays = [Held(2, np.ones(2)) for _ in range(2)]
-    names = [in_graph.part(method, CONV, "a") for method in (Scaled(scale=2), Scaled(scale=3), *arrays)]
+    methods = [Scaled(scale=2), Scaled(scale=3), *(Held(2, np.ones(2)) for _ in range(2))]
+    names = [in_graph.part(method, CONV, "a") for method in methods]
     assert len({*names}) == 4
     assert [in_graph.part(method, CONV, "a") for method in (Scaled(scale=2), Scaled(scale=3))] == names[:2]
 

@@ -209,3 +209,26 @@ def test_what_is_not_registered_is_refused_with_a_word_of_how_to():
     assert "register_layer" in problem
     with pytest.raises(SettingError, match="no class of modules"):
         lowrank.register_layer(Another())
+
+
+class Timed(nn.Conv2d):
+    """Calls its input by another name, and takes a second argument."""
+
+    def forward(self, x, times=2.0):
+        return self._conv_forward(x, times * self.weight, self.bias)
+
+
+def test_an_input_may_be_given_by_the_name_that_the_layer_has_for_it():
+    lowrank.register_layer(Timed, ConvGeometry.of, lambda layer: 2 * layer.weight)
+    stock, x = Timed(3, 4, 3).double(), random_tensor(4, 3, 6, 6)
+    layer = lowrank.convert(nn.Sequential(copy.deepcopy(stock)), ["0"], ASI(2))[0]
+    for given, named in (((x,), {}), ((), {"x": x}), ((x,), {"times": 3.0}), ((), {"x": x, "times": 3.0})):
+        y = layer(*given, **named)
+        torch.testing.assert_close(y, stock(*given, **named))
+        assert (layer._lowrank.kept_bytes == x.nbytes) == ("times" in named)  # then it is the stock layer
+    with pytest.raises(TypeError, match="'time'"):
+        lowrank.convert(nn.Sequential(copy.deepcopy(stock)), ["0"], ASI(99))[0](x, time=3.0)
+    stock, x = nn.Linear(3, 4).double(), random_tensor(4, 3)
+    torch.testing.assert_close(
+        lowrank.convert(nn.Sequential(copy.deepcopy(stock)), ["0"], ASI(99))[0](input=x), stock(input=x)
+    )

@@ -1,0 +1,26 @@
+"""What a setting names of another run is found where all runs have been moved to."""
+
+from experiment.moved import place_now
+
+RUN = "classification/B/mcunet/digits/hosvd_0.8/layers2/seed233"
+
+
+def test_a_file_of_a_run_is_found_below_the_folder_of_all_runs_and_said(tmp_path, capsys):
+    now = tmp_path / "now" / RUN / "checkpoints" / "best.ckpt"
+    now.parent.mkdir(parents=True)
+    now.touch()
+    for old in ("/old/runs", "old", "."):
+        assert place_now(f"{old}/{RUN}/checkpoints/best.ckpt", tmp_path / "now") == str(now)
+        assert f"{RUN}/checkpoints/best.ckpt is not there; taken from {now}" in capsys.readouterr().out
+    assert place_now(f"/old/{RUN}", tmp_path / "now") == str(tmp_path / "now" / RUN)
+
+
+def test_whatever_else_stays_as_it_is(tmp_path, capsys):
+    here = tmp_path / "here" / RUN
+    (tmp_path / "now" / RUN).mkdir(parents=True)
+    (tmp_path / "now" / "best.ckpt").touch()
+    here.mkdir(parents=True)
+    kept = (str(here), "old/best.ckpt", f"old/{RUN}/lost.ckpt", f"https://host/{RUN}", f"old/{RUN[:-3]}", "")
+    for path in kept:
+        assert place_now(path, tmp_path / "now") == path
+    assert capsys.readouterr().out == ""
