@@ -62,10 +62,8 @@ class LeanModule(Changed):
             from lowrank.layers.merged_in_graph import normalised
 
             return normalised(self, input)
-        if self.stock_class not in _TWO_SLOPES:
-            return None
-        function, *options = CALLS[self.stock_class](self)
-        return LEAN_FUNCTIONS[function](input, *options)
+        called = CALLS[self.stock_class](self) if self.stock_class in _TWO_SLOPES else None
+        return None if called is None else LEAN_FUNCTIONS[called[0]](input, *called[1:])
 
     def _wants_nothing(self, input: Tensor) -> bool:
         """Whether no gradient passes here, so that stock keeps nothing, and who reads the output knows it."""

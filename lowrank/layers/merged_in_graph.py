@@ -58,15 +58,21 @@ _seen = {"untouched": False}
 
 
 def _mark(ctx: ComptimeContext) -> None:
-    ctx.get_local("y").as_proxy().node.meta[_MARK] = True
+    _node(ctx, "y").meta[_MARK] = True
 
 
 def _look(ctx: ComptimeContext) -> None:
     """Whether in the graph so far the tensor is what the convolution gave, and nothing was made of it, a view, a change
     in place or a hook. Not where it comes from another graph, as in a checkpoint, which records what is done there."""
-    node: Any = ctx.get_local("x").as_proxy().node
+    node = _node(ctx, "x")
     asked = all(user.target is getattr and not user.users for user in node.users)  # of its dtype and the like
     _seen["untouched"] = _MARK in node.meta and node.graph is ctx.graph() and asked
+
+
+def _node(ctx: ComptimeContext, name: str) -> torch.fx.Node:
+    proxy: Any = ctx.get_local(name).as_proxy()
+    node: torch.fx.Node = proxy.node
+    return node
 
 
 @torch.compiler.assume_constant_result

@@ -47,14 +47,12 @@ def test_packed_and_back(shape):
     ids=str,
 )
 def test_values_and_gradients_are_the_stock_modules_bit_for_bit(activation, dtype):
-    """Of numbers at the limits, NaN and infinities as well, in either memory layout; compiled, since by NaN PyTorch's own
+    """Of numbers at the limits, NaN and infinities as well, in either memory layout; compiled, as by NaN PyTorch's own
     operators differ from place to place in a tensor."""
     torch._dynamo.reset()
     stock = Around(copy.deepcopy(activation))
     model = lowrank.convert(copy.deepcopy(stock), ["linear"], Vanilla(), smallest=0)
-    fast, stock = (
-        torch.compile(one, backend="aot_eager_decomp_partition", fullgraph=True) for one in (model, stock)
-    )
+    fast, stock = (torch.compile(one, backend="aot_eager_decomp_partition", fullgraph=True) for one in (model, stock))
     numbers = random_tensor(2, 3, 5, 7).to(dtype)
     special = [0.0, -0.0, 3.0, -3.0, 1.5, -1.5, 0.125, -0.25, math.nan, math.inf, -math.inf]
     numbers.view(-1)[: len(special)] = torch.tensor(special, dtype=dtype)
