@@ -23,7 +23,7 @@ from lowrank.exact.sources import Origin
 from lowrank.kernels import passes
 from lowrank.layers.lazy import Lazy, lazy_gradient, real, unread
 from lowrank.methods.base import Method, Tensors
-from lowrank.tensors.eager import Node, refuse_double_backward, saved
+from lowrank.tensors.eager import Node, no_view, refuse_double_backward, saved
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
 from lowrank.tensors.memory_layout import dense_strides, is_channels_last, laid_out, order_of, suggests_channels_last
 
@@ -191,9 +191,7 @@ class LowRankFunction(Node):
             return lazy_output(call, watched)
         y = settings.forward(x.unsqueeze(0) if settings.single else x, weight, bias)
         y = y.squeeze(0) if settings.single else y
-        if torch.compiler.is_compiling():
-            return y
-        return y.detach() if y._is_view() else y  # stock hands out a tensor of its own, which may be changed in place
+        return no_view(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.tensors.eager import Node, refuse_double_backward, saved, without_autocast
+from lowrank.tensors.eager import Node, no_view, refuse_double_backward, saved, without_autocast
 from lowrank.tensors.geometry import LinearGeometry
 from lowrank.tensors.gradients import factor_gradients
 from lowrank.tensors.memory_layout import order_of
@@ -71,10 +71,7 @@ class FactoredFunction(Node):
         ctx.save_for_backward(left, right, *kept)
         ctx.order = None if torch.compiler.is_compiling() else order_of(x, linear=True)
         dtype = settings.dtype
-        y = forward_factored(x, left.to(dtype), right.to(dtype), None if bias is None else bias.to(dtype))
-        if torch.compiler.is_compiling() or not y._is_view():
-            return y
-        return y.detach()  # stock hands out a tensor of its own, which may be changed in place
+        return no_view(forward_factored(x, left.to(dtype), right.to(dtype), None if bias is None else bias.to(dtype)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

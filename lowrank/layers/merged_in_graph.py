@@ -14,12 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.comptime import ComptimeContext, comptime
 
 from lowrank.layers.autograd_function import LowRankFunction, Settings, per_output
+from lowrank.layers.graph_nodes import is_untouched, mark
 from lowrank.methods.base import Tensors
-
-_MARK = "lowrank: output of a convolution"
 
 
 def offer(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, kept: Tensors) -> None:
@@ -35,7 +33,7 @@ def offer(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settings: S
     frozen = None if bias is None else bias.detach()
     of_input = LowRankFunction.apply(x, weight.detach(), frozen, settings, None, False)
     y._lowrank_offer = (of_input, weight, bias, settings, tuple(x.shape), kept)  # type: ignore[attr-defined]
-    comptime(_mark)
+    mark(y)
 
 
 def normalised(module: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
@@ -45,39 +43,12 @@ def normalised(module: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
     gamma, mean, variance = module.weight, module.running_mean, module.running_var
     if found is None or module.training or gamma is None or not gamma.requires_grad or mean is None:
         return None
-    comptime(_look)
-    if not _is_untouched():
+    if not is_untouched(x):
         return None
     y, weight, bias, settings, shape, kept = found
     own = gamma, module.bias, mean, variance, module.eps
     z: Tensor = _NormFunction.apply(y, weight, bias, *own, settings, shape, *kept)
     return z
-
-
-_seen = {"untouched": False}
-
-
-def _mark(ctx: ComptimeContext) -> None:
-    _node(ctx, "y").meta[_MARK] = True
-
-
-def _look(ctx: ComptimeContext) -> None:
-    """Whether in the graph so far the tensor is what the convolution gave, and nothing was made of it, a view, a change
-    in place or a hook. Not where it comes from another graph, as in a checkpoint, which records what is done there."""
-    node = _node(ctx, "x")
-    asked = all(user.target is getattr and not user.users for user in node.users)  # of its dtype and the like
-    _seen["untouched"] = _MARK in node.meta and node.graph is ctx.graph() and asked
-
-
-def _node(ctx: ComptimeContext, name: str) -> torch.fx.Node:
-    proxy: Any = ctx.get_local(name).as_proxy()
-    node: torch.fx.Node = proxy.node
-    return node
-
-
-@torch.compiler.assume_constant_result
-def _is_untouched() -> bool:
-    return _seen["untouched"]
 
 
 class _NormFunction(torch.autograd.Function):

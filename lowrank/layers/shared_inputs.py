@@ -20,6 +20,7 @@ from lowrank.exact.steps import Step
 from lowrank.layers.token_mask import current_mask
 from lowrank.methods.base import Method, Tensors
 from lowrank.methods.deriving import reach
+from lowrank.tensors.eager import in_compiled_graph
 from lowrank.tensors.geometry import Shape
 from lowrank.tensors.notes import Glimpse, Notes
 
@@ -107,6 +108,8 @@ def find_kept(input: Tensor, x: Tensor, method: Method) -> Tensors | None:
         x: the same as the layer computes with it.
         method: of the layer that asks.
     """
+    if torch.compiler.is_compiling():
+        return _kept_in_graph(input, x, method)
     known = _FORMS.find(input)
     if known is None or known.dtype != x.dtype or known.mask is not current_mask():
         return None
@@ -124,6 +127,7 @@ def _serves(found: Method, method: Method, shape: Shape) -> bool:
 def note_kept(name: str, input: Tensor, x: Tensor, method: Method, kept: Tensors) -> None:
     """Remember what the layer `name` keeps of this input."""
     if torch.compiler.is_compiling():
+        _note_in_graph(input, x, method, kept)
         return
     held = _HELD.get()
     if held is not None:
@@ -138,6 +142,27 @@ def note_kept(name: str, input: Tensor, x: Tensor, method: Method, kept: Tensors
     restorable = method.restores and form.mask is None and x.dtype == input.dtype and x.shape == input.shape
     if restorable and not _is_behind(form, _FIRST.find(input)):
         _FIRST.note(input, form)
+
+
+def _kept_in_graph(input: Tensor, x: Tensor, method: Method) -> Tensors | None:
+    found = getattr(input, "_lowrank_form", None)
+    if found is None or not in_compiled_graph():
+        return None
+    from lowrank.layers.graph_nodes import is_only_read
+
+    dtype, known, kept = found
+    serves = dtype == x.dtype and _serves(known, method, tuple(x.shape)) and is_only_read(input)
+    return kept if serves else None
+
+
+def _note_in_graph(input: Tensor, x: Tensor, method: Method, kept: Tensors) -> None:
+    """On the tensor itself, where the graph has made it: one that it was given outlives it."""
+    if not in_compiled_graph() or kept[0] is x:
+        return
+    from lowrank.layers.graph_nodes import is_only_read
+
+    if is_only_read(input):
+        input._lowrank_form = (x.dtype, method, kept)  # type: ignore[attr-defined]
 
 
 def _is_behind(form: Form, first: Form | None) -> bool:

@@ -151,6 +151,14 @@ def ordinary(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or type(tensor) in _STOCK else tensor.as_subclass(Tensor)
 
 
+def no_view(y: Tensor) -> Tensor:
+    """The same for a function to return, which autograd does not take for a view: as stock's, it may be changed in
+    place."""
+    if torch.compiler.is_compiling():  # which cannot ask whether it is one
+        return torch.ops.aten._unsafe_view.default(y, y.shape)
+    return y.detach() if y._is_view() else y
+
+
 class Node(torch.autograd.Function):
     """An autograd function whose backward pass also takes a batch of gradients (`is_grads_batched=True`), one by one.
 

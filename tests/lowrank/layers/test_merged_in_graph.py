@@ -154,14 +154,13 @@ def test_with_whole_ranks_a_low_rank_method_is_exact_too(ranks):
     _assert_trains_as_stock(Block(), Vanilla() if ranks is None else ASI(ranks), random_tensor(2, 3, 6, 6))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("frozen", [(), ("norm.weight",), ("norm.bias",), ("conv.weight",), ("conv.bias",)])
-def test_any_parameter_may_be_frozen(bias, frozen):
+@pytest.mark.parametrize("frozen", [None, ("norm.weight",), ("norm.bias",), ("conv.weight",), ("conv.bias",)])
+def test_any_parameter_may_be_frozen_or_missing(frozen):
     block = Block()
-    if not bias:
+    if frozen is None:
         block.conv.bias = None
     for name, parameter in block.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+        parameter.requires_grad_(name not in (frozen or ()))
     _assert_trains_as_stock(block, Vanilla(), random_tensor(2, 3, 6, 6), fullgraph=True)
 
 
@@ -181,12 +180,15 @@ LOSSY = {
 }
 
 
-@pytest.mark.parametrize("method", [ASI([2, 2, 3, 3]), GradientFilter(2), ASI([2, 2, 3, 3], storage="int8")], ids=str)
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("block", LOSSY.values(), ids=LOSSY)
+FEW = ASI([2, 2, 3, 3])
+CASES = [(name, FEW, None) for name in LOSSY] + [("nothing", FEW, torch.bfloat16)]
+CASES += [("nothing", method, None) for method in (GradientFilter(2), ASI([2, 2, 3, 3], storage="int8"))]
+
+
+@pytest.mark.parametrize(("block", "method", "dtype"), CASES, ids=str)
 def test_lossy_methods_give_eager_trainings_gradients(block, method, dtype):
     torch._dynamo.reset()
-    model = lowrank.convert(copy.deepcopy(block).eval(), ["conv"], method, recompute=False)
+    model = lowrank.convert(copy.deepcopy(LOSSY[block]).eval(), ["conv"], method, recompute=False)
     twin, x = copy.deepcopy(model), random_tensor(4, 3, 8, 8, dtype=torch.float32)
     twin.between = None
     fast = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -240,3 +242,20 @@ def test_an_output_that_is_handed_out_is_what_stock_hands_out():
     torch.testing.assert_close(y, block.conv(random_tensor(2, 3, 6, 6)), rtol=1e-9, atol=1e-9)
     assert type(y) is torch.Tensor
     copy.copy(y), y.detach().numpy()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_convolution_and_its_normalisation_within_a_checkpoint(reentrant):
+    class Checked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x):
+            return checkpoint(self.block, x, use_reentrant=reentrant)
+
+    torch._dynamo.reset()
+    block = Checked().double().eval()
+    model, x = lowrank.convert(copy.deepcopy(block), ["block.conv"], Vanilla()), random_tensor(2, 3, 6, 6)
+    fast = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(_gradients(model, fast, x), _gradients(block, block, x), rtol=1e-9, atol=1e-9)
