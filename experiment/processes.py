@@ -233,7 +233,7 @@ def say(text: Any) -> None:
 
 
 def say_ahead(text: Any) -> None:
-    """Print a line about a command's settings, once: a process that the command has started finds what that has said."""
+    """Print a line about settings, once: what a process finds that the command has started, that one has said."""
     if not is_started():
         say(text)
 
