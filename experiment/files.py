@@ -162,12 +162,17 @@ def try_place(folder: Path) -> None:
     Raises:
         OSError: nothing can be written there.
     """
+    with tempfile.TemporaryFile(dir=place_of(folder)):
+        pass
+
+
+def place_of(folder: Path) -> Path:
+    """Where a folder is, or would be made: itself, or the nearest of those above it that is there."""
     for place in (folder, *folder.parents):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             place.lstat()
             break
-    with tempfile.TemporaryFile(dir=place):
-        pass
+    return place
 
 
 def _flush_names(folder: Path) -> None:

@@ -21,7 +21,7 @@ from experiment.lock import LOCK, hold
 from experiment.record import RESULT, TABLE, Record, Run, is_result
 from experiment.sources import Sources, method_sources, require_same, save_sources
 
-_ANOTHER = "delete that folder or give another --runs-dir"
+ANOTHER = "delete that folder or give another --runs-dir"
 CONFIG, IDENTITY, DATA, DATASET = "config.yaml", "identity.json", "data_fingerprint", "dataset"
 _WEIGHTS = (".ckpt", ".pth", ".pt", ".safetensors", UNUSABLE)  # how files of weights end, also those of one's own hooks
 _BESIDE = (DATA, DATASET)  # what the file of the identity holds besides, of which no hash is taken
@@ -47,6 +47,7 @@ class RunFolder:
         run: whose record the result has to be, if it is one.
         sources: of the code of the run's model and of what else is one's own, see `experiment.sources`; those of its
             methods are found by themselves.
+        advice: what to do where the folder holds another run.
 
     Attributes:
         repeated: images that are tested as well as trained or validated on, once the data set was looked at.
@@ -64,8 +65,10 @@ class RunFolder:
         last: str = "checkpoints/last.ckpt",
         run: Run | None = None,
         sources: Sources | None = None,
+        advice: str = ANOTHER,
     ) -> None:
-        self._run, self._made = run, (identity, result, data_fingerprint, last, run, sources)
+        self._run, self._made = run, (identity, result, data_fingerprint, last, run, sources, advice)
+        self._advice = advice
         self._model_sources = sources or {}
         self.path, self.result, self._last = path, path / result, path / last
         self.data_fingerprint, self.repeated = data_fingerprint, 0
@@ -109,16 +112,17 @@ class RunFolder:
             return Status.DONE
         return Status.INTERRUPTED if self.last_checkpoint is not None else Status.NEW
 
-    def require_this_run(self, advice: str = _ANOTHER, aside: Collection[str] = ()) -> None:
+    def require_this_run(self, advice: str | None = None, aside: Collection[str] = ()) -> None:
         """Refuse what the folder holds, unless it is of this very run, or nothing that could be lost.
 
         Args:
-            advice: what else to do than to restore what has changed.
+            advice: what else to do than to restore what has changed; by default as this was told.
             aside: full names of settings that may differ, such as "model.weights" where only the result is looked at.
 
         Raises:
             ExperimentError: as of `status`.
         """
+        advice = self._advice if advice is None else advice
         stored = self._stored_identity()
         if not self._has_saved:  # as where a run was killed in its first epoch, and is to begin with a smaller batch
             return

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import secrets
@@ -31,6 +32,7 @@ LOCK = ".lock-"  # how the names of the files start
 BEAT = 20.0  # seconds between two touches
 LEASE = 300.0  # seconds without one after which a holder on another machine is given up
 _TRIES = 4  # where two that ask at the same time see each other
+_ahead: dict[Path, tuple[float, float]] = {}  # files whose times lie ahead: that time, and since when it was seen
 
 
 @dataclass(frozen=True)
@@ -141,13 +143,16 @@ def _others(folder: Path, own: Path | None, asks: bool) -> dict[Path, str]:
         if path == own:
             continue
         try:
-            age = now - path.stat().st_mtime
+            touched = path.stat().st_mtime
             found = _read(path)
         except FileNotFoundError:  # it has gone
             continue
+        age = now - touched
         if asks and age < -BEAT:
             with contextlib.suppress(OSError):  # of another user, or it has gone
                 os.utime(path)
+        elif age < -BEAT:
+            age = _unchanged(path, touched)
         gone = None if found is None else found.is_gone
         if gone is False or (gone is None and age < LEASE):
             named = "a process that has not said its name" if found is None else str(found)
@@ -157,6 +162,14 @@ def _others(folder: Path, own: Path | None, asks: bool) -> dict[Path, str]:
         elif own is not None:
             path.unlink(missing_ok=True)
     return living
+
+
+def _unchanged(path: Path, touched: float) -> float:
+    """For how long, as far as this process has looked, a file has had the time that it has, by which it has no age."""
+    seen, since = _ahead.get(path, (math.nan, 0.0))
+    if seen != touched:
+        _ahead[path] = touched, since = touched, time.monotonic()
+    return time.monotonic() - since
 
 
 def _read(path: Path) -> Holder | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from experiment.processes import say
+from experiment.processes import say_ahead
 
 _OF_RUN = re.compile(r"layers(\d+|all)/seed\d+")
 _ABOVE = 5  # names of a run's folder ahead of these: task, setup, model, data set, method
@@ -28,6 +28,6 @@ def place_now(path: str, runs_dir: Path) -> str:
     for start in range(len(parts) - _ABOVE - 1):
         now = runs_dir.joinpath(*parts[start:])
         if _OF_RUN.fullmatch("/".join(parts[start + _ABOVE :][:2])) and now.exists():
-            say(f"note: {path} is not there; taken from {now}, where all runs are now")
+            say_ahead(f"note: {path} is not there; taken from {now}, where all runs are now")
             return str(now)
     return path

@@ -16,6 +16,11 @@ _SHARED = ("task", "setup", "model", "dataset")  # the same for all runs of a fi
 _OWN = ("method", "layers", "seed")
 
 
+def plan_of(run: Run, root: Path) -> Path:
+    """The file in which a run is planned below the folder of all runs."""
+    return run.folder(root).parents[2] / PLANNED
+
+
 def add_planned(root: Path, runs: Iterable[Run]) -> None:
     """Add runs to what is planned below a folder: one `planned.json` for each task, setup, model and data set.
 
@@ -24,7 +29,7 @@ def add_planned(root: Path, runs: Iterable[Run]) -> None:
     """
     plans: dict[Path, set[Run]] = defaultdict(set)
     for run in runs:
-        plans[run.folder(root).parents[2] / PLANNED].add(run)
+        plans[plan_of(run, root)].add(run)
     for path, asked in plans.items():
         if asked <= _known(path):  # also where nothing can be written
             continue

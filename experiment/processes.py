@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from experiment.errors import ExperimentError, exit_code
-from experiment.launching import GROUP, STORE
+from experiment.launching import GROUP, STORE, is_started
 from experiment.signals import pending
 
 if TYPE_CHECKING:
@@ -230,6 +230,12 @@ def say(text: Any) -> None:
     """Print a line, once for all processes."""
     if is_first():
         print(text, flush=True)
+
+
+def say_ahead(text: Any) -> None:
+    """Print a line about settings, once: what a process finds that the command has started, that one has said."""
+    if not is_started():
+        say(text)
 
 
 def leave(code: int) -> int:

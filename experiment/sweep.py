@@ -16,10 +16,11 @@ from typing import Any, ClassVar, TypeVar
 from experiment.budget import BUDGET_HELP, Source, budget_source, budget_word
 from experiment.command import dashed, folder_word, one_line
 from experiment.errors import ExperimentError, is_mendable
-from experiment.files import try_place
+from experiment.files import place_of, try_place
 from experiment.jobs import WAIT, WAIT_HELP, Job, Program, list_jobs
 from experiment.launcher import Launcher, add_options, launcher_of, take_slurm
 from experiment.method import derives, leaves_ranks, table_tag
+from experiment.plan import plan_of
 from experiment.record import RESULT, TABLE, Run
 
 SEED = 233  # the papers' seed
@@ -344,15 +345,19 @@ def do_sweep(sweep: Sweep, dry_run: bool, program: Program) -> int:
     if lost and not all(job.known(sweep.runs_dir) for job in jobs):  # a finished sweep needs none
         raise ExperimentError(f"--weights {sweep.weights}: there is no such file; every run would start from it")
     if dry_run:
-        if not all(job.done(sweep.runs_dir) for job in jobs):
-            _require_place(sweep.runs_dir)
+        _require_places(sweep.runs_dir, [job.run for job in jobs if not job.done(sweep.runs_dir)])
         list_jobs(jobs, program)
         return 0
     return sweep.launcher.run(jobs, program, sweep.runs_dir)
 
 
-def _require_place(root: Path) -> None:
+def _require_places(root: Path, runs: Sequence[Run]) -> None:
+    """Refuse folders of runs, or of the plans of these, that cannot be made or written."""
+    wanted = dict.fromkeys(folder for run in runs for folder in (plan_of(run, root).parent, run.folder(root)))
+    shown = root
     try:
-        try_place(root)
+        for place in dict.fromkeys(map(place_of, wanted)):
+            shown = place if root in place.parents else root
+            try_place(place)
     except OSError as error:
-        raise ExperimentError(f"{root} cannot be written ({error.strerror}); give another --runs-dir") from None
+        raise ExperimentError(f"{shown} cannot be written ({error.strerror}); give another --runs-dir") from None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import warnings
 from typing import Any
 
 from experiment.launching import cores
-from experiment.processes import is_first, say
+from experiment.processes import is_first, say_ahead
 
 _FOR_PROGRAMMERS = (DeprecationWarning, PendingDeprecationWarning, ResourceWarning, ImportWarning)
 _SAID_OTHERWISE = ("This DataLoader will create .* worker processes",)  # see `tell_crowded`
@@ -28,7 +29,8 @@ def say_warnings() -> None:
         text = " ".join(str(message).split())
         if text not in said and is_first():
             said.add(text)
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody reads it any more, or the disk is full: no reason to end
+                print(f"warning: {text}", file=sys.stderr, flush=True)
 
     warnings.showwarning = show
     for text in _SAID_OTHERWISE:
@@ -44,4 +46,4 @@ def tell_crowded(option: str, count: int) -> None:
         count: of the processes.
     """
     if count > cores():
-        say(f"note: {option} is more processes than the {cores()} cores here; fewer may load faster")
+        say_ahead(f"note: {option} is more processes than the {cores()} cores here; fewer may load faster")

@@ -10,6 +10,7 @@ from typing import Any
 from mmengine.config import Config
 
 from experiment import ExperimentError, Run
+from experiment.folder import ANOTHER
 from experiment.method import build_method
 from experiment.method import method_tag as tag_of
 from experiment.provenance import plain
@@ -86,6 +87,18 @@ def network_of(config: Config) -> str:
     files = config.get("config_files") or ["config"]
     name: str = config.get("network", Path(files[-1]).stem)
     return name
+
+
+def advice(config: Config) -> str:
+    """What to do where a run's folder holds another run, as of another config without names."""
+    unnamed = {"dataset": "data set", "network": "network"}
+    names = {key: what for key, what in unnamed.items() if config.get(key) is None}
+    if not names:
+        return ANOTHER
+    how = " and ".join(f"{key} = 'NAME'" for key in names)
+    return (
+        f"if that is of another {' or '.join(names.values())}, tell them apart by {how} in the config; else {ANOTHER}"
+    )
 
 
 def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import io
 import time
 from dataclasses import dataclass
-from logging import FileHandler
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from mmengine.config import Config
-from mmengine.logging import MMLogger
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import Runner
 from mmengine.visualization import TensorboardVisBackend
-from mmseg.registry import DATASETS, MODELS
+from mmseg.registry import DATASETS
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from experiment import ExperimentError, Record, RunFolder
@@ -34,8 +32,8 @@ from experiment.signals import held
 from lowrank import converted_layers, kernels
 from segmentation.batches import first_batch, first_batches, logits, segmentation_loss, training_mode
 from segmentation.building import require_optimizer
-from segmentation.checkpoints import LAST, check_fit, load_weights, newest, read_safely_everywhere
-from segmentation.compose import class_count, datasets, hook_settings, with_naming_readers
+from segmentation.checkpoints import LAST, newest, read_safely_everywhere
+from segmentation.compose import hook_settings, with_naming_readers
 from segmentation.data.draws import place_draws
 from segmentation.data.registry import data_of, require_data
 from segmentation.formatting import formatted_once
@@ -44,6 +42,7 @@ from segmentation.hook import LowRankHook, unwrapped
 from segmentation.identity import (
     MEASURED,
     TRAINED,
+    advice,
     budget_settings,
     further_settings,
     identity_of,
@@ -51,7 +50,8 @@ from segmentation.identity import (
     perplexity_settings,
     run_of,
 )
-from segmentation.quiet import quietly, register_modules
+from segmentation.network import prepared_model, require_classes, require_layers, require_weights
+from segmentation.quiet import quietly
 from segmentation.saving import WholeCheckpoints
 from segmentation.sources import own_sources
 from segmentation.start import share_out
@@ -84,7 +84,9 @@ class Task:
         identity = identity_of(self.config, MEASURED if result == TABLE else TRAINED)
         path = self.work_dir or name.folder(self.runs_dir)
         data = data_of(self.config)
-        folder = RunFolder(path, identity, result, data.fingerprint, LAST, name, own_sources(identity))
+        folder = RunFolder(
+            path, identity, result, data.fingerprint, LAST, name, own_sources(identity), advice(self.config)
+        )
         if work is not None:
             work.title, work.folder = str(name), path
         said = nothing_to_do(name, folder, self.dry_run, lambda: self._check(folder))
@@ -106,6 +108,10 @@ class Task:
 
     def _check(self, folder: RunFolder) -> None:
         """Refuse what the run would, as far as what it needs is there; nothing is downloaded."""
+        if folder.result.name == TABLE:
+            prepared_model(self.config, weights=False)
+        else:
+            require_layers(self.config)
         if folder.data_fingerprint is None:
             return
         require_classes(self.config)
@@ -198,38 +204,6 @@ def _end_loading(runner: Runner) -> None:
 def _runner(config: Config) -> Runner:
     with quietly():
         return Runner.from_cfg(config)
-
-
-def require_classes(config: Config) -> None:
-    """Refuse a network of another number of classes than its data sets have.
-
-    Raises:
-        ExperimentError: see above.
-    """
-    register_modules()
-    count = class_count(config)
-    for part in datasets(config):
-        kind = DATASETS.get(part["type"])
-        named = part.get("metainfo", {}).get("classes") or getattr(kind, "METAINFO", {}).get("classes")
-        if count is not None and named is not None and len(named) != count:
-            raise ExperimentError(
-                f"model.decode_head.num_classes is {count}, and the data set {part['type']} has {len(named)} classes"
-            )
-
-
-def require_weights(config: Config) -> None:
-    """Refuse weights that cannot be read, or are of another network, before anything is written.
-
-    Raises:
-        ExperimentError: see `segmentation.checkpoints.check_fit`.
-    """
-    source = config.get("load_from")
-    if source:
-        content = CheckpointLoader.load_checkpoint(source, "cpu", logger="silent")
-        register_modules()
-        with quietly():
-            model = MODELS.build(config.model)
-        check_fit(model, content, source)
 
 
 def _final(runner: Runner) -> bytes:
@@ -338,33 +312,3 @@ def _measure(task: Task, name: RunName, folder: RunFolder) -> None:
         shape = (task.config.train_dataloader.batch_size, name.seed, settings.pop("batches", 1))
         batches = first_batches(model, dataset, *shape)
         write_table(name, folder, training_mode(model), layers, segmentation_loss, batches, settings)
-
-
-def _forget_closed_logs() -> None:
-    """Log files of a run that ended in this process are closed; MMEngine writes initial weights to all that it has."""
-    logger = MMLogger.get_current_instance()
-    for handler in [one for one in logger.handlers if isinstance(one, FileHandler) and one.stream is None]:
-        logger.removeHandler(handler)
-
-
-def prepared_model(config: Config) -> tuple[Any, list[str]]:
-    """The config's model with its weights, frozen as for training but not converted, and the layers it trains.
-
-    Raises:
-        ExperimentError: the config has no `LowRankHook` with layers, or an earlier version saved the weights.
-    """
-    settings = hook_settings(config)
-    if settings is None or not settings["layers"]:
-        raise ExperimentError("the config names no layers; give --layers, or a LowRankHook in custom_hooks")
-    read_safely_everywhere()
-    register_modules()
-    with quietly():
-        model = MODELS.build(config.model)
-        _forget_closed_logs()
-        model.init_weights()
-    if config.get("load_from"):
-        load_weights(model, config.load_from)
-    exact = {**settings, "method": {"type": "Vanilla"}, "budget": None, "fuse": False, "recompute_loss": False}
-    hook = LowRankHook(**exact)
-    layers = hook.prepare(model)
-    return model, layers

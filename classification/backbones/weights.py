@@ -64,6 +64,16 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, path: str) -> nn.Module:
     """Load a file into a network. A classifier of another size is left as it is; everything else must fit.
 
+    Raises:
+        ExperimentError: see `fitting`.
+    """
+    model.load_state_dict(fitting(model, path), strict=False)
+    return model
+
+
+def fitting(model: nn.Module, path: str) -> dict[str, Tensor]:
+    """What a file has for a network, without a classifier of another size; everything else must fit.
+
     A network that is published under other names has `own_names`, which gives them its own.
 
     Raises:
@@ -86,8 +96,7 @@ def load_weights(model: nn.Module, path: str) -> nn.Module:
             f"weights file {path} is of another network: {len(absent)} tensors missing, {len(foreign)} unknown, "
             f"{len(wrong)} of another shape, such as {example!r}"
         )
-    model.load_state_dict(state, strict=False)
-    return model
+    return state
 
 
 def weights_fingerprint(path: str) -> str:

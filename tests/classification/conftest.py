@@ -21,7 +21,7 @@ def _no_weights_of_this_machine(monkeypatch, tmp_path_factory):
 def _one_folder_of_fronts(request, monkeypatch, tmp_path_factory):
     """Runs of all tests find there what a frozen front makes of their images, as runs of one folder do."""
     if request.module.__name__ != "test_front":
-        monkeypatch.setattr("classification.cli.FRONTS", str(tmp_path_factory.getbasetemp() / "fronts"))
+        monkeypatch.setattr("classification.lightning_cli.FRONTS", str(tmp_path_factory.getbasetemp() / "fronts"))
 
 
 @pytest.fixture(scope="session")

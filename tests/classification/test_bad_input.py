@@ -196,12 +196,13 @@ def test_a_mistake_is_one_line_and_nothing_is_half_written(files, tmp_path, caps
         *("a pixel of a crop", "less than no images", "half an image", "limit of time in words"),
         *("limit of time in the past", "no ranks", "selected from behind the end", "momentum of AdamW"),
         *("no validation", "a quick run", "less than a batch", "a share below a batch", "batch too large"),
-        *("runs below a file", "runs in a system folder"),
+        *("runs below a file", "runs in a system folder", "too many layers", "no layers", "image below a patch"),
+        *("table of other layers", "table of fewer layers", "weights of another network"),
     ],
 )
 def test_a_dry_run_refuses_settings_that_the_run_would(files, tmp_path, capsys, mistake):
     options, message = MISTAKES[mistake]
-    options = [str(option).replace("FILES", str(files)) for option in options]
+    options = [str(option).replace("FILES", str(files)).replace("CONFIGS", str(CONFIGS)) for option in options]
     refused(arguments("fit", tmp_path, "--model.layers", 2, "--dry_run", *options), capsys, message)
     assert list(tmp_path.iterdir()) == []
 

@@ -202,7 +202,7 @@ def content(folder):
 
 @pytest.mark.parametrize("way", ["same arguments", "stored config", "no influence on the result"])
 def test_a_finished_run_is_not_run_again(best_first, capsys, monkeypatch, way):
-    monkeypatch.setattr("classification.cli.Trainer.fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("classification.lightning_cli.Trainer.fit", lambda *_, **__: pytest.fail("trained again"))
     command = {
         "same arguments": best_first.arguments,
         "stored config": ["fit", "--config", str(best_first.folder / "config.yaml")],

@@ -86,7 +86,7 @@ def test_only_the_run_itself_is_validated_and_tested(measured, monkeypatch, caps
     runs, usual = measured
     given = (*usual, *(() if options == ("swapped images",) else options))
     if options == ("swapped images",):
-        monkeypatch.setattr("classification.cli.data_fingerprint", lambda config: "another")
+        monkeypatch.setattr("classification.lightning_cli.data_fingerprint", lambda config: "another")
     assert main(arguments(command, runs, *given, method="hosvd_0.8")) == 2
     error = capsys.readouterr().err
     assert message in error

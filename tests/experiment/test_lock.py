@@ -126,6 +126,18 @@ def test_a_job_that_slurm_starts_again_takes_over_from_its_earlier_try_on_anothe
         pass
 
 
+def test_who_only_looks_gives_up_a_time_ahead_that_nobody_has_changed_while_it_looked(tmp_path, monkeypatch):
+    path, clock = leave(tmp_path, -(10**9), space="a machine whose clock is fast"), time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    before = path.stat().st_mtime
+    for seconds, there in ((0, True), (LEASE - 1, True), (2, False)):
+        clock += seconds
+        assert (holder(tmp_path) is not None) == there
+        assert path.stat().st_mtime == before
+    os.utime(path, (before + 20, before + 20))  # its holder is there after all
+    assert holder(tmp_path) is not None
+
+
 @pytest.mark.parametrize("ask", [hold, lambda folder: contextlib.nullcontext(holder(folder, asks=True))])
 def test_a_time_ahead_ages_from_the_moment_in_which_someone_asks(tmp_path, monkeypatch, ask):
     path = leave(tmp_path, -(10**9), space="a machine whose clock is fast")

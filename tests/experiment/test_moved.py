@@ -1,5 +1,6 @@
 """What a setting names of another run is found where all runs have been moved to."""
 
+from experiment.launching import GROUP
 from experiment.moved import place_now
 
 RUN = "classification/B/mcunet/digits/hosvd_0.8/layers2/seed233"
@@ -13,6 +14,14 @@ def test_a_file_of_a_run_is_found_below_the_folder_of_all_runs_and_said(tmp_path
         assert place_now(f"{old}/{RUN}/checkpoints/best.ckpt", tmp_path / "now") == str(now)
         assert f"{RUN}/checkpoints/best.ckpt is not there; taken from {now}" in capsys.readouterr().out
     assert place_now(f"/old/{RUN}", tmp_path / "now") == str(tmp_path / "now" / RUN)
+
+
+def test_of_the_processes_of_a_run_the_one_that_starts_the_others_says_so(tmp_path, capsys, monkeypatch):
+    now = tmp_path / RUN
+    now.mkdir(parents=True)
+    monkeypatch.setenv(GROUP, str(tmp_path))
+    assert place_now(f"/old/{RUN}", tmp_path) == str(now)
+    assert capsys.readouterr().out == ""
 
 
 def test_whatever_else_stays_as_it_is(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """A warning reaches the user of a command as one line, without the place in the code that has raised it."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -37,6 +38,15 @@ def test_more_processes_that_load_than_cores_are_told_once(monkeypatch, capsys, 
         tell_crowded(f"--data.workers {count}", count)
     line = f"note: --data.workers {count} is more processes than the 2 cores here; fewer may load faster\n"
     assert capsys.readouterr().out == (line if said else "")
+
+
+def test_a_warning_that_cannot_be_written_is_no_error(monkeypatch):
+    with Path("/dev/full").open("w", buffering=1) as full, warnings.catch_warnings(action="default"):
+        monkeypatch.setattr(sys, "stderr", full)
+        say_warnings()
+        warnings.warn("the best candidates take 5 bytes", stacklevel=1)
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 OUTSIDE = """

@@ -17,6 +17,7 @@ with warnings.catch_warnings():  # of parts of the packages that are not used he
 from mmengine.config import Config
 from mmseg.registry import MODELS
 from mmseg.utils import register_all_modules
+from own_configs import dataset, settings, write_config, write_data
 from segmentors import CLASSES
 
 from segmentation.batches import Batch
@@ -61,3 +62,15 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, scenes in SETS.items():
         write_scenes(root / name, Scenes(scenes.digits, train=12, val=4, size=32))
     return root
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> tuple[dict[str, Any], Callable[..., list[str]]]:
+    """A config for a data set of one's own; and a function that writes it, and gives a command for it."""
+    root = write_data(tmp_path / "own")
+    content = settings(dataset(root, "train"), dataset(root, "val"))
+
+    def words(command: str = "train", *more: str) -> list[str]:
+        return [command, write_config(tmp_path / "net.py", content), "--runs-dir", str(tmp_path / "runs"), *more]
+
+    return content, words

@@ -88,3 +88,18 @@ def write_config(path: Path, content: dict[str, Any]) -> str:
     """Write a config as a program, as MMEngine's mostly are; gives its path as a word of a command."""
     path.write_text("".join(f"{key} = {value!r}\n" for key, value in content.items()))
     return str(path)
+
+
+def set_at(content: dict[str, Any], *path: Any) -> None:
+    """Set or, where it ends in None, delete what is at a place in a config."""
+    *keys, last, value = path
+    for key in keys:
+        content = content[key]
+    if value is None:
+        del content[last]
+    else:
+        content[last] = value
+
+
+def errors(capsys: Any) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]

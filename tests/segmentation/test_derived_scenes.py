@@ -23,7 +23,7 @@ from segmentation.batches import segmentation_loss, training_mode
 from segmentation.cli import main
 from segmentation.compose import load_config
 from segmentation.identity import MEASURED, identity_of
-from segmentation.training import prepared_model
+from segmentation.network import prepared_model
 
 ROOT = Path(__file__).parents[2]
 NETWORK, METHOD, MIB = "deeplabv3_mbv2_small", "asi_int8_derived", 0.002

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmengine.config import Config
-from own_configs import dataset, settings, write_config, write_data
+from own_configs import dataset, errors, set_at, write_data
 from PIL import Image
 
 from experiment import ExperimentError, Record
@@ -23,33 +23,6 @@ from segmentation.identity import dataset_of
 from segmentation.sources import own_sources
 
 EPOCHS = {"type": "EpochBasedTrainLoop", "max_epochs": 2}
-
-
-@pytest.fixture
-def own(tmp_path):
-    """A config for a data set of one's own; and a function that writes it, and gives a command for it."""
-    root = write_data(tmp_path / "own")
-    content = settings(dataset(root, "train"), dataset(root, "val"))
-
-    def words(command="train", *more):
-        return [command, write_config(tmp_path / "net.py", content), "--runs-dir", str(tmp_path / "runs"), *more]
-
-    return content, words
-
-
-def set_at(content, *path):
-    """Set or, where it ends in None, delete what is at a place in a config."""
-    *keys, last, value = path
-    for key in keys:
-        content = content[key]
-    if value is None:
-        del content[last]
-    else:
-        content[last] = value
-
-
-def errors(capsys):
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
 
 
 FAILING = {  # what is changed, and what is said

@@ -1,0 +1,56 @@
+"""What a network shows once it is built, found without its numbers, so that a dry run can say it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import lowrank
+from classification.backbones import build_model
+from classification.backbones.weights import fitting
+from classification.data.text import TEXTS
+from classification.image_size import require_image_size
+from experiment import ExperimentError
+from experiment.method import build_method, with_ranks
+from experiment.ranks import Budget
+
+_CLASSES = 10  # a classifier of another size is left out where weights are compared
+
+
+def require_network(settings: Mapping[str, Any]) -> None:
+    """Refuse layers, weights, a method and a size of images that are not for the network.
+
+    Args:
+        settings: the resolved config of a command.
+
+    Raises:
+        ExperimentError, LowRankError: one of them is not.
+    """
+    model, data = settings["model"], settings["data"]
+    network = _without_numbers(model["backbone"])
+    if model["weights"] is not None:
+        fitting(network, model["weights"])
+    if model["kind"] == "linear" and model["part"] != "mlp":
+        lowrank.open_attention(network)
+    names = lowrank.trailing_layers(network, model["layers"], model["kind"], model["part"])
+    budget = None if model["budget"] is None else Budget(**model["budget"])
+    told = (names, model["rank_choice"], settings["seed_everything"])
+    method = with_ranks(build_method(model["method"]), budget, *told)
+    if problems := lowrank.check(network, names, method):
+        raise ExperimentError("; ".join(problems))
+    if data["dataset"] not in TEXTS:
+        require_image_size(network, data["image_size"], model["backbone"])
+
+
+def _without_numbers(name: str) -> nn.Module:
+    """A network on the meta device; one of somebody's own that cannot be built there, as it is built for training."""
+    try:
+        with torch.device("meta"):
+            return build_model(name, _CLASSES)
+    except ExperimentError:
+        raise
+    except Exception:  # whatever numbers are asked for that are not there
+        return build_model(name, _CLASSES)

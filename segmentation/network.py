@@ -1,0 +1,102 @@
+"""The network of a config: built, with what it starts from, and whether the config's settings are for it."""
+
+from __future__ import annotations
+
+from logging import FileHandler
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.runner import CheckpointLoader
+from mmseg.registry import DATASETS, MODELS
+
+from experiment import ExperimentError
+from segmentation.checkpoints import check_fit, load_weights, read_safely_everywhere
+from segmentation.compose import class_count, datasets, hook_settings
+from segmentation.hook import LowRankHook
+from segmentation.quiet import quietly, register_modules
+
+
+def prepared_model(config: Config, weights: bool = True) -> tuple[Any, list[str]]:
+    """The config's model with its weights, frozen as for training but not converted, and the layers it trains.
+
+    Args:
+        config: see `segmentation.compose`.
+        weights: False where the network alone is asked after, with whatever it has when it is built.
+
+    Raises:
+        ExperimentError: the config has no `LowRankHook` with layers, or an earlier version saved the weights.
+    """
+    settings = hook_settings(config)
+    if settings is None or not settings["layers"]:
+        raise ExperimentError("the config names no layers; give --layers, or a LowRankHook in custom_hooks")
+    model = _built(config)
+    if weights:
+        _start(model, config)
+    exact = {**settings, "method": {"type": "Vanilla"}, "budget": None, "fuse": False, "recompute_loss": False}
+    hook = LowRankHook(**exact)
+    layers = hook.prepare(model)
+    return model, layers
+
+
+def _start(model: Any, config: Config) -> None:
+    """Give a model what it starts from."""
+    read_safely_everywhere()
+    with quietly():
+        _forget_closed_logs()
+        model.init_weights()
+    if config.get("load_from"):
+        load_weights(model, config.load_from)
+
+
+def _forget_closed_logs() -> None:
+    """Log files of a run that ended in this process are closed; MMEngine writes initial weights to all that it has."""
+    logger = MMLogger.get_current_instance()
+    for handler in [one for one in logger.handlers if isinstance(one, FileHandler) and one.stream is None]:
+        logger.removeHandler(handler)
+
+
+def _built(config: Config) -> Any:
+    register_modules()
+    with quietly():
+        return MODELS.build(config.model)
+
+
+def require_layers(config: Config) -> None:
+    """Refuse what training would find once the network is built: layers, or parts to freeze, that it does not have.
+
+    Raises:
+        ExperimentError, ConversionError: see `segmentation.hook.LowRankHook.prepare`.
+    """
+    settings = hook_settings(config)
+    if settings is not None:
+        LowRankHook(**settings).prepare(_built(config))
+
+
+def require_classes(config: Config) -> None:
+    """Refuse a network of another number of classes than its data sets have.
+
+    Raises:
+        ExperimentError: see above.
+    """
+    register_modules()
+    count = class_count(config)
+    for part in datasets(config):
+        kind = DATASETS.get(part["type"])
+        named = part.get("metainfo", {}).get("classes") or getattr(kind, "METAINFO", {}).get("classes")
+        if count is not None and named is not None and len(named) != count:
+            raise ExperimentError(
+                f"model.decode_head.num_classes is {count}, and the data set {part['type']} has {len(named)} classes"
+            )
+
+
+def require_weights(config: Config) -> None:
+    """Refuse weights that cannot be read, or are of another network, before anything is written.
+
+    Raises:
+        ExperimentError: see `segmentation.checkpoints.check_fit`.
+    """
+    source = config.get("load_from")
+    if source:
+        content = CheckpointLoader.load_checkpoint(source, "cpu", logger="silent")
+        check_fit(_built(config), content, source)

@@ -1,0 +1,47 @@
+"""A dry run of a config of one's own refuses what the run does, and says what is to be changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from own_configs import errors, set_at
+
+from segmentation.cli import main
+
+
+def test_where_two_configs_share_a_folder_the_refusal_says_how_they_are_told_apart(own, capsys):
+    content, words = own
+    for named, how in (({}, "dataset = 'NAME' and network = 'NAME'"), ({"network": "x"}, "dataset = 'NAME' in")):
+        content |= named
+        assert main(words("train", "--dry-run")) == 0
+        folder = Path(capsys.readouterr().out.rpartition("folder: ")[2].strip())
+        folder.mkdir(parents=True)
+        (folder / "identity.json").write_text("{}")
+        (folder / "latest.pth").touch()
+        assert main(words("train", "--dry-run")) == 2
+        (line,) = errors(capsys)
+        assert "holds a run with other settings" in line
+        assert how in line
+    content["dataset"] = "own"
+    assert main(words("train", "--dry-run")) == 0
+
+
+UNFIT = {  # what is changed, and what is said
+    "layers": ("train", ("custom_hooks", 0, "layers", ["decode_head.nothing"]), "decode_head.nothing"),
+    "layers to measure": ("measure", ("custom_hooks", 0, "layers", ["decode_head.nothing"]), "decode_head.nothing"),
+    "parts to freeze": ("train", ("custom_hooks", 0, "freeze", ["backbones"]), "did you mean 'backbone'"),
+    "a method of linear layers": ("train", ("custom_hooks", 0, "method", {"type": "WSI", "energy": 0.9}), "WSI"),
+    "a network": ("train", ("model", "backbone", "depth", 19), "invalid depth 19 for resnet"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_only_the_built_network_shows_is_refused(name, own, tmp_path, capsys):
+    command, change, message = UNFIT[name]
+    content, words = own
+    set_at(content, *change)
+    assert main(words(command, "--dry-run")) == 2
+    (line,) = errors(capsys)
+    assert message in line
+    assert not (tmp_path / "runs").exists()
