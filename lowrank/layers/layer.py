@@ -118,10 +118,8 @@ class LowRankLayer(Changed):
         if self._lowrank.lazy and input.ndim == 4:
             from lowrank.layers.merged_in_graph import offer
 
-            x, dtype, outside = as_computed(input, weight)
-            settings = Settings(self._lowrank.name, geometry_of(self), self._lowrank.method, dtype)
-            with outside:
-                offer(y, x, weight, bias, settings, (x.detach(),))
+            x, dtype, _ = as_computed(input, weight)
+            offer(y, x, weight, bias, Settings(self._lowrank.name, geometry_of(self), self._lowrank.method, dtype), ())
         return y
 
     def _read(self, input: Tensor) -> Tensor:

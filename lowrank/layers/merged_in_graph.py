@@ -1,7 +1,7 @@
 """A convolution and the normalisation by running statistics behind it, in a graph that is compiled.
 
-What eager training finds out by outputs that are computed when they are read, a compiler sees while it records: an
-output carries what a normalisation needs to keep nothing of it, and in the graph so far is written whether anything
+What eager training finds out by outputs that are computed when they are read, a compiler sees while it records: of an
+output is noted what a normalisation needs to keep nothing of it, and in the graph so far is written whether anything
 else was done with it. What nobody reads the compiler leaves out. See `autograd_function` for the mathematics.
 
 Imported when something is compiled, as it imports PyTorch's compiler, which takes as long as all else.
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank.layers import graph_notes
 from lowrank.layers.autograd_function import LowRankFunction, Settings, per_output
-from lowrank.layers.graph_nodes import is_untouched, mark
 from lowrank.methods.base import Tensors
+from lowrank.tensors.eager import without_autocast
 
 
 def offer(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, kept: Tensors) -> None:
@@ -25,29 +26,30 @@ def offer(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, settings: S
 
     Args:
         y: (B, O, H', W').
-        x: input of the layer; what is done to it in place between the two changes nothing.
+        x: input of the layer.
         weight, bias: of the layer.
         settings: of the call.
-        kept: what the method has kept of `x`.
+        kept: what the method has kept of `x`; none: the method keeps `x` itself.
     """
-    frozen = None if bias is None else bias.detach()
-    of_input = LowRankFunction.apply(x, weight.detach(), frozen, settings, None, False)
-    y._lowrank_offer = (of_input, weight, bias, settings, tuple(x.shape), kept)  # type: ignore[attr-defined]
-    mark(y)
+    graph_notes.offer(y, (x, weight, bias, settings, kept), (x, weight, bias))
 
 
-def normalised(module: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
+def normalised(module: nn.BatchNorm2d, y: Tensor) -> Tensor | None:
     """What a normalisation makes of a convolution's output, keeping nothing of it; None: it has to keep it, or keeps
     nothing as it is."""
-    found = getattr(x, "_lowrank_offer", None)
-    gamma, mean, variance = module.weight, module.running_mean, module.running_var
-    if found is None or module.training or gamma is None or not gamma.requires_grad or mean is None:
+    gamma, beta, mean, variance = module.weight, module.bias, module.running_mean, module.running_var
+    if module.training or gamma is None or not gamma.requires_grad or mean is None or variance is None:
         return None
-    if not is_untouched(x):
+    found = graph_notes.offered(y, (gamma, beta, mean, variance))
+    if found is None:
         return None
-    y, weight, bias, settings, shape, kept = found
-    own = gamma, module.bias, mean, variance, module.eps
-    z: Tensor = _NormFunction.apply(y, weight, bias, *own, settings, shape, *kept)
+    x, weight, bias, settings, kept = found
+    with without_autocast(x.device.type):
+        frozen = None if bias is None else bias.detach()
+        of_input = LowRankFunction.apply(x, weight.detach(), frozen, settings, None, False)
+        kept = kept or (x.detach(),)
+    own = gamma, beta, mean, variance, module.eps
+    z: Tensor = _NormFunction.apply(of_input, weight, bias, *own, settings, tuple(x.shape), *kept)
     return z
 
 

@@ -145,24 +145,22 @@ def note_kept(name: str, input: Tensor, x: Tensor, method: Method, kept: Tensors
 
 
 def _kept_in_graph(input: Tensor, x: Tensor, method: Method) -> Tensors | None:
-    found = getattr(input, "_lowrank_form", None)
-    if found is None or not in_compiled_graph():
+    if not in_compiled_graph():
         return None
-    from lowrank.layers.graph_nodes import is_only_read
+    from lowrank.layers import graph_notes
 
+    found = graph_notes.noted(input)
+    if found is None:
+        return None
     dtype, known, kept = found
-    serves = dtype == x.dtype and _serves(known, method, tuple(x.shape)) and is_only_read(input)
-    return kept if serves else None
+    return kept if dtype == x.dtype and _serves(known, method, tuple(x.shape)) else None
 
 
 def _note_in_graph(input: Tensor, x: Tensor, method: Method, kept: Tensors) -> None:
-    """On the tensor itself, where the graph has made it: one that it was given outlives it."""
-    if not in_compiled_graph() or kept[0] is x:
-        return
-    from lowrank.layers.graph_nodes import is_only_read
+    if in_compiled_graph() and kept[0] is not x:
+        from lowrank.layers import graph_notes
 
-    if is_only_read(input):
-        input._lowrank_form = (x.dtype, method, kept)  # type: ignore[attr-defined]
+        graph_notes.note(input, (x.dtype, method, kept))
 
 
 def _is_behind(form: Form, first: Form | None) -> bool:
