@@ -1,5 +1,5 @@
-"""What layers note of a tensor for those that it reaches, in a graph that is compiled: as `lowrank.tensors.notes` in eager
-training.
+"""What layers note of a tensor for those that it reaches, in a graph that is compiled: there what
+`lowrank.tensors.notes` is in eager training.
 
 A note is the compiler's alone: nothing of it is in the graph, on a tensor, or there when the graph is done. What was
 done with a tensor since is in the graph that is recorded so far, and how often it was changed in place in the tensor

@@ -80,16 +80,9 @@ def remembered(function: Function) -> Function:
 
 
 def in_compiled_graph() -> bool:
-    """Whether `torch.compile` records a graph for training, not an export, nor another tracer that says it compiles, nor
-    a transform of `torch.func` in such a graph."""
+    """Whether `torch.compile` records a graph for training, not an export, nor another tracer that says it compiles."""
     # The flag itself: on PyTorch 2.11, is_exporting() answers True to any compiler that asks.
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag and not _is_transformed()
-
-
-@torch.compiler.assume_constant_result
-def _is_transformed() -> bool:
-    """Whether a transform of `torch.func`, or forward mode, is on: while a compiler records one, it is."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag
 
 
 def wants_gradient(x: Tensor) -> bool:

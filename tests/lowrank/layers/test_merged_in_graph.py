@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -275,3 +276,16 @@ def test_a_convolution_and_its_normalisation_within_a_checkpoint(reentrant):
     model, x = lowrank.convert(copy.deepcopy(block), ["block.conv"], Vanilla()), random_tensor(2, 3, 6, 6)
     fast = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(_gradients(model, fast, x), _gradients(block, block, x), rtol=1e-9, atol=1e-9)
+
+
+def test_under_a_transform_in_a_graph_layers_are_the_stock_ones():
+    torch._dynamo.reset()
+    block = nn.Sequential(Block(), nn.ReLU()).double().eval()
+    model, x = lowrank.convert(copy.deepcopy(block), ["0.conv"], ASI(1)), random_tensor(2, 3, 6, 6)
+
+    def gradients(one, x):
+        loss = lambda parameters: torch.func.functional_call(one, parameters, (x,)).square().sum()  # noqa: E731
+        return torch.func.grad(loss)(dict(one.named_parameters()))
+
+    found = [torch.compile(partial(gradients, one), backend="aot_eager", fullgraph=True)(x) for one in (model, block)]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
