@@ -30,7 +30,8 @@ def require_network(settings: Mapping[str, Any]) -> None:
         ExperimentError, LowRankError: one of them is not.
     """
     model, data = settings["model"], settings["data"]
-    network = _without_numbers(model["backbone"])
+    method = build_method(model["method"])
+    network = _network(model["backbone"], with_numbers=method.factors_weight)  # of which factors are found
     if model["weights"] is not None:
         fitting(network, model["weights"])
     if model["kind"] == "linear" and model["part"] != "mlp":
@@ -38,19 +39,21 @@ def require_network(settings: Mapping[str, Any]) -> None:
     names = lowrank.trailing_layers(network, model["layers"], model["kind"], model["part"])
     budget = None if model["budget"] is None else Budget(**model["budget"])
     told = (names, model["rank_choice"], settings["seed_everything"])
-    method = with_ranks(build_method(model["method"]), budget, *told)
+    method = with_ranks(method, budget, *told)
     if problems := lowrank.check(network, names, method):
         raise ExperimentError("; ".join(problems))
     if data["dataset"] not in TEXTS:
         require_image_size(network, data["image_size"], model["backbone"])
 
 
-def _without_numbers(name: str) -> nn.Module:
-    """A network on the meta device; one of somebody's own that cannot be built there, as it is built for training."""
+def _network(name: str, with_numbers: bool) -> nn.Module:
+    """A network on the meta device; with numbers, or one of somebody's own that asks for them, as for training."""
+    if with_numbers:
+        return build_model(name, _CLASSES)
     try:
         with torch.device("meta"):
             return build_model(name, _CLASSES)
     except ExperimentError:
         raise
-    except Exception:  # whatever numbers are asked for that are not there
+    except Exception:  # whatever is asked of numbers that are not there
         return build_model(name, _CLASSES)
