@@ -121,9 +121,13 @@ def compiled(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
     """A compiled graph that may keep half of the activations and computes the rest again."""
     import torch._functorch.config as functorch_config
 
-    functorch_config.activation_memory_budget = BUDGET
     graph = torch.compile(model, backend="aot_eager_decomp_partition")
-    return lambda _, batch: loss_of(graph, batch)  # type: ignore[arg-type]
+
+    def loss(_: nn.Module, batch: Batch) -> Tensor:
+        with functorch_config.patch(activation_memory_budget=BUDGET):  # for this graph alone
+            return loss_of(graph, batch)  # type: ignore[arg-type]
+
+    return loss
 
 
 def autocast(model: nn.Module, names: list[str], batch: Batch) -> LossFunction:
