@@ -10,7 +10,7 @@ from references import random_tensor
 from torch import nn
 
 import lowrank
-from lowrank import ASI, Vanilla
+from lowrank import ASI, WASI, WSI, Vanilla
 from lowrank.layers import replaced
 
 LAYERS = {
@@ -50,6 +50,25 @@ def test_a_converted_layer_is_the_stock_one_while_its_function_is_replaced(name,
         assert model[0]._lowrank.kept_bytes == x.nbytes
     model = lowrank.convert(copy.deepcopy(stock), ["0"], method, smallest=smallest)
     for one, expected in zip(results(model, x), before, strict=True):
+        torch.testing.assert_close(one, expected)
+
+
+@pytest.mark.parametrize("method", [WSI(energy=1.0), WASI(energy=1.0, ranks=[2, 2, 2])], ids=lambda method: method.tag)
+def test_so_is_a_linear_layer_whose_weight_is_two_factors(method, monkeypatch):
+    stock, own, x = nn.Sequential(nn.Linear(3, 4)).double(), F.linear, random_tensor(4, 5, 3)
+    model = lowrank.convert(copy.deepcopy(stock), ["0"], method)
+    before = results(model, x)[:2]
+    with monkeypatch.context() as patch, warnings.catch_warnings(action="ignore"):
+        patch.setattr(F, "linear", lambda x, weight, *further: own(x, 2 * weight, *further))
+        y, grad, *_ = results(model, x)
+        for one, expected in zip((y, grad), results(stock, x), strict=False):
+            torch.testing.assert_close(one, expected)
+        left, right = model[0].left, model[0].right
+        torch.testing.assert_close(left.grad, stock[0].weight.grad @ right.T)
+        torch.testing.assert_close(right.grad, left.T @ stock[0].weight.grad)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), stock(x))
+    for one, expected in zip(results(model, x), before, strict=False):
         torch.testing.assert_close(one, expected)
 
 
