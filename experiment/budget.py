@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import ExperimentError
+from experiment.moved import if_moved
 from experiment.record import RESULT, Record
 
 BUDGET_METHOD = "hosvd_0.8"  # the papers give ASI the memory that this method used
@@ -61,7 +62,7 @@ def _of_run(mib: float | None, run: str | None) -> Record:
     path = Path(run) / RESULT
     if not path.exists():
         raise ExperimentError(
-            f"the budget is what another run used, which is not done: there is no {path}; do it first"
+            f"the budget is what another run used, which is not done: there is no {path}; do it first{if_moved(path)}"
         )
     return Record.load(path)
 

@@ -15,6 +15,14 @@ _OF_RUN = re.compile(r"layers(\d+|all)/seed\d+")
 _ABOVE = 5  # names of a run's folder ahead of these: task, setup, model, data set, method
 
 
+def if_moved(path: str | Path) -> str:
+    """What else to do, as the end of an error, where what a setting names is not there; nothing if it is of no run."""
+    parts = Path(path).parts
+    pairs = ("/".join(pair) for pair in zip(parts[_ABOVE:], parts[_ABOVE + 1 :], strict=False))
+    of_run = any(map(_OF_RUN.fullmatch, pairs))
+    return "; if all runs were moved, give the folder that they are in now as --runs-dir" if of_run else ""
+
+
 def place_now(path: str, runs_dir: Path) -> str:
     """The place of what a setting names: as given where it is there, else below the folder of all runs, which is said.
 

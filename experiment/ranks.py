@@ -13,6 +13,7 @@ import numpy as np
 from experiment.budget import budget_bytes, budget_tag, check_divisor, check_mib
 from experiment.errors import ExperimentError
 from experiment.folder import DATASET, IDENTITY
+from experiment.moved import if_moved
 from experiment.provenance import fingerprint
 from experiment.record import RESULT, Record
 from lowrank import BudgetError, PerplexityTable, RankPlan, Storage, select_ranks
@@ -58,13 +59,21 @@ class Budget:
         perplexity was measured.
 
         Raises:
-            TableError: there is no such table.
+            TableError: it is no whole table.
         """
-        table = PerplexityTable.load(self.table)
+        table = self._table()
         size = {"mib": self.mib} if self.run is None else {"of": budget_tag(None, self.run, self.divisor)}
         measured = {"energies": list(table.energies), "batches": table.batches, "derive": table.derives}
         told = size | measured | _measured_by(Path(self.table))
         return {f"budget.{name}": value for name, value in told.items()}
+
+    def _table(self) -> PerplexityTable:
+        if not Path(self.table).exists():
+            raise ExperimentError(
+                f"perplexity table {self.table} cannot be read: there is no such file; measure it first"
+                f"{if_moved(self.table)}"
+            )
+        return PerplexityTable.load(self.table)
 
     def plan(
         self,
@@ -83,7 +92,7 @@ class Budget:
         if choice != "perplexity" and (storage != "input" or derive):
             told = "derive" if derive else f"storage {storage!r}"
             raise ExperimentError(f"--model.rank_choice is {choice!r} with {told}; allowed: 'perplexity'")
-        table = PerplexityTable.load(self.table).only(names)
+        table = self._table().only(names)
         if derive and table.derives != derive:
             raise ExperimentError(
                 f"the perplexity table {self.table} does not say which inputs follow from which, as a method with "
@@ -115,9 +124,9 @@ class Budget:
         Raises:
             ExperimentError: the table was not measured for this very run, or the budget is that of a run on another
                 data set.
-            TableError: there is no such table.
+            TableError: it is no whole table.
         """
-        table = PerplexityTable.load(self.table)
+        table = self._table()
         if (table.model, table.batch_shape) != (model, batch_shape):
             raise ExperimentError(
                 f"the perplexity table {self.table} is of {table.model} on batches {table.batch_shape}, this run of "

@@ -13,6 +13,7 @@ import torch
 from numpy._core.multiarray import _reconstruct, scalar
 
 from experiment.errors import ExperimentError
+from experiment.moved import if_moved
 
 # What published checkpoints hold beside tensors and plain values: numbers and arrays of numpy, also of older versions.
 _KINDS = ("bool", "uint8", "int8", "int16", "int32", "int64", "uint32", "uint64", "float16", "float32", "float64")
@@ -37,7 +38,7 @@ def read_weights(path: str | Path, further: Sequence[Any] = (), map_location: An
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ExperimentError(f"there is no weights file {path}")
+        raise ExperimentError(f"there is no weights file {path}{if_moved(path)}")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([*PLAIN, *further]):
             warnings.simplefilter("ignore")  # of old formats

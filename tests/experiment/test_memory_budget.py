@@ -38,7 +38,7 @@ def test_exactly_one_of_the_two_is_given(of, mib, run):
 @pytest.mark.parametrize("of", [budget_bytes, budget_tag])
 def test_the_run_that_gives_the_budget_has_to_be_done(of, tmp_path):
     with pytest.raises(
-        ExperimentError, match=rf"is not done: there is no {tmp_path / 'x' / 'result.json'}; do it first"
+        ExperimentError, match=rf"is not done: there is no {tmp_path / 'x' / 'result.json'}; do it first$"
     ):
         of(None, str(tmp_path / "x"))
 

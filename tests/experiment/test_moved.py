@@ -1,7 +1,13 @@
 """What a setting names of another run is found where all runs have been moved to."""
 
+import pytest
+
+from experiment import ExperimentError
+from experiment.budget import budget_bytes
 from experiment.launching import GROUP
 from experiment.moved import place_now
+from experiment.ranks import Budget
+from experiment.weights import read_weights
 
 RUN = "classification/B/mcunet/digits/hosvd_0.8/layers2/seed233"
 
@@ -22,6 +28,19 @@ def test_of_the_processes_of_a_run_the_one_that_starts_the_others_says_so(tmp_pa
     monkeypatch.setenv(GROUP, str(tmp_path))
     assert place_now(f"/old/{RUN}", tmp_path) == str(now)
     assert capsys.readouterr().out == ""
+
+
+def test_what_is_not_there_of_a_run_may_have_moved_which_its_error_says(tmp_path):
+    folder = tmp_path / "old" / RUN
+    for found, what in (
+        (lambda: budget_bytes(None, str(folder)), "do it first"),
+        (lambda: Budget(str(folder / "perplexity.json"), mib=1.0).plan([]), "measure it first"),
+        (lambda: read_weights(str(folder / "checkpoints" / "best.ckpt")), r"best\.ckpt"),
+    ):
+        with pytest.raises(ExperimentError, match=f"{what}; if all runs were moved, give the folder .* --runs-dir$"):
+            found()
+    with pytest.raises(ExperimentError, match=r"lost\.json/result\.json; do it first$"):
+        budget_bytes(None, "lost.json")
 
 
 def test_whatever_else_stays_as_it_is(tmp_path, capsys):
