@@ -34,9 +34,7 @@ def require_network(settings: Mapping[str, Any]) -> None:
     network = _network(model["backbone"], with_numbers=method.factors_weight)  # of which factors are found
     if model["weights"] is not None:
         fitting(network, model["weights"])
-    if model["kind"] == "linear" and model["part"] != "mlp":
-        lowrank.open_attention(network)
-    names = lowrank.trailing_layers(network, model["layers"], model["kind"], model["part"])
+    names = _layers(network, model)
     budget = None if model["budget"] is None else Budget(**model["budget"])
     told = (names, model["rank_choice"], settings["seed_everything"])
     method = with_ranks(method, budget, *told)
@@ -44,6 +42,17 @@ def require_network(settings: Mapping[str, Any]) -> None:
         raise ExperimentError("; ".join(problems))
     if data["dataset"] not in TEXTS:
         require_image_size(network, data["image_size"], model["backbone"])
+
+
+def require_layers(settings: Mapping[str, Any]) -> None:
+    """Refuse more layers than the network has; arguments and errors as of `require_network`."""
+    _layers(_network(settings["model"]["backbone"], with_numbers=False), settings["model"])
+
+
+def _layers(network: nn.Module, model: Mapping[str, Any]) -> list[str]:
+    if model["kind"] == "linear" and model["part"] != "mlp":
+        lowrank.open_attention(network)
+    return lowrank.trailing_layers(network, model["layers"], model["kind"], model["part"])
 
 
 def _network(name: str, with_numbers: bool) -> nn.Module:

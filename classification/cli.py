@@ -7,6 +7,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 
+from classification.built import require_layers
 from classification.config_files import check_config_files
 from classification.data import ImageDataModule
 from classification.data.prepared import forget_ahead
@@ -22,10 +23,11 @@ from experiment.processes import alone, say
 
 
 class _Check(SuiteCLI):
-    """Parses and checks a command, and ends before anything is built."""
+    """Parses and checks a command, and ends before anything is read or written."""
 
     def _set_seed(self) -> None:
         super()._set_seed()
+        require_layers(self.settings)
         raise NothingToDo
 
 
@@ -81,7 +83,8 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
 
 
 def check(arguments: Sequence[str]) -> None:
-    """Raise what `run` would raise of a command's options and settings, before anything is built or written."""
+    """Raise what `run` would raise of a command's options and settings, before anything is read or written; and
+    of the layers that it is to train."""
     run(arguments, kind=_Check)
 
 

@@ -69,6 +69,7 @@ class Sweep(AnySweep):
     task: ClassVar[str] = "classification"
     budget_option: ClassVar[str] = "--model.budget."
     derive_option: ClassVar[str] = "--model.derive"
+    depth_of_all: ClassVar[float] = max(map(int, LAYERS))
 
     @property
     def setup(self) -> str:

@@ -7,6 +7,7 @@ tables of perplexity where a method needs ranks, then every method at every dept
 from __future__ import annotations
 
 import argparse
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +80,7 @@ class Sweep(ABC):
     task: ClassVar[str]
     budget_option: ClassVar[str]  # how options of a budget begin
     derive_option: ClassVar[str]  # measures what methods with `derive` need
+    depth_of_all: ClassVar[float] = math.inf  # which every network has; a deeper run is checked before the sweep begins
 
     @property
     @abstractmethod
@@ -280,8 +282,14 @@ def parsed(
         refuse_own(told, {word for job in jobs for word in job.arguments[: len(job.arguments) - len(extra)]})
     except ExperimentError as error:
         parser.error(str(error))
-    if extra and not all(job.known(sweep.runs_dir) for job in jobs):
-        for job in {job.arguments[0]: job for job in reversed(jobs)}.values():
+    looked_at = {job.arguments[0]: job for job in reversed(jobs)} if extra else {}
+    deepest = max(
+        (job for job in jobs if isinstance(job.run.layers, int)), key=lambda job: job.run.layers, default=None
+    )
+    if deepest is not None and deepest.run.layers > sweep.depth_of_all:
+        looked_at["the deepest"] = deepest
+    if looked_at and not all(job.known(sweep.runs_dir) for job in jobs):
+        for job in looked_at.values():
             try:
                 check(job.arguments)
             except Exception as error:

@@ -13,6 +13,7 @@ from experiment import ExperimentError, Run
 from experiment.folder import ANOTHER
 from experiment.method import build_method
 from experiment.method import method_tag as tag_of
+from experiment.moved import if_moved
 from experiment.provenance import plain
 from experiment.ranks import Budget
 from lowrank import MODE_ENERGIES
@@ -169,7 +170,7 @@ def _weights(source: str | None) -> str | None:
     try:
         return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]
     except OSError as error:
-        raise ExperimentError(f"weights {source} cannot be read: {error.strerror}") from None
+        raise ExperimentError(f"weights {source} cannot be read: {error.strerror}{if_moved(source)}") from None
 
 
 def budget_settings(config: Config) -> dict[str, Any]:

@@ -113,3 +113,13 @@ def test_a_config_of_ones_own_that_is_none_is_named(tmp_path, monkeypatch, capsy
     assert ended.value.code == 2
     assert f"config {path} {message}" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["sweep", "dry run"])
+def test_more_layers_than_the_network_has_begin_nothing(tmp_path, capsys, dry):
+    commands = Commands()
+    with pytest.raises(SystemExit) as ended:
+        sweep.main(words(tmp_path, "--layers", "2", "50-51", *dry), commands)
+    assert (ended.value.code, commands.calls) == (2, [])
+    assert "51 trailing conv layers asked of MCUNet, which has 42; allowed: 1 to 42" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
