@@ -83,8 +83,8 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
 
 
 def check(arguments: Sequence[str]) -> None:
-    """Raise what `run` would raise of a command's options and settings, before anything is read or written; and
-    of the layers that it is to train."""
+    """Raise what `run` would raise of a command's options, settings and number of layers, before anything is read
+    or written."""
     run(arguments, kind=_Check)
 
 

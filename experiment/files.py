@@ -162,8 +162,9 @@ def try_place(folder: Path) -> None:
     Raises:
         OSError: nothing can be written there.
     """
-    with tempfile.TemporaryFile(dir=place_of(folder)):
-        pass
+    with tempfile.TemporaryFile(dir=place_of(folder)) as file:
+        file.write(bytes(4096))  # for an empty file there is room on a full disk
+        file.flush()
 
 
 def place_of(folder: Path) -> Path:

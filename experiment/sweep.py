@@ -283,11 +283,9 @@ def parsed(
     except ExperimentError as error:
         parser.error(str(error))
     looked_at = {job.arguments[0]: job for job in reversed(jobs)} if extra else {}
-    deepest = max(
-        (job for job in jobs if isinstance(job.run.layers, int)), key=lambda job: job.run.layers, default=None
-    )
-    if deepest is not None and deepest.run.layers > sweep.depth_of_all:
-        looked_at["the deepest"] = deepest
+    depths = {job.run.layers: job for job in jobs if isinstance(job.run.layers, int)}
+    if depths and max(depths) > sweep.depth_of_all:
+        looked_at["the deepest"] = depths[max(depths)]
     if looked_at and not all(job.known(sweep.runs_dir) for job in jobs):
         for job in looked_at.values():
             try:

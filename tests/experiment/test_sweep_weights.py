@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 
 import pytest
@@ -51,5 +52,12 @@ def test_a_dry_run_refuses_a_folder_that_cannot_be_written_and_makes_none(task, 
     assert SWEEPS[task](["--runs-dir", str(tmp_path / "file" / "runs"), "--dry-run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("file/runs cannot be written (Not a directory); give another --runs-dir")
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, most[1]))  # as on a full disk
+    try:
+        assert SWEEPS[task](["--runs-dir", str(tmp_path / "new" / "runs"), "--dry-run"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert "new/runs cannot be written (File too large)" in capsys.readouterr().err
     assert SWEEPS[task](["--runs-dir", str(tmp_path / "new" / "runs"), "--dry-run"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
