@@ -139,5 +139,5 @@ def write_table(
     """
     table = measure_perplexity(network, names, loss_fn, batches[0], further=batches[1:], **settings)
     replace(table, model=run.model).save(folder.result)
-    print(f"perplexity of {len(table.layers)} layers in {folder.result}", flush=True)
+    print(f"perplexity of {len(table.layers)} layer{'s' * (len(table.layers) > 1)} in {folder.result}", flush=True)
     return folder.result
