@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import ClassVar
 from unittest.mock import patch
 
 import torch
@@ -70,8 +69,6 @@ class Comparison:
 @dataclass(frozen=True)
 class NoWeightGradient(lowrank.Vanilla):
     """The limit of what compressing inputs can reach: nothing is kept, and the weight gradient costs nothing."""
-
-    keeps_input: ClassVar[bool] = False
 
     def compress(self, x: Tensor, geometry: Geometry, state: Tensors, name: str) -> tuple[Tensors, Tensors]:
         return (), ()

@@ -207,7 +207,7 @@ class LowRankFunction(Node):
             grad, shape = grad.unsqueeze(0), (1, *shape)
         grad_x = grad_weight = grad_bias = None
         if wants_x:
-            grad_x = settings.method.input_gradient(*_scaled_smaller(grad, weight, scale), settings.geometry, shape)
+            grad_x = settings.method.input_gradient(*scaled_smaller(grad, weight, scale), settings.geometry, shape)
             grad_x = grad_x.squeeze(0) if settings.single else grad_x
             grad_x = grad_x if ctx.order is None else ctx.order(grad_x)
         with torch.no_grad():
@@ -360,7 +360,7 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def _scaled_smaller(grad: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def scaled_smaller(grad: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output gradient and weight, the smaller of them scaled, in the gradient's dtype."""
     if scale is None:
         return grad, weight.to(grad.dtype)

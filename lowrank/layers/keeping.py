@@ -337,6 +337,9 @@ class Rebuilt(Vanilla):
         return geometry.weight_gradient(self.rebuild(*kept), grad)
 
 
+Rebuilt.keeps_input = True
+
+
 class Near(Rebuilt):
     """The input, computed again from what another layer keeps of its own: as near as that."""
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.layers import graph_notes
-from lowrank.layers.autograd_function import LowRankFunction, Settings, per_output
+from lowrank.layers.autograd_function import Settings, per_output, scaled_smaller
 from lowrank.methods.base import Tensors
 from lowrank.tensors.eager import without_autocast
 
@@ -44,22 +44,20 @@ def normalised(module: nn.BatchNorm2d, y: Tensor) -> Tensor | None:
     if found is None:
         return None
     x, weight, bias, settings, kept = found
-    with without_autocast(x.device.type):
-        frozen = None if bias is None else bias.detach()
-        of_input = LowRankFunction.apply(x, weight.detach(), frozen, settings, None, False)
-        kept = kept or (x.detach(),)
+    kept = kept or (x.detach(),)
     own = gamma, beta, mean, variance, module.eps
-    z: Tensor = _NormFunction.apply(of_input, weight, bias, *own, settings, tuple(x.shape), *kept)
+    with without_autocast(x.device.type):
+        z: Tensor = _NormFunction.apply(x, weight, bias, *own, settings, *kept)
     return z
 
 
 class _NormFunction(torch.autograd.Function):
-    """The stock normalisation; its scale's gradient from that of the convolution's weight."""
+    """The convolution and the stock normalisation; its scale's gradient from that of the convolution's weight."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        y: Tensor,
+        x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         gamma: Tensor,
@@ -68,21 +66,20 @@ class _NormFunction(torch.autograd.Function):
         variance: Tensor,
         eps: float,
         settings: Settings,
-        shape: tuple[int, ...],
         *kept: Tensor | None,
     ) -> Tensor:
         """The normalised output (B, O, H', W').
 
         Args:
-            y: the convolution's output (B, O, H', W'), of which a gradient goes to the convolution's input alone.
+            x: the convolution's input (B, C, H, W).
             weight, bias: of the convolution.
             gamma, beta, mean, variance, eps: of the normalisation, (O,).
             settings: of the convolution's call.
-            shape: of the convolution's input.
-            kept: what the method has kept of that.
+            kept: what the method has kept of `x`.
         """
-        ctx.eps, ctx.settings, ctx.shape = eps, settings, shape
+        ctx.eps, ctx.settings, ctx.shape = eps, settings, tuple(x.shape)
         ctx.save_for_backward(weight, bias, gamma, mean, variance, *kept)
+        y = settings.forward(x, weight, bias)
         return F.batch_norm(y, mean, variance, gamma, beta, False, 0.0, eps)
 
     @staticmethod
@@ -90,17 +87,21 @@ class _NormFunction(torch.autograd.Function):
         weight, bias, gamma, mean, variance, *kept = ctx.saved_tensors
         deviation = torch.rsqrt(variance + ctx.eps)
         scale = gamma * deviation
-        of_weight, of_beta = ctx.settings.gradients(
+        settings, wants = ctx.settings, ctx.needs_input_grad
+        of_weight, of_beta = settings.gradients(
             tuple(kept), grad, ctx.shape, tuple(weight.shape), weight=True, bias=True
         )
         products = (weight * of_weight.to(weight.dtype)).flatten(1).sum(1)
         of_gamma = deviation * (products - (mean if bias is None else mean - bias) * of_beta)
-        wants = ctx.needs_input_grad
+        of_input = None
+        if wants[0]:
+            smaller = scaled_smaller(grad, weight, scale)
+            of_input = settings.method.input_gradient(*smaller, settings.geometry, ctx.shape)
         return (
-            grad * per_output(scale.to(grad.dtype), 4) if wants[0] else None,
+            of_input,
             of_weight * per_output(scale, 4, 0),
             of_beta * scale if wants[2] else None,
             of_gamma,
             of_beta if wants[4] else None,
-            *[None] * (5 + len(kept)),
+            *[None] * (4 + len(kept)),
         )

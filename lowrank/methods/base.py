@@ -22,6 +22,7 @@ from lowrank.tensors.plans import fewest_macs, plan_gradient
 from lowrank.tensors.storage import Storage, check_storage, kept_ranks, restore, stored_bytes
 
 Tensors = tuple[Tensor | None, ...]
+_MADE_OF_INPUT = {"compress", "weight_gradient", "gradients", "input_gradient"}  # of which `keeps_input` speaks
 
 
 class Method(ABC):
@@ -31,7 +32,9 @@ class Method(ABC):
 
     Attributes:
         factors_weight: whether the layer's weight is held as two factors as well; linear layers alone.
-        keeps_input: whether what is kept is the input as it is, which may then be kept in another form.
+        keeps_input: whether what is kept is the input as it is, and gradients are the stock layer's, so that the input
+            may be kept in another form and the stock operator used; found by itself, and never so of a class that has
+            any of these of its own.
         restores: whether `restored` gives the input again, as near as what was kept is.
         chooses_by_data: whether the sizes of what is kept depend on the input's numbers, so that a compiler leaves it
             to eager training.
@@ -56,6 +59,8 @@ class Method(ABC):
     def __init_subclass__(cls, **settings: object) -> None:
         super().__init_subclass__(**settings)
         cls.own_input_gradient = cls.input_gradient is not Method.input_gradient
+        if not _MADE_OF_INPUT.isdisjoint(vars(cls)):
+            cls.keeps_input = False
 
     @property
     @abstractmethod
@@ -151,7 +156,6 @@ def form_tag(storage: str, derive: Derive) -> str:
 class Vanilla(Method):
     """Keep the input as it is: ordinary training."""
 
-    keeps_input: ClassVar[bool] = True
     carries: ClassVar[bool] = False
 
     @property
@@ -174,6 +178,9 @@ class Vanilla(Method):
             + costs.paper_weight_gradient(geometry, shape, out_channels),
             flops=exact_flops(geometry, shape, out_channels, input_gradient) + 2 * geometry.macs(shape, out_channels),
         )
+
+
+Vanilla.keeps_input = True  # which its subclasses have too, unless they have gradients of their own
 
 
 @dataclass(frozen=True)
