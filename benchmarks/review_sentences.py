@@ -143,7 +143,7 @@ class Plans:
         model.to(self.device).eval().set_submodule(names.pop(), nn.Identity())
         whole = self.sentences[(self.sentences != 0).sum(1) >= TOKENS][:CALIBRATED, :TOKENS]
         first, *more = self.sentences[:WEIGHED].split(BATCH) if weigh else (whole,)
-        lowrank.truncate_weights(model, names, _probed, first, 0.9, weigh_outputs=weigh, more=more)
+        lowrank.truncate_weights(model, names, _probed, first, 0.9, weigh_outputs=weigh, further=more)
         return {name: model.get_submodule(name).weight.detach() for name in names}
 
 

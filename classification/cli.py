@@ -18,7 +18,7 @@ from classification.parser_errors import readable
 from classification.start import within_slurm
 from experiment import ExperimentError
 from experiment.command import Work, finish, underscored
-from experiment.launching import run_all
+from experiment.process_group import run_all
 from experiment.processes import alone, say
 
 

@@ -15,9 +15,9 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from classification.data.module import FRONT_OF_AUGMENTED
 from classification.start import strategy_of
 from experiment import ExperimentError
-from experiment.launching import require_room
 from experiment.limit import check_limit
 from experiment.method import check_precision, require_own_ranks
+from experiment.process_group import require_room
 from experiment.warned import tell_crowded
 
 PRECISIONS = {"32", "32-true", "16-mixed", "bf16-mixed", "16", "bf16"}  # what is measured is in single precision

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from experiment.errors import DISK, OTHER_CODE, exit_code, is_mendable
 from experiment.jobs import FAILURE
-from experiment.launching import follow, report
+from experiment.process_group import follow, report
 from experiment.processes import FirstFailed, place
 from experiment.signals import Stopped, stoppable, stopped_by
 

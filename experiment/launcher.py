@@ -10,7 +10,7 @@ from typing import Literal
 
 from experiment.errors import ExperimentError
 from experiment.jobs import Job, Program, run_jobs, write_report
-from experiment.launching import require_room
+from experiment.process_group import require_room
 
 SLURM = "--slurm."  # how options begin that are sbatch's
 # What a sweep sets itself, and why.

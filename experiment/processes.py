@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from experiment.errors import ExperimentError, exit_code
-from experiment.launching import GROUP, STORE, is_started
+from experiment.process_group import GROUP, STORE, is_started
 from experiment.signals import pending
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import sys
 import warnings
 from typing import Any
 
-from experiment.launching import cores
+from experiment.process_group import cores
 from experiment.processes import is_first, say_ahead
 
 _FOR_PROGRAMMERS = (DeprecationWarning, PendingDeprecationWarning, ResourceWarning, ImportWarning)

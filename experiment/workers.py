@@ -25,7 +25,7 @@ from typing import Any
 
 from experiment.command import Work, finish
 from experiment.jobs import NEEDS_ELSEWHERE, Job, Outcome, Program, Tally, do_job, write_log
-from experiment.launching import cores
+from experiment.process_group import cores
 from experiment.signals import Stopped
 from experiment.warned import say_warnings
 

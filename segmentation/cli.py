@@ -11,10 +11,10 @@ from mmengine.config import Config, DictAction
 
 from experiment import ExperimentError
 from experiment.command import Work, dashed, finish, folder_word, importing
-from experiment.launching import run_all
 from experiment.limit import check_limit
 from experiment.method import require_own_ranks
 from experiment.moved import place_now
+from experiment.process_group import run_all
 from experiment.processes import alone, place
 from experiment.sweep import SEED
 from segmentation import register, sweep

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiment import ExperimentError
-from experiment.launching import require_room
 from experiment.method import check_precision
+from experiment.process_group import require_room
 from experiment.warned import tell_crowded
 from segmentation.compose import HOOK
 from segmentation.hook_settings import check_hook, check_perplexity

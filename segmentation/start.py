@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.dist import get_rank, get_world_size, init_dist
 
 from experiment import ExperimentError
-from experiment.launching import is_started
+from experiment.process_group import is_started
 from experiment.processes import Place, join
 
 _OF_SLURM = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "NODE_RANK": "NODEID", "WORLD_SIZE": "NTASKS"}

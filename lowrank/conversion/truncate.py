@@ -47,7 +47,7 @@ def truncate_weights(
     energy: float = 0.9,
     *,
     weigh_outputs: bool = False,
-    more: Iterable[Any] = (),
+    further: Iterable[Any] = (),
 ) -> dict[str, int]:
     """Give linear layers weights of a lower rank, in place, whose outputs on a batch are nearest to what they were.
 
@@ -66,7 +66,7 @@ def truncate_weights(
         weigh_outputs: True lets a change of an output count by the gradient of the loss there, and so by what it does
             to all that follows; that takes a backward pass a batch. The sum of a network's outputs, each times a normal
             random number, is a loss whose gradients tell what moves those outputs, without labels.
-        more: further batches, such as a data loader, taken one after the other, so that none has to be large.
+        further: other batches, such as a data loader, taken one after the other, so that none has to be large.
 
     Returns:
         The rank of each layer's weight.
@@ -80,7 +80,7 @@ def truncate_weights(
 
     Example:
         probe = lambda model, batch: (out := model(batch)).mul(torch.randn_like(out)).sum()
-        lowrank.truncate_weights(model, names, probe, batches[0], weigh_outputs=True, more=batches[1:])
+        lowrank.truncate_weights(model, names, probe, batches[0], weigh_outputs=True, further=batches[1:])
         lowrank.convert(model, names, lowrank.WSI(energy=1))
     """
     layers: dict[str, nn.Linear] = {}
@@ -95,7 +95,7 @@ def truncate_weights(
             "the model is wrapped in DistributedDataParallel, whose processes would get weights that differ; truncate "
             "the weights, then wrap it"
         )
-    inputs, gradients = layer_grams(model, list(layers), loss_fn, chain([batch], more), weigh_outputs)
+    inputs, gradients = layer_grams(model, list(layers), loss_fn, chain([batch], further), weigh_outputs)
     found = {}
     for name, layer in layers.items():
         _check(name, inputs, gradients if weigh_outputs else None)

@@ -4,8 +4,8 @@ import pytest
 
 from experiment import ExperimentError
 from experiment.budget import budget_bytes
-from experiment.launching import GROUP
 from experiment.moved import place_now
+from experiment.process_group import GROUP
 from experiment.ranks import Budget
 from experiment.weights import read_weights
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.cluster import free_ports
-from experiment import launching, processes
+from experiment import process_group, processes
 from experiment.errors import ExperimentError
-from experiment.launching import GROUP, run_all
+from experiment.process_group import GROUP, run_all
 from experiment.processes import OTHERS, Place, first_does, gather, is_first, join, leave, own_part, place, with_others
 
 PATHS = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
@@ -50,7 +50,7 @@ def test_the_first_decides_writes_and_speaks(tmp_path, capfd):
 @pytest.mark.parametrize("late", ["0", "0.3"])  # s; the first may be gone before the second hears of it
 def test_what_the_first_refuses_ends_all_with_its_code_and_one_line(tmp_path, monkeypatch, late):
     monkeypatch.setenv("LATE", late)
-    monkeypatch.setattr(launching, "SETTLE", 100.0)
+    monkeypatch.setattr(process_group, "SETTLE", 100.0)
     with pytest.raises(ExperimentError, match=r"^there is no more room$"):
         run_all("meeting", ["refused", str(tmp_path)], 2)
     assert [(tmp_path / name).read_text() for name in "01"] == ["ExperimentError 2", "FirstFailed 2"]

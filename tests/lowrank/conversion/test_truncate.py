@@ -165,7 +165,7 @@ def test_weighing_is_by_the_gradients_at_the_outputs_of_all_calls_of_all_batches
         expected[name] = (x.mT @ x, g.mT @ g)
     stock = copy.deepcopy(model)
     ranks = lowrank.truncate_weights(
-        model, ["ahead", "twice"], loss_fn, batches[0], energy=0.7, weigh_outputs=True, more=batches[1:]
+        model, ["ahead", "twice"], loss_fn, batches[0], energy=0.7, weigh_outputs=True, further=batches[1:]
     )
     for name, grams in expected.items():
         weight = stock.get_submodule(name).weight
@@ -257,9 +257,9 @@ def test_batches_are_taken_one_by_one_and_none_for_a_wrong_energy():
     batches = (taken.append(number) or batch for number in range(1, 4))
     counted = lambda model, batch: (seen.append(len(taken)), loss_fn(model, batch))[1]  # noqa: E731
     with pytest.raises(lowrank.SettingError, match=r"energy is 1\.5"):
-        lowrank.truncate_weights(model, ["0"], counted, batch, energy=1.5, more=batches)
+        lowrank.truncate_weights(model, ["0"], counted, batch, energy=1.5, further=batches)
     assert seen == []
-    lowrank.truncate_weights(model, ["0"], counted, batch, more=batches)
+    lowrank.truncate_weights(model, ["0"], counted, batch, further=batches)
     assert seen == [0, 1, 2, 3]
 
 

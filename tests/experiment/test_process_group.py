@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from experiment import launching
+from experiment import process_group
 from experiment.command import finish
 from experiment.errors import ExperimentError, InUseError
-from experiment.launching import KilledError, ProcessError, run_all
+from experiment.process_group import KilledError, ProcessError, run_all
 from experiment.signals import Stopped
 
 PATHS = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
@@ -59,7 +59,7 @@ def test_one_that_fails_ends_the_others_and_its_words_are_said(tmp_path):
 
 
 def test_what_all_of_them_say_is_said_as_of_one_process(monkeypatch, capfd):
-    monkeypatch.setattr(launching, "SETTLE", 100.0)
+    monkeypatch.setattr(process_group, "SETTLE", 100.0)
     assert finish(lambda work: act("mendable=no such weights", "mendable=no such weights")) == 2
     assert capfd.readouterr().err == "error: no such weights\n"
 
@@ -130,7 +130,7 @@ def signal_when_there(path, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_command_ends_all_even_those_that_do_not_listen(tmp_path, monkeypatch, number, capfd):
-    monkeypatch.setattr(launching, "GRACE", 0.5)
+    monkeypatch.setattr(process_group, "GRACE", 0.5)
     paths = [tmp_path / name for name in ("first", "second")]
     threading.Thread(target=lambda: (signal_when_there(paths[0], 0), signal_when_there(paths[1], number))).start()
     assert finish(lambda work: act(f"stubborn={paths[0]}", f"wait={paths[1]}")) == 128 + number
@@ -141,7 +141,7 @@ def test_a_signal_to_the_command_ends_all_even_those_that_do_not_listen(tmp_path
 def test_they_end_when_the_command_is_killed(tmp_path):
     paths = [tmp_path / name for name in ("first", "second")]
     words = [f"wait={path}" for path in paths]
-    code = f"from experiment.launching import run_all; run_all('acting', {words!r}, 2)"
+    code = f"from experiment.process_group import run_all; run_all('acting', {words!r}, 2)"
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     with subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(temporary)}) as process:
@@ -156,7 +156,7 @@ def test_they_end_when_the_command_is_killed(tmp_path):
 
 @pytest.mark.slow
 def test_a_second_process_that_lingers_does_not_hold_up_what_is_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(launching, "GRACE", 0.5)
+    monkeypatch.setattr(process_group, "GRACE", 0.5)
     act("print=done", f"stubborn={tmp_path / 'second'}")
     assert is_gone(tmp_path / "second")
 
