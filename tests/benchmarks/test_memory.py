@@ -1,5 +1,7 @@
 """The memory benchmark: every peer trains, what it measures is right, and it goes on where it stopped."""
 
+import functools
+
 import pandas as pd
 import pytest
 import torch
@@ -17,6 +19,7 @@ MARKS = {"compile_budget_0.5": pytest.mark.slow}
 FOR_LINEAR_LAYERS = {"svd_llm_0.9", "velora_8", "wasi_0.9"}
 
 
+@functools.cache
 def gradients(network, peer):
     model, batch = build(network, 32), batch_of(4, 32)
     names = trained_layers(network, model, 2)

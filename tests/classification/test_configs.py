@@ -1,5 +1,6 @@
 """Every shipped config is used: all together in a dry run, every method and every network in one training step."""
 
+import functools
 import json
 import os
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from commands import CONFIGS, TINY, execute, finish, only_file
 
+from classification import built
 from classification.data.registry import source
 from classification.data.text import TEXTS
 from classification.plans import is_transformer
@@ -91,6 +93,7 @@ def test_every_combination_describes_a_run_of_its_own(tmp_path, capsys, monkeypa
     # Configs of methods leave ranks to a budget, which is no part of them.
     monkeypatch.setattr("classification.settings.require_own_ranks", lambda method: None)
     monkeypatch.setattr("classification.built.with_ranks", lambda method, *told: _with_some_ranks(method))
+    monkeypatch.setattr("classification.built._network", functools.cache(built._network))
     folders = set()
     chosen = [combination for combination in COMBINATIONS if combination[:2] == (setup, model)]
     for combination in chosen:

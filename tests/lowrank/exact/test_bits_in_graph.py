@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -40,30 +41,45 @@ def test_packed_and_back(shape):
     assert torch.equal(unpacked(bits, mask.shape), mask)
 
 
+class Several(nn.Module):
+    """Some of these side by side, each with an input of its own, compiled at once."""
+
+    def __init__(self, activations):
+        super().__init__()
+        self.each = nn.ModuleList(Around(copy.deepcopy(activation)) for activation in activations)
+
+    def forward(self, inputs):
+        return [one(x) for one, x in zip(self.each, inputs, strict=True)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("activation", "dtype"),
-    [(one, torch.float32) for one in ACTIVATIONS] + [(one, torch.bfloat16) for one in (nn.ReLU6(), nn.Hardsigmoid())],
-    ids=str,
+    ("dtype", "activations"),
+    [(torch.float32, ACTIVATIONS), (torch.bfloat16, [nn.ReLU6(), nn.Hardsigmoid()])],
+    ids=["float32", "bfloat16"],
 )
-def test_values_and_gradients_are_the_stock_modules_bit_for_bit(activation, dtype):
+def test_values_and_gradients_are_the_stock_modules_bit_for_bit(dtype, activations):
     """Of numbers at the limits, NaN and infinities as well, in either memory layout; compiled, as by NaN PyTorch's own
     operators differ from place to place in a tensor."""
     torch._dynamo.reset()
-    stock = Around(copy.deepcopy(activation))
-    model = lowrank.convert(copy.deepcopy(stock), ["linear"], Vanilla(), smallest=0)
-    fast, stock = (torch.compile(one, backend="aot_eager_decomp_partition", fullgraph=True) for one in (model, stock))
+    stock = Several(activations)
+    names = [f"each.{at}.linear" for at in range(len(activations))]
+    model = lowrank.convert(copy.deepcopy(stock), names, Vanilla(), smallest=0)
+    compiled = partial(torch.compile, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
+    fast, stock = compiled(model), compiled(stock)
     numbers = random_tensor(2, 3, 5, 7).to(dtype)
     special = [0.0, -0.0, 3.0, -3.0, 1.5, -1.5, 0.125, -0.25, math.nan, math.inf, -math.inf]
     numbers.view(-1)[: len(special)] = torch.tensor(special, dtype=dtype)
     for x in (numbers.contiguous(memory_format=torch.channels_last), numbers[0, 0, :3], numbers[:0]):
         found = []
         for forward in (fast, stock):
-            given = x.clone().requires_grad_()
-            y = forward(given)
-            (y * random_tensor(*y.shape).to(dtype)).sum().backward()
-            found.append((y.detach(), given.grad))
-        torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+            given = [x.clone().requires_grad_() for _ in activations]
+            outputs = forward(given)
+            weights = random_tensor(*x.shape).to(dtype)
+            sum((y * weights).sum() for y in outputs).backward()
+            found.append([(y.detach(), one.grad) for y, one in zip(outputs, given, strict=True)])
+        for activation, own, right in zip(activations, *found, strict=True):
+            torch.testing.assert_close(own, right, rtol=0, atol=0, equal_nan=True, msg=str(activation))
 
 
 @pytest.mark.slow
