@@ -1,6 +1,8 @@
 """One bit per element of an activation, in a graph that is compiled: by operators that a compiler fuses with others.
 
 It would keep a byte for each, or the input, see `activations`.
+
+Imported when something is compiled, as it imports PyTorch's compiler, which takes as long as all else.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.nn import functional as F
 
 from lowrank.exact.bits import Gate, Slopes
@@ -19,27 +22,37 @@ class _TwoSlopes(torch.autograd.Function):
     """As that of `activations`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, curve: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, curve: Any, gate: Gate, slopes: Slopes) -> Tensor:
         y: Tensor = curve.function(x, False)
         # Of an output that is kept anyway the compiler may make the bits again.
         told = curve.by_output is not None and y.dtype.itemsize >= 4  # half precision may round the limits
-        ctx.save_for_backward(packed(passed(y if told else x, curve.gate)))
-        ctx.slopes = curve.slopes
+        ctx.save_for_backward(packed(passed(y if told else x, gate)))
+        ctx.slopes = slopes
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         slopes: Slopes = ctx.slopes
         (bits,) = ctx.saved_tensors
         inner = grad if slopes.inner == 1 else grad * slopes.inner
         outer = torch.zeros_like(grad) if slopes.outer is None else grad * slopes.outer
-        return torch.where(unpacked(bits, grad.shape), inner, outer), None
+        return torch.where(unpacked(bits, grad.shape), inner, outer), None, None, None
 
 
 def two_slopes(x: Tensor, curve: Any, inplace: bool) -> Tensor:
     """A `Curve` of a tensor; where it is in place, what a compiler leaves out again is copied to it."""
-    y: Tensor = _TwoSlopes.apply(x, curve)
+    gate, slopes = curve.gate, curve.slopes
+    gate = Gate(gate.rule, _constant(gate.low), _constant(gate.high))
+    slopes = Slopes(_constant(slopes.inner), None if slopes.outer is None else _constant(slopes.outer))
+    y: Tensor = _TwoSlopes.apply(x, curve, gate, slopes)
     return x.copy_(y) if inplace else y
+
+
+def _constant(number: float) -> float:
+    """A number that the graph is made for, where a compiler takes it for an unknown (`dynamic=True`): that would be one
+    of all activations, which PyTorch's compiler finds in the first of them alone."""
+    found: float = guard_scalar(number) if isinstance(number, float) else number
+    return found
 
 
 def passed(x: Tensor, gate: Gate) -> Tensor:

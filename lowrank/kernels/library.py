@@ -100,8 +100,9 @@ def status() -> Status:
 
 
 def library() -> Any | None:
-    """Its functions by name, `pack_float` and so on; None where there is none."""
-    return None if _OFF else _loaded()[0]
+    """Its functions by name, `pack_float` and so on; None where there is none, and while something is compiled, since a
+    compiler would look into how it is built."""
+    return None if _OFF or torch.compiler.is_compiling() else _loaded()[0]
 
 
 def gpu() -> Any | None:

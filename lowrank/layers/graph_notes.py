@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.comptime import ComptimeContext, comptime
+from torch._ops import HigherOrderOperator
 
 Known = dict[torch.fx.Node, tuple[Any, Any, list[Any]]]  # by a node a fact, what it depends on, and how that was then
-_OFFERS, _FORMS = "_lowrank_offers", "_lowrank_forms"  # of a graph that is recorded
+Pair = tuple[torch.fx.Node, torch.fx.Node, torch.fx.Node]  # a tensor, what is made without it, what of it
+_OFFERS, _FORMS, _PAIRS = "_lowrank_offers", "_lowrank_forms", "_lowrank_pairs"  # of a graph that is recorded
 # Of what these give, a change in place does not count in what is changed.
 _UNCOUNTED = ("_get_data_attr", "_tensor_version")
 
@@ -29,12 +31,21 @@ def offer(x: Tensor, fact: object, given: tuple[Tensor | None, ...]) -> None:
 
 
 def offered(x: Tensor, given: tuple[Tensor | None, ...]) -> Any:
-    """What was offered with a tensor with which nothing was done since, a view, a change in place and a hook included;
-    None if that is not so, or the graph has changed one of `given`: a compiler may compute again from these in the
-    backward pass, and finds them changed."""
+    """What was offered with a tensor with which nothing was done since, a view, a change in place and a hook included,
+    but for what is settled at the end; None if that is not so, or the graph has changed one of `given`: a compiler may
+    compute again from these in the backward pass, and finds them changed."""
     fact = None
     comptime(_offered)
     return fact
+
+
+def settle_at_the_end(x: Tensor, without: Tensor, stock: Tensor) -> None:
+    """Have two that give the same in a graph until this is whole: `without` what `x` is, and the stock one of `x`.
+
+    Only then it is known what was done with `x` further on. If something may go by its gradient, such as a hook, a part
+    that is recorded by itself, or somebody outside who is handed it, the stock one stays; otherwise the one without.
+    """
+    comptime(_settle_at_the_end)
 
 
 def note(x: Tensor, fact: object) -> None:
@@ -56,8 +67,37 @@ def _offer(ctx: ComptimeContext) -> None:
 
 def _offered(ctx: ComptimeContext) -> None:
     node = _node(_locals(ctx)["x"])
-    if all(map(_is_question, node.users)) and not any(map(_changes, _locals(ctx)["given"].items)):
+    settled = {stock for _, _, stock in _pairs(ctx)}
+    unread = all(user in settled or _is_question(user) for user in node.users)
+    if unread and not any(map(_changes, _locals(ctx)["given"].items)):
         _give(ctx, _OFFERS)
+
+
+def _settle_at_the_end(ctx: ComptimeContext) -> None:
+    own, pairs = _locals(ctx), _pairs(ctx)
+    if not pairs:
+        _output(ctx).add_graph_finalizer(lambda whole: _settle(whole, pairs))
+    pairs.append((_node(own["x"]), _node(own["without"]), _node(own["stock"])))
+
+
+def _settle(whole: torch.fx.GraphModule, pairs: list[Pair]) -> None:
+    """Leave one of each pair in the graph; the compiler drops what nobody reads."""
+    for x, without, stock in pairs:
+        if all(user is stock or _reads(user) for user in x.users):
+            stock.replace_all_uses_with(without)
+            stock.graph.erase_node(stock)
+        else:
+            without.replace_all_uses_with(stock)
+    changed = {pair[0].graph for pair in pairs}
+    for part in whole.modules():
+        if isinstance(part, torch.fx.GraphModule) and part.graph in changed:
+            part.recompile()
+
+
+def _reads(user: torch.fx.Node) -> bool:
+    """Whether it asks something of a tensor, or makes another of it, which autograd knows to follow from it."""
+    makes = isinstance(user.meta.get("example_value"), Tensor) and not isinstance(user.target, HigherOrderOperator)
+    return makes or _is_question(user)
 
 
 def _note(ctx: ComptimeContext) -> None:
@@ -89,10 +129,18 @@ def _locals(ctx: ComptimeContext) -> dict[str, Any]:
     return ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator().symbolic_locals
 
 
+def _output(ctx: ComptimeContext) -> Any:
+    return ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
+
+
 def _known(ctx: ComptimeContext, kind: str) -> Known:
-    output: Any = ctx._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
-    known: Known = vars(output).setdefault(kind, {})
+    known: Known = vars(_output(ctx)).setdefault(kind, {})
     return known
+
+
+def _pairs(ctx: ComptimeContext) -> list[Pair]:
+    pairs: list[Pair] = vars(_output(ctx)).setdefault(_PAIRS, [])
+    return pairs
 
 
 def _node(variable: Any) -> torch.fx.Node:

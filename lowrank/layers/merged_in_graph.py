@@ -48,6 +48,9 @@ def normalised(module: nn.BatchNorm2d, y: Tensor) -> Tensor | None:
     own = gamma, beta, mean, variance, module.eps
     with without_autocast(x.device.type):
         z: Tensor = _NormFunction.apply(x, weight, bias, *own, settings, *kept)
+    # Whose gradient does not pass through the convolution's output.
+    stock = F.batch_norm(y, mean, variance, gamma, beta, False, 0.0, module.eps)
+    graph_notes.settle_at_the_end(y, z, stock)
     return z
 
 

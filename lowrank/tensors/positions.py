@@ -55,8 +55,9 @@ def joined_pairs(inputs: Sizes, outputs: Sizes, kernel: Sizes, stride: Sizes, pa
 
 
 def pays(x: Tensor, kernel: Sizes, groups: int, out_channels: int) -> bool:
-    """Whether pairs take less time than a backward convolution; `x` is the input (B, C, ...)."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    """Whether pairs take less time than a backward convolution; `x` is the input (B, C, ...). Not in a compiled graph,
+    which finding the pairs would break, as their number depends on numbers."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
     size, positions = prod(kernel), prod(x.shape[2:])
     if groups == 1:

@@ -180,6 +180,21 @@ def test_compiled_for_any_size_from_the_first_call_on():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(), nn.Hardsigmoid(), nn.Hardtanh(-0.5, 0.7)], ids=str)
+def test_several_activations_compiled_for_any_size(activation):
+    """What they have in common are numbers, which a compiler takes for unknowns as well."""
+    torch._dynamo.reset()
+    layers = [nn.Conv2d(3, 4, 3), activation, nn.Conv2d(4, 2, 3), copy.deepcopy(activation)]
+    stock, x = nn.Sequential(*layers).double(), random_tensor(4, 3, 8, 8)
+    model = lowrank.convert(copy.deepcopy(stock), ["0", "2"], Vanilla())
+    fast = torch.compile(model, dynamic=True, backend="aot_eager")
+    for network in (stock, fast):
+        network(x).square().sum().backward()
+    for one, two in zip(fast.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
 def test_a_compiled_loss_of_a_converted_models_output():
     torch._dynamo.reset()
     stock, model = pair(Vanilla(), dtype=torch.float32)

@@ -120,7 +120,24 @@ BETWEEN = {
     "scale and mean changed": _norm,
     "asked": lambda block, x, y: y if y.requires_grad and y.dtype == torch.float64 and y.shape[1] == 4 else y + 1,
 }
+
+
+def _late_hook(block, x, y):
+    y.register_hook(lambda grad: grad * 3)
+    return 0
+
+
+def _late_hook_in_a_checkpoint(block, x, y):
+    def hooked(y):
+        y.register_hook(lambda grad: grad * 3)
+        return y * 1
+
+    return checkpoint(hooked, y, use_reentrant=False)
+
+
 BEHIND = {
+    "a hook": _late_hook,
+    "a hook in a checkpoint": _late_hook_in_a_checkpoint,
     "the output as well": lambda block, x, y: y.sin(),
     "once more": lambda block, x, y: block.norm(y).exp(),
     "a checkpoint": lambda block, x, y: checkpoint(block.norm, y, use_reentrant=False),
@@ -164,6 +181,27 @@ def test_a_break_of_the_graph_between_the_two():
         return y.mul_(2)
 
     _assert_trains_as_stock(Block(cut), Vanilla(), random_tensor(2, 3, 6, 6))
+
+
+def test_the_gradient_of_an_output_that_is_handed_out():
+    class Both(Block):
+        def forward(self, x):
+            y = self.conv(x)
+            return y, self.norm(y)
+
+    torch._dynamo.reset()
+    block, x = Both().double().eval(), random_tensor(2, 3, 6, 6)
+    model = torch.compile(lowrank.convert(copy.deepcopy(block), ["conv"], Vanilla()), backend="eager")
+    found, expected = (torch.autograd.grad(z.square().sum(), y)[0] for y, z in (model(x), block(x)))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_on_a_small_image_it_is_one_graph_too(groups):
+    block = Block()
+    block.conv = nn.Conv2d(3, 3, 5, padding=2, groups=groups)
+    block.norm = nn.BatchNorm2d(3)
+    _assert_trains_as_stock(block, Vanilla(), random_tensor(2, 3, 4, 4), fullgraph=True)
 
 
 @pytest.mark.parametrize("ranks", [None, 99])
