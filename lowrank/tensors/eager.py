@@ -80,9 +80,14 @@ def remembered(function: Function) -> Function:
 
 
 def in_compiled_graph() -> bool:
-    """Whether `torch.compile` records a graph for training, not an export, nor another tracer that says it compiles."""
+    """Whether `torch.compile` records a graph for training, not an export, not under a transform of `torch.func`, nor
+    another tracer that says it compiles."""
     # The flag itself: on PyTorch 2.11, is_exporting() answers True to any compiler that asks.
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag
+    if not torch.compiler.is_dynamo_compiling() or torch.compiler._is_exporting_flag:
+        return False
+    from lowrank.tensors.transforms import in_transform
+
+    return not in_transform()
 
 
 def wants_gradient(x: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from references import random_tensor
 from torch import nn
+from torch.func import functional_call, grad, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
 import lowrank
@@ -260,7 +261,7 @@ def _network(*blocks):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(blocks[-1][1], 3)).eval()
 
 
-def _loss(model, batch):
+def _classified(model, batch):
     return F.cross_entropy(model(batch), torch.arange(4) % 3)
 
 
@@ -269,8 +270,8 @@ def _compiled_bytes(method, network):
     model = lowrank.convert(copy.deepcopy(network), ["0", "3", "6"], method) if method else copy.deepcopy(network)
     batch = random_tensor(4, 4, 32, 32, dtype=torch.float32)
     fast = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
-    _loss(fast, batch).backward()
-    return lowrank.saved_bytes(fast, _loss, batch), lowrank.saved_bytes(model, _loss, batch)
+    _classified(fast, batch).backward()
+    return lowrank.saved_bytes(fast, _classified, batch), lowrank.saved_bytes(model, _classified, batch)
 
 
 def test_a_compiled_model_keeps_as_little_as_eager_training():
@@ -316,14 +317,33 @@ def test_a_convolution_and_its_normalisation_within_a_checkpoint(reentrant):
     torch.testing.assert_close(_gradients(model, fast, x), _gradients(block, block, x), rtol=1e-9, atol=1e-9)
 
 
-def test_under_a_transform_in_a_graph_layers_are_the_stock_ones():
+def _loss(one, parameters, x):
+    return functional_call(one, parameters, (x,)).square().sum()
+
+
+def _penalty(one, parameters, x):
+    return grad(partial(_loss, one), 1)(parameters, x).square().sum()
+
+
+TRANSFORMS = {
+    "gradient": lambda one, parameters, x: grad(partial(_loss, one))(parameters, x),
+    "penalty": lambda one, parameters, x: grad(partial(_penalty, one))(parameters, x),
+    "per sample": lambda one, parameters, x: vmap(grad(partial(_loss, one)), (None, 0))(parameters, x[:, None]),
+    "map": lambda one, parameters, x: vmap(partial(_loss, one), (None, 0))(parameters, x[:, None]),
+    "jacobian": lambda one, parameters, x: jacrev(lambda x: functional_call(one, parameters, (x,)))(x),
+}
+
+
+@pytest.mark.parametrize("detached", [True, False])
+@pytest.mark.parametrize("method", [Vanilla(), ASI(1)], ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_under_a_transform_in_a_graph_layers_are_the_stock_ones(transform, method, detached):
     torch._dynamo.reset()
     block = nn.Sequential(Block(), nn.ReLU()).double().eval()
-    model, x = lowrank.convert(copy.deepcopy(block), ["0.conv"], ASI(1)), random_tensor(2, 3, 6, 6)
-
-    def gradients(one, x):
-        loss = lambda parameters: torch.func.functional_call(one, parameters, (x,)).square().sum()  # noqa: E731
-        return torch.func.grad(loss)(dict(one.named_parameters()))
-
-    found = [torch.compile(partial(gradients, one), backend="aot_eager", fullgraph=True)(x) for one in (model, block)]
+    model, x = lowrank.convert(copy.deepcopy(block), ["0.conv"], method), random_tensor(2, 3, 4, 4)
+    found = []
+    for one in (model, block):
+        parameters = {name: weight.detach() if detached else weight for name, weight in one.named_parameters()}
+        run = torch.compile(partial(TRANSFORMS[transform], one), backend="aot_eager", fullgraph=True)
+        found.append(run(parameters, x))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
