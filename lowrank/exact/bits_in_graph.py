@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.nn import functional as F
 
 from lowrank.exact.bits import Gate, Slopes
+from lowrank.tensors.memory_layout import is_channels_last
 
 
 class _TwoSlopes(torch.autograd.Function):
@@ -26,17 +27,20 @@ class _TwoSlopes(torch.autograd.Function):
         y: Tensor = curve.function(x, False)
         # Of an output that is kept anyway the compiler may make the bits again.
         told = curve.by_output is not None and y.dtype.itemsize >= 4  # half precision may round the limits
-        ctx.save_for_backward(packed(passed(y if told else x, gate)))
-        ctx.slopes = slopes
+        mask = passed(y if told else x, gate)
+        ctx.slopes, ctx.last = slopes, is_channels_last(x)
+        ctx.save_for_backward(packed(mask.movedim(1, -1) if ctx.last else mask))
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         slopes: Slopes = ctx.slopes
         (bits,) = ctx.saved_tensors
+        grad = grad.movedim(1, -1) if ctx.last else grad
         inner = grad if slopes.inner == 1 else grad * slopes.inner
         outer = torch.zeros_like(grad) if slopes.outer is None else grad * slopes.outer
-        return torch.where(unpacked(bits, grad.shape), inner, outer), None, None, None
+        found = torch.where(unpacked(bits, grad.shape), inner, outer)
+        return found.movedim(-1, 1) if ctx.last else found, None, None, None
 
 
 def two_slopes(x: Tensor, curve: Any, inplace: bool) -> Tensor:
@@ -66,7 +70,7 @@ def passed(x: Tensor, gate: Gate) -> Tensor:
 
 def packed(mask: Tensor) -> Tensor:
     """A bool tensor of n elements as bytes (ceil(n / 8),), uint8, each of elements that lie an eighth of them apart: in
-    such an order, and in words of 32 bits, compilers make vector code of it."""
+    such an order, in words of 32 bits and of dimensions in the order of memory, compilers make vector code of it."""
     flat = mask.flatten()
     eighths = F.pad(flat, (0, -flat.numel() % 8)).view(8, -1)
     return (eighths.to(torch.int32) << _places(mask)).sum(0, dtype=torch.int32).to(torch.uint8)
