@@ -10,18 +10,8 @@ from benchmarks import compiled
 def test_rows_of_compiled_training(tmp_path, capsys):
     table = tmp_path / "compiled.csv"
     arguments = ["--networks", "resnet18", "--layers", "2", "--statistics", "frozen", "--budget", "1"]
-    arguments += [
-        "--batch",
-        "2",
-        "--size",
-        "32",
-        "--rounds",
-        "1",
-        "--backend",
-        "aot_eager_decomp_partition",
-        "--out",
-        str(table),
-    ]
+    arguments += ["--batch", "4", "--size", "64", "--rounds", "1"]
+    arguments += ["--backend", "aot_eager_decomp_partition", "--out", str(table)]
     compiled.main(arguments)
     frame = pd.read_csv(table).set_index("way")
     assert set(frame.index) == set(compiled.WAYS)
