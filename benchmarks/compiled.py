@@ -27,7 +27,7 @@ from torch import nn
 
 import lowrank
 from benchmarks.comparisons import CONVOLUTIONAL
-from benchmarks.networks import Batch, batch_of, build, loss_of, trained_layers
+from benchmarks.networks import Batch, batch_of, build, loss_of, step, trained_layers
 from benchmarks.pairs import seconds
 from benchmarks.peers import RANKS
 from benchmarks.rows import Rows, table
@@ -48,12 +48,6 @@ def in_way(stock: nn.Module, names: list[str], way: str) -> nn.Module:
     """A copy of the stock model that trains in one of the ways."""
     model, method = copy.deepcopy(stock), WAYS[way]
     return model if method is None else lowrank.convert(model, names, method)
-
-
-def step(model: nn.Module, batch: Batch) -> None:
-    """One step, but for the optimizer's part."""
-    model.zero_grad()
-    loss_of(model, batch).backward()
 
 
 def measure(case: Mapping[str, Any], batch: Batch, rounds: int, backend: str) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import lowrank
-from benchmarks.networks import Batch, batch_of, build, loss_of, trained_layers
+from benchmarks.networks import Batch, batch_of, build, loss_of, step, trained_layers
 from benchmarks.peers import RANKS
 from experiment.files import write_whole
 from lowrank.methods.base import Method
@@ -47,12 +47,6 @@ def in_way(stock: nn.Module, names: list[str], way: str) -> nn.Module:
     method = WAYS[way](RANKS if of_images else RANKS[:3])
     model = copy.deepcopy(stock)
     return model if method is None else lowrank.convert(model, names, method)
-
-
-def step(model: nn.Module, batch: Batch) -> None:
-    """One step, but for the optimizer's part."""
-    model.zero_grad()
-    loss_of(model, batch).backward()
 
 
 def milliseconds(work: Callable[[], object]) -> float:

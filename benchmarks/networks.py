@@ -55,3 +55,9 @@ def batch_of(count: int, size: int) -> Batch:
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross-entropy."""
     return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def step(model: nn.Module, batch: Batch) -> None:
+    """One step, but for the optimizer's part."""
+    model.zero_grad()
+    loss_of(model, batch).backward()
