@@ -111,9 +111,9 @@ def list_jobs(jobs: Sequence[Job], program: Program) -> None:
 def run_jobs(jobs: Sequence[Job], program: Program, root: Path, wait: bool = False, doing: Doing | None = None) -> int:
     """Run jobs in their order below the folder `root`, with what is left at each; note before what is planned.
 
-    A failure is written, with its traceback, into the run's folder. A run that another process is doing is left to it,
-    with what needs it, and come back to once, at the end; with `wait`, until it is done or given up there. A run that
-    was done by the same command before is not loaded again.
+    A failure is written, with its traceback, into the run's folder; what needs that run fails with it, unbegun. A run
+    that another process is doing is left to it, with what needs it, and come back to once, at the end; with `wait`,
+    until it is done or given up there. A run that was done by the same command before is not loaded again.
 
     Args:
         jobs: see `experiment.sweep.Sweep.jobs`.
@@ -188,7 +188,7 @@ class Tally:
 
     def __init__(self, jobs: Sequence[Job], root: Path, workers: int = 1) -> None:
         self.outcomes: dict[Job, Outcome] = {}
-        self._jobs, self._workers = jobs, workers
+        self._jobs, self._root, self._workers = jobs, root, workers
         self._numbers = {job: number for number, job in enumerate(jobs, start=1)}
         self._needs = needed(jobs, root)
         self._undone = {job for job in jobs if not job.done(root)}
@@ -204,9 +204,17 @@ class Tally:
         """Those that it needs of which it is not known how they end."""
         return [other for other in self._needs[job] if other not in self.outcomes]
 
-    def is_elsewhere(self, job: Job) -> bool:
-        """Whether it needs what is in work elsewhere."""
-        return any(self.outcomes.get(other) is Outcome.ELSEWHERE for other in self._needs[job])
+    def leave_out(self, job: Job, program: Program) -> bool:
+        """Whether a job is not to be begun, as it needs what has failed or is in work elsewhere, which is said."""
+        ends = {other: self.outcomes.get(other) for other in self._needs[job]}
+        failed = [other for other, outcome in ends.items() if outcome is Outcome.FAILED]
+        if failed and not job.known(self._root):
+            print(self.heading(job), flush=True)
+            self.add(job, refuse_job(job, failed[0], program, self._root))
+        elif Outcome.ELSEWHERE in ends.values():
+            print(self.heading(job), "  it needs what is in work elsewhere", sep="\n", flush=True)
+            self.add(job, Outcome.ELSEWHERE)
+        return job in self.outcomes
 
     def add(self, job: Job, outcome: Outcome, seconds: float = 0.0) -> None:
         """Note how a job has ended, and how long it took."""
@@ -230,17 +238,12 @@ def in_turn(jobs: Sequence[Job], program: Program, root: Path) -> dict[Job, Outc
     """Do jobs one after the other, in this process."""
     tally = Tally(jobs, root)
     for job in jobs:
+        if tally.leave_out(job, program):
+            continue
         print(tally.heading(job), flush=True)
         start = time.perf_counter()
-        if tally.is_elsewhere(job):
-            print(NEEDS_ELSEWHERE, flush=True)
-            tally.add(job, Outcome.ELSEWHERE)
-        else:
-            tally.add(job, do_job(job, program, root), time.perf_counter() - start)
+        tally.add(job, do_job(job, program, root), time.perf_counter() - start)
     return tally.outcomes
-
-
-NEEDS_ELSEWHERE = "  it needs what is in work elsewhere"
 
 
 def _kind(job: Job) -> str:
@@ -285,6 +288,17 @@ def do_job(job: Job, program: Program, root: Path) -> Outcome:
     if job.done(root):
         write_receipt(job.run.folder(root) / job.result, job.arguments)
     return Outcome.DONE
+
+
+def refuse_job(job: Job, needs: Job, program: Program, root: Path) -> Outcome:
+    """Say, in its log as well, that a job is not begun, as what it needs has failed.
+
+    Such a one may have left something: weights of its first epochs, or a table by other settings.
+    """
+    why = f"not begun: it needs {needs.title}, which is not done, see {needs.log(root)}"
+    print(f"  failed: {why}", file=sys.stderr, flush=True)
+    write_log(job, root, f"{job.title}\n{program.line(job)}\n{why}\n")
+    return Outcome.FAILED
 
 
 def forget_failure(job: Job, root: Path) -> None:

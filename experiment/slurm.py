@@ -33,6 +33,7 @@ from experiment.jobs import (
     forget_failure,
     needed,
     note_plan,
+    refuse_job,
     write_log,
     write_report,
 )
@@ -203,6 +204,10 @@ def do(job: Job, needs: Sequence[Job], program: Program, root: Path) -> None:
             work.title = job.title
             while any(_is_elsewhere(other, root) for other in needs):
                 time.sleep(PAUSE)
+            undone = [other for other in needs if _found(other, root) is not Outcome.DONE]
+            if undone and not job.known(root):
+                refuse_job(job, undone[0], program, root)
+                return 1
             while (outcome := do_job(job, program, root)) is Outcome.ELSEWHERE:
                 time.sleep(PAUSE)
             return 0 if outcome is Outcome.DONE else 1

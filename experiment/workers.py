@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.command import Work, finish
-from experiment.jobs import NEEDS_ELSEWHERE, Job, Outcome, Program, Tally, do_job, write_log
+from experiment.jobs import Job, Outcome, Program, Tally, do_job, write_log
 from experiment.process_group import cores
 from experiment.signals import Stopped
 from experiment.warned import say_warnings
@@ -118,10 +118,8 @@ class Workers:
         for job in list(waiting):
             if tally.waits_for(job):
                 continue
-            if tally.is_elsewhere(job):
+            if tally.leave_out(job, self._program):
                 waiting.remove(job)
-                print(tally.heading(job), NEEDS_ELSEWHERE, sep="\n", flush=True)
-                tally.add(job, Outcome.ELSEWHERE)
                 continue
             number = self._idle()
             if number is None:

@@ -1,7 +1,7 @@
 """Many runs by one command: pretrain (digit scenes), calibrate, measure perplexity, train every method, depth and seed.
 
 Each run goes through the ordinary command line, so a run of a sweep and a run by hand are the same run: what is done is
-skipped, what was interrupted is resumed. A run that fails does not stop the others. Arguments that are not of this
+skipped, what was interrupted is resumed. A failure stops only runs that need that one. Arguments that are not of this
 command, such as --amp, go to every run.
 """
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train one model in one setup on data sets, one after the other: measure perplexity, then train every method at every
-# depth and seed (in setup B, first pretrain on one half of the data). A run that fails stops no other; failures are
-# listed at the end with their logs, and the exit code is not zero. Run again, it does only what is missing; stopped or
-# killed, it loses at most the epoch under way.
+# depth and seed (in setup B, first pretrain on one half of the data). A run that fails stops those alone that need it;
+# failures are listed at the end with their logs, and the exit code is not zero. Run again, it does only what is
+# missing; stopped or killed, it loses at most the epoch under way.
 #
 # Usage: bash scripts/classification/run.sh SETUP MODEL [--help] [--dry-run] [--report] [DATASET ...] [-- ARGUMENT ...]
 #        (SETUP: a or b; MODEL: a name in configs/classification/models; --report: afterwards write the tables and

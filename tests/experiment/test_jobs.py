@@ -67,6 +67,36 @@ def test_what_is_in_work_elsewhere_and_what_needs_it_is_come_back_to(tmp_path, c
     assert list(tmp_path.rglob("failure.log")) == []
 
 
+def test_what_needs_a_run_that_has_failed_is_not_begun(tmp_path, capsys):
+    """What that has left, such as weights of its first epochs, would be taken for what it is to leave."""
+    first = job(1, "first")
+    second = job(2, "second", str(first.run.folder(tmp_path) / "checkpoints" / "best.ckpt"))
+    jobs = [first, second, job(3, "third", str(second.run.folder(tmp_path))), job(4, "fourth")]
+    (first.run.folder(tmp_path) / "checkpoints").mkdir(parents=True)
+    (first.run.folder(tmp_path) / "checkpoints" / "best.ckpt").touch()
+    how, tried = program(first=ExperimentError("no data"))
+    leave(tmp_path, jobs[3])
+    assert run_jobs(jobs, how, tmp_path) == 1
+    assert tried == ["first", "fourth"]
+    said = capsys.readouterr().err
+    assert f"  failed: not begun: it needs layers 1, which is not done, see {first.log(tmp_path)}\n" in said
+    assert "failed (3), each with its log:" in said
+    assert "needs layers 2" in jobs[2].log(tmp_path).read_text()
+
+    leave(tmp_path, first, *jobs[1:3])
+    assert run_jobs(jobs, program()[0], tmp_path) == 0
+    assert list(tmp_path.rglob("failure.log")) == []
+
+
+def test_what_was_done_stays_done_though_what_it_needs_fails(tmp_path):
+    jobs = [job(1, "first"), job(2, "second", str(job(1).run.folder(tmp_path)))]
+    leave(tmp_path, *jobs)
+    assert run_jobs(jobs, program()[0], tmp_path) == 0
+    first = replace(jobs[0], arguments=("first", "--other", "settings"))
+    assert run_jobs([first, jobs[1]], program(first=ExperimentError("another run"))[0], tmp_path) == 1
+    assert not jobs[1].log(tmp_path).exists()
+
+
 def test_the_command_of_the_report_is_one_to_copy(tmp_path, capsys):
     root = tmp_path / "my runs"
     run_jobs([job(1, "first")], program()[0], root)

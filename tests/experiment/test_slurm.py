@@ -117,6 +117,15 @@ def test_what_slurm_sends_before_a_job_listens_has_it_queued_again_once(scripted
 
 
 @pytest.mark.slow
+def test_a_job_that_begins_though_what_it_needs_is_not_done_does_nothing(scripted, tmp_path):
+    jobs = [job(tmp_path / "runs", 1), *(job(tmp_path / "runs", seed, "write", 1) for seed in (2, 3))]
+    assert submit(jobs, PROGRAM, tmp_path / "runs", {}) == 0
+    (scripted / "batch2").replace(scripted / "batch1")  # as where the first job was cancelled
+    assert started(scripted, SLURM_ARRAY_JOB_ID="8") == (1, [])
+    assert "not begun: it needs seed 1, which is not done" in jobs[1].log(tmp_path / "runs").read_text()
+
+
+@pytest.mark.slow
 def test_a_job_is_queued_again_by_a_controller_that_does_not_answer_at_once(scripted):
     again = "requeue 7_0"
     told_and_asked = [(137, 0, 2, 3), (137, 10, 0, 0), (140, 99, 1, 2), (1, 0, 0, 0), (143, 9, 9, 4)]
