@@ -1,6 +1,7 @@
 """Names at the top of a config: what MMEngine and the suite read, and which is nearest to one that nothing reads.
 
-A config of one's own may hold any other names, as variables.
+A config of one's own may hold any other names, as variables. They are used up once its file is read: nothing that is
+made of one changes with it later.
 """
 
 from __future__ import annotations
@@ -31,20 +32,26 @@ RUNNER = {  # arguments of MMEngine's `Runner`, which takes seconds to import
     *("visualizer", "default_scope", "randomness", "experiment_name", "cfg"),
 }
 KNOWN = OWN | OTHERS | RUNNER
+USED_UP = (
+    "a variable of the config, which is read before: what was made of it has the value of then, and this would have no "
+    "effect; set that in its place, such as model.NAME or train_dataloader.NAME, or change the config"
+)
 NEAR = 0.8  # as `difflib` compares words: one letter of five, or two that are swapped
 
 
-def check_names(path: str | Path, loaded: Config, before: Iterable[str] = ()) -> None:
-    """Refuse a name that a config gives a value, that nothing reads, and that is nearly one that is read: a typo.
+def check_names(path: str | Path, loaded: Config, before: Mapping[str, object] | None = None) -> None:
+    """Refuse a name that a config gives a value without effect: nearly one that is read, which is a typo, or a variable
+    that was used up in a config ahead of it.
 
     Args:
         path: of the config.
         loaded: what is in it, with what it is based on.
-        before: names in the configs that it is merged over.
+        before: the configs that it is merged over.
 
     Raises:
         ExperimentError: there is one; says the nearest.
     """
+    before = before or {}
     if "config_files" in loaded:  # written by a run, whose configs were looked at, and which has their values alone
         return
     own = Path(path).read_text(encoding="utf-8")
@@ -57,17 +64,23 @@ def check_names(path: str | Path, loaded: Config, before: Iterable[str] = ()) ->
                 f"config {path} sets {name!r}, which nothing reads; mend it if it is to be {near[0]!r}, or give it a "
                 f"name that is less alike"
             )
+    for name in sorted(set(map(str, loaded)) & set(before) - KNOWN):
+        if loaded[name] != before[name] and _is_set(name, own) and not _is_read(name, loaded.text):
+            raise ExperimentError(f"config {path} sets {name!r}, {USED_UP}")
 
 
 def check_options(options: Mapping[str, object] | None, config: Iterable[str]) -> None:
-    """Refuse an option of the command line that is of nothing in the config, nor of MMEngine: a typo.
+    """Refuse an option of the command line that is of nothing in the config, nor of MMEngine: a typo; or of a variable.
 
     Raises:
         ExperimentError: there is one; names it.
     """
+    names = set(map(str, config))
     for key in options or {}:
         name = key.partition(".")[0]
-        if name not in KNOWN | set(config):
+        if name in names - KNOWN:
+            raise ExperimentError(f"--cfg-options sets {key!r}, {USED_UP}")
+        if name not in KNOWN:
             listed = ", ".join(sorted(str(one) for one in config))
             raise ExperimentError(f"--cfg-options has {key!r}, and nothing is called {name!r}; the config has {listed}")
 

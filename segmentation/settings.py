@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiment import ExperimentError
@@ -84,6 +84,8 @@ def check_settings(config: Mapping[str, Any]) -> None:
     size = config.get("crop_size")
     if size is not None and not _is_size(size):
         raise ExperimentError(f"crop_size is {size!r}; allowed are two whole numbers from 1")
+    if size is not None:
+        _check_crop(config, tuple(size))
     if at(config, "optim_wrapper.type") == "AmpOptimWrapper":
         _need_accelerator()
         own = [hook.get("method") for hook in hooks if hook["type"] == HOOK]
@@ -106,6 +108,36 @@ def _hooks(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 def _is_size(size: Any) -> bool:
     return isinstance(size, Sequence) and len(size) == 2 and all(type(one) is int and one > 0 for one in size)
+
+
+def _check_crop(config: Mapping[str, Any], size: tuple[int, int]) -> None:
+    """Refuse a `crop_size` that is not what the config trains on: the record and the budget go by it, and nothing else.
+
+    Only what says it in the usual places is looked at.
+    """
+    for where, given in _sizes(config):
+        other = (given, given) if isinstance(given, int) else given
+        if _is_size(other) and tuple(other) != size:
+            raise ExperimentError(
+                f"crop_size is {size}, by which the run's record and budget go, and {where} is {tuple(other)}; set all "
+                f"of them alike"
+            )
+
+
+def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What images for training are padded and cut to, each with its place in the config."""
+    yield "model.data_preprocessor.size", at(config, "model.data_preprocessor.size")
+    key = "train_dataloader.dataset"
+    while isinstance(at(config, f"{key}.dataset"), Mapping):
+        key += ".dataset"
+    steps = at(config, f"{key}.pipeline")
+    sized = [
+        (number, step)
+        for number, step in enumerate(steps if isinstance(steps, list | tuple) else ())
+        if isinstance(step, Mapping) and step.keys() & {"scale", "size", "crop_size"}
+    ]
+    if sized and "crop_size" in sized[-1][1]:  # else it is cut before it has its size
+        yield f"{key}.pipeline.{sized[-1][0]}.crop_size", sized[-1][1]["crop_size"]
 
 
 def _need_accelerator() -> None:

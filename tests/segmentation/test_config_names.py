@@ -50,6 +50,17 @@ def test_variables_are_not(line, below):
     assert line.partition(" ")[0] in load_config([below / "own.py"])
 
 
+def test_a_variable_is_set_only_ahead_of_what_is_made_of_it(below):
+    files = [below / name for name in ("below.py", "own.py")]
+    files[1].write_text("norm_cfg = dict(type='SyncBN')\n")
+    with pytest.raises(ExperimentError, match=r"own\.py sets 'norm_cfg', a variable .* would have no effect"):
+        load_config(files)
+    files[1].write_text("norm_cfg = dict(type='BN')\n")  # as it was
+    assert load_config(files).model.norm == {"type": "BN"}
+    files[1].write_text("norm_cfg = dict(type='SyncBN')\nmodel = dict(norm=norm_cfg)\n")
+    assert load_config(files).model.norm == {"type": "SyncBN"}
+
+
 def test_the_names_are_those_of_mmengine_and_no_shipped_config_has_another():
     assert {*inspect.signature(Runner.__init__).parameters} - {"self"} == RUNNER
     for path in CONFIGS.rglob("*.py"):

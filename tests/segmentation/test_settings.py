@@ -38,6 +38,13 @@ OPTIONS = {
     "no log": ([], ["default_hooks.logger.interval=0"], r"logger\.interval is 0; allowed are whole"),
     "layers of the method": ([], ["lowrank.layers=[a]"], r"lowrank\.layers would have no effect, as --layers says"),
     "crop": ([], ["crop_size=(0,32)"], r"crop_size is \(0, 32\)"),
+    "crop and padding": ([], ["crop_size=(48,48)"], r"crop_size is \(48, 48\), .*preprocessor\.size is \(32, 32\); set"),
+    "crop and cuts": (
+        [],
+        ["crop_size=(48,48)", "model.data_preprocessor.size=(48,48)"],
+        r"crop_size is \(48, 48\), .* and train_dataloader\.dataset\.dataset\.pipeline\.3\.crop_size is \(32, 32\)",
+    ),
+    "a variable": ([], ["scenes.img_suffix=.jpg"], "sets 'scenes.img_suffix', a variable .* would have no effect"),
     "classes": ([], ["model.decode_head.num_classes=-1"], "num_classes is -1"),
     "hooks": ([], ["custom_hooks.0.type=X"], "custom_hooks is .*allowed is a list"),
     "no hooks": ([], ["custom_hooks=[]"], "sets custom_hooks, which .* follows from --layers and the method; give"),
