@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +14,11 @@ from mmengine.dataset import BaseDataset
 from mmseg.registry import DATASETS
 
 from experiment import ExperimentError
+from experiment.processes import is_started
 from segmentation.quiet import quietly, register_modules
 
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+_OF_SYSTEMS = (".", "__MACOSX", "@eaDir")  # how names begin of what systems leave
 IMAGES = "img_path"  # how the names of images begin in what a data set says of a sample; label maps have others
 
 
@@ -24,10 +29,13 @@ class Listing:
     Attributes:
         names: of all files, each by its path: as it is below the data set's folder, wherever that is.
         images: those of them that are images.
+        beside: images in the folder of its images, and label maps in that of its label maps, that are not among them,
+            where it is to have all of these.
     """
 
     names: Mapping[Path, str]
     images: frozenset[Path]
+    beside: frozenset[Path] = frozenset()
 
 
 def root_of(part: Mapping[str, Any]) -> Path:
@@ -66,7 +74,36 @@ def listing_of(part: Mapping[str, Any]) -> Listing:
     files = [entry for sample in samples for entry in _files(sample, may_lack_labels=bool(part.get("test_mode")))]
     prefixes = [Path(prefix) for prefix in dataset.data_prefix.values() if prefix]
     names = {path: _name(path, root, prefixes) for _, path in files}
-    return Listing(names, frozenset(path for key, path in files if key.startswith(IMAGES)))
+    images = frozenset(path for key, path in files if key.startswith(IMAGES))
+    chosen = any(part.get(key) for key in ("ann_file", "indices", "filter_cfg"))
+    return Listing(names, images, frozenset() if chosen else frozenset(_all_files(dataset)) - names.keys())
+
+
+def _all_files(dataset: BaseDataset) -> Iterator[Path]:
+    """The images in the folder of a data set's images, and what ends as its label maps do in that of these."""
+    for kind, folder in dataset.data_prefix.items():
+        of_maps = None if kind.startswith(IMAGES) else getattr(dataset, "seg_map_suffix", None)
+        for path in Path(folder).rglob("*") if folder else ():
+            is_one = path.name.endswith(of_maps) if of_maps else path.name.lower().endswith(ENDINGS)
+            if is_one and not any(name.startswith(_OF_SYSTEMS) for name in path.relative_to(folder).parts):
+                yield path
+
+
+def tell_unread(listings: Iterable[Listing]) -> None:
+    """Say, once, what lies in the folders of data sets and is not read, as where names do not end as they are to."""
+    listings = list(listings)
+    named = frozenset[Path]().union(*(one.names for one in listings))
+    unread = sorted(frozenset[Path]().union(*(one.beside for one in listings)) - named)
+    if unread and not is_started():
+        _warn(
+            f"warning: not read: {len(unread)} images or label maps, such as {unread[0]}; an image is what ends as "
+            f"img_suffix says, and its label map has the same name and ends as seg_map_suffix says"
+        )
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    print(line.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
 
 
 def _files(sample: Mapping[str, Any], may_lack_labels: bool) -> Iterator[tuple[str, Path]]:

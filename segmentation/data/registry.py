@@ -12,7 +12,7 @@ from mmengine.config import Config
 from experiment import ExperimentError
 from segmentation.compose import datasets
 from segmentation.data.folders import ThereError, file_hashes, fingerprint_of
-from segmentation.data.listing import listing_of, root_of
+from segmentation.data.listing import listing_of, root_of, tell_unread
 from segmentation.data.prepare import DATASETS, is_prepared
 from segmentation.data.scenes import SETS, write_scenes
 
@@ -61,6 +61,7 @@ def data_of(config: Config) -> Data:
     if not all(root.is_dir() for root in roots):
         return Data()
     parts = [(roots.index(root_of(part)), listing_of(part)) for part in datasets(config)]
+    tell_unread(one for _, one in parts)
     hashes: dict[Path, bytes] = {}
     names: set[tuple[int, str, Path]] = {
         (number, name, path) for number, one in parts for path, name in one.names.items()

@@ -193,6 +193,30 @@ def test_a_label_map_that_is_gone_or_an_image_that_is_cut_is_told_before_trainin
 
 
 @pytest.mark.parametrize("rooted", [True, False])
+def test_what_names_leave_out_is_told_once_and_what_a_list_leaves_out_is_not(rooted, tmp_path, capsys):
+    root = write_data(tmp_path / "own", ("a", "b"), "_mask.png")
+    (root / "ann/val/.DS_Store.png").touch()
+    whole = [
+        _own_config(*(dataset(root, part, "_mask.png", listed, rooted) for part in ("train", "val")))
+        for listed in (False, True)
+    ]
+    assert len(data_of(whole[0]).trained) == 2
+    assert capsys.readouterr().err == ""
+    (root / "img/train/train_b.png").rename(root / "img/train/train_b.PNG")
+    for _ in range(2):
+        assert len(data_of(whole[0]).trained) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: not read: 2 images or label maps, such as {root}/ann/train/train_b_mask.png; ")
+    (root / "img/train/train_b.PNG").rename(root / "img/train/train_b.png")
+    (root / "train.txt").write_text("train_a\n")
+    assert len(data_of(whole[1]).trained) == 1
+    for part in ("train", "val"):
+        whole[0][f"{part}_dataloader"].dataset.indices = 1
+    assert len(data_of(whole[0]).trained) == 1
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("rooted", [True, False])
 def test_a_part_elsewhere_belongs_to_the_data_wherever_it_is(rooted, tmp_path):
     first, second = (write_data(tmp_path / name, ("a", "b"), ".png") for name in ("first", "second"))
 

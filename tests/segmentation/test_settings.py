@@ -38,7 +38,11 @@ OPTIONS = {
     "no log": ([], ["default_hooks.logger.interval=0"], r"logger\.interval is 0; allowed are whole"),
     "layers of the method": ([], ["lowrank.layers=[a]"], r"lowrank\.layers would have no effect, as --layers says"),
     "crop": ([], ["crop_size=(0,32)"], r"crop_size is \(0, 32\)"),
-    "crop and padding": ([], ["crop_size=(48,48)"], r"crop_size is \(48, 48\), .*preprocessor\.size is \(32, 32\); set"),
+    "crop and padding": (
+        [],
+        ["crop_size=(48,48)"],
+        r"crop_size is \(48, 48\), .*preprocessor\.size is \(32, 32\); set",
+    ),
     "crop and cuts": (
         [],
         ["crop_size=(48,48)", "model.data_preprocessor.size=(48,48)"],
