@@ -47,6 +47,7 @@ from experiment.measure import Trained, recipe_of, record_of, write_table
 from experiment.method import table_tag
 from experiment.moved import place_now
 from experiment.processes import first_does, first_holds, say
+from experiment.ranks import Budget
 from experiment.record import RESULT, TABLE
 from experiment.signals import held
 from experiment.sweep import SEED
@@ -153,6 +154,7 @@ class SuiteCLI(LightningCLI):
             told_to_stop = first_does(self._nothing_to_do)
             if told_to_stop is not None:
                 raise NothingToDo(told_to_stop)
+            first_does(self._require_budget)
         elif self._checkpoint_path().parent == self.folder.checkpoints:
             first_does(lambda: self.folder.require_this_run(_TO_TEST, UNTESTED))
         if self.settings["processes"] > 1 and not self.start.started:
@@ -173,9 +175,15 @@ class SuiteCLI(LightningCLI):
 
     def _check(self) -> None:
         """Refuse what is not for the network, and a data set, as far as it is there, of which there is too little."""
+        self._require_budget()
         require_network(self.settings)
         if self.folder.data_fingerprint is not None:
             check_size(self.settings["data"], self.settings["processes"], self.settings.get("batches", 1))
+
+    def _require_budget(self) -> None:
+        """Refuse a budget that is of other data than the run's, as far as these are there."""
+        if budget := self.settings["model"]["budget"]:
+            Budget(**budget).require_data(self.folder.data_fingerprint)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = self.settings["trainer"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiment.budget import budget_bytes, budget_tag, check_divisor, check_mib
 from experiment.errors import ExperimentError
-from experiment.folder import DATASET, IDENTITY
+from experiment.folder import DATA, DATASET, IDENTITY
 from experiment.moved import if_moved
 from experiment.provenance import fingerprint
 from experiment.record import RESULT, Record
@@ -137,6 +137,27 @@ class Budget:
         content = json.dumps(json.loads(Path(self.table).read_text(encoding="utf-8")), sort_keys=True)
         ways = {} if choice == "perplexity" else {"choice": choice, "seed": seed}
         return {"table": fingerprint([content.encode()]), "bytes": self.nbytes, **ways}
+
+    def require_data(self, fingerprint: str | None) -> None:
+        """Refuse a table or a run on other data than a run's of the same name, as where images have changed since.
+
+        Args:
+            fingerprint: of the run's data; None where these are not there.
+
+        Raises:
+            ExperimentError: see above.
+        """
+        told = {f"the perplexity table {self.table}": _identity_beside(Path(self.table)).get(DATA)}
+        if self.run is not None:
+            told[f"the run {self.run}, whose memory is the budget,"] = Record.load(
+                Path(self.run) / RESULT
+            ).provenance.get("data_fingerprint")
+        for what, other in told.items():
+            if fingerprint is not None and other not in (None, fingerprint):
+                raise ExperimentError(
+                    f"{what} is of other data (fingerprint {other} there, {fingerprint} here), as where images have "
+                    f"changed since; restore the data set, or delete that folder and make it again"
+                )
 
     def _require_data(self, dataset: str) -> None:
         """Refuse a table or a run of another data set, as far as they tell theirs."""

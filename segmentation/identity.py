@@ -179,6 +179,12 @@ def budget_settings(config: Config) -> dict[str, Any]:
     return Budget(**budget).settings if budget else {}
 
 
+def require_budget(config: Config, fingerprint: str | None) -> None:
+    """Refuse a budget that is of other data than these; see `experiment.ranks.Budget.require_data`."""
+    if budget := (hook_settings(config) or {}).get("budget"):
+        Budget(**budget).require_data(fingerprint)
+
+
 def _budget(config: Config, settings: dict[str, Any]) -> dict[str, Any]:
     """The budget by its content."""
     if config.get("crop_size") is None:

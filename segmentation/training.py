@@ -48,6 +48,7 @@ from segmentation.identity import (
     identity_of,
     method_tag,
     perplexity_settings,
+    require_budget,
     run_of,
 )
 from segmentation.network import prepared_model, require_classes, require_layers, require_weights
@@ -94,6 +95,7 @@ class Task:
             print(said)
             return None
         require_data(self.config)
+        require_budget(self.config, folder.data_fingerprint)
         require_classes(self.config)
         if result == RESULT:
             require_optimizer(self.config)
@@ -114,6 +116,7 @@ class Task:
             require_layers(self.config)
         if folder.data_fingerprint is None:
             return
+        require_budget(self.config, folder.data_fingerprint)
         require_classes(self.config)
         if folder.result.name == RESULT:
             require_optimizer(self.config)

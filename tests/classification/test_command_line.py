@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import statistics
 
 import pytest
@@ -335,6 +336,18 @@ def test_a_budget_holds_for_the_batch_that_is_trained_or_is_refused(measured, tm
         assert record.memory_bytes["activation_formula"] <= least
     else:
         assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]], ids=["run", "dry run"])
+def test_a_budget_of_images_that_have_changed_since_is_refused(measured, dry, tmp_path, capsys):
+    _, options = measured
+    shutil.copytree(only_file(measured[0], "perplexity.json").parent, tmp_path / "table")
+    identity = tmp_path / "table" / "identity.json"
+    identity.write_text(json.dumps(json.loads(identity.read_text()) | {"data_fingerprint": "1a"}))
+    budget = ("--model.budget.table", tmp_path / "table" / "perplexity.json", "--model.budget.mib", 1)
+    assert main([*arguments("fit", tmp_path / "runs", *options, *budget, method="asi"), *dry]) == 2
+    assert "is of other data (fingerprint 1a there, " in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

@@ -150,3 +150,20 @@ def test_a_table_or_a_run_of_another_data_set_gives_no_budget(tmp_path, other, o
         budget.identity(*told, dataset="digits")
     (tmp_path / "identity.json").unlink()  # a table from elsewhere does not say
     assert budget.identity(*told, dataset=data["run"]) == budget.identity(*told)
+
+
+@pytest.mark.parametrize("other", ["table", "run"])
+def test_a_table_or_a_run_of_other_data_of_the_same_name_gives_no_budget(tmp_path, other):
+    TABLE.save(tmp_path / "perplexity.json")
+    data = {"table": "1a", "run": "1a"} | {other: "2b"}
+    identity = tmp_path / "identity.json"
+    identity.write_text(json.dumps({"data_fingerprint": data["table"]}))
+    run = Run("classification", "A", "net", "digits", "vanilla", 2, 1)
+    Record(run, {}, {"activation_formula": 4000}, {}, {}, {"data_fingerprint": data["run"]}).save(tmp_path)
+    budget = Budget(str(tmp_path / "perplexity.json"), run=str(tmp_path))
+    with pytest.raises(ExperimentError, match=rf"^the .*{other} .*\(fingerprint 2b there, 1a here\)"):
+        budget.require_data("1a")
+    budget.require_data(None)  # the run's data are not there yet
+    identity.unlink()  # a table from elsewhere does not say
+    Record(run, {}, {"activation_formula": 4000}, {}, {}).save(tmp_path)
+    budget.require_data("1a")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,18 @@ def test_a_table_of_another_data_set_is_refused(table, data_dir, tmp_path, capsy
     assert main([*words[:place], *budget_of(table)[0], *words[place:]]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert line.endswith("is of the data set digit_scenes, this run of digit_scenes_pretrain; measure it again")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_table_of_images_that_have_changed_since_is_refused(dry, table, data_dir, tmp_path, capsys):
+    shutil.copytree(data_dir, tmp_path / "data")
+    words = [*arguments("train", "asi", tmp_path / "data", tmp_path / "runs"), *dry]
+    words[words.index("--cfg-options") : words.index("--cfg-options")] = budget_of(table)[0]
+    shutil.copy(*sorted((tmp_path / "data" / "digit_scenes" / "JPEGImages").glob("train_*"))[:2])
+    assert main(words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "is of other data (fingerprint" in line
     assert not (tmp_path / "runs").exists()
 
 
