@@ -234,6 +234,30 @@ def test_what_was_done_by_the_same_command_is_not_loaded_again(tmp_path, capsys)
     assert asked[7:] == [1]
 
 
+def test_what_a_config_is_based_on_counts(tmp_path):
+    how, asked = recording(tmp_path)
+    (tmp_path / "bases").mkdir()
+    texts = {
+        "own.py": '_base_ = "bases/one.py"',
+        "bases/one.py": '_base_ = ["two.py", "mmseg::a.py"]',
+        "bases/two.py": "a = 1",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    jobs = [job(1, "1", str(tmp_path / "own.py"))]
+    for name in ["own.py", *texts]:
+        assert run_jobs(jobs, how, tmp_path) == 0
+        assert run_jobs(jobs, how, tmp_path) == 0
+        with (tmp_path / name).open("a") as file:
+            file.write("b = 2\n")
+    assert len(asked) == 4
+    (tmp_path / "bases" / "two.py").write_text('_base_ = "../own.py"\n')  # in a ring
+    assert run_jobs(jobs, how, tmp_path) == 0
+    (tmp_path / "own.py").write_text("no config (\n")
+    assert run_jobs(jobs, how, tmp_path) == 0
+    assert len(asked) == 6
+
+
 def test_what_a_command_takes_from_another_run_counts(tmp_path):
     how, asked = recording(tmp_path)
     first = job(1, "1")
