@@ -49,6 +49,7 @@ STYLE = {
     "axes.unicode_minus": True,
 }
 SIZE, DPI = (9.0, 4.6), 200
+ROWS = 4  # of a legend, for which a figure of this size has room
 MARKER, PRINTED, FADED = 5.5, 3.5, 0.45
 
 
@@ -272,4 +273,7 @@ def _legend(figure: Figure, looks: dict[str, Look], published: bool) -> None:
     # About as many columns as fit side by side: a letter is some 0.075 inch wide, a handle as wide as nine letters.
     longest = max(len(str(handle.get_label())) for handle in handles)
     fitting = max(1, int(SIZE[0] / 0.075) // (longest + 9))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(fitting, len(handles)), frameon=False)
+    columns = min(fitting, len(handles))
+    further = max(0, math.ceil(len(handles) / columns) - ROWS)  # which take nothing away from the panels
+    figure.set_size_inches(SIZE[0], SIZE[1] + 0.22 * further)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)

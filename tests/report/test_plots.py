@@ -109,6 +109,14 @@ def test_legend_lies_below_the_axes_and_inside_the_figure(write):
     assert {text.get_text() for text in legend.get_texts()} == {*names, "not dominated", "dominated"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("letters", [5, 90])
+def test_the_panels_have_their_height_however_long_the_legend_is(write, letters):
+    names = ["vanilla", *(f"{'a' * letters}_{number}" for number in range(12))]
+    figure = _draw(summarise([write(name, 2, memory=place + 1) for place, name in enumerate(names)]), GROUP)
+    assert all(axes.get_window_extent().height > 2.5 * figure.dpi for axes in figure.axes)
+
+
 def test_every_method_looks_different():
     methods = ["vanilla", "svd_0.8", "asi", "lance", "other", *(f"hosvd_0.{energy}" for energy in range(3, 10))]
     looks = looks_of(methods)
