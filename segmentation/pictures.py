@@ -26,7 +26,9 @@ from segmentation.data.registry import require_data
 from segmentation.quiet import register_modules
 
 Classes = NDArray[np.int64]
+Column = tuple[str, list[Any]]  # what is written above it, and its images
 IGNORED, IGNORED_COLOUR = 255, (224, 224, 192)
+_NAMES = ("setup", "model", "layers", "seed")  # of a run, beside its method
 
 
 def picture(runs: Sequence[Path], output: Path, count: int = 4) -> None:
@@ -47,13 +49,12 @@ def picture(runs: Sequence[Path], output: Path, count: int = 4) -> None:
     require_data(config)
     dataset = DATASETS.build(config.val_dataloader.dataset)
     samples = [dataset[index] for index in range(min(count, len(dataset)))]
-    columns: dict[str, list[Any]] = {
-        "input": [sample["inputs"].permute(1, 2, 0).numpy()[..., ::-1] for sample in samples],
-        "truth": [_coloured(sample["data_samples"].gt_sem_seg.data[0].numpy(), dataset) for sample in samples],
-    }
-    for run, record in records.items():
-        title = f"{record.run.method}\nmIoU {100 * record.accuracy['miou_last']:.1f} %"
-        columns[title] = [_coloured(classes, dataset) for classes in _predictions(run, samples)]
+    columns: list[Column] = [
+        ("input", [sample["inputs"].permute(1, 2, 0).numpy()[..., ::-1] for sample in samples]),
+        ("truth", [_coloured(sample["data_samples"].gt_sem_seg.data[0].numpy(), dataset) for sample in samples]),
+    ]
+    for run, title in zip(runs, titles([records[run] for run in runs]), strict=True):
+        columns.append((title, [_coloured(classes, dataset) for classes in _predictions(run, samples)]))
     try:
         write_whole(output, _drawn(columns))
     except OSError as error:
@@ -78,12 +79,27 @@ def _coloured(classes: Classes, dataset: Any) -> NDArray[np.uint8]:
     return colours[classes]
 
 
-def _drawn(columns: dict[str, list[Any]]) -> bytes:
-    rows = len(next(iter(columns.values())))
+def titles(records: Sequence[Record]) -> list[str]:
+    """What is written over each run's column: its method and mIoU, and what else of its name tells it from others."""
+    odd = [name for name in _NAMES if len({getattr(record.run, name) for record in records}) > 1]
+    return [
+        "\n".join(
+            [
+                record.run.method,
+                *(f"{name} {getattr(record.run, name)}" for name in odd),
+                f"mIoU {100 * record.accuracy['miou_last']:.1f} %",
+            ]
+        )
+        for record in records
+    ]
+
+
+def _drawn(columns: Sequence[Column]) -> bytes:
+    rows = len(columns[0][1])
     figure = Figure(figsize=(1.6 * len(columns), 1.6 * rows + 0.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, len(columns), squeeze=False)
-    for column, (title, images) in enumerate(columns.items()):
+    for column, (title, images) in enumerate(columns):
         grid[0, column].set_title(title, fontsize=8)
         for row, image in enumerate(images):
             grid[row, column].imshow(image, interpolation="nearest")

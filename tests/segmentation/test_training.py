@@ -18,9 +18,10 @@ from mmseg.registry import MODELS
 from PIL import Image
 from segmentors import TINY, files
 
-from experiment import Record
+from experiment import Record, Run
 from lowrank import PerplexityTable
 from segmentation.cli import main
+from segmentation.pictures import titles
 from segmentation.training import FINAL
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +132,16 @@ def test_the_picture_has_a_column_for_each_run(finished, tmp_path, capsys):
     assert width / height == pytest.approx(4 * 1.6 / (2 * 1.6 + 0.5), rel=0.02)
     assert main(["picture", str(tmp_path), "--output", str(output)]) == 2
     assert "result.json cannot be read" in capsys.readouterr().err
+
+
+def test_columns_of_the_picture_are_told_apart():
+    def record(seed, layers=5, miou=0.5):
+        run = Run("segmentation", "finetune", "net", "scenes", "asi", layers, seed)
+        return Record(run, {"miou_last": miou}, {}, {}, {})
+
+    assert titles([record(1)]) == ["asi\nmIoU 50.0 %"]
+    assert titles([record(1), record(2)]) == [f"asi\nseed {seed}\nmIoU 50.0 %" for seed in (1, 2)]
+    assert titles([record(1), record(1, 10, 0.25)]) == ["asi\nlayers 5\nmIoU 50.0 %", "asi\nlayers 10\nmIoU 25.0 %"]
 
 
 # Killed when the checkpoint is written and the validation done, but its row is not.
