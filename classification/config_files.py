@@ -14,6 +14,13 @@ from experiment.command import dashed
 from experiment.strict_yaml import check_settings_file, check_yaml, misread_number
 
 GROUPS = {"model": "layers", "data": "dataset", "trainer": "max_epochs"}  # of settings, and one of each
+# Settings that are what others are, which a parser sets over what a config says of them.
+LINKED = {
+    "data.shuffle_seed": "seed_everything",
+    "model.rank_seed": "seed_everything",
+    "model.num_classes": "data.num_classes",
+}
+AS_LINKED = "is what {} is, whatever is given; leave it out"
 _CONFIG = ("--config", "-c")
 _TEXTS = ("--trainer.max_time",)  # options of times, whose values may look like numbers
 
@@ -29,12 +36,20 @@ def check_config_files(arguments: Sequence[str]) -> None:
     for name, value in _options(arguments):
         if name in _CONFIG:
             _check_config(value)
-            continue
-        misread = misread_number(value) if ":" in value and name not in _TEXTS else None  # 010 is 10 here
-        if misread is not None:
-            raise ExperimentError(f"{name} is {value}, which would be read as {misread}; write it in base ten")
-        if value.lstrip().startswith(("{", "[")):
-            check_yaml(value, name)
+        else:
+            _check_value(name, value)
+        for key, given, shown in _given(name, value):
+            if key in LINKED and given is not None:
+                raise ExperimentError(f"{shown} {AS_LINKED.format(LINKED[key])}")
+
+
+def _check_value(name: str, value: str) -> None:
+    """Check what an option has that is no config."""
+    misread = misread_number(value) if ":" in value and name not in _TEXTS else None  # 010 is 10 here
+    if misread is not None:
+        raise ExperimentError(f"{name} is {value}, which would be read as {misread}; write it in base ten")
+    if value.lstrip().startswith(("{", "[")):
+        check_yaml(value, name)
 
 
 def _check_config(name: str) -> None:
@@ -67,9 +82,15 @@ def settings_in(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """
     check_config_files(arguments)
     for name, value in _options(arguments):
-        prefix = "" if name in _CONFIG else name.removeprefix("--")
-        for key in _keys(_settings(value, name in _CONFIG), prefix):
-            yield dashed([f"--{key}"])[0], f"{key} in {name} {value}"
+        for key, _, shown in _given(name, value):
+            yield dashed([f"--{key}"])[0], shown
+
+
+def _given(name: str, value: str) -> Iterator[tuple[str, Any, str]]:
+    """What a config or a group of settings sets: full names, values, and how errors name each."""
+    prefix = "" if name in _CONFIG else name.removeprefix("--")
+    for key, given in _pairs(_settings(value, name in _CONFIG), prefix):
+        yield key, given, f"{key} in {name} {value}"
 
 
 def _settings(value: str, is_config: bool) -> Any:
@@ -81,13 +102,13 @@ def _settings(value: str, is_config: bool) -> Any:
         return None  # no settings, or the parser says what is wrong
 
 
-def _keys(content: Any, prefix: str) -> Iterator[str]:
-    """The full names of all settings in a mapping, such as "model.method.class_path"."""
+def _pairs(content: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """All settings in a mapping by their full names, such as "model.method.class_path"."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             name = f"{prefix}.{key}".removeprefix(".")
-            yield name
-            yield from _keys(value, name)
+            yield name, value
+            yield from _pairs(value, name)
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

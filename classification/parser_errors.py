@@ -9,12 +9,13 @@ import textwrap
 from argparse import ArgumentError
 from collections.abc import Sequence
 
-from classification.config_files import settings_in
+from classification.config_files import AS_LINKED, settings_in
 from experiment import ExperimentError
 from experiment.command import dashed
 
 _KEY = re.compile(r'\s*Parser key "([^"]+)":\s*(.*)', re.DOTALL)
 _UNKNOWN = re.compile(r"Subcommand '(\w+)' does not accept option '([^']+)'")
+_LINKED = re.compile(r'argument (\S+) --> ([^\s:]+):|Linked "([^"]+)" must be given via "([^"]+)"')
 _CLASS = re.compile(r"^( *)- Problem with given class_path '([^']+)':\n((?:\1   .*(?:\n|$))+)", re.MULTILINE)
 _EXPECTED = re.compile(
     r"Expected an? (<class '[^']+'>|typing\.Literal\[[^]]*\]|dot import path|tuple with \d+ elements)"
@@ -42,6 +43,9 @@ def readable(error: ArgumentError, arguments: Sequence[str]) -> str:
     if unknown is not None:
         command, key = unknown.groups()
         return f"{_shown(key, arguments)}: {command} has no such setting; see python -m classification {command} --help"
+    linked = _LINKED.search(str(error))
+    if linked is not None:
+        return f"{_shown(linked[2] or linked[3], arguments)} {AS_LINKED.format(linked[1] or linked[4])}"
     found = _KEY.match(str(error))
     if found is None:
         return " ".join(str(error).split())

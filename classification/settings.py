@@ -16,7 +16,7 @@ from classification.data.module import FRONT_OF_AUGMENTED
 from classification.start import strategy_of
 from experiment import ExperimentError
 from experiment.limit import check_limit
-from experiment.method import check_precision, require_own_ranks
+from experiment.method import check_precision, require_own_ranks, require_use
 from experiment.process_group import require_room
 from experiment.warned import tell_crowded
 
@@ -46,6 +46,10 @@ LEAST = {  # per number that has one
 MOST = {"seed_everything": 2**32 - 1, "model.momentum": 1}  # numpy's generators have no other seeds
 ABOVE_0 = tuple(f"trainer.limit_{part}_batches" for part in ("train", "val", "test"))
 _WHOLE_EPOCHS = "a run is made of whole epochs"
+WORDS = {  # settings that are one of these words, or not given, which Lightning looks at once it has read the data
+    "trainer.gradient_clip_algorithm": ("norm", "value"),
+    "trainer.profiler": ("simple", "advanced", "pytorch", "xla"),
+}
 NAMED = {  # files and folders that have a name, or are not given
     "runs_dir": "give a folder, such as runs",
     "data.root": "give a folder, such as data",
@@ -79,6 +83,9 @@ def check_settings(config: Mapping[str, Any], trains: bool) -> pl.Trainer:
     for key, instead in NAMED.items():
         if _at(config, key) == "":  # as of a variable that is not set
             raise ExperimentError(f"--{key} is empty; {instead}")
+    for key, words in WORDS.items():
+        if isinstance(value := _at(config, key), str) and value not in words:
+            raise ExperimentError(f"--{key} is {value}; allowed: {', '.join(words)}")
     _check_numbers(config)
     workers = _at(config, "data.workers") or 0
     require_room(f"--data.workers {workers}", workers)
@@ -150,6 +157,10 @@ def _check_training(config: Mapping[str, Any]) -> None:
     precision = str(_at(config, "trainer.precision"))
     if "16" in precision:
         check_precision(_at(config, "model.method"), f"--trainer.precision is {precision}")
+    if _at(config, "model.budget") is not None:
+        require_use(_at(config, "model.method"), "--model.budget")
+    if (choice := _at(config, "model.rank_choice")) != "perplexity":
+        require_use(_at(config, "model.method"), f"--model.rank_choice {choice}")
     _check_time(_at(config, "trainer.max_time"))
     if config.get("ckpt_path") is not None:
         raise ExperimentError(

@@ -110,6 +110,20 @@ def require_own_ranks(config: Mapping[str, Any]) -> None:
         raise _no_ranks(str(_parts(config)[0]).rpartition(".")[2])
 
 
+def require_use(config: Mapping[str, Any] | None, settings: str) -> None:
+    """Refuse settings by which ranks are chosen, named by `settings`, of a method that leaves no ranks to a budget.
+
+    Raises:
+        ExperimentError: see above.
+    """
+    if config is None or not leaves_ranks(config):
+        name = "Vanilla" if config is None else str(_parts(config)[0]).rpartition(".")[2]
+        raise ExperimentError(
+            f"{settings} would have no effect, as {name} leaves no ranks to a budget; leave it out, or take a method "
+            f"that does, such as ASI without ranks"
+        )
+
+
 def _no_ranks(name: str) -> ExperimentError:
     return ExperimentError(
         f"{name} needs ranks: give its own, or a budget, which is a perplexity table and a memory: budget.table, and "

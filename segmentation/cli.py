@@ -12,7 +12,7 @@ from mmengine.config import Config, DictAction
 from experiment import ExperimentError
 from experiment.command import Work, dashed, finish, folder_word, importing
 from experiment.limit import check_limit
-from experiment.method import require_own_ranks
+from experiment.method import require_own_ranks, require_use
 from experiment.moved import place_now
 from experiment.process_group import run_all
 from experiment.processes import alone, place
@@ -156,6 +156,8 @@ def config_of(options: argparse.Namespace) -> Config:
         for hook in config.get("custom_hooks", []):
             if hook["type"] == HOOK and not hook.get("budget"):
                 require_own_ranks(hook["method"])
+            elif hook["type"] == HOOK:
+                require_use(hook["method"], "a budget")
     config.launcher = options.launcher
     started = options.launcher != "none"
     config.processes = place().count if started else options.processes or config.get("processes", 1)
@@ -227,9 +229,11 @@ def _set_budget(config: Config, options: argparse.Namespace) -> None:
     from experiment.ranks import Budget
 
     Budget(**given)
-    for hook in config.get("custom_hooks", []):
-        if hook["type"] == HOOK:
-            hook["budget"] = given
+    hooks = [hook for hook in config.get("custom_hooks", []) if hook["type"] == HOOK]
+    if not hooks:
+        raise ExperimentError(f"a budget is for the method of a {HOOK}, and custom_hooks has none; leave it out")
+    for hook in hooks:
+        hook["budget"] = given
 
 
 def run(arguments: Sequence[str], work: Work | None = None) -> None:

@@ -37,6 +37,7 @@ def files(tmp_path_factory):
     for name, content in CONFIGS_OF_NOTHING.items():
         (folder / f"{name}.yaml").write_text(content)
     (folder / "layers.yaml").write_text("model: {layers: two}\n")
+    (folder / "linked.yaml").write_text("data: {shuffle_seed: 5}\n")
     (folder / "seed.yaml").write_text("seed_everything: yes\n")
     np.save(folder / "ten.npy", np.arange(10.0).reshape(2, 5))
     (folder / "in_the_way").write_text("a file")
@@ -60,6 +61,7 @@ def in_method(name, **settings):
     return ["--model.method", f"lowrank.{name}", *options]
 
 
+NO_USE = ["--model.budget.table", "FILES/table.json", "--model.budget.mib", 1]
 MISTAKES = {
     "unknown option": (["--model.colour", "red"], "--model.colour"),
     "unknown key in a file": (["--config", "FILES/unknown_key.yaml"], "model.colour"),
@@ -115,6 +117,11 @@ MISTAKES = {
     "table of something else": (table("list.json"), "not a perplexity table"),
     "table of other layers": (table("foreign.json"), r"has no layer 'blocks\.13"),
     "table of fewer layers": ([*table("table.json"), "--model.layers", 4], "has no layer"),
+    "a budget of no use": ([*in_method("SVD", energy=0.5), *NO_USE], "budget would have no effect, as SVD leaves no"),
+    "a budget of vanilla": (NO_USE, "budget would have no effect, as Vanilla leaves no ranks to a budget; leave it"),
+    "a choice of no use": (["--model.rank_choice", "random"], "rank_choice random would have no effect, as Vanilla"),
+    "clipping by what there is not": (["--trainer.gradient_clip_algorithm", "x"], r"is x; allowed: norm, value"),
+    "a profiler that there is not": (["--trainer.profiler", "x"], "is x; allowed: simple, advanced"),
     "budget twice": (table("table.json", "--model.budget.mib", 1, "--model.budget.run", "x"), "not both"),
     "no budget": (["--model.method", "lowrank.ASI", "--model.budget.table", "FILES/table.json"], "budget"),
     "no ranks": (["--model.method", "lowrank.ASI"], r"ASI needs ranks: .* budget\.table, and budget\.mib"),
@@ -139,6 +146,12 @@ MISTAKES = {
 HOSVD = ("--model.method", "lowrank.HOSVD")
 SAID = {  # in full, of what the parser refuses
     ("--seed_everything", "true"): "--seed_everything is True; allowed: a whole number",
+    ("--data.shuffle_seed", "5"): "--data.shuffle_seed is what seed_everything is, whatever is given; leave it out",
+    ("--model.rank_seed", "5"): "--model.rank_seed is what seed_everything is, whatever is given; leave it out",
+    ("--config", "FILES/linked.yaml"): "data.shuffle_seed in --config FILES/linked.yaml is what seed_everything is, "
+    "whatever is given; leave it out",
+    ("--model", "{num_classes: 3}"): "model.num_classes in --model {num_classes: 3} is what data.num_classes is, "
+    "whatever is given; leave it out",
     ("--config", "FILES/seed.yaml"): "seed_everything in --config FILES/seed.yaml is True; allowed: a whole number",
     ("--model.layers", "two"): "--model.layers is two; allowed: a whole number or all",
     ("--model.layers="): "--model.layers is empty; allowed: a whole number or all",

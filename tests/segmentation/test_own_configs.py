@@ -133,6 +133,7 @@ def test_a_measure_of_ones_own_that_tells_no_miou_is_one_line(tmp_path):
         history.after_val_epoch(runner, {"Dice": 1.0, "aAcc": 1.0})
 
 
+NO_USE = ["--budget-table", "table.json", "--budget-mib", "1"]
 REFUSED = {
     "length of epochs": ([("train_cfg", EPOCHS)], ["--iterations", "2"], "train_cfg has no max_iters; give"),
     "two lengths": (
@@ -150,6 +151,12 @@ REFUSED = {
         [("lowrank", {"method": {"type": "SVD"}})],
         [],
         "lowrank, as of a config of a method, is ",
+    ),
+    "a budget of no use": ([], NO_USE, "a budget would have no effect, as HOSVD leaves no ranks to a budget; leave it"),
+    "a budget of nothing": (
+        [("custom_hooks", [])],
+        NO_USE,
+        "a budget is for the method of a LowRankHook, and custom_ho",
     ),
     "unnamed data": ([], ["--data-dir", "data"], "names its data set, a folder in there, as dataset = 'NAME'"),
     "data in two folders": (
