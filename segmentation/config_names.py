@@ -32,6 +32,13 @@ RUNNER = {  # arguments of MMEngine's `Runner`, which takes seconds to import
     *("visualizer", "default_scope", "randomness", "experiment_name", "cfg"),
 }
 KNOWN = OWN | OTHERS | RUNNER
+# What other programs read of a config, with what to give in its place.
+_UNREAD = {
+    "weights": "give --weights to a sweep, or --load-from to a run",
+    "test_evaluator": "a run is validated, by val_evaluator",
+    "test_cfg": "a run is validated, by val_cfg",
+    "experiment_name": "a run's name is that of its folder",
+}
 USED_UP = (
     "a variable of the config, which is read before: what was made of it has the value of then, and this would have no "
     "effect; set that in its place, such as model.NAME or train_dataloader.NAME, or change the config"
@@ -80,6 +87,8 @@ def check_options(options: Mapping[str, object] | None, config: Iterable[str]) -
         name = key.partition(".")[0]
         if name in names - KNOWN:
             raise ExperimentError(f"--cfg-options sets {key!r}, {USED_UP}")
+        if name in _UNREAD:
+            raise ExperimentError(f"--cfg-options sets {key!r}, which would have no effect; {_UNREAD[name]}")
         if name not in KNOWN:
             listed = ", ".join(sorted(str(one) for one in config))
             raise ExperimentError(f"--cfg-options has {key!r}, and nothing is called {name!r}; the config has {listed}")

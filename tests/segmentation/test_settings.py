@@ -48,6 +48,8 @@ OPTIONS = {
         ["crop_size=(48,48)", "model.data_preprocessor.size=(48,48)"],
         r"crop_size is \(48, 48\), .* and train_dataloader\.dataset\.dataset\.pipeline\.3\.crop_size is \(32, 32\)",
     ),
+    "weights of a sweep": ([], ["weights=x.pth"], "sets 'weights', which would have no effect; give --weights to a sw"),
+    "a test": ([], ["test_evaluator.iou_metrics=[mDice]"], r"no effect; a run is validated, by val_evaluator"),
     "a variable": ([], ["scenes.img_suffix=.jpg"], "sets 'scenes.img_suffix', a variable .* would have no effect"),
     "classes": ([], ["model.decode_head.num_classes=-1"], "num_classes is -1"),
     "hooks": ([], ["custom_hooks.0.type=X"], "custom_hooks is .*allowed is a list"),
