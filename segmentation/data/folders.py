@@ -9,9 +9,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from experiment import ExperimentError, archives
-from experiment.contents import content_hashes, require_uncut
+from experiment.contents import content_hashes, require_uncut, unreadable
 from experiment.files import beside, file_lock
 
+_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+# How images begin, of whichever kind, as a name may be of another one: PNG, JPEG, BMP, WebP, GIF, TIFF, JPEG 2000, PNM.
+_BEGINNINGS = (
+    *(b"\x89PNG", b"\xff\xd8", b"BM", b"RIFF", b"GIF8", b"II", b"MM", b"\0\0\0", b"\xff\x4f"),
+    *(b"P%d" % number for number in range(1, 8)),
+)
 MOST_BYTES = 64 * 2**30  # of an archive when unpacked; the largest, Cityscapes' images, has 11 GB
 
 
@@ -98,11 +104,17 @@ def file_hashes(root: Path, files: Iterable[Path], prepared: bool) -> dict[Path,
     Every file is read once, and then known by its size and times; see `experiment.contents`.
 
     Raises:
-        ExperimentError: an image was cut.
+        ExperimentError: an image was cut, or is none.
     """
     paths, store = sorted(files), root.parent / f".{root.name}.contents.npz"
-    check = functools.partial(require_uncut, prepared=prepared)
+    check = functools.partial(_check_head, prepared=prepared)
     return dict(zip(paths, content_hashes(paths, store, check), strict=True))
+
+
+def _check_head(path: Path, content: bytes, prepared: bool) -> None:
+    require_uncut(path, content, prepared)
+    if path.suffix.lower() in _ENDINGS and not content.startswith(_BEGINNINGS):
+        raise unreadable(path, "it is no image, or its beginning is damaged", prepared)
 
 
 def fingerprint_of(hashes: Iterable[tuple[str, bytes]]) -> str:

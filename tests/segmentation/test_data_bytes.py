@@ -192,6 +192,15 @@ def test_a_label_map_that_is_gone_or_an_image_that_is_cut_is_told_before_trainin
         data_of(config)
 
 
+@pytest.mark.parametrize("content", [b"", b"no image"])
+@pytest.mark.parametrize("name", ["img/train/train_a.png", "ann/val/val_b.png"])
+def test_a_file_that_is_no_image_is_told_before_training(name, content, tmp_path):
+    root = write_data(tmp_path / "own", ("a", "b"), ".png")
+    (root / name).write_bytes(content)
+    with pytest.raises(ExperimentError, match=rf"^image {root / name} cannot be read \(it is no image"):
+        data_of(_own_config(*(dataset(root, part) for part in ("train", "val"))))
+
+
 @pytest.mark.parametrize("rooted", [True, False])
 def test_what_names_leave_out_is_told_once_and_what_a_list_leaves_out_is_not(rooted, tmp_path, capsys):
     root = write_data(tmp_path / "own", ("a", "b"), "_mask.png")
