@@ -11,6 +11,7 @@ The next layer, if it keeps its input as it is, keeps the origin of the activati
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from lowrank.exact import activations
 from lowrank.exact.chains import GELU, SILU, Limits
+from lowrank.exact.edges import edge_of, placed
 from lowrank.exact.near import follow, note_near
 from lowrank.exact.origins import (
     Reader,
@@ -51,6 +53,8 @@ class Curve:
         change: the function in place; None: by way of a copy.
         by_output: whether the derivative is the same of the output in the place of the input.
         link: what it is of a chain, see `chains`; None: nothing.
+        of_result: of the output gradient and the output, the input gradient, where PyTorch keeps the output; there
+            second derivatives go on.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Curve:
     change: Callable[[Tensor], Tensor] | None = None
     by_output: bool = False
     link: Any = None
+    of_result: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,15 @@ class _Curved(Node):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, curve: Curve, reader: Reader, inplace: bool, sources: tuple[Tensor, ...]
+        ctx: Any,
+        x: Tensor,
+        curve: Curve,
+        reader: Reader,
+        inplace: bool,
+        sources: tuple[Tensor, ...],
+        results: list[weakref.ref[Tensor]],
     ) -> Tensor:
-        ctx.curve, ctx.reader = curve, reader
+        ctx.curve, ctx.reader, ctx.results = curve, reader, results
         ctx.save_for_backward(*sources)
         if not inplace:
             return curve.function(x)
@@ -96,13 +107,26 @@ class _Curved(Node):
         mine = type(made) is Sloped and made.input is ctx.reader.steps[0] and made.link is ctx.curve.link
         if mine and not torch.is_grad_enabled():
             ctx.reader.done()
-            return made.grad, None, None, None, None
+            return made.grad, *[None] * 5
         x = ctx.reader.one(*saved(ctx, ctx.curve.name))
-        # Not every derivative of PyTorch has one of its own, but every function has two.
-        if torch.is_grad_enabled() and not ctx.curve.by_output:
-            found = torch.autograd.grad(ctx.curve.function(x), x, grad, create_graph=True)
-            return *found, None, None, None, None
-        return ctx.curve.derivative(grad, x), None, None, None, None
+        again = torch.is_grad_enabled() and not ctx.curve.by_output
+        found = _followed(ctx, x, grad) if again else ctx.curve.derivative(grad, x)
+        return found, *[None] * 5
+
+
+def _followed(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of a curve's input with a graph."""
+    curve = ctx.curve
+    y = ctx.results[0]() if ctx.results else None
+    if y is not None and y.grad_fn is ctx:
+        with torch.no_grad():
+            value = curve.function(x)
+        found: Tensor = curve.of_result(grad, placed(edge_of(y), value))
+        return found
+    # Not every derivative of PyTorch has one of its own, but every function has two.
+    x = x.view_as(x)  # hooks of `x` itself are for the gradient that comes of this
+    (found,) = torch.autograd.grad(curve.function(x), x, grad, create_graph=True)
+    return found
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
@@ -118,8 +142,11 @@ def curved(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
         origin = replace(itself(x.clone()), near=origin.near)
     options: dict[str, Any] = {"change": curve.change, "fresh": True, "link": curve.link}
     output = come_about(curve.function, [origin], **options) if curve.by_output else None
-    reader, sources = reading(origin if output is None else output)
-    y: Tensor = _Curved.apply(x, curve, reader, inplace, sources)
+    reader, sources = reading(origin if output is None else output, of=[x])
+    results: list[weakref.ref[Tensor]] = []
+    y: Tensor = _Curved.apply(x, curve, reader, inplace, sources, results)
+    if curve.of_result is not None:
+        results.append(weakref.ref(y))
     if output is None:
         note(y, curve.function, [origin.as_kept()], **options)
     else:
@@ -222,7 +249,7 @@ def _where_input_is_free(stock: Callable[..., Tensor], otherwise: Callable[..., 
 
 
 def _by_output(name: str, forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> Callable[..., Curve]:
-    return lambda *_: Curve(name, forward, lambda grad, x: backward(grad, forward(x)))
+    return lambda *_: Curve(name, forward, lambda grad, x: backward(grad, forward(x)), of_result=backward)
 
 
 def _takes_little(x: Tensor) -> bool:
@@ -232,12 +259,16 @@ def _takes_little(x: Tensor) -> bool:
 
 
 def _softmax_curve(dim: Any, _stacklevel: int = 3, dtype: Any = None) -> Curve:
-    def derivative(grad: Tensor, x: Tensor) -> Tensor:
-        y = F.softmax(x, dim, dtype=dtype)
-        found: Tensor = _aten._softmax_backward_data.default(grad, y, dim, x.dtype if dtype is None else y.dtype)
-        return found.to(x.dtype)
+    forward = lambda x: F.softmax(x, dim, dtype=dtype)  # noqa: E731
 
-    return Curve("softmax", lambda x: F.softmax(x, dim, dtype=dtype), derivative)
+    def of_result(grad: Tensor, y: Tensor) -> Tensor:
+        found: Tensor = _aten._softmax_backward_data.default(grad, y, dim, y.dtype)
+        return found
+
+    def derivative(grad: Tensor, x: Tensor) -> Tensor:
+        return of_result(grad, forward(x)).to(x.dtype)
+
+    return Curve("softmax", forward, derivative, of_result=of_result if dtype is None else None)
 
 
 def _hardtanh_curve(name: str, low: float, high: float) -> Curve:

@@ -170,7 +170,8 @@ def product(input: Any, other: Any, **options: Any) -> Any:
                 mark_kept(factor)
         y = torch.mul(input, other)
     else:
-        reader, sources = reading(*(origin for origin in needed if origin is not None))
+        factors = [factor for factor, origin in zip((other, input), needed, strict=True) if origin is not None]
+        reader, sources = reading(*(origin for origin in needed if origin is not None), of=factors)
         y = _Product.apply(input, other, reader, sources)
     first = origin_of(input) if needed[1] is None else needed[1].as_kept()
     second = origin_of(other) if needed[0] is None else needed[0].as_kept()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lowrank.exact import near as near_ways
 from lowrank.exact import slots
+from lowrank.exact.edges import edge_of, placed
 from lowrank.exact.near import is_near, near_of, note_near
 from lowrank.exact.slots import here, place_of_saving
 from lowrank.exact.sources import Origin, Source, version_of
@@ -191,11 +192,12 @@ def hand_on(x: Tensor, same: Tensor) -> None:
 class Reader:
     """What one backward node computes again. Refers to no tensor; the sources are saved by autograd.
 
-    Called with the saved sources, it gives the tensors, of which its `steps` are.
+    Called with the saved sources, it gives the tensors, of which its `steps` are. `edges`: where these stand in the
+    graph; None of a tensor that is saved itself, and where nobody differentiates the backward pass.
     """
 
-    def __init__(self, origins: Sequence[Origin]) -> None:
-        self.steps = [origin.step for origin in origins]
+    def __init__(self, origins: Sequence[Origin], edges: Sequence[Tensor | None]) -> None:
+        self.steps, self.edges = [origin.step for origin in origins], edges
         self._sources = list(dict.fromkeys([source.step for origin in origins for source in origin.sources]))
         self._waiting = True
         for step in self.steps:
@@ -207,11 +209,18 @@ class Reader:
 
     def __call__(self, *saved: Tensor) -> list[Tensor]:
         known = dict(zip(self._sources, saved, strict=True))
-        if torch.is_grad_enabled():  # the backward pass is itself differentiated: with the graph to the sources
-            return [step.followed(known) for step in self.steps]
+        if torch.is_grad_enabled():  # the backward pass is itself differentiated
+            return [self._followed(step, edge, known) for step, edge in zip(self.steps, self.edges, strict=True)]
         found = [step.value(known) for step in self.steps]
         self.done()
         return found
+
+    def _followed(self, step: Step, edge: Tensor | None, known: dict[Step, Tensor]) -> Tensor:
+        if step.function is None:
+            return known[step]
+        with torch.no_grad():
+            value = step.followed(known)
+        return placed(edge, value)
 
     def done(self) -> None:
         """It has read; once is enough."""
@@ -224,8 +233,14 @@ class Reader:
         self.done()
 
 
-def reading(*origins: Origin) -> tuple[Reader, tuple[Tensor, ...]]:
-    """A reader of these, and what autograd has to save for it."""
+def reading(*origins: Origin, of: Sequence[Tensor | None] = ()) -> tuple[Reader, tuple[Tensor, ...]]:
+    """A reader of these, and what autograd has to save for it.
+
+    Args:
+        origins: of tensors.
+        of: the tensors, or what stands in the graph where second derivatives of theirs go on; none where the backward
+            pass cannot be differentiated.
+    """
     sources: dict[Step, Tensor] = {}
     for origin in origins:
         for source in origin.sources:
@@ -233,7 +248,9 @@ def reading(*origins: Origin) -> tuple[Reader, tuple[Tensor, ...]]:
                 sources[source.step] = source.tensor
                 if not source.kept:
                     mark_kept(sources[source.step])
-    return Reader(origins), tuple(sources.values())
+    again = [origin.step.function is not None for origin in origins]
+    edges = [edge_of(x) if x is not None and anew else None for x, anew in zip(of, again, strict=True)] if of else []
+    return Reader(origins, edges or [None] * len(origins)), tuple(sources.values())
 
 
 def lean_mode(x: Any) -> bool:

@@ -166,10 +166,7 @@ def _by_statistics(
     eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, inverse: Tensor
 ) -> Tensor:
     """A normalisation by known statistics, `mean` and `inverse` deviation (C,), in one pass; bit for bit what it was
-    by those of the batch, since PyTorch multiplies the deviation by the weight first. With a graph, which leads through
-    the statistics as well, by those of the batch."""
-    if torch.is_grad_enabled():
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    by those of the batch, since PyTorch multiplies the deviation by the weight first."""
     scale = inverse if weight is None else inverse * weight
     return F.batch_norm(x, mean, torch.ones_like(mean), scale, bias, False, 0.0, _NOTHING)
 
@@ -203,8 +200,6 @@ class _Call:
     def again(self, *values: Tensor) -> Tensor:
         """The output, from the arguments that are not None; leaves the graph for `gradients`."""
         given = iter(values)
-        if torch.is_grad_enabled():  # the backward pass is itself differentiated
-            return self.function(*(None if want is None else next(given) for want in self.wanted))
         leaves = [None if want is None else next(given).detach().requires_grad_(want) for want in self.wanted]
         with torch.enable_grad():
             y = self.function(*leaves)
@@ -242,7 +237,9 @@ class _Again(Node):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         sources = saved(ctx, "attention or normalisation")
         if torch.is_grad_enabled():
-            return None, None, None, *ctx.call.followed(grad, *ctx.reader(*sources))
+            values = ctx.reader(*sources)
+            ctx.call.made.clear()  # by a node behind, which had no need of a graph
+            return None, None, None, *ctx.call.followed(grad, *values)
         if ctx.call.made:
             ctx.reader.done()
         else:
@@ -284,7 +281,7 @@ def _run_again(
     """
     call = _Call(function, tuple(None if argument is None else argument.requires_grad for argument in arguments))
     origins = [origin_of(argument, stream) for argument in arguments if argument is not None]
-    reader, sources = reading(*origins)
+    reader, sources = reading(*origins, of=[argument for argument in arguments if argument is not None])
     with torch._C.DisableTorchFunctionSubclass():  # what the function calls in turn is part of this one node
         y: Tensor = _Again.apply(call, reader, sources, *arguments)
     if not layer and any(origin.step.cost >= LAYER for origin in origins):

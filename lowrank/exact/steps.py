@@ -83,7 +83,7 @@ class Step:
         return self.fresh and self.readers == 0 and self.made is None
 
     def followed(self, known: dict[Step, Tensor]) -> Tensor:
-        """The same with a graph, anew; what others made has none."""
+        """The same, anew, for a backward pass that is itself differentiated and keeps it: nobody may change it."""
         if self not in known:
             assert self.function is not None
             known[self] = self.function(*(step.followed(known) for step in self.inputs))

@@ -23,6 +23,7 @@ class Watched(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tell_if_compiled()
         if foreign(types):
             args, kwargs = tree_map_only(Watched, lambda x: x.as_subclass(Tensor), (args, kwargs or {}))
             return func(*args, **kwargs)
@@ -75,6 +76,14 @@ class LeanFunctions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             return LEAN_FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
+
+
+def tell_if_compiled() -> None:
+    """Where the graph of a part that is compiled on its own is about to break."""
+    if torch.compiler.is_compiling():
+        from lowrank.exact.handed_to_a_part import tell
+
+        tell()
 
 
 def of_class(kind: type[Tensor], arguments: Iterable[Any]) -> list[Any]:

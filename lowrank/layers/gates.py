@@ -12,6 +12,7 @@ from torch import Tensor
 from lowrank.exact import expressions
 from lowrank.exact.chains import Gate
 from lowrank.exact.curves import Sloped
+from lowrank.exact.edges import edge_of, placed
 from lowrank.exact.functions import LEAN_FUNCTIONS
 from lowrank.exact.origins import Reader, lean_mode, note, origin_of, reading
 from lowrank.exact.sources import Origin
@@ -27,21 +28,33 @@ class _Gated(Node):
     """
 
     @staticmethod
-    def forward(ctx: Any, s: Tensor, u: Tensor, gate: Gate, reader: Reader, sources: tuple[Tensor, ...]) -> Tensor:
-        ctx.gate, ctx.reader = gate, reader
+    def forward(
+        ctx: Any,
+        s: Tensor,
+        u: Tensor,
+        gate: Gate,
+        reader: Reader,
+        place: tuple[Tensor | None],
+        sources: tuple[Tensor, ...],
+    ) -> Tensor:
+        ctx.gate, ctx.reader, ctx.place = gate, reader, place
         ctx.save_for_backward(*sources)
         return torch.mul(s, u)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         g, u = ctx.reader(*saved(ctx, "product"))
-        made = None if torch.is_grad_enabled() else passes.gate_gradients(grad, g, u, ctx.gate.by)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                s = ctx.gate.function(g)
+            return grad * u, grad * placed(ctx.place[0], s), *[None] * 4
+        made = passes.gate_gradients(grad, g, u, ctx.gate.by)
         if made is None:
-            return grad * u, grad * ctx.gate.function(g), None, None, None
+            return grad * u, grad * ctx.gate.function(g), *[None] * 4
         of_g, of_u = made
         make = lambda: grad * u  # noqa: E731
         sloped = Sloped(of_g, ctx.reader.steps[0], ctx.gate)
-        return lazy_gradient(grad, grad.stride(), make, sloped), of_u, None, None, None
+        return lazy_gradient(grad, grad.stride(), make, sloped), of_u, *[None] * 4
 
 
 def product(input: Any, other: Any, **options: Any) -> Any:
@@ -51,8 +64,8 @@ def product(input: Any, other: Any, **options: Any) -> Any:
         if found is not None:
             gate, ahead = found
             of_u = origin_of(u)
-            reader, sources = reading(ahead, of_u)
-            y: Tensor = _Gated.apply(s, u, gate, reader, sources)
+            reader, sources = reading(ahead, of_u, of=[None, u])
+            y: Tensor = _Gated.apply(s, u, gate, reader, (edge_of(s),), sources)
             note(y, partial(_again, gate), [ahead.as_kept(), of_u.as_kept()], fresh=True)
             return y
     return expressions.product(input, other, **options)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from lowrank.exact.functions import LEAN_FUNCTIONS
-from lowrank.exact.watched import BACKWARD, Watched, foreign, is_watched_for, of_class, watch
+from lowrank.exact.watched import BACKWARD, Watched, foreign, is_watched_for, of_class, tell_if_compiled, watch
 from lowrank.layers.lazy import Lazy
 from lowrank.tensors.eager import ORDINARY
 
@@ -29,6 +29,7 @@ class Held(Watched):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tell_if_compiled()
         kwargs = kwargs or {}
         if _changes(func, args, kwargs) or foreign(types) or func in BACKWARD:
             for leaf in tree_iter((args, kwargs)):

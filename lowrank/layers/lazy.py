@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from lowrank.errors import ChangedError
 from lowrank.exact.functions import LEAN_FUNCTIONS
 from lowrank.exact.origins import hand_on
-from lowrank.exact.watched import BACKWARD, foreign, is_watched_for, of_class, watch
+from lowrank.exact.watched import BACKWARD, foreign, is_watched_for, of_class, tell_if_compiled, watch
 from lowrank.tensors.eager import ORDINARY, without_autocast
 from lowrank.tensors.memory_layout import laid_out
 from lowrank.tensors.notes import hand_on_all
@@ -81,6 +81,7 @@ class Lazy(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tell_if_compiled()
         if foreign(types):
             return func(*_mapped(real, args), **_mapped(real, kwargs or {}))
         if func == _SET_DATA and type(args[0]) is Lazy:
@@ -170,6 +171,7 @@ def real(x: Tensor) -> Tensor:
 
 def read(func: Any, args: Any, kwargs: Any = MappingProxyType({})) -> Any:
     """What a function makes of arguments among which there are lazy tensors."""
+    tell_if_compiled()
     with torch._C.DisableTorchFunctionSubclass():
         if func in READERS and args and type(args[0]) is Lazy:
             y = READERS[func](*args, **kwargs)

@@ -12,7 +12,7 @@ from experiment import ExperimentError, archives
 from experiment.contents import content_hashes, require_uncut, unreadable
 from experiment.files import beside, file_lock
 
-_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")  # of images
 # How images begin, of whichever kind, as a name may be of another one: PNG, JPEG, BMP, WebP, GIF, TIFF, JPEG 2000, PNM.
 _BEGINNINGS = (
     *(b"\x89PNG", b"\xff\xd8", b"BM", b"RIFF", b"GIF8", b"II", b"MM", b"\0\0\0", b"\xff\x4f"),
@@ -113,7 +113,7 @@ def file_hashes(root: Path, files: Iterable[Path], prepared: bool) -> dict[Path,
 
 def _check_head(path: Path, content: bytes, prepared: bool) -> None:
     require_uncut(path, content, prepared)
-    if path.suffix.lower() in _ENDINGS and not content.startswith(_BEGINNINGS):
+    if path.suffix.lower() in ENDINGS and not content.startswith(_BEGINNINGS):
         raise unreadable(path, "it is no image, or its beginning is damaged", prepared)
 
 

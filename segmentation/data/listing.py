@@ -15,9 +15,9 @@ from mmseg.registry import DATASETS
 
 from experiment import ExperimentError
 from experiment.processes import is_started
+from segmentation.data.folders import ENDINGS
 from segmentation.quiet import quietly, register_modules
 
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
 _OF_SYSTEMS = (".", "__MACOSX", "@eaDir")  # how names begin of what systems leave
 IMAGES = "img_path"  # how the names of images begin in what a data set says of a sample; label maps have others
 

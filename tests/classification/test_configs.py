@@ -11,7 +11,7 @@ import pytest
 import yaml
 from commands import CONFIGS, TINY, execute, finish, only_file
 
-from classification import built
+from classification import built, image_size
 from classification.data.registry import source
 from classification.data.text import TEXTS
 from classification.plans import is_transformer
@@ -94,6 +94,7 @@ def test_every_combination_describes_a_run_of_its_own(tmp_path, capsys, monkeypa
     monkeypatch.setattr("classification.settings.require_own_ranks", lambda method: None)
     monkeypatch.setattr("classification.built.with_ranks", lambda method, *told: _with_some_ranks(method))
     monkeypatch.setattr("classification.built._network", functools.cache(built._network))
+    monkeypatch.setattr("classification.image_size._problem", functools.cache(image_size._problem))
     folders = set()
     chosen = [combination for combination in COMBINATIONS if combination[:2] == (setup, model)]
     for combination in chosen:

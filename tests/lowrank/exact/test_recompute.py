@@ -1,11 +1,11 @@
 """What is computed again in the backward pass: bit for bit what PyTorch computes, and how much less is kept."""
 
 import copy
-import gc
 
 import pytest
 import torch
 import torch.nn.functional as F
+from leaks import no_tensor_left
 from references import DEVICE, random_tensor
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -224,20 +224,15 @@ def test_every_module_and_function_is_exact_on_its_own():
             assert torch.equal(grads[0][1], grads[1][1])
 
 
-def count_of_tensors():
-    while gc.collect():  # what an earlier test left may be let go by and by
-        pass
-    return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
-
-
 def test_nothing_is_kept_alive():
     _, model, x = pair()
     lowrank.convert(model, BOTH, Vanilla())
     loss_of(model, x).backward()
-    before, alive = len(origins._ORIGINS), count_of_tensors()
-    for _again in range(3):
-        loss_of(model, x).backward()
-    assert (len(origins._ORIGINS), count_of_tensors()) == (before, alive)
+    before = len(origins._ORIGINS)
+    with no_tensor_left():
+        for _again in range(3):
+            loss_of(model, x).backward()
+    assert len(origins._ORIGINS) == before
 
 
 CHANGED = pytest.mark.parametrize("name", ["first.weight", "first.bias", "input"])
