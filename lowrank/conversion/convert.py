@@ -10,7 +10,7 @@ from torch import nn
 from lowrank.conversion.attention import close_attention, open_attention
 from lowrank.conversion.check import Choice, Conversion, plan_conversion
 from lowrank.conversion.code import FunctionCalls
-from lowrank.conversion.compiled import compiled_parts, part_of
+from lowrank.conversion.compiled import close_doors, open_doors
 from lowrank.conversion.select import is_frozen
 from lowrank.errors import ConversionError
 from lowrank.layers import factored
@@ -140,16 +140,11 @@ def _keep_less(model: nn.Module, recompute: bool) -> None:
     calls = {name: found for name, found in calls.items() if found}
     kinds = {stock_class(module) for module in modules.values()}
     recomputes = bool(kinds & set(RECOMPUTED)) or any(isinstance(m, OpenAttention) for m in modules.values())
-    parts = compiled_parts(model)
-    places = {name: part_of(name, parts) for name in modules}
-    read_behind = set()
-    for place in {*places.values()}:
-        read_behind |= _may_be_read_behind({name: modules[name] for name in modules if places[name] == place})
+    read_behind = _may_be_read_behind(modules)
     ahead = _ahead_of_functions(model, calls)
     for name, module in modules.items():
         watched = any(found.reach(_child(owner, name)) for owner, found in calls.items() if _is_in(owner, name))
         watched = watched or any(_is_in(owner, name) or owner == name for owner in ahead)
-        watched = watched and (not parts or places[name] is not None)
         lazy = name in read_behind
         stock = not isinstance(module, LowRankLayer) and can_be_converted(module)
         if stock and (lazy or watched or (recomputes and type(module) is nn.Linear) or is_frozen(module)):
@@ -160,6 +155,7 @@ def _keep_less(model: nn.Module, recompute: bool) -> None:
             become(module, LEAN_MODULES[type(module)])
         if isinstance(module, LeanModule):
             module._lowrank_watched = watched
+    open_doors(model)
 
 
 def _set_choices(model: nn.Module, smallest: float, everywhere: bool) -> None:
@@ -220,6 +216,7 @@ def revert(model: Model) -> Model:
         ConversionError: `model` is no module.
     """
     require_model(model)
+    close_doors(model)
     for layer in list(model.modules()):
         if isinstance(layer, LowRankLayer):
             _release(layer)
