@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lowrank.conversion.select import named_layers
 from lowrank.errors import ConversionError, NonFiniteError
 from lowrank.layers.arguments import input_among
-from lowrank.layers.preserve import LossFunction, loss_of, preserved, result_of
+from lowrank.layers.preserve import LossFunction, loss_of, preserved, result_of, without_graphs
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.tensors.decompose import check_energy
@@ -160,7 +160,7 @@ def layer_grams(
     add = {name: model.get_submodule(name).register_forward_hook for name in names}
     handles = [register(partial(hook, name), with_kwargs=True) for name, register in add.items()]
     try:
-        with preserved(model), torch.set_grad_enabled(weigh_outputs):
+        with preserved(model), without_graphs(), torch.set_grad_enabled(weigh_outputs):
             for batch in batches:
                 reached.clear()
                 loss = loss_of(loss_fn, model, batch) if weigh_outputs else result_of(loss_fn, model, batch)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -21,6 +22,12 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 Restore = Callable[[], None]
+
+
+def without_graphs() -> AbstractContextManager[Any]:
+    """A context in which what is compiled runs as the code that it was made of: a graph knows of no hook that was put
+    on a layer since, and none may become a part of it."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from lowrank.layers.arguments import input_among
 from lowrank.layers.factored import FactoredLinear
 from lowrank.layers.layer import LowRankLayer, can_be_converted, computed_input, geometry_of, is_single, weight_of
 from lowrank.layers.lazy import real
-from lowrank.layers.preserve import preserved
+from lowrank.layers.preserve import preserved, without_graphs
 from lowrank.layers.shared_inputs import forms_held
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
@@ -123,7 +123,7 @@ def account(
 
     # Forward in grad mode tells which inputs need a gradient; what autograd would keep for a backward pass is dropped.
     dropped = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.new_empty(0), lambda empty: empty)
-    with preserved(model), torch.enable_grad(), dropped, forms_held():
+    with preserved(model), without_graphs(), torch.enable_grad(), dropped, forms_held():
         register = {name: layer.register_forward_pre_hook for name, layer in layers.items()}
         handles = [each(partial(hook, name), with_kwargs=True) for name, each in register.items()]
         try:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank.layers.arguments import require_model
 from lowrank.layers.lazy import Lazy
-from lowrank.layers.preserve import LossFunction, graph_of, loss_of, preserved, result_of, tensors_in
+from lowrank.layers.preserve import LossFunction, graph_of, loss_of, preserved, result_of, tensors_in, without_graphs
 
 
 class _Kept:
@@ -71,7 +71,8 @@ def held_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any) -> int:
     """Bytes of tensors that live after the forward pass and did not before: `saved_bytes` seen from the other side.
 
     Counts whatever holds them, so also what a checkpoint or a hook of the user's own keeps, and the loss itself; the
-    batch does not count, since it lived before. The model is left as it was.
+    batch does not count, since it lived before. But on CUDA, what is compiled runs as the code that it was made of. The
+    model is left as it was.
 
     Args:
         model: any module, converted or not, in the mode in which it trains.
@@ -92,7 +93,7 @@ def held_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any) -> int:
             held = torch.cuda.memory_allocated(device) - before
         else:
             known = {_storage_id(tensor): tensor.untyped_storage().nbytes() for tensor in present}
-            with _Tracker(known) as tracker:
+            with without_graphs(), _Tracker(known) as tracker:
                 loss = graph_of(loss_fn, model, batch)
             held = tracker.current - sum(known.values())
         del loss
@@ -104,8 +105,8 @@ def peak_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any, backward: bo
 
     Parameters, buffers, gradients and the batch count with everything that the pass makes. On CUDA the allocator's own
     statistics are read, of a second pass, since libraries take their work space in the first. Elsewhere every tensor
-    that an operator returns is followed until it is freed, so work space inside an operator is not seen. The model is
-    left as it was.
+    that an operator returns is followed until it is freed, so work space inside an operator is not seen, and what
+    is compiled runs as the code that it was made of. The model is left as it was.
 
     Args:
         model: any module, converted or not, in the mode in which it trains.
@@ -131,7 +132,7 @@ def peak_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any, backward: bo
             _step(model, loss_fn, batch, backward)
             torch.cuda.synchronize(device)
             return sum(known.values()) + torch.cuda.max_memory_allocated(device) - before
-        with _Tracker(known) as tracker:
+        with without_graphs(), _Tracker(known) as tracker:
             _step(model, loss_fn, batch, backward)
         return tracker.peak
 

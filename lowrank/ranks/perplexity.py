@@ -19,7 +19,7 @@ from lowrank.layers.arguments import input_among
 from lowrank.layers.derived import Derivation
 from lowrank.layers.layer import can_be_converted, computed_input, geometry_of, is_single
 from lowrank.layers.lazy import real
-from lowrank.layers.preserve import LossFunction, loss_of, preserved, tensors_in
+from lowrank.layers.preserve import LossFunction, loss_of, preserved, tensors_in, without_graphs
 from lowrank.layers.swap import stock_class
 from lowrank.layers.token_mask import without_padding
 from lowrank.methods.deriving import check_derive, measured_with
@@ -97,7 +97,7 @@ def measure_perplexity(
             raise ConversionError(f"layer {name!r} ({stock_class(layer).__name__}) has no perplexity here")
     rows: dict[str, list[LayerPerplexity]] = {name: [] for name in layers}
     batches = [batch, *further]
-    with preserved(model):
+    with preserved(model), without_graphs():
         for layer in layers.values():
             layer.requires_grad_(True)
         for number, each in enumerate(batches, start=1):
