@@ -30,7 +30,7 @@ from lowrank.exact.origins import (
 from lowrank.exact.recompute import note_layer
 from lowrank.exact.slots import has_slot, in_checkpoint
 from lowrank.exact.sources import Origin
-from lowrank.exact.watched import Watched, watch
+from lowrank.exact.watched import Watched, tell_if_compiled, watch
 from lowrank.layers.arguments import require_model
 from lowrank.layers.autograd_function import Call, LowRankFunction, Settings, lazy_output
 from lowrank.layers.derived import near_ahead, within_reach
@@ -95,7 +95,11 @@ class LowRankLayer(Changed):
         """A compiler decides itself what to keep of a layer that keeps its input; other methods go into its graph, but
         for those that choose by the data: they would break it at each choice. Asked first, by nothing that is of one
         layer, so that this is compiled once for all; where PyTorch's limit is reached after all, it runs by itself."""
-        if self._lowrank.method.chooses_by_data and torch.is_grad_enabled() and in_compiled_graph():
+        not_for_graphs = type(input) in _OWN  # of a part that was compiled later
+        if not_for_graphs:
+            tell_if_compiled()
+        by_data = self._lowrank.method.chooses_by_data and torch.is_grad_enabled() and in_compiled_graph()
+        if by_data or not_for_graphs:
             from lowrank.layers.graph_break import out_of_graph
 
             return out_of_graph(self._read, input)

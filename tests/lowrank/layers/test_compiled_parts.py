@@ -222,3 +222,17 @@ def test_a_part_that_is_compiled_later_is_told_of(part):
         found = gradients(model, x)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [ASI(99), Vanilla()], ids=repr)
+@pytest.mark.parametrize("way", ["unread", "held"])
+def test_a_part_that_is_compiled_later_and_begins_with_a_layer_is_told_of(way, method):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = frozen_statistics(with_statistics(Around(way))).double(), random_tensor(4, 3, 8, 8)
+    wanted = gradients(model, x)
+    lowrank.convert(model, lowrank.trailing_layers(model, "all"), method)
+    model.part.compile(backend="aot_eager")
+    with pytest.warns(UserWarning, match=r"Compile the part ahead of lowrank\.convert"):
+        found = gradients(model, x)
+    torch.testing.assert_close(found, wanted)
