@@ -7,7 +7,8 @@
 # Usage: bash scripts/quickstart.sh [--help] [--dry-run] [SEED ...]     (default seed: 233)
 # Environment:
 #   RUNS_DIR   folder for runs and report (default: runs)
-#   WORKERS, LAUNCHER   see scripts/classification/run.sh
+#   METHODS, LAYERS, BUDGET   in place of these
+#   EPOCHS, WEIGHTS, DATA_DIR, WORKERS, LAUNCHER   see scripts/classification/run.sh
 #   VENV, PYTHON   see scripts/setup.sh
 set -euo pipefail
 # shellcheck source=scripts/root.bash
@@ -30,10 +31,6 @@ for word in "$@"; do
     fi
 done
 
-bash scripts/setup.sh
-python="${VENV:-.venv}/bin/python"
-runs="${RUNS_DIR:-runs}"
-[[ $# -gt 0 ]] || set -- 233
-exec "$python" -m classification sweep --setup b --model resnet18 --dataset digits --layers 2 4 --seeds "$@" \
-    --methods vanilla gradient_filter_r2 hosvd_0.8 asi asi_int8 --budget 1/20 --runs-dir "$runs" "${dry_run[@]}" \
-    --workers "${WORKERS:-1}" --launcher "${LAUNCHER:-local}" --report
+[[ $# -eq 0 ]] || export SEEDS="$*"
+export METHODS="${METHODS:-vanilla gradient_filter_r2 hosvd_0.8 asi asi_int8}" LAYERS="${LAYERS:-2 4}" BUDGET="${BUDGET:-1/20}"
+exec bash scripts/classification/run.sh b resnet18 "${dry_run[@]}" --report digits

@@ -87,7 +87,7 @@ def titles(records: Sequence[Record]) -> list[str]:
             [
                 record.run.method,
                 *(f"{name} {getattr(record.run, name)}" for name in odd),
-                f"mIoU {100 * record.accuracy['miou_last']:.1f} %",
+                f"last mIoU {100 * record.accuracy['miou_last']:.1f} %",
             ]
         )
         for record in records

@@ -52,6 +52,13 @@ def test_quickstart_dry_run_lists_every_run(script_environment: dict[str, str]) 
     assert dry_run("quickstart.sh", script_environment, "7") == ["digits: pretrain, seed 7", *trained]
 
 
+def test_quickstart_takes_the_variables_of_all_scripts(script_environment: dict[str, str]) -> None:
+    given = script_environment | {"METHODS": "vanilla", "LAYERS": "3", "EPOCHS": "1", "SEEDS": "8 9"}
+    runs = ["digits: pretrain, seed", "digits: vanilla, last 3, seed"]
+    assert dry_run("quickstart.sh", given, "7") == [f"{run} 7" for run in runs]
+    assert dry_run("quickstart.sh", given) == [f"{run} {seed}" for seed in (8, 9) for run in runs]
+
+
 def test_segmentation_quickstart_dry_run_lists_every_run(script_environment: dict[str, str]) -> None:
     runs = ["calibrate", "perplexity, last 10"]
     runs += [f"{method}, last 10" for method in ("vanilla", "gradient_filter", "hosvd_0.8", "asi_1of20")]

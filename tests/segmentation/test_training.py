@@ -139,9 +139,12 @@ def test_columns_of_the_picture_are_told_apart():
         run = Run("segmentation", "finetune", "net", "scenes", "asi", layers, seed)
         return Record(run, {"miou_last": miou}, {}, {}, {})
 
-    assert titles([record(1)]) == ["asi\nmIoU 50.0 %"]
-    assert titles([record(1), record(2)]) == [f"asi\nseed {seed}\nmIoU 50.0 %" for seed in (1, 2)]
-    assert titles([record(1), record(1, 10, 0.25)]) == ["asi\nlayers 5\nmIoU 50.0 %", "asi\nlayers 10\nmIoU 25.0 %"]
+    assert titles([record(1)]) == ["asi\nlast mIoU 50.0 %"]
+    assert titles([record(1), record(2)]) == [f"asi\nseed {seed}\nlast mIoU 50.0 %" for seed in (1, 2)]
+    assert titles([record(1), record(1, 10, 0.25)]) == [
+        "asi\nlayers 5\nlast mIoU 50.0 %",
+        "asi\nlayers 10\nlast mIoU 25.0 %",
+    ]
 
 
 # Killed when the checkpoint is written and the validation done, but its row is not.
