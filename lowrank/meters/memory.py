@@ -71,8 +71,8 @@ def held_bytes(model: nn.Module, loss_fn: LossFunction, batch: Any) -> int:
     """Bytes of tensors that live after the forward pass and did not before: `saved_bytes` seen from the other side.
 
     Counts whatever holds them, so also what a checkpoint or a hook of the user's own keeps, and the loss itself; the
-    batch does not count, since it lived before. But on CUDA, what is compiled runs as the code that it was made of. The
-    model is left as it was.
+    batch does not count, since it lived before. Other than on CUDA, what is compiled runs as the code that it was made
+    of. The model is left as it was.
 
     Args:
         model: any module, converted or not, in the mode in which it trains.
