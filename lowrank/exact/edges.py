@@ -17,7 +17,7 @@ from torch import Tensor
 def edge_of(x: Tensor) -> Tensor | None:
     """A tensor without numbers of its own that stands where `x` stands in the graph; None: no gradient goes there.
 
-    For where gradients are on; made for each tensor that is computed again, so it takes four microseconds."""
+    For where gradients are on; made in each forward pass for each tensor that is computed again, so it takes little."""
     if not x.requires_grad:
         return None
     with torch._C.DisableTorchFunctionSubclass():
