@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from mmengine.config import Config
 from yapf.yapflib import yapf_api
@@ -42,3 +46,19 @@ def test_a_format_of_another_style_is_another_one_and_nothing_stays_changed(form
     with pytest.raises(ZeroDivisionError), formatted_once():
         raise ZeroDivisionError
     assert yapf_api.FormatCode is before
+
+
+@pytest.mark.slow
+def test_a_grammar_that_another_process_has_half_written_is_not_read(tmp_path):
+    """As a process leaves it that begins at the same time, or one whose disk was full."""
+
+    def run(code: str) -> None:
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, check=True)
+
+    run("import yapf")
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(written) == 2
+    for file in written:
+        file.write_bytes(b"")
+    run("import segmentation.formatting")
+    assert all(file.read_bytes() == b"" for file in written)
