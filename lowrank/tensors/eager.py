@@ -165,15 +165,28 @@ def no_view(y: Tensor) -> Tensor:
 
 
 class Node(torch.autograd.Function):
-    """An autograd function whose backward pass also takes a batch of gradients (`is_grads_batched=True`), one by one.
+    """An autograd function of one output whose backward pass also takes a batch of gradients
+    (`is_grads_batched=True`), one by one.
 
     PyTorch has rules for few operators on such a batch. Nor does autocast reach the backward pass: what is computed
-    again there was computed without.
+    again there was computed without. Where no gradient arrives, none is given, as by PyTorch's own nodes: a parameter
+    with zeros in its place would decay, and move on by its momentum.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        setattr(cls, "backward", staticmethod(_one_by_one(cls.backward)))  # noqa: B010 - not a method to mypy
+        setattr(cls, "forward", staticmethod(_told_of_none(cls.forward)))  # noqa: B010 - not a method to mypy
+        setattr(cls, "backward", staticmethod(_one_by_one(cls.backward)))  # noqa: B010
+
+
+def _told_of_none(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def first(ctx: Any, *arguments: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
+        return forward(ctx, *arguments)
+
+    return first
 
 
 def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,6 +194,8 @@ def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
     def each(ctx: Any, *grads: Any) -> Any:
         if torch.compiler.is_compiling():
             return backward(ctx, *grads)
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
         if not torch._C._is_any_autocast_enabled():
             return run(ctx, *grads)
         with without_autocast(grads[0].device.type):
