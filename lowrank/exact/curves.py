@@ -202,10 +202,10 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     return curved(input, curve)
 
 
-def power(input: Any, exponent: Any) -> Any:
+def power(input: Any, exponent: Any, **options: Any) -> Any:
     """`torch.pow`; with a number as exponent it keeps the origin of its input."""
-    if not lean_mode(input) or not isinstance(exponent, int | float) or exponent in (0, 1):
-        return torch.pow(input, exponent)
+    if options or not lean_mode(input) or not isinstance(exponent, int | float) or exponent in (0, 1):
+        return torch.pow(input, exponent, **options)
     if exponent == 2:  # of every RMSNorm that is written out
         slope = lambda grad, x: (grad * x).mul_(2)  # noqa: E731
     else:
@@ -223,7 +223,7 @@ def _where_input_takes_nothing(
 
     def function(input: Tensor, *arguments: Any, inplace: bool = False, **options: Any) -> Tensor:
         own = {**options, "inplace": True} if inplace else options
-        if not enough(input) or not lean_mode(input):
+        if not enough(input) or not lean_mode(input) or "out" in options:
             return otherwise(input, *arguments, **own)
         return curved(input, curve(*arguments, **options), inplace)
 

@@ -28,6 +28,14 @@ MATRIX_PRODUCTS = (
     *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm),
     torch.einsum,
 )
+
+
+def _softmax(input: Any, dim: Any, dtype: Any = None, **options: Any) -> Any:
+    if options:  # such as a tensor for the result
+        return torch.softmax(input, dim, dtype=dtype, **options)
+    return curves.softmax(input, dim, dtype=dtype)
+
+
 # What plain functional code calls, and what stands in for it.
 LEAN_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.relu: relu,
@@ -53,9 +61,7 @@ LEAN_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), curves.sigmoid),
     **dict.fromkeys((torch.tanh, Tensor.tanh), curves.tanh),
     F.softmax: curves.softmax,
-    **dict.fromkeys(
-        (torch.softmax, Tensor.softmax), lambda input, dim, dtype=None: curves.softmax(input, dim, dtype=dtype)
-    ),
+    **dict.fromkeys((torch.softmax, Tensor.softmax), _softmax),
     F.normalize: products_of(F.normalize, costs=False),
     **{function: products_of(function) for function in MATRIX_PRODUCTS},
     torch.addcmul: scaled_sum,

@@ -18,6 +18,7 @@ def tell() -> None:
 def _tell(ctx: ComptimeContext) -> None:
     warnings.warn(
         "a part of a converted model is compiled on its own, and what eager training hands it is no ordinary tensor, "
-        "which breaks its graph. Compile the part ahead of lowrank.convert, which sees to that, or the whole model",
+        "which breaks its graph. Compile the part ahead of lowrank.convert, which sees to that, or the whole model; "
+        "where PyTorch compiles by itself (torch.cond, flex_attention), convert with fuse=False",
         stacklevel=2,
     )

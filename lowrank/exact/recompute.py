@@ -318,11 +318,13 @@ def products_of(stock: Callable[..., Tensor], costs: bool = True) -> Callable[..
     return function
 
 
-def scaled_sum(input: Tensor, tensor1: Tensor, tensor2: Tensor, **options: Any) -> Tensor:
+def scaled_sum(*arguments: Any, **options: Any) -> Tensor:
     """`torch.addcmul`; keeps the origins of its factors."""
-    arguments = (input, tensor1, tensor2)
-    if options.get("out") is not None or not all(isinstance(argument, Tensor) for argument in arguments):
+    named = [options.pop(name) for name in ("input", "tensor1", "tensor2") if name in options]
+    arguments = (*arguments, *named)
+    if options.get("out") is not None or len(arguments) != 3 or not all(isinstance(x, Tensor) for x in arguments):
         return torch.addcmul(*arguments, **options)
+    _, tensor1, tensor2 = arguments
     again = lambda a, b, c: torch.addcmul(a, b, c, **options)  # noqa: E731
     factors = [one for one, other in ((tensor1, tensor2), (tensor2, tensor1)) if other.requires_grad]
     if any(map(lean_mode, arguments)) and any(map(takes_nothing, factors)):

@@ -107,6 +107,9 @@ class Lazy(Tensor):
         found._value = value
         return found
 
+    def as_subclass(self, cls: type[Any]) -> Any:
+        return real(self).as_subclass(cls)
+
     def numpy(self, *, force: bool = False) -> Any:
         return real(self).numpy(force=force)
 
