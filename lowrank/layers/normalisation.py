@@ -78,7 +78,8 @@ def _merged(
     kept: Tensors = ()
     if gamma is not None and gamma.requires_grad:
         y_bytes = y.numel() * settings.dtype.itemsize
-        if not call.weight.requires_grad and settings.method.keeps_input and y_bytes < call.x.nbytes:
+        stays = y_bytes < call.x.nbytes or call.x.is_inference()  # which no node may keep
+        if not call.weight.requires_grad and settings.method.keeps_input and stays:
             return None
         method, kept = call.keep()
         settings = replace(settings, method=method)

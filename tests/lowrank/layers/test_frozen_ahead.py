@@ -226,3 +226,23 @@ def test_an_activated_output_that_becomes_nan_is_not_taken_for_bounded():
     expected = stock(images())
     assert expected[0].isnan().any()
     torch.testing.assert_close(model(images()), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("trained", ["0", "1", "3"])
+def test_an_input_of_inference_mode_passes_where_it_does_in_the_stock_network(trained):
+    """Such as features that were computed once; a trained layer cannot keep it, in PyTorch either."""
+    stock = network(nn.ReLU())
+    lowrank.freeze_before(stock, [trained])
+    own = lowrank.convert(copy.deepcopy(stock), ["0", "3"], Vanilla())
+    with torch.inference_mode():
+        x = images()
+    grad, found = random_tensor(2, 4, 7, 6, dtype=torch.float32), []
+    for model in (stock, own):
+        if trained == "0":
+            with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+                model(x)
+            continue
+        model(x).backward(grad)
+        found.append([parameter.grad for parameter in model.parameters()])
+    if found:
+        torch.testing.assert_close(found[1], found[0])
