@@ -180,6 +180,12 @@ def with_naming_readers(config: Config) -> Config:
     return copy
 
 
+def reader_of(part: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """The settings of a stock reader, such as "LoadAnnotations", in a data set's pipeline; None if it has none."""
+    found = (one for one in _dictionaries(part.get("pipeline")) if one.get("type") == name)
+    return next(found, None)
+
+
 def class_count(config: Config) -> int | None:
     """How many classes the network tells; None if it does not say that in the usual place."""
     head = config.get("model", {}).get("decode_head")
