@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,10 +179,37 @@ def budget_settings(config: Config) -> dict[str, Any]:
     return Budget(**budget).settings if budget else {}
 
 
-def require_budget(config: Config, fingerprint: str | None) -> None:
-    """Refuse a budget that is of other data than these; see `experiment.ranks.Budget.require_data`."""
-    if budget := (hook_settings(config) or {}).get("budget"):
-        Budget(**budget).require_data(fingerprint)
+def require_budget(config: Config, identity: Mapping[str, Any], data: str | None, measured: str | None) -> None:
+    """Refuse a budget that is of other data or weights; see `experiment.ranks.Budget`.
+
+    Args:
+        config: of the run.
+        identity: of the run.
+        data, measured: fingerprints of all its data, and of those to train on; see `segmentation.data.registry.Data`.
+    """
+    if given := (hook_settings(config) or {}).get("budget"):
+        budget = Budget(**given)
+        budget.require_data(data, measured)
+        budget.require_weights(identity, weights_of)
+
+
+def weights_of(identity: Mapping[str, Any]) -> str:
+    """Which weights the network of an identity starts from, in words: those that are loaded over all, or else those
+    that its parts name for themselves."""
+    if identity.get("load_from"):
+        return f"fingerprint {identity['load_from']}"
+    return ", ".join(sorted(set(_named_weights(identity.get("model"))))) or "none"
+
+
+def _named_weights(value: Any) -> Iterator[str]:
+    if isinstance(value, list | tuple):
+        for inner in value:
+            yield from _named_weights(inner)
+    elif isinstance(value, Mapping):
+        of_parts = (value.get("pretrained"), value.get("checkpoint") if value.get("type") == "Pretrained" else None)
+        yield from (name for name in of_parts if isinstance(name, str))
+        for inner in value.values():
+            yield from _named_weights(inner)
 
 
 def _budget(config: Config, settings: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from segmentation.building import require_optimizer
 from segmentation.checkpoints import LAST, newest, read_safely_everywhere
 from segmentation.compose import hook_settings, with_naming_readers
 from segmentation.data.draws import place_draws
-from segmentation.data.registry import data_of, require_data
+from segmentation.data.registry import Data, data_of, require_data
 from segmentation.formatting import formatted_once
 from segmentation.history import Begun, History
 from segmentation.hook import LowRankHook, unwrapped
@@ -85,22 +85,21 @@ class Task:
         identity = identity_of(self.config, MEASURED if result == TABLE else TRAINED)
         path = self.work_dir or name.folder(self.runs_dir)
         data = data_of(self.config)
-        folder = RunFolder(
-            path, identity, result, data.fingerprint, LAST, name, own_sources(identity), advice(self.config)
-        )
+        about = (identity, result, _told(data, result), LAST, name, own_sources(identity), advice(self.config))
+        folder = RunFolder(path, *about, earlier_data=data.fingerprint if result == TABLE else None)
         if work is not None:
             work.title, work.folder = str(name), path
-        said = nothing_to_do(name, folder, self.dry_run, lambda: self._check(folder))
+        said = nothing_to_do(name, folder, self.dry_run, lambda: self._check(folder, data))
         if said is not None:
             print(said)
             return None
         require_data(self.config)
-        require_budget(self.config, folder.data_fingerprint)
+        require_budget(self.config, folder.identity, data.fingerprint, data.measured)
         require_classes(self.config)
         if result == RESULT:
             require_optimizer(self.config)
         data = data if data.fingerprint else data_of(self.config)
-        folder.data_fingerprint = data.fingerprint
+        folder.data_fingerprint = _told(data, result)
         if self.config.get("processes", 1) == place().count:  # else those that are to be started tell it
             folder.repeated = tell_repeated(self.config.get("dataset") or "the data set", data.trained, data.tested)
         read_safely_everywhere()
@@ -108,15 +107,15 @@ class Task:
             require_weights(self.config)
         return folder
 
-    def _check(self, folder: RunFolder) -> None:
+    def _check(self, folder: RunFolder, data: Data) -> None:
         """Refuse what the run would, as far as what it needs is there; nothing is downloaded."""
         if folder.result.name == TABLE:
             prepared_model(self.config, weights=False)
         else:
             require_layers(self.config)
-        if folder.data_fingerprint is None:
+        require_budget(self.config, folder.identity, data.fingerprint, data.measured)
+        if data.fingerprint is None:
             return
-        require_budget(self.config, folder.data_fingerprint)
         require_classes(self.config)
         if folder.result.name == RESULT:
             require_optimizer(self.config)
@@ -126,6 +125,11 @@ class Task:
         dataset = self.config.train_dataloader.dataset
         if dataset.get("limit") is not None:
             DATASETS.build(with_naming_readers(self.config).train_dataloader.dataset)
+
+
+def _told(data: Data, result: str) -> str | None:
+    """The fingerprint of what counts of the data: of a perplexity table those that it is measured on."""
+    return data.measured if result == TABLE else data.fingerprint
 
 
 def is_due(task: Task, work: Work | None = None) -> bool:
