@@ -15,6 +15,7 @@ from segmentation.checkpoints import check_fit, load_weights, read_safely_everyw
 from segmentation.compose import class_count, datasets, hook_settings
 from segmentation.hook import LowRankHook
 from segmentation.quiet import quietly, register_modules
+from segmentation.unstarted import require_parts
 
 
 def prepared_model(config: Config, weights: bool = True) -> tuple[Any, list[str]]:
@@ -62,15 +63,23 @@ def _built(config: Config) -> Any:
         return MODELS.build(config.model)
 
 
-def require_layers(config: Config) -> None:
-    """Refuse what training would find once the network is built: layers, or parts to freeze, that it does not have.
+def require_trainable(config: Config, of_runner: Config, with_data: bool) -> None:
+    """Refuse what training would find once the network is built: layers, or parts to freeze, that it does not have,
+    and an optimizer, hooks and other parts that cannot be built.
+
+    Args:
+        config: see `segmentation.compose`.
+        of_runner: the same as MMEngine's runner is given it.
+        with_data: whether the data are there.
 
     Raises:
         ExperimentError, ConversionError: see `segmentation.hook.LowRankHook.prepare`.
+        Exception: see `segmentation.unstarted.require_parts`.
     """
-    settings = hook_settings(config)
+    model, settings = _built(config), hook_settings(config)
+    require_parts(of_runner, model, with_data)
     if settings is not None:
-        LowRankHook(**settings).prepare(_built(config))
+        LowRankHook(**settings).prepare(model)
 
 
 def require_classes(config: Config) -> None:

@@ -31,7 +31,7 @@ from experiment.record import RESULT, TABLE
 from experiment.signals import held
 from lowrank import converted_layers, kernels
 from segmentation.batches import first_batch, first_batches, logits, segmentation_loss, training_mode
-from segmentation.building import require_optimizer
+from segmentation.building import require_measures, require_optimizer
 from segmentation.checkpoints import LAST, newest, read_safely_everywhere
 from segmentation.compose import hook_settings, with_naming_readers
 from segmentation.data.draws import place_draws
@@ -51,7 +51,7 @@ from segmentation.identity import (
     require_budget,
     run_of,
 )
-from segmentation.network import prepared_model, require_classes, require_layers, require_weights
+from segmentation.network import prepared_model, require_classes, require_trainable, require_weights
 from segmentation.quiet import quietly
 from segmentation.saving import WholeCheckpoints
 from segmentation.sources import own_sources
@@ -98,6 +98,7 @@ class Task:
         require_classes(self.config)
         if result == RESULT:
             require_optimizer(self.config)
+            require_measures(self.config)
         data = data if data.fingerprint else data_of(self.config)
         folder.data_fingerprint = _told(data, result)
         if self.config.get("processes", 1) == place().count:  # else those that are to be started tell it
@@ -111,20 +112,20 @@ class Task:
         """Refuse what the run would, as far as what it needs is there; nothing is downloaded."""
         if folder.result.name == TABLE:
             prepared_model(self.config, weights=False)
+            if data.fingerprint is not None:
+                DATASETS.build(with_naming_readers(self.config).train_dataloader.dataset)
         else:
-            require_layers(self.config)
+            require_optimizer(self.config)
+            require_measures(self.config)
+            of_runner = _for_runner(self.config, folder, None)
+            require_trainable(self.config, of_runner, with_data=data.fingerprint is not None)
         require_budget(self.config, folder.identity, data.fingerprint, data.measured)
         if data.fingerprint is None:
             return
         require_classes(self.config)
-        if folder.result.name == RESULT:
-            require_optimizer(self.config)
         if not folder.last_checkpoint and "://" not in (self.config.get("load_from") or ""):
             read_safely_everywhere()
             require_weights(self.config)
-        dataset = self.config.train_dataloader.dataset
-        if dataset.get("limit") is not None:
-            DATASETS.build(with_naming_readers(self.config).train_dataloader.dataset)
 
 
 def _told(data: Data, result: str) -> str | None:

@@ -32,6 +32,36 @@ UNFIT = {  # what is changed, and what is said
     "layers to measure": ("measure", ("custom_hooks", 0, "layers", ["decode_head.nothing"]), "decode_head.nothing"),
     "parts to freeze": ("train", ("custom_hooks", 0, "freeze", ["backbones"]), "did you mean 'backbone'"),
     "a method of linear layers": ("train", ("custom_hooks", 0, "method", {"type": "WSI", "energy": 0.9}), "WSI"),
+    "a hook": ("train", ("custom_hooks", 0, {"type": "Nope"}), "Nope is not in the mmseg::hook registry"),
+    "a setting of a hook": (
+        "train",
+        ("custom_hooks", [{"type": "EMAHook", "nope": 1}]),
+        "unexpected keyword argument 'nope'",
+    ),
+    "a setting of a measure": (
+        "train",
+        ("val_evaluator", "iou_metric", ["mIoU"]),
+        "has the setting 'iou_metric'",
+    ),
+    "a transform": ("train", ("train_dataloader", "dataset", "pipeline", 2, "type", "Nope"), "Nope is not in the"),
+    "a sampler": ("train", ("val_dataloader", "sampler", "nope", 3), "unexpected keyword argument 'nope'"),
+    "a data set": ("measure", ("train_dataloader", "dataset", "nope", 3), "unexpected keyword argument 'nope'"),
+    "a loop": ("train", ("val_cfg", "type", "Nope"), "Nope is not in the mmseg::loop registry"),
+    "a name of what clips": (
+        "train",
+        ("optim_wrapper", "clip_grad", {"max_nrom": 1}),
+        "the setting 'max_nrom'",
+    ),
+    "a share of no effect": (
+        "train",
+        ("optim_wrapper", "paramwise_cfg", {"norm_decay": 0.0}),
+        "paramwise_cfg has the setting 'norm_decay'; allowed: bias_decay_mult,",
+    ),
+    "a share of some layers": (
+        "train",
+        ("optim_wrapper", "paramwise_cfg", {"custom_keys": {"head": {"lr_mul": 10.0}}}),
+        "paramwise_cfg.custom_keys['head'] has the setting 'lr_mul'; allowed: decay_mult, lr_mult",
+    ),
     "a network": ("train", ("model", "backbone", "depth", 19), "invalid depth 19 for resnet"),
 }
 
