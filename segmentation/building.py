@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-import torch
 from mmengine.config import Config
 from mmengine.registry import OPTIMIZERS, build_from_cfg
 from mmengine.runner import Runner
-from mmseg.evaluation import IoUMetric
 
 from experiment import ExperimentError
 
-_CLIPPING: dict[str, Callable[..., Any]] = {
-    "norm": torch.nn.utils.clip_grad_norm_,
-    "value": torch.nn.utils.clip_grad_value_,
-}
-# What MMEngine's constructor of optimizers looks for; it passes over all else.
-_PARAMWISE = {
-    *("custom_keys", "bias_lr_mult", "bias_decay_mult", "norm_decay_mult", "dwconv_decay_mult", "flat_decay_mult"),
-    *("dcn_offset_lr_mult", "bypass_duplicate"),
-}
-_OF_KEY = {"lr_mult", "decay_mult"}
-_CONSTRUCTOR = "DefaultOptimWrapperConstructor"
 _OF_RUNNER = (Runner.build_dataloader, Runner.build_log_processor, Runner.build_train_loop, Runner.build_val_loop)
 _BUILDERS = {build_from_cfg.__code__, *(one.__code__ for one in _OF_RUNNER)}
 _THEIRS = (
@@ -38,16 +23,12 @@ _THEIRS = (
 
 
 def require_optimizer(config: Config) -> None:
-    """Refuse an optimizer of no type that there is, which MMEngine would take for a function to call, and settings
-    beside it that it would find wrong at the first step, or never.
+    """Refuse an optimizer of no type that there is, which MMEngine would take for a function to call.
 
     Raises:
-        ExperimentError: see above; names the type or the setting.
+        ExperimentError: see above; names the type.
     """
     wrapper = config.optim_wrapper
-    _require_clipping(wrapper.get("clip_grad"))
-    if wrapper.get("constructor", _CONSTRUCTOR) == _CONSTRUCTOR:
-        _require_paramwise(wrapper.get("paramwise_cfg"))
     optimizer = wrapper.get("optimizer")
     if "constructor" in wrapper and not isinstance(optimizer, Mapping):  # which makes them as it likes
         return
@@ -58,46 +39,6 @@ def require_optimizer(config: Config) -> None:
             f"optim_wrapper.optimizer.type is {there}; allowed is the name of an optimizer, such as SGD or AdamW, or "
             f"of one of your own, whose module is named in custom_imports"
         )
-
-
-def require_measures(config: Config) -> None:
-    """Refuse settings of MMSegmentation's mIoU that it takes and passes over.
-
-    Raises:
-        ExperimentError: there is one; names it.
-    """
-    given = config.get("val_evaluator") or []
-    for evaluator in given if isinstance(given, list | tuple) else [given]:
-        if evaluator.get("type") in (IoUMetric, IoUMetric.__name__):
-            names = [*inspect.signature(IoUMetric).parameters][:-1]  # the last one takes all others
-            _require_names("val_evaluator", evaluator, ["type", *names])
-
-
-def _require_clipping(settings: Any) -> None:
-    """Refuse names that the function which clips gradients does not take, at the first step."""
-    if not isinstance(settings, Mapping):
-        return
-    clip = _CLIPPING.get(settings.get("type", "norm"))
-    if clip is not None:  # else MMEngine says so when it is built
-        allowed = ["type", *list(inspect.signature(clip).parameters)[1:]]
-        _require_names("optim_wrapper.clip_grad", settings, allowed)
-
-
-def _require_paramwise(settings: Any) -> None:
-    """Refuse names that have no effect, of settings of single parameters."""
-    if not isinstance(settings, Mapping):
-        return
-    _require_names("optim_wrapper.paramwise_cfg", settings, sorted(_PARAMWISE))
-    keys = settings.get("custom_keys")
-    for key, own in keys.items() if isinstance(keys, Mapping) else ():
-        if isinstance(own, Mapping):
-            _require_names(f"optim_wrapper.paramwise_cfg.custom_keys[{key!r}]", own, sorted(_OF_KEY))
-
-
-def _require_names(where: str, settings: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    for name in settings:
-        if name not in allowed:
-            raise ExperimentError(f"{where} has the setting {name!r}; allowed: {', '.join(allowed)}")
 
 
 @contextlib.contextmanager

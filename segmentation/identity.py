@@ -16,6 +16,7 @@ from experiment.method import method_tag as tag_of
 from experiment.moved import if_moved
 from experiment.provenance import plain
 from experiment.ranks import Budget
+from experiment.record import is_name
 from lowrank import MODE_ENERGIES
 from segmentation.compose import HOOK, hook_settings
 
@@ -84,9 +85,18 @@ def dataset_of(config: Config) -> str:
 
 
 def network_of(config: Config) -> str:
-    """The name of a config's network in records, folders and perplexity tables: its `network`, or that of its file."""
+    """The name of a config's network in records, folders and perplexity tables: its `network`, or that of its file.
+
+    Raises:
+        ExperimentError: the file's name cannot be that of a folder.
+    """
     files = config.get("config_files") or ["config"]
     name: str = config.get("network", Path(files[-1]).stem)
+    if config.get("network") is None and not is_name(name):
+        raise ExperimentError(
+            f"config {files[-1]} does not name its network, and its file's name, {name!r}, is none for a folder; set "
+            f"network = 'NAME' in it, of letters, digits and . _ + -"
+        )
     return name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from experiment.record import RESULT, TABLE
 from experiment.signals import held
 from lowrank import converted_layers, kernels
 from segmentation.batches import first_batch, first_batches, logits, segmentation_loss, training_mode
-from segmentation.building import require_measures, require_optimizer
+from segmentation.building import require_optimizer
 from segmentation.checkpoints import LAST, newest, read_safely_everywhere
 from segmentation.compose import hook_settings, with_naming_readers
 from segmentation.data.draws import place_draws
@@ -56,6 +57,7 @@ from segmentation.quiet import quietly
 from segmentation.saving import WholeCheckpoints
 from segmentation.sources import own_sources
 from segmentation.start import share_out
+from segmentation.unread import require_read
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Task:
         require_classes(self.config)
         if result == RESULT:
             require_optimizer(self.config)
-            require_measures(self.config)
+            require_read(self.config)
         data = data if data.fingerprint else data_of(self.config)
         folder.data_fingerprint = _told(data, result)
         if self.config.get("processes", 1) == place().count:  # else those that are to be started tell it
@@ -116,7 +118,7 @@ class Task:
                 DATASETS.build(with_naming_readers(self.config).train_dataloader.dataset)
         else:
             require_optimizer(self.config)
-            require_measures(self.config)
+            require_read(self.config)
             of_runner = _for_runner(self.config, folder, None)
             require_trainable(self.config, of_runner, with_data=data.fingerprint is not None)
         require_budget(self.config, folder.identity, data.fingerprint, data.measured)
@@ -238,8 +240,8 @@ def _for_runner(config: Config, folder: RunFolder, checkpoint: Path | None) -> C
     # MMEngine's logger and message hub are found by this name; two runs in one process must not share them.
     config.experiment_name = f"{folder.identity_hash}_{time.time_ns()}"
     config.setdefault("default_hooks", {})
-    saving = dict(config.default_hooks.get("checkpoint") or {"type": "CheckpointHook", "interval": 1})
-    if saving["type"] == "CheckpointHook":
+    saving = dict(config.default_hooks.get("checkpoint") or _usual_saving(config.train_cfg))
+    if saving.get("type") == "CheckpointHook":
         config.default_hooks["checkpoint"] = {
             **saving,
             "type": WholeCheckpoints.__name__,
@@ -259,6 +261,15 @@ def _for_runner(config: Config, folder: RunFolder, checkpoint: Path | None) -> C
     if place().count > 1:
         share_out(config, place().count)
     return config
+
+
+def _usual_saving(lengths: Mapping[str, Any]) -> dict[str, Any]:
+    """The hook that saves checkpoints, where a config has none: at each validation of a run that counts iterations, as
+    MMEngine's own usual one counts epochs, of which such a run has one."""
+    if lengths.get("max_iters") is None:
+        return {"type": "CheckpointHook", "interval": 1}
+    interval = lengths.get("val_interval", 1000)
+    return {"type": "CheckpointHook", "by_epoch": False, "interval": interval, "max_keep_ckpts": 2}
 
 
 def _log_settings(runner: Runner, record: Record) -> None:
