@@ -115,6 +115,7 @@ def advice(config: Config) -> str:
 def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]:
     """Everything in a config that has an influence on the result, files by their content."""
     identity = {key: _without(config.get(key)) for key in keys if config.get(key) is not None}
+    identity["model"] = _by_content(identity["model"])
     if "train_cfg" in keys:
         beside = {key: config.get(key) for key, usual in _BESIDE.items() if config.get(key) not in (None, usual)}
         identity |= {key: _without(value) for key, value in (beside | _acting(config.get("default_hooks"))).items()}
@@ -174,6 +175,22 @@ def _without(value: Any) -> Any:
     return value
 
 
+def _by_content(value: Any) -> Any:
+    """A copy of a network's settings with files of weights that its parts start from by their content."""
+    if isinstance(value, list):
+        return [_by_content(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    named = {key: _weights(value[key]) for key in _weights_keys(value)}
+    return {key: _by_content(inner) for key, inner in value.items()} | named
+
+
+def _weights_keys(settings: Mapping[str, Any]) -> list[str]:
+    """Under which keys settings of a part of a network name weights that it starts from."""
+    keys = ["pretrained", *(["checkpoint"] if settings.get("type") == "Pretrained" else [])]
+    return [key for key in keys if isinstance(settings.get(key), str)]
+
+
 def _weights(source: str | None) -> str | None:
     if source is None or "://" in source:
         return source
@@ -208,18 +225,18 @@ def weights_of(identity: Mapping[str, Any]) -> str:
     that its parts name for themselves."""
     if identity.get("load_from"):
         return f"fingerprint {identity['load_from']}"
-    return ", ".join(sorted(set(_named_weights(identity.get("model"))))) or "none"
+    return ", ".join(sorted(set(named_weights(identity.get("model"))))) or "none"
 
 
-def _named_weights(value: Any) -> Iterator[str]:
+def named_weights(value: Any) -> Iterator[str]:
+    """The weights that parts of a network name for themselves in its settings, each as it stands there."""
     if isinstance(value, list | tuple):
         for inner in value:
-            yield from _named_weights(inner)
+            yield from named_weights(inner)
     elif isinstance(value, Mapping):
-        of_parts = (value.get("pretrained"), value.get("checkpoint") if value.get("type") == "Pretrained" else None)
-        yield from (name for name in of_parts if isinstance(name, str))
+        yield from (value[key] for key in _weights_keys(value))
         for inner in value.values():
-            yield from _named_weights(inner)
+            yield from named_weights(inner)
 
 
 def _budget(config: Config, settings: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from logging import FileHandler
 from typing import Any
 
@@ -11,9 +12,10 @@ from mmengine.runner import CheckpointLoader
 from mmseg.registry import DATASETS, MODELS
 
 from experiment import ExperimentError
-from segmentation.checkpoints import check_fit, load_weights, read_safely_everywhere
+from segmentation.checkpoints import check_fit, check_loaded, load_weights, read_safely_everywhere
 from segmentation.compose import class_count, datasets, hook_settings
 from segmentation.hook import LowRankHook
+from segmentation.identity import named_weights
 from segmentation.quiet import quietly, register_modules
 from segmentation.unstarted import require_parts
 
@@ -99,13 +101,39 @@ def require_classes(config: Config) -> None:
             )
 
 
-def require_weights(config: Config) -> None:
+def require_weights(config: Config, download: bool) -> None:
     """Refuse weights that cannot be read, or are of another network, before anything is written.
 
+    Args:
+        config: see `segmentation.compose`.
+        download: whether those at an address are looked at as well.
+
     Raises:
-        ExperimentError: see `segmentation.checkpoints.check_fit`.
+        ExperimentError: see `segmentation.checkpoints.check_fit`, or a part does not get those that it names.
     """
+    read_safely_everywhere()
     source = config.get("load_from")
-    if source:
+    if source and (download or not _is_address(source)):
         content = CheckpointLoader.load_checkpoint(source, "cpu", logger="silent")
         check_fit(_built(config), content, source)
+    named = list(named_weights(config.model.to_dict()))
+    if named and not source and (download or not any(map(_is_address, named))):
+        _require_parts_weights(config)
+
+
+def _is_address(source: str) -> bool:
+    return "://" in source
+
+
+def _require_parts_weights(config: Config) -> None:
+    """MMEngine loads what fits of the weights that a part names for itself, be that nothing, and says so in its log."""
+    model = _built(config)
+    with quietly():
+        _forget_closed_logs()
+        model.init_weights()
+    for name, module in model.named_modules():
+        settings = getattr(module, "init_cfg", None)
+        if isinstance(settings, Mapping) and settings.get("type") == "Pretrained":
+            source = settings["checkpoint"]
+            content = CheckpointLoader.load_checkpoint(source, "cpu", logger="silent")
+            check_loaded(module, content, source, name)

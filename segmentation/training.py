@@ -105,9 +105,8 @@ class Task:
         folder.data_fingerprint = _told(data, result)
         if self.config.get("processes", 1) == place().count:  # else those that are to be started tell it
             folder.repeated = tell_repeated(self.config.get("dataset") or "the data set", data.trained, data.tested)
-        read_safely_everywhere()
         if not folder.last_checkpoint:
-            require_weights(self.config)
+            require_weights(self.config, download=True)
         return folder
 
     def _check(self, folder: RunFolder, data: Data) -> None:
@@ -125,9 +124,8 @@ class Task:
         if data.fingerprint is None:
             return
         require_classes(self.config)
-        if not folder.last_checkpoint and "://" not in (self.config.get("load_from") or ""):
-            read_safely_everywhere()
-            require_weights(self.config)
+        if not folder.last_checkpoint:
+            require_weights(self.config, download=False)
 
 
 def _told(data: Data, result: str) -> str | None:
