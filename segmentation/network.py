@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from logging import FileHandler
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -12,11 +13,14 @@ from mmengine.runner import CheckpointLoader
 from mmseg.registry import DATASETS, MODELS
 
 from experiment import ExperimentError
+from segmentation.building import require_optimizer
 from segmentation.checkpoints import check_fit, check_loaded, load_weights, read_safely_everywhere
 from segmentation.compose import class_count, datasets, hook_settings
 from segmentation.hook import LowRankHook
 from segmentation.identity import named_weights
 from segmentation.quiet import quietly, register_modules
+from segmentation.runner_config import runner_config
+from segmentation.unread import require_read
 from segmentation.unstarted import require_parts
 
 
@@ -82,6 +86,18 @@ def require_trainable(config: Config, of_runner: Config, with_data: bool) -> Non
     require_parts(of_runner, model, with_data)
     if settings is not None:
         LowRankHook(**settings).prepare(model)
+
+
+def require_buildable(config: Config) -> None:
+    """Refuse a config of whose run a part cannot be built, whatever its data, weights and layers are.
+
+    Raises:
+        ExperimentError: see `segmentation.unread.require_read`.
+        Exception: see `segmentation.unstarted.require_parts`.
+    """
+    require_optimizer(config)
+    require_read(config)
+    require_parts(runner_config(config, Path(), ""), _built(config), with_data=False)
 
 
 def require_classes(config: Config) -> None:

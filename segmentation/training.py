@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,6 @@ from segmentation.batches import first_batch, first_batches, logits, segmentatio
 from segmentation.building import require_optimizer
 from segmentation.checkpoints import LAST, newest, read_safely_everywhere
 from segmentation.compose import hook_settings, with_naming_readers
-from segmentation.data.draws import place_draws
 from segmentation.data.registry import Data, data_of, require_data
 from segmentation.formatting import formatted_once
 from segmentation.history import Begun, History
@@ -54,9 +51,8 @@ from segmentation.identity import (
 )
 from segmentation.network import prepared_model, require_classes, require_trainable, require_weights
 from segmentation.quiet import quietly
-from segmentation.saving import WholeCheckpoints
+from segmentation.runner_config import runner_config
 from segmentation.sources import own_sources
-from segmentation.start import share_out
 from segmentation.unread import require_read
 
 
@@ -118,7 +114,7 @@ class Task:
         else:
             require_optimizer(self.config)
             require_read(self.config)
-            of_runner = _for_runner(self.config, folder, None)
+            of_runner = runner_config(self.config, folder.path, folder.identity_hash)
             require_trainable(self.config, of_runner, with_data=data.fingerprint is not None)
         require_budget(self.config, folder.identity, data.fingerprint, data.measured)
         if data.fingerprint is None:
@@ -187,7 +183,8 @@ def _resumed(name: RunName, folder: RunFolder) -> Path | None:
 
 
 def _trained(task: Task, folder: RunFolder, checkpoint: Path | None, begun: Begun) -> tuple[Runner, History]:
-    runner, history = _runner(_for_runner(task.config, folder, checkpoint)), History(folder.path)
+    config = runner_config(task.config, folder.path, folder.identity_hash, checkpoint)
+    runner, history = _runner(config), History(folder.path)
     for hook in (begun, history):
         runner.register_hook(hook)
     try:
@@ -230,44 +227,6 @@ def as_yaml(config: Config) -> str:
     """A config as YAML, from which the run can be started again; tuples stay what they are."""
     text: str = yaml.dump(config.to_dict(), sort_keys=False)
     return text
-
-
-def _for_runner(config: Config, folder: RunFolder, checkpoint: Path | None) -> Config:
-    config = with_naming_readers(config)
-    config.work_dir = str(folder.path)
-    # MMEngine's logger and message hub are found by this name; two runs in one process must not share them.
-    config.experiment_name = f"{folder.identity_hash}_{time.time_ns()}"
-    config.setdefault("default_hooks", {})
-    saving = dict(config.default_hooks.get("checkpoint") or _usual_saving(config.train_cfg))
-    if saving.get("type") == "CheckpointHook":
-        config.default_hooks["checkpoint"] = {
-            **saving,
-            "type": WholeCheckpoints.__name__,
-            "identity": folder.identity_hash,
-        }
-    for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
-        if config.get(key):
-            config[key].setdefault("worker_init_fn", {"type": "worker_of_run", "seed": config.randomness.seed})
-    unplaced = place_draws(config)
-    if checkpoint is not None and unplaced is not None:
-        say(
-            f"warning: train_dataloader has a sampler of type {unplaced}, so the augmentation of this resumed run is "
-            f"not that of a run without a break; with InfiniteSampler or DefaultSampler it is"
-        )
-    if checkpoint is not None:
-        config.load_from, config.resume = str(checkpoint), True
-    if place().count > 1:
-        share_out(config, place().count)
-    return config
-
-
-def _usual_saving(lengths: Mapping[str, Any]) -> dict[str, Any]:
-    """The hook that saves checkpoints, where a config has none: at each validation of a run that counts iterations, as
-    MMEngine's own usual one counts epochs, of which such a run has one."""
-    if lengths.get("max_iters") is None:
-        return {"type": "CheckpointHook", "interval": 1}
-    interval = lengths.get("val_interval", 1000)
-    return {"type": "CheckpointHook", "by_epoch": False, "interval": interval, "max_keep_ckpts": 2}
 
 
 def _log_settings(runner: Runner, record: Record) -> None:
