@@ -187,8 +187,9 @@ def reader_of(part: Mapping[str, Any], name: str) -> dict[str, Any] | None:
 
 
 def class_count(config: Config) -> int | None:
-    """How many classes the network tells; None if it does not say that in the usual place."""
+    """How many classes the network tells, by the last of its heads; None if it does not say that in the usual place."""
     head = config.get("model", {}).get("decode_head")
+    head = head[-1] if isinstance(head, list | tuple) and head else head
     return head.get("num_classes") if isinstance(head, Mapping) else None
 
 

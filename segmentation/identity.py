@@ -39,6 +39,9 @@ _BESIDE: dict[str, Any] = {
     "data_preprocessor": None,
     "sync_bn": None,
     "model_wrapper_cfg": None,
+    "activation_checkpointing": None,
+    "efficient_conv_bn_eval": None,
+    "compile": False,
 }
 # Hooks that show, time and save; without the others of MMEngine's own, a run is another one as well.
 _WATCHING = {

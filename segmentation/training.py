@@ -192,7 +192,24 @@ def _trained(task: Task, folder: RunFolder, checkpoint: Path | None, begun: Begu
             runner.train()
     finally:
         _end_loading(runner)
+    _require_whole(runner)
     return runner, history
+
+
+def _require_whole(runner: Runner) -> None:
+    """Refuse a run that something has ended before its length, which its record would say.
+
+    Raises:
+        ExperimentError: see above.
+    """
+    by_iterations = runner.cfg.train_cfg.get("max_iters") is not None
+    done, length = (runner.iter, runner.max_iters) if by_iterations else (runner.epoch, runner.max_epochs)
+    if done < length:
+        what = "iterations" if by_iterations else "epochs"
+        raise ExperimentError(
+            f"stopped after {done} of {length} {what}, by a hook such as EarlyStoppingHook, so there is no record; "
+            f"leave it out, or give another length"
+        )
 
 
 def _end_loading(runner: Runner) -> None:

@@ -52,6 +52,11 @@ def require_read(config: Config) -> None:
     _require_inference(settings["model"])
     if settings["train_cfg"].get("max_iters") is not None:
         _require_iterations(settings)
+    elif at(settings, "train_dataloader.sampler.type") in ("InfiniteSampler", "PlacedSampler"):
+        raise ExperimentError(
+            "train_cfg counts epochs and train_dataloader.sampler is an InfiniteSampler, whose first epoch has no end; "
+            "set its type to DefaultSampler, or train_cfg to IterBasedTrainLoop with max_iters"
+        )
 
 
 def _require_names(where: str, settings: Mapping[str, Any], allowed: Sequence[str]) -> None:

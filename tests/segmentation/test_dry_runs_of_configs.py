@@ -98,6 +98,11 @@ UNFIT = {  # what is changed, and what is said
         ("default_hooks", {"checkpoint": {"type": "CheckpointHook", "interval": 1}}),
         "default_hooks.checkpoint.interval counts epochs and train_cfg iterations, so that it would have no effect",
     ),
+    "an epoch without an end": (
+        "train",
+        ("train_cfg", {"type": "EpochBasedTrainLoop", "max_epochs": 2}),
+        "train_dataloader.sampler is an InfiniteSampler, whose first epoch has no end; set its type to Def",
+    ),
     "a hook without a type": (
         "train",
         ("default_hooks", {"checkpoint": {"interval": 1}}),

@@ -146,6 +146,10 @@ def test_a_label_beyond_the_classes_is_told_before_training(root, part):
     data_of(config_of(root))
     path = label(root, 2, f"{part}_c", part)
     data_of(config_of(root, classes=3))
+    cascade = config_of(root)
+    cascade.model.decode_head = [{"num_classes": 9}, {"num_classes": 2}]  # the last one predicts
+    with pytest.raises(ExperimentError, match="it has the label 2; of 2 classes"):
+        data_of(cascade)
     for _ in range(2):
         with pytest.raises(ExperimentError, match=rf"{path} cannot be read \(it has the label 2; of 2 classes they"):
             data_of(config_of(root))
