@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -53,6 +54,8 @@ def run(arguments: Sequence[str], work: Work | None = None, kind: type[SuiteCLI]
         ".*srun. command is available.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+    # Of how Lightning calls it, which would end the command where Python is asked to take warnings for errors.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     words = underscored(arguments)

@@ -175,6 +175,15 @@ def further_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {key: plain(value) for key, value in sorted(found.items())}
 
 
+def weights_of(identity: Mapping[str, Any]) -> str:
+    """Which weights the network of an identity starts from, in words."""
+    model = identity.get("model")
+    told = model if isinstance(model, Mapping) else {}
+    if told.get("weights"):
+        return f"fingerprint {told['weights']}"
+    return "published ones" if told.get("pretrained") else "none"
+
+
 def budget_settings(model: Mapping[str, Any]) -> dict[str, Any]:
     """What ranks are chosen by, of a resolved `model` config; empty where none are. See `experiment.ranks.Budget`."""
     chosen = model["budget"] and model["method"] and leaves_ranks(model["method"])

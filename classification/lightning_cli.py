@@ -30,6 +30,7 @@ from classification.identity import (
     identity_of,
     method_tag,
     run_of,
+    weights_of,
     weights_of_done,
 )
 from classification.image_size import require_image_size
@@ -181,9 +182,11 @@ class SuiteCLI(LightningCLI):
             check_size(self.settings["data"], self.settings["processes"], self.settings.get("batches", 1))
 
     def _require_budget(self) -> None:
-        """Refuse a budget that is of other data than the run's, as far as these are there."""
-        if budget := self.settings["model"]["budget"]:
-            Budget(**budget).require_data(self.folder.data_fingerprint)
+        """Refuse a budget that is of other data or weights than the run's, as far as these are there."""
+        if given := self.settings["model"]["budget"]:
+            budget = Budget(**given)
+            budget.require_data(self.folder.data_fingerprint)
+            budget.require_weights(self.folder.identity, weights_of)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = self.settings["trainer"]

@@ -13,6 +13,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,18 +22,41 @@ from experiment.files import write_whole
 from experiment.processes import is_first
 
 Check = Callable[[Path, bytes], None]
+Look = Callable[[bytes], int]
 _DIGEST, _KEY = 16, 8  # bytes
+_UNSEEN = -1  # of a file that was read without a look at what is in it
 _SETTLED = 2.0  # seconds after which another change of a file has another time
 
 
+class Content(NamedTuple):
+    """What is known of a file.
+
+    Attributes:
+        digest: a hash of its bytes, 16 bytes.
+        seen: what a look at them gave, from 0; -1 where there was none.
+    """
+
+    digest: bytes
+    seen: int
+
+
 def content_hashes(paths: Iterable[Path | str], store: Path, check: Check | None = None) -> list[bytes]:
-    """A hash of the bytes of each file, (16 bytes) each.
+    """A hash of the bytes of each file, (16 bytes) each; see `contents_of`."""
+    return [one.digest for one in contents_of(paths, store, check)]
+
+
+def contents_of(
+    paths: Iterable[Path | str], store: Path, check: Check | None = None, look: Look | None = None
+) -> list[Content]:
+    """What is known of each file by its bytes.
 
     Args:
         paths: the files.
-        store: where hashes are kept, so that only files that are new or were touched are read; without effect where it
+        store: where it is kept, so that only files that are new or were touched are read; without effect where it
             cannot be written.
         check: is given each file that is read, with its content, and may refuse it.
+        look: is given its content, and says what is to be known of it, as a number from 0 to 32767. It has to be a
+            function of the content alone, and the same one for a store.
 
     Raises:
         OSError: a file is missing, or is no file that can be read.
@@ -40,16 +64,17 @@ def content_hashes(paths: Iterable[Path | str], store: Path, check: Check | None
     known, found, fresh = _load(store), [], {}
     for path in map(Path, paths):
         key = _key(path)
-        digest = known.get(key)
-        if digest is None:
+        one = known.get(key)
+        if one is None or (look is not None and one.seen == _UNSEEN):
             started = time.time()
             content = path.read_bytes()
             if check is not None:
                 check(path, content)
             digest = hashlib.blake2b(content, digest_size=_DIGEST).digest()
+            one = Content(digest, _UNSEEN if look is None else look(content))
             if path.stat().st_ctime < started - _SETTLED:
-                fresh[key] = digest
-        found.append(digest)
+                fresh[key] = one
+        found.append(one)
     if fresh:
         with contextlib.suppress(OSError):
             _save(store, known | fresh)
@@ -97,21 +122,26 @@ def _key(path: Path) -> bytes:
     return hashlib.blake2b(stated.encode(errors="surrogateescape"), digest_size=_KEY).digest()
 
 
-def _load(store: Path) -> dict[bytes, bytes]:
-    """Hashes by key; none where the file is missing or damaged, as everything is then read again."""
+def _load(store: Path) -> dict[bytes, Content]:
+    """Contents by key; none where the file is missing or damaged, as everything is then read again."""
     try:
         with np.load(io.BytesIO(store.read_bytes()), allow_pickle=False) as content:
             keys, digests = content["keys"], content["digests"]
-            if keys.dtype != np.uint8 or digests.dtype != np.uint8 or len(keys) != len(digests):
+            # A store of before it held what was seen knows nothing of that.
+            seen = content["seen"] if "seen" in content else np.full(len(keys), _UNSEEN, np.int16)
+            kinds = (keys.dtype, digests.dtype, seen.dtype)
+            if kinds != (np.uint8, np.uint8, np.int16) or not len(keys) == len(digests) == len(seen):
                 return {}
-            rows = (keys.reshape(-1, _KEY), digests.reshape(-1, _DIGEST))
-            return {key.tobytes(): digest.tobytes() for key, digest in zip(*rows, strict=True)}
+            rows = zip(keys.reshape(-1, _KEY), digests.reshape(-1, _DIGEST), seen.reshape(-1), strict=True)
+            return {key.tobytes(): Content(digest.tobytes(), int(number)) for key, digest, number in rows}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError, TypeError):
         return {}
 
 
-def _save(store: Path, known: dict[bytes, bytes]) -> None:
+def _save(store: Path, known: dict[bytes, Content]) -> None:
     file = io.BytesIO()
-    keys, digests = (np.frombuffer(b"".join(rows), np.uint8) for rows in (list(known), list(known.values())))
-    np.savez(file, keys=keys.reshape(-1, _KEY), digests=digests.reshape(-1, _DIGEST))
+    rows = (list(known), [one.digest for one in known.values()])
+    keys, digests = (np.frombuffer(b"".join(row), np.uint8) for row in rows)
+    seen = np.array([one.seen for one in known.values()], np.int16)
+    np.savez(file, keys=keys.reshape(-1, _KEY), digests=digests.reshape(-1, _DIGEST), seen=seen)
     write_whole(store, file.getvalue())

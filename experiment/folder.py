@@ -48,6 +48,7 @@ class RunFolder:
         sources: of the code of the run's model and of what else is one's own, see `experiment.sources`; those of its
             methods are found by themselves.
         advice: what to do where the folder holds another run.
+        earlier_data: what an earlier version noted of the same data, if that was another fingerprint.
 
     Attributes:
         repeated: images that are tested as well as trained or validated on, once the data set was looked at.
@@ -66,8 +67,10 @@ class RunFolder:
         run: Run | None = None,
         sources: Sources | None = None,
         advice: str = ANOTHER,
+        earlier_data: str | None = None,
     ) -> None:
-        self._run, self._made = run, (identity, result, data_fingerprint, last, run, sources, advice)
+        self._run, self._made = run, (identity, result, data_fingerprint, last, run, sources, advice, earlier_data)
+        self._earlier_data = earlier_data
         self._advice = advice
         self._model_sources = sources or {}
         self.path, self.result, self._last = path, path / result, path / last
@@ -128,7 +131,7 @@ class RunFolder:
             return
         data = (stored or {}).get(DATA)
         stored = None if stored is None else _without_beside(stored)
-        if data is not None and self.data_fingerprint not in (None, data):
+        if data is not None and self.data_fingerprint not in (None, data) and data != self._earlier_data:
             raise ExperimentError(
                 f"{self.path} holds a run on other data (fingerprint {data} there, {self.data_fingerprint} here); "
                 f"restore the data set, or {advice}"

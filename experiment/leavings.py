@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiment.axes import within_percent
 from experiment.finite import finite
 from experiment.history import Row
 from lowrank import Account, Explanation, Method, RankPlan, converted_layers
@@ -136,6 +137,8 @@ def curves(rows: Sequence[Row], title: str) -> bytes:
         axes.set_xlabel(along)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.set_ylabel(label)
+        if label == "%":
+            within_percent(axes)
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend(frameon=False, fontsize=8)

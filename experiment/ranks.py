@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -138,16 +138,19 @@ class Budget:
         ways = {} if choice == "perplexity" else {"choice": choice, "seed": seed}
         return {"table": fingerprint([content.encode()]), "bytes": self.nbytes, **ways}
 
-    def require_data(self, fingerprint: str | None) -> None:
+    def require_data(self, fingerprint: str | None, measured: str | None = None) -> None:
         """Refuse a table or a run on other data than a run's of the same name, as where images have changed since.
 
         Args:
             fingerprint: of the run's data; None where these are not there.
+            measured: of what of them a table is measured on, where that is told; else it is of all of them, as it was
+                of tables of before.
 
         Raises:
             ExperimentError: see above.
         """
-        told = {f"the perplexity table {self.table}": _identity_beside(Path(self.table)).get(DATA)}
+        table = _identity_beside(Path(self.table)).get(DATA)
+        told = {f"the perplexity table {self.table}": fingerprint if table == measured else table}
         if self.run is not None:
             told[f"the run {self.run}, whose memory is the budget,"] = Record.load(
                 Path(self.run) / RESULT
@@ -158,6 +161,26 @@ class Budget:
                     f"{what} is of other data (fingerprint {other} there, {fingerprint} here), as where images have "
                     f"changed since; restore the data set, or delete that folder and make it again"
                 )
+
+    def require_weights(self, identity: Mapping[str, Any], weights_of: Callable[[Mapping[str, Any]], str]) -> None:
+        """Refuse a table that was measured on other weights than those that a run starts from.
+
+        What is not loaded does not count: a new classifier is another one for each seed.
+
+        Args:
+            identity: of the run.
+            weights_of: what an identity of the run's task says of the weights, in words.
+
+        Raises:
+            ExperimentError: see above.
+        """
+        measured = _identity_beside(Path(self.table))
+        there, here = weights_of(measured), weights_of(identity)
+        if measured and there != here:
+            raise ExperimentError(
+                f"the perplexity table {self.table} was measured on other weights than this run starts from ({there} "
+                f"there, {here} here); measure it on these, or start from those"
+            )
 
     def _require_data(self, dataset: str) -> None:
         """Refuse a table or a run of another data set, as far as they tell theirs."""

@@ -54,7 +54,7 @@ class Run:
     def __post_init__(self) -> None:
         for key in ("task", "setup", "model", "dataset", "method"):
             name = getattr(self, key)
-            if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+            if not is_name(name):
                 raise RunError(f"{key} is {name!r}; a name is made of letters, digits and . _ + -")
         check_layers(self.layers)
         if type(self.seed) is not int:
@@ -69,6 +69,11 @@ class Run:
         return (
             f"{self.model} on {self.dataset}, setup {self.setup}, {self.method}, layers {self.layers}, seed {self.seed}"
         )
+
+
+def is_name(name: Any) -> bool:
+    """Whether something can name a part of a run, and so be a folder."""
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.+-]*", name) is not None
 
 
 def check_layers(layers: Any) -> None:

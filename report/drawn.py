@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from experiment import fingerprint
+from experiment import axes, fingerprint
 from report.summary import Group
 
 NOTES = ".figures.json"  # in the folder of all outputs: what each figure was drawn of, and what its files held
-_CODE = Path(__file__).parent
+_CODE = (*sorted(Path(__file__).parent.glob("*.py")), Path(axes.__file__))  # that draws
 
 
 class Figures:
@@ -27,9 +27,7 @@ class Figures:
     def __init__(self, output: Path) -> None:
         self._output = output
         self._known = _read(output / NOTES)
-        self._code = fingerprint(
-            [*(path.read_bytes() for path in sorted(_CODE.glob("*.py"))), version("matplotlib").encode()]
-        )
+        self._code = fingerprint([*(path.read_bytes() for path in _CODE), version("matplotlib").encode()])
         self._notes: dict[str, dict[str, str]] = {}
 
     def of(

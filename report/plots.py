@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from experiment.axes import within_percent
 from report.labels import Label, place_labels
 from report.methods import family
 from report.metrics import metrics_in
@@ -151,6 +152,7 @@ def _draw(table: pd.DataFrame, group: Group, view: View | None = None, points: S
     for axes, panel in panels:
         if points:
             labels[axes] += _draw_published(axes, panel, points, looks)
+    within_percent(panels[0][0])  # which all panels share
     panels[0][0].set_ylabel(f"{view.title} (%)")
     recipes = ", different recipes" if recipes_differ(table) else ""
     figure.suptitle(f"{group}, {_seeds(table)}{recipes}", fontsize=11)

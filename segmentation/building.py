@@ -12,7 +12,8 @@ from mmengine.runner import Runner
 
 from experiment import ExperimentError
 
-_BUILDERS = {build_from_cfg.__code__, Runner.build_dataloader.__code__}
+_OF_RUNNER = (Runner.build_dataloader, Runner.build_log_processor, Runner.build_train_loop, Runner.build_val_loop)
+_BUILDERS = {build_from_cfg.__code__, *(one.__code__ for one in _OF_RUNNER)}
 _THEIRS = (
     "mmengine",
     "mmcv",

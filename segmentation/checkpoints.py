@@ -145,6 +145,32 @@ def check_fit(model: nn.Module, content: Mapping[str, Any], source: str, whole: 
         print(f"weights {source}: {counts}; {lacking[0]!r} and others begin as without them", flush=True)
 
 
+def check_loaded(module: nn.Module, content: Mapping[str, Any], source: str, name: str) -> None:
+    """Refuse weights of which a part of a network has got next to nothing, whatever names its loader gives them.
+
+    Args:
+        module: the part, as it is once it was given them.
+        content: what `read` gave.
+        source: where the weights are from.
+        name: of the part in the network.
+
+    Raises:
+        ExperimentError: see above.
+    """
+    there: dict[torch.Size, list[Tensor]] = {}
+    inner = content.get("model")  # as files of some transformers have it
+    for tensor in weights_in(inner if isinstance(inner, dict) else content).values():
+        there.setdefault(tensor.shape, []).append(tensor)
+    # One of a single number, such as the zeros that a bias begins with, tells nothing.
+    own = [tensor for tensor in module.state_dict().values() if (tensor != tensor.flatten()[:1]).any()]
+    got = sum(any(torch.equal(tensor, one.to(tensor.dtype)) for one in there.get(tensor.shape, [])) for tensor in own)
+    if got < LEAST_SHARE * len(own):
+        raise ExperimentError(
+            f"weights {source} are not those of {name or 'the network'}: {got} of its {len(own)} tensors are in them; "
+            f"give others in its init_cfg, or leave that out"
+        )
+
+
 def load_weights(model: nn.Module, source: str, whole: bool = False) -> None:
     """Load weights from a file or an address into a network, where they fit.
 

@@ -180,9 +180,16 @@ def with_naming_readers(config: Config) -> Config:
     return copy
 
 
+def reader_of(part: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """The settings of a stock reader, such as "LoadAnnotations", in a data set's pipeline; None if it has none."""
+    found = (one for one in _dictionaries(part.get("pipeline")) if one.get("type") == name)
+    return next(found, None)
+
+
 def class_count(config: Config) -> int | None:
-    """How many classes the network tells; None if it does not say that in the usual place."""
+    """How many classes the network tells, by the last of its heads; None if it does not say that in the usual place."""
     head = config.get("model", {}).get("decode_head")
+    head = head[-1] if isinstance(head, list | tuple) and head else head
     return head.get("num_classes") if isinstance(head, Mapping) else None
 
 

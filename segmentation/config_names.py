@@ -23,6 +23,8 @@ OTHERS = {
     "model_wrapper_cfg",
     "sync_bn",
     "activation_checkpointing",
+    "efficient_conv_bn_eval",
+    "compile",
     "config_files",
 }
 RUNNER = {  # arguments of MMEngine's `Runner`, which takes seconds to import

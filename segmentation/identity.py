@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from experiment.method import method_tag as tag_of
 from experiment.moved import if_moved
 from experiment.provenance import plain
 from experiment.ranks import Budget
+from experiment.record import is_name
 from lowrank import MODE_ENERGIES
 from segmentation.compose import HOOK, hook_settings
 
@@ -38,6 +39,9 @@ _BESIDE: dict[str, Any] = {
     "data_preprocessor": None,
     "sync_bn": None,
     "model_wrapper_cfg": None,
+    "activation_checkpointing": None,
+    "efficient_conv_bn_eval": None,
+    "compile": False,
 }
 # Hooks that show, time and save; without the others of MMEngine's own, a run is another one as well.
 _WATCHING = {
@@ -84,9 +88,18 @@ def dataset_of(config: Config) -> str:
 
 
 def network_of(config: Config) -> str:
-    """The name of a config's network in records, folders and perplexity tables: its `network`, or that of its file."""
+    """The name of a config's network in records, folders and perplexity tables: its `network`, or that of its file.
+
+    Raises:
+        ExperimentError: the file's name cannot be that of a folder.
+    """
     files = config.get("config_files") or ["config"]
     name: str = config.get("network", Path(files[-1]).stem)
+    if config.get("network") is None and not is_name(name):
+        raise ExperimentError(
+            f"config {files[-1]} does not name its network, and its file's name, {name!r}, is none for a folder; set "
+            f"network = 'NAME' in it, of letters, digits and . _ + -"
+        )
     return name
 
 
@@ -105,6 +118,7 @@ def advice(config: Config) -> str:
 def identity_of(config: Config, keys: Sequence[str] = TRAINED) -> dict[str, Any]:
     """Everything in a config that has an influence on the result, files by their content."""
     identity = {key: _without(config.get(key)) for key in keys if config.get(key) is not None}
+    identity["model"] = _by_content(identity["model"])
     if "train_cfg" in keys:
         beside = {key: config.get(key) for key, usual in _BESIDE.items() if config.get(key) not in (None, usual)}
         identity |= {key: _without(value) for key, value in (beside | _acting(config.get("default_hooks"))).items()}
@@ -164,6 +178,22 @@ def _without(value: Any) -> Any:
     return value
 
 
+def _by_content(value: Any) -> Any:
+    """A copy of a network's settings with files of weights that its parts start from by their content."""
+    if isinstance(value, list):
+        return [_by_content(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    named = {key: _weights(value[key]) for key in _weights_keys(value)}
+    return {key: _by_content(inner) for key, inner in value.items()} | named
+
+
+def _weights_keys(settings: Mapping[str, Any]) -> list[str]:
+    """Under which keys settings of a part of a network name weights that it starts from."""
+    keys = ["pretrained", *(["checkpoint"] if settings.get("type") == "Pretrained" else [])]
+    return [key for key in keys if isinstance(settings.get(key), str)]
+
+
 def _weights(source: str | None) -> str | None:
     if source is None or "://" in source:
         return source
@@ -179,10 +209,37 @@ def budget_settings(config: Config) -> dict[str, Any]:
     return Budget(**budget).settings if budget else {}
 
 
-def require_budget(config: Config, fingerprint: str | None) -> None:
-    """Refuse a budget that is of other data than these; see `experiment.ranks.Budget.require_data`."""
-    if budget := (hook_settings(config) or {}).get("budget"):
-        Budget(**budget).require_data(fingerprint)
+def require_budget(config: Config, identity: Mapping[str, Any], data: str | None, measured: str | None) -> None:
+    """Refuse a budget that is of other data or weights; see `experiment.ranks.Budget`.
+
+    Args:
+        config: of the run.
+        identity: of the run.
+        data, measured: fingerprints of all its data, and of those to train on; see `segmentation.data.registry.Data`.
+    """
+    if given := (hook_settings(config) or {}).get("budget"):
+        budget = Budget(**given)
+        budget.require_data(data, measured)
+        budget.require_weights(identity, weights_of)
+
+
+def weights_of(identity: Mapping[str, Any]) -> str:
+    """Which weights the network of an identity starts from, in words: those that are loaded over all, or else those
+    that its parts name for themselves."""
+    if identity.get("load_from"):
+        return f"fingerprint {identity['load_from']}"
+    return ", ".join(sorted(set(named_weights(identity.get("model"))))) or "none"
+
+
+def named_weights(value: Any) -> Iterator[str]:
+    """The weights that parts of a network name for themselves in its settings, each as it stands there."""
+    if isinstance(value, list | tuple):
+        for inner in value:
+            yield from named_weights(inner)
+    elif isinstance(value, Mapping):
+        yield from (value[key] for key in _weights_keys(value))
+        for inner in value.values():
+            yield from named_weights(inner)
 
 
 def _budget(config: Config, settings: dict[str, Any]) -> dict[str, Any]:

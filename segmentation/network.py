@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from logging import FileHandler
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -11,10 +13,15 @@ from mmengine.runner import CheckpointLoader
 from mmseg.registry import DATASETS, MODELS
 
 from experiment import ExperimentError
-from segmentation.checkpoints import check_fit, load_weights, read_safely_everywhere
+from segmentation.building import require_optimizer
+from segmentation.checkpoints import check_fit, check_loaded, load_weights, read_safely_everywhere
 from segmentation.compose import class_count, datasets, hook_settings
 from segmentation.hook import LowRankHook
+from segmentation.identity import named_weights
 from segmentation.quiet import quietly, register_modules
+from segmentation.runner_config import runner_config
+from segmentation.unread import require_read
+from segmentation.unstarted import require_parts
 
 
 def prepared_model(config: Config, weights: bool = True) -> tuple[Any, list[str]]:
@@ -62,15 +69,35 @@ def _built(config: Config) -> Any:
         return MODELS.build(config.model)
 
 
-def require_layers(config: Config) -> None:
-    """Refuse what training would find once the network is built: layers, or parts to freeze, that it does not have.
+def require_trainable(config: Config, of_runner: Config, with_data: bool) -> None:
+    """Refuse what training would find once the network is built: layers, or parts to freeze, that it does not have,
+    and an optimizer, hooks and other parts that cannot be built.
+
+    Args:
+        config: see `segmentation.compose`.
+        of_runner: the same as MMEngine's runner is given it.
+        with_data: whether the data are there.
 
     Raises:
         ExperimentError, ConversionError: see `segmentation.hook.LowRankHook.prepare`.
+        Exception: see `segmentation.unstarted.require_parts`.
     """
-    settings = hook_settings(config)
+    model, settings = _built(config), hook_settings(config)
+    require_parts(of_runner, model, with_data)
     if settings is not None:
-        LowRankHook(**settings).prepare(_built(config))
+        LowRankHook(**settings).prepare(model)
+
+
+def require_buildable(config: Config) -> None:
+    """Refuse a config of whose run a part cannot be built, whatever its data, weights and layers are.
+
+    Raises:
+        ExperimentError: see `segmentation.unread.require_read`.
+        Exception: see `segmentation.unstarted.require_parts`.
+    """
+    require_optimizer(config)
+    require_read(config)
+    require_parts(runner_config(config, Path(), ""), _built(config), with_data=False)
 
 
 def require_classes(config: Config) -> None:
@@ -90,13 +117,39 @@ def require_classes(config: Config) -> None:
             )
 
 
-def require_weights(config: Config) -> None:
+def require_weights(config: Config, download: bool) -> None:
     """Refuse weights that cannot be read, or are of another network, before anything is written.
 
+    Args:
+        config: see `segmentation.compose`.
+        download: whether those at an address are looked at as well.
+
     Raises:
-        ExperimentError: see `segmentation.checkpoints.check_fit`.
+        ExperimentError: see `segmentation.checkpoints.check_fit`, or a part does not get those that it names.
     """
+    read_safely_everywhere()
     source = config.get("load_from")
-    if source:
+    if source and (download or not _is_address(source)):
         content = CheckpointLoader.load_checkpoint(source, "cpu", logger="silent")
         check_fit(_built(config), content, source)
+    named = list(named_weights(config.model.to_dict()))
+    if named and not source and (download or not any(map(_is_address, named))):
+        _require_parts_weights(config)
+
+
+def _is_address(source: str) -> bool:
+    return "://" in source
+
+
+def _require_parts_weights(config: Config) -> None:
+    """MMEngine loads what fits of the weights that a part names for itself, be that nothing, and says so in its log."""
+    model = _built(config)
+    with quietly():
+        _forget_closed_logs()
+        model.init_weights()
+    for name, module in model.named_modules():
+        settings = getattr(module, "init_cfg", None)
+        if isinstance(settings, Mapping) and settings.get("type") == "Pretrained":
+            source = settings["checkpoint"]
+            content = CheckpointLoader.load_checkpoint(source, "cpu", logger="silent")
+            check_loaded(module, content, source, name)

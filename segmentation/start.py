@@ -82,7 +82,7 @@ def share_out(config: Config, count: int) -> None:
     Raises:
         ExperimentError: checkpoints are saved by a hook that knows nothing of the state of each process.
     """
-    saving = config.default_hooks["checkpoint"]["type"]
+    saving = config.default_hooks["checkpoint"].get("type")
     if saving != "WholeCheckpoints":
         raise ExperimentError(
             f"default_hooks.checkpoint is a {saving}; {count} processes need MMEngine's CheckpointHook"

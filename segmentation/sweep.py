@@ -17,10 +17,11 @@ import yaml
 
 from experiment import ExperimentError, Run
 from experiment.checkpoints import FINAL
-from experiment.command import dashed
+from experiment.command import dashed, importing
 from experiment.jobs import Command, Job, Program
 from experiment.sweep import SEED, do_sweep, length_word, parsed, shared_settings, sweep_parser
 from experiment.sweep import Sweep as AnySweep
+from segmentation import register
 from segmentation.compose import CONFIGS, load_config
 
 PUBLISHED_ON = "voc12aug"
@@ -159,10 +160,18 @@ def parse(arguments: Sequence[str]) -> tuple[Sweep, bool]:
 
 
 def _check(arguments: Sequence[str]) -> None:
-    """Raise what is wrong with the options and settings of a run."""
+    """Raise what is wrong with the options and settings of a run, and with the parts that they describe."""
     from segmentation.cli import config_of, parser
 
-    config_of(parser().parse_args(arguments))
+    config = config_of(parser().parse_args(arguments))
+    if arguments[0] == "train":
+        with importing():
+            register()
+            from segmentation.building import mendable_parts
+            from segmentation.network import require_buildable  # takes seconds
+
+        with mendable_parts():
+            require_buildable(config)
 
 
 def main(arguments: Sequence[str], command: Command) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,7 @@ from segmentation.batches import first_batch, first_batches, logits, segmentatio
 from segmentation.building import require_optimizer
 from segmentation.checkpoints import LAST, newest, read_safely_everywhere
 from segmentation.compose import hook_settings, with_naming_readers
-from segmentation.data.draws import place_draws
-from segmentation.data.registry import data_of, require_data
+from segmentation.data.registry import Data, data_of, require_data
 from segmentation.formatting import formatted_once
 from segmentation.history import Begun, History
 from segmentation.hook import LowRankHook, unwrapped
@@ -51,11 +49,11 @@ from segmentation.identity import (
     require_budget,
     run_of,
 )
-from segmentation.network import prepared_model, require_classes, require_layers, require_weights
+from segmentation.network import prepared_model, require_classes, require_trainable, require_weights
 from segmentation.quiet import quietly
-from segmentation.saving import WholeCheckpoints
+from segmentation.runner_config import runner_config
 from segmentation.sources import own_sources
-from segmentation.start import share_out
+from segmentation.unread import require_read
 
 
 @dataclass(frozen=True)
@@ -85,47 +83,50 @@ class Task:
         identity = identity_of(self.config, MEASURED if result == TABLE else TRAINED)
         path = self.work_dir or name.folder(self.runs_dir)
         data = data_of(self.config)
-        folder = RunFolder(
-            path, identity, result, data.fingerprint, LAST, name, own_sources(identity), advice(self.config)
-        )
+        about = (identity, result, _told(data, result), LAST, name, own_sources(identity), advice(self.config))
+        folder = RunFolder(path, *about, earlier_data=data.fingerprint if result == TABLE else None)
         if work is not None:
             work.title, work.folder = str(name), path
-        said = nothing_to_do(name, folder, self.dry_run, lambda: self._check(folder))
+        said = nothing_to_do(name, folder, self.dry_run, lambda: self._check(folder, data))
         if said is not None:
             print(said)
             return None
         require_data(self.config)
-        require_budget(self.config, folder.data_fingerprint)
+        require_budget(self.config, folder.identity, data.fingerprint, data.measured)
         require_classes(self.config)
         if result == RESULT:
             require_optimizer(self.config)
+            require_read(self.config)
         data = data if data.fingerprint else data_of(self.config)
-        folder.data_fingerprint = data.fingerprint
+        folder.data_fingerprint = _told(data, result)
         if self.config.get("processes", 1) == place().count:  # else those that are to be started tell it
             folder.repeated = tell_repeated(self.config.get("dataset") or "the data set", data.trained, data.tested)
-        read_safely_everywhere()
         if not folder.last_checkpoint:
-            require_weights(self.config)
+            require_weights(self.config, download=True)
         return folder
 
-    def _check(self, folder: RunFolder) -> None:
+    def _check(self, folder: RunFolder, data: Data) -> None:
         """Refuse what the run would, as far as what it needs is there; nothing is downloaded."""
         if folder.result.name == TABLE:
             prepared_model(self.config, weights=False)
+            if data.fingerprint is not None:
+                DATASETS.build(with_naming_readers(self.config).train_dataloader.dataset)
         else:
-            require_layers(self.config)
-        if folder.data_fingerprint is None:
-            return
-        require_budget(self.config, folder.data_fingerprint)
-        require_classes(self.config)
-        if folder.result.name == RESULT:
             require_optimizer(self.config)
-        if not folder.last_checkpoint and "://" not in (self.config.get("load_from") or ""):
-            read_safely_everywhere()
-            require_weights(self.config)
-        dataset = self.config.train_dataloader.dataset
-        if dataset.get("limit") is not None:
-            DATASETS.build(with_naming_readers(self.config).train_dataloader.dataset)
+            require_read(self.config)
+            of_runner = runner_config(self.config, folder.path, folder.identity_hash)
+            require_trainable(self.config, of_runner, with_data=data.fingerprint is not None)
+        require_budget(self.config, folder.identity, data.fingerprint, data.measured)
+        if data.fingerprint is None:
+            return
+        require_classes(self.config)
+        if not folder.last_checkpoint:
+            require_weights(self.config, download=False)
+
+
+def _told(data: Data, result: str) -> str | None:
+    """The fingerprint of what counts of the data: of a perplexity table those that it is measured on."""
+    return data.measured if result == TABLE else data.fingerprint
 
 
 def is_due(task: Task, work: Work | None = None) -> bool:
@@ -182,7 +183,8 @@ def _resumed(name: RunName, folder: RunFolder) -> Path | None:
 
 
 def _trained(task: Task, folder: RunFolder, checkpoint: Path | None, begun: Begun) -> tuple[Runner, History]:
-    runner, history = _runner(_for_runner(task.config, folder, checkpoint)), History(folder.path)
+    config = runner_config(task.config, folder.path, folder.identity_hash, checkpoint)
+    runner, history = _runner(config), History(folder.path)
     for hook in (begun, history):
         runner.register_hook(hook)
     try:
@@ -190,7 +192,24 @@ def _trained(task: Task, folder: RunFolder, checkpoint: Path | None, begun: Begu
             runner.train()
     finally:
         _end_loading(runner)
+    _require_whole(runner)
     return runner, history
+
+
+def _require_whole(runner: Runner) -> None:
+    """Refuse a run that something has ended before its length, which its record would say.
+
+    Raises:
+        ExperimentError: see above.
+    """
+    by_iterations = runner.cfg.train_cfg.get("max_iters") is not None
+    done, length = (runner.iter, runner.max_iters) if by_iterations else (runner.epoch, runner.max_epochs)
+    if done < length:
+        what = "iterations" if by_iterations else "epochs"
+        raise ExperimentError(
+            f"stopped after {done} of {length} {what}, by a hook such as EarlyStoppingHook, so there is no record; "
+            f"leave it out, or give another length"
+        )
 
 
 def _end_loading(runner: Runner) -> None:
@@ -225,35 +244,6 @@ def as_yaml(config: Config) -> str:
     """A config as YAML, from which the run can be started again; tuples stay what they are."""
     text: str = yaml.dump(config.to_dict(), sort_keys=False)
     return text
-
-
-def _for_runner(config: Config, folder: RunFolder, checkpoint: Path | None) -> Config:
-    config = with_naming_readers(config)
-    config.work_dir = str(folder.path)
-    # MMEngine's logger and message hub are found by this name; two runs in one process must not share them.
-    config.experiment_name = f"{folder.identity_hash}_{time.time_ns()}"
-    config.setdefault("default_hooks", {})
-    saving = dict(config.default_hooks.get("checkpoint") or {"type": "CheckpointHook", "interval": 1})
-    if saving["type"] == "CheckpointHook":
-        config.default_hooks["checkpoint"] = {
-            **saving,
-            "type": WholeCheckpoints.__name__,
-            "identity": folder.identity_hash,
-        }
-    for key in ("train_dataloader", "val_dataloader", "test_dataloader"):
-        if config.get(key):
-            config[key].setdefault("worker_init_fn", {"type": "worker_of_run", "seed": config.randomness.seed})
-    unplaced = place_draws(config)
-    if checkpoint is not None and unplaced is not None:
-        say(
-            f"warning: train_dataloader has a sampler of type {unplaced}, so the augmentation of this resumed run is "
-            f"not that of a run without a break; with InfiniteSampler or DefaultSampler it is"
-        )
-    if checkpoint is not None:
-        config.load_from, config.resume = str(checkpoint), True
-    if place().count > 1:
-        share_out(config, place().count)
-    return config
 
 
 def _log_settings(runner: Runner, record: Record) -> None:

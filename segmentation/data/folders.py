@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from experiment import ExperimentError, archives
-from experiment.contents import content_hashes, require_uncut, unreadable
+from experiment.contents import Content, Look, contents_of, require_uncut, unreadable
 from experiment.files import beside, file_lock
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")  # of images
@@ -98,8 +98,8 @@ def read_list(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def file_hashes(root: Path, files: Iterable[Path], prepared: bool) -> dict[Path, bytes]:
-    """A hash of the bytes of each file of a data set in `root`, which can be `prepared` again or not.
+def file_contents(root: Path, files: Iterable[Path], look: Look, prepared: bool) -> dict[Path, Content]:
+    """What is known of the bytes of each file of a data set in `root`, which can be `prepared` again or not.
 
     Every file is read once, and then known by its size and times; see `experiment.contents`.
 
@@ -108,7 +108,7 @@ def file_hashes(root: Path, files: Iterable[Path], prepared: bool) -> dict[Path,
     """
     paths, store = sorted(files), root.parent / f".{root.name}.contents.npz"
     check = functools.partial(_check_head, prepared=prepared)
-    return dict(zip(paths, content_hashes(paths, store, check), strict=True))
+    return dict(zip(paths, contents_of(paths, store, check, look), strict=True))
 
 
 def _check_head(path: Path, content: bytes, prepared: bool) -> None:

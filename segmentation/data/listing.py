@@ -20,6 +20,7 @@ from segmentation.quiet import quietly, register_modules
 
 _OF_SYSTEMS = (".", "__MACOSX", "@eaDir")  # how names begin of what systems leave
 IMAGES = "img_path"  # how the names of images begin in what a data set says of a sample; label maps have others
+LABELS = "seg_map_path"  # the name of what MMSegmentation's own reader takes for the label map
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,18 @@ class Listing:
     Attributes:
         names: of all files, each by its path: as it is below the data set's folder, wherever that is.
         images: those of them that are images.
+        labels: those that are label maps; none of a data set that does not say which these are.
+        reduced: whether label 0 is ignored, and every other one counted down by 1.
+        renamed: whether labels are others as trained on than as stored, as where the config chooses some classes.
         beside: images in the folder of its images, and label maps in that of its label maps, that are not among them,
             where it is to have all of these.
     """
 
     names: Mapping[Path, str]
     images: frozenset[Path]
+    labels: frozenset[Path] = frozenset()
+    reduced: bool = False
+    renamed: bool = False
     beside: frozenset[Path] = frozenset()
 
 
@@ -75,8 +82,11 @@ def listing_of(part: Mapping[str, Any]) -> Listing:
     prefixes = [Path(prefix) for prefix in dataset.data_prefix.values() if prefix]
     names = {path: _name(path, root, prefixes) for _, path in files}
     images = frozenset(path for key, path in files if key.startswith(IMAGES))
+    labels = frozenset(path for key, path in files if key == LABELS)
+    reduced, renamed = bool(getattr(dataset, "reduce_zero_label", False)), bool(getattr(dataset, "label_map", None))
     chosen = any(part.get(key) for key in ("ann_file", "indices", "filter_cfg"))
-    return Listing(names, images, frozenset() if chosen else frozenset(_all_files(dataset)) - names.keys())
+    beside = frozenset[Path]() if chosen else frozenset(_all_files(dataset)) - names.keys()
+    return Listing(names, images, labels, reduced, renamed, beside)
 
 
 def _all_files(dataset: BaseDataset) -> Iterator[Path]:

@@ -6,13 +6,12 @@ from typing import Any
 
 import PIL.Image as pillow
 from mmcv.transforms import LoadImageFromFile
+from mmengine import fileio
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import TRANSFORMS
 
 from experiment.contents import unreadable
-
-IGNORED = 255  # in a label map: a pixel of no class
-_EIGHT_BITS = ("1", "L", "P")  # as Pillow names the kinds of pixels
+from segmentation.data.seen import EIGHT_BITS, IGNORED, UPRIGHT, orientation_of, too_high, turned, turns
 
 
 class _Naming:
@@ -45,9 +44,26 @@ class _Naming:
 
 @TRANSFORMS.register_module()
 class NamedImage(_Naming, LoadImageFromFile):
-    """Reads an image."""
+    """Reads an image, which has to be stored upright unless it is read as it is stored."""
 
     key = "img_path"
+
+    def __init__(self, prepared: bool = False, **settings: Any) -> None:
+        super().__init__(prepared, **settings)
+        self._turns = turns(settings)
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        """As the stock reader.
+
+        Raises:
+            ExperimentError: the file is missing or damaged, or EXIF says that it is to be turned.
+        """
+        read = super().transform(results)
+        if self._turns:
+            orientation = orientation_of(fileio.get(results[self.key], backend_args=self.backend_args))
+            if orientation != UPRIGHT:
+                raise turned(results[self.key], orientation)
+        return read
 
 
 @TRANSFORMS.register_module()
@@ -68,7 +84,7 @@ class NamedLabels(_Naming, LoadAnnotations):
     def _load_seg_map(self, results: dict[str, Any]) -> None:
         with pillow.open(results[self.key]) as stored:
             kind = stored.mode
-        if kind not in _EIGHT_BITS:  # the stock reader would cut off higher bits, and take colours for label maps
+        if kind not in EIGHT_BITS:  # the stock reader would cut off higher bits, and take colours for label maps
             raise ValueError(f"its pixels are of the kind {kind}; a label map has one number of 8 bits each")
         super()._load_seg_map(results)
         labels, shape = results["gt_seg_map"], tuple(results["ori_shape"][:2])
@@ -76,4 +92,4 @@ class NamedLabels(_Naming, LoadAnnotations):
             raise ValueError(f"it has {labels.shape} rows and columns, and its image {shape}")
         top = labels.max(where=labels != IGNORED, initial=0)
         if self.classes is not None and top >= self.classes:
-            raise ValueError(f"it has the label {top}; of {self.classes} classes they end at {self.classes - 1}")
+            raise ValueError(too_high(top, self.classes))

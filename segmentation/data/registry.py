@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mmengine.config import Config
 
 from experiment import ExperimentError
-from segmentation.compose import datasets
-from segmentation.data.folders import ThereError, file_hashes, fingerprint_of
-from segmentation.data.listing import listing_of, root_of, tell_unread
+from experiment.contents import Content
+from segmentation.compose import class_count, datasets
+from segmentation.data.folders import ThereError, file_contents, fingerprint_of
+from segmentation.data.listing import Listing, listing_of, root_of, tell_unread
 from segmentation.data.prepare import DATASETS, is_prepared
 from segmentation.data.scenes import SETS, write_scenes
+from segmentation.data.seen import Seen, look, require_matching
 
 
 def require_data(config: Config) -> None:
@@ -42,11 +46,13 @@ class Data:
 
     Attributes:
         fingerprint: a short hash of the names and bytes of all images and label maps; None if they are not there.
+        measured: the same of those to train on, which alone a perplexity table is of.
         trained: hashes of the bytes of the images to train on.
         tested: the same of those to validate or test on.
     """
 
     fingerprint: str | None = None
+    measured: str | None = None
     trained: tuple[bytes, ...] = ()
     tested: tuple[bytes, ...] = ()
 
@@ -55,30 +61,51 @@ def data_of(config: Config) -> Data:
     """Look at a config's data: at every image and label map that its data sets load.
 
     Raises:
-        ExperimentError: a part of them is not there, or an image was cut.
+        ExperimentError: a part of them is not there, an image was cut or is stored turned, or a label is too high.
     """
     roots = _roots(config)
     if not all(root.is_dir() for root in roots):
         return Data()
-    parts = [(roots.index(root_of(part)), listing_of(part)) for part in datasets(config)]
-    tell_unread(one for _, one in parts)
-    hashes: dict[Path, bytes] = {}
-    names: set[tuple[int, str, Path]] = {
-        (number, name, path) for number, one in parts for path, name in one.names.items()
-    }
+    parts = [_Part(roots.index(root_of(part)), part, listing_of(part)) for part in datasets(config)]
+    tell_unread(one.listing for one in parts)
+    contents: dict[Path, Content] = {}
     for number, root in enumerate(roots):
+        chosen = {path for one in parts if one.root == number for path in one.listing.names}
         try:
-            chosen = {path for place, _, path in names if place == number}
-            hashes |= file_hashes(root, chosen, is_prepared(config))
+            contents |= file_contents(root, chosen, look, is_prepared(config))
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}"
             raise ExperimentError(f"the data set in {root} cannot be read ({reason})") from None
-    count = len(datasets(config.train_dataloader))
-    training, every = (frozenset[Path]().union(*(one.images for _, one in some)) for some in (parts[:count], parts))
-    trained, tested = (tuple(hashes[path] for path in sorted(paths)) for paths in (training, every - training))
-    # Of one folder names are as they are in it; further folders are told apart by their numbers.
-    told = {(f"{number}:{name}" if number else name, hashes[path]) for number, name, path in names}
-    return Data(fingerprint_of(told), trained, tested)
+    seen = {path: Seen.of(one.seen) for path, one in contents.items()}
+    for one in parts:
+        require_matching(one.config, one.listing, seen, class_count(config), is_prepared(config))
+    trained = parts[: len(datasets(config.train_dataloader))]
+    training, every = (frozenset[Path]().union(*(one.listing.images for one in some)) for some in (trained, parts))
+    hashes = {path: one.digest for path, one in contents.items()}
+    return Data(
+        _fingerprint(parts, hashes),
+        _fingerprint(trained, hashes),
+        tuple(hashes[path] for path in sorted(training)),
+        tuple(hashes[path] for path in sorted(every - training)),
+    )
+
+
+class _Part(NamedTuple):
+    """A data set of a config: the number of its folder, its own config, and its files."""
+
+    root: int
+    config: dict[str, Any]
+    listing: Listing
+
+
+def _fingerprint(parts: Iterable[_Part], hashes: Mapping[Path, bytes]) -> str:
+    """Of one folder names are as they are in it; further folders are told apart by their numbers."""
+    told = {
+        (f"{one.root}:{name}" if one.root else name, hashes[path])
+        for one in parts
+        for path, name in one.listing.names.items()
+    }
+    return fingerprint_of(told)
 
 
 def _roots(config: Config) -> list[Path]:

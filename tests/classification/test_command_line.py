@@ -350,6 +350,26 @@ def test_a_budget_of_images_that_have_changed_since_is_refused(measured, dry, tm
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize("other", ["of another seed", "none"])
+def test_a_budget_measured_on_other_weights_is_refused(measured, other, dry, tmp_path, capsys):
+    _, options = measured
+    budget = ("--model.budget.table", only_file(measured[0], "perplexity.json"), "--model.budget.mib", 1)
+    command = arguments("fit", tmp_path / "runs", *options, *budget, method="asi")
+    assert main([*command, "--seed_everything", "7", "--dry_run"]) == 0  # its classifier may be another one
+    place = command.index("--model.weights")
+    if other == "none":
+        del command[place : place + 2]
+    else:
+        torch.manual_seed(7)
+        torch.save(build_model("mcunet", num_classes=10).state_dict(), tmp_path / "other.pt")
+        command[place + 1] = str(tmp_path / "other.pt")
+    assert main([*command, *dry]) == 2
+    told = r"measured on other weights .*\(fingerprint \w{16} there, (fingerprint \w{16}|none) here\); measure"
+    assert re.search(told, capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "tag"),

@@ -9,8 +9,9 @@ import yaml
 from commands import ROOT, config, execute
 
 
-def program(*words):
-    return subprocess.run([sys.executable, "-m", "classification", *words], cwd=ROOT, capture_output=True, text=True)
+def program(*words, python=()):
+    command = [sys.executable, *python, "-m", "classification", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -33,3 +34,11 @@ def test_the_program_ends_with_code_2_and_one_line_on_bad_input():
     assert failed.returncode == 2
     assert failed.stdout == ""
     assert re.fullmatch(r"error: there is no backbone 'lenet'; .*\n", failed.stderr)
+
+
+@pytest.mark.slow
+def test_the_program_works_where_warnings_are_errors(tmp_path):
+    given = [*config("setups", "b"), *config("models", "resnet18"), *config("data", "digits"), "--model.layers", "2"]
+    done = program("fit", *given, "--runs_dir", str(tmp_path), "--dry_run", python=["-W", "error"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("would run: resnet18 on digits")

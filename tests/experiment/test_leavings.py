@@ -9,11 +9,12 @@ import math
 import pytest
 import tensorly
 import torch
+from matplotlib.figure import Figure
 from tensorly.decomposition import tucker
 from torch import nn
 
 import lowrank
-from experiment.leavings import as_text, memory_of, ranks_of
+from experiment.leavings import as_text, curves, memory_of, ranks_of
 
 
 def _loss(network, x):
@@ -96,3 +97,14 @@ def test_inputs_given_by_keyword_are_told_as_those_given_by_place():
         lowrank.convert(one, ["2"], lowrank.HOSVD(0.8))
         told.append(ranks_of(one, _loss, x, lowrank.account(one, ["2"], x)))
     assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("shares", [[1.0], [0.0], [0.0, 1.0]])
+def test_no_curve_of_shares_has_an_axis_far_beyond_what_they_can_be(shares, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *words, **options: drawn.append(figure))
+    beside = {"val_loss": 0.1, "activation_bytes": 1}
+    rows = [{"epoch": place, "miou": share, **beside} for place, share in enumerate(shares)]
+    curves(rows, "a run")
+    low, high = drawn[0].axes[1].get_ylim()
+    assert -2 <= low < 100 * min(shares) <= 100 * max(shares) < high <= 102

@@ -164,6 +164,28 @@ def test_a_table_or_a_run_of_other_data_of_the_same_name_gives_no_budget(tmp_pat
     with pytest.raises(ExperimentError, match=rf"^the .*{other} .*\(fingerprint 2b there, 1a here\)"):
         budget.require_data("1a")
     budget.require_data(None)  # the run's data are not there yet
+    if other == "table":  # which is of what a run trains on, where that is told
+        budget.require_data("1a", "2b")
+        with pytest.raises(ExperimentError, match=r"\(fingerprint 2b there, 1a here\)"):
+            budget.require_data("1a", "3c")
     identity.unlink()  # a table from elsewhere does not say
     Record(run, {}, {"activation_formula": 4000}, {}, {}).save(tmp_path)
     budget.require_data("1a")
+
+
+def test_a_table_on_other_weights_gives_no_budget(tmp_path):
+    TABLE.save(tmp_path / "perplexity.json")
+    identity = tmp_path / "identity.json"
+    identity.write_text(json.dumps({"load_from": "1a", "seed": 1}))
+    budget = Budget(str(tmp_path / "perplexity.json"), mib=1)
+
+    def weights_of(identity):
+        return str(identity.get("load_from"))
+
+    budget.require_weights({"load_from": "1a", "seed": 2}, weights_of)
+    for other in ({"load_from": "2b", "seed": 1}, {"seed": 1}):
+        told = rf"^the perplexity table .*perplexity.json was .* \(1a there, {weights_of(other)} here\); measure it"
+        with pytest.raises(ExperimentError, match=told):
+            budget.require_weights(other, weights_of)
+    identity.unlink()  # a table from elsewhere does not say
+    budget.require_weights({"load_from": "2b"}, weights_of)

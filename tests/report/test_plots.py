@@ -62,6 +62,14 @@ def test_axes_and_title(trade_off):
     assert figure.get_suptitle() == "mcunet on pets, setup A, seed 0"
 
 
+@pytest.mark.parametrize("shares", [(1.0,), (0.0,), (0.0, 1.0), (0.999, 1.0)])
+def test_no_axis_of_accuracies_reaches_far_beyond_what_they_can_be(write, shares):
+    figure = _draw(summarise([write("asi", place + 1, test=share) for place, share in enumerate(shares)]), GROUP)
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert -2 <= low < 100 * min(shares) <= 100 * max(shares) < high <= 102
+
+
 def test_error_bars_are_one_standard_deviation(write):
     records = [write("asi", 2, seed=seed, test=test) for seed, test in enumerate((0.84, 0.86))] + [write("vanilla", 2)]
     axes = _draw(summarise(records), GROUP).axes[0]

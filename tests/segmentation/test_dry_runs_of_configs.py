@@ -32,6 +32,82 @@ UNFIT = {  # what is changed, and what is said
     "layers to measure": ("measure", ("custom_hooks", 0, "layers", ["decode_head.nothing"]), "decode_head.nothing"),
     "parts to freeze": ("train", ("custom_hooks", 0, "freeze", ["backbones"]), "did you mean 'backbone'"),
     "a method of linear layers": ("train", ("custom_hooks", 0, "method", {"type": "WSI", "energy": 0.9}), "WSI"),
+    "a hook": ("train", ("custom_hooks", 0, {"type": "Nope"}), "Nope is not in the mmseg::hook registry"),
+    "a setting of a hook": (
+        "train",
+        ("custom_hooks", [{"type": "EMAHook", "nope": 1}]),
+        "unexpected keyword argument 'nope'",
+    ),
+    "a setting of a measure": (
+        "train",
+        ("val_evaluator", "iou_metric", ["mIoU"]),
+        "has the setting 'iou_metric'",
+    ),
+    "a transform": ("train", ("train_dataloader", "dataset", "pipeline", 2, "type", "Nope"), "Nope is not in the"),
+    "a sampler": ("train", ("val_dataloader", "sampler", "nope", 3), "unexpected keyword argument 'nope'"),
+    "a data set": ("measure", ("train_dataloader", "dataset", "nope", 3), "unexpected keyword argument 'nope'"),
+    "a loop": ("train", ("val_cfg", "type", "Nope"), "Nope is not in the mmseg::loop registry"),
+    "a name of what clips": (
+        "train",
+        ("optim_wrapper", "clip_grad", {"max_nrom": 1}),
+        "the setting 'max_nrom'",
+    ),
+    "a share of no effect": (
+        "train",
+        ("optim_wrapper", "paramwise_cfg", {"norm_decay": 0.0}),
+        "paramwise_cfg has the setting 'norm_decay'; allowed: custom_keys,",
+    ),
+    "a share of some layers": (
+        "train",
+        ("optim_wrapper", "paramwise_cfg", {"custom_keys": {"head": {"lr_mul": 10.0}}}),
+        "paramwise_cfg.custom_keys['head'] has the setting 'lr_mul'; allowed: lr_mult, decay_mult",
+    ),
+    "a setting of the process": ("train", ("env_cfg", {"cudnn_benchmrk": True}), "env_cfg has the setting 'cudnn_benc"),
+    "how processes start": (
+        "train",
+        ("env_cfg", {"mp_cfg": {"start": "fork"}}),
+        "env_cfg.mp_cfg has the setting 'start'",
+    ),
+    "a setting of what is random": (
+        "train",
+        ("randomness", {"sed": 1}),
+        "randomness has the setting 'sed'; allowed: seed, diff_rank_seed, deterministic",
+    ),
+    "how images are validated": (
+        "train",
+        ("model", "test_cfg", "mode", "slid"),
+        "model.test_cfg.mode is 'slid'; allowed: 'whole', 'slide'",
+    ),
+    "windows without a size": (
+        "train",
+        ("model", "test_cfg", {"mode": "slide", "stride": (8, 8)}),
+        "model.test_cfg.mode is 'slide', which needs crop_size, in pixels",
+    ),
+    "a schedule that would never step": (
+        "train",
+        ("param_scheduler", [{"type": "PolyLR", "power": 0.9}]),
+        "param_scheduler.0 counts epochs and train_cfg iterations, so that it would have no effect; set ",
+    ),
+    "schedules of several optimizers": (
+        "train",
+        ("param_scheduler", {"head": [{"type": "PolyLR", "by_epoch": False}, {"type": "PolyLR"}]}),
+        "param_scheduler.head.1 counts epochs",
+    ),
+    "checkpoints that would never be saved": (
+        "train",
+        ("default_hooks", {"checkpoint": {"type": "CheckpointHook", "interval": 1}}),
+        "default_hooks.checkpoint.interval counts epochs and train_cfg iterations, so that it would have no effect",
+    ),
+    "an epoch without an end": (
+        "train",
+        ("train_cfg", {"type": "EpochBasedTrainLoop", "max_epochs": 2}),
+        "train_dataloader.sampler is an InfiniteSampler, whose first epoch has no end; set its type to Def",
+    ),
+    "a hook without a type": (
+        "train",
+        ("default_hooks", {"checkpoint": {"interval": 1}}),
+        """must contain the key "type", but got {'interval': 1}""",
+    ),
     "a network": ("train", ("model", "backbone", "depth", 19), "invalid depth 19 for resnet"),
 }
 
@@ -45,3 +121,21 @@ def test_what_only_the_built_network_shows_is_refused(name, own, tmp_path, capsy
     (line,) = errors(capsys)
     assert message in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_counts_iterations_saves_at_each_validation_where_it_does_not_say_when(own, tmp_path):
+    content, words = own
+    content["train_cfg"] |= {"max_iters": 6}
+    assert main(words("train")) == 0
+    assert {path.name for path in tmp_path.rglob("*.pth")} == {"iter_4.pth", "iter_6.pth", "final.pth"}
+
+
+def test_a_file_whose_name_is_none_for_a_folder_has_to_name_its_network(own, tmp_path, capsys):
+    _, words = own
+    path = Path(words()[1])
+    other = str(path.rename(path.with_name("my net.py")))
+    command = ["train", other, "--runs-dir", str(tmp_path / "runs"), "--dry-run"]
+    assert main(command) == 2
+    (line,) = errors(capsys)
+    assert "'my net', is none for a folder; set network = 'NAME' in it" in line
+    assert main([*command, "--cfg-options", "network=mine"]) == 0

@@ -372,3 +372,29 @@ def test_a_batch_that_the_images_do_not_fill_is_refused_where_it_would_be_droppe
     loader = {"batch_size": 64, "drop_last": True, "sampler": sampler}
     changes = [("train_dataloader", key, value) for key, value in loader.items()]
     refused("train", changes, "4 training images do not fill one batch of 64", own, tmp_path, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("loop", "said"), [({}, "after 4 of 8 iterations"), (EPOCHS, "after 2 of 9 epochs")])
+def test_a_run_that_a_hook_ends_early_is_not_done_and_goes_on_without_it(loop, said, own, tmp_path, capsys):
+    content, words = own
+    lengths = EPOCHS | {"max_epochs": 9} if loop else content["train_cfg"] | {"max_iters": 8}
+    content["train_cfg"] = lengths
+    if loop:
+        content["train_dataloader"]["sampler"]["type"] = "DefaultSampler"
+    hooks = content["custom_hooks"]
+    early = {"type": "EarlyStoppingHook", "monitor": "mIoU", "patience": 1, "min_delta": 1000}
+    content["custom_hooks"] = [*hooks, early]
+    assert main(words()) == 2
+    (line,) = errors(capsys)
+    assert f"stopped {said}, by a hook such as EarlyStoppingHook, so there is no record" in line
+    assert not list(tmp_path.rglob("result.json"))
+
+
+@pytest.mark.parametrize("setting", ["activation_checkpointing=['backbone']", "compile=True"])
+def test_what_changes_what_a_run_keeps_is_a_part_of_what_it_is(setting, own, tmp_path, capsys):
+    _, words = own
+    assert main(words()) == 0
+    assert main(words("train", "--dry-run", "--cfg-options", setting)) == 2
+    assert f"holds a run with other settings ({setting.partition('=')[0]} is None there" in errors(capsys)[0]
+    assert main(words("train", "--dry-run", "--cfg-options", "compile=False")) == 0

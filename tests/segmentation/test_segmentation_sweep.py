@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,18 @@ def test_what_it_does_not_set_goes_to_every_run():
     extra = ["--cfg-options", "optim_wrapper.optimizer.lr=0.1", "train_dataloader.batch_size=2"]
     plan = sweep_of("--network", "pspnet_small", "--dataset", "digit_scenes", *extra)
     assert all(list(job.arguments[-3:]) == extra for job in plan.jobs())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optim_wrapper.optimizer.lr_typo=1", "cannot be built: .* unexpected keyword argument 'lr_typo'"),
+        ("default_hooks.logger.nope=1", "LoggerHook.* unexpected keyword argument 'nope'"),
+        ("optim_wrapper.clip_grad.max_nrom=1", "has the setting 'max_nrom'; allowed: type, max_norm"),
+    ],
+)
+def test_what_no_run_can_be_built_with_is_refused_before_the_sweep_begins(setting, message, capsys):
+    network = ("--network", "pspnet_small", "--dataset", "digit_scenes", "--layers", "5", "--methods", "vanilla")
+    with pytest.raises(SystemExit, match="2"):
+        sweep_of(*network, "--cfg-options", setting)
+    assert re.search(rf"error: .*{message}", capsys.readouterr().err)

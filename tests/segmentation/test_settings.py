@@ -85,14 +85,19 @@ PARTS = {  # that MMEngine cannot build, and what it says of them
     "train_cfg.nope=3": r"IterBasedTrainLoop.__init__\(\) got an unexpected keyword argument 'nope'",
     "train_dataloader.nope=3": r"DataLoader.__init__\(\) got an unexpected keyword argument 'nope'",
     "optim_wrapper.optimizer.nope=3": r"\w+.__init__\(\) got an unexpected keyword argument 'nope'",
+    "default_hooks.logger.nope=3": r"LoggerHook.__init__\(\) got an unexpected keyword argument 'nope'",
+    "param_scheduler.0.type=Nope": "Nope is not in the mmseg::parameter scheduler registry",
+    "visualizer.type=Nope": "Nope is not in the mmseg::visualizer registry",
+    "log_processor.nope=3": r"LogProcessor.__init__\(\) got an unexpected keyword argument 'nope'",
 }
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
 @pytest.mark.parametrize("setting", PARTS)
-def test_a_part_that_cannot_be_built_is_one_line_and_leaves_nothing(setting, data_dir, tmp_path, capsys):
+def test_a_part_that_cannot_be_built_is_one_line_and_leaves_nothing(setting, dry, data_dir, tmp_path, capsys):
     composed = map(str, files("pspnet_small", "digit_scenes", "finetune", "vanilla"))
     where = ["--layers", "10", "--data-dir", str(data_dir), "--runs-dir", str(tmp_path / "runs")]
-    assert main(["train", *composed, *where, "--iterations", "2", *TINY, setting]) == 2
+    assert main(["train", *composed, *where, "--iterations", "2", *dry, *TINY, setting]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if "OneDL" not in line]
     assert len(said) == 1
     assert re.search(f"^error: a part of the config cannot be built: {PARTS[setting]}; mend its type", said[0])
