@@ -28,8 +28,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowrank.exact.bits import Gate, Slopes, masked, pack, pack_clamped
 from lowrank.exact.slots import Slot, note_slot
-from lowrank.tensors import head_start
+from lowrank.tensors import gradient_start, head_start
 from lowrank.tensors.eager import Node, in_compiled_graph, is_batched, wants_gradient
+from lowrank.tensors.owned import is_owned
 
 # PyTorch's slope of Hardsigmoid, a single-precision number in every dtype.
 SIXTH = torch.tensor(1 / 6, dtype=torch.float32, device="cpu").item()
@@ -65,12 +66,12 @@ class Curve:
         """Whether the output, in this dtype, tells which of the slopes an element has."""
         return self.by_output is not None and all(_is_itself(limit, dtype) for limit in self.limits)
 
-    def gradient(self, grad: Tensor, y: Tensor, room: bool) -> Tensor:
-        """By the output, to whose memory it is written where there is `room`, and it lies as `grad` does."""
+    def gradient(self, grad: Tensor, y: Tensor, room: Tensor | None) -> Tensor:
+        """By the output, written to the memory of `room`, which is one of the two, where they lie alike."""
         assert self.by_output is not None
         operator, *numbers = self.by_output
-        if room and not torch.is_grad_enabled() and not is_batched(grad) and _alike(grad, y):
-            found: Tensor = operator.grad_input(grad, y, *numbers, grad_input=y)
+        if room is not None and not torch.is_grad_enabled() and not is_batched(grad) and _alike(grad, y):
+            found: Tensor = operator.grad_input(grad, y, *numbers, grad_input=room)
         else:
             found = operator.default(grad, y, *numbers)
         return found
@@ -109,10 +110,13 @@ class _TwoSlopes(Node):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         own, kept, curve = ctx.slot.own, ctx.slot.tensor(), ctx.curve
         with torch._C.DisableTorchFunctionSubclass():
-            if own:
-                found = _gradient(grad, kept, ctx.place, curve.slopes)
+            owned = is_owned(grad)
+            if not own:
+                found = curve.gradient(grad, kept, grad if owned else kept if ctx.slot.is_free() else None)
+            elif owned and curve.slopes is _PLAIN and gradient_start.mask(ctx, grad, kept, ctx.place):
+                found = grad
             else:
-                found = curve.gradient(grad, kept, ctx.slot.is_free())
+                found = _gradient(grad, kept, ctx.place, curve.slopes, owned)
         return found, None, None, None
 
 
@@ -129,6 +133,8 @@ def _curved(x: Tensor, curve: Curve, inplace: bool) -> Tensor:
 def _two_slopes(x: Tensor, curve: Curve, inplace: bool) -> Tensor:
     notes: list[Any] = []
     y: Tensor = _TwoSlopes.apply(x, curve, inplace, notes)
+    if curve.slopes is _PLAIN:
+        gradient_start.announce(y)
     slot, begun = notes
     if curve.is_told_by_output(y.dtype):
         note_slot(y, slot)
@@ -152,8 +158,10 @@ class _Masked(Node):
         return _Masked.apply(grad, bits, ctx.place, ctx.slopes), None, None, None
 
 
-def _gradient(grad: Tensor, bits: Tensor, place: list[int], slopes: Slopes) -> Tensor:
-    return (_Masked.apply if torch.is_grad_enabled() else masked)(grad, bits, place, slopes)
+def _gradient(grad: Tensor, bits: Tensor, place: list[int], slopes: Slopes, owned: bool) -> Tensor:
+    if torch.is_grad_enabled():
+        return _Masked.apply(grad, bits, place, slopes)
+    return masked(grad, bits, place, slopes, owned)
 
 
 _RELU = Curve(F.relu, Gate("above"), by_output=(_aten.threshold_backward, 0), high=inf)
@@ -219,8 +227,8 @@ class _Dropout(Node):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (bits,) = ctx.saved_tensors
-        return _gradient(grad, bits, ctx.place, Slopes(ctx.scale, 0.0)), None, None
+        (bits,), owned = ctx.saved_tensors, is_owned(grad)
+        return _gradient(grad, bits, ctx.place, Slopes(ctx.scale, 0.0), owned), None, None
 
 
 @lru_cache(maxsize=256)

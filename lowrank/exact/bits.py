@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowrank.kernels import passes
@@ -140,7 +141,7 @@ def _form(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.preserve_format
 
 
-def masked(grad: Tensor, bits: Tensor, place: Sequence[int], rule: Rule) -> Tensor:
+def masked(grad: Tensor, bits: Tensor, place: Sequence[int], rule: Rule, owned: bool = False) -> Tensor:
     """A gradient by a rule that reads the bits.
 
     Args:
@@ -148,18 +149,25 @@ def masked(grad: Tensor, bits: Tensor, place: Sequence[int], rule: Rule) -> Tens
         bits, place: what `pack` returned.
         rule: `rule(piece, mask, out)` writes to `out` what becomes of a flat piece of `grad`; `mask` holds 1 or 0 for
             each of its elements, in its dtype. `out` may be `piece` itself.
+        owned: whether `grad` may be written to, see `is_owned`.
 
     Returns:
-        A new tensor, in the memory order of the one that was packed.
+        The result, in the memory order of the tensor that was packed; in `grad`, where that lies so and may be written
+        to.
     """
     order = [place.index(position) for position in range(grad.ndim)]
-    source, chunk = grad.permute(order), _chunk(grad)
-    result = torch.empty_like(source, memory_format=torch.contiguous_format)
+    turned = order != list(range(grad.ndim))
+    source, chunk = grad.permute(order) if turned else grad, _chunk(grad)
+    if owned and source.is_contiguous():
+        result = source
+        increment_version(grad)  # what was noted of it ends
+    else:
+        result = torch.empty_like(source, memory_format=torch.contiguous_format)
     if not source.is_contiguous():
         source = result.copy_(source)
     flat, flat_result = source.view(-1), result.view(-1)
     if isinstance(rule, Slopes) and passes.apply(flat, bits, rule.inner, rule.outer, flat_result):
-        return result.permute(list(place))
+        return result.permute(list(place)) if turned else result
     table = _table(grad.dtype, grad.device)
     mask = grad.new_empty((min(chunk // 8, len(bits)), 8))
     for start in range(0, flat.numel(), chunk):
@@ -167,7 +175,7 @@ def masked(grad: Tensor, bits: Tensor, place: Sequence[int], rule: Rule) -> Tens
         packed = bits[start // 8 : start // 8 + _bytes(len(piece))]
         entries = torch.index_select(table, 0, packed.int(), out=mask[: len(packed)]).view(-1)
         rule(piece, entries[: len(piece)], flat_result[start : start + chunk])
-    return result.permute(list(place))
+    return result.permute(list(place)) if turned else result
 
 
 def spread(bits: Tensor) -> Tensor:

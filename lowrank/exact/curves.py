@@ -38,6 +38,7 @@ from lowrank.exact.origins import (
     takes_nothing,
 )
 from lowrank.tensors.eager import Node, saved
+from lowrank.tensors.owned import is_owned
 
 _aten = torch.ops.aten
 
@@ -50,6 +51,7 @@ class Curve:
         name: for messages.
         function: of the input.
         derivative: of the output gradient and the input, the input gradient.
+        within: the same, written to the output gradient; None: there is no such operator.
         change: the function in place; None: by way of a copy.
         by_output: whether the derivative is the same of the output in the place of the input.
         link: what it is of a chain, see `chains`; None: nothing.
@@ -64,6 +66,7 @@ class Curve:
     by_output: bool = False
     link: Any = None
     of_result: Callable[[Tensor, Tensor], Tensor] | None = None
+    within: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,10 @@ class _Curved(Node):
         if mine and not torch.is_grad_enabled():
             ctx.reader.done()
             return made.grad, *[None] * 5
+        owned = ctx.curve.within is not None and is_owned(grad)
         x = ctx.reader.one(*saved(ctx, ctx.curve.name))
+        if owned and (grad.dtype, grad.shape, grad.stride()) == (x.dtype, x.shape, x.stride()):
+            return ctx.curve.within(grad, x), *[None] * 5
         again = torch.is_grad_enabled() and not ctx.curve.by_output
         found = _followed(ctx, x, grad) if again else ctx.curve.derivative(grad, x)
         return found, *[None] * 5
@@ -155,14 +161,24 @@ def curved(x: Tensor, curve: Curve, inplace: bool = False) -> Tensor:
     return y
 
 
+def _slopes(operator: Any, room: str, **options: Any) -> dict[str, Any]:
+    """`derivative` and `within` of a curve, by PyTorch's operator, which names what it writes to."""
+    write = getattr(operator, room)
+    return {
+        "derivative": lambda grad, x: operator.default(grad, x, **options),
+        "within": lambda grad, x: write(grad, x, **options, **{room: grad}),
+    }
+
+
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """`torch.nn.functional.gelu`; keeps the origin of its input."""
     if not lean_mode(input):
         return F.gelu(input, approximate=approximate)
-    backward = _aten.gelu_backward.default
     forward = lambda x: F.gelu(x, approximate=approximate)  # noqa: E731
-    derivative = lambda grad, x: backward(grad, x, approximate=approximate)  # noqa: E731
-    return curved(input, Curve("GELU", forward, derivative, link=GELU if approximate == "tanh" else None))
+    link = GELU if approximate == "tanh" else None
+    return curved(
+        input, Curve("GELU", forward, **_slopes(_aten.gelu_backward, "grad_input", approximate=approximate), link=link)
+    )
 
 
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -172,15 +188,19 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     return curved(input, _silu, inplace)
 
 
-_silu = Curve("SiLU", F.silu, _aten.silu_backward.default, _aten.silu_.default, link=SILU)
+_silu = Curve("SiLU", F.silu, **_slopes(_aten.silu_backward, "grad_input"), change=_aten.silu_.default, link=SILU)
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.hardswish`; keeps the origin of its input."""
     if not lean_mode(input):
         return F.hardswish(input, inplace)
-    change = _aten.hardswish_.default
-    return curved(input, Curve("Hardswish", F.hardswish, _aten.hardswish_backward.default, change), inplace)
+    return curved(input, _hardswish, inplace)
+
+
+_hardswish = Curve(
+    "Hardswish", F.hardswish, **_slopes(_aten.hardswish_backward, "out"), change=_aten.hardswish_.default
+)
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:

@@ -22,7 +22,7 @@ enum kind { SPREAD, SAMPLES, IMAGES, ROWS, WINDOWS };
    those of the layer. */
 typedef struct {
   int64_t kind, samples, outputs, height, width, ranks[4], full[2], kernel[2], stride[2], pad[2], dilation[2], factored,
-      whole; /* the channels with ROWS; and not the batch */
+      whole, begun; /* the channels with ROWS; not the batch; and what is left of the gradient is given */
 } layer;
 
 /* Where things lie in the scratch memory: columns and vectors of the two sides of an image, of the batch; what is left
@@ -57,7 +57,7 @@ static int look(room *m, const layer *l, int threads) {
   TAKEN(along, l->width * m->along);
   TAKEN(vectors, m->along * m->row);
   TAKEN(batch, l->whole ? 0 : l->samples * left);
-  TAKEN(left, l->kind == IMAGES || l->whole ? 0 : left * l->outputs * place);
+  TAKEN(left, l->kind == IMAGES || l->whole || l->begun ? 0 : left * l->outputs * place);
   TAKEN(images, l->kind == IMAGES ? l->samples * l->outputs * m->down * m->along
                 : l->kind == SAMPLES ? left * l->outputs * m->down * m->along : 0);
   m->core = l->kind == SPREAD ? r[0] * r[1] * m->row : l->kind == ROWS ? (r[0] * r[2] * r[3] + 15) / 16 * 16 : r[0] * r[2] * r[3];
@@ -277,7 +277,8 @@ int64_t lowrank_contract_room_float(const int64_t *plan, int threads) {
 
 /* `memory`: the output's gradient; factors of batch, if there is one, channels (with ROWS), height and width; the core; scratch; the weight
    gradient (O, r1) against the core's channels, with ROWS (C, K_h K_w), with WINDOWS what is left of the gradient,
-   (r0, O, K_h r2, K_w r3); the bias gradient (O,). */
+   (r0, O, K_h r2, K_w r3); the bias gradient (O,); where it is begun, the product of the batch's factor, beside which
+   there is a column of ones, and the gradient, (r0 + 1, O, H', W'). */
 void lowrank_contract_float(const int64_t *plan, const int64_t *memory, int threads) {
   const layer *l = (const layer *)plan;
   room m;
@@ -300,7 +301,9 @@ void lowrank_contract_float(const int64_t *plan, const int64_t *memory, int thre
     m.with->arrange(scratch + m.at_vectors, m.along, l->width, scratch + m.at_along, 1, m.along, 0);
     m.with->clear_overlap(scratch + m.at_vectors, m.along, l->width);
   }
-  if (l->kind != IMAGES && !l->whole) {
+  if (l->begun)
+    k.x = (const float *)memory[9];
+  else if (l->kind != IMAGES && !l->whole) {
     k.x = scratch + m.at_left;
     lowrank_project_float(grad, batch, scratch + m.at_left, l->samples, l->outputs * m.place, left, all);
   }

@@ -26,6 +26,7 @@ def contract(
     core: Tensor,
     factors: tuple[Tensor | None, Tensor | None, Tensor, Tensor],
     window: tuple[Sizes, Sizes, Sizes, Sizes] = ((1, 1), (1, 1), (0, 0), (1, 1)),
+    begun: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """What a convolution's weight gradient is made of, and its bias gradient, in one read of the output's gradient.
 
@@ -41,6 +42,8 @@ def contract(
             (C, r_1), or None: r_1 is C; of height and width (H, r_2) and (W, r_3).
         window: kernel, stride, padding ahead, of zeros, and dilation; a kernel of one place where not "rows" or
             "windows".
+        begun: what is made ahead of all else where there is a factor of the batch and the kind is not "images": the
+            product of that, with a column of ones beside it, and the gradient, (r_0 + 1, O, H', W').
 
     Returns:
         The weight gradient against the core's channels (O, r_1); with "rows" all of it, (C, 1, K_h, K_w); with
@@ -49,7 +52,7 @@ def contract(
     """
     samples, channels, height, width = factors
     given = [None if factor is None else factor.contiguous() for factor in (samples, channels, height, width)]
-    there = [factor for factor in given if factor is not None]
+    there = [factor for factor in (*given, begun) if factor is not None]
     found = kernel_and_room("contract", grad, core, *there)
     if found is None or not grad.numel():
         return None
@@ -57,7 +60,7 @@ def contract(
     full = height.shape[0], width.shape[0]
     numbers = (_KINDS[kind], *grad.shape, *core.shape, *full, *(one for pair in window for one in pair))
     threads = torch.get_num_threads()
-    plan = _plan((*numbers, int(channels is not None), int(samples is None)))
+    plan = _plan((*numbers, int(channels is not None), int(samples is None), int(begun is not None)))
     room = room_of(plan, threads)
     if room < 0:
         return None
@@ -68,7 +71,8 @@ def contract(
         shape = (outputs, 1, down, along) if kind == "rows" else (outputs, ranks[1])
     out, bias, scratch = grad.new_empty(shape), grad.new_empty(outputs), grad.new_empty(room)
     of_factors = (0 if factor is None else factor.data_ptr() for factor in given)
-    pointers = grad.data_ptr(), *of_factors, core.data_ptr(), scratch.data_ptr(), out.data_ptr(), bias.data_ptr()
+    made = scratch.data_ptr(), out.data_ptr(), bias.data_ptr(), 0 if begun is None else begun.data_ptr()
+    pointers = grad.data_ptr(), *of_factors, core.data_ptr(), *made
     kernel(plan, (ctypes.c_int64 * len(pointers))(*pointers), threads)
     return out, bias
 

@@ -37,6 +37,7 @@ _SIGNATURES = {
     "depthwise_room_float": (_POINTER,),
     "depthwise_float": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT),
     "project_float": (_POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _INT),
+    "masked_project_float": (_POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _INT),
     "contract_room_float": (_POINTER, _INT),
     "contract_float": (_POINTER, _POINTER, _INT),
     "affine_float": (*[_POINTER] * 5, _COUNT, _COUNT, _COUNT, _NUMBER, _NUMBER, _INT),

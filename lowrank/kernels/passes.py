@@ -201,6 +201,27 @@ def project(x: Tensor, columns: Tensor) -> Tensor | None:
     return out
 
 
+def masked_project(x: Tensor, bits: Tensor, columns: Tensor) -> Tensor | None:
+    """`apply` of slopes one and zero, in place, and `project` of what is left, in one pass: bit for bit the same.
+
+    Args:
+        x: (n, m), float32, m a multiple of 8, or nothing is done; is written to.
+        bits: what `pack` wrote.
+        columns: (n, r), r at most 12.
+
+    Returns:
+        (r, m); None: not for these, and nothing is done.
+    """
+    fits = columns.shape[1] <= _MOST_PROJECTED and x.shape[1] % 8 == 0 and x.numel() > 0
+    kernel = kernel_for("masked_project", x, columns, stored=(bits, torch.uint8)) if fits else None
+    if kernel is None:
+        return None
+    out = x.new_empty(columns.shape[1], x.shape[1])
+    pointers = x.data_ptr(), bits.data_ptr(), columns.data_ptr(), out.data_ptr()
+    kernel(*pointers, *x.shape, columns.shape[1], torch.get_num_threads())  # type: ignore[operator]
+    return out
+
+
 def swapped(x: Tensor, out: Tensor | None = None) -> Tensor:
     """A copy (n, left, right) of a tensor (left, n, right), contiguous; `out`, where that is given to be written to."""
     left, n, right = x.shape

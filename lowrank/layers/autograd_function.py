@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from lowrank.errors import ChangedError
 from lowrank.exact.slots import here
 from lowrank.exact.sources import Origin
-from lowrank.kernels import passes
 from lowrank.layers.lazy import Lazy, lazy_gradient, real, unread
+from lowrank.layers.scaling import per_output, row_products, scaled_rows, scaled_smaller
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.eager import Node, no_view, refuse_double_backward, saved
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
-from lowrank.tensors.memory_layout import dense_strides, is_channels_last, laid_out, order_of, suggests_channels_last
+from lowrank.tensors.gradient_start import expected
+from lowrank.tensors.memory_layout import dense_strides, laid_out, order_of, suggests_channels_last
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,6 @@ class Call:
             )
 
 
-def per_output(vector: Tensor, ndim: int, axis: int = 1) -> Tensor:
-    """A vector with one entry per output channel, shaped to multiply a tensor that has these along `axis`."""
-    return vector.view([-1 if dim == axis else 1 for dim in range(ndim)])
-
-
 def lazy_output(call: Call, watched: bool) -> Lazy:
     """A convolution's output, to be computed when it is read."""
     x, weight, settings = call.x, call.weight, call.settings
@@ -187,6 +183,8 @@ class LowRankFunction(Node):
         ctx.anchor = weight
         ctx.order = None if torch.compiler.is_compiling() else order_of(x, type(settings.geometry) is LinearGeometry)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
+        if not torch.compiler.is_compiling() and not here():  # what hooks hold is theirs to ask for once
+            ctx.factor_of = _factor_of_layer
         if call is not None:
             return lazy_output(call, watched)
         y = settings.forward(x.unsqueeze(0) if settings.single else x, weight, bias)
@@ -210,13 +208,15 @@ class LowRankFunction(Node):
             grad_x = settings.method.input_gradient(*scaled_smaller(grad, weight, scale), settings.geometry, shape)
             grad_x = grad_x.squeeze(0) if settings.single else grad_x
             grad_x = grad_x if ctx.order is None else ctx.order(grad_x)
-        with torch.no_grad():
+            if not again and not torch.compiler.is_compiling():
+                grad_x = no_view(grad_x)  # a view's base has its memory as well
+        with torch.no_grad(), expected(ctx, grad):
             made = (None, None) if scaled is None else (scaled.weight_gradient, scaled.bias_gradient)
             missing = wants_weight and made[0] is None, wants_bias and made[1] is None
             found = settings.gradients(tuple(kept), grad, shape, ctx.weight_shape, *missing)
             if wants_weight:
                 grad_weight = found[0] if made[0] is None else made[0]
-                grad_weight = grad_weight if scale is None or found[0] is None else _scaled_rows(found[0], scale)
+                grad_weight = grad_weight if scale is None or found[0] is None else scaled_rows(found[0], scale)
             if wants_bias:
                 grad_bias = found[1] if made[1] is None else made[1]
                 grad_bias = grad_bias if scale is None or grad_bias is None else grad_bias * scale
@@ -258,6 +258,9 @@ class MergedNormFunction(Node):
         wants_gamma, ctx.wants_weight = ctx.needs_input_grad[1], call.weight.requires_grad
         own = (call.weight.detach(), _detached(call.bias)) if wants_gamma else (None, None)
         ctx.save_for_backward(gamma, mean, variance, *own, *kept)
+        ctx.hands_on = not wants_gamma  # its gradient, unread, to the layer
+        if wants_gamma and not torch.compiler.is_compiling() and not here():
+            ctx.factor_of = _factor_of_norm
         return merged_output(y, call, *scale_and_shift(call.bias, gamma, beta, mean, variance, eps))
 
     @staticmethod
@@ -270,13 +273,13 @@ class MergedNormFunction(Node):
         deviation = _deviation(variance, ctx.eps)
         scale = deviation if gamma is None else gamma * deviation
         grad_y = grad_gamma = None
-        with torch.no_grad():
+        with torch.no_grad(), expected(ctx, grad):
             sums = wants_gamma or wants_beta
             found = settings.gradients(tuple(kept), grad, ctx.shape, ctx.weight_shape, wants_gamma, sums)
             grad_weight, grad_beta = found
             if grad_weight is not None:
                 centre = mean if bias is None else mean - bias
-                products, grad_weight = _row_products(weight, grad_weight, scale if ctx.wants_weight else None)
+                products, grad_weight = row_products(weight, grad_weight, scale if ctx.wants_weight else None)
                 grad_gamma = deviation * (products - centre * grad_beta)
         if again:
             refuse = lambda found: refuse_double_backward(  # noqa: E731
@@ -289,6 +292,28 @@ class MergedNormFunction(Node):
             strides = dense_strides(tuple(grad.shape), suggests_channels_last(grad))
             grad_y = lazy_gradient(grad, strides, scaled.product, scaled)
         return grad_y, grad_gamma, grad_beta if wants_beta else None, *[None] * (5 + len(kept))
+
+
+def _factor_of_layer(node: Any, grad: Tensor) -> Tensor | None:
+    """`Method.first_factor` of a layer whose node is to be given the gradient, if it has one."""
+    wants_weight, wants_bias = node.needs_input_grad[1:3]
+    return _first_factor(node, 1, grad, wants_bias) if wants_weight and not node.settings.single else None
+
+
+def _factor_of_norm(node: Any, grad: Tensor) -> Tensor | None:
+    """The same of a normalisation."""
+    return _first_factor(node, 5, grad, True)
+
+
+def _first_factor(node: Any, kept_from: int, grad: Tensor, with_bias: bool) -> Tensor | None:
+    try:
+        kept = node.saved_tensors[kept_from:]
+    except RuntimeError:  # freed, or changed in place, which the node itself is to say
+        return None
+    if not kept or kept[0] is None:
+        return None
+    found: Tensor | None = node.settings.method.first_factor(kept, grad, node.settings.geometry, with_bias)
+    return found
 
 
 def scale_and_shift(
@@ -358,40 +383,3 @@ def normalised_strides(y: Tensor) -> tuple[int, ...]:
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
-
-
-def scaled_smaller(grad: Tensor, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Output gradient and weight, the smaller of them scaled, in the gradient's dtype."""
-    if scale is None:
-        return grad, weight.to(grad.dtype)
-    if grad.numel() < weight.numel():
-        return grad * per_output(scale.to(grad.dtype), 4), weight.to(grad.dtype)
-    return grad, (weight * per_output(scale, 4, 0)).to(grad.dtype)
-
-
-def _scaled_rows(grad_weight: Tensor, scale: Tensor) -> Tensor:
-    """The weight gradient times the scale, in place, unless its precision is less than the scale's."""
-    rows = per_output(scale, 4, 0)
-    return grad_weight.mul_(rows) if grad_weight.dtype == scale.dtype else grad_weight * rows
-
-
-def _row_products(weight: Tensor, grad_weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Per output channel the inner product of weight and gradient, (O,), and the gradient times the scale, if there is
-    one; in one pass, where there is a kernel for these."""
-    last = is_channels_last(weight)  # in which order a row's numbers are multiplied is all the same
-    a, b = (one.movedim(1, -1) if last else one for one in (weight, grad_weight.to(weight.dtype)))
-    shape, a, b = b.shape, a.flatten(1), b.flatten(1)
-    found = passes.row_products(a, b, scale)
-    if found is not None:
-        b = b.view(shape)
-        return found, None if scale is None else b.movedim(-1, 1) if last else b
-    if weight.is_cuda:
-        found = torch.bmm(a[:, None], b[:, :, None]).view(-1)
-    else:
-        piece = max(_PIECE, a.numel() // 32)  # whose products are there at once
-        rows = max(1, piece // a.shape[1])  # a batch of single products takes several times as long on a CPU
-        found = torch.cat([(x * y).sum(1) for x, y in zip(a.split(rows), b.split(rows), strict=True)])
-    return found, None if scale is None else _scaled_rows(grad_weight, scale)
-
-
-_PIECE = 2**14  # numbers that are multiplied at once, at least

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.layers import graph_notes
-from lowrank.layers.autograd_function import Settings, per_output, scaled_smaller
+from lowrank.layers.autograd_function import Settings
+from lowrank.layers.scaling import per_output, scaled_smaller
 from lowrank.methods.base import Tensors
 from lowrank.tensors.eager import without_autocast
 

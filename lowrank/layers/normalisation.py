@@ -17,11 +17,11 @@ from lowrank.layers.autograd_function import (
     again_merged,
     merged_output,
     normalised_strides,
-    per_output,
     scale_and_shift,
 )
 from lowrank.layers.held import hold
 from lowrank.layers.lazy import READERS, Lazy, real, unread
+from lowrank.layers.scaling import per_output
 from lowrank.methods.base import Tensors
 from lowrank.tensors.eager import trains_plainly, without_autocast
 

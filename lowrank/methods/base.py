@@ -17,9 +17,9 @@ from lowrank.methods.deriving import Derive, check_derive, reach
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
 from lowrank.tensors.geometry import Geometry, Shape
-from lowrank.tensors.gradients import gradients, weight_gradient
+from lowrank.tensors.gradients import gradients, projects_batch, weight_gradient
 from lowrank.tensors.plans import fewest_macs, plan_gradient
-from lowrank.tensors.storage import Storage, check_storage, kept_ranks, restore, stored_bytes
+from lowrank.tensors.storage import Storage, check_storage, columns, kept_ranks, restore, stored_bytes
 
 Tensors = tuple[Tensor | None, ...]
 _MADE_OF_INPUT = {"compress", "weight_gradient", "gradients", "input_gradient"}  # of which `keeps_input` speaks
@@ -123,6 +123,12 @@ class Method(ABC):
         """
         return self.weight_gradient(kept, grad, geometry, shape), geometry.bias_gradient(grad)
 
+    def first_factor(self, kept: Tensors, grad: Tensor, geometry: Geometry, with_bias: bool) -> Tensor | None:
+        """The batch's factor, (B, r), on which `gradients` (without a bias `weight_gradient`) projects the contiguous
+        `grad` ahead of all else: that may then have been made already, see `lowrank.tensors.gradient_start`. None: it
+        does not, or not as far as is known."""
+        return None
+
     def restored(self, kept: Tensors, dtype: torch.dtype) -> Tensor:
         """The input (B, ...) again, in `dtype`, of methods that say so by `restores`."""
         raise NotImplementedError(f"{type(self).__name__} does not give an input again")
@@ -224,6 +230,20 @@ class TuckerMethod(Method):
         if type(self).weight_gradient is not TuckerMethod.weight_gradient:  # a subclass has its own
             return super().gradients(kept, grad, geometry, shape)
         return gradients(restore(kept, grad.dtype), grad, geometry, self.to_eight_bits)
+
+    def first_factor(self, kept: Tensors, grad: Tensor, geometry: Geometry, with_bias: bool) -> Tensor | None:
+        own = type(self)
+        if own.weight_gradient is not TuckerMethod.weight_gradient or own.gradients is not TuckerMethod.gradients:
+            return None
+        core = kept[0]
+        assert core is not None
+        values, scales = kept[1 : core.ndim + 1], kept[core.ndim + 1 :]
+        pairs = zip(values, core.shape, strict=True)
+        shape = tuple(rank if factor is None else factor.shape[0] for factor, rank in pairs)
+        factored = tuple(factor is not None for factor in values)
+        if not projects_batch(shape, tuple(core.shape), factored, grad, geometry, with_bias):
+            return None
+        return columns(values[0], scales[1] if scales else None, grad.dtype)
 
     def kept_ranks(self, shape: Shape, ranks: Shape) -> Shape:
         """The ranks at which an input is kept; its shape, where it is kept as it is."""

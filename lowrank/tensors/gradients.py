@@ -15,12 +15,12 @@ from __future__ import annotations
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.kernels import contractions, passes
 from lowrank.tensors import halves
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
+from lowrank.tensors.gradient_start import is_expected, is_small, product_of, with_ones
 from lowrank.tensors.memory_layout import channels_last, is_channels_last
 from lowrank.tensors.plans import Plan, plan_gradient
 from lowrank.tensors.tucker import Tucker, mode_correlation, mode_product
@@ -59,6 +59,26 @@ def gradients(tucker: Tucker, grad: Tensor, geometry: Geometry, to_eight_bits: b
     grad = grad.to(tucker.core.dtype)
     weight, bias = _laid_out_gradients(tucker, grad, geometry, to_eight_bits, with_bias=True)
     return weight.to(dtype), (geometry.bias_gradient(grad) if bias is None else bias).to(dtype)
+
+
+def projects_batch(
+    shape: Shape, ranks: Shape, factored: tuple[bool, ...], grad: Tensor, geometry: Geometry, with_bias: bool
+) -> bool:
+    """Whether the gradients of a layer begin with the product of its contiguous output gradient and the batch's factor.
+
+    Args:
+        shape, ranks, factored: of the Tucker form.
+        grad, geometry: as of `weight_gradient`.
+        with_bias: whether the bias gradient is wanted as well, as of `gradients`.
+    """
+    if not factored[0] or not is_small(grad, ranks[0]):
+        return False
+    if isinstance(geometry, ConvGeometry) and is_channels_last(grad):
+        return False
+    joined = with_bias and passes.can_project(grad, ranks[0] + 1)
+    outputs = grad.shape[geometry.channel_axis % grad.ndim]
+    plan = plan_gradient(geometry, shape, ranks, factored, outputs, joined, True)
+    return plan.project[:1] == (0,) or plan.kind in ("spread", "samples", "rows", "windows")
 
 
 def _laid_out_gradients(
@@ -107,7 +127,8 @@ def _gradients(
     """The weight gradient and, where `joined` and the plan has it so, the bias gradient."""
     channel = geometry.channel_axis % grad.ndim
     factored = tuple(factor is not None for factor in tucker.factors)
-    plan = plan_gradient(geometry, tucker.shape, tucker.ranks, factored, grad.shape[channel], joined)
+    begun = is_expected(grad, tucker.ranks[0])
+    plan = plan_gradient(geometry, tucker.shape, tucker.ranks, factored, grad.shape[channel], joined, begun)
     last = isinstance(geometry, ConvGeometry) and is_channels_last(grad)
     if last and (plan.meet != "shifts" or plan.project):
         grad = grad.contiguous()
@@ -161,7 +182,8 @@ def _by_kernel(
     of_channels = channels if kind == "rows" else None
     factors = samples, of_channels, *(_matrix(side) for side in sides)
     window = geometry.kernel, geometry.stride, geometry.padding[::2], geometry.dilation
-    found = contractions.contract(kind, grad, tucker.core, factors, window)  # type: ignore[arg-type]
+    begun = None if samples is None or kind == "images" else product_of(grad, samples)
+    found = contractions.contract(kind, grad, tucker.core, factors, window, begun)  # type: ignore[arg-type]
     if found is None or kind == "rows":
         return found
     dense, bias = found
@@ -177,8 +199,11 @@ def _by_kernel(
 def _project_ahead(grad: Tensor, factor: Tensor, mode: int, of_bias: Geometry | None) -> tuple[Tensor, Tensor | None]:
     """The output's gradient projected on the factor (n, r) of a mode, and the bias gradient of a layer, if one is
     given: the sum over the mode is one more column, of ones."""
-    columns = factor if of_bias is None else F.pad(factor, (0, 1), value=1.0)
-    found = passes.project_mode(grad, columns, mode) if grad.is_contiguous() else None
+    found = product_of(grad, factor) if mode == 0 else None
+    if found is not None and of_bias is None:
+        return found[:-1], None
+    if found is None and grad.is_contiguous():
+        found = passes.project_mode(grad, factor if of_bias is None else with_ones(factor), mode)
     if found is None:
         return mode_product(grad, factor.mT, mode), None
     if of_bias is None:

@@ -66,9 +66,10 @@ def plan_gradient(
     factored: tuple[bool, ...],
     out_channels: int,
     joined: bool = True,
+    begun: bool = False,
 ) -> Plan:
     """The order of the least cost; arguments as of `candidate_plans`."""
-    best, *others = candidate_plans(geometry, shape, ranks, factored, out_channels, joined)
+    best, *others = candidate_plans(geometry, shape, ranks, factored, out_channels, joined, begun)
     for plan in others:  # a plain loop, which torch.compile can trace
         best = plan if plan.cost < best.cost else best
     return best
@@ -87,6 +88,7 @@ def candidate_plans(
     factored: tuple[bool, ...],
     out_channels: int,
     joined: bool = True,
+    begun: bool = False,
 ) -> list[Plan]:
     """Every order of contractions that is worth a thought; at least one.
 
@@ -98,10 +100,11 @@ def candidate_plans(
         out_channels: O.
         joined: whether a projection ahead of all else, on the batch's factor where there is one, makes the bias
             gradient as well, which would take another read; the multiplications of that are not counted.
+        begun: whether that projection is made with the output's gradient, and takes nothing.
     """
     channel = geometry.channel_axis % len(shape)
     samples = [mode for mode in range(len(shape)) if mode != channel and factored[mode]]
-    sketch = _Sketch(geometry, shape, ranks, out_channels, channel, joined, factored)
+    sketch = _Sketch(geometry, shape, ranks, out_channels, channel, joined, factored, begun)
     plans = []
     for tail in ((), (channel,)) if factored[channel] else ((),):
         whole = bool(tail) or not factored[channel]
@@ -136,6 +139,7 @@ class _Sketch:
     channel: int
     joined: bool
     factored: tuple[bool, ...]
+    begun: bool
 
     def __post_init__(self) -> None:
         self.grad_shape = self.geometry.output_shape(self.shape, self.out_channels)
@@ -214,6 +218,8 @@ class _Sketch:
     def _projected(self, project: tuple[int, ...], sizes: dict[int, int]) -> tuple[list[int], Work]:
         shape, (macs, cost) = _products(self.grad_shape, sizes, project)
         numbers = prod(self.grad_shape)
+        if self.begun and project[:1] == (0,):
+            return shape, (macs, cost - _CALL - numbers * (1 + sizes[0] / 12 + self.joined))
         if self.joined and project and numbers >= _FAR:  # in the read of the sum, and in little more time
             first = project[0]
             right = prod(self.grad_shape[first + 1 :])
@@ -266,7 +272,10 @@ class _Sketch:
         if kind == "images":
             return 2 * _CALL + _IMAGE * samples * outputs
         cost: float = 2 * _CALL
-        if self.factored[0]:
+        if self.factored[0] and self.begun:
+            cost -= numbers
+            projecting -= numbers * rank
+        elif self.factored[0]:
             cost += numbers * rank / 48 + numbers // samples * (rank + 1)
             projecting -= numbers * rank
         if kind == "spread":

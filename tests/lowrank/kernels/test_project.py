@@ -162,3 +162,38 @@ def test_a_methods_own_weight_gradient_is_used():
     wanted = exact(layer, tucker, grad)
     assert_near(weight, wanted["weight"] / 2)
     assert_near(bias, wanted["bias"])
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 8), (2, 16), (16, 24), (17, 56), (40, 1000), (64, 384), (5, 1208), (3, 4104)])
+@pytest.mark.parametrize("columns", [1, 4, 5, 9, 12])
+def test_a_mask_and_a_projection_in_one_pass_are_both_to_the_last_bit(width, n, m, columns):
+    x, s = random_tensor(n, m).float(), random_tensor(n, columns, seed=1).float()
+    x[0, ::3], x[-1, 1::4], x[:, m // 2] = float("nan"), float("inf"), -0.0
+    bits = torch.randint(0, 256, (n * m // 8,), generator=torch.Generator().manual_seed(2)).byte()
+    masked = torch.empty_like(x)
+    assert passes.apply(x.view(-1), bits, 1.0, None, masked.view(-1))
+    wanted = passes.project(masked, s)
+    found = passes.masked_project(x, bits, s)
+    assert torch.equal(x.view(torch.int32), masked.view(torch.int32))
+    assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
+
+
+def test_a_mask_of_rows_that_are_no_whole_bytes_is_left_to_others():
+    x, bits = random_tensor(4, 12).float(), torch.zeros(6, dtype=torch.uint8)
+    assert passes.masked_project(x, bits, random_tensor(4, 2).float()) is None
+    assert torch.equal(x, random_tensor(4, 12).float())
+
+
+def test_a_mask_and_a_projection_are_the_same_with_any_number_of_threads():
+    s, bits = random_tensor(50, 9, seed=1).float(), torch.arange(50 * 2501).byte()
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            x = random_tensor(50, 20008).float()
+            found.append((passes.masked_project(x, bits, s), x))
+    finally:
+        torch.set_num_threads(before)
+    for product, x in found[1:]:
+        assert torch.equal(product, found[0][0])
+        assert torch.equal(x, found[0][1])

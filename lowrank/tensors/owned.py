@@ -1,0 +1,71 @@
+"""Gradients that nobody else has, which a backward pass may write its own result to.
+
+PyTorch's engine does the same where it adds up gradients: it counts who refers to a tensor, and to its memory. Here
+the counts also have those of Python, and what they are of a gradient that nobody else has is found by trying it.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lowrank.tensors.eager import Node, in_batch
+
+Counts = tuple[int, int, int]
+
+
+def is_owned(grad: Tensor) -> bool:
+    """Whether the backward pass of a `Node`, which is to call this itself with what it was given, and nothing in the
+    same expression, may write to it.
+
+    Not so where the user has it or a part of it, a hook has kept it, another branch of the graph waits for it, its
+    memory is not PyTorch's own, or the pass is itself differentiated; and on a CPU alone: elsewhere who is to read it
+    may not have come to that yet.
+    """
+    if type(grad) is not Tensor or grad.device.type != "cpu" or torch.is_grad_enabled() or in_batch():
+        return False
+    return _counts(grad) == counts_alone()
+
+
+def _counts(grad: Tensor) -> Counts | None:
+    """Who refers to the object, to the tensor, and to its memory; None: that is another's, such as NumPy's."""
+    storage: Any = grad.untyped_storage()
+    if not storage.resizable():
+        return None
+    return sys.getrefcount(grad), grad._use_count(), torch._C._storage_Use_Count(storage._cdata)  # type: ignore
+
+
+class _Trial(Node):
+    """A node that counts who refers to its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, found: list[Counts | None]) -> Tensor:
+        ctx.found = found
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.found.append(_from_as_far(grad))
+        return grad, None
+
+
+def _from_as_far(grad: Tensor) -> Counts | None:
+    return _counts(grad)  # as `is_owned` calls it
+
+
+@lru_cache(maxsize=1)
+def counts_alone() -> Counts | tuple[()]:
+    """The counts of a gradient that nobody else has, for who is not in a backward pass yet; an empty tuple, which is
+    nothing's: this version of PyTorch does not tell."""
+    if not (hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")):
+        return ()
+    found: list[Counts | None] = []
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(2, device="cpu", dtype=torch.float32, requires_grad=True)
+        _Trial.apply(x, found).neg().sum().backward()  # which saves nothing, so that no hook for that is called
+    return found[0] or ()
