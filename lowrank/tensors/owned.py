@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowrank.tensors.eager import Node, in_batch
 
-Counts = tuple[int, int, int]
+Counts = tuple[int, int, int, int, int]
 
 
 def is_owned(grad: Tensor) -> bool:
@@ -24,7 +24,8 @@ def is_owned(grad: Tensor) -> bool:
     same expression, may write to it.
 
     Not so where the user has it or a part of it, a hook has kept it, another branch of the graph waits for it, its
-    memory is not PyTorch's own, or the pass is itself differentiated; and on a CPU alone: elsewhere who is to read it
+    memory is not PyTorch's own, it stands for others, as in `torch.func.vmap`, it is of inference mode, which lets
+    nobody write to it outside, or the pass is itself differentiated; and on a CPU alone: elsewhere who is to read it
     may not have come to that yet.
     """
     if type(grad) is not Tensor or grad.device.type != "cpu" or torch.is_grad_enabled() or in_batch():
@@ -33,11 +34,18 @@ def is_owned(grad: Tensor) -> bool:
 
 
 def _counts(grad: Tensor) -> Counts | None:
-    """Who refers to the object, to the tensor, and to its memory; None: that is another's, such as NumPy's."""
+    """What PyTorch dispatches it by, and who refers to the object, to the tensor, to its memory, and to the object that
+    Python has of that: the one that somebody has is the one that this asks for, and is counted once.
+
+    None: the memory is another's, such as NumPy's, or not there, or some of the numbers may be on the same place of it.
+    """
+    if not torch._C._has_storage(grad) or torch._debug_has_internal_overlap(grad):
+        return None
     storage: Any = grad.untyped_storage()
     if not storage.resizable():
         return None
-    return sys.getrefcount(grad), grad._use_count(), torch._C._storage_Use_Count(storage._cdata)  # type: ignore
+    keys, uses = torch._C._dispatch_keys(grad).raw_repr(), torch._C._storage_Use_Count(storage._cdata)
+    return keys, sys.getrefcount(grad), grad._use_count(), uses, sys.getrefcount(storage)  # type: ignore
 
 
 class _Trial(Node):

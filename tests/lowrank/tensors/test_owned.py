@@ -82,13 +82,17 @@ def who_retains(x, curve):
     return [y.grad]
 
 
-def hook(keep):
+def _of_memory(storage):
+    return torch.empty(0).set_(storage).view(SHAPE)
+
+
+def hook(keep, shown=torch.as_tensor):
     def case(x, curve):
         kept = []
         y = curve(x)
         y.register_hook(lambda grad: kept.append(keep(grad)))
         (y * y).sum().backward()
-        return [torch.as_tensor(one) for one in kept]
+        return [shown(one) for one in kept]
 
     return case
 
@@ -149,6 +153,23 @@ def a_constant(x, curve):
     constant = random_tensor(*SHAPE, seed=4).float()
     Gives.apply(curve(x), lambda _: constant).sum().backward()
     return [constant]
+
+
+def of_inference_mode(x, curve):
+    def gradient(_):
+        with torch.inference_mode():
+            return random_tensor(*SHAPE, seed=4).float()
+
+    Gives.apply(curve(x), gradient).sum().backward()
+    return []
+
+
+def all_of_one_number(x, curve):
+    y = curve(x[:1, :1, :1, :1].expand(SHAPE))
+    Gives.apply(
+        y, lambda _: torch.empty(0).set_(torch.full((1,), 0.7).untyped_storage(), 0, SHAPE, (0, 0, 0, 0))
+    ).sum().backward()
+    return []
 
 
 def numpy_memory(x, curve):
@@ -217,7 +238,9 @@ CASES = {
     "a hook, a part": hook(lambda grad: grad[1:2]),
     "a hook, as NumPy": hook(lambda grad: grad.numpy()),
     "a hook, within a list": hook(lambda grad: [grad][0]),
-    "a hook, its memory": hook(lambda grad: torch.empty(0).set_(grad.untyped_storage()).view(SHAPE)),
+    "a hook, its memory": hook(lambda grad: _of_memory(grad.untyped_storage())),
+    "a hook, the object of its memory": hook(lambda grad: grad.untyped_storage(), _of_memory),
+    "a hook, its memory of a type": hook(lambda grad: grad.storage(), lambda memory: _of_memory(memory.untyped())),
     "a hook of the node": hook_of_the_node,
     "a hook ahead of the node": hook_ahead_of_the_node,
     "a hook of a module": hook_of_a_module,
@@ -225,6 +248,8 @@ CASES = {
     "a later branch": a_later_branch,
     "parts of one": parts_of_one,
     "a constant": a_constant,
+    "inference mode": of_inference_mode,
+    "all of one number": all_of_one_number,
     "NumPy": numpy_memory,
     "another library": another_library,
     "what is saved": what_is_saved,
@@ -237,7 +262,9 @@ CASES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:.*__array__", "ignore:The given NumPy array")
+@pytest.mark.filterwarnings(
+    "ignore:Anomaly Detection", "ignore:.*__array__", "ignore:The given NumPy array", "ignore:TypedStorage"
+)
 @pytest.mark.parametrize("name", CURVES)
 @pytest.mark.parametrize("case", CASES)
 def test_what_somebody_else_has_is_as_with_the_stock_function(case, name):
@@ -289,3 +316,14 @@ assert owned.counts_alone.cache_info().currsize
 assert len(saved) == before + 2 and saved[-1] == saved[-2]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["SiLU", "GELU", "Hardswish"])  # of the others PyTorch has no rules for what they do
+def test_a_gradient_may_stand_for_several(name):
+    given = random_tensor(3, *SHAPE, seed=6).float()
+    found = []
+    for curve in CURVES[name]:
+        x = (2 * random_tensor(*SHAPE)).float().requires_grad_()
+        y = curve(x * 1.0)
+        found.append(torch.func.vmap(lambda one: torch.autograd.grad(y, x, one * 2, retain_graph=True)[0])(given))  # noqa: B023
+    assert torch.equal(*found)
