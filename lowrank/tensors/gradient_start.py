@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import torch
@@ -23,16 +24,19 @@ from lowrank.tensors.notes import Notes
 
 _LEAST = 2**18  # numbers of a gradient, of fewer the layer's read takes less than to ask it
 _PART = 3  # of a gradient, that the product may take
+_SEEN = 1024  # numbers of a gradient by which it is known again
 _ADDITIONS = ("AddBackward0",)  # which hand their gradient on as it is
 
 
 @dataclass(eq=False)
 class _Begun:
     """Of a gradient (B, ...) that it is noted of, the product with a factor (B, r) and a column of ones beside it,
-    (r + 1, ...); None: that was taken."""
+    (r + 1, ...); None: that was taken. And some of the gradient's numbers: a hook may change it as `grad.data` or by
+    NumPy, which count no changes; of a change of few numbers they do not tell."""
 
     factor: Tensor
     product: Tensor | None
+    seen: Tensor
 
 
 _BEGUN: Notes[_Begun] = Notes()
@@ -91,7 +95,7 @@ def mask(node: Any, grad: Tensor, bits: Tensor, place: Sequence[int]) -> bool:
     if product is None:
         return False
     increment_version(grad)
-    _BEGUN.note(grad, _Begun(factor, product.view(-1, *grad.shape[1:])))
+    _BEGUN.note(grad, _Begun(factor, product.view(-1, *grad.shape[1:]), _some_of(grad)))
     return True
 
 
@@ -116,4 +120,13 @@ def product_of(grad: Tensor, factor: Tensor) -> Tensor | None:
     if begun.factor is not factor and not torch.equal(begun.factor, factor):
         return None
     product, begun.product = begun.product, None
-    return product
+    return product if grad.is_contiguous() and torch.equal(begun.seen, _some_of(grad)) else None
+
+
+def _some_of(grad: Tensor) -> Tensor:
+    """A copy of some numbers of a contiguous gradient, of all samples, channels and places alike."""
+    count = grad.numel()
+    step = max(count // _SEEN, 1)
+    while gcd(step, count) > 1:
+        step += 1
+    return grad.view(-1)[::step].clone()

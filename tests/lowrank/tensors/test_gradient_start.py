@@ -180,12 +180,20 @@ def with_another_reader(model, x):
         handle.remove()
 
 
+def unseen(_):
+    """What a hook returns that gives no other gradient; PyTorch does not count this change."""
+
+
 STEPS = {
     "frozen normalisations": with_frozen_normalisations,
     "frozen weights": with_frozen_weights,
     "hooks that look": with_hooks(lambda grad: None),
     "hooks that give another gradient": with_hooks(lambda grad: grad * 2),
     "hooks that change the gradient": with_hooks(lambda grad: grad.mul_(2)),
+    "hooks that change it unseen": with_hooks(lambda grad: unseen(grad.data.mul_(2))),
+    "hooks that clip it unseen": with_hooks(lambda grad: unseen(grad.data.clamp_(min=0))),
+    "hooks that change it as NumPy": with_hooks(lambda grad: unseen(grad.numpy().__imul__(2))),
+    "hooks that give it other memory": with_hooks(lambda grad: setattr(grad, "data", grad * 2)),
     "hooks that clip": with_hooks(lambda grad: grad.clamp(-1, 1)),
     "twice": twice,
     "a checkpoint": within_a_checkpoint,
