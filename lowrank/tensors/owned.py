@@ -37,12 +37,13 @@ def _counts(grad: Tensor) -> Counts | None:
     """What PyTorch dispatches it by, and who refers to the object, to the tensor, to its memory, and to the object that
     Python has of that: the one that somebody has is the one that this asks for, and is counted once.
 
-    None: the memory is another's, such as NumPy's, or not there, or some of the numbers may be on the same place of it.
+    None: the memory is another's, such as NumPy's, or another process may have it, or it is not there, or some of the
+    numbers may be on the same place of it.
     """
     if not torch._C._has_storage(grad) or torch._debug_has_internal_overlap(grad):
         return None
     storage: Any = grad.untyped_storage()
-    if not storage.resizable():
+    if not storage.resizable() or storage.is_shared():
         return None
     keys, uses = torch._C._dispatch_keys(grad).raw_repr(), torch._C._storage_Use_Count(storage._cdata)
     return keys, sys.getrefcount(grad), grad._use_count(), uses, sys.getrefcount(storage)  # type: ignore

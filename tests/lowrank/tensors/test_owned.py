@@ -1,7 +1,9 @@
 """A gradient that nobody else has is written to; one that somebody has, or may ask for, stays as it is."""
 
+import pickle
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -241,6 +243,7 @@ CASES = {
     "a hook, its memory": hook(lambda grad: _of_memory(grad.untyped_storage())),
     "a hook, the object of its memory": hook(lambda grad: grad.untyped_storage(), _of_memory),
     "a hook, its memory of a type": hook(lambda grad: grad.storage(), lambda memory: _of_memory(memory.untyped())),
+    "a hook, for another process": hook(ForkingPickler.dumps, pickle.loads),
     "a hook of the node": hook_of_the_node,
     "a hook ahead of the node": hook_ahead_of_the_node,
     "a hook of a module": hook_of_a_module,
