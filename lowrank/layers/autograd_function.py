@@ -25,7 +25,7 @@ from lowrank.layers.scaling import per_output, row_products, scaled_rows, scaled
 from lowrank.methods.base import Method, Tensors
 from lowrank.tensors.eager import Node, no_view, refuse_double_backward, saved
 from lowrank.tensors.geometry import ConvGeometry, Geometry, LinearGeometry, Shape
-from lowrank.tensors.gradient_start import expected
+from lowrank.tensors.gradient_start import begun_numbers, expected
 from lowrank.tensors.memory_layout import dense_strides, laid_out, order_of, suggests_channels_last
 
 
@@ -204,12 +204,18 @@ class LowRankFunction(Node):
         if settings.single:
             grad, shape = grad.unsqueeze(0), (1, *shape)
         grad_x = grad_weight = grad_bias = None
-        if wants_x:
+
+        def of_input() -> Tensor:
             grad_x = settings.method.input_gradient(*scaled_smaller(grad, weight, scale), settings.geometry, shape)
             grad_x = grad_x.squeeze(0) if settings.single else grad_x
             grad_x = grad_x if ctx.order is None else ctx.order(grad_x)
-            if not again and not torch.compiler.is_compiling():
-                grad_x = no_view(grad_x)  # a view's base has its memory as well
+            # a view's base has its memory as well
+            return grad_x if again or torch.compiler.is_compiling() else no_view(grad_x)
+
+        # Of a product that waits and the weight gradient that it becomes, the smaller one is there beside that of x.
+        later = wants_x and begun_numbers(grad) > prod(ctx.weight_shape)
+        if wants_x and not later:
+            grad_x = of_input()
         with torch.no_grad(), expected(ctx, grad):
             made = (None, None) if scaled is None else (scaled.weight_gradient, scaled.bias_gradient)
             missing = wants_weight and made[0] is None, wants_bias and made[1] is None
@@ -220,6 +226,8 @@ class LowRankFunction(Node):
             if wants_bias:
                 grad_bias = found[1] if made[1] is None else made[1]
                 grad_bias = grad_bias if scale is None or grad_bias is None else grad_bias * scale
+        if later:
+            grad_x = of_input()
         if again:
             refuse = lambda found: refuse_double_backward(f"layer {settings.name!r}", found, grad, ctx.anchor)  # noqa: E731
             grad_weight, grad_bias = refuse(grad_weight), refuse(grad_bias)

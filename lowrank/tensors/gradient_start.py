@@ -112,6 +112,12 @@ def with_ones(factor: Tensor) -> Tensor:
     return F.pad(factor, (0, 1), value=1.0)
 
 
+def begun_numbers(grad: Tensor) -> int:
+    """Numbers of the product that waits for whoever reads a gradient; 0: there is none."""
+    begun = _BEGUN.find(grad) if _BEGUN.may_know(grad) else None
+    return 0 if begun is None or begun.product is None else begun.product.numel()
+
+
 def product_of(grad: Tensor, factor: Tensor) -> Tensor | None:
     """What was made of a gradient and this factor, if anything, for who asks first: (r + 1, ...)."""
     begun = _BEGUN.find(grad) if _BEGUN.may_know(grad) else None

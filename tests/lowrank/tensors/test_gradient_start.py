@@ -288,6 +288,22 @@ def test_nothing_is_left_of_a_product():
     assert not any(reference() for reference in products)
 
 
+def test_no_product_waits_beside_the_gradient_of_the_input():
+    """Where the weight gradient that it becomes takes less."""
+    model, waiting = converted("no normalisation"), []
+    input_gradient = lowrank.ASI.input_gradient
+
+    def noted(self, grad, *arguments):
+        waiting.append(gradient_start.begun_numbers(grad))
+        return input_gradient(self, grad, *arguments)
+
+    with mock.patch.object(lowrank.ASI, "input_gradient", noted):
+        _, made, _ = stepped(model, plainly)
+    assert made
+    assert waiting
+    assert not any(waiting)
+
+
 def test_an_activation_of_its_own_slopes_is_left_to_others():
     x = random_tensor(*SHAPE).float().requires_grad_()
     y = activations.leaky_relu(nn.Conv2d(6, 6, 1)(x))
