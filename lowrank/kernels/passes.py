@@ -201,6 +201,13 @@ def project(x: Tensor, columns: Tensor) -> Tensor | None:
     return out
 
 
+def can_mask(x: Tensor) -> bool:
+    """Whether there is a kernel for gradients (B, ...) of a contiguous tensor, see `masked_project`."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or x.dtype != torch.float32 or x.is_cuda:
+        return False
+    return library() is not None and len(x) > 0 and x.numel() // len(x) % 8 == 0
+
+
 def masked_project(x: Tensor, bits: Tensor, columns: Tensor) -> Tensor | None:
     """`apply` of slopes one and zero, in place, and `project` of what is left, in one pass: bit for bit the same.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from math import gcd
 from typing import Any
 
@@ -24,7 +25,7 @@ from lowrank.tensors.notes import Notes
 
 _LEAST = 2**18  # numbers of a gradient, of fewer the layer's read takes less than to ask it
 _PART = 3  # of a gradient, that the product may take
-_SEEN = 1024  # numbers of a gradient by which it is known again
+_SEEN = 64  # numbers of a gradient by which it is known again
 _ADDITIONS = ("AddBackward0",)  # which hand their gradient on as it is
 
 
@@ -45,7 +46,7 @@ _EXPECTED: Notes[bool] = Notes()
 
 def announce(y: Tensor) -> None:
     """Tell the layer ahead of an activation with the output `y` that its first product is to be made, if it is."""
-    if y.numel() >= _LEAST and y.is_contiguous():
+    if y.numel() >= _LEAST and y.is_contiguous() and passes.can_mask(y):
         ahead = _ahead(y.grad_fn)
         if hasattr(ahead, "factor_of"):
             ahead.begun = True
@@ -131,8 +132,12 @@ def product_of(grad: Tensor, factor: Tensor) -> Tensor | None:
 
 def _some_of(grad: Tensor) -> Tensor:
     """A copy of some numbers of a contiguous gradient, of all samples, channels and places alike."""
-    count = grad.numel()
+    return grad.view(-1)[:: _step(grad.numel())].clone()
+
+
+@lru_cache(maxsize=256)
+def _step(count: int) -> int:
     step = max(count // _SEEN, 1)
     while gcd(step, count) > 1:
         step += 1
-    return grad.view(-1)[::step].clone()
+    return step
