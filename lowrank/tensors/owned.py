@@ -17,6 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lowrank.tensors.eager import Node, in_batch
 
 Counts = tuple[int, int, int, int, int]
+_ASKED = (
+    *((torch._C, "_has_storage"), (torch._C, "_storage_Use_Count"), (torch._C, "_dispatch_keys")),
+    *((torch, "_debug_has_internal_overlap"), (Tensor, "_use_count")),
+)
 
 
 def is_owned(grad: Tensor) -> bool:
@@ -30,7 +34,8 @@ def is_owned(grad: Tensor) -> bool:
     """
     if type(grad) is not Tensor or grad.device.type != "cpu" or torch.is_grad_enabled() or in_batch():
         return False
-    return _counts(grad) == counts_alone()
+    alone = counts_alone()
+    return alone != () and _counts(grad) == alone
 
 
 def _counts(grad: Tensor) -> Counts | None:
@@ -71,7 +76,7 @@ def _from_as_far(grad: Tensor) -> Counts | None:
 def counts_alone() -> Counts | tuple[()]:
     """The counts of a gradient that nobody else has, for who is not in a backward pass yet; an empty tuple, which is
     nothing's: this version of PyTorch does not tell."""
-    if not (hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")):
+    if not all(hasattr(owner, name) for owner, name in _ASKED):
         return ()
     found: list[Counts | None] = []
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.enable_grad():
