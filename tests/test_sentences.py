@@ -24,17 +24,18 @@ def span(values: list[float]) -> str:
 
 def steps(depth: str) -> list[float]:
     """Times of ASI's steps over vanilla's, of the convolutional networks in batches of 64."""
-    timed = [
-        float(row["ratio"])
-        for row in rows("speed.csv", section="model step", first="asi", second="vanilla")
-        if row["case"].endswith(f"last {depth}")
-    ]
-    measured = [
-        float(row["step_over_vanilla"])
-        for row in rows("memory.csv", peer="asi", layers=depth, batch="64")
-        if row["network"] != "vit_small"
-    ]
-    return timed + measured
+    return timed("asi", depth) + [float(row["step_over_vanilla"]) for row in convolutional("asi", depth)]
+
+
+def timed(way: str, depth: str) -> list[float]:
+    found = rows("speed.csv", section="model step", first=way, second="vanilla")
+    return [float(row["ratio"]) for row in found if row["case"].endswith(f"last {depth}")]
+
+
+def convolutional(peer: str, *depths: str) -> list[dict[str, str]]:
+    """Rows of the table of memory."""
+    found = rows("memory.csv", peer=peer, batch="64")
+    return [row for row in found if row["layers"] in depths and row["network"] != "vit_small"]
 
 
 def channels_last(depth: str) -> list[float]:
@@ -48,6 +49,29 @@ def test_times_of_steps_are_those_of_the_tables() -> None:
     whole = span(channels_last("all"))
     assert f"{whole} of that with all layers" in text_of("README.md")
     assert f"it takes {whole} of that with all layers, not {span(steps('all'))} (" in text_of("docs/limits.md")
+
+
+def less(peer: str, *depths: str) -> str:
+    """How many times less than vanilla a way keeps at these depths, of the convolutional networks."""
+    pairs = zip(convolutional("vanilla", *depths), convolutional(peer, *depths), strict=True)
+    times = [float(vanilla["kept_bytes"]) / float(own["kept_bytes"]) for vanilla, own in pairs]
+    return " to ".join(f"{value:.1f}" if value < 10 else f"{value:.0f}" for value in (min(times), max(times)))
+
+
+def test_times_less_memory_are_those_of_the_table() -> None:
+    page = text_of("README.md")
+    all_layers, exact = f"{less('asi', 'all')} times less", f"{less('vanilla_fused', 'all')} times less"
+    assert page.count(all_layers) == page.count(exact) == 2
+    assert f"and {less('asi', '2', '4')} times less with the last 2 or 4" in page
+    assert f"checkpointing {less('checkpointing', 'all')} times" in page
+
+
+def test_what_the_limits_say_of_rivals_is_in_the_tables() -> None:
+    page = text_of("docs/limits.md")
+    checkpointed = span([float(row["step_over_vanilla"]) for row in convolutional("checkpointing", "all")])
+    assert f"Checkpointing keeps {less('checkpointing', 'all')} times less for {checkpointed} of the time" in page
+    hosvd = span(timed("hosvd_0.8", "all"))
+    assert f"{hosvd} of vanilla's time with all layers trained, where ASI takes {span(steps('all'))}." in page
 
 
 def test_what_is_said_of_the_digits_is_in_their_table() -> None:
