@@ -18,7 +18,7 @@ from lowrank.methods.base import Method, Tensors, exact_flops
 from lowrank.methods.ranked import RankedMethod
 from lowrank.tensors import costs
 from lowrank.tensors.costs import LayerCost
-from lowrank.tensors.decompose import ALGORITHMS, Algorithm, steps_of, subspace_iteration
+from lowrank.tensors.decompose import ALGORITHMS, Algorithm, first_iteration, subspace_iteration
 from lowrank.tensors.geometry import Geometry, Shape
 from lowrank.tensors.memory_layout import bytes_of
 from lowrank.tensors.sample import is_large
@@ -136,7 +136,7 @@ class ASI(RankedMethod):
         basis = restored_basis(state[mode], state[modes + 1 + mode])
         if ranks == shape or basis is None or basis.shape != (shape[mode], ranks[mode]):
             return None
-        return steps_of(shape, [(mode, basis, False)], False, _passes(state[-1]))[0]
+        return first_iteration(shape, mode, basis, _passes(state[-1]))
 
     def _iterated(self, x: Tensor, starts: Bases, passes: int, held: Sequence[int] = ()) -> Found:
         return subspace_iteration(x, starts, self.algorithm, held, self.to_eight_bits, passes)

@@ -23,6 +23,7 @@ from lowrank.tensors.eager import remembered
 from lowrank.tensors.sample import sampled, share_of, turn_of
 from lowrank.tensors.tucker import Tucker, in_memory_order, iteration_order, mode_correlation, mode_order, mode_product
 
+Sizes = tuple[int, ...]
 Algorithm = Literal["sequential", "published"]
 ALGORITHMS: tuple[Algorithm, ...] = ("sequential", "published")
 # Sizes behind a mode that make an unfolding's products many small ones: three of them take longer than a copy.
@@ -35,13 +36,13 @@ def check_energy(energy: float) -> None:
         raise SettingError(f"energy is {energy!r}; allowed is a number above 0 and at most 1, such as 0.8")
 
 
-def allowed_ranks(shape: Sequence[int], ranks: Sequence[int]) -> tuple[int, ...]:
+def allowed_ranks(shape: Sequence[int], ranks: Sequence[int]) -> Sizes:
     """Ranks cut to what a tensor can have: none above its mode's size, nor above the product of the others."""
     return _allowed_ranks(tuple(shape), tuple(ranks))
 
 
 @remembered
-def _allowed_ranks(shape: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[int, ...]:
+def _allowed_ranks(shape: Sizes, ranks: Sizes) -> Sizes:
     cut = [min(rank, size) for rank, size in zip(ranks, shape, strict=True)]
     for _ in cut:
         for mode, rank in enumerate(cut):
@@ -222,34 +223,53 @@ def subspace_iteration(
     wide, place = in_memory_order(_widen(x))
     bases = list(starts)
     published = algorithm == "published"
-    pairs = _ordered(starts, iteration_order(x.shape, _ranks(x, starts)))
-    pairs.sort(key=lambda pair: pair[0] not in held)
-    asked = [(place[mode], start, mode in held) for mode, start in pairs]
-    steps = steps_of(wide.shape, asked, published, passes_before)
+    ranks = tuple([None if start is None else start.shape[1] for start in starts])
+    course = _course(tuple(x.shape), tuple(place), ranks, tuple(held), published)
+    steps: list[iterations.Iteration] = []
+    for mode, share, right in course:
+        start = starts[mode]
+        assert start is not None, "the course is of those that are cut"
+        steps.append(iterations.Iteration(place[mode], start, share, *turn_of(passes_before, right, share)))
     core, made = _one_by_one(wide, steps, published, to_eight_bits)
-    for (mode, _), basis in zip(pairs, made, strict=True):
+    for (mode, _, _), basis in zip(course, made, strict=True):
         bases[mode] = basis
     if place != sorted(place):
         core = core.permute(place)
     return Tucker(core.contiguous(), tuple(bases)).to(x.dtype), bases
 
 
-def steps_of(
-    shape: Sequence[int], asked: Sequence[tuple[int, Tensor, bool]], published: bool, passes_before: int
-) -> list[iterations.Iteration]:
-    """The modes in turn, each with its start, and the share of its fibres; asked: of each, whether it is held."""
-    current, steps = list(shape), []
-    for mode, start, held in asked:
-        rank = start.shape[1]
-        share = iterations.HELD if held else 1 if published else share_of(current, mode, rank)
-        if share == 1 or held:
-            steps.append(iterations.Iteration(mode, start, share))
-        else:
-            steps.append(
-                iterations.Iteration(mode, start, share, *turn_of(passes_before, prod(current[mode + 1 :]), share))
-            )
-        current[mode] = rank
-    return steps
+@remembered
+def _course(
+    shape: Sizes, place: Sizes, ranks: tuple[int | None, ...], held: Sizes, published: bool
+) -> tuple[tuple[int, int, int], ...]:
+    """The modes that are cut, in turn, those that are held ahead of the others; of each the share of its fibres, and
+    the product of the sizes behind it in memory.
+
+    Args:
+        shape: of the tensor.
+        place: of each mode in memory.
+        ranks: None: the mode is left as it is.
+        held, published: see `subspace_iteration`.
+    """
+    order = iteration_order(shape, [size if rank is None else rank for size, rank in zip(shape, ranks, strict=True)])
+    current = [0] * len(shape)
+    for mode, at in enumerate(place):
+        current[at] = shape[mode]
+    course = []
+    for mode in sorted(order, key=lambda mode: mode not in held):
+        at, rank = place[mode], ranks[mode]
+        if rank is None:
+            continue
+        share = iterations.HELD if mode in held else 1 if published else share_of(current, at, rank)
+        course.append((mode, share, prod(current[at + 1 :])))
+        current[at] = rank
+    return tuple(course)
+
+
+def first_iteration(shape: Sequence[int], mode: int, start: Tensor, passes_before: int) -> iterations.Iteration:
+    """That of `subspace_iteration` of a contiguous tensor whose first mode in turn is this one."""
+    share = share_of(shape, mode, start.shape[1])
+    return iterations.Iteration(mode, start, share, *turn_of(passes_before, prod(shape[mode + 1 :]), share))
 
 
 def _one_by_one(

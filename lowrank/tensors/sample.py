@@ -96,15 +96,15 @@ def turn_of(passes: int, right: int, share: int) -> tuple[int, int]:
     Args:
         passes: that were made before.
         right: the product of the sizes behind the mode.
-        share: as `share_of` returns it.
+        share: as `share_of` returns it; or 0, of none.
 
     Returns:
         The turn, from 0 to k - 1; and with a negative share the number of places that are left out ahead of all the
         others: none, or, in every second pass or so, as many as k does not divide, which are left out behind otherwise.
     """
-    if share == 1:
-        return 0, 0
     turns = abs(share)
+    if turns <= 1:
+        return 0, 0
     cycle, at = divmod(passes, turns)
     return (at + _drawn(cycle)) % turns, _drawn(passes) % 2 * (right % turns) if share < 0 else 0
 
