@@ -108,7 +108,7 @@ typedef struct {
 /* down^T x along of an image x. */
 static void image(const work *k, const float *x, float *own, float *out) {
   const room *m = k->m;
-  m->with->project(x, m->l->width, m->l->height, m->l->width, k->scratch + m->at_down, m->down, own, 0, 1);
+  m->with->project(x, m->l->width, m->l->height, m->l->width, k->scratch + m->at_down, m->down, own, 0, m->place);
   memset(out, 0, sizeof(float) * (size_t)(m->down * m->along));
   m->with->correlate(own, m->row, m->down, m->row, 1, 0, k->scratch + m->at_vectors, m->along, out);
 }
@@ -253,8 +253,9 @@ static void channels_of_rows(const task *t, int64_t from, int64_t to) {
       for (int64_t i = 0; i < l->kernel[1]; i++)
         m->with->project(k->scratch + m->at_vectors + i * r[3] * m->row, m->row, r[3], m->row, core + b * r[3] * r[2], r[2],
                          spread_out + (b * l->kernel[1] + i) * size, 0, 0);
-      m->with->project(x + b * l->outputs * m->place, l->width, l->height, l->width, k->scratch + m->at_down, m->down,
-                       down + b * m->down * m->row, 0, 1);
+      const int64_t at = b * l->outputs * m->place, next = b + 1 < r[0] ? l->outputs * m->place : m->place - at;
+      m->with->project(x + at, l->width, l->height, l->width, k->scratch + m->at_down, m->down,
+                       down + b * m->down * m->row, 0, next);
     }
     memset(k->out + from * places, 0, sizeof(float) * (size_t)places);
     m->with->correlate(down, size, l->kernel[0], size, r[0], m->down * m->row, spread_out, l->kernel[1],

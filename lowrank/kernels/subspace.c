@@ -83,10 +83,13 @@ typedef struct {
 
 static int64_t padded(const view *v, int64_t w) { return (w + v->with->width - 1) / v->with->width * v->with->width; }
 
-/* Of `tiles` x (n, w) at a stride, one a `jump` behind the other: `z` s^T x, each (r, w) in vectors. */
-static void across(const view *v, const float *x, int64_t stride, int64_t w, int64_t tiles, int64_t jump, float *z) {
+/* Of `tiles` x (n, w) at a stride, one a `jump` behind the other, and the next one `next` behind the last, or 0: `z` s^T x,
+   each (r, w) in vectors. */
+static void across(const view *v, const float *x, int64_t stride, int64_t w, int64_t tiles, int64_t jump, int64_t next,
+                   float *z) {
   for (int64_t t = 0; t < tiles; t++)
-    v->with->project(x + t * jump, stride, v->n, w, v->s, v->r, z + t * v->r * padded(v, w), 0, 1);
+    v->with->project(x + t * jump, stride, v->n, w, v->s, v->r, z + t * v->r * padded(v, w), 0,
+                     t + 1 < tiles ? jump : next);
 }
 
 /* And the image += x z^T. */
@@ -134,7 +137,7 @@ static void lying(const view *v, int64_t index, float *z, float *image) {
   const float *x = tile_of(v, index / v->blocks, &first, &some) + from;
   if (some < 1) return;
   if (v->clamp) clamp(v, x, some);
-  across(v, x, v->stride, w, some, v->jump, z);
+  across(v, x, v->stride, w, some, v->jump, block + 1 < v->blocks ? w : v->jump - from, z);
   for (int64_t t = 0; v->out && t < some; t++)
     v->with->arrange(z + t * r * padded(v, w), r, w, v->out + (first + t) * r * v->right + from, v->right, 1, 1);
   back(v, x, v->stride, w, some, v->jump, z, image);
@@ -150,7 +153,7 @@ static void copied(const view *v, int64_t index, float *tile, float *z, float *i
     for (int64_t i = 0; i < n; i++)
       for (int64_t p = 0; p < right; p++) tile[i * w + l * right + p] = x[l * v->jump + i * v->stride + p];
   for (int64_t i = 0; used < w && i < n; i++) memset(tile + i * w + used, 0, sizeof(float) * (size_t)(w - used));
-  across(v, tile, w, w, 1, 0, z);
+  across(v, tile, w, w, 1, 0, 0, z);
   float *out = v->out + first * v->r * right;
   for (int64_t l = 0; v->out && l < some; l++)
     for (int64_t k = 0; k < v->r; k++)

@@ -11,15 +11,16 @@ typedef float NAME(vector) __attribute__((vector_size(4 * WIDTH), aligned(4), ma
 #define PADDED(w) (((w) + WIDTH - 1) / WIDTH * WIDTH)
 
 /* out[k][p] = sum over i of s[i][k] x[i][p], of K columns of s, which has r, and P vectors, the last of which is at
-   `last`; added to what is there, or not. As many numbers are called for `ahead`, unless it is NULL. */
+   `last`; added to what is there, or not. `each` numbers `ahead` are called for with each row, unless that is NULL. */
 INLINE void NAME(project_few)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
-                              int64_t row, int64_t last, int add, const float *ahead, const int K, const int P) {
+                              int64_t row, int64_t last, int add, const float *ahead, const int each, const int K,
+                              const int P) {
   NAME(vector) sums[5][MOST];
   for (int k = 0; k < K; k++)
     for (int p = 0; p < P; p++) sums[k][p] = add ? READ(out + k * row + p * WIDTH) : (NAME(vector)){0};
   for (int64_t i = 0; i < count; i++, x += stride, s += r) {
     if (ahead)
-      for (int p = 0; p < P * WIDTH; p += LINE) __builtin_prefetch(ahead + i * P * WIDTH + p, 0, 2);
+      for (int p = 0; p < each; p += LINE) __builtin_prefetch(ahead + i * each + p, 0, 2);
     if (MOST > 4) /* with many registers each vector is read once, with few a number of s */
       for (int p = 0; p < P; p++) {
         const NAME(vector) numbers = READ(x + (p < P - 1 ? p * WIDTH : last));
@@ -33,12 +34,13 @@ INLINE void NAME(project_few)(const float *x, int64_t stride, int64_t count, con
     for (int p = 0; p < P; p++) VECTOR(out + k * row + p * WIDTH) = sums[k][p];
 }
 
-/* Of one vector and eight columns: four sums would wait for each other. */
+/* Of one vector and eight columns: four sums would wait for each other. What is called for is a `step` from row to row. */
 INLINE void NAME(project_eight)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
-                                int64_t row, int add) {
+                                int64_t row, int add, const float *ahead, int64_t step) {
   NAME(vector) sums[8];
   for (int k = 0; k < 8; k++) sums[k] = add ? READ(out + k * row) : (NAME(vector)){0};
   for (int64_t i = 0; i < count; i++, x += stride, s += r) {
+    if (ahead) __builtin_prefetch(ahead + i * step, 0, 2);
     const NAME(vector) numbers = READ(x);
     for (int k = 0; k < 8; k++) sums[k] += numbers * s[k];
   }
@@ -46,41 +48,49 @@ INLINE void NAME(project_eight)(const float *x, int64_t stride, int64_t count, c
 }
 
 INLINE void NAME(project_vectors)(const float *x, int64_t stride, int64_t count, const float *s, int64_t r, float *out,
-                                  int64_t row, int64_t last, int add, const float *ahead, const int P) {
+                                  int64_t row, int64_t last, int add, const float *ahead, int64_t step, const int P) {
+  const int all = P * WIDTH, half = all / 2;
   int64_t k = 0;
   if (MOST == 7 && P < 7 && r == 5) { /* as with a column of ones, which would take a read of its own */
-    NAME(project_few)(x, stride, count, s, r, out, row, last, add, ahead, 5, P < 7 ? P : 1);
+    NAME(project_few)(x, stride, count, s, r, out, row, last, add, step == all ? ahead : NULL, all, 5, P < 7 ? P : 1);
     return;
   }
-  for (; P == 1 && k + 8 <= r; k += 8) NAME(project_eight)(x + last, stride, count, s + k, r, out + k * row, row, add);
+  for (; P == 1 && k + 8 <= r; k += 8, ahead = NULL)
+    NAME(project_eight)(x + last, stride, count, s + k, r, out + k * row, row, add, ahead, step);
+  if (step != all) ahead = NULL;
+  if (P > 1 && r >= 8 && ahead) { /* one half at a time, so that memory always has something to do */
+    for (; k < 8; k += 4, ahead += count * half)
+      NAME(project_few)(x, stride, count, s + k, r, out + k * row, row, last, add, ahead, half, 4, P);
+    ahead = NULL;
+  }
   for (; k + 4 <= r; k += 4, ahead = NULL)
-    NAME(project_few)(x, stride, count, s + k, r, out + k * row, row, last, add, ahead, 4, P);
+    NAME(project_few)(x, stride, count, s + k, r, out + k * row, row, last, add, ahead, all, 4, P);
   s += k, out += k * row;
-  if (r - k == 3) NAME(project_few)(x, stride, count, s, r, out, row, last, add, ahead, 3, P);
-  if (r - k == 2) NAME(project_few)(x, stride, count, s, r, out, row, last, add, ahead, 2, P);
-  if (r - k == 1) NAME(project_few)(x, stride, count, s, r, out, row, last, add, ahead, 1, P);
+  if (r - k == 3) NAME(project_few)(x, stride, count, s, r, out, row, last, add, ahead, all, 3, P);
+  if (r - k == 2) NAME(project_few)(x, stride, count, s, r, out, row, last, add, ahead, all, 2, P);
+  if (r - k == 1) NAME(project_few)(x, stride, count, s, r, out, row, last, add, ahead, all, 1, P);
 }
 
 /* out = s^T x, (r, w) in vectors, of s (count, r); added to what is there, or not. As many vectors of a row at a time as
-   there is room for: memory is fast where it is read in order. Where that is not all, with `call`, it calls for the rows
-   behind while it is at those ahead. */
+   there is room for: memory is fast where it is read in order. While it is at some rows, it calls for those behind, and at
+   the last for the first of the next such tile, which is a `jump` ahead; 0: for none. */
 static TARGET void NAME(project)(const float *x, int64_t stride, int64_t count, int64_t w, const float *s, int64_t r,
-                                 float *out, int add, int call) {
+                                 float *out, int add, int64_t jump) {
   const int64_t row = PADDED(w), vectors = row / WIDTH, most = r == 5 && MOST == 7 ? 6 : MOST,
                 turns = (vectors + most - 1) / most;
   const int64_t few = NEAR / w < 16 ? 16 : NEAR / w;
   for (int64_t from = 0; from < count; from += few, add = 1) {
     const int64_t rows = count - from < few ? count - from : few;
+    const float *next = from + rows < count ? x + (from + rows) * stride : x + jump;
     for (int64_t turn = 0; turn < turns; turn++) {
       const int64_t at = vectors * turn / turns * WIDTH, end = vectors * (turn + 1) / turns * WIDTH;
-      const int64_t last = (end > w ? w : end) - WIDTH - at;
+      const int64_t last = (end > w ? w : end) - WIDTH - at, step = w == stride ? end - at : stride;
       const float *a = x + from * stride + at, *b = s + from * r;
-      const float *next = a - at + rows * stride + at * rows / w * stride + at * rows % w;
-      const float *ahead = call ? next : NULL;
+      const float *ahead = !jump ? NULL : w == stride ? next + at * rows : next + at;
       switch ((end - at) / WIDTH) {
 #define TURN(P)                                                                                                        \
   case P:                                                                                                              \
-    NAME(project_vectors)(a, stride, rows, b, r, out + at, row, last, add, ahead, P);                                  \
+    NAME(project_vectors)(a, stride, rows, b, r, out + at, row, last, add, ahead, step, P);                            \
     break;
         TURN(1) TURN(2) TURN(3)
 #if MOST == 7

@@ -4,7 +4,7 @@
 
 struct tile_kernels {
   void (*project)(const float *x, int64_t stride, int64_t count, int64_t w, const float *s, int64_t r, float *out,
-                  int add, int call);
+                  int add, int64_t jump);
   void (*correlate)(const float *x, int64_t stride, int64_t count, int64_t w, int64_t tiles, int64_t jump,
                     const float *z, int64_t r, float *out);
   void (*clear_overlap)(float *z, int64_t r, int64_t w);
