@@ -6,7 +6,7 @@ Also what a backward pass does where it is itself differentiated, and where what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import lru_cache, wraps
 from threading import local
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 from lowrank.errors import ChangedError, DoubleBackwardError
@@ -108,6 +109,20 @@ def _is_ordinary(tensor: Tensor) -> bool:
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """A context in which autocast is off for a kind of device."""
     return torch.autocast(device, enabled=False) if in_autocast(device) else nullcontext()
+
+
+@contextmanager
+def as_when_called(device: str) -> Iterator[None]:
+    """A context for what a layer computes later than it was called, without a graph: whoever asks for it may be in
+    autocast, in inference mode or under a transform of `torch.func`, of which numbers that serve others know none."""
+    with ExitStack() as stack:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(without_autocast(device))
+        yield
 
 
 def in_autocast(device: str) -> bool:
