@@ -14,7 +14,11 @@ from typing import Any, TypeVar
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._functorch.pyfunctorch import (
+    pop_dynamic_layer_stack,
+    push_dynamic_layer_stack,
+    temporarily_clear_interpreter_stack,
+)
 from torch.autograd import forward_ad
 
 from lowrank.errors import ChangedError, DoubleBackwardError
@@ -219,24 +223,53 @@ def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
     def run(ctx: Any, *grads: Any) -> Any:
         global _nodes_run
         _nodes_run += 1
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return in_transform(ctx, *grads)
         batched = next(filter(is_batched, grads), None)
         if batched is None:
             return backward(ctx, *grads)
         level = _innermost_level(batched)
         columns = [torch._remove_batch_dim(g, level, 0, 0) if is_batched(g) else None for g in grads]
-        size = next(len(column) for column in columns if column is not None)
-        found = []
-        with _one_of_a_batch():
-            for at in range(size):
-                given = (g if column is None else column[at] for g, column in zip(grads, columns, strict=True))
-                made = backward(ctx, *given)
-                found.append(made if isinstance(made, tuple) else (made,))
         return tuple(
-            torch._add_batch_dim(torch.stack(column), 0, level) if isinstance(column[0], Tensor) else None
-            for column in zip(*found, strict=True)
+            None if found is None else torch._add_batch_dim(found, 0, level)
+            for found in _stacked_rows(backward, ctx, grads, columns)
         )
 
+    def in_transform(ctx: Any, *grads: Any) -> Any:
+        """Of `torch.func.vmap`: a graph from outside of it knows of the gradients that it is given alone."""
+        level = torch._C._functorch.peek_interpreter_stack().level()
+        columns = [_unwrapped(g, level) for g in grads]
+        top = pop_dynamic_layer_stack()
+        try:
+            if not any(column is not None for column in columns):
+                return run(ctx, *grads)
+            made = _stacked_rows(run, ctx, grads, columns)
+        finally:
+            push_dynamic_layer_stack(top)
+        return tuple(None if found is None else torch._C._functorch._add_batch_dim(found, 0, level) for found in made)
+
     return each
+
+
+def _stacked_rows(function: Callable[..., Any], ctx: Any, grads: Any, columns: list[Tensor | None]) -> list[Any]:
+    """What a backward pass makes of each gradient of a batch, one below the other; `columns` are the batches among its
+    gradients, (n, ...)."""
+    size = next(len(column) for column in columns if column is not None)
+    found = []
+    with _one_of_a_batch():
+        for at in range(size):
+            given = (g if column is None else column[at] for g, column in zip(grads, columns, strict=True))
+            made = function(ctx, *given)
+            found.append(made if isinstance(made, tuple) else (made,))
+    return [torch.stack(column) if isinstance(column[0], Tensor) else None for column in zip(*found, strict=True)]
+
+
+def _unwrapped(grad: Any, level: int) -> Tensor | None:
+    """The gradients that one stands for at a level of `torch.func.vmap`, (n, ...); None: it is one."""
+    functorch = torch._C._functorch
+    if not isinstance(grad, Tensor) or not functorch.is_batchedtensor(grad) or functorch.maybe_get_level(grad) != level:
+        return None
+    return functorch.get_unwrapped(grad).movedim(functorch.maybe_get_bdim(grad), 0)
 
 
 _nodes_run = 0
