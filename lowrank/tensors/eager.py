@@ -255,13 +255,26 @@ def _stacked_rows(function: Callable[..., Any], ctx: Any, grads: Any, columns: l
     """What a backward pass makes of each gradient of a batch, one below the other; `columns` are the batches among its
     gradients, (n, ...)."""
     size = next(len(column) for column in columns if column is not None)
-    found = []
+    found, ctx = [], _AskedOnce(ctx)
     with _one_of_a_batch():
         for at in range(size):
             given = (g if column is None else column[at] for g, column in zip(grads, columns, strict=True))
             made = function(ctx, *given)
             found.append(made if isinstance(made, tuple) else (made,))
     return [torch.stack(column) if isinstance(column[0], Tensor) else None for column in zip(*found, strict=True)]
+
+
+class _AskedOnce:
+    """The context of a node, which is asked once for what it saved, see `known_in_batch`."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._ctx, name)
+        if name == "saved_tensors":
+            self.saved_tensors = found
+        return found
 
 
 def _unwrapped(grad: Any, level: int) -> Tensor | None:
@@ -294,17 +307,23 @@ _THREAD = local()
 
 @contextmanager
 def _one_of_a_batch() -> Iterator[None]:
-    before = in_batch()
-    _THREAD.in_batch = True
+    before = known_in_batch()
+    _THREAD.known = {} if before is None else before
     try:
         yield
     finally:
-        _THREAD.in_batch = before
+        _THREAD.known = before
 
 
 def in_batch() -> bool:
     """Whether a backward node of this thread is at one of a batch of gradients, so that others may follow."""
-    return getattr(_THREAD, "in_batch", False)
+    return known_in_batch() is not None
+
+
+def known_in_batch() -> dict[Any, Any] | None:
+    """What a backward node that is at one of a batch of gradients has been given, for those that follow: a checkpoint
+    gives what was saved once. None: it is at none of a batch."""
+    return getattr(_THREAD, "known", None)
 
 
 def is_batched(grad: Any) -> bool:

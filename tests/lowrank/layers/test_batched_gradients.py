@@ -11,6 +11,7 @@ from layer_cases import EXACT
 from networks import frozen_statistics, with_statistics
 from references import TOLERANCE, random_tensor
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lowrank
 
@@ -71,6 +72,16 @@ def test_functions(name, way):
     torch.manual_seed(0)
     stock = frozen_statistics(with_statistics(Behind(FUNCTIONS[name]))).double()
     model = lowrank.convert(copy.deepcopy(stock), ["conv", "head"], lowrank.Vanilla())
+    assert_same_jacobian(stock, model, random_tensor(2, 4, 8, 7).requires_grad_(), way)
+
+
+@pytest.mark.parametrize("way", [at_once, by_vmap, by_vmap_of_vmap])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_within_a_checkpoint_which_gives_what_was_saved_once(name, way):
+    torch.manual_seed(0)
+    stock = frozen_statistics(with_statistics(Behind(FUNCTIONS[name]))).double()
+    model = lowrank.convert(copy.deepcopy(stock), ["conv", "head"], lowrank.Vanilla())
+    model.forward = partial(checkpoint, model.forward, use_reentrant=False)
     assert_same_jacobian(stock, model, random_tensor(2, 4, 8, 7).requires_grad_(), way)
 
 
