@@ -17,7 +17,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 from lowrank.errors import ChangedError
-from lowrank.tensors.eager import in_batch, ordinary
+from lowrank.tensors.eager import known_in_batch, ordinary
 from lowrank.tensors.notes import Notes
 
 
@@ -92,8 +92,11 @@ class Slot:
                 "retain_graph=True if you need to"
             )
         nodes = [one if isinstance(one, _Held) else cast(Any, one.grad_fn) for one in self._saved]
+        known = known_in_batch()
         try:
-            tensors = [ordinary(node.saved_tensors[0]) for node in nodes]
+            tensors = None if known is None else known.get(self)
+            if tensors is None:
+                tensors = [ordinary(node.saved_tensors[0]) for node in nodes]
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error) or self.own:
                 raise
@@ -103,7 +106,9 @@ class Slot:
                 f"({' '.join(str(error).split())[:200]}); change a copy of it"
             ) from None
         read = self._read
-        if not torch._C._autograd._get_current_graph_task_keep_graph() and not in_batch():
+        if known is not None:
+            known[self] = tensors
+        elif not torch._C._autograd._get_current_graph_task_keep_graph():
             self._saved = self._read = None
         if read is None:
             return tensors[0]

@@ -22,7 +22,7 @@ from lowrank.errors import ChangedError
 from lowrank.exact.functions import LEAN_FUNCTIONS
 from lowrank.exact.origins import hand_on
 from lowrank.exact.watched import BACKWARD, foreign, is_watched_for, of_class, tell_if_compiled, watch
-from lowrank.tensors.eager import ORDINARY, without_autocast
+from lowrank.tensors.eager import ORDINARY, as_when_called
 from lowrank.tensors.memory_layout import laid_out
 from lowrank.tensors.notes import hand_on_all
 
@@ -65,7 +65,7 @@ class Lazy(Tensor):
         """The numbers, without a graph; operations in place on the lazy tensor change it."""
         if self._value is None:
             assert self._make is not None
-            with torch.no_grad(), without_autocast(self.device.type):
+            with as_when_called(self.device.type):
                 self._value = laid_out(self._make(), self.stride())
             self._make = self.origin = None
             if self.when_read is not None:
@@ -102,8 +102,10 @@ class Lazy(Tensor):
 
     def detach(self) -> Tensor:
         """As ever, and of the same class, which whoever makes a parameter of it asks for."""
-        value = self.value().detach()
-        found = Lazy(tuple(self.shape), value, self.dtype, self.stride(), self.value, None)
+        value = self.value()
+        with as_when_called(self.device.type):
+            value = value.detach()
+            found = Lazy(tuple(self.shape), value, self.dtype, self.stride(), self.value, None)
         found._value = value
         return found
 

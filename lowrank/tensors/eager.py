@@ -6,7 +6,7 @@ Also what a backward pass does where it is itself differentiated, and where what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import lru_cache, wraps
 from threading import local
 from typing import Any, TypeVar
@@ -14,6 +14,11 @@ from typing import Any, TypeVar
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import (
+    pop_dynamic_layer_stack,
+    push_dynamic_layer_stack,
+    temporarily_clear_interpreter_stack,
+)
 from torch.autograd import forward_ad
 
 from lowrank.errors import ChangedError, DoubleBackwardError
@@ -110,6 +115,20 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if in_autocast(device) else nullcontext()
 
 
+@contextmanager
+def as_when_called(device: str) -> Iterator[None]:
+    """A context for what a layer computes later than it was called, without a graph: whoever asks for it may be in
+    autocast, in inference mode or under a transform of `torch.func`, of which numbers that serve others know none."""
+    with ExitStack() as stack:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(without_autocast(device))
+        yield
+
+
 def in_autocast(device: str) -> bool:
     """Whether autocast is on for a kind of device."""
     if torch.compiler.is_compiling():  # the compiler of PyTorch 2.11 cannot look into `is_autocast_available`
@@ -204,24 +223,66 @@ def _one_by_one(backward: Callable[..., Any]) -> Callable[..., Any]:
     def run(ctx: Any, *grads: Any) -> Any:
         global _nodes_run
         _nodes_run += 1
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return in_transform(ctx, *grads)
         batched = next(filter(is_batched, grads), None)
         if batched is None:
             return backward(ctx, *grads)
         level = _innermost_level(batched)
         columns = [torch._remove_batch_dim(g, level, 0, 0) if is_batched(g) else None for g in grads]
-        size = next(len(column) for column in columns if column is not None)
-        found = []
-        with _one_of_a_batch():
-            for at in range(size):
-                given = (g if column is None else column[at] for g, column in zip(grads, columns, strict=True))
-                made = backward(ctx, *given)
-                found.append(made if isinstance(made, tuple) else (made,))
         return tuple(
-            torch._add_batch_dim(torch.stack(column), 0, level) if isinstance(column[0], Tensor) else None
-            for column in zip(*found, strict=True)
+            None if found is None else torch._add_batch_dim(found, 0, level)
+            for found in _stacked_rows(backward, ctx, grads, columns)
         )
 
+    def in_transform(ctx: Any, *grads: Any) -> Any:
+        """Of `torch.func.vmap`: a graph from outside of it knows of the gradients that it is given alone."""
+        level = torch._C._functorch.peek_interpreter_stack().level()
+        columns = [_unwrapped(g, level) for g in grads]
+        top = pop_dynamic_layer_stack()
+        try:
+            if not any(column is not None for column in columns):
+                return run(ctx, *grads)
+            made = _stacked_rows(run, ctx, grads, columns)
+        finally:
+            push_dynamic_layer_stack(top)
+        return tuple(None if found is None else torch._C._functorch._add_batch_dim(found, 0, level) for found in made)
+
     return each
+
+
+def _stacked_rows(function: Callable[..., Any], ctx: Any, grads: Any, columns: list[Tensor | None]) -> list[Any]:
+    """What a backward pass makes of each gradient of a batch, one below the other; `columns` are the batches among its
+    gradients, (n, ...)."""
+    size = next(len(column) for column in columns if column is not None)
+    found, ctx = [], _AskedOnce(ctx)
+    with _one_of_a_batch():
+        for at in range(size):
+            given = (g if column is None else column[at] for g, column in zip(grads, columns, strict=True))
+            made = function(ctx, *given)
+            found.append(made if isinstance(made, tuple) else (made,))
+    return [torch.stack(column) if isinstance(column[0], Tensor) else None for column in zip(*found, strict=True)]
+
+
+class _AskedOnce:
+    """The context of a node, which is asked once for what it saved, see `known_in_batch`."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._ctx, name)
+        if name == "saved_tensors":
+            self.saved_tensors = found
+        return found
+
+
+def _unwrapped(grad: Any, level: int) -> Tensor | None:
+    """The gradients that one stands for at a level of `torch.func.vmap`, (n, ...); None: it is one."""
+    functorch = torch._C._functorch
+    if not isinstance(grad, Tensor) or not functorch.is_batchedtensor(grad) or functorch.maybe_get_level(grad) != level:
+        return None
+    return functorch.get_unwrapped(grad).movedim(functorch.maybe_get_bdim(grad), 0)
 
 
 _nodes_run = 0
@@ -246,17 +307,23 @@ _THREAD = local()
 
 @contextmanager
 def _one_of_a_batch() -> Iterator[None]:
-    before = in_batch()
-    _THREAD.in_batch = True
+    before = known_in_batch()
+    _THREAD.known = {} if before is None else before
     try:
         yield
     finally:
-        _THREAD.in_batch = before
+        _THREAD.known = before
 
 
 def in_batch() -> bool:
     """Whether a backward node of this thread is at one of a batch of gradients, so that others may follow."""
-    return getattr(_THREAD, "in_batch", False)
+    return known_in_batch() is not None
+
+
+def known_in_batch() -> dict[Any, Any] | None:
+    """What a backward node that is at one of a batch of gradients has been given, for those that follow: a checkpoint
+    gives what was saved once. None: it is at none of a batch."""
+    return getattr(_THREAD, "known", None)
 
 
 def is_batched(grad: Any) -> bool:

@@ -1,7 +1,8 @@
-"""Several gradients in one backward pass (`is_grads_batched=True`): those of one after the other."""
+"""Several gradients in one backward pass (`is_grads_batched=True`, `torch.func.vmap`): those of one after the other."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from layer_cases import EXACT
 from networks import frozen_statistics, with_statistics
 from references import TOLERANCE, random_tensor
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lowrank
 
@@ -38,23 +40,61 @@ class Behind(nn.Module):
         return self.head(self.function(self.norm(self.conv(x))).mean((2, 3)))
 
 
-def assert_same_jacobian(stock, model, x):
+def at_once(y, inputs, basis):
+    return torch.autograd.grad(y, inputs, basis, is_grads_batched=True)
+
+
+def by_vmap(y, inputs, basis):
+    return torch.func.vmap(lambda row: torch.autograd.grad(y, inputs, row, retain_graph=True))(basis)
+
+
+def by_vmap_of_vmap(y, inputs, basis):
+    """Of images and outputs, the first of both the last dimension of its batch."""
+    basis = basis.unflatten(0, y.shape).movedim(0, -1)
+    found = torch.func.vmap(partial(by_vmap, y, inputs), in_dims=-1)(basis)
+    return [one.flatten(0, 1) for one in found]
+
+
+def assert_same_jacobian(stock, model, x, way=at_once):
     """Of every output with respect to the input and all parameters: at once of `model`, row by row of `stock`."""
     y = stock(x)
     inputs = [x, *stock.parameters()]
     rows = [torch.autograd.grad(one, inputs, retain_graph=True) for one in y.flatten()]
     expected = [torch.stack(column) for column in zip(*rows, strict=True)]
     basis = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
-    found = torch.autograd.grad(model(x), [x, *model.parameters()], basis, is_grads_batched=True)
+    found = way(model(x), [x, *model.parameters()], basis)
     torch.testing.assert_close(list(found), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("way", [at_once, by_vmap, by_vmap_of_vmap])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions(name):
+def test_functions(name, way):
     torch.manual_seed(0)
     stock = frozen_statistics(with_statistics(Behind(FUNCTIONS[name]))).double()
     model = lowrank.convert(copy.deepcopy(stock), ["conv", "head"], lowrank.Vanilla())
-    assert_same_jacobian(stock, model, random_tensor(2, 4, 8, 7).requires_grad_())
+    assert_same_jacobian(stock, model, random_tensor(2, 4, 8, 7).requires_grad_(), way)
+
+
+@pytest.mark.parametrize("way", [at_once, by_vmap, by_vmap_of_vmap])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_within_a_checkpoint_which_gives_what_was_saved_once(name, way):
+    torch.manual_seed(0)
+    stock = frozen_statistics(with_statistics(Behind(FUNCTIONS[name]))).double()
+    model = lowrank.convert(copy.deepcopy(stock), ["conv", "head"], lowrank.Vanilla())
+    model.forward = partial(checkpoint, model.forward, use_reentrant=False)
+    assert_same_jacobian(stock, model, random_tensor(2, 4, 8, 7).requires_grad_(), way)
+
+
+def test_rows_of_second_derivatives_by_vmap():
+    torch.manual_seed(0)
+    stock = frozen_statistics(with_statistics(Behind(F.gelu))).double()
+    model = lowrank.convert(copy.deepcopy(stock), ["conv", "head"], lowrank.Vanilla())
+    x, found = random_tensor(2, 4, 8, 7).requires_grad_(), []
+    for network in (stock, model):
+        (slopes,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+        basis = random_tensor(3, *x.shape, seed=2)
+        found.append(by_vmap(slopes, [x], basis)[0])
+    torch.testing.assert_close(found[1], found[0], **TOLERANCE)
 
 
 class InAnotherThread(torch.autograd.Function):

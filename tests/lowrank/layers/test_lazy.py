@@ -75,6 +75,9 @@ READERS = {
     "as_subclass": lambda y: y.as_subclass(torch.Tensor) * 2,
     "a parameter": lambda y: nn.Parameter(y.detach()) * 2,
     "a loss": lambda y: nn.functional.mse_loss(y, torch.ones_like(y)),
+    "inference mode": lambda y: torch.tensor(float(torch.inference_mode()(torch.sum)(y))),
+    "a transform": lambda y: torch.func.grad(lambda scale: (y.detach() * scale).pow(2).sum())(y.new_ones(())),
+    "a batch": lambda y: torch.func.vmap(lambda scale: (y.detach() * scale).sum())(torch.arange(3.0)),
 }
 
 

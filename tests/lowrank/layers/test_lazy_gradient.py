@@ -15,7 +15,19 @@ def hooked(hook):
     return use
 
 
-HOOKS = {"replaced": lambda grad: grad * 2, "changed": lambda grad: grad.mul_(2), "looked at": lambda grad: None}
+@torch.inference_mode()
+def measured(grad):
+    assert grad.sum().is_inference()
+
+
+def transformed(grad):
+    assert torch.func.grad(lambda scale: (grad.detach() * scale).sum())(grad.new_ones(())).isfinite()
+
+
+HOOKS = {
+    **{"replaced": lambda grad: grad * 2, "changed": lambda grad: grad.mul_(2), "looked at": lambda grad: None},
+    **{"measured in inference mode": measured, "within a transform": transformed},
+}
 
 
 @pytest.mark.parametrize("hook", HOOKS)
