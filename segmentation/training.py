@@ -49,7 +49,7 @@ from segmentation.identity import (
     require_budget,
     run_of,
 )
-from segmentation.network import prepared_model, require_classes, require_trainable, require_weights
+from segmentation.network import prepared_model, require_classes, require_steps, require_trainable, require_weights
 from segmentation.quiet import quietly
 from segmentation.runner_config import runner_config
 from segmentation.sources import own_sources
@@ -97,6 +97,7 @@ class Task:
         if result == RESULT:
             require_optimizer(self.config)
             require_read(self.config)
+        require_steps(self.config)
         data = data if data.fingerprint else data_of(self.config)
         folder.data_fingerprint = _told(data, result)
         if self.config.get("processes", 1) == place().count:  # else those that are to be started tell it

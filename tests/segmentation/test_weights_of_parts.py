@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -68,3 +69,15 @@ def test_a_run_is_of_the_content_of_its_parts_weights_wherever_they_are(own, par
     state["stem.0.weight"] += 0.5
     torch.save(state, moved)
     assert "holds a run with other settings (model.backbone.init_cfg.checkpoint is " in refused(words(), capsys)
+
+
+@pytest.mark.slow
+def test_a_run_is_of_the_content_of_its_weights_of_classes(own, tmp_path, capsys):
+    content, words = own
+    path = tmp_path / "classes.npy"
+    content["model"]["decode_head"]["loss_decode"] = {"type": "CrossEntropyLoss", "class_weight": str(path)}
+    assert f"{path} cannot be read: No such file" in refused(words(), capsys)
+    np.save(path, [1.0, 2.0])
+    assert main(words()) == 0
+    np.save(path, [2.0, 1.0])
+    assert "holds a run with other settings (model.decode_head.loss_decode.class_weight is " in refused(words(), capsys)
