@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from logging import FileHandler
 from pathlib import Path
@@ -13,6 +14,7 @@ from mmengine.runner import CheckpointLoader
 from mmseg.registry import DATASETS, MODELS
 
 from experiment import ExperimentError
+from experiment.download import downloads_told
 from segmentation.building import require_optimizer
 from segmentation.checkpoints import check_fit, check_loaded, load_weights, read_safely_everywhere
 from segmentation.compose import class_count, datasets, hook_settings
@@ -144,23 +146,19 @@ def require_weights(config: Config, download: bool) -> None:
 
     Args:
         config: see `segmentation.compose`.
-        download: whether those at an address are looked at as well.
+        download: whether those at an address are downloaded; else it is said that they would be, if they are not there.
 
     Raises:
         ExperimentError: see `segmentation.checkpoints.check_fit`, or a part does not get those that it names.
     """
     read_safely_everywhere()
-    source = config.get("load_from")
-    if source and (download or not _is_address(source)):
-        content = CheckpointLoader.load_checkpoint(source, "cpu", logger="silent")
-        check_fit(_built(config), content, source)
-    named = list(named_weights(config.model.to_dict()))
-    if named and not source and (download or not any(map(_is_address, named))):
-        _require_parts_weights(config)
-
-
-def _is_address(source: str) -> bool:
-    return "://" in source
+    with contextlib.nullcontext() if download else downloads_told():
+        source = config.get("load_from")
+        if source:
+            content = CheckpointLoader.load_checkpoint(source, "cpu", logger="silent")
+            check_fit(_built(config), content, source)
+        elif any(named_weights(config.model.to_dict())):
+            _require_parts_weights(config)
 
 
 def _require_parts_weights(config: Config) -> None:

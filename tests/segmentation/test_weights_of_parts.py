@@ -47,6 +47,18 @@ def test_a_part_that_gets_none_of_its_weights_is_refused(own, part, tmp_path, ca
     assert main(words("train", "--dry-run")) == 0
 
 
+@pytest.mark.parametrize("address", ["torchvision://resnet18", "https://nowhere.invalid/net.pth"])
+def test_a_dry_run_says_which_weights_would_be_downloaded(address, own, part, tmp_path, monkeypatch, capsys):
+    content, words = own
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    content["model"]["backbone"]["init_cfg"]["checkpoint"] = address
+    assert main(words("train", "--dry-run")) == 0
+    assert f".pth is not on this machine; the run would download it to {tmp_path}" in capsys.readouterr().out
+    content["load_from"] = "open-mmlab://nope"
+    assert main(words("train", "--dry-run")) == 2
+    assert "there are no weights open-mmlab://nope" in errors(capsys)[0]
+
+
 def test_a_part_of_another_width_is_refused(own, part, capsys):
     _, words = own
     state, path = part
