@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmengine.dataset import BaseDataset
 from mmengine.logging import MMLogger
 from mmengine.runner import CheckpointLoader
 from mmseg.registry import DATASETS, MODELS
@@ -134,7 +135,9 @@ def require_classes(config: Config) -> None:
     count = class_count(config)
     for part in datasets(config):
         kind = DATASETS.get(part["type"])
-        named = part.get("metainfo", {}).get("classes") or getattr(kind, "METAINFO", {}).get("classes")
+        given = part.get("metainfo")  # a text in it may be a file with the names
+        is_usual = isinstance(kind, type) and issubclass(kind, BaseDataset)
+        named = (kind._load_metainfo(given) if is_usual else given or {}).get("classes")
         if count is not None and named is not None and len(named) != count:
             raise ExperimentError(
                 f"model.decode_head.num_classes is {count}, and the data set {part['type']} has {len(named)} classes"

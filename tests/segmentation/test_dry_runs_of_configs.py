@@ -156,6 +156,16 @@ UNFIT = {  # what is changed, and what is said
         ("model", "decode_head", "in_channels", 65),
         "model.decode_head does not take what it is given",
     ),
+    "classes in another order": (
+        "train",
+        ("val_dataloader", "dataset", "metainfo", "classes", ("thing", "ground")),
+        "img/val has other classes than that to train on: its label 0 is 'thing', there 'ground'; give both the same",
+    ),
+    "labels that count from another one": (
+        "train",
+        ("val_dataloader", "dataset", "reduce_zero_label", True),
+        "img/val has reduce_zero_label=True, and that to train on False, so that a label stands for another class",
+    ),
     "how weights begin": ("train", (*BACKBONE, {"type": "Kaimingg", "layer": "Conv2d"}), "Kaimingg is not in the"),
     "layers to begin with": (
         "train",
@@ -197,6 +207,17 @@ def test_a_run_refuses_what_its_dry_run_does_before_anything_is_written(own, tmp
     assert not (tmp_path / "runs").exists()
     content["model"]["auxiliary_head"] = [_auxiliary(), _auxiliary(loss_decode=_loss(class_weight=[1.0, 2.0]))]
     assert main(words("train", "--dry-run")) == 0
+
+
+def test_the_names_of_classes_may_stand_in_a_file(own, tmp_path, capsys):
+    content, words = own
+    path = tmp_path / "classes.txt"
+    path.write_text("ground\nthing\n")
+    content["train_dataloader"]["dataset"]["metainfo"] = {"classes": str(path)}
+    assert main(words("train", "--dry-run")) == 0
+    path.write_text("ground\nthing\nother\n")
+    assert main(words("train", "--dry-run")) == 2
+    assert "its label 2 is None, there 'other'" in errors(capsys)[0]
 
 
 def test_a_run_that_counts_iterations_saves_at_each_validation_where_it_does_not_say_when(own, tmp_path):
