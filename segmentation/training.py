@@ -34,6 +34,7 @@ from segmentation.building import require_optimizer
 from segmentation.checkpoints import LAST, newest, read_safely_everywhere
 from segmentation.compose import hook_settings, with_naming_readers
 from segmentation.data.registry import Data, data_of, require_data
+from segmentation.data.samples import require_samples
 from segmentation.formatting import formatted_once
 from segmentation.history import Begun, History
 from segmentation.hook import LowRankHook, unwrapped
@@ -101,6 +102,7 @@ class Task:
         data = data if data.fingerprint else data_of(self.config)
         folder.data_fingerprint = _told(data, result)
         if self.config.get("processes", 1) == place().count:  # else those that are to be started tell it
+            require_samples(self.config, trains=result == RESULT)
             folder.repeated = tell_repeated(self.config.get("dataset") or "the data set", data.trained, data.tested)
         if not folder.last_checkpoint:
             require_weights(self.config, download=True)
@@ -121,6 +123,7 @@ class Task:
         if data.fingerprint is None:
             return
         require_classes(self.config)
+        require_samples(self.config, trains=folder.result.name == RESULT)
         if not folder.last_checkpoint:
             require_weights(self.config, download=False)
 

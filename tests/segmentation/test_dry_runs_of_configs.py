@@ -37,6 +37,8 @@ def _auxiliary(**settings):
     return head | {"loss_decode": _loss(loss_weight=0.4)} | settings
 
 
+IMAGE, LABELS, PACKED = ({"type": name} for name in ("LoadImageFromFile", "LoadAnnotations", "PackSegInputs"))
+FLIPPED, SMALLER = {"type": "RandomFlip", "prob": 0.5}, {"type": "Resize", "scale": (8, 8)}
 BACKBONE, HEAD = ("model", "backbone", "init_cfg"), ("model", "decode_head", "loss_decode")
 UNFIT = {  # what is changed, and what is said
     "layers": ("train", ("custom_hooks", 0, "layers", ["decode_head.nothing"]), "decode_head.nothing"),
@@ -165,6 +167,26 @@ UNFIT = {  # what is changed, and what is said
         "train",
         ("val_dataloader", "dataset", "reduce_zero_label", True),
         "img/val has reduce_zero_label=True, and that to train on False, so that a label stands for another class",
+    ),
+    "pixels that move and labels that do not": (
+        "train",
+        ("train_dataloader", "dataset", "pipeline", [IMAGE, FLIPPED, LABELS, PACKED]),
+        "pipeline.1 is RandomFlip, ahead of LoadAnnotations, so that it would move pixels and not their labels",
+    ),
+    "no label maps": (
+        "measure",
+        ("train_dataloader", "dataset", "pipeline", [IMAGE, PACKED]),
+        "train_dataloader.dataset gives images without label maps; have LoadAnnotations in its pipeline",
+    ),
+    "no label maps to validate on": (
+        "train",
+        ("val_dataloader", "dataset", "pipeline", [IMAGE, PACKED]),
+        "val_dataloader.dataset gives images without label maps",
+    ),
+    "label maps of another size than what is predicted": (
+        "train",
+        ("val_dataloader", "dataset", "pipeline", [IMAGE, LABELS, SMALLER, PACKED]),
+        "val_dataloader.dataset gives a label map of 8 x 8 pixels, which is compared with 16 x 16; put LoadAnnotations",
     ),
     "how weights begin": ("train", (*BACKBONE, {"type": "Kaimingg", "layer": "Conv2d"}), "Kaimingg is not in the"),
     "layers to begin with": (
