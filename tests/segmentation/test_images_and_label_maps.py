@@ -18,6 +18,7 @@ from segmentation.cli import main
 from segmentation.compose import datasets, with_naming_readers
 from segmentation.data.registry import data_of
 from segmentation.data.seen import Seen, look, orientation_of
+from segmentation.history import _share
 
 ORIENTATION = 0x0112
 
@@ -210,3 +211,10 @@ def test_masks_of_black_and_white_are_no_label_maps_of_two_classes(own, tmp_path
     for path in (tmp_path / "own" / "ann" / other).iterdir():
         Image.fromarray(np.asarray(Image.open(path)) * 255).save(path)
     assert main(words("train", "--dry-run")) == 0
+
+
+def test_a_measure_that_is_none_is_refused():
+    with pytest.raises(
+        ExperimentError, match=r"mIoU of the validation images is -50 %, and not from 0 to 100; look at"
+    ):
+        _share({"mIoU": -50.0}, "mIoU")
