@@ -87,7 +87,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
     check_perplexity(config.get("perplexity") or {})
     hooks = _hooks(config)
     size = config.get("crop_size")
-    if size is not None and not _is_size(size):
+    if size is not None and not is_size(size):
         raise ExperimentError(f"crop_size is {size!r}; allowed are two whole numbers from 1")
     if size is not None:
         _check_crop(config, tuple(size))
@@ -112,7 +112,8 @@ def _hooks(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return hooks
 
 
-def _is_size(size: Any) -> bool:
+def is_size(size: Any) -> bool:
+    """Whether a setting is a height and a width."""
     return isinstance(size, Sequence) and len(size) == 2 and all(type(one) is int and one > 0 for one in size)
 
 
@@ -123,7 +124,7 @@ def _check_crop(config: Mapping[str, Any], size: tuple[int, int]) -> None:
     """
     for where, given in _sizes(config):
         other = (given, given) if isinstance(given, int) else given
-        if _is_size(other) and tuple(other) != size:
+        if is_size(other) and tuple(other) != size:
             raise ExperimentError(
                 f"crop_size is {size}, by which the run's record and budget go, and {where} is {tuple(other)}; set all "
                 f"of them alike"

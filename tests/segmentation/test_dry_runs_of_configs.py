@@ -96,6 +96,28 @@ UNFIT = {  # what is changed, and what is said
         ("model", "test_cfg", {"mode": "slide", "stride": (8, 8)}),
         "model.test_cfg.mode is 'slide', which needs crop_size, in pixels",
     ),
+    "windows with pixels between them": (
+        "train",
+        ("model", "test_cfg", {"mode": "slide", "crop_size": (8, 8), "stride": (8, 9)}),
+        "model.test_cfg.stride is (8, 9), above its crop_size (8, 8), so that pixels between the windows",
+    ),
+    "windows that do not move": (
+        "train",
+        ("model", "test_cfg", {"mode": "slide", "crop_size": (8, 8), "stride": (0, 8)}),
+        "model.test_cfg.stride is (0, 8); allowed are two whole numbers from 1",
+    ),
+    "no word of how images are validated": ("train", ("model", "test_cfg", {}), "model.test_cfg has no mode; allowed"),
+    "a misspelt word of it": (
+        "train",
+        ("model", "test_cfg", {"mode": "whole", "strid": 3}),
+        "model.test_cfg has the setting 'strid'; did you mean 'stride'?",
+    ),
+    "how much is logged": ("train", ("log_level", "DEBUGG"), "log_level is 'DEBUGG'; allowed: "),
+    "a schedule without a type": (
+        "train",
+        ("param_scheduler", {"0": {"power": 1}}),
+        "param_scheduler.0.power is 1; allowed are the settings of a scheduler",
+    ),
     "a schedule that would never step": (
         "train",
         ("param_scheduler", [{"type": "PolyLR", "power": 0.9}]),
@@ -228,6 +250,12 @@ def test_a_run_refuses_what_its_dry_run_does_before_anything_is_written(own, tmp
     assert "model.auxiliary_head does not take" in line
     assert not (tmp_path / "runs").exists()
     content["model"]["auxiliary_head"] = [_auxiliary(), _auxiliary(loss_decode=_loss(class_weight=[1.0, 2.0]))]
+    assert main(words("train", "--dry-run")) == 0
+
+
+def test_a_dry_run_passes_a_rate_that_is_scaled_by_the_batch(own):
+    content, words = own
+    content["auto_scale_lr"] = {"enable": True, "base_batch_size": 16}
     assert main(words("train", "--dry-run")) == 0
 
 
