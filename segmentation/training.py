@@ -280,10 +280,19 @@ def _recipe(config: Config) -> dict[str, Any]:
         limit,
         epochs=config.train_cfg.get("max_epochs"),
         steps=config.train_cfg.get("max_iters"),
-        learning_rate=wrapper.get("optimizer", {}).get("lr"),
+        learning_rate=_learning_rate(config),
         image_size=list(config.crop_size) if config.get("crop_size") else None,
         precision="16-mixed" if wrapper.get("type") == "AmpOptimWrapper" else "32-true",
     )
+
+
+def _learning_rate(config: Config) -> float | None:
+    """The rate that is trained with: MMEngine may scale the config's by the batch of all processes."""
+    rate, scaling = config.optim_wrapper.get("optimizer", {}).get("lr"), config.get("auto_scale_lr") or {}
+    if rate is None or not scaling.get("enable"):
+        return rate
+    batch = config.train_dataloader.batch_size * config.get("processes", 1)
+    return float(rate * batch / scaling["base_batch_size"])
 
 
 def measure(task: Task, work: Work | None = None) -> Path | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 from own_configs import errors, set_at
 
 from segmentation.cli import main
+from segmentation.training import _learning_rate
 
 
 def test_where_two_configs_share_a_folder_the_refusal_says_how_they_are_told_apart(own, capsys):
@@ -253,10 +255,12 @@ def test_a_run_refuses_what_its_dry_run_does_before_anything_is_written(own, tmp
     assert main(words("train", "--dry-run")) == 0
 
 
-def test_a_dry_run_passes_a_rate_that_is_scaled_by_the_batch(own):
+def test_a_rate_that_is_scaled_by_the_batch_is_recorded_so_and_passes_a_dry_run(own):
     content, words = own
+    assert _learning_rate(Config(content)) == 0.01
     content["auto_scale_lr"] = {"enable": True, "base_batch_size": 16}
     assert main(words("train", "--dry-run")) == 0
+    assert _learning_rate(Config(content | {"processes": 2})) == pytest.approx(0.01 * 2 * 2 / 16)
 
 
 def test_the_names_of_classes_may_stand_in_a_file(own, tmp_path, capsys):
