@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ from classification.backbones.weights import fitting
 from classification.data.text import TEXTS
 from classification.image_size import require_image_size
 from experiment import ExperimentError
+from experiment.download import downloads_told
 from experiment.method import build_method, with_ranks
 from experiment.ranks import Budget
 
@@ -34,6 +37,9 @@ def require_network(settings: Mapping[str, Any]) -> None:
     network = _network(model["backbone"], with_numbers=method.factors_weight)  # of which factors are found
     if model["weights"] is not None:
         fitting(network, model["weights"])
+    elif model["pretrained"]:
+        with downloads_told(), contextlib.redirect_stdout(io.StringIO()):  # where PyTorch says that it downloads
+            build_model(model["backbone"], _CLASSES, pretrained=True)
     names = _layers(network, model)
     budget = None if model["budget"] is None else Budget(**model["budget"])
     told = (names, model["rank_choice"], settings["seed_everything"])

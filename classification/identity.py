@@ -133,21 +133,23 @@ def _acting(callbacks: Any) -> dict[str, Any]:
     """Those of a trainer's callbacks that may do more than watch; no word of it, as before they were looked at, where
     none does."""
     given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
-    found = [one for one in given if not _watches(_path_of(one))]
+    found = [one for one in given if not _watches(path_of(one))]
     return {"callbacks": found} if found else {}
 
 
-def _path_of(callback: Any) -> str:
+def path_of(callback: Any) -> str:
+    """The path of a callback's class, of its settings or of its name alone."""
     return str(callback["class_path"] if isinstance(callback, Mapping) else callback)
 
 
 def _watches(path: str) -> bool:
-    if path.rpartition(".")[2] in _WATCHING and _is_lightnings(path):
+    if path.rpartition(".")[2] in _WATCHING and is_lightnings(path):
         return True
     return bool(getattr(_imported(path), NO_INFLUENCE_MARK, False))
 
 
-def _is_lightnings(path: str) -> bool:
+def is_lightnings(path: str) -> bool:
+    """Whether a class is one of Lightning's own, by its path."""
     return path.split(".")[0] in ("pytorch_lightning", "lightning")
 
 
@@ -159,7 +161,7 @@ def _imported(path: str) -> Any:
 
 def callback_sources(identity: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """The files that hold the callbacks of one's own that an identity names; see `experiment.sources`."""
-    paths = [path for path in map(_path_of, identity["trainer"].get("callbacks", [])) if not _is_lightnings(path)]
+    paths = [path for path in map(path_of, identity["trainer"].get("callbacks", [])) if not is_lightnings(path)]
     found = {f"callback {path}": source_of(_imported(path)) for path in paths}
     return {what: source for what, source in found.items() if source}
 

@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from classification.data.module import FRONT_OF_AUGMENTED
+from classification.identity import is_lightnings, path_of
 from classification.start import strategy_of
 from experiment import ExperimentError
 from experiment.limit import check_limit
@@ -63,6 +64,11 @@ ONLY = {  # settings of a training run that have one value alone
     "trainer.barebones": (False, "it does without all that a record is made of"),
     "trainer.overfit_batches": (0.0, "it validates on training images"),
     "trainer.sync_batchnorm": (False, "statistics are frozen, or of each process"),
+}
+UNFIT = {  # Lightning's callbacks that change what the record says of a run
+    "StochasticWeightAveraging": "it trains one epoch more than --trainer.max_epochs; WeightAveraging has them all",
+    "BatchSizeFinder": "memory is that of --data.batch_size; find it beforehand, and give it so",
+    "LearningRateFinder": "the rate is that of --model.learning_rate; find it beforehand, and give it so",
 }
 _AS_GOOD = {"trainer.val_check_interval": (1.0,), "trainer.enable_checkpointing": (True,)}
 
@@ -154,6 +160,10 @@ def _check_training(config: Mapping[str, Any]) -> None:
         value = _at(config, key)
         if value != only and value not in _AS_GOOD.get(key, ()):
             raise ExperimentError(f"--{key} is {value}; allowed is {_AS_GOOD.get(key, (only,))[0]} alone: {reason}")
+    given = _at(config, "trainer.callbacks") or ()
+    for path in map(path_of, given if isinstance(given, list) else [given]):
+        if is_lightnings(path) and (reason := UNFIT.get(path.rpartition(".")[2])):
+            raise ExperimentError(f"--trainer.callbacks has {path}, which no run can have: {reason}")
     precision = str(_at(config, "trainer.precision"))
     if "16" in precision:
         check_precision(_at(config, "model.method"), f"--trainer.precision is {precision}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import re
@@ -10,16 +11,52 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextvars import ContextVar
 from email.message import Message
 from pathlib import Path
+from unittest.mock import patch
 
 from experiment.errors import ExperimentError
+from experiment.files import try_place
 
 CHUNK = 2**20
+_only_told = ContextVar("only told", default=False)  # whether nothing is to be downloaded; see `downloads_told`
 WAITS = (1.0, 4.0, 16.0)  # seconds before each further try
 TIMEOUT = 60.0  # seconds without a single byte
 _BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 _LASTING = (400, 401, 403, 404, 405, 410, 451)  # HTTP errors that another try does not mend
+
+
+class _WouldDownload(Exception):
+    """Raised in the place of a download."""
+
+
+@contextlib.contextmanager
+def downloads_told() -> Iterator[None]:
+    """In this block nothing is downloaded, by `download` or by PyTorch: what would be is said, and ends the block.
+
+    Raises:
+        ExperimentError: what would be downloaded could not be written.
+    """
+    import torch  # which takes a second
+
+    before = _only_told.set(True)
+    try:
+        with patch.object(torch.hub, "download_url_to_file", lambda url, place, *_, **__: _tell(url, Path(place))):
+            yield
+    except _WouldDownload as told:
+        print(told, flush=True)
+    finally:
+        _only_told.reset(before)
+
+
+def _tell(url: str, path: Path) -> None:
+    try:
+        try_place(path.parent)
+    except OSError as error:
+        raise ExperimentError(f"{path} cannot be written ({error.strerror or error}), where {url} belongs") from None
+    raise _WouldDownload(f"note: {url} is not on this machine; the run would download it to {path}")
 
 
 def download(url: str, path: Path, checksum: str | None = None) -> Path:
@@ -35,6 +72,8 @@ def download(url: str, path: Path, checksum: str | None = None) -> Path:
     """
     if not re.match(r"https?://", url):
         raise ExperimentError(f"{url} is no http or https address")
+    if _only_told.get():
+        _tell(url, path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -70,8 +70,8 @@ class Budget:
     def _table(self) -> PerplexityTable:
         if not Path(self.table).exists():
             raise ExperimentError(
-                f"perplexity table {self.table} cannot be read: there is no such file; measure it first"
-                f"{if_moved(self.table)}"
+                f"perplexity table {self.table} cannot be read: there is no such file; measure it first, by "
+                f"the command measure with the configs of this run{if_moved(self.table)}"
             )
         return PerplexityTable.load(self.table)
 

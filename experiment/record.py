@@ -132,12 +132,13 @@ class Record:
         """Write `result.json`, whole or not at all.
 
         Raises:
-            ExperimentError: a number is none, or infinite, so that it could not be read.
+            ExperimentError: a number is none, infinite or below 0, or an accuracy is no share, so that it could not be
+                read.
         """
         path = folder / RESULT
         try:
             for part in NUMBERS:
-                _finite(getattr(self, part), part)
+                _numbers(getattr(self, part), part)
         except ValueError as error:
             raise ExperimentError(f"{path} is not written, as {error}, which is no result; look at the data") from None
         write_whole(path, json.dumps({"schema": SCHEMA, "status": "done", **asdict(self)}, indent=1) + "\n")
@@ -154,8 +155,8 @@ class Record:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["schema"] != SCHEMA or content["status"] != "done":
                 raise ValueError(f"schema {content['schema']} and status {content['status']!r}")
-            parts = {key: _finite(content[key], key) for key in NUMBERS if key != "loss"}
-            parts["loss"] = _finite(content.get("loss", {}), "loss")
+            parts = {key: _numbers(content[key], key) for key in NUMBERS if key != "loss"}
+            parts["loss"] = _numbers(content.get("loss", {}), "loss")
             told = {"provenance": content["provenance"], "recipe": content.get("recipe", {})}
             for key, value in told.items():
                 if not isinstance(value, dict):
@@ -195,10 +196,14 @@ def _is_json_object(path: Path) -> bool:
         return False
 
 
-def _finite(values: Any, key: str) -> dict[str, Any]:
+def _numbers(values: Any, key: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{key} is {values!r}")
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{key}.{name} is {value!r}")
+        if value < 0 and key != "loss":
+            raise ValueError(f"{key}.{name} is {value!r}, below 0")
+        if value > 1 and key == "accuracy":
+            raise ValueError(f"accuracy.{name} is {value!r}, and not a share from 0 to 1")
     return values

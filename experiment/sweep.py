@@ -80,7 +80,11 @@ class Sweep(ABC):
     task: ClassVar[str]
     budget_option: ClassVar[str]  # how options of a budget begin
     derive_option: ClassVar[str]  # measures what methods with `derive` need
-    depth_of_all: ClassVar[float] = math.inf  # which every network has; a deeper run is checked before the sweep begins
+
+    @property
+    def depth_of_all(self) -> float:
+        """A depth that the network is known to have; a deeper run is checked before the sweep begins."""
+        return math.inf
 
     @property
     @abstractmethod

@@ -27,7 +27,7 @@ def register() -> dict[str, Any]:
     """Import what registers itself with MMEngine, which takes seconds; gives it by name."""
     # MMSegmentation prints that it does without a package that is not used here.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.filterwarnings("ignore", "Fail to import")  # a part of MMCV that is not used here
+        warnings.simplefilter("ignore")  # of parts that are not used here, and for programmers of theirs
         from segmentation.data.draws import PlacedDataset, PlacedEpochs, PlacedSampler
         from segmentation.data.reading import NamedImage, NamedLabels
         from segmentation.hook import LowRankHook

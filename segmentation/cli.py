@@ -152,7 +152,10 @@ def config_of(options: argparse.Namespace) -> Config:
         {key: value for key, value in (options.cfg_options or {}).items() if key.split(".")[0] in config}
     )
     check_settings(config.to_dict())
-    if options.command == "train":  # what is measured is the network as it is
+    if options.command == "measure":  # the network as it is, with the table that a budget is to come of
+        for hook in config.get("custom_hooks", []):
+            hook.pop("budget", None)
+    else:
         for hook in config.get("custom_hooks", []):
             if hook["type"] == HOOK and not hook.get("budget"):
                 require_own_ranks(hook["method"])
@@ -222,6 +225,8 @@ def _set_budget(config: Config, options: argparse.Namespace) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
         return
+    if options.command == "measure":
+        raise ExperimentError("a budget is for train, which chooses ranks for it by the table of measure; leave it out")
     if set(given) - {"name"} not in ({"table", "mib"}, {"table", "run"}, {"table", "run", "divisor"}):
         raise ExperimentError(
             "a budget is --budget-table with either --budget-mib or --budget-run; --budget-divisor goes with the latter"

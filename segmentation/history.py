@@ -149,4 +149,9 @@ def _share(metrics: Mapping[str, float], name: str) -> float:
         raise ExperimentError(
             f"{name} of the validation images is {value}: no pixel of their label maps is of a class; look at the data"
         )
+    if not 0 <= value <= 1:
+        raise ExperimentError(
+            f"{name} of the validation images is {100 * value:g} %, and not from 0 to 100; look at nan_to_num of "
+            f"val_evaluator, which stands for classes that are in no label map"
+        )
     return round(value, 6)

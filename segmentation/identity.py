@@ -49,6 +49,7 @@ _WATCHING = {
     *("SegVisualizationHook", "EmptyCacheHook", "ProfilerHook", "MemoryProfilerHook"),
 }
 _NEEDED = {"param_scheduler", "sampler_seed"}
+WEIGHTS_OF_CLASSES = "class_weight"  # of a loss; a text is a file that holds them
 STORAGES = ["input", "int8"]  # in which perplexity is measured by default, so that one table serves every method
 NO_INFLUENCE = {"data_root", "num_workers", "persistent_workers", "pin_memory", "prefetch_factor"}
 
@@ -184,13 +185,28 @@ def _by_content(value: Any) -> Any:
         return [_by_content(inner) for inner in value]
     if not isinstance(value, dict):
         return value
-    named = {key: _weights(value[key]) for key in _weights_keys(value)}
+    of_classes = [WEIGHTS_OF_CLASSES] if isinstance(value.get(WEIGHTS_OF_CLASSES), str) else []
+    named = {key: _weights(value[key]) for key in (*_weights_keys(value), *of_classes)}
     return {key: _by_content(inner) for key, inner in value.items()} | named
+
+
+def without_named_weights(value: Any) -> Any:
+    """A copy of a network's settings whose parts name no weights that they start from."""
+    if isinstance(value, list | tuple):
+        return type(value)(without_named_weights(inner) for inner in value if not _is_pretrained(inner))
+    if not isinstance(value, Mapping):
+        return value
+    kept = {key: None if _is_pretrained(inner) else without_named_weights(inner) for key, inner in value.items()}
+    return kept | dict.fromkeys(_weights_keys(value))
+
+
+def _is_pretrained(settings: Any) -> bool:
+    return isinstance(settings, Mapping) and settings.get("type") == "Pretrained"
 
 
 def _weights_keys(settings: Mapping[str, Any]) -> list[str]:
     """Under which keys settings of a part of a network name weights that it starts from."""
-    keys = ["pretrained", *(["checkpoint"] if settings.get("type") == "Pretrained" else [])]
+    keys = ["pretrained", *(["checkpoint"] if _is_pretrained(settings) else [])]
     return [key for key in keys if isinstance(settings.get(key), str)]
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from logging import FileHandler
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
+from mmengine.dataset import BaseDataset
 from mmengine.logging import MMLogger
 from mmengine.runner import CheckpointLoader
 from mmseg.registry import DATASETS, MODELS
 
 from experiment import ExperimentError
+from experiment.download import downloads_told
 from segmentation.building import require_optimizer
 from segmentation.checkpoints import check_fit, check_loaded, load_weights, read_safely_everywhere
 from segmentation.compose import class_count, datasets, hook_settings
+from segmentation.heads import require_beginning, require_heads, require_joined, require_plain_files
 from segmentation.hook import LowRankHook
-from segmentation.identity import named_weights
+from segmentation.identity import named_weights, without_named_weights
 from segmentation.quiet import quietly, register_modules
 from segmentation.runner_config import runner_config
 from segmentation.unread import require_read
@@ -37,7 +41,7 @@ def prepared_model(config: Config, weights: bool = True) -> tuple[Any, list[str]
     settings = hook_settings(config)
     if settings is None or not settings["layers"]:
         raise ExperimentError("the config names no layers; give --layers, or a LowRankHook in custom_hooks")
-    model = _built(config)
+    model = _built(config) if weights else require_steps(config)
     if weights:
         _start(model, config)
     exact = {**settings, "method": {"type": "Vanilla"}, "budget": None, "fuse": False, "recompute_loss": False}
@@ -63,10 +67,31 @@ def _forget_closed_logs() -> None:
         logger.removeHandler(handler)
 
 
-def _built(config: Config) -> Any:
+def _built(config: Config, settings: Mapping[str, Any] | None = None) -> Any:
+    """The network of a config, or of other settings of it, whose heads are for one another."""
     register_modules()
+    require_plain_files(config.model)
     with quietly():
-        return MODELS.build(config.model)
+        model = MODELS.build(config.model if settings is None else ConfigDict(settings))
+    require_heads(model)
+    return model
+
+
+def require_steps(config: Config) -> Any:
+    """Refuse a network that cannot begin as its config says, or make a step; gives the network, as it begins.
+
+    Raises:
+        ExperimentError: see `segmentation.heads`.
+    """
+    settings = without_named_weights(
+        config.model.to_dict()
+    )  # which may be at an address, and are looked at by themselves
+    model = _built(config, settings)
+    with quietly():
+        _forget_closed_logs()
+        require_beginning(model, settings)
+    require_joined(model, config.to_dict())
+    return model.train()
 
 
 def require_trainable(config: Config, of_runner: Config, with_data: bool) -> None:
@@ -82,7 +107,7 @@ def require_trainable(config: Config, of_runner: Config, with_data: bool) -> Non
         ExperimentError, ConversionError: see `segmentation.hook.LowRankHook.prepare`.
         Exception: see `segmentation.unstarted.require_parts`.
     """
-    model, settings = _built(config), hook_settings(config)
+    model, settings = require_steps(config), hook_settings(config)
     require_parts(of_runner, model, with_data)
     if settings is not None:
         LowRankHook(**settings).prepare(model)
@@ -97,7 +122,7 @@ def require_buildable(config: Config) -> None:
     """
     require_optimizer(config)
     require_read(config)
-    require_parts(runner_config(config, Path(), ""), _built(config), with_data=False)
+    require_parts(runner_config(config, Path(), ""), require_steps(config), with_data=False)
 
 
 def require_classes(config: Config) -> None:
@@ -110,7 +135,9 @@ def require_classes(config: Config) -> None:
     count = class_count(config)
     for part in datasets(config):
         kind = DATASETS.get(part["type"])
-        named = part.get("metainfo", {}).get("classes") or getattr(kind, "METAINFO", {}).get("classes")
+        given = part.get("metainfo")  # a text in it may be a file with the names
+        is_usual = isinstance(kind, type) and issubclass(kind, BaseDataset)
+        named = (kind._load_metainfo(given) if is_usual else given or {}).get("classes")
         if count is not None and named is not None and len(named) != count:
             raise ExperimentError(
                 f"model.decode_head.num_classes is {count}, and the data set {part['type']} has {len(named)} classes"
@@ -122,23 +149,19 @@ def require_weights(config: Config, download: bool) -> None:
 
     Args:
         config: see `segmentation.compose`.
-        download: whether those at an address are looked at as well.
+        download: whether those at an address are downloaded; else it is said that they would be, if they are not there.
 
     Raises:
         ExperimentError: see `segmentation.checkpoints.check_fit`, or a part does not get those that it names.
     """
     read_safely_everywhere()
-    source = config.get("load_from")
-    if source and (download or not _is_address(source)):
-        content = CheckpointLoader.load_checkpoint(source, "cpu", logger="silent")
-        check_fit(_built(config), content, source)
-    named = list(named_weights(config.model.to_dict()))
-    if named and not source and (download or not any(map(_is_address, named))):
-        _require_parts_weights(config)
-
-
-def _is_address(source: str) -> bool:
-    return "://" in source
+    with contextlib.nullcontext() if download else downloads_told():
+        source = config.get("load_from")
+        if source:
+            content = CheckpointLoader.load_checkpoint(source, "cpu", logger="silent")
+            check_fit(_built(config), content, source)
+        elif any(named_weights(config.model.to_dict())):
+            _require_parts_weights(config)
 
 
 def _require_parts_weights(config: Config) -> None:

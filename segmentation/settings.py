@@ -41,6 +41,11 @@ AT_LEAST_0 = (
     *(f"optim_wrapper.optimizer.{name}" for name in ("lr", "momentum", "weight_decay")),
     *("optim_wrapper.clip_grad.max_norm", "optim_wrapper.clip_grad.clip_value"),
 )
+# Transforms that move pixels: of images whose label maps are not loaded yet, these stay where they are.
+MOVING = {
+    *("Pad", "RandomFlip", "RandomRotFlip", "RandomRotate", "RandomCrop", "CenterCrop", "RandomCutOut"),
+    *("Resize", "RandomResize", "RandomChoiceResize", "ResizeToMultiple", "ResizeShortestEdge"),
+}
 MOST_SEED = 2**32 - 1  # of numpy's generators
 
 
@@ -82,10 +87,11 @@ def check_settings(config: Mapping[str, Any]) -> None:
     check_perplexity(config.get("perplexity") or {})
     hooks = _hooks(config)
     size = config.get("crop_size")
-    if size is not None and not _is_size(size):
+    if size is not None and not is_size(size):
         raise ExperimentError(f"crop_size is {size!r}; allowed are two whole numbers from 1")
     if size is not None:
         _check_crop(config, tuple(size))
+    _check_order(config)
     if at(config, "optim_wrapper.type") == "AmpOptimWrapper":
         _need_accelerator()
         own = [hook.get("method") for hook in hooks if hook["type"] == HOOK]
@@ -106,7 +112,8 @@ def _hooks(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return hooks
 
 
-def _is_size(size: Any) -> bool:
+def is_size(size: Any) -> bool:
+    """Whether a setting is a height and a width."""
     return isinstance(size, Sequence) and len(size) == 2 and all(type(one) is int and one > 0 for one in size)
 
 
@@ -117,27 +124,46 @@ def _check_crop(config: Mapping[str, Any], size: tuple[int, int]) -> None:
     """
     for where, given in _sizes(config):
         other = (given, given) if isinstance(given, int) else given
-        if _is_size(other) and tuple(other) != size:
+        if is_size(other) and tuple(other) != size:
             raise ExperimentError(
                 f"crop_size is {size}, by which the run's record and budget go, and {where} is {tuple(other)}; set all "
                 f"of them alike"
             )
 
 
-def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What images for training are padded and cut to, each with its place in the config."""
-    yield "model.data_preprocessor.size", at(config, "model.data_preprocessor.size")
+def _steps(config: Mapping[str, Any]) -> tuple[str, Sequence[Any]]:
+    """The transforms of images for training, with their place in the config."""
     key = "train_dataloader.dataset"
     while isinstance(at(config, f"{key}.dataset"), Mapping):
         key += ".dataset"
     steps = at(config, f"{key}.pipeline")
+    return f"{key}.pipeline", steps if isinstance(steps, list | tuple) else ()
+
+
+def _check_order(config: Mapping[str, Any]) -> None:
+    """Refuse to train on images that are moved before their label maps are there to be moved with them."""
+    where, steps = _steps(config)
+    kinds = [step.get("type") if isinstance(step, Mapping) else None for step in steps]
+    ahead = kinds[: kinds.index("LoadAnnotations")] if "LoadAnnotations" in kinds else []
+    if moved := [(number, kind) for number, kind in enumerate(ahead) if kind in MOVING]:
+        number, kind = moved[0]
+        raise ExperimentError(
+            f"{where}.{number} is {kind}, ahead of LoadAnnotations, so that it would move pixels and not their labels; "
+            f"put LoadAnnotations ahead of it"
+        )
+
+
+def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What images for training are padded and cut to, each with its place in the config."""
+    yield "model.data_preprocessor.size", at(config, "model.data_preprocessor.size")
+    where, steps = _steps(config)
     sized = [
         (number, step)
-        for number, step in enumerate(steps if isinstance(steps, list | tuple) else ())
+        for number, step in enumerate(steps)
         if isinstance(step, Mapping) and step.keys() & {"scale", "size", "crop_size"}
     ]
     if sized and "crop_size" in sized[-1][1]:  # else it is cut before it has its size
-        yield f"{key}.pipeline.{sized[-1][0]}.crop_size", sized[-1][1]["crop_size"]
+        yield f"{where}.{sized[-1][0]}.crop_size", sized[-1][1]["crop_size"]
 
 
 def _need_accelerator() -> None:

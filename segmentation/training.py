@@ -34,6 +34,7 @@ from segmentation.building import require_optimizer
 from segmentation.checkpoints import LAST, newest, read_safely_everywhere
 from segmentation.compose import hook_settings, with_naming_readers
 from segmentation.data.registry import Data, data_of, require_data
+from segmentation.data.samples import require_samples
 from segmentation.formatting import formatted_once
 from segmentation.history import Begun, History
 from segmentation.hook import LowRankHook, unwrapped
@@ -49,7 +50,7 @@ from segmentation.identity import (
     require_budget,
     run_of,
 )
-from segmentation.network import prepared_model, require_classes, require_trainable, require_weights
+from segmentation.network import prepared_model, require_classes, require_steps, require_trainable, require_weights
 from segmentation.quiet import quietly
 from segmentation.runner_config import runner_config
 from segmentation.sources import own_sources
@@ -97,9 +98,11 @@ class Task:
         if result == RESULT:
             require_optimizer(self.config)
             require_read(self.config)
+        require_steps(self.config)
         data = data if data.fingerprint else data_of(self.config)
         folder.data_fingerprint = _told(data, result)
         if self.config.get("processes", 1) == place().count:  # else those that are to be started tell it
+            require_samples(self.config, trains=result == RESULT)
             folder.repeated = tell_repeated(self.config.get("dataset") or "the data set", data.trained, data.tested)
         if not folder.last_checkpoint:
             require_weights(self.config, download=True)
@@ -120,6 +123,7 @@ class Task:
         if data.fingerprint is None:
             return
         require_classes(self.config)
+        require_samples(self.config, trains=folder.result.name == RESULT)
         if not folder.last_checkpoint:
             require_weights(self.config, download=False)
 
@@ -276,10 +280,19 @@ def _recipe(config: Config) -> dict[str, Any]:
         limit,
         epochs=config.train_cfg.get("max_epochs"),
         steps=config.train_cfg.get("max_iters"),
-        learning_rate=wrapper.get("optimizer", {}).get("lr"),
+        learning_rate=_learning_rate(config),
         image_size=list(config.crop_size) if config.get("crop_size") else None,
         precision="16-mixed" if wrapper.get("type") == "AmpOptimWrapper" else "32-true",
     )
+
+
+def _learning_rate(config: Config) -> float | None:
+    """The rate that is trained with: MMEngine may scale the config's by the batch of all processes."""
+    rate, scaling = config.optim_wrapper.get("optimizer", {}).get("lr"), config.get("auto_scale_lr") or {}
+    if rate is None or not scaling.get("enable"):
+        return rate
+    batch = config.train_dataloader.batch_size * config.get("processes", 1)
+    return float(rate * batch / scaling["base_batch_size"])
 
 
 def measure(task: Task, work: Work | None = None) -> Path | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +15,9 @@ from mmseg.evaluation import IoUMetric
 
 from experiment import ExperimentError
 from segmentation.parts import at
+from segmentation.settings import is_size
 
+LEVELS = logging.getLevelNamesMapping()
 _CLIPPING: dict[str, Callable[..., Any]] = {
     "norm": torch.nn.utils.clip_grad_norm_,
     "value": torch.nn.utils.clip_grad_value_,
@@ -30,6 +34,7 @@ _ENVIRONMENT = {  # likewise
     "env_cfg.mp_cfg": ("mp_start_method", "opencv_num_threads"),
 }
 _ENCODER_DECODERS = ("EncoderDecoder", "CascadeEncoderDecoder")
+_OF_INFERENCE = ("mode", "crop_size", "stride")
 _MODES = {"whole": (), "slide": ("crop_size", "stride")}  # of test_cfg, with what each needs
 
 
@@ -44,6 +49,8 @@ def require_read(config: Config) -> None:
         _require_names(where, at(settings, where) or {}, allowed)
     seeding = [*inspect.signature(Runner.set_randomness).parameters][1:]
     _require_names("randomness", settings["randomness"], seeding)
+    if (level := settings.get("log_level", "INFO")) not in (*LEVELS, *LEVELS.values()):
+        raise ExperimentError(f"log_level is {level!r}; allowed: {', '.join(LEVELS)}")
     wrapper = settings["optim_wrapper"]
     _require_clipping(wrapper.get("clip_grad"))
     if wrapper.get("constructor", _CONSTRUCTOR) == _CONSTRUCTOR:
@@ -95,14 +102,29 @@ def _require_measures(given: Any) -> None:
 
 def _require_inference(model: Mapping[str, Any]) -> None:
     """How images are validated would be looked at by the first validation."""
-    if model.get("type") not in _ENCODER_DECODERS or not isinstance(model.get("test_cfg"), Mapping):
+    if model.get("type") not in _ENCODER_DECODERS:
         return
-    settings = model["test_cfg"]
-    mode = settings.get("mode", "whole")
+    settings = model.get("test_cfg")
+    if not isinstance(settings, Mapping) or "mode" not in settings:
+        raise ExperimentError("model.test_cfg has no mode; allowed: 'whole', and 'slide' with crop_size and stride")
+    for name in settings:
+        near = difflib.get_close_matches(name, _OF_INFERENCE, 1, cutoff=0.75)
+        if near and name not in _OF_INFERENCE:  # else a head of one's own may read it
+            raise ExperimentError(f"model.test_cfg has the setting {name!r}; did you mean {near[0]!r}?")
+    mode = settings["mode"]
     if mode not in _MODES:
         raise ExperimentError(f"model.test_cfg.mode is {mode!r}; allowed: {', '.join(map(repr, _MODES))}")
     if lacking := [name for name in _MODES[mode] if settings.get(name) is None]:
         raise ExperimentError(f"model.test_cfg.mode is {mode!r}, which needs {' and '.join(lacking)}, in pixels")
+    sizes = [settings[name] for name in _MODES[mode]]
+    for name, size in zip(_MODES[mode], sizes, strict=True):
+        if not is_size(size):
+            raise ExperimentError(f"model.test_cfg.{name} is {size!r}; allowed are two whole numbers from 1")
+    if sizes and any(step > edge for edge, step in zip(*sizes, strict=True)):
+        raise ExperimentError(
+            f"model.test_cfg.stride is {sizes[1]}, above its crop_size {sizes[0]}, so that pixels between the windows "
+            f"would have no prediction; lower it"
+        )
 
 
 def _require_iterations(config: Mapping[str, Any]) -> None:
@@ -126,6 +148,8 @@ def _schedules(given: Any, where: str = "param_scheduler") -> Iterator[tuple[str
     if isinstance(given, Mapping) and "type" in given:
         yield where, given
         return
+    if given is not None and not isinstance(given, Mapping | list | tuple):
+        raise ExperimentError(f"{where} is {given!r}; allowed are the settings of a scheduler, with its type")
     parts = given.items() if isinstance(given, Mapping) else enumerate(given or [])
     for name, inner in parts:
         yield from _schedules(inner, f"{where}.{name}")

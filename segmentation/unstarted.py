@@ -11,6 +11,7 @@ from collections.abc import Sized
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dist import get_dist_info
 from mmengine.hooks import EMAHook
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
@@ -45,7 +46,9 @@ class _Unstarted(Runner):
         self._hooks: list[Any] = []
         self._train_loop: Any = None
         self._train_dataloader, self._val_dataloader = config.train_dataloader, config.get("val_dataloader")
+        self.param_schedulers = config.get("param_scheduler")
         self._val_evaluator = config.get("val_evaluator")
+        self._rank, self._world_size = get_dist_info()
         self.logger = MMLogger.get_current_instance()
 
     @property

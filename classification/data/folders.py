@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,10 @@ def image_folder(folder: Path, stratified: bool = True, prepared: bool = False) 
     for name, (_, other) in zip(list(found)[1:], others, strict=True):
         if other != classes:
             odd = sorted(set(classes) ^ set(other))[0]
-            raise ExperimentError(f"{folder} has other classes in train/ and in {name}/, such as {odd!r}")
+            like = next((one for one in {*classes, *other} - {odd} if _alike(one) == _alike(odd)), None)
+            told = f"{odd!r}" if like is None else f"{odd!a} in one and {like!a} in the other: give both one name"
+            raise ExperimentError(f"{folder} has other classes in train/ and in {name}/, such as {told}")
+    _tell_alike(folder, classes)
     whole = [part for part, _ in found.values()]
     divided = _divide(folder, train, [part for part, _ in others], classes, stratified)
     left.say()
@@ -100,6 +104,23 @@ class _Left:
 @functools.cache
 def _warn(line: str) -> None:
     print(line.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+
+
+def _alike(name: str) -> str:
+    """What names have in common that differ in case, in spaces, or in how an accent is written alone."""
+    return "".join(unicodedata.normalize("NFC", name).casefold().split())
+
+
+def _tell_alike(folder: Path, classes: list[str]) -> None:
+    """Say that two classes may be one, as where folders were copied from a system that takes their names for one."""
+    first: dict[str, str] = {}
+    for name in classes:
+        other = first.setdefault(_alike(name), name)
+        if other != name and is_first():
+            _warn(
+                f"warning: {folder} has the classes {other!a} and {name!a}, which differ in case, spaces or accents "
+                f"alone; they are two classes, so if they are one, put their images into one folder"
+            )
 
 
 def _parts(folder: Path) -> list[str]:

@@ -32,6 +32,7 @@ class Listing:
         images: those of them that are images.
         labels: those that are label maps; none of a data set that does not say which these are.
         reduced: whether label 0 is ignored, and every other one counted down by 1.
+        classes: their names in the order of their labels; none of a data set that does not say them.
         renamed: whether labels are others as trained on than as stored, as where the config chooses some classes.
         beside: images in the folder of its images, and label maps in that of its label maps, that are not among them,
             where it is to have all of these.
@@ -41,6 +42,7 @@ class Listing:
     images: frozenset[Path]
     labels: frozenset[Path] = frozenset()
     reduced: bool = False
+    classes: tuple[str, ...] = ()
     renamed: bool = False
     beside: frozenset[Path] = frozenset()
 
@@ -84,9 +86,10 @@ def listing_of(part: Mapping[str, Any]) -> Listing:
     images = frozenset(path for key, path in files if key.startswith(IMAGES))
     labels = frozenset(path for key, path in files if key == LABELS)
     reduced, renamed = bool(getattr(dataset, "reduce_zero_label", False)), bool(getattr(dataset, "label_map", None))
+    classes = tuple(dataset.metainfo.get("classes") or ())
     chosen = any(part.get(key) for key in ("ann_file", "indices", "filter_cfg"))
     beside = frozenset[Path]() if chosen else frozenset(_all_files(dataset)) - names.keys()
-    return Listing(names, images, labels, reduced, renamed, beside)
+    return Listing(names, images, labels, reduced, classes, renamed, beside)
 
 
 def _all_files(dataset: BaseDataset) -> Iterator[Path]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,12 +62,14 @@ def data_of(config: Config) -> Data:
     """Look at a config's data: at every image and label map that its data sets load.
 
     Raises:
-        ExperimentError: a part of them is not there, an image was cut or is stored turned, or a label is too high.
+        ExperimentError: a part of them is not there, an image was cut or is stored turned, a label is too high, or
+            labels stand for other classes where a network is validated than where it is trained.
     """
     roots = _roots(config)
     if not all(root.is_dir() for root in roots):
         return Data()
     parts = [_Part(roots.index(root_of(part)), part, listing_of(part)) for part in datasets(config)]
+    _require_alike(parts)
     tell_unread(one.listing for one in parts)
     contents: dict[Path, Content] = {}
     for number, root in enumerate(roots):
@@ -96,6 +99,24 @@ class _Part(NamedTuple):
     root: int
     config: dict[str, Any]
     listing: Listing
+
+
+def _require_alike(parts: Sequence[_Part]) -> None:
+    """Labels are compared as numbers, whatever they stand for."""
+    for one in parts[1:]:
+        first, other = parts[0].listing, one.listing
+        where = root_of(one.config) / (one.config.get("data_prefix") or {}).get("img_path", "")
+        for label, (there, here) in enumerate(zip_longest(first.classes, other.classes)):
+            if first.classes and other.classes and there != here:
+                raise ExperimentError(
+                    f"the data set of {where} has other classes than that to train on: its label {label} is {here!r}, "
+                    f"there {there!r}; give both the same metainfo.classes, in one order"
+                )
+        if first.labels and other.labels and first.reduced != other.reduced:
+            raise ExperimentError(
+                f"the data set of {where} has reduce_zero_label={other.reduced}, and that to train on {first.reduced}, "
+                f"so that a label stands for another class; set both alike"
+            )
 
 
 def _fingerprint(parts: Iterable[_Part], hashes: Mapping[Path, bytes]) -> str:

@@ -120,7 +120,8 @@ def require_matching(
         prepared: whether the data set can be prepared again.
 
     Raises:
-        ExperimentError: an image or label map is not stored upright where images are turned, or a label is too high.
+        ExperimentError: an image or label map is not stored upright where images are turned, a label is too high, or
+            all are of one class.
     """
     reader = reader_of(part, "LoadImageFromFile")
     if reader is not None and turns(reader):
@@ -129,9 +130,16 @@ def require_matching(
                 raise turned(path, seen[path].orientation)
     if classes is None or listing.renamed or reader_of(part, "LoadAnnotations") is None:
         return
-    for path, top in _tops(listing, seen):
+    tops = dict(_tops(listing, seen))
+    for path, top in tops.items():
         if top >= classes:
             raise unreadable(path, too_high(top, classes), prepared)
+    if classes > 1 and tops.keys() == listing.labels and not any(tops.values()):
+        raise ExperimentError(
+            f"no label map of the data set has another label than 0, such as {next(iter(tops))}, but for {IGNORED}, "
+            f"which stands for no class; of {classes} classes the labels are 0 to {classes - 1}, so where masks have "
+            f"{IGNORED} for a class, store its label"
+        )
 
 
 def _tops(listing: Listing, seen: Mapping[Path, Seen]) -> Iterator[tuple[Path, int]]:

@@ -112,7 +112,10 @@ MISTAKES = {
     "no epochs": (["--trainer.max_epochs", 0], "max_epochs"),
     "fewest epochs above all": (["--trainer.min_epochs", 2], "min_epochs is 2, above the 1 of --trainer.max_epochs"),
     "no validation": (["--trainer.limit_val_batches", 0], "limit_val_batches"),
-    "table not there": (table("nowhere.json"), r"nowhere\.json cannot be read: there is no .*; measure it first$"),
+    "table not there": (
+        table("nowhere.json"),
+        r"nowhere\.json cannot be read: there is no .*; measure it first, by .* of this run$",
+    ),
     "table truncated": (table("truncated.json"), r"truncated\.json is not whole JSON"),
     "table of something else": (table("list.json"), "not a perplexity table"),
     "table of other layers": (table("foreign.json"), r"has no layer 'blocks\.13"),

@@ -1,6 +1,7 @@
 """What in a folder of images is not read is said, once; what Pillow reads is read."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from classification.data import load_splits
 from classification.data.folders import ENDINGS
+from experiment import ExperimentError
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,6 +90,24 @@ def test_what_is_no_part_of_the_data_is_not_spoken_of(fish, capsys, name):
     (fish / name.replace("CLASS", folder.name)).write_text("x")
     load_splits("fish", fish.parent)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("other", ["CAFE\u0301", "caf\u00e9 "])
+def test_classes_that_may_be_one_are_told_and_in_parts_refused(tmp_path, capsys, other):
+    write_image_folder(tmp_path / "fish", ("train", "val"))
+    for part in ("train", "val"):
+        kinds = sorted((tmp_path / "fish" / part).iterdir())
+        for kind, name in zip(kinds, ("caf\u00e9", other), strict=False):
+            kind.rename(kind.with_name(name))
+    splits = load_splits("fish", tmp_path)
+    told = capsys.readouterr().err
+    assert "which differ in case, spaces or accents alone; they are two classes" in told
+    assert ascii(other) in told
+    assert {"caf\u00e9", other} <= set(splits.classes)
+    shutil.rmtree(tmp_path / "fish" / "val" / "caf\u00e9")
+    shutil.rmtree(tmp_path / "fish" / "train" / other)
+    with pytest.raises(ExperimentError, match=r"'.*' in one and '.*' in the other: give both one name"):
+        load_splits("fish", tmp_path)
 
 
 def test_the_page_lists_what_is_read():

@@ -6,6 +6,9 @@ import pytest
 from test_sweep import Commands, words
 
 from classification import plans, sweep
+from classification.backbones.mcunet import MCUNet
+from classification.backbones.registry import backbone
+from classification.built import require_layers
 from experiment.command import dashed
 
 
@@ -115,7 +118,10 @@ def test_a_config_of_ones_own_that_is_none_is_named(tmp_path, monkeypatch, capsy
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["sweep", "dry run"])
+DRY = pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["sweep", "dry run"])
+
+
+@DRY
 def test_more_layers_than_the_network_has_begin_nothing(tmp_path, capsys, dry):
     commands = Commands()
     with pytest.raises(SystemExit) as ended:
@@ -123,3 +129,24 @@ def test_more_layers_than_the_network_has_begin_nothing(tmp_path, capsys, dry):
     assert (ended.value.code, commands.calls) == (2, [])
     assert "51 trailing conv layers asked of MCUNet, which has 42; allowed: 1 to 42" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@DRY
+def test_a_shallow_network_of_ones_own_is_looked_at_too(tmp_path, monkeypatch, capsys, dry):
+    shutil.copytree(plans.CONFIGS, tmp_path / "configs")
+    monkeypatch.setattr(plans, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setitem(backbone.entries, "flat_of_test", lambda classes, pretrained: MCUNet(classes).stem)
+    (tmp_path / "configs" / "models" / "flat_of_test.yaml").write_text("model: {backbone: flat_of_test}")
+    commands = Commands()
+    with pytest.raises(SystemExit) as ended:
+        sweep.main(words(tmp_path / "runs", "--model", "flat_of_test", "--layers", "1", "2", *dry), commands)
+    assert (ended.value.code, commands.calls) == (2, [])
+    assert "2 trailing conv layers asked of Sequential, which has 1; allowed: 1 to 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_networks_that_are_not_looked_at_have_the_layers():
+    assert set(plans.names("models")) >= plans.DEEP
+    for name in plans.DEEP:
+        settings = {"part": "all", "kind": "conv", **plans._model_settings("models", name), "layers": 4}
+        require_layers({"model": settings})

@@ -1,7 +1,7 @@
 """Runs that are done stay done where what they were trained from is gone, as checkpoints that were deleted."""
 
 import pytest
-from commands import TINY
+from commands import TINY, arguments, execute
 from test_sweep import words
 
 from classification import sweep
@@ -45,3 +45,11 @@ def test_other_settings_are_refused_and_new_runs_fail_in_one_line(cleared, capsy
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert "best.ckpt" in line
+
+
+def test_a_dry_run_says_of_published_weights_that_they_are_not_there(tmp_path, capsys):
+    words = arguments("fit", tmp_path, "--model.layers", 2, "--dry_run", setup="a", model="resnet18")
+    told, *_ = execute(words, capsys).splitlines()
+    assert ".pth is not on this machine; the run would download it to " in told
+    assert main(arguments("fit", tmp_path, "--model.layers", 2, "--dry_run", setup="a")) == 2
+    assert "the ImageNet weights of mcunet are not on this machine; run: python -m" in capsys.readouterr().err

@@ -1,9 +1,13 @@
 """Downloads from a server on this machine: whole, interrupted, resumed, of another file."""
 
+import contextlib
 import hashlib
+import io
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from local_server import serving
 
 from experiment import ExperimentError, download
@@ -120,3 +124,24 @@ def test_a_folder_that_cannot_be_written_is_one_line(server, tmp_path):
     (tmp_path / "there").write_text("a file")
     with pytest.raises(ExperimentError, match="cannot be written"):
         fetch(server, tmp_path)
+
+
+def test_what_would_be_downloaded_is_said_and_where_it_cannot_be_put_refused(tmp_path, capsys):
+    address, reached = "https://nowhere.invalid/net.pth", []
+    with download.downloads_told():
+        download.download(address, tmp_path / "new" / "net.pth")
+        reached.append("behind a download")
+    with download.downloads_told(), contextlib.redirect_stdout(io.StringIO()):
+        torch.hub.load_state_dict_from_url(address, str(tmp_path))
+        reached.append("behind a download of PyTorch's")
+    with download.downloads_told():
+        reached.append("the end")
+    assert reached == ["the end"]
+    said = f"note: {address} is not on this machine; the run would download it to {tmp_path}"
+    assert capsys.readouterr().out == f"{said}/new/net.pth\n{said}/net.pth\n"
+    assert list(tmp_path.iterdir()) == []
+    refused = pytest.raises(
+        ExperimentError, match=r"/proc/new/net\.pth cannot be written \(.*\), where https:.* belongs"
+    )
+    with refused, download.downloads_told():
+        download.download(address, Path("/proc/new/net.pth"))

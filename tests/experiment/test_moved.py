@@ -34,7 +34,7 @@ def test_what_is_not_there_of_a_run_may_have_moved_which_its_error_says(tmp_path
     folder = tmp_path / "old" / RUN
     for found, what in (
         (lambda: budget_bytes(None, str(folder)), "do it first"),
-        (lambda: Budget(str(folder / "perplexity.json"), mib=1.0).plan([]), "measure it first"),
+        (lambda: Budget(str(folder / "perplexity.json"), mib=1.0).plan([]), "measure it first, by .* of this run"),
         (lambda: read_weights(str(folder / "checkpoints" / "best.ckpt")), r"best\.ckpt"),
     ):
         with pytest.raises(ExperimentError, match=f"{what}; if all runs were moved, give the folder .* --runs-dir$"):

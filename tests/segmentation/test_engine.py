@@ -76,7 +76,7 @@ def test_any_method_that_needs_ranks_takes_them_from_a_budget(method, tag, table
 @pytest.mark.slow
 def test_measuring_says_no_more_than_where_the_table_is(data_dir, tmp_path):
     words = arguments("measure", "vanilla", data_dir, tmp_path)
-    command = [sys.executable, "-m", "segmentation", *words, "perplexity.energies=[0.5]"]
+    command = [sys.executable, "-W", "error", "-m", "segmentation", *words, "perplexity.energies=[0.5]"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     (line,) = done.stdout.splitlines()
     assert line == f"perplexity of 5 layers in {folder(tmp_path, 'perplexity') / 'perplexity.json'}"

@@ -18,6 +18,7 @@ from segmentation.cli import main
 from segmentation.compose import datasets, with_naming_readers
 from segmentation.data.registry import data_of
 from segmentation.data.seen import Seen, look, orientation_of
+from segmentation.history import _share
 
 ORIENTATION = 0x0112
 
@@ -158,6 +159,8 @@ def test_a_label_beyond_the_classes_is_told_before_training(root, part):
 def test_labels_are_those_that_are_trained_on(root):
     """Without the label that is ignored, and by other numbers where the config chooses some of the classes."""
     reduced = {"reduce_zero_label": True}
+    for part in ("train", "val"):
+        label(root, 2, f"{part}_d", part)
     label(root, 2)
     data_of(config_of(root, **reduced))
     label(root, 0)
@@ -190,3 +193,28 @@ def test_the_command_says_it_in_one_line_and_writes_nothing(own, tmp_path, capsy
         (line,) = errors(capsys)
         assert "val_c.png cannot be read (it has the label 5" in line
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_masks_of_black_and_white_are_no_label_maps_of_two_classes(own, tmp_path, capsys, part):
+    content, words = own
+    for path in (tmp_path / "own" / "ann" / part).iterdir():
+        Image.fromarray(np.asarray(Image.open(path)) * 255).save(path)
+    for more in ([], ["--dry-run"]):
+        assert main(words("train", *more)) == 2
+        (line,) = errors(capsys)
+        assert "has another label than 0, such as " in line
+        assert "but for 255, which stands for no class; of 2 classes the labels are 0 to 1, so where masks have" in line
+    content["model"]["decode_head"]["num_classes"] = 1
+    del content["train_dataloader"]["dataset"]["metainfo"], content["val_dataloader"]["dataset"]["metainfo"]
+    other = {"train": "val", "val": "train"}[part]
+    for path in (tmp_path / "own" / "ann" / other).iterdir():
+        Image.fromarray(np.asarray(Image.open(path)) * 255).save(path)
+    assert main(words("train", "--dry-run")) == 0
+
+
+def test_a_measure_that_is_none_is_refused():
+    with pytest.raises(
+        ExperimentError, match=r"mIoU of the validation images is -50 %, and not from 0 to 100; look at"
+    ):
+        _share({"mIoU": -50.0}, "mIoU")

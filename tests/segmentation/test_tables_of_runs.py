@@ -44,6 +44,19 @@ def table(own, weights, tmp_path):
     return path, ["--budget-table", str(path), "--budget-mib", "0.1"]
 
 
+def test_a_config_with_a_budget_measures_the_table_that_it_is_to_come_of(own, tmp_path, capsys):
+    content, words = own
+    path = tmp_path / "runs/segmentation/finetune/net/BaseSegDataset/perplexity/layersall/seed233/perplexity.json"
+    content["custom_hooks"][0] |= {"method": {"type": "ASI"}, "budget": {"table": str(path), "mib": 0.1}}
+    assert main(words("train", "--dry-run")) == 2
+    assert "there is no such file; measure it first, by the command measure with" in errors(capsys)[0]
+    assert main(words("measure", "--dry-run")) == 0
+    assert main(words("measure")) == 0
+    assert main(words("train", "--dry-run")) == 0
+    assert main(words("measure", "--budget-table", str(path), "--budget-mib", "0.1")) == 2
+    assert "a budget is for train, which" in errors(capsys)[0]
+
+
 def change(path):
     Image.open(path).rotate(180).save(path)
 

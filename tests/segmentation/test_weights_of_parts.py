@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -46,6 +47,18 @@ def test_a_part_that_gets_none_of_its_weights_is_refused(own, part, tmp_path, ca
     assert main(words("train", "--dry-run")) == 0
 
 
+@pytest.mark.parametrize("address", ["torchvision://resnet18", "https://nowhere.invalid/net.pth"])
+def test_a_dry_run_says_which_weights_would_be_downloaded(address, own, part, tmp_path, monkeypatch, capsys):
+    content, words = own
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    content["model"]["backbone"]["init_cfg"]["checkpoint"] = address
+    assert main(words("train", "--dry-run")) == 0
+    assert f".pth is not on this machine; the run would download it to {tmp_path}" in capsys.readouterr().out
+    content["load_from"] = "open-mmlab://nope"
+    assert main(words("train", "--dry-run")) == 2
+    assert "there are no weights open-mmlab://nope" in errors(capsys)[0]
+
+
 def test_a_part_of_another_width_is_refused(own, part, capsys):
     _, words = own
     state, path = part
@@ -68,3 +81,15 @@ def test_a_run_is_of_the_content_of_its_parts_weights_wherever_they_are(own, par
     state["stem.0.weight"] += 0.5
     torch.save(state, moved)
     assert "holds a run with other settings (model.backbone.init_cfg.checkpoint is " in refused(words(), capsys)
+
+
+@pytest.mark.slow
+def test_a_run_is_of_the_content_of_its_weights_of_classes(own, tmp_path, capsys):
+    content, words = own
+    path = tmp_path / "classes.npy"
+    content["model"]["decode_head"]["loss_decode"] = {"type": "CrossEntropyLoss", "class_weight": str(path)}
+    assert f"{path} cannot be read: No such file" in refused(words(), capsys)
+    np.save(path, [1.0, 2.0])
+    assert main(words()) == 0
+    np.save(path, [2.0, 1.0])
+    assert "holds a run with other settings (model.decode_head.loss_decode.class_weight is " in refused(words(), capsys)
