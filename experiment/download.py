@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from email.message import Message
 from pathlib import Path
-from unittest.mock import patch
 
 from experiment.errors import ExperimentError
 from experiment.files import try_place
@@ -39,15 +38,16 @@ def downloads_told() -> Iterator[None]:
     Raises:
         ExperimentError: what would be downloaded could not be written.
     """
-    import torch  # which takes a second
+    from torch import hub  # which takes a second
 
-    before = _only_told.set(True)
+    before, pytorchs = _only_told.set(True), hub.download_url_to_file
+    hub.download_url_to_file = lambda url, place, *_, **__: _tell(url, Path(place))
     try:
-        with patch.object(torch.hub, "download_url_to_file", lambda url, place, *_, **__: _tell(url, Path(place))):
-            yield
+        yield
     except _WouldDownload as told:
         print(told, flush=True)
     finally:
+        hub.download_url_to_file = pytorchs
         _only_told.reset(before)
 
 
