@@ -83,9 +83,7 @@ def require_steps(config: Config) -> Any:
     Raises:
         ExperimentError: see `segmentation.heads`.
     """
-    settings = without_named_weights(
-        config.model.to_dict()
-    )  # which may be at an address, and are looked at by themselves
+    settings = without_named_weights(config.model.to_dict())  # these may have to be downloaded, see `require_weights`
     model = _built(config, settings)
     with quietly():
         _forget_closed_logs()
