@@ -99,8 +99,8 @@ def test_the_record_says_every_setting_that_the_recipe_does_not(best_first):
 @pytest.mark.slow
 def test_a_callback_that_may_do_more_than_watch_makes_another_run(best_first, capsys):
     callback = "--trainer.callbacks+"
-    averaging = "pytorch_lightning.callbacks.StochasticWeightAveraging"
-    words = [*best_first.arguments, callback, averaging, "--trainer.callbacks.swa_lrs", "0.1"]
+    averaging = "pytorch_lightning.callbacks.EMAWeightAveraging"
+    words = [*best_first.arguments, callback, averaging, "--trainer.callbacks.decay", "0.9"]
     capsys.readouterr()
     assert main(words) == 2
     refused = capsys.readouterr().err
