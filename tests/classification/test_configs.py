@@ -35,12 +35,8 @@ CONV_ONLY, LINEAR_ONLY = ("gradient_filter",), ("wsi", "wasi")  # how the names 
 PRETRAINING = "b_pretrain"  # trains a whole network with no method but ordinary training
 LANGUAGE = {"llama_mini", "minilm", "tinyllama"}
 TOO_LARGE = {"tinyllama"}  # 4 GiB of random weights; llama_mini is of the same class
-LARGE = {
-    "swin_t",
-    "vit_b_32",
-    "resnet34",
-    "minilm",
-}  # trained in one setup; smaller ones of the same classes are in all of them
+# Trained in one setup; smaller ones of the same classes are in all of them.
+LARGE = {"swin_t", "vit_b_32", "resnet34", "minilm"}
 
 
 def fits(model, data, method):
