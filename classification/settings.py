@@ -65,9 +65,10 @@ ONLY = {  # settings of a training run that have one value alone
     "trainer.overfit_batches": (0.0, "it validates on training images"),
     "trainer.sync_batchnorm": (False, "statistics are frozen, or of each process"),
 }
-UNFIT = {  # Lightning's callbacks that change what the record says of a run
+UNFIT = {  # Lightning's callbacks that change what the record says of a run, or what it trains
     "StochasticWeightAveraging": "it trains one epoch more than --trainer.max_epochs; WeightAveraging has them all",
     "BatchSizeFinder": "memory is that of --data.batch_size; find it beforehand, and give it so",
+    "ModelPruning": "it puts masked weights in the place of those that are trained and saved",
     "LearningRateFinder": "the rate is that of --model.learning_rate; find it beforehand, and give it so",
 }
 _AS_GOOD = {"trainer.val_check_interval": (1.0,), "trainer.enable_checkpointing": (True,)}

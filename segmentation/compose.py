@@ -127,6 +127,12 @@ def hook_settings(config: Config) -> dict[str, Any] | None:
     return {key: value for key, value in hooks[0].items() if key not in ("type", "priority")} if hooks else None
 
 
+def frozen_statistics(config: Config) -> bool:
+    """Whether batch normalisations are trained with stored statistics, which is the hook's work."""
+    settings = hook_settings(config)
+    return settings is not None and settings.get("freeze_statistics", True)
+
+
 def rescale(config: Config, iterations: int) -> None:
     """Make the run as long as this, with schedule, validations and checkpoints in proportion, in place.
 

@@ -7,7 +7,7 @@ or one that is left out of the sum of losses, goes on without a word.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from mmengine.model.weight_init import BaseInit
 from mmengine.registry import WEIGHT_INITIALIZERS
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from experiment import ExperimentError
+from segmentation.compose import HOOK
 from segmentation.identity import WEIGHTS_OF_CLASSES
 from segmentation.parts import at
 
@@ -130,6 +132,56 @@ def _beginnings(value: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]
 
 
 @torch.no_grad()
+def require_spread(model: Any, config: Mapping[str, Any]) -> None:
+    """Refuse batch normalisations that would take their statistics from one number of each channel, as of single images
+    that are pooled to one pixel; PyTorch refuses that at the first step.
+
+    Args:
+        model: built, and its statistics are those of the batch; its mode is evaluation then.
+        config: see `segmentation.compose`.
+
+    Raises:
+        ExperimentError: see above.
+    """
+    size, batch = _size(config), at(config, "train_dataloader.batch_size")
+    if batch != 1 or size is None:
+        return
+    alone: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, given: alone.append(name) if math.prod(given[0].shape[2:]) == 1 else None
+
+    together = nn.SyncBatchNorm if config.get("processes", 1) > 1 else ()  # whose statistics are of all processes
+    trained = [(name, one) for name, one in model.train().named_modules() if isinstance(one, _BatchNorm)]
+    hooks = [
+        one.register_forward_pre_hook(note(name))
+        for name, one in trained
+        if one.training and not isinstance(one, together)
+    ]
+    model.eval()
+    _problem(model, _empty(config, size))
+    for hook in hooks:
+        hook.remove()
+    if alone:
+        raise ExperimentError(
+            f"model.{alone[0]} would take its statistics from one number a channel, as train_dataloader.batch_size is "
+            f"1 and its input one pixel; allowed are batches from 2, or freeze_statistics=True in a {HOOK}"
+        )
+
+
+def _size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The images' height and width, of a network whose parts are known."""
+    size = at(config, "crop_size") or at(config, "model.data_preprocessor.size")
+    known = at(config, "model.type") == "EncoderDecoder" and isinstance(size, list | tuple)
+    return (size[0], size[1]) if known else None
+
+
+def _empty(config: Mapping[str, Any], size: tuple[int, int]) -> torch.Tensor:
+    mean = at(config, "model.data_preprocessor.mean") or ()
+    return torch.zeros(1, len(mean) if len(mean) > 1 else 3, *size)
+
+
+@torch.no_grad()
 def require_joined(model: Any, config: Mapping[str, Any]) -> None:
     """Refuse heads that do not take what comes of the backbone, as with a channel too many, by an empty image.
 
@@ -140,15 +192,14 @@ def require_joined(model: Any, config: Mapping[str, Any]) -> None:
     Raises:
         ExperimentError: see above.
     """
-    size = at(config, "crop_size") or at(config, "model.data_preprocessor.size")
-    mean = at(config, "model.data_preprocessor.mean") or ()
-    if at(config, "model.type") != "EncoderDecoder" or not isinstance(size, list | tuple):
+    size = _size(config)
+    if size is None:
         return
     model.eval()
     small = (min(size[0], _EDGE), min(size[1], _EDGE))
     said = ""
-    for edges in dict.fromkeys((small, tuple(size))):  # the whole size where a small one is too small
-        said = _problem(model, torch.zeros(1, len(mean) if len(mean) > 1 else 3, *edges))
+    for edges in dict.fromkeys((small, size)):  # the whole size where a small one is too small
+        said = _problem(model, _empty(config, edges))
         if not said:
             return
     raise ExperimentError(

@@ -18,8 +18,14 @@ from experiment import ExperimentError
 from experiment.download import downloads_told
 from segmentation.building import require_optimizer
 from segmentation.checkpoints import check_fit, check_loaded, load_weights, read_safely_everywhere
-from segmentation.compose import class_count, datasets, hook_settings
-from segmentation.heads import require_beginning, require_heads, require_joined, require_plain_files
+from segmentation.compose import class_count, datasets, frozen_statistics, hook_settings
+from segmentation.heads import (
+    require_beginning,
+    require_heads,
+    require_joined,
+    require_plain_files,
+    require_spread,
+)
 from segmentation.hook import LowRankHook
 from segmentation.identity import named_weights, without_named_weights
 from segmentation.quiet import quietly, register_modules
@@ -89,6 +95,8 @@ def require_steps(config: Config) -> Any:
         _forget_closed_logs()
         require_beginning(model, settings)
     require_joined(model, config.to_dict())
+    if not frozen_statistics(config):
+        require_spread(model, config.to_dict())
     return model.train()
 
 

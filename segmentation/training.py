@@ -32,7 +32,7 @@ from lowrank import converted_layers, kernels
 from segmentation.batches import first_batch, first_batches, logits, segmentation_loss, training_mode
 from segmentation.building import require_optimizer
 from segmentation.checkpoints import LAST, newest, read_safely_everywhere
-from segmentation.compose import hook_settings, with_naming_readers
+from segmentation.compose import frozen_statistics, with_naming_readers
 from segmentation.data.registry import Data, data_of, require_data
 from segmentation.data.samples import require_samples
 from segmentation.formatting import formatted_once
@@ -265,7 +265,7 @@ def _record(task: Task, name: RunName, runner: Runner, forwarding: History, fold
     accuracy = {f"{key}_best": max(row[key] for row in rows) for key in ("miou", "macc")}
     accuracy |= {f"{key}_last": rows[-1][key] for key in ("miou", "macc")}
     batch = first_batch(model, runner.train_dataloader.dataset, config.train_dataloader.batch_size, name.seed)
-    training_mode(model) if (hook_settings(config) or {}).get("freeze_statistics", True) else model.train()
+    training_mode(model) if frozen_statistics(config) else model.train()
     layers = [layer._lowrank.name for layer in converted_layers(model)]
     method = next((hook.method for hook in runner.hooks if isinstance(hook, LowRankHook)), None)
     trained = Trained(model, layers, segmentation_loss, logits, batch, runner.optim_wrapper.optimizer, method)

@@ -12,6 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 from mmseg.evaluation import IoUMetric
+from mmseg.registry import MODELS
 
 from experiment import ExperimentError
 from segmentation.parts import at
@@ -34,6 +35,7 @@ _ENVIRONMENT = {  # likewise
     "env_cfg.mp_cfg": ("mp_start_method", "opencv_num_threads"),
 }
 _ENCODER_DECODERS = ("EncoderDecoder", "CascadeEncoderDecoder")
+_READS_TRAIN_CFG = ("PointHead",)  # of MMSegmentation's heads; the others are given model.train_cfg and pass over it
 _OF_INFERENCE = ("mode", "crop_size", "stride")
 _MODES = {"whole": (), "slide": ("crop_size", "stride")}  # of test_cfg, with what each needs
 
@@ -57,6 +59,7 @@ def require_read(config: Config) -> None:
         _require_paramwise(wrapper.get("paramwise_cfg"))
     _require_measures(settings.get("val_evaluator") or [])
     _require_inference(settings["model"])
+    _require_no_training(settings["model"])
     if settings["train_cfg"].get("max_iters") is not None:
         _require_iterations(settings)
     elif at(settings, "train_dataloader.sampler.type") in ("InfiniteSampler", "PlacedSampler"):
@@ -125,6 +128,26 @@ def _require_inference(model: Mapping[str, Any]) -> None:
             f"model.test_cfg.stride is {sizes[1]}, above its crop_size {sizes[0]}, so that pixels between the windows "
             f"would have no prediction; lower it"
         )
+
+
+def _require_no_training(model: Mapping[str, Any]) -> None:
+    """What is set for the training of heads would be passed over where no head reads it."""
+    given = [name for name, value in (model.get("train_cfg") or {}).items() if value is not None]
+    if not given or model.get("type") not in _ENCODER_DECODERS:
+        return
+    heads = [one for key in ("decode_head", "auxiliary_head") for one in _each(model.get(key))]
+    kinds = [MODELS.get(head["type"]) if isinstance(head.get("type"), str) else head.get("type") for head in heads]
+    known = [getattr(kind, "__module__", "").partition(".")[0] == "mmseg" for kind in kinds]  # else it is one's own
+    if all(known) and not any(kind.__name__ in _READS_TRAIN_CFG for kind in kinds):
+        raise ExperimentError(
+            f"model.train_cfg has the setting {given[0]!r}, which no head of this network reads, so that it would have "
+            f"no effect; leave it out"
+        )
+
+
+def _each(given: Any) -> Sequence[Any]:
+    """The parts of a place in a config that may have one, several or none."""
+    return given if isinstance(given, list | tuple) else [] if given is None else [given]
 
 
 def _require_iterations(config: Mapping[str, Any]) -> None:

@@ -262,6 +262,11 @@ REFUSED = [
     *(("--trainer.devices", "100000"), ("--data.std", "[.inf,1,1]"), ("--data.mean", "[.nan,0,0]")),
     ("--trainer.callbacks+", "pytorch_lightning.callbacks.BatchSizeFinder"),
     ("--trainer.callbacks+", "pytorch_lightning.callbacks.LearningRateFinder"),
+    (
+        "--trainer.callbacks+",
+        "pytorch_lightning.callbacks.ModelPruning",
+        "--trainer.callbacks.pruning_fn=l1_unstructured",
+    ),
     ("--trainer.callbacks+", "pytorch_lightning.callbacks.StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=.1"),
     *(("--model.momentum", "1.5"), ("--trainer.overfit_batches", "1"), ("--data.partition_seed", "-5")),
 ]

@@ -93,6 +93,11 @@ UNFIT = {  # what is changed, and what is said
         ("model", "test_cfg", "mode", "slid"),
         "model.test_cfg.mode is 'slid'; allowed: 'whole', 'slide'",
     ),
+    "what no head reads": (
+        "train",
+        ("model", "train_cfg", {"sampler": None, "num_points": 8}),
+        "model.train_cfg has the setting 'num_points', which no head of this network reads",
+    ),
     "windows without a size": (
         "train",
         ("model", "test_cfg", {"mode": "slide", "stride": (8, 8)}),
