@@ -68,6 +68,8 @@ ONLY = {  # settings of a training run that have one value alone
 UNFIT = {  # Lightning's callbacks that change what the record says of a run, or what it trains
     "StochasticWeightAveraging": "it trains one epoch more than --trainer.max_epochs; WeightAveraging has them all",
     "BatchSizeFinder": "memory is that of --data.batch_size; find it beforehand, and give it so",
+    "BackboneFinetuning": "which layers train is said by --model.layers, and it would freeze these and train others",
+    "SpikeDetection": "it cannot load what it saves, so no run with it goes on or is tested (Lightning 2.6)",
     "ModelPruning": "it puts masked weights in the place of those that are trained and saved",
     "LearningRateFinder": "the rate is that of --model.learning_rate; find it beforehand, and give it so",
 }

@@ -260,6 +260,8 @@ REFUSED = [
     *(("--seed_everything", str(2**40)), ("--trainer.min_steps", "-5"), ("--model.learning_rate", ".inf")),
     *(("--model.layers", "1:30"), ("--model", "{layers: 2, layers: 4}"), ("--data.workers", "100000")),
     *(("--trainer.devices", "100000"), ("--data.std", "[.inf,1,1]"), ("--data.mean", "[.nan,0,0]")),
+    ("--trainer.callbacks+", "pytorch_lightning.callbacks.BackboneFinetuning"),
+    ("--trainer.callbacks+", "pytorch_lightning.callbacks.SpikeDetection"),
     ("--trainer.callbacks+", "pytorch_lightning.callbacks.BatchSizeFinder"),
     ("--trainer.callbacks+", "pytorch_lightning.callbacks.LearningRateFinder"),
     (
