@@ -151,7 +151,7 @@ def _words(settings: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def _named(setting: str) -> str:
-    return _plain(setting).rpartition(".")[2].replace("_", " ")[:LONGEST]
+    return _one_line(_plain(setting).rpartition(".")[2].replace("_", " "))[:LONGEST]
 
 
 def _told(value: Any) -> str:
@@ -159,4 +159,11 @@ def _told(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     text = " x ".join(map(_told, value)) if isinstance(value, list | tuple) else str(value)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}.. ({fingerprint([text.encode()])[:6]})"
+    line = _one_line(text)
+    short = line == text and len(text) <= LONGEST
+    return text if short else f"{line[:LONGEST]}.. ({fingerprint([text.encode(errors='surrogatepass')])[:6]})"
+
+
+def _one_line(text: str) -> str:
+    """As a cell of a table has it; of names of files that are no UTF-8 the bytes are told."""
+    return " ".join(text.split()).encode(errors="backslashreplace").decode()

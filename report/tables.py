@@ -242,10 +242,15 @@ def notes(lines: Sequence[str]) -> str:
 
 def markdown_body(rows: Sequence[Row], shown: Sequence[Column]) -> str:
     """Rows as a Markdown table."""
-    cells = [[column.cell(row) for column in shown] for row in rows]
+    cells = [[_in_markdown(column.cell(row)) for column in shown] for row in rows]
     titles = [column.title for column in shown]
     alignment = ["left" if column.title in LEFT else "right" for column in shown]
     return tabulate(cells, titles, tablefmt="pipe", disable_numparse=True, colalign=alignment)
+
+
+def _in_markdown(text: str) -> str:
+    """Text of a setting in a cell, which it neither ends nor is markup in."""
+    return text.replace("|", r"\|").replace("<", "&lt;")
 
 
 RECIPE_NOTE = (
