@@ -21,6 +21,9 @@ from experiment.processes import FirstFailed, place
 from experiment.signals import Stopped, stoppable, stopped_by
 
 
+_STOPPING = ("strict", "surrogateescape")  # how Python writes to a terminal: the second where the locale is C
+
+
 @dataclass
 class Work:
     """What a command is at.
@@ -49,7 +52,7 @@ def finish(command: Callable[[Work], int | None]) -> int:
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever started this
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for as long as the process is there
-        elif getattr(stream, "errors", "") == "strict":  # a letter that the terminal does not know is no error
+        elif getattr(stream, "errors", "") in _STOPPING:  # a letter that the terminal does not know is no error
             stream.reconfigure(errors="backslashreplace")
     with stoppable():
         follow()

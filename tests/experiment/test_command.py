@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import gc
 import importlib
+import io
 import os
 import pty
 import signal
@@ -34,6 +35,14 @@ def test_a_signal_ends_a_command_in_one_line(heard_signals, capsys, number, code
     assert finish(command) == code
     assert capsys.readouterr().err == "interrupted during a run; the same command goes on\n"
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_letter_that_the_terminal_does_not_know_is_no_error(monkeypatch, errors):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert finish(lambda work: print("Δ test \ud800", flush=True)) == 0
+    assert terminal.buffer.getvalue() == b"\\u0394 test \\ud800\n"
 
 
 @pytest.mark.parametrize("disguise", [RuntimeError("worker exited"), KeyboardInterrupt(), SystemExit(1)])
