@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiment.errors import DISK, OTHER_CODE, exit_code, is_mendable
+from experiment.errors import DISK, OTHER_CODE, ExperimentError, exit_code, is_mendable
 from experiment.jobs import FAILURE
 from experiment.process_group import follow, report
 from experiment.processes import FirstFailed, place
 from experiment.signals import Stopped, stoppable, stopped_by
 
-
 _STOPPING = ("strict", "surrogateescape")  # how Python writes to a terminal: the second where the locale is C
+_ENDING = ("argparse", "jsonargparse", "experiment")  # may end a command, as at --help
 
 
 @dataclass
@@ -65,9 +65,22 @@ def finish(command: Callable[[Work], int | None]) -> int:
             return exit_code(error)
         except (Stopped, KeyboardInterrupt, SystemExit) as error:
             stop = stopped_by(error)
-            if stop is None:
+            if stop is not None:
+                return _interrupted(stop, work)
+            if not isinstance(error, SystemExit) or (by := _ended_by(error)) is None:
                 raise
-            return _interrupted(stop, work)
+            why = (
+                f"{by} ended the process, as sys.exit does; leave that out, or put it behind if __name__ == '__main__'"
+            )
+            return _said(ExperimentError(f"{work.title}: {why}" if work.title else why), work)
+
+
+def _ended_by(error: SystemExit) -> str | None:
+    """The place in code of others that has asked for the end, as a script does that is named as a class path."""
+    frames = traceback.walk_tb(error.__traceback__)
+    named = [(str(frame.f_globals.get("__name__")).partition(".")[0], frame, line) for frame, line in frames]
+    owner, frame, line = [one for one in named if one[0] != "_sitebuiltins"][-1]  # of exit()
+    return None if owner in _ENDING else f"{frame.f_code.co_filename}, line {line},"
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """How commands end: exit codes, one line, a log, signals."""
 
+import argparse
 import contextlib
 import fcntl
 import gc
@@ -37,12 +38,28 @@ def test_a_signal_ends_a_command_in_one_line(heard_signals, capsys, number, code
     assert signal.getsignal(number) is before
 
 
-@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
-def test_a_letter_that_the_terminal_does_not_know_is_no_error(monkeypatch, errors):
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=errors)
+def test_a_letter_that_a_terminal_of_the_locale_c_does_not_know_is_no_error(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="surrogateescape")
     monkeypatch.setattr(sys, "stdout", terminal)
     assert finish(lambda work: print("Δ test \ud800", flush=True)) == 0
     assert terminal.buffer.getvalue() == b"\\u0394 test \\ud800\n"
+
+
+@pytest.mark.parametrize("end", [sys.exit, exit])
+def test_code_of_others_that_ends_the_process_ends_no_run_without_a_word(capsys, end):
+    def command(work):
+        work.title = "a run"
+        end(0)
+
+    assert finish(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: a run: ")
+    assert "test_command.py, line" in line
+
+
+def test_a_parser_may_end_a_command():
+    with pytest.raises(SystemExit, match="0"):
+        finish(lambda work: argparse.ArgumentParser().parse_args(["--help"]))
 
 
 @pytest.mark.parametrize("disguise", [RuntimeError("worker exited"), KeyboardInterrupt(), SystemExit(1)])
