@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import http.client
 import re
+import socket
 import ssl
 import sys
 import time
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from email.message import Message
 from pathlib import Path
+from typing import Any, NoReturn
 
 from experiment.errors import ExperimentError
 from experiment.files import try_place
@@ -33,21 +35,34 @@ class _WouldDownload(Exception):
 
 @contextlib.contextmanager
 def downloads_told() -> Iterator[None]:
-    """In this block nothing is downloaded, by `download` or by PyTorch: what would be is said, and ends the block.
+    """In this block nothing is downloaded, by `download`, by PyTorch or by other packages, such as Hugging Face's: what
+    would be is said, and ends the block.
 
     Raises:
         ExperimentError: what would be downloaded could not be written.
     """
     from torch import hub  # which takes a second
 
-    before, pytorchs = _only_told.set(True), hub.download_url_to_file
+    before, pytorchs, systems, asked = _only_told.set(True), hub.download_url_to_file, socket.getaddrinfo, list[str]()
+
+    def refuse(host: Any, *_: Any, **__: Any) -> NoReturn:
+        asked.append(host.decode(errors="replace") if isinstance(host, bytes) else str(host))
+        raise _WouldDownload
+
     hub.download_url_to_file = lambda url, place, *_, **__: _tell(url, Path(place))
+    setattr(socket, "getaddrinfo", refuse)  # noqa: B010 - through which every connection by name goes
     try:
         yield
-    except _WouldDownload as told:
-        print(told, flush=True)
+    except Exception as error:
+        if isinstance(error, _WouldDownload) and not asked:
+            print(error, flush=True)
+        elif asked and not isinstance(error, ExperimentError):  # whatever the package has made of it
+            print(f"note: the run would ask {asked[0]} for what is not on this machine", flush=True)
+        else:
+            raise
     finally:
         hub.download_url_to_file = pytorchs
+        setattr(socket, "getaddrinfo", systems)  # noqa: B010
         _only_told.reset(before)
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import io
+import re
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,23 @@ def test_a_folder_that_cannot_be_written_is_one_line(server, tmp_path):
     (tmp_path / "there").write_text("a file")
     with pytest.raises(ExperimentError, match="cannot be written"):
         fetch(server, tmp_path)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_where_downloads_are_told_other_packages_ask_no_server_either(server, tmp_path, capsys, wrapped):
+    def build():
+        try:
+            urllib.request.urlopen(f"{server.address}/file").read()
+        except Exception as error:
+            if wrapped:
+                raise LookupError("not in the cache") from error
+            raise
+
+    with download.downloads_told():
+        build()
+    assert re.fullmatch(r"note: the run would ask \S+ for what is not on this machine\n", capsys.readouterr().out)
+    assert server.asked == []
+    assert fetch(server, tmp_path).exists()
 
 
 def test_what_would_be_downloaded_is_said_and_where_it_cannot_be_put_refused(tmp_path, capsys):
