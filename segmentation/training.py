@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -279,11 +280,17 @@ def _recipe(config: Config) -> dict[str, Any]:
         config.train_dataloader.batch_size,
         limit,
         epochs=config.train_cfg.get("max_epochs"),
-        steps=config.train_cfg.get("max_iters"),
+        steps=_steps(config),
         learning_rate=_learning_rate(config),
         image_size=list(config.crop_size) if config.get("crop_size") else None,
         precision="16-mixed" if wrapper.get("type") == "AmpOptimWrapper" else "32-true",
     )
+
+
+def _steps(config: Config) -> int | None:
+    """How many steps the optimizer makes, of a run that counts iterations: one for several, and one for the rest."""
+    iterations = config.train_cfg.get("max_iters")
+    return None if iterations is None else math.ceil(iterations / config.optim_wrapper.get("accumulative_counts", 1))
 
 
 def _learning_rate(config: Config) -> float | None:

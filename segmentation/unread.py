@@ -158,6 +158,12 @@ def _require_iterations(config: Mapping[str, Any]) -> None:
                 f"{where} counts epochs and train_cfg iterations, so that it would have no effect; set "
                 f"{where}.by_epoch=False, and its lengths in iterations"
             )
+        length = config["train_cfg"]["max_iters"]
+        if schedule.get("begin", 0) >= length:
+            raise ExperimentError(
+                f"{where}.begin is {schedule['begin']}, and the run ends at iteration {length}, so that it would have "
+                f"no effect; leave it out, or let it begin before"
+            )
     saving = at(config, "default_hooks.checkpoint") or {}
     if saving.get("type") == "CheckpointHook" and "interval" in saving and saving.get("by_epoch", True):
         raise ExperimentError(

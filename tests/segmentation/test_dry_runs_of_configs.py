@@ -9,7 +9,7 @@ from mmengine.config import Config
 from own_configs import errors, set_at
 
 from segmentation.cli import main
-from segmentation.training import _learning_rate
+from segmentation.training import _learning_rate, _recipe
 
 
 def test_where_two_configs_share_a_folder_the_refusal_says_how_they_are_told_apart(own, capsys):
@@ -92,6 +92,11 @@ UNFIT = {  # what is changed, and what is said
         "train",
         ("model", "test_cfg", "mode", "slid"),
         "model.test_cfg.mode is 'slid'; allowed: 'whole', 'slide'",
+    ),
+    "a schedule of after the end": (
+        "train",
+        ("param_scheduler", [{"type": "PolyLR", "by_epoch": False, "begin": 4, "end": 9}]),
+        "param_scheduler.0.begin is 4, and the run ends at iteration 4, so that it would have no effect",
     ),
     "what no head reads": (
         "train",
@@ -258,6 +263,14 @@ def test_a_run_refuses_what_its_dry_run_does_before_anything_is_written(own, tmp
     assert not (tmp_path / "runs").exists()
     content["model"]["auxiliary_head"] = [_auxiliary(), _auxiliary(loss_decode=_loss(class_weight=[1.0, 2.0]))]
     assert main(words("train", "--dry-run")) == 0
+
+
+@pytest.mark.parametrize(("counts", "steps"), [(None, 4), (2, 2), (3, 2), (9, 1)])
+def test_steps_are_the_optimizers_where_it_has_gradients_of_several_iterations(own, counts, steps):
+    content, _ = own
+    if counts is not None:
+        content["optim_wrapper"]["accumulative_counts"] = counts
+    assert _recipe(Config(content))["steps"] == steps
 
 
 def test_a_rate_that_is_scaled_by_the_batch_is_recorded_so_and_passes_a_dry_run(own):
