@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
 from mmengine.visualization import TensorboardVisBackend
 from mmseg.registry import DATASETS
@@ -234,8 +235,12 @@ def _runner(config: Config) -> Runner:
 
 
 def _final(runner: Runner) -> bytes:
-    """The last weights as a file."""
-    weights = {name: tensor.cpu() for name, tensor in unwrapped(runner.model).state_dict().items()}
+    """The last weights as a file: those that were validated, which are averages where a hook makes them."""
+    content = {"state_dict": dict(unwrapped(runner.model).state_dict())}
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook):
+            hook.before_save_checkpoint(runner, content)
+    weights = {name: tensor.cpu() for name, tensor in content["state_dict"].items()}
     file = io.BytesIO()
     torch.save({"meta": {"dataset_meta": _metainfo(runner)}, "state_dict": weights}, file)
     return file.getvalue()
