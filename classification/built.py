@@ -47,7 +47,7 @@ def require_network(settings: Mapping[str, Any]) -> None:
     if problems := lowrank.check(network, names, method):
         raise ExperimentError("; ".join(problems))
     if data["dataset"] not in TEXTS:
-        require_image_size(network, data["image_size"], model["backbone"])
+        require_image_size(network, data["image_size"], model["backbone"], _CLASSES)
 
 
 def require_layers(settings: Mapping[str, Any]) -> None:

@@ -11,23 +11,30 @@ from lowrank.layers.preserve import preserved
 _USUAL = (32, 64, 96, 128, 160, 224, 384)
 
 
-def require_image_size(network: nn.Module, size: int, name: str) -> None:
+def require_image_size(network: nn.Module, size: int, name: str, classes: int) -> None:
     """Try one empty image; the network is left as it was, but for its mode, which is evaluation then.
 
     Args:
         network: takes images (B, 3, H, W).
         size: height and width.
         name: of the network, for the error.
+        classes: how many it has to tell apart.
 
     Raises:
-        ExperimentError: the network fails with that size, and not with every other one.
+        ExperimentError: the network fails with that size, and not with every other one, or gives other than a number
+            for each class.
     """
     network.eval()
-    problem = _problem(network, size)
+    problem, given = _tried(network, size)
     if problem is None:
+        if given != (1, classes):
+            raise ExperimentError(
+                f"{name} makes {given or 'no tensor'} of an image, and not (1, {classes}), a number for each class; "
+                f"build it with num_classes outputs"
+            )
         return
     # What fails with every size is no matter of the size: training says where.
-    other = next((one for one in _USUAL if one != size and _problem(network, one) is None), None)
+    other = next((one for one in _USUAL if one != size and _tried(network, one)[0] is None), None)
     if other is not None:
         raise ExperimentError(
             f"--data.image_size is {size}, which {name} does not take ({problem}); give another one, such as {other}"
@@ -35,11 +42,12 @@ def require_image_size(network: nn.Module, size: int, name: str) -> None:
 
 
 @torch.no_grad()
-def _problem(network: nn.Module, size: int) -> str | None:
+def _tried(network: nn.Module, size: int) -> tuple[str | None, tuple[int, ...]]:
+    """What fails with an empty image, and the shape of what comes of it."""
     device = next(network.parameters()).device
     try:
         with preserved(network):
-            network(torch.zeros(1, 3, size, size, device=device))
+            logits = network(torch.zeros(1, 3, size, size, device=device))
     except Exception as error:  # whatever a network of one's own raises
-        return " ".join(str(error).split())[:200] or type(error).__name__
-    return None
+        return " ".join(str(error).split())[:200] or type(error).__name__, ()
+    return None, tuple(logits.shape) if isinstance(logits, torch.Tensor) else ()

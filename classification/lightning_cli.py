@@ -216,7 +216,8 @@ class SuiteCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         data = self.settings["data"]
         if data["dataset"] not in TEXTS:
-            require_image_size(self.model.backbone, data["image_size"], self.settings["model"]["backbone"])
+            told = (data["image_size"], self.settings["model"]["backbone"], self.datamodule.num_classes)
+            require_image_size(self.model.backbone, *told)
             self.model.train()
 
     def fit(self, **options: Any) -> None:

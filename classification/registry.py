@@ -26,18 +26,39 @@ class Registry(Generic[Entry]):
         self.entries: dict[str, Entry] = {}
 
     def __call__(self, name: str) -> Callable[[Entry], Entry]:
-        """Decorator that registers an entry under a name."""
+        """Decorator that registers an entry under a name.
+
+        Raises:
+            ExperimentError: another module has registered the name, so that a run of that name would be one of either.
+        """
 
         def register(entry: Entry) -> Entry:
+            first, own = (getattr(one, "__module__", "") for one in (self.entries.get(name, entry), entry))
+            if first != own:
+                raise ExperimentError(f"the {self.kind} {name!r} is in {first} and in {own}; rename one of them")
             self.entries[name] = entry
             return entry
 
         return register
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """All names, sorted.
+
+        Raises:
+            ExperimentError: a module of the package cannot be imported, as one of the user's own.
+        """
         for module in pkgutil.iter_modules(self.package.__path__):
-            importlib.import_module(f"{self.package.__name__}.{module.name}")
+            name = f"{self.package.__name__}.{module.name}"
+            try:
+                importlib.import_module(name)
+            except ExperimentError:
+                raise
+            except Exception as error:  # a module is code, which may fail in any way
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                raise ExperimentError(
+                    f"{name}, whose {self.kind} is found by name, cannot be imported ({reason}); "
+                    f"mend it, or remove its file"
+                ) from error
         return sorted(self.entries)
 
     def find(self, name: str) -> Entry:
