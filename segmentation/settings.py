@@ -24,6 +24,7 @@ WHOLE = {  # settings that are whole numbers, with the least of each
     "val_dataloader.batch_size": 1,
     "val_dataloader.num_workers": 0,
     "model.decode_head.num_classes": 1,
+    "optim_wrapper.accumulative_counts": 1,
     "default_hooks.checkpoint.interval": 1,
     "default_hooks.logger.interval": 1,
     "processes": 1,

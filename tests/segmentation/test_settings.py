@@ -35,6 +35,7 @@ OPTIONS = {
     "weight decay": ([], ["optim_wrapper.optimizer.weight_decay=-1"], "weight_decay is -1"),
     "clipping": ([], ["optim_wrapper.clip_grad.max_norm=-1"], r"clip_grad\.max_norm is -1; allowed are finite"),
     "no checkpoints": ([], ["default_hooks.checkpoint.interval=0"], r"checkpoint\.interval is 0; allowed are whole"),
+    "half a batch": ([], ["optim_wrapper.accumulative_counts=1.5"], "counts is 1.5; allowed are whole numbers from 1"),
     "no log": ([], ["default_hooks.logger.interval=0"], r"logger\.interval is 0; allowed are whole"),
     "layers of the method": ([], ["lowrank.layers=[a]"], r"lowrank\.layers would have no effect, as --layers says"),
     "crop": ([], ["crop_size=(0,32)"], r"crop_size is \(0, 32\)"),
