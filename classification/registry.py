@@ -33,7 +33,7 @@ class Registry(Generic[Entry]):
         """
 
         def register(entry: Entry) -> Entry:
-            first, own = (getattr(one, "__module__", "") for one in (self.entries.get(name, entry), entry))
+            first, own = (getattr(one, "__module__", None) for one in (self.entries.get(name) or entry, entry))
             if first != own:
                 raise ExperimentError(f"the {self.kind} {name!r} is in {first} and in {own}; rename one of them")
             self.entries[name] = entry
