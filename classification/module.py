@@ -143,6 +143,7 @@ class FineTune(pl.LightningModule):
         self.accuracy = nn.ModuleDict({f"{part}_accuracy": _accuracy(num_classes) for part in ("val", "test")})
         self.loss = nn.ModuleDict({f"{part}_loss": MeanMetric() for part in ("val", "test")})
         self.train()  # the trainer keeps the mode in which it gets each layer
+        self._trained = self._trainable()
 
     def forward(self, images: Tensor | Activations) -> Tensor:
         """Logits (B, num_classes) of images (B, 3, H, W), or of what the frozen front made of them."""
@@ -170,6 +171,17 @@ class FineTune(pl.LightningModule):
         nbytes = data.precompute(lambda images: parts.front(self.prepare(images)), file)
         if self.trainer.is_global_zero:
             print(f"  frozen front: {parts}; {nbytes / 2**20:.1f} MiB of activations", flush=True)
+
+    def on_train_epoch_start(self) -> None:
+        """Stop where a callback has changed what is trained: the record would say other layers."""
+        if changed := sorted(self._trained ^ self._trainable()):
+            raise ExperimentError(
+                f"a callback has changed whether {changed[0]} is trained; which layers are is said by --model.layers, "
+                f"so leave the callback out"
+            )
+
+    def _trainable(self) -> frozenset[str]:
+        return frozenset(name for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     def train(self, mode: bool = True) -> FineTune:
         """As usual, but frozen statistics stay frozen."""

@@ -108,6 +108,17 @@ class CrashInEpoch(pl.Callback):
             self.interrupt()
 
 
+class UnfreezeInEpoch(pl.Callback):
+    """Trains everything from an epoch on, as Lightning's callbacks for fine-tuning may."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            pl_module.requires_grad_()
+
+
 class HaltInEpoch(CrashInEpoch):
     """Says so in the middle of an epoch and waits there to be killed, or for another signal."""
 

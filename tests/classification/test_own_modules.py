@@ -59,3 +59,13 @@ def test_a_network_of_other_outputs_than_classes_is_refused_before_it_is_trained
     said = rf"error: own makes \(1, {outputs}\) of an image, and not \(1, 10\), .*num_classes outputs\n"
     assert re.fullmatch(said, capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_callback_that_trains_other_layers_than_the_run_says_ends_it(tmp_path, capsys, epoch):
+    callback = ("--trainer.callbacks", "commands.UnfreezeInEpoch", "--trainer.callbacks.epoch", epoch)
+    assert main(arguments("fit", tmp_path, "--model.layers", 2, "--trainer.max_epochs", 2, *callback)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"error: .*a callback has changed whether backbone\..* is trained; .*--model\.layers", said), said
+    assert not list(tmp_path.rglob("result.json"))
