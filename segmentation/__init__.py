@@ -25,8 +25,10 @@ __all__ = ["LowRankHook", "PlacedDataset", "PlacedEpochs", "PlacedSampler"]
 
 def register() -> dict[str, Any]:
     """Import what registers itself with MMEngine, which takes seconds; gives it by name."""
+    from segmentation.adafactor import adafactor_later
+
     # MMSegmentation prints that it does without a package that is not used here.
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), adafactor_later():
         warnings.simplefilter("ignore")  # of parts that are not used here, and for programmers of theirs
         from segmentation.data.draws import PlacedDataset, PlacedEpochs, PlacedSampler
         from segmentation.data.reading import NamedImage, NamedLabels

@@ -19,6 +19,7 @@ _THEIRS = (
     "mmcv",
     "mmseg",
     "torch.optim",
+    "segmentation.adafactor",
 )  # packages whose errors tell of the config, and not of code of one's own
 
 

@@ -43,6 +43,17 @@ def pytest_collection() -> Iterator[None]:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _left_behind() -> Iterator[None]:
+    """What a file leaves for good, such as compiled code and registries, is gone through once and not ever again.
+
+    MMEngine collects garbage for each data set that it builds, and what was compiled are millions of objects.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Tensors here are tiny; handing them to a pool of threads takes longer than the work itself."""

@@ -7,7 +7,8 @@ output and no gradient depends on it.
 from __future__ import annotations
 
 import dis
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from types import CodeType, FunctionType
 
@@ -27,7 +28,7 @@ class FunctionCalls:
         held = [value for value in vars(module).values() if callable(value)]
         self._everywhere = any(value is function for value in held for function in LEAN_FUNCTIONS)
         own = not type(module).__module__.startswith("torch.nn.")  # the layers themselves
-        self._steps = [list(dis.get_instructions(code)) for code in _codes(type(module))] if own else []
+        self._steps = [_steps_of(code) for code in _codes(type(module))] if own else []
         self._named = any(_is_named(step) for steps in self._steps for step in steps)
 
     def __bool__(self) -> bool:
@@ -55,7 +56,7 @@ def _is_named(step: dis.Instruction) -> bool:
     return step.argval in _NAMES and step.opname.startswith("LOAD_")
 
 
-def _is_behind(steps: list[dis.Instruction], at: int) -> bool:
+def _is_behind(steps: Sequence[dis.Instruction], at: int) -> bool:
     """Whether such a name comes behind the call of what is loaded here, or around it; not in its arguments."""
     loops = any(step.opname.startswith("FOR_ITER") for step in steps)
     call = next((step for step in steps[at:] if step.opname.startswith("CALL") and _starts_as(step, steps[at])), None)
@@ -92,7 +93,7 @@ def only_hands_on(owner: nn.Module, child: str) -> bool:
     for code in _codes(type(owner)):
         if _BY_OTHER_NAMES & set(code.co_names):
             return False
-        steps = list(dis.get_instructions(code))
+        steps = _steps_of(code)
         for step, after in pairwise(steps):
             if step.opname in _LOADS and step.argval == child:
                 handed = after.opname in _LOADS and after.argval in ("weight", "bias")
@@ -109,6 +110,16 @@ def _codes(kind: type) -> Iterator[CodeType]:
         for name, function in vars(base).items():
             if isinstance(function, FunctionType) and name != "__init__":
                 yield from _nested(function.__code__)
+
+
+def _steps_of(code: CodeType) -> Sequence[dis.Instruction]:
+    return _read(code, code.co_linetable)
+
+
+@functools.lru_cache(maxsize=4096)  # a network has many modules of few classes
+def _read(code: CodeType, _positions: bytes) -> tuple[dis.Instruction, ...]:
+    """The instructions of code; given its positions as well, which not every Python compares with the rest of it."""
+    return tuple(dis.get_instructions(code))
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:

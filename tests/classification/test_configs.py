@@ -46,6 +46,7 @@ def fits(model, data, method):
 
 
 # Every method on digits or sentences, every data set with one method and network: no config knows of the others.
+# Methods are combined with one setup; in the other each of them trains in `test_every_method_takes_a_training_step`.
 SMALLEST = ("mcunet", "vit_mini", "llama_mini")
 COMBINATIONS = [
     (setup, model, data, method)
@@ -53,7 +54,7 @@ COMBINATIONS = [
     if fits(model, data, method)
     and (
         (method == "vanilla" and (data in ("digits", "sentences") or model in ("mcunet", "llama_mini")))
-        or (setup != PRETRAINING and data in ("digits", "sentences") and model in SMALLEST)
+        or (setup == "a" and data in ("digits", "sentences") and model in SMALLEST)
     )
 ]
 
