@@ -91,7 +91,7 @@ def test_every_combination_describes_a_run_of_its_own(tmp_path, capsys, monkeypa
     monkeypatch.setattr("classification.settings.require_own_ranks", lambda method: None)
     monkeypatch.setattr("classification.built.with_ranks", lambda method, *told: _with_some_ranks(method))
     monkeypatch.setattr("classification.built._network", functools.cache(built._network))
-    monkeypatch.setattr("classification.image_size._problem", functools.cache(image_size._problem))
+    monkeypatch.setattr("classification.image_size._tried", functools.cache(image_size._tried))
     folders = set()
     chosen = [combination for combination in COMBINATIONS if combination[:2] == (setup, model)]
     for combination in chosen:
