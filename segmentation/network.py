@@ -28,7 +28,7 @@ from segmentation.heads import (
 )
 from segmentation.hook import LowRankHook
 from segmentation.identity import named_weights, without_named_weights
-from segmentation.quiet import quietly, register_modules
+from segmentation.quiet import quietly, register_modules, unlogged
 from segmentation.runner_config import runner_config
 from segmentation.unread import require_read
 from segmentation.unstarted import require_parts
@@ -91,7 +91,7 @@ def require_steps(config: Config) -> Any:
     """
     settings = without_named_weights(config.model.to_dict())  # these may have to be downloaded, see `require_weights`
     model = _built(config, settings)
-    with quietly():
+    with unlogged():
         _forget_closed_logs()
         require_beginning(model, settings)
     require_joined(model, config.to_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -17,6 +18,19 @@ def quietly() -> Iterator[None]:
     nowhere = Path(os.devnull).open("w")  # noqa: SIM115 - open as long as the logger lives
     with redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Likewise of a network that is built to be looked at alone: MMEngine tells where each of its weights comes from to
+    a logger that may have been made before, with the terminal's stream."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with quietly():
+            yield
+    finally:
+        logging.disable(before)
 
 
 def register_modules() -> None:

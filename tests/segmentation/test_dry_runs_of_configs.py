@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from own_configs import errors, set_at
 
 from segmentation.cli import main
@@ -27,6 +28,19 @@ def test_where_two_configs_share_a_folder_the_refusal_says_how_they_are_told_apa
         assert how in line
     content["dataset"] = "own"
     assert main(words("train", "--dry-run")) == 0
+
+
+def test_it_does_not_tell_of_each_weight_whoever_has_made_a_logger_before(own, capsys, request):
+    """As MMEngine does where a network begins, in three lines for each."""
+    name = request.node.name
+    MMLogger.get_instance(name)  # with this terminal's stream, and the current one from here on
+    try:
+        assert main(own[1]("train", "--dry-run")) == 0
+    finally:
+        del MMLogger._instance_dict[name]
+    said = capsys.readouterr()
+    assert " - INFO - " not in said.out + said.err
+    assert len(said.out.splitlines()) < 4
 
 
 def _loss(**settings):
